@@ -68,9 +68,7 @@ class CaduceusConfig:
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}: must be at least 1, got {getattr(self, key)}")
         if self.vocab_size != VOCAB_SIZE:
-            raise UserError(
-                f"model.vocab_size: the DNA alphabet has {VOCAB_SIZE} tokens, got {self.vocab_size}"
-            )
+            raise UserError(f"model.vocab_size: the DNA alphabet has {VOCAB_SIZE} tokens, got {self.vocab_size}")
         if self.bidirectional_strategy not in ("add", "ew_multiply"):
             raise UserError(
                 f"model.bidirectional_strategy: choose add or ew_multiply, got '{self.bidirectional_strategy}'"
@@ -275,9 +273,7 @@ def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str
 def _parse_override(override: str) -> tuple[str, DictConfig]:
     key, equals, _ = override.partition("=")
     if not equals or not key or key.startswith("-"):
-        raise UserError(
-            f"'{override}': expected an override of the form key.path=value, such as train.lr=1e-3"
-        )
+        raise UserError(f"'{override}': expected an override of the form key.path=value, such as train.lr=1e-3")
     try:
         return f"'{override}'", OmegaConf.from_dotlist([override])
     except Exception as error:
@@ -303,9 +299,7 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
 def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, prefix: str = "") -> None:
     for key in values:
         if key not in known:
-            raise UserError(
-                f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(map(str, known))}"
-            )
+            raise UserError(f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(map(str, known))}")
         if OmegaConf.is_dict(known[key]):
             if not OmegaConf.is_dict(values[key]):
                 raise UserError(

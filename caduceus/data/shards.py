@@ -66,9 +66,7 @@ class ShardIndex:
             with np.load(path, allow_pickle=False) as arrays:
                 index = cls(samples=arrays["samples"], runs=arrays["runs"])
         except FileNotFoundError:
-            raise UserError(
-                f"{path}: the index is missing; shard the genome again, or restore the file"
-            ) from None
+            raise UserError(f"{path}: the index is missing; shard the genome again, or restore the file") from None
         except Exception as error:
             raise UserError(f"{path}: not a shard index ({error})") from None
         if index.samples.dtype != SAMPLE_DTYPE or index.runs.dtype != RUN_DTYPE:
@@ -127,9 +125,7 @@ def load_manifest(directory: str | Path) -> dict[str, Any]:
     recorded = manifest.get("fingerprint")
     computed = fingerprint({key: value for key, value in manifest.items() if key != "fingerprint"})
     if recorded != computed:
-        raise UserError(
-            f"{path}: fingerprint {recorded} does not match its content {computed}; the file was changed"
-        )
+        raise UserError(f"{path}: fingerprint {recorded} does not match its content {computed}; the file was changed")
     return manifest
 
 

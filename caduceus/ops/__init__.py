@@ -93,9 +93,7 @@ def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *, back
     rows = []
     for d in range(weight.shape[0]):
         taps, offset = weight[d], None if bias is None else bias[d]
-        rows += [
-            causal_conv1d(x[s], taps, offset, reverse=d != s, backend=backend) for s in range(x.shape[0])
-        ]
+        rows += [causal_conv1d(x[s], taps, offset, reverse=d != s, backend=backend) for s in range(x.shape[0])]
     return torch.stack(rows).unflatten(0, (weight.shape[0], x.shape[0]))
 
 

@@ -46,9 +46,7 @@ def selective_scan(
     return y.to(out_dtype), h
 
 
-def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool
-) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool) -> Tensor:
     """Depth-wise convolution over the K - 1 positions before (`reverse`: after) each one and itself.
 
     The last tap of `weight` (E, K) meets the position itself in both directions.
