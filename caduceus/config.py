@@ -34,7 +34,7 @@ class CaduceusConfig:
     expand: int = 2
     """Inner channels per model channel."""
     rcps: bool = False
-    """Caduceus-PS: two strands share parameters and the model is reverse-complement equivariant. False is Caduceus-Ph."""
+    """Caduceus-PS: both strands share parameters; reverse-complement equivariant. False is Caduceus-Ph."""
     bidirectional: bool = True
     bidirectional_strategy: str = "add"
     """How the two directions join: add | ew_multiply."""

@@ -15,7 +15,7 @@ from caduceus.ops import naive
 
 BACKENDS = ("naive", "cpu")
 PAD_DT = -1e4
-"""Value of `dt` before softplus at padding: softplus makes it exactly 0, so that a pad neither decays nor feeds a state."""
+"""`dt` before softplus at padding: softplus makes it exactly 0, so that a pad neither decays nor feeds a state."""
 
 _log = logging.getLogger(__name__)
 
@@ -112,8 +112,8 @@ def bidirectional_scan(
     """Sum over both directions of the selective scan of every stream, gated by silu(z).
 
     u, dt (P, S, B, L, E) and B, C (P, S, B, L, N), axis 0 the parameter direction d, P = 2 (1 for a uni-directional
-    model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where d != s: stream 1, the other strand, has
-    the directions exchanged. Returns (S, B, L, E).
+    model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where
+    d != s: stream 1, the other strand, has the directions exchanged. Returns (S, B, L, E).
     """
     streams = []
     for s in range(u.shape[1]):
