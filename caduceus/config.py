@@ -157,6 +157,8 @@ class RunConfig:
     """Name of the run; null is the name of the YAML file."""
     device: str = "auto"
     """auto | cpu | cuda."""
+    allow_change: list[str] = field(default_factory=list)
+    """Keys, such as train.steps, that may differ from the run being resumed."""
 
 
 @dataclass

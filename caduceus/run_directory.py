@@ -1,0 +1,281 @@
+"""A run directory: where everything of one run lies, and which of its checkpoints can be trusted. Imports no torch.
+
+config.yaml          resolved configuration            provenance.json   what ran: code, packages, hosts, fingerprints
+metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/
+checkpoints/step-00001000/COMPLETE                     marker, written last: sizes and sha256 of the checkpoint's files
+checkpoints/latest                                     link to the newest complete checkpoint
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from caduceus.config import Config, config_to_dict, load_config, save_config
+from caduceus.data.shards import dump_json, write_atomically
+from caduceus.errors import UserError
+
+MARKER = "COMPLETE"
+
+_log = logging.getLogger(__name__)
+
+# What decides the numbers of a run. The rest (workers, micro-batch, validation, logging …) may change at any restart.
+_FIXED_KEYS = {
+    "model": None,
+    "data": (
+        "seq_len",
+        "strands",
+        "objective",
+        "mask_prob",
+        "mask_token_prob",
+        "random_token_prob",
+        "repeat_weight",
+        "min_acgt",
+        "shuffle_block",
+    ),
+    "train": (
+        "steps",
+        "global_batch",
+        "lr",
+        "min_lr",
+        "warmup_steps",
+        "weight_decay",
+        "betas",
+        "clip_norm",
+        "seed",
+        "precision",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint directory."""
+
+    path: Path
+    step: int
+
+    def damage(self) -> str | None:
+        """What is wrong with the files, by size and sha256, or None."""
+        try:
+            files = json.loads((self.path / MARKER).read_text())["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"its marker is not readable ({error})"
+        for name, expected in files.items():
+            file = self.path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            if sha256_of(file) != expected["sha256"]:
+                return f"{name} does not match its sha256"
+        return None
+
+
+class RunDirectory:
+    """Paths and state of a run. `create_or_resume` is for the process that trains, `open` for readers."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.config_path = self.path / "config.yaml"
+        self.provenance_path = self.path / "provenance.json"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.logs_path = self.path / "logs"
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunDirectory":
+        """An existing run; `UserError` where there is none."""
+        run = cls(path)
+        if not run.config_path.is_file():
+            raise UserError(f"{path}: not a run directory (config.yaml is missing)")
+        return run
+
+    @classmethod
+    def create_or_resume(cls, config: Config) -> "RunDirectory":
+        """The run directory of `config`, locked for this process.
+
+        Refuses one that another process trains in, and one whose configuration differs in a key that decides the
+        run's numbers, unless `run.allow_change` names that key.
+        """
+        run = cls(config.run.dir)
+        if run.config_path.is_file():
+            run._refuse_other_config(config)
+        elif run.path.is_dir() and any(run.path.iterdir()) and not (run.path / ".lock").exists():
+            raise UserError(
+                f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
+            )
+        try:
+            for directory in (run.checkpoints_path, run.logs_path):
+                directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: {run.path} cannot be made ({error.strerror})") from None
+        run._take_lock()
+        save_config(config, run.config_path)
+        return run
+
+    def config(self) -> Config:
+        return load_config(self.config_path)
+
+    def release(self) -> None:
+        """Let another process train in this directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def is_in_use(self) -> bool:
+        """Whether a process on this machine trains in this directory."""
+        if self._lock is not None or not (self.path / ".lock").exists():
+            return False
+        with (self.path / ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints_path / f"step-{step:08d}"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Checkpoints that have their marker, oldest first."""
+        found = []
+        for marker in self.checkpoints_path.glob(f"step-*/{MARKER}"):
+            step = marker.parent.name.removeprefix("step-")
+            if step.isdigit():
+                found.append(Checkpoint(marker.parent, int(step)))
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def newest_valid_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint whose files are whole. Damaged ones are named in the log and passed over."""
+        for checkpoint in reversed(self.checkpoints()):
+            damage = checkpoint.damage()
+            if damage is None:
+                return checkpoint
+            _log.warning("%s: damaged checkpoint passed over: %s", checkpoint.path, damage)
+        return None
+
+    def complete_checkpoint(self, written: Path, step: int, facts: dict[str, Any]) -> Checkpoint:
+        """Turn a fully written directory into the checkpoint of `step`: marker, rename, `latest`."""
+        files = {}
+        for file in sorted(path for path in written.rglob("*") if path.is_file()):
+            _fsync(file)
+            files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
+        final = self.checkpoint_path(step)
+        if final.exists():
+            shutil.rmtree(final)
+        written.rename(final)
+        link = self.checkpoints_path / f".latest.{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        link.replace(self.checkpoints_path / "latest")
+        _fsync(self.checkpoints_path)
+        return Checkpoint(final, step)
+
+    def remove_old_checkpoints(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind."""
+        for leftover in self.checkpoints_path.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        if keep:
+            for checkpoint in self.checkpoints()[:-keep]:
+                (checkpoint.path / MARKER).unlink()
+                shutil.rmtree(checkpoint.path)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; a last line cut off by a kill is left out."""
+        if not self.metrics_path.exists():
+            return []
+        rows = []
+        for line in self.metrics_path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                rows.append(json.loads(line))
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop rows after `step`: they are about to be made again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def write_provenance(self, facts: dict[str, Any]) -> None:
+        """Add this start to provenance.json: code, packages, host and the given facts."""
+        try:
+            starts = json.loads(self.provenance_path.read_text())["starts"]
+        except (OSError, ValueError, KeyError):
+            starts = []
+        write_atomically(self.provenance_path, dump_json({"starts": [*starts, {**provenance(), **facts}]}))
+
+    def _refuse_other_config(self, config: Config) -> None:
+        before, now = config_to_dict(self.config()), config_to_dict(config)
+        for section, names in _FIXED_KEYS.items():
+            for name in names or before[section]:
+                key = f"{section}.{name}"
+                if before[section][name] != now[section][name] and key not in config.run.allow_change:
+                    raise UserError(
+                        f"run.dir: {self.path} holds a run with {key}={before[section][name]}, not "
+                        f"{now[section][name]}; choose another run.dir, or go on with the change by "
+                        f"run.allow_change=[{key}]"
+                    )
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run.dir: another process is training in {self.path}; stop it or choose another") from None
+
+
+def provenance() -> dict[str, Any]:
+    """What is running: time, host, command, code version with uncommitted changes, and package versions."""
+    packages = ("caduceus", "torch", "numpy", "numba", "triton", "mamba-ssm", "deepspeed", "webdataset", "wandb")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_diff": _git("diff", "HEAD"),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,28 @@
+"""python -m caduceus.train --config configs/pretrain/NAME.yaml [key.path=value …]"""
+
+import argparse
+import logging
+import warnings
+
+from caduceus.config import load_config
+from caduceus.errors import run_command
+
+
+def main() -> int:
+    """Parse the command line and train; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m caduceus.train", description="Pre-train Caduceus.")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="configuration, such as configs/pretrain/*.yaml"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+    config = load_config(arguments.config, arguments.overrides)
+    from caduceus.train.trainer import train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    run_command(main)

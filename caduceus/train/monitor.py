@@ -1,0 +1,125 @@
+"""Where people watch a run: metrics.jsonl, the console, Weights & Biases."""
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+
+from caduceus.config import Config, config_to_dict
+from caduceus.run_directory import RunDirectory
+
+_QUIET_SECONDS = 30.0
+"""Pause between progress lines when nobody watches a terminal."""
+_TERMINAL_SECONDS = 0.2
+_WANDB_TIMEOUT = 60.0
+"""Seconds that W&B has to answer, on nodes that may have no network, before the run goes on offline."""
+
+_log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Writes every row to metrics.jsonl, a progress line to the console, and the row to W&B.
+
+    Use as a context manager. `wandb_id` resumes that W&B run; the id in use is kept in the attribute of that name.
+    """
+
+    def __init__(self, config: Config, run: RunDirectory, wandb_id: str | None) -> None:
+        self._config = config
+        self._file = run.metrics_path.open("a", buffering=1)
+        self._console = Console(stderr=True, highlight=False)
+        self._terminal = sys.stderr.isatty()
+        self._last_line = 0.0
+        self._started = time.monotonic()
+        self._first_step: int | None = None
+        self._wandb = _start_wandb(config, run, wandb_id)
+        self.wandb_id: str | None = self._wandb.id if self._wandb is not None else None
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        if self._terminal:
+            self._console.print()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1 if exception[0] else 0)
+
+    def log_training(self, row: dict[str, Any]) -> None:
+        """Record a training row and show progress now and then."""
+        self._record(row)
+        if self._first_step is None:
+            self._first_step = row["step"] - 1
+        pause = _TERMINAL_SECONDS if self._terminal else _QUIET_SECONDS
+        last = row["step"] == self._config.train.steps
+        if time.monotonic() - self._last_line >= pause or last:
+            self._last_line = time.monotonic()
+            self._show(self._progress_line(row), stay=last)
+
+    def log_validation(self, row: dict[str, Any]) -> None:
+        """Record and show a validation row."""
+        self._record(row)
+        species = [f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("valid_loss/")]
+        detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
+        self._show(f"step {row['step']:,}  [bold]valid loss {row['valid_loss']:.4f}[/]{detail}", stay=True)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(row)
+
+    def _progress_line(self, row: dict[str, Any]) -> str:
+        steps, done = self._config.train.steps, row["step"]
+        elapsed = time.monotonic() - self._started
+        left = elapsed / (done - self._first_step) * (steps - done)
+        return (
+            f"step {done:,}/{steps:,}  [bold]loss {row['loss']:.4f}[/]  lr {row['lr']:.2e}  "
+            f"grad norm {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} bases/s  "
+            f"{_clock(elapsed)} passed, {_clock(left)} left"
+        )
+
+    def _show(self, line: str, stay: bool) -> None:
+        self._console.print(
+            f"\r\x1b[2K{line}" if self._terminal else line, end="\n" if stay or not self._terminal else ""
+        )
+
+
+def _start_wandb(config: Config, run: RunDirectory, wandb_id: str | None) -> Any:
+    mode = config.wandb.mode
+    if mode == "disabled":
+        return None
+    import wandb
+
+    if mode == "auto":
+        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        if mode == "offline":
+            _log.info("wandb: not logged in, so the run is kept offline in %s/wandb; `wandb sync` sends it", run.path)
+    settings = {
+        "id": wandb_id,
+        "resume": "allow",
+        "name": config.run.name,
+        "project": config.wandb.project,
+        "entity": config.wandb.entity,
+        "group": config.wandb.group,
+        "tags": config.wandb.tags,
+        "dir": run.path,
+        "config": config_to_dict(config),
+        "settings": wandb.Settings(silent=True, init_timeout=_WANDB_TIMEOUT),
+    }
+    try:
+        wandb_run = wandb.init(mode=mode, **settings)
+    except wandb.errors.CommError as error:
+        _log.warning("wandb: no answer (%s); the run is kept offline and `wandb sync` sends it later", error)
+        wandb_run = wandb.init(mode="offline", **settings)
+    # A resumed run makes some steps again: their rows count by `step`, not by the order in which they arrive.
+    wandb_run.define_metric("step")
+    wandb_run.define_metric("*", step_metric="step")
+    return wandb_run
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

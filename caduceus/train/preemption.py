@@ -1,0 +1,54 @@
+"""Stopping at a step boundary: Ctrl-C, the signals of schedulers, and the files STOP and SAVE."""
+
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+EXIT_REQUEUE = 75
+"""Exit status of a run that stopped early with a checkpoint (EX_TEMPFAIL): start the same command again."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+_log = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Collects requests to stop; the training loop asks at every step boundary."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._stop_file = run_directory / "STOP"
+        self._save_file = run_directory / "SAVE"
+        self._signal: str | None = None
+        self._stop_file.unlink(missing_ok=True)
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop, or None."""
+        if self._signal is None and self._stop_file.exists():
+            return "the file STOP"
+        return self._signal
+
+    def save_requested(self) -> bool:
+        """Whether someone touched the file SAVE since the last time asked."""
+        if not self._save_file.exists():
+            return False
+        self._save_file.unlink(missing_ok=True)
+        return True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Turn the stop signals into requests; a second Ctrl-C interrupts at once."""
+        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number).name
+        _log.warning("%s: stopping after this step with a checkpoint", self._signal)

@@ -1,0 +1,122 @@
+"""What a run directory trusts, refuses and keeps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from caduceus.config import Config
+from caduceus.errors import UserError
+from caduceus.run_directory import MARKER, RunDirectory
+
+
+def make_config(directory: Path, **train: object) -> Config:
+    config = Config()
+    config.run.dir, config.run.name = str(directory), "run"
+    for key, value in train.items():
+        setattr(config.train, key, value)
+    return config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory.create_or_resume(make_config(tmp_path / "run"))
+    yield run
+    run.release()
+
+
+def write_checkpoint(run: RunDirectory, step: int) -> Path:
+    writing = run.checkpoints_path / f".writing-{step:08d}"
+    writing.mkdir()
+    (writing / "weights").write_bytes(bytes(range(256)) * 16)
+    return run.complete_checkpoint(writing, step, {"samples": step * 8}).path
+
+
+def test_the_newest_checkpoint_is_found_and_linked(run: RunDirectory) -> None:
+    for step in (5, 40, 100):
+        path = write_checkpoint(run, step)
+    assert run.newest_valid_checkpoint().path == path
+    assert (run.checkpoints_path / "latest").resolve() == path.resolve()
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda path: (path / "weights").unlink(), "missing"),
+        (lambda path: (path / "weights").write_bytes(b"short"), "5 bytes instead of 4096"),
+        (lambda path: (path / "weights").write_bytes(bytes(4096)), "sha256"),
+        (lambda path: (path / MARKER).write_text("{"), "marker"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(run: RunDirectory, caplog, damage, named: str) -> None:
+    older, newer = write_checkpoint(run, 1), write_checkpoint(run, 2)
+    damage(newer)
+    assert run.newest_valid_checkpoint().path == older
+    assert str(newer) in caplog.text and named in caplog.text
+
+
+def test_a_directory_without_its_marker_does_not_count(run: RunDirectory) -> None:
+    older, newer = write_checkpoint(run, 1), write_checkpoint(run, 2)
+    (newer / MARKER).unlink()
+    assert run.newest_valid_checkpoint().path == older
+
+
+def test_only_the_newest_are_kept_and_leftovers_of_kills_go(run: RunDirectory) -> None:
+    for step in range(1, 6):
+        write_checkpoint(run, step)
+    leftover = run.checkpoints_path / ".writing-00000006"
+    leftover.mkdir()
+    run.remove_old_checkpoints(keep=2)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [4, 5]
+    assert not leftover.exists()
+    run.remove_old_checkpoints(keep=0)
+    assert len(run.checkpoints()) == 2
+
+
+def test_another_configuration_is_refused_with_both_values(run: RunDirectory) -> None:
+    run.release()
+    other = make_config(run.path, lr=1e-3)
+    with pytest.raises(UserError, match=r"train.lr=0.008, not 0.001.*run.allow_change=\[train.lr\]"):
+        RunDirectory.create_or_resume(other)
+    other.run.allow_change = ["train.lr"]
+    RunDirectory.create_or_resume(other).release()
+    assert RunDirectory.open(run.path).config().train.lr == 1e-3
+
+
+def test_settings_that_do_not_decide_the_numbers_may_change(run: RunDirectory) -> None:
+    run.release()
+    other = make_config(run.path, micro_batch=4)
+    other.data.workers, other.valid.every, other.checkpoint.keep = 0, 7, 1
+    RunDirectory.create_or_resume(other).release()
+
+
+def test_a_second_process_is_refused(run: RunDirectory) -> None:
+    assert RunDirectory(run.path).is_in_use()
+    with pytest.raises(UserError, match="another process is training"):
+        RunDirectory.create_or_resume(make_config(run.path))
+    run.release()
+    assert not RunDirectory(run.path).is_in_use()
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="something other than a run"):
+        RunDirectory.create_or_resume(make_config(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_metrics_after_the_checkpoint_are_dropped_with_a_torn_last_line(run: RunDirectory) -> None:
+    rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 6)]
+    text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo'
+    run.metrics_path.write_text(text)
+    assert run.metrics() == rows
+    run.truncate_metrics(3)
+    assert run.metrics() == rows[:3]
+
+
+def test_provenance_keeps_every_start(run: RunDirectory) -> None:
+    run.write_provenance({"step": 0})
+    run.write_provenance({"step": 9})
+    starts = json.loads(run.provenance_path.read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 9]
+    assert starts[0]["packages"]["torch"] and starts[0]["host"]
