@@ -1,0 +1,207 @@
+"""One streaming pass over FASTA text: checks every byte and finds where each contig's bases lie."""
+
+import re
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from caduceus.alphabet import IS_IUPAC_BYTE
+from caduceus.errors import UserError
+
+MAX_HEADER = 1 << 20
+_ALLOWED = np.flatnonzero(IS_IUPAC_BYTE).astype(np.uint8).tobytes()
+_LINE_ENDS = b"\r\n"
+_LOOKS_LIKE = (
+    (re.compile(rb"@"), "FASTQ"),
+    (re.compile(rb"\s*<", re.DOTALL), "a web page, perhaps of a failed download"),
+    (re.compile(rb"LOCUS "), "GenBank"),
+    (re.compile(rb"ID   "), "EMBL"),
+    (re.compile(rb"##gff|##fileformat"), "GFF or VCF"),
+    (re.compile(rb"\x28\xb5\x2f\xfd|BZh|\xfd7zXZ|PK\x03\x04"), "a compressed file that is neither gzip nor bgzip"),
+    (re.compile(rb".{0,512}\x00", re.DOTALL), "binary"),
+)
+
+
+@dataclass
+class Contig:
+    """A row of a .fai table, and the header that the name came from.
+
+    `line_bases` and `line_width` are bases and bytes of a full line; `regular` says that these two numbers are enough
+    to find every base (each line but the last is full).
+    """
+
+    name: str
+    description: str
+    offset: int  # bytes from the start of the text to the first base
+    length: int = 0  # bases
+    line_bases: int = 0
+    line_width: int = 0
+    regular: bool = True
+
+
+class FastaScanner:
+    """Takes the text of a FASTA in pieces of any size; `contigs` is complete after `finish`.
+
+    `bases`, if given, receives the bases alone, contig after contig, without headers and line ends.
+    Anything that is not FASTA with IUPAC bases is a `UserError` that names file, contig and line.
+    """
+
+    def __init__(self, path: object, bases: BinaryIO | None = None) -> None:
+        self.contigs: dict[str, Contig] = {}
+        self._path, self._sink = path, bases
+        self._position = 0  # bytes of text taken so far
+        self._line = 1  # number of the line that the next byte belongs to
+        self._at_line_start = True
+        self._header: bytearray | None = None  # of a header whose end has not come yet
+        self._contig: Contig | None = None
+        self._open_width = 0  # bytes of the unfinished sequence line
+        self._ended = False  # the contig has had a line that is not full: only blank ones may follow
+        self._held = b""  # a carriage return at the end of a piece, until its line feed comes
+
+    def feed(self, piece: bytes) -> None:
+        """Take the next piece of the text."""
+        piece = self._held + piece
+        self._held = b""
+        if not piece:
+            return
+        if self._position == 0:
+            self._check_beginning(piece)
+        if piece.endswith(b"\r"):
+            self._held, piece = b"\r", piece[:-1]
+        self._take(piece)
+
+    def finish(self) -> None:
+        """The text is at its end."""
+        held, self._held = self._held, b""
+        if self._position == 0 and not held:
+            raise UserError(f"{self._path}: is empty; a FASTA with at least one contig is needed")
+        if held:  # a carriage return with no line feed after it ends the last line
+            self._take(b"\r\n")
+        if self._header is not None:
+            self._begin_contig()
+        self._end_contig()
+        if not any(contig.length for contig in self.contigs.values()):
+            raise UserError(f"{self._path}: holds no bases, only {len(self.contigs)} header(s)")
+
+    def _check_beginning(self, piece: bytes) -> None:
+        if piece.startswith(b">"):
+            return
+        for pattern, kind in _LOOKS_LIKE:
+            if pattern.match(piece):
+                raise UserError(f"{self._path}: not a FASTA (it looks like {kind}); convert or download it again")
+        raise UserError(f"{self._path}: not a FASTA: line 1 does not begin with '>'")
+
+    def _take(self, piece: bytes) -> None:
+        at = 0
+        while at < len(piece):
+            if self._header is not None:
+                at = self._take_header(piece, at)
+            elif self._at_line_start and piece[at] == ord(">"):
+                self._end_contig()
+                self._header = bytearray()
+                at += 1
+            else:
+                next_header = piece.find(b"\n>", at) + 1
+                stop = next_header or len(piece)
+                self._take_sequence(piece[at:stop] if at or next_header else piece, at)
+                at = stop
+        self._position += len(piece)
+
+    def _take_header(self, piece: bytes, at: int) -> int:
+        end = piece.find(b"\n", at)
+        stop = end if end >= 0 else len(piece)
+        self._header += piece[at:stop]
+        if len(self._header) > MAX_HEADER:
+            raise UserError(f"{self._path}: line {self._line}: the header is over {MAX_HEADER:,} bytes; not a FASTA")
+        if end < 0:
+            return stop
+        self._begin_contig(offset=self._position + end + 1)
+        self._line += 1
+        return end + 1
+
+    def _begin_contig(self, offset: int | None = None) -> None:
+        header = self._header.removesuffix(b"\r").decode("utf-8", "replace").strip()
+        self._header = None
+        self._at_line_start = True
+        if "\r" in header:
+            raise UserError(f"{self._path}: line {self._line}: lines end in CR alone; convert the file to LF line ends")
+        name = header.split(maxsplit=1)[0] if header else ""
+        if not name:
+            raise UserError(f"{self._path}: line {self._line}: a header without a name; write one after '>'")
+        if not name.isprintable() or "\ufffd" in name:
+            raise UserError(f"{self._path}: line {self._line}: the contig name is not text; the file is damaged")
+        if name in self.contigs:
+            raise UserError(f"{self._path}: line {self._line}: a second contig named {name!r}; rename one")
+        self._contig = Contig(name, header, self._position if offset is None else offset)
+        self._open_width, self._ended = 0, False
+        self.contigs[name] = self._contig
+
+    def _take_sequence(self, text: bytes, at: int) -> None:
+        """Sequence lines of the current contig, from byte `at` of the piece; only whole CR LF pairs."""
+        if text.translate(None, _ALLOWED + _LINE_ENDS) or text.count(b"\r") != text.count(b"\r\n"):
+            self._refuse_text(text)
+        bases = text.replace(b"\n", b"")
+        has_cr = len(text) and b"\r" in bases
+        if has_cr:
+            bases = bases.replace(b"\r", b"")
+        if self._sink is not None:
+            self._sink.write(bases)
+        self._contig.length += len(bases)
+        if self._contig.regular:
+            self._measure_lines(np.frombuffer(text, np.uint8), has_cr)
+        self._line += text.count(b"\n")
+        self._at_line_start = text.endswith(b"\n")
+
+    def _measure_lines(self, text: np.ndarray, has_cr: bool) -> None:
+        """Check that the lines that end in `text` continue the contig's line length; keep the width of the open one."""
+        contig = self._contig
+        ends = np.flatnonzero(text == ord("\n"))
+        if not len(ends):
+            self._open_width += len(text)
+            return
+        widths = np.diff(ends, prepend=-1)
+        widths[0] += self._open_width
+        self._open_width = len(text) - 1 - int(ends[-1])
+        bases = widths - 1
+        if has_cr:
+            # At a line feed in position 0 the line's CR was in an earlier piece, but pieces never part a CR LF.
+            bases = bases - ((text[ends - 1] == ord("\r")) & (ends > 0))
+        if not contig.line_width:
+            contig.line_bases, contig.line_width = int(bases[0]), int(widths[0])
+        if not self._ended:
+            odd = np.flatnonzero((bases != contig.line_bases) | (widths != contig.line_width))
+            if not len(odd):
+                return
+            self._ended = True
+            contig.regular = bool(bases[odd[0]] <= contig.line_bases)
+            bases = bases[odd[0] + 1 :]
+        if bases.any():
+            contig.regular = False
+
+    def _end_contig(self) -> None:
+        """Account for a last line without a line end."""
+        contig = self._contig
+        if contig is None:
+            return
+        if self._open_width:
+            if not contig.line_width:
+                contig.line_bases, contig.line_width = self._open_width, self._open_width + 1
+            elif self._ended or self._open_width > contig.line_bases:
+                contig.regular = False
+        self._contig = None
+
+    def _refuse_text(self, text: bytes) -> None:
+        wrong = min(
+            (match.start() for match in (_BAD_BYTE.search(text), _LONE_CR.search(text)) if match is not None),
+        )
+        line = self._line + text.count(b"\n", 0, wrong)
+        character = chr(text[wrong]) if text[wrong] < 127 else f"\\x{text[wrong]:02x}"
+        raise UserError(
+            f"{self._path}: line {line}: contig {self._contig.name!r} holds {character!r}, "
+            "which is no IUPAC base; remove or replace it"
+        )
+
+
+_BAD_BYTE = re.compile(b"[^" + re.escape(_ALLOWED + _LINE_ENDS) + b"]")
+_LONE_CR = re.compile(rb"\r(?!\n)")
