@@ -1,17 +1,18 @@
-"""Shards -> batches. `shards` and `order` import no torch; the loader does, so its names load on first use."""
+"""Shards -> batches. Only the loader imports torch, so the names load on first use."""
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["ShardedGenome", "build_loader"]
+_HOME = {
+    "ShardedGenome": "caduceus.data.reader",
+    "Batch": "caduceus.data.loader",
+    "build_loader": "caduceus.data.loader",
+    "build_validation": "caduceus.data.loader",
+}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ShardedGenome":
-        from caduceus.data.shards import ShardedGenome
-
-        return ShardedGenome
-    if name == "build_loader":
-        from caduceus.data.loader import build_loader
-
-        return build_loader
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'caduceus.data' has no attribute {name!r}")

@@ -1,0 +1,147 @@
+"""Bases -> input tokens and labels: encoding, strand and masking in one pass over the bytes. Imports no torch.
+
+Randomness is a hash of (the sample's key, the position), so any slice of a sample can be masked alone. Masking is
+that of the published training (Schiff et al. 2024): a share of the ACGT bases is labelled; of these most are shown as
+[MASK], some as a random base, the rest as they are.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from caduceus.alphabet import (
+    BASE_TOKENS,
+    BYTE_TO_TOKEN,
+    COMPLEMENT_BYTE,
+    IGNORE_LABEL,
+    IS_IUPAC_BYTE,
+    MASK,
+)
+
+_INVALID = 255
+_FIRST_BASE, _LAST_BASE = min(BASE_TOKENS), max(BASE_TOKENS)
+assert tuple(sorted(BASE_TOKENS)) == tuple(range(_FIRST_BASE, _LAST_BASE + 1)), "the kernel draws from a range"
+
+
+def _token_tables() -> np.ndarray:
+    """(2, 256) uint8: token of a stored byte as it is and complemented; a byte that no genome may hold is invalid."""
+    tokens = np.where(IS_IUPAC_BYTE, BYTE_TO_TOKEN, _INVALID).astype(np.uint8)
+    complemented = np.where(IS_IUPAC_BYTE, BYTE_TO_TOKEN[COMPLEMENT_BYTE], _INVALID).astype(np.uint8)
+    return np.stack([tokens, complemented])
+
+
+_TOKENS = _token_tables()
+
+
+class Masking(NamedTuple):
+    """Thresholds of the masking hash, as the kernel compares them."""
+
+    labelled: np.uint64  # of the upper 32 bits
+    shown_as_mask: np.uint64  # of 30 lower bits
+    shown_as_mask_or_random: np.uint64
+
+    @classmethod
+    def of(cls, mask_prob: float, mask_token_prob: float, random_token_prob: float) -> "Masking":
+        """Shares of ACGT bases labelled; of the labelled shown as [MASK]; of the labelled shown as a random base."""
+        return cls(
+            np.uint64(round(mask_prob * 2**32)),
+            np.uint64(round(mask_token_prob * 2**30)),
+            np.uint64(round((mask_token_prob + random_token_prob) * 2**30)),
+        )
+
+
+@numba.njit(nogil=True, cache=True)
+def _hash(key: np.uint64, position: np.uint64) -> np.uint64:
+    x = key + position * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@numba.njit(nogil=True, cache=True)
+def _mask(bases, mirrored, keys, first, labelled, shown_as_mask, shown_as_mask_or_random, tokens, input_ids, labels):
+    rows, length = bases.shape
+    invalid = np.zeros(rows, np.int64)
+    for row in range(rows):
+        table = tokens[1] if mirrored[row] else tokens[0]
+        for i in range(length):
+            token = table[bases[row, length - 1 - i if mirrored[row] else i]]
+            label = np.uint8(IGNORE_LABEL)
+            if token >= _FIRST_BASE:
+                if token == _INVALID:
+                    invalid[row] += 1
+                draw = _hash(keys[row], np.uint64(first + i))
+                if draw >> np.uint64(32) < labelled:
+                    label = token
+                    kind = (draw >> np.uint64(2)) & np.uint64(0x3FFFFFFF)
+                    if kind < shown_as_mask:
+                        token = np.uint8(MASK)
+                    elif kind < shown_as_mask_or_random:
+                        token = np.uint8(_FIRST_BASE + (draw & np.uint64(3)))
+            input_ids[row, i] = token
+            labels[row, i] = label
+    return invalid
+
+
+@numba.njit(nogil=True, cache=True)
+def _shift(bases, mirrored, tokens, input_ids, labels):
+    rows, given = bases.shape
+    length = input_ids.shape[1]
+    invalid = np.zeros(rows, np.int64)
+    for row in range(rows):
+        table = tokens[1] if mirrored[row] else tokens[0]
+        for i in range(given):
+            token = table[bases[row, given - 1 - i if mirrored[row] else i]]
+            if token == _INVALID:
+                invalid[row] += 1
+            if i < length:
+                input_ids[row, i] = token
+            if i > 0:
+                labels[row, i - 1] = token if token >= _FIRST_BASE else np.uint8(IGNORE_LABEL)
+        if given == length:
+            labels[row, length - 1] = IGNORE_LABEL
+    return invalid
+
+
+@numba.njit(nogil=True, cache=True)
+def _weigh(bases, mirrored, shift, repeat_weight, weights):
+    rows, given = bases.shape
+    for row in range(rows):
+        for i in range(weights.shape[1]):
+            lower = False
+            if i + shift < given:
+                column = given - 1 - i - shift if mirrored[row] else i + shift
+                lower = bases[row, column] & 0x20 != 0
+            weights[row, i] = repeat_weight if lower else np.float32(1)
+
+
+def mask_bases(
+    bases: np.ndarray, mirrored: np.ndarray, keys: np.ndarray, first: int, masking: Masking
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masked-base inputs and labels of positions first … first+L-1 of each sample.
+
+    `bases` (B, L) uint8 as stored; the rows with `mirrored` (B,) bool are read as their reverse complement, of which
+    they are the same positions. `keys` (B,) uint64. Returns `input_ids` (B, L) uint8, `labels` (B, L) uint8 with
+    `IGNORE_LABEL` where nothing is predicted, and the count (B,) of bytes that are no IUPAC code.
+    """
+    input_ids, labels = np.empty(bases.shape, np.uint8), np.empty(bases.shape, np.uint8)
+    invalid = _mask(bases, mirrored, keys, first, *masking, _TOKENS, input_ids, labels)
+    return input_ids, labels, invalid
+
+
+def shift_bases(bases: np.ndarray, mirrored: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Next-base inputs and labels of `length` positions; `bases` has one column more, or ends with the sample.
+
+    Shapes and results as of `mask_bases`, without masking: the label of a position is the base after it.
+    """
+    input_ids, labels = np.empty((len(bases), length), np.uint8), np.empty((len(bases), length), np.uint8)
+    invalid = _shift(bases, mirrored, _TOKENS, input_ids, labels)
+    return input_ids, labels, invalid
+
+
+def weigh_repeats(bases: np.ndarray, mirrored: np.ndarray, length: int, shift: int, repeat_weight: float) -> np.ndarray:
+    """Loss weights (B, length) float32: `repeat_weight` where the base `shift` to the right is soft-masked, else 1."""
+    weights = np.empty((len(bases), length), np.float32)
+    _weigh(bases, mirrored, shift, np.float32(repeat_weight), weights)
+    return weights

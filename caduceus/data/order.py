@@ -1,0 +1,155 @@
+"""Which sample is the g-th one: closed forms of the seed and the number, over arrays of numbers. Imports no torch.
+
+Nothing is stored or replayed: a permutation is a Feistel network on just enough bits, walked along its cycle until it
+lands inside the domain (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+
+from caduceus.errors import UserError
+
+MIXTURE_BLOCK = 65536
+"""Samples over which the mixture of sources is exact."""
+_ROUNDS = 8
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Purpose(IntEnum):
+    """First number of every key, so that no two uses of randomness share one."""
+
+    MIXTURE = 1
+    SHARDS = 2
+    CROP = 3
+    STRAND = 4
+    MASK = 5
+    VALIDATION = 6
+    SUBSTITUTE = 7
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Bijective 64-bit hash, (n,) uint64: the finaliser of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def key(*numbers: int | np.ndarray) -> np.ndarray:
+    """64-bit keys from tuples of integers, (n,) uint64: scalars and (n,) arrays broadcast."""
+    state = np.zeros(1, np.uint64)
+    for number in numbers:
+        state = mix((state + _GOLDEN) ^ np.atleast_1d(number).astype(np.uint64))
+    return state
+
+
+def permute(position: np.ndarray, size: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Image of each position under the keyed bijection of 0 … size-1, (n,) int64; arguments broadcast.
+
+    Every element may have its own size and key.
+    """
+    position, size, keys = np.broadcast_arrays(np.atleast_1d(position), size, keys)
+    bits = np.frexp((size - 1).astype(np.float64))[1]  # of the largest position; exact up to 2^53
+    right_bits = ((bits + 1) // 2).astype(np.uint64)
+    left_bits = (bits // 2).astype(np.uint64)
+    image = _feistel(position.astype(np.uint64), left_bits, right_bits, keys).astype(np.int64)
+    outside = np.flatnonzero(image >= size)
+    while len(outside):
+        walked = _feistel(
+            image[outside].astype(np.uint64), left_bits[outside], right_bits[outside], keys[outside]
+        ).astype(np.int64)
+        image[outside] = walked
+        outside = outside[walked >= size[outside]]
+    return image
+
+
+def _feistel(x: np.ndarray, left_bits: np.ndarray, right_bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    one = np.uint64(1)
+    left_mask = (one << left_bits) - one
+    right_mask = (one << right_bits) - one
+    left, right = x >> right_bits, x & right_mask
+    round_key = keys
+    for _ in range(_ROUNDS // 2):
+        round_key = round_key + _GOLDEN
+        left = left ^ (mix(round_key + right) & left_mask)
+        round_key = round_key + _GOLDEN
+        right = right ^ (mix(round_key + left) & right_mask)
+    return (left << right_bits) | right
+
+
+def largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
+    """Whole shares of `total` in proportion to positive weights, at least 1 each, (S,) int64, adding up to `total`."""
+    if len(weights) > total:
+        raise UserError(f"data.path: {len(weights)} sources, but a mixture holds at most {total}")
+    exact = np.asarray(weights, np.float64) / np.sum(weights) * total
+    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    while (missing := total - int(counts.sum())) > 0:
+        counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    while (excess := int(counts.sum()) - total) > 0:
+        reducible = np.flatnonzero(counts > 1)
+        counts[reducible[np.argsort((exact - counts)[reducible], kind="stable")[:excess]]] -= 1
+    return counts
+
+
+class Mixture:
+    """Source and source's own sample number of every sample, exact in each block of `MIXTURE_BLOCK` samples."""
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self.counts = largest_remainder(weights, MIXTURE_BLOCK)
+        """(S,) int64: samples of each source per block."""
+        self._first = np.cumsum(self.counts) - self.counts
+        self._seed = seed
+
+    def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Samples g (n,) int64 -> source (n,) and the source's own sample number (n,), both int64."""
+        block, position = np.divmod(g, MIXTURE_BLOCK)
+        place = permute(position, MIXTURE_BLOCK, key(self._seed, Purpose.MIXTURE, block))
+        source = np.searchsorted(self._first, place, side="right") - 1
+        return source, block * self.counts[source] + place - self._first[source]
+
+
+class EpochOrder:
+    """Which crop a source's k-th sample is: every epoch visits each crop once, in an order of its own.
+
+    `crops_of_shard` (H,) counts the crops of all sources' shards, source after source, `shards_of_source` (S,) how many
+    shards each source has. Crops are numbered over all sources in that order. With `shuffle_block` above 0, an epoch
+    permutes a source's shards, groups them in blocks of that many, and shuffles crops only within a block.
+    """
+
+    def __init__(
+        self, crops_of_shard: np.ndarray, shards_of_source: Sequence[int], seed: int, shuffle_block: int = 0
+    ) -> None:
+        self._seed = seed
+        self._shuffle_block = shuffle_block
+        self._crops_of_shard = np.asarray(crops_of_shard, np.int64)
+        self._shard_first = np.cumsum(self._crops_of_shard) - self._crops_of_shard
+        self._source_shards = np.cumsum([0, *shards_of_source])
+        crops_before = np.concatenate([[0], np.cumsum(self._crops_of_shard)])
+        self._source_first = crops_before[self._source_shards[:-1]]
+        self.sizes = np.diff(crops_before[self._source_shards])
+        """(S,) int64: crops of each source."""
+
+    def locate(self, source: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """Crop number of each source's own sample k, (n,) int64."""
+        epoch, position = np.divmod(k, self.sizes[source])
+        if self._shuffle_block == 0:
+            keys = key(self._seed, Purpose.CROP, source, epoch)
+            return self._source_first[source] + permute(position, self.sizes[source], keys)
+        crops = np.empty_like(position)
+        for one_source, one_epoch in np.unique(np.stack([source, epoch]), axis=1).T:
+            here = (source == one_source) & (epoch == one_epoch)
+            crops[here] = self._within_blocks(one_source, one_epoch, position[here])
+        return crops
+
+    def _within_blocks(self, source: int, epoch: int, position: np.ndarray) -> np.ndarray:
+        first, end = self._source_shards[source : source + 2]
+        shards = first + permute(np.arange(end - first), end - first, key(self._seed, Purpose.SHARDS, source, epoch))
+        before_shard = np.concatenate([[0], np.cumsum(self._crops_of_shard[shards])])
+        block_edges = before_shard[[*range(0, len(shards), self._shuffle_block), len(shards)]]
+        block = np.searchsorted(block_edges, position, side="right") - 1
+        keys = key(self._seed, Purpose.CROP, source, epoch, block)
+        inside = permute(position - block_edges[block], block_edges[block + 1] - block_edges[block], keys)
+        shuffled = block_edges[block] + inside
+        slot = np.searchsorted(before_shard, shuffled, side="right") - 1
+        return self._shard_first[shards[slot]] + shuffled - before_shard[slot]

@@ -1,0 +1,230 @@
+"""Random access to sharded genomes: any stretch of bases inside a window is one positional read. Imports no torch."""
+
+import hashlib
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from caduceus.alphabet import reverse_complement
+from caduceus.data.shards import SPLITS, STRAND_SYMBOLS, ShardIndex, index_path, load_manifest
+from caduceus.errors import UserError
+
+MAX_OPEN_FILES = 128
+"""Descriptors one process keeps open; hundreds of species have more shards than a process may open."""
+
+WINDOW_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # row of the table's shard list
+        ("offset", "<u8"),  # of the first stored base, in bytes from the start of the tar
+        ("length", "<u4"),  # bases
+        ("contig", "<u4"),  # row of the species' contig table
+        ("start", "<u8"),  # on the forward strand, 0-based
+        ("strand", "u1"),  # of the stored bases: 0 is +, 1 is -
+        ("crc32", "<u4"),  # of the stored bases
+    ]
+)
+WINDOW_RUN_DTYPE = np.dtype(
+    [
+        ("window", "<u4"),  # row of the window table
+        ("start", "<u4"),  # first position of the run in the window, on the forward strand
+        ("length", "<u4"),
+    ]
+)
+
+
+class ShardFiles:
+    """Positional reads from many files with a bounded number of open ones. Safe to pickle and to fork."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
+        """Fill `buffer` (n,) uint8 from byte `offset` of file number `file`. Raises OSError, also where it ends."""
+        descriptor = self._descriptor(file)
+        view = memoryview(buffer)
+        while view:
+            count = os.preadv(descriptor, [view], offset)
+            if count == 0:
+                raise OSError(f"{self.paths[file]}: ends before byte {offset + len(view)}")
+            view, offset = view[count:], offset + count
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _descriptor(self, file: int) -> int:
+        if file in self._open:
+            self._open.move_to_end(file)
+            return self._open[file]
+        if len(self._open) >= MAX_OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[file] = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[file]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"paths": self.paths, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class WindowTable:
+    """The windows of one species and split, each once however many strands are stored.
+
+    `windows` (WINDOW_DTYPE) in shard order; `runs` (WINDOW_RUN_DTYPE) are the runs of non-ACGT codes, by window.
+    """
+
+    species: str
+    contigs: tuple[str, ...]
+    shards: tuple[Path, ...]
+    windows: np.ndarray
+    runs: np.ndarray
+
+    @property
+    def bases(self) -> int:
+        return int(self.windows["length"].sum(dtype=np.int64))
+
+
+class ShardedGenome:
+    """A directory of shards, opened for reading.
+
+    Attributes: `manifest`, `fingerprint`, and `species`, the names. Raises `UserError` where the directory, its
+    manifest or an index is missing or damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.manifest = load_manifest(directory)
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.parts = {part["name"]: part for part in self.manifest["species"]}
+        self.species = tuple(self.parts)
+        self._readable: dict[str, tuple[ShardFiles, np.ndarray, dict[str, int]]] = {}
+
+    def table(self, species: str, split: str) -> WindowTable:
+        """The windows of a species and split, from its checked indexes; empty where the split has none."""
+        part = self._part(species)
+        contigs = tuple(contig["name"] for contig in part["contigs"])
+        shards, samples, runs, sample_count = [], [], [], 0
+        for entry in part["splits"].get(split, {}).get("shards", []):
+            tar = self.directory / species / entry["name"]
+            index = _checked_index(tar, entry, len(contigs))
+            stored = np.zeros(len(index.samples), WINDOW_DTYPE)
+            for name in ("offset", "length", "contig", "start", "strand", "crc32"):
+                stored[name] = index.samples[name]
+            stored["shard"] = len(shards)
+            runs_here = np.zeros(len(index.runs), WINDOW_RUN_DTYPE)
+            for name, column in (("window", "sample"), ("start", "start"), ("length", "length")):
+                runs_here[name] = index.runs[column]
+            runs_here["window"] += sample_count
+            sample_count += len(stored)
+            shards.append(tar)
+            samples.append(stored)
+            runs.append(runs_here)
+        samples = np.concatenate([np.zeros(0, WINDOW_DTYPE), *samples])
+        runs = np.concatenate([np.zeros(0, WINDOW_RUN_DTYPE), *runs])
+        rows = _one_row_per_window(samples)
+        return WindowTable(species, contigs, tuple(shards), samples[rows], _forward_runs(samples, runs, rows))
+
+    def read(self, species: str, contig: str, start: int, end: int, strand: str = "+") -> np.ndarray:
+        """The bases of an interval that lies inside one window, (end - start,) uint8 ASCII, case kept.
+
+        `start` and `end` are 0-based half-open on the forward strand, whichever strand is asked for.
+        """
+        if strand not in STRAND_SYMBOLS:
+            raise UserError(f"strand: choose + or -, got '{strand}'")
+        files, windows, contigs = self._opened(species)
+        if contig not in contigs:
+            raise UserError(f"{self.directory}: {species} has no contig '{contig}'")
+        number = contigs[contig]
+        first, last = np.searchsorted(windows["contig"], [number, number + 1])
+        row = first + int(np.searchsorted(windows["start"][first:last], start, side="right")) - 1
+        window = windows[row] if row >= first else None
+        if window is None or not start < end <= window["start"] + window["length"]:
+            raise UserError(
+                f"{species} {contig}:{start}-{end}: no window of {self.directory} holds all of this interval"
+            )
+        begin = start - int(window["start"])
+        stored_minus = bool(window["strand"])
+        if stored_minus:
+            begin = int(window["start"]) + int(window["length"]) - end
+        bases = np.empty(end - start, np.uint8)
+        files.read_into(int(window["shard"]), int(window["offset"]) + begin, bases)
+        return bases if stored_minus == (strand == "-") else reverse_complement(bases)
+
+    def _opened(self, species: str) -> tuple[ShardFiles, np.ndarray, dict[str, int]]:
+        """Files of all splits of a species, their windows by contig and start, and the contigs' numbers."""
+        if species not in self._readable:
+            tables = [self.table(species, split) for split in SPLITS]
+            paths = [path for table in tables for path in table.shards]
+            windows = np.concatenate([table.windows for table in tables])
+            shards_before = np.cumsum([0] + [len(table.shards) for table in tables[:-1]])
+            windows["shard"] += np.repeat(shards_before, [len(table.windows) for table in tables]).astype(np.uint32)
+            windows = windows[np.lexsort((windows["length"], windows["start"], windows["contig"]))]
+            contigs = {name: number for number, name in enumerate(tables[0].contigs)}
+            self._readable[species] = ShardFiles(paths), windows, contigs
+        return self._readable[species]
+
+    def _part(self, species: str) -> dict:
+        if species not in self.parts:
+            raise UserError(f"{self.directory}: no species '{species}'; it holds {', '.join(self.species)}")
+        return self.parts[species]
+
+
+def stored_crc32(files: ShardFiles, window: np.void) -> int:
+    """crc32 of a window's stored bases as they can be read now; `window["shard"]` numbers the file."""
+    bases = np.empty(int(window["length"]), np.uint8)
+    files.read_into(int(window["shard"]), int(window["offset"]), bases)
+    return zlib.crc32(bases)
+
+
+def _checked_index(tar: Path, entry: dict, contigs: int) -> ShardIndex:
+    """The index of a tar, refused where tar, index and manifest do not fit together."""
+    path = index_path(tar)
+    try:
+        size = tar.stat().st_size
+    except OSError as error:
+        raise UserError(f"{tar}: the shard cannot be read ({error.strerror}); restore it or shard again") from None
+    if size != entry["bytes"]:
+        raise UserError(f"{tar}: {size} bytes, but the manifest says {entry['bytes']}; restore it or shard again")
+    index = ShardIndex.load(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != entry["index_sha256"]:
+        raise UserError(f"{path}: its sha256 is not the manifest's; restore it or shard again")
+    samples, runs = index.samples, index.runs
+    fits = (
+        len(samples) == entry["samples"]
+        and np.all(samples["offset"] + samples["length"] <= size)
+        and np.all(samples["contig"] < contigs)
+        and np.all(samples["strand"] <= 1)
+        and np.all(runs["sample"] < len(samples))
+        and np.all(runs["start"].astype(np.int64) + runs["length"] <= samples["length"][runs["sample"]])
+    )
+    if not fits:
+        raise UserError(f"{path}: the index does not describe {tar.name}; restore it or shard again")
+    return index
+
+
+def _one_row_per_window(samples: np.ndarray) -> np.ndarray:
+    """Rows of `samples` that name each window once, the forward strand where both are stored, in tar order."""
+    order = np.lexsort((samples["strand"], samples["length"], samples["start"], samples["contig"]))
+    place = samples[["contig", "start", "length"]][order]
+    first = np.ones(len(order), bool)
+    first[1:] = place[1:] != place[:-1]
+    return np.sort(order[first])
+
+
+def _forward_runs(samples: np.ndarray, runs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The runs of the chosen rows, renumbered and in forward coordinates."""
+    window_of_sample = np.full(len(samples), -1, np.int64)
+    window_of_sample[rows] = np.arange(len(rows))
+    runs = runs[window_of_sample[runs["window"]] >= 0]
+    sample = samples[runs["window"]]
+    mirrored = sample["length"] - runs["start"] - runs["length"]
+    runs["start"] = np.where(sample["strand"] == 1, mirrored, runs["start"])
+    runs["window"] = window_of_sample[runs["window"]]
+    return runs
