@@ -134,6 +134,18 @@ class TrainConfig:
 
 
 @dataclass
+class ParallelConfig:
+    strategy: str = "auto"
+    """auto | single | ddp | fsdp. auto takes single for one process, and by the size of the model ddp or fsdp for more."""
+    shard: int = 0
+    """fsdp: ranks that share one copy of the parameters; 0 is all of them."""
+    context: int = 1
+    """Ranks that share a sequence, each with a slice of it."""
+    cpu_offload: bool = False
+    """fsdp: keep parameters and optimizer state in host memory between uses."""
+
+
+@dataclass
 class ValidConfig:
     every: int = 1000
     """Steps between validations; 0 never validates."""
@@ -179,6 +191,7 @@ class Config:
     ops: OpsConfig = field(default_factory=OpsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     valid: ValidConfig = field(default_factory=ValidConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -191,6 +204,7 @@ _CHOICES = {
     "data.objective": ("mlm", "next_base"),
     "train.precision": ("fp32", "bf16"),
     "train.activation_checkpointing": ("none", "block"),
+    "parallel.strategy": ("auto", "single", "ddp", "fsdp"),
     "run.device": ("auto", "cpu", "cuda"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }
@@ -205,6 +219,8 @@ _AT_LEAST = {
     "train.lr": 0,
     "train.min_lr": 0,
     "train.weight_decay": 0,
+    "parallel.shard": 0,
+    "parallel.context": 1,
     "valid.every": 0,
     "valid.samples": 1,
     "checkpoint.every": 1,

@@ -1,40 +1,45 @@
 """Loss on held-out sequences, per species."""
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 
-from caduceus.data.loader import Batch
+from caduceus.data.loader import ValidationLoader
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: nn.Module, batches: Iterable[tuple[str, Batch]], device: torch.device, precision: str = "fp32"
+    model: nn.Module,
+    batches: ValidationLoader,
+    device: torch.device,
+    precision: str = "fp32",
+    add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
 ) -> dict[str, float]:
     """Cross-entropy over all labelled bases (weighted by `loss_weights` where there are any), in nats.
 
-    `batches` gives (species, batch). Returns {"valid_loss": …, "valid_loss/SPECIES": …}; a species without a labelled
-    base is left out.
+    `add_up` adds a tensor up over the ranks that share the batches. Returns {"valid_loss": …, "valid_loss/SPECIES": …};
+    a species without a labelled base is left out.
     """
     training = model.training
     model.eval()
-    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64, device=device))
+    rows = {species: row for row, species in enumerate(batches.species)}
+    sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
     for species, batch in batches:
         with autocast(device, precision):
-            output = model(**batch.model_inputs(device), return_logits=False)
-        sums[species] += torch.stack([output.loss_sum, output.weight_sum]).double()
+            output = model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
+        sums[rows[species]] += torch.stack([output.loss_sum, output.weight_sum]).double()
     model.train(training)
-    losses = {}
-    for species, (loss, weight) in sorted(sums.items()):
-        if weight > 0:
-            losses[f"valid_loss/{species}"] = (loss / weight).item()
-    if not losses:
+    sums = add_up(sums)
+    loss, weight = sums.sum(0).tolist()
+    if weight == 0:
         return {}
-    loss, weight = sum(sums.values())
-    return {"valid_loss": (loss / weight).item(), **losses}
+    species = zip(batches.species, sums.tolist(), strict=True)
+    return {
+        "valid_loss": loss / weight,
+        **{f"valid_loss/{name}": loss / weight for name, (loss, weight) in species if weight},
+    }
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:

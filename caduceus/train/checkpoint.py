@@ -1,4 +1,7 @@
-"""Checkpoints: model and optimizer through torch.distributed.checkpoint, the rest as JSON and RNG states."""
+"""Checkpoints: model and optimizer through torch.distributed.checkpoint, the rest as JSON and RNG states.
+
+The sharded files carry names that do not depend on the layout, so a checkpoint resumes on any number of ranks.
+"""
 
 import json
 import random
@@ -9,15 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from caduceus.data.shards import dump_json, write_atomically
+from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.run_directory import Checkpoint, RunDirectory
 
@@ -32,41 +29,40 @@ class Progress:
     wandb_id: str | None = None
 
 
-def save_checkpoint(
-    run: RunDirectory, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Checkpoint:
-    """Write checkpoints/step-…; it counts only once all of it is on disk."""
+def save_checkpoint(run: RunDirectory, progress: Progress, strategy: Single) -> None:
+    """Write checkpoints/step-… together with the other ranks; it counts only once all of it is on disk."""
+    ranks = strategy.ranks
     writing = run.checkpoints_path / f".writing-{progress.step:08d}"
-    shutil.rmtree(writing, ignore_errors=True)
-    try:
-        writing.mkdir()
-        dcp.save(_state(model, optimizer), checkpoint_id=writing, no_dist=True)
-        torch.save(_rng_state(), writing / "rng.pt")
-        write_atomically(writing / "progress.json", dump_json(asdict(progress)))
-        return run.complete_checkpoint(writing, progress.step, {"samples": progress.loader["samples_consumed"]})
-    except OSError as error:
+    if ranks.is_main:
         shutil.rmtree(writing, ignore_errors=True)
-        raise UserError(
-            f"{run.checkpoints_path}: the checkpoint of step {progress.step} could not be written ({error.strerror}); "
-            "earlier checkpoints are untouched: make room and start the same command again"
-        ) from error
-
-
-def load_checkpoint(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore model, optimizer and RNG states in place."""
-    state = _state(model, optimizer)
+        writing.mkdir()
+    ranks.barrier()
     try:
-        dcp.load(state, checkpoint_id=checkpoint.path, no_dist=True)
-    except dcp.CheckpointException as error:
-        raise UserError(f"{checkpoint.path}: the checkpoint of another model ({_first_line(error)})") from None
-    set_model_state_dict(model, state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        dcp.save(strategy.state_dict(), checkpoint_id=writing, no_dist=ranks.world == 1)
+        if ranks.is_main:
+            torch.save(_rng_state(), writing / "rng.pt")
+            write_atomically(writing / "progress.json", dump_json(asdict(progress)))
+            run.complete_checkpoint(writing, progress.step, {"samples": progress.loader["samples_consumed"]})
+        failure = None
+    except (OSError, dcp.CheckpointException) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        failure = UserError(
+            f"{run.checkpoints_path}: the checkpoint of step {progress.step} could not be written "
+            f"({_last_line(error)}); earlier checkpoints are untouched: make room and start the same command again"
+        )
+    ranks.raise_together(failure)
+
+
+def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
+    """Restore model, optimizer and RNG states in place, on any number of ranks."""
+    state = strategy.state_dict()
+    try:
+        dcp.load(state, checkpoint_id=checkpoint.path, no_dist=strategy.ranks.world == 1)
+    except (dcp.CheckpointException, RuntimeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
+    strategy.load_state_dict(state)
     _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
     return Progress(**json.loads((checkpoint.path / "progress.json").read_text()))
-
-
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def _rng_state() -> dict[str, Any]:
@@ -84,6 +80,6 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

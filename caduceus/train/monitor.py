@@ -24,10 +24,15 @@ class Monitor:
     """Writes every row to metrics.jsonl, a progress line to the console, and the row to W&B.
 
     Use as a context manager. `wandb_id` resumes that W&B run; the id in use is kept in the attribute of that name.
+    Only one rank is `active`; the others' monitors do nothing.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, wandb_id: str | None) -> None:
+    def __init__(self, config: Config, run: RunDirectory, wandb_id: str | None, active: bool) -> None:
         self._config = config
+        self._active = active
+        self.wandb_id = wandb_id
+        if not active:
+            return
         self._file = run.metrics_path.open("a", buffering=1)
         self._console = Console(stderr=True, highlight=False)
         self._terminal = sys.stderr.isatty()
@@ -35,12 +40,15 @@ class Monitor:
         self._started = time.monotonic()
         self._first_step: int | None = None
         self._wandb = _start_wandb(config, run, wandb_id)
-        self.wandb_id: str | None = self._wandb.id if self._wandb is not None else None
+        if self._wandb is not None:
+            self.wandb_id = self._wandb.id
 
     def __enter__(self) -> "Monitor":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if not self._active:
+            return
         self._file.close()
         if self._terminal:
             self._console.print()
@@ -49,6 +57,8 @@ class Monitor:
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Record a training row and show progress now and then."""
+        if not self._active:
+            return
         self._record(row)
         if self._first_step is None:
             self._first_step = row["step"] - 1
@@ -60,6 +70,8 @@ class Monitor:
 
     def log_validation(self, row: dict[str, Any]) -> None:
         """Record and show a validation row."""
+        if not self._active:
+            return
         self._record(row)
         species = [f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("valid_loss/")]
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""

@@ -24,11 +24,9 @@ class StopRequest:
         self._stop_file.unlink(missing_ok=True)
 
     @property
-    def reason(self) -> str | None:
-        """Why to stop, or None."""
-        if self._signal is None and self._stop_file.exists():
-            return "the file STOP"
-        return self._signal
+    def requested(self) -> bool:
+        """Whether a stop signal came or someone touched the file STOP."""
+        return self._signal is not None or self._stop_file.exists()
 
     def save_requested(self) -> bool:
         """Whether someone touched the file SAVE since the last time asked."""

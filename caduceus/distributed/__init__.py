@@ -1,0 +1,1 @@
+"""Everything that knows about ranks. The model does not: parallelism is applied to it from outside."""

@@ -1,0 +1,25 @@
+"""Data parallelism with a whole model on every rank."""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from caduceus.config import Config
+from caduceus.distributed.strategy import Single
+
+
+class DDP(Single):
+    """DistributedDataParallel over all ranks, context-parallel ones included: each holds a share of every gradient."""
+
+    def wrap(self, config: Config, model: nn.Module) -> nn.Module:
+        device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if last else self.model.no_sync()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DDP averages over ranks, and the shares of the loss are to be added up.
+        (loss * self.ranks.world).backward()

@@ -1,0 +1,140 @@
+"""The ranks of a run: how they find each other, how they are arranged, and what they agree on.
+
+World = data-parallel ranks x context. Ranks that share a sequence (`parallel.context`) are neighbours, so that they
+sit on one node; ranks that share parameters (`parallel.shard`) are neighbours as well. Gradients are summed over the
+whole world, so the two arrangements are independent of each other.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from caduceus.config import Config, ParallelConfig
+from caduceus.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""A collective that takes longer has lost a rank; the run ends and is started again from its checkpoint."""
+
+
+class Ranks:
+    """This process among the processes of the run.
+
+    rank, world: of this process and of all; data_rank, data_world: who draws which samples; context_rank, context:
+    which slice of a sample; device: where this process computes.
+    """
+
+    def __init__(self, rank: int, world: int, context: int, device: torch.device) -> None:
+        self.rank = rank
+        self.world = world
+        self.context = context
+        self.context_rank = rank % context
+        self.data_rank = rank // context
+        self.data_world = world // context
+        self.device = device
+        self.context_group = self._make_context_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def positions(self, seq_len: int) -> tuple[int, int]:
+        """The slice (first, end) of every sequence that this rank computes."""
+        width = seq_len // self.context
+        return self.context_rank * width, (self.context_rank + 1) * width
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def maximum(self, value: int) -> int:
+        """Largest value of all ranks: how they agree to stop, save or skip."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def broadcast(self, value: object) -> object:
+        """The main rank's picklable value, on every rank."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank if any has an error: the others must not wait for one that is gone."""
+        if error is not None:
+            self.maximum(1)
+            raise error
+        if self.maximum(0):
+            raise RuntimeError("another rank failed; its own message says why")
+
+    def _make_context_group(self) -> dist.ProcessGroup | None:
+        if self.context == 1:
+            return None
+        groups = [list(range(first, first + self.context)) for first in range(0, self.world, self.context)]
+        group, _ = dist.new_subgroups_by_enumeration(groups)
+        return group
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[Ranks]:
+    """Join the other ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    check_layout(config.parallel, config.train.global_batch, config.train.micro_batch, config.data.seq_len, world)
+    device = choose_device(config.run.device)
+    if world == 1:
+        yield Ranks(0, 1, 1, device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield Ranks(rank, world, config.parallel.context, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_layout(parallel: ParallelConfig, global_batch: int, micro_batch: int, seq_len: int, world: int) -> None:
+    """Refuse an arrangement that `world` ranks cannot take; the message names the key."""
+    if world % parallel.context:
+        raise UserError(f"parallel.context: {parallel.context} does not divide the {world} ranks")
+    if seq_len % parallel.context:
+        raise UserError(f"parallel.context: {parallel.context} does not divide data.seq_len {seq_len}")
+    if world % max(parallel.shard, 1):
+        raise UserError(f"parallel.shard: {parallel.shard} does not divide the {world} ranks")
+    data_world = world // parallel.context
+    if global_batch % (micro_batch * data_world):
+        raise UserError(
+            f"train.global_batch: {global_batch} is not a multiple of train.micro_batch {micro_batch} x {data_world} "
+            "data-parallel ranks"
+        )
+    if parallel.strategy == "single" and world > 1:
+        raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `run.device`; with several GPUs in sight, the one of this local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("run.device: cuda was asked for, but torch sees no GPU here; use run.device=cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

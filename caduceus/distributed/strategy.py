@@ -1,0 +1,62 @@
+"""The one interface behind which strategies differ, and the strategy of a single process."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from caduceus.config import Config
+from caduceus.distributed.mesh import Ranks
+from caduceus.train.optimizer import build_optimizer, set_learning_rate
+
+
+class Single:
+    """One process. Other strategies override how the model is wrapped and how gradients meet.
+
+    `model` is what the loop calls. The loss given to `backward` is this rank's share of the global loss: shares add up
+    over ranks, and so do gradients.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
+        self.ranks = ranks
+        self.model = self.wrap(config, model)
+        self.optimizer = build_optimizer(self.model, config.train)
+
+    def wrap(self, config: Config, model: nn.Module) -> nn.Module:
+        """The model as the loop calls it."""
+        return model
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward pass of a micro-batch; gradients meet in the last one of a step."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def clip(self, clip_norm: float) -> torch.Tensor:
+        """Scale the gradients to a global norm of at most `clip_norm` (0: leave them); returns the norm before."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or float("inf"))
+
+    def step(self, lr: float) -> None:
+        """Update the parameters at learning rate `lr` and clear the gradients."""
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model and optimizer under names that do not depend on the strategy, for torch.distributed.checkpoint."""
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_model_state_dict(self.model, state["model"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
