@@ -5,13 +5,15 @@ runs left-to-right (0) or right-to-left (1); direction is an argument, never a f
 """
 
 import logging
+import sys
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from caduceus.errors import UserError
-from caduceus.ops import naive
 
 BACKENDS = ("naive", "cpu")
 PAD_DT = -1e4
@@ -61,7 +63,7 @@ def selective_scan(
     differentiable. With `reverse` the first step taken is position L - 1.
     """
     args = (u, dt, A, B, C, D, z, dt_bias, softplus, reverse, initial_state)
-    y, state = _module(backend, u).selective_scan(*args)
+    y, state = _module(backend, u.device.type).selective_scan(*args)
     return (y, state) if return_final_state else y
 
 
@@ -80,7 +82,7 @@ def causal_conv1d(
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation: choose None or 'silu', got {activation!r}")
-    return _module(backend, x).causal_conv1d(x, weight, bias, activation, reverse)
+    return _module(backend, x.device.type).causal_conv1d(x, weight, bias, activation, reverse)
 
 
 def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
@@ -90,6 +92,9 @@ def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *, back
     model). Stream s runs parameter direction d right-to-left where d != s: stream 1, the other strand, has the
     directions exchanged. Returns (P, S, B, L, E).
     """
+    module = _module(backend, x.device.type)
+    if hasattr(module, "bidirectional_conv1d"):
+        return module.bidirectional_conv1d(x, weight, bias)
     rows = []
     for d in range(weight.shape[0]):
         taps, offset = weight[d], None if bias is None else bias[d]
@@ -115,6 +120,9 @@ def bidirectional_scan(
     model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where
     d != s: stream 1, the other strand, has the directions exchanged. Returns (S, B, L, E).
     """
+    module = _module(backend, u.device.type)
+    if hasattr(module, "bidirectional_scan"):
+        return module.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias)
     streams = []
     for s in range(u.shape[1]):
         y = [
@@ -136,9 +144,12 @@ def bidirectional_scan(
     return torch.stack(streams)
 
 
-def _module(backend: str, tensor: Tensor):
-    if resolve_backend(backend, tensor.device) == "cpu":
-        from caduceus.ops import cpu
+def _module(backend: str, device_type: str) -> ModuleType:
+    return sys.modules[_load(backend, device_type)]
 
-        return cpu
-    return naive
+
+@torch.compiler.assume_constant_result  # choosing and logging are not for a compiled graph
+def _load(backend: str, device_type: str) -> str:
+    name = f"caduceus.ops.{resolve_backend(backend, device_type)}"
+    import_module(name)
+    return name
