@@ -1,17 +1,6 @@
 """The registry of genomes: YAML files in configs/genome/ that say where a genome comes from and how it is split.
 
-A file describes one genome by the keys of `GenomeSpec`, or several species of one dataset:
-
-    weight_exponent: 0.5                 # optional, see GenomeSet
-    species:
-      - genome: hg38                     # an entry of the registry; further keys override its own
-        name: human
-        weight: 2
-      - name: dog                        # or any file or URL
-        assembly: canFam4
-        file: genomes/canFam4.fa.gz      # from the YAML file's folder; ${oc.env:SCRATCH} names an environment variable
-        exclude: chrUn_.*
-        valid_contigs: [chr38]
+A file holds the keys of `GenomeSpec`. (Files with a list `species` there describe datasets of several species.)
 """
 
 import dataclasses
@@ -40,7 +29,7 @@ class GenomeSpec:
     """Species name in the dataset: letters, digits, _ and -."""
     organism: str = ""
     assembly: str = ""
-    file: Path | None = None
+    fasta: Path | None = None
     """A local file; a relative path starts at the YAML file's folder. Wins over `urls`."""
     urls: tuple[str, ...] = ()
     """Where to download the file from; each is tried in turn."""
@@ -57,8 +46,6 @@ class GenomeSpec:
     """Path or URL of a BED file of regions to leave out."""
     intervals: str | None = None
     """Path or URL of a BED file (contig, start, end, split) that publications train on."""
-    weight: float = 1.0
-    """Share of this species in a mixture, relative to the others."""
 
     def alias_groups(self) -> list[tuple[str, ...]]:
         """Names of the same contig, group by group; empty where there is no table."""
@@ -82,51 +69,26 @@ class GenomeSpec:
         return "|".join(map(re.escape, names))
 
 
-@dataclass(frozen=True)
-class GenomeSet:
-    """Species of one dataset.
-
-    `weight_exponent`: None takes each weight as given; an exponent a multiplies it by (bases used)^a, so that 1 samples
-    in proportion to genome size and 0.5 favours small genomes (temperature 2).
-    """
-
-    species: tuple[GenomeSpec, ...]
-    weight_exponent: float | None = None
-
-
 def registry_names() -> list[str]:
     """Names that `resolve_genome` knows."""
-    return sorted(path.stem for path in REGISTRY.glob("*.yaml"))
+    return sorted(path.stem for path in REGISTRY.glob("*.yaml") if "species" not in _read(path, resolve=False))
 
 
 def resolve_genome(name: str) -> GenomeSpec:
-    """One genome by its registry name, or by the path of a YAML file of the same form."""
-    genomes = load_genomes(_find(name))
-    if len(genomes.species) != 1:
-        raise UserError(f"{name}: holds {len(genomes.species)} species; give it to --genomes instead of --genome")
-    return genomes.species[0]
-
-
-def load_genomes(path: str | Path) -> GenomeSet:
-    """All species of a YAML file; a name of the registry stands for its file."""
-    path = _find(str(path))
+    """A genome by its registry name, or by the path of a YAML file of the same form."""
+    path = _find(name)
     values = _read(path)
-    if "species" not in values:
-        return GenomeSet((_build(values, path),))
-    unknown = sorted(values.keys() - {"species", "weight_exponent"})
-    if unknown:
-        raise UserError(f"{path}: unknown key '{unknown[0]}' beside species; known are weight_exponent and species")
-    entries, exponent = values["species"], values.get("weight_exponent")
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"{path}: species must be a list with one entry of keys for each species")
-    if exponent is not None and not isinstance(exponent, int | float):
-        raise UserError(f"{path}: weight_exponent must be a number, got {exponent!r}")
-    species = tuple(_build(entry, path) for entry in entries)
-    names = [spec.name for spec in species]
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise UserError(f"{path}: two species are named '{repeated}'; give each its own name")
-    return GenomeSet(species, exponent)
+    if "species" in values:
+        raise UserError(f"{path}: holds a list of species; give it to --genomes instead of --genome")
+    types = {field.name: field.type for field in dataclasses.fields(GenomeSpec)}
+    unknown = next((key for key in values if key not in types), None)
+    if unknown is not None:
+        raise UserError(f"{path}: unknown key '{unknown}'; known are {', '.join(types)}")
+    if "name" not in values:
+        raise UserError(f"{path}: a genome without a name; add the key name")
+    spec = GenomeSpec(**{k: _convert(k, value, types[k], path) for k, value in values.items() if value is not None})
+    _check(spec, path)
+    return spec
 
 
 def _find(name: str) -> Path:
@@ -138,42 +100,20 @@ def _find(name: str) -> Path:
     return path
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *, resolve: bool = True) -> dict[str, Any]:
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=resolve)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # YAML syntax, unset environment variables, unreadable files: each its own class
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold keys of a genome, or a species list")
+        raise UserError(f"{path}: must hold the keys of a genome")
     return values
-
-
-def _build(values: dict[str, Any], path: Path) -> GenomeSpec:
-    values = dict(values)
-    base = values.pop("genome", None)
-    if base is None and "name" not in values:
-        raise UserError(f"{path}: a genome without a name; add the key name")
-    inherited = {} if base is None else dataclasses.asdict(resolve_genome(str(base)))
-    if {"file", "urls"} & values.keys():  # another file than the entry's: its checksums say nothing about it
-        inherited |= {"file": None, "urls": (), "md5": None, "sha256": None}
-    types = {field.name: field.type for field in dataclasses.fields(GenomeSpec)}
-    given = {}
-    for key, value in values.items():
-        if key not in types:
-            raise UserError(f"{path}: unknown key '{key}'; known are genome, {', '.join(types)}")
-        if value is not None:
-            given[key] = _convert(key, value, types[key], path)
-    spec = GenomeSpec(**{**inherited, **given})
-    _check(spec, path)
-    return spec
 
 
 def _convert(key: str, value: Any, kind: Any, path: Path) -> Any:
     scalar = isinstance(value, str | int | float) and not isinstance(value, bool)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
     if kind == tuple[str, ...] and (isinstance(value, list) or scalar):
         return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
     if kind == Path | None and isinstance(value, str):
@@ -186,10 +126,8 @@ def _convert(key: str, value: Any, kind: Any, path: Path) -> Any:
 def _check(spec: GenomeSpec, path: Path) -> None:
     if not _PLAIN_NAME.fullmatch(spec.name):
         raise UserError(f"{path}: name '{spec.name}' may hold letters, digits, _ and - only")
-    if spec.file is None and not spec.urls:
-        raise UserError(f"{path}: '{spec.name}' needs one of the keys genome, file, urls")
-    if not spec.weight > 0:
-        raise UserError(f"{path}: '{spec.name}' has weight {spec.weight}; it must be above 0")
+    if spec.fasta is None and not spec.urls:
+        raise UserError(f"{path}: '{spec.name}' needs one of the keys fasta, urls")
     for key in ("include", "exclude"):
         try:
             re.compile(getattr(spec, key) or "")
