@@ -1,0 +1,161 @@
+"""A dataset's directory while it is made: lock, unfinished species, finished parts, manifest."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from caduceus.data.shards import build_manifest, dump_json, fingerprint, index_path, load_manifest, write_atomically
+from caduceus.errors import UserError
+
+LOCK = ".lock"
+JOURNAL = ".unfinished.jsonl"
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make the directory where it is absent, and keep other runs out of it; a killed run's lock is gone with it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK).open("ab")
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written to ({error.strerror}); choose another --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out") from None
+        except OSError as error:
+            raise UserError(
+                f"{directory}: its file system has no locks ({error.strerror}); shard to a local disk and copy"
+            ) from None
+        yield
+
+
+def refuse_if_locked(directory: Path) -> None:
+    """Fail early, before long work, where another run holds the lock."""
+    if (directory / LOCK).exists():
+        with locked(directory):
+            pass
+
+
+class SpeciesDirectory:
+    """OUT/SPECIES, from its first shard to its `species.json`.
+
+    While unfinished it holds a journal: what is being made (the identity), then one line per finished shard, so that
+    a run that was killed goes on with what is missing.
+    """
+
+    def __init__(self, dataset: Path, identity: dict[str, Any]) -> None:
+        self.path = dataset / identity["species"]
+        self.identity = identity
+        self._part, self._journal = self.path / "species.json", self.path / JOURNAL
+
+    def finished(self) -> bool:
+        """Whether the species is complete; one of another genome or other options is a `UserError`."""
+        if self._part.exists():
+            self._require_same(part_identity(read_part(self._part)), "holds")
+            return True
+        if self._journal.exists():
+            self._require_same(_read_journal(self._journal)[0], "was begun with")
+        return False
+
+    def begin(self) -> dict[str, dict[str, Any]]:
+        """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
+        if not self._journal.exists():
+            self.path.mkdir(exist_ok=True)
+            write_atomically(self._journal, json.dumps(self.identity).encode() + b"\n")
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink()
+        rows = _read_journal(self._journal)[1:]
+        finished = {row["name"]: row for row in rows if self._present(row)}
+        # A line that a kill cut short must not spoil the next one.
+        lines = [json.dumps(row) for row in (self.identity, *finished.values())]
+        write_atomically(self._journal, "\n".join(lines).encode() + b"\n")
+        return finished
+
+    def record(self, shard: dict[str, Any]) -> None:
+        """Note a shard as finished."""
+        with self._journal.open("ab", buffering=0) as file:
+            file.write(json.dumps(shard).encode() + b"\n")
+
+    def finish(self, part: dict[str, Any]) -> None:
+        """Write the species' part of the manifest: the species is complete."""
+        write_atomically(self._part, dump_json(part))
+        self._journal.unlink()
+
+    def _present(self, row: dict[str, Any]) -> bool:
+        tar = self.path / row["name"]
+        return tar.is_file() and tar.stat().st_size == row["bytes"] and index_path(tar).is_file()
+
+    def _require_same(self, found: dict[str, Any], how: str) -> None:
+        if found == self.identity:
+            return
+        was, now = _flat(found), _flat(self.identity)
+        key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
+        raise UserError(
+            f"{self.path}: {how} {key} {was.get(key)!r}, but now it is {now.get(key)!r} "
+            f"(fingerprints {fingerprint(found)[:12]} and {fingerprint(self.identity)[:12]}); "
+            f"choose another --out, or delete {self.path}"
+        )
+
+
+def part_identity(part: dict[str, Any]) -> dict[str, Any]:
+    """The identity of the species that a part of a manifest describes."""
+    keys = ("assembly", "file", "sha256", "plan")
+    return {"species": part["name"], **{key: part[key] for key in keys}}
+
+
+def read_part(path: Path) -> dict[str, Any]:
+    """A species.json."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as a species' part of a manifest ({error})") from None
+
+
+def check_species(directory: Path, names: list[str], add: bool) -> None:
+    """Refuse a directory that holds anything else than (some of) these species, unless they are to be added to it."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"{directory}: is not a directory; choose another --out")
+    present = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
+    species = {path.name for path in present if (path / "species.json").exists() or (path / JOURNAL).exists()}
+    foreign = [path.name for path in present if path.name not in species | {"manifest.json", "report.html", *names}]
+    if foreign:
+        raise UserError(f"{directory}: holds {foreign[0]}, which is not of a shard dataset; choose another --out")
+    others = sorted(species - set(names))
+    if others and not add:
+        raise UserError(
+            f"{directory}: holds another dataset (species {', '.join(others)}); choose another --out, or give --add "
+            "to add to it"
+        )
+
+
+def write_manifest(directory: Path) -> dict[str, Any]:
+    """Write `manifest.json` over all finished species of a directory."""
+    manifest = build_manifest([read_part(path) for path in sorted(directory.glob("*/species.json"))])
+    path = directory / "manifest.json"
+    content = dump_json(manifest)
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
+    return load_manifest(directory)
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    if not rows:
+        raise UserError(f"{path}: is damaged; delete {path.parent} and run the command again")
+    return rows
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {**{key: value for key, value in values.items() if key != "plan"}, **values["plan"]}

@@ -1,0 +1,113 @@
+"""Command line: genomes -> WebDataset shards with index and manifest (format 1), complete or not at all.
+
+python data_prep/shard_genome.py --fasta hg38.fa.gz --species hg38 --out shards
+python data_prep/shard_genome.py --verify shards
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from caduceus.errors import UserError, run_command
+from data_prep.options import STRANDS, TAILS, PlanOptions
+from data_prep.plan import SpeciesRequest
+from data_prep.registry import registry_names, resolve_genome
+from data_prep.sharding import make_dataset
+from data_prep.species_file import read_species_file, request_for_genome
+from data_prep.summary import print_summary
+from data_prep.verify import verify
+from data_prep.workers import available_cores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = build_parser().parse_args(arguments)
+    if args.verify is not None:
+        return verify(args.verify, args.workers)
+    if args.out is None:
+        raise UserError("--out is missing: the directory that the shards go to")
+    requests = requests_from(args)
+    manifest = make_dataset(requests, args.out, args.workers, args.add)
+    print_summary(manifest, args.out)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the plan have no default here: `PlanOptions` knows them."""
+    parser = argparse.ArgumentParser(
+        description="Cut genomes into windows and write them as WebDataset shards.",
+        epilog="A run that was stopped goes on when the same command is given again.",
+    )
+    source = parser.add_argument_group("input: one of")
+    kind = source.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--fasta", type=Path, help="genome: FASTA (plain, gzip, bgzip) or .2bit; needs --species")
+    kind.add_argument("--genome", metavar="NAME", help=f"a genome of the registry: {', '.join(registry_names())}")
+    kind.add_argument("--genomes", type=Path, metavar="YAML", help="several species and their options in one file")
+    kind.add_argument("--verify", type=Path, metavar="DIR", help="check a dataset byte for byte")
+    parser.add_argument("--species", metavar="NAME", help="name of the species, and of its folder")
+    parser.add_argument("--assembly", metavar="A", help="name of the assembly")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the dataset")
+    parser.add_argument("--add", action="store_true", help="add to the species that --out holds already")
+    parser.add_argument(
+        "--workers", type=_count, default=available_cores(), metavar="N", help="processes (%(default)s)"
+    )
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where unpacked genomes and tables are kept")
+    add_plan_options(parser.add_argument_group("plan (decides the bytes; same plan, same bytes)"))
+    return parser
+
+
+def add_plan_options(group: Any) -> None:
+    """One option per field of `PlanOptions`; what is not given is left out of the result."""
+    options = {
+        "window": (int, "N", "longest window, in bases (1048576)"),
+        "stride": (int, "N", "distance between window starts (the window)"),
+        "min_window": (int, "N", "shortest window (1024, or --window if that is less)"),
+        "cut_gaps": (int, "N", "runs of N this long separate segments; 0: none do (10000)"),
+        "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
+        "include": (str, "RE", "use the contigs whose whole name matches, instead of the default rules"),
+        "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
+        "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
+        "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
+    }
+    for name, (kind, metavar, text) in options.items():
+        group.add_argument(
+            "--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS
+        )
+    group.add_argument("--strands", choices=STRANDS, help="which strands are stored (both)", default=argparse.SUPPRESS)
+    group.add_argument("--tail", choices=TAILS, help="the end of a segment (short)", default=argparse.SUPPRESS)
+    for split in ("valid", "test"):
+        group.add_argument(
+            f"--{split}-contigs",
+            nargs="+",
+            metavar="C",
+            help=f"contigs of the {split} split",
+            default=argparse.SUPPRESS,
+        )
+
+
+def requests_from(args: argparse.Namespace) -> list[SpeciesRequest]:
+    """The species that the command line asks for."""
+    given = {key: value for key, value in vars(args).items() if key in PlanOptions.__dataclass_fields__}
+    if args.genomes is not None:
+        if args.species or args.assembly:
+            raise UserError("--species and --assembly go with --fasta or --genome; --genomes names its species itself")
+        return read_species_file(args.genomes, given, args.cache_dir)
+    if args.genome is not None:
+        spec = resolve_genome(args.genome)
+        return [request_for_genome(spec, given, name=args.species, assembly=args.assembly, cache_dir=args.cache_dir)]
+    if not args.species:
+        raise UserError("--species is missing: the name of the species, and of its folder in --out")
+    options = PlanOptions.from_values(given)
+    return [SpeciesRequest(args.species, args.fasta, args.assembly or "", options, cache_dir=args.cache_dir)]
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    run_command(main)

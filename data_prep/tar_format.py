@@ -1,0 +1,63 @@
+"""How a sample stands in a tar: KEY.seq, then KEY.json, as POSIX ustar members with fixed owner, mode and time."""
+
+import json
+
+import numpy as np
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+_NAME_BYTES = 100
+_SIZE = slice(124, 136)
+_CHECKSUM = slice(148, 156)
+_TEMPLATE = bytearray(BLOCK)
+_TEMPLATE[100:148] = b"0000644\0" + b"0000000\0" * 2 + bytes(12) + b"00000000000\0"
+_TEMPLATE[_CHECKSUM] = b" " * 8
+_TEMPLATE[156:157] = b"0"
+_TEMPLATE[257:265] = b"ustar\x0000"
+_TEMPLATE[329:345] = b"0000000\0" * 2
+_TEMPLATE_SUM = sum(_TEMPLATE)
+
+
+def member_header(name: str, size: int) -> bytes:
+    """The 512-byte header of a file of `size` bytes; `name` is ASCII of at most 100 characters."""
+    encoded = name.encode("ascii")
+    assert len(encoded) <= _NAME_BYTES and size < 8**11
+    digits = b"%011o\0" % size
+    header = bytearray(_TEMPLATE)
+    header[: len(encoded)] = encoded
+    header[_SIZE] = digits
+    header[_CHECKSUM] = b"%06o\0 " % (_TEMPLATE_SUM + sum(encoded) + sum(digits))
+    return bytes(header)
+
+
+def padding(size: int) -> bytes:
+    """The zeros that fill a member's last block."""
+    return bytes(-size % BLOCK)
+
+
+def member_size(content: np.ndarray) -> np.ndarray:
+    """Bytes in the tar of members with contents of these sizes, header and padding included, (n,) int64."""
+    return BLOCK + (content + BLOCK - 1) // BLOCK * BLOCK
+
+
+class SampleJson:
+    """KEY.json of the samples of one contig: {species, assembly, contig, split, start, end, strand[, pad]}."""
+
+    def __init__(self, species: str, assembly: str, contig: str, split: str) -> None:
+        self._prefix = json.dumps({"species": species, "assembly": assembly, "contig": contig, "split": split})[:-1]
+
+    def encode(self, start: int, end: int, strand: str, pad: int) -> bytes:
+        suffix = f', "pad": {pad}}}\n' if pad else "}\n"
+        return f'{self._prefix}, "start": {start}, "end": {end}, "strand": "{strand}"{suffix}'.encode()
+
+    def size(self, start: np.ndarray, end: np.ndarray, pad: np.ndarray) -> np.ndarray:
+        """Bytes of `encode` for each row, (n,) int64."""
+        fixed = len(self.encode(0, 0, "+", 0)) - 2
+        padded = np.where(pad > 0, len(', "pad": ') + decimal_digits(pad), 0)
+        return fixed + decimal_digits(start) + decimal_digits(end) + padded
+
+
+def decimal_digits(values: np.ndarray) -> np.ndarray:
+    """Number of decimal digits of each value ≥ 0, (n,) int64."""
+    powers = 10 ** np.arange(1, 19, dtype=np.int64)
+    return 1 + np.searchsorted(powers, values.astype(np.int64), side="right")

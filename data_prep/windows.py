@@ -1,0 +1,122 @@
+"""Regions of a contig -> windows: which stretches become samples, and why the rest does not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from caduceus.data.shards import SPLITS
+from data_prep.composition import Scan
+from data_prep.intervals import EMPTY, complement, covered, difference, intersection, size, union
+from data_prep.options import PlanOptions
+
+WINDOW_DTYPE = np.dtype(
+    [
+        ("contig", "<u4"),  # row of the species' contig table
+        ("start", "<u8"),
+        ("end", "<u8"),
+        ("pad", "<u4"),  # N appended after `end`
+        ("split", "u1"),  # row of SPLITS
+    ]
+)
+DROPPED = ("gap", "low_acgt", "between_windows", "tail", "short")
+"""Why bases of a used contig are in no window, in the order in which the reasons are tried."""
+
+
+@dataclass(frozen=True)
+class ContigWindows:
+    """The windows of one contig (WINDOW_DTYPE, sorted), and where its bases went.
+
+    `kept` and each of `dropped` (keys DROPPED) count bases once; together they are the contig. `low_acgt_windows`
+    counts the windows that `--min-acgt` left out.
+    """
+
+    windows: np.ndarray
+    kept: int
+    dropped: dict[str, int]
+    low_acgt_windows: int
+
+
+def contig_windows(
+    row: int, length: int, regions: Mapping[str, np.ndarray], scan: Scan, options: PlanOptions
+) -> ContigWindows:
+    """Windows of contig number `row`: `regions` gives each split's bases, as disjoint sets of intervals."""
+    gaps = EMPTY if options.cut_gaps == 0 else scan.n_runs[np.diff(scan.n_runs)[:, 0] >= options.cut_gaps]
+    segments = {split: difference(region, gaps) for split, region in regions.items()}
+    tables = [EMPTY_WINDOWS]
+    for split, pieces in segments.items():
+        tiles = tile(pieces, options)
+        table = np.zeros(len(tiles), dtype=WINDOW_DTYPE)
+        table["contig"], table["split"] = row, SPLITS.index(split)
+        table["start"], table["end"], table["pad"] = tiles.T
+        tables.append(table)
+    windows = np.sort(np.concatenate(tables), order=("start", "end", "split"))
+    rich = enough_acgt(windows, scan, options.min_acgt)
+    kept = footprint(windows[rich])
+    rest = complement(kept, length)
+    dropped = dict.fromkeys(DROPPED, 0)
+    for reason, bases in (("gap", gaps), ("low_acgt", footprint(windows[~rich]))):
+        dropped[reason] = size(intersection(rest, bases))
+        rest = difference(rest, bases)
+    ends = np.concatenate([pieces[:, 1] for pieces in segments.values()])
+    at_end = np.isin(rest[:, 1], ends)
+    dropped["between_windows"] = size(rest[~at_end])
+    dropped["tail" if options.tail == "drop" else "short"] = size(rest[at_end])
+    return ContigWindows(windows[rich], size(kept), dropped, int((~rich).sum()))
+
+
+def tile(segments: np.ndarray, options: PlanOptions) -> np.ndarray:
+    """Cut each segment (n, 2) into windows of `--window` at `--stride`, its end by `--tail`: (m, 3) start, end, pad.
+
+    A segment shorter than the window gives one window of its own length (padded with `pad`, none with `drop`).
+    Windows below `--min-window` are left out.
+    """
+    start, end = segments[:, 0], segments[:, 1]
+    full = np.maximum((end - start - options.window) // options.step + 1, 0)
+    rows = np.repeat(np.arange(len(full)), full)
+    number = np.arange(len(rows)) - np.repeat(np.cumsum(full) - full, full)
+    full_start = start[rows] + number * options.step
+    windows = np.stack([full_start, full_start + options.window, np.zeros_like(full_start)], axis=1)
+    if options.tail != "drop":
+        windows = np.concatenate([windows, _tails(start, end, full, options)])
+    return windows[windows[:, 1] - windows[:, 0] >= options.min_window]
+
+
+def _tails(start: np.ndarray, end: np.ndarray, full: np.ndarray, options: PlanOptions) -> np.ndarray:
+    tail_start = start + full * options.step
+    reached = np.where(full > 0, tail_start - options.step + options.window, start)
+    left_over = (reached < end) & (tail_start < end)
+    start, end, full, tail_start = start[left_over], end[left_over], full[left_over], tail_start[left_over]
+    if options.tail == "inward":
+        tail_start = np.where(full > 0, end - options.window, start)
+    pad = options.window - (end - tail_start) if options.tail == "pad" else np.zeros_like(end)
+    return np.stack([tail_start, end, pad], axis=1)
+
+
+def enough_acgt(windows: np.ndarray, scan: Scan, min_acgt: float) -> np.ndarray:
+    """Which windows have at least this share of ACGT among their own bases (padding aside), (n,) bool."""
+    start, end = windows["start"].astype(np.int64), windows["end"].astype(np.int64)
+    return (end - start) - covered(start, end, scan.non_acgt) >= min_acgt * (end - start)
+
+
+def footprint(windows: np.ndarray) -> np.ndarray:
+    """The set of bases that lie in at least one of the windows, which are of one contig."""
+    return union(np.stack([windows["start"], windows["end"]], axis=1).astype(np.int64))
+
+
+EMPTY_WINDOWS = np.empty(0, dtype=WINDOW_DTYPE)
+
+
+def hash_rows(seed: int, purpose: int, *columns: np.ndarray) -> np.ndarray:
+    """A well-mixed 64-bit number per row of integer columns, (n,) uint64; the same on any machine (splitmix64)."""
+    state = _mix(np.full(len(columns[0]), seed, dtype=np.uint64) + np.uint64(purpose))
+    for column in columns:
+        state = _mix(state ^ column.astype(np.uint64))
+    return state
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
