@@ -1,0 +1,436 @@
+#!/usr/bin/env python3
+"""A real SLURM cluster of four nodes with accounting, all on this machine, in a directory of its own.
+
+    python tests/slurm/cluster.py start DIR      as root on Debian or Ubuntu; installs the packages that are missing
+    eval "$(python tests/slurm/cluster.py env DIR)"
+    sinfo
+    python tests/slurm/cluster.py stop DIR
+
+Nodes n0 … n3 have 4 CPUs, 4000 MB and 2 pretended GPUs each. Partition `main` is the default; a job in `urgent`
+preempts (requeues) jobs of `main`. Time-outs are short, so that faults show within seconds. Nothing outside DIR is
+touched but a line of /etc/hosts, which `stop` takes out again. Needs only the standard library.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+NODES = ("n0", "n1", "n2", "n3")
+CPUS_PER_NODE = 4
+GPUS_PER_NODE = 2
+PACKAGES = {
+    # package: (what it brings, services that its installation would enable)
+    "munge": ("/usr/sbin/munged", ("munge",)),
+    "slurm-wlm": ("/usr/sbin/slurmctld", ("slurmctld", "slurmd")),
+    "slurmdbd": ("/usr/sbin/slurmdbd", ("slurmdbd",)),
+    "mariadb-server": ("/usr/sbin/mariadbd", ("mariadb",)),
+}
+HOSTS = Path("/etc/hosts")
+HOSTS_MARK = "# slurm cluster in "
+LONGEST_DIRECTORY = 60  # a Unix socket's path has at most 107 bytes, and SLURM makes sockets below the directory
+
+SLURM_CONF = """\
+ClusterName=onemachine
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={slurmctld}
+SlurmUser=root
+SlurmdUser=root
+# A requeued job may start again once its old credential has expired.
+AuthInfo=socket={directory}/munge.socket,cred_expire=5
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool/%n
+SlurmctldPidFile={directory}/run/slurmctld.pid
+SlurmdPidFile={directory}/run/slurmd-%n.pid
+SlurmctldLogFile={directory}/log/slurmctld.log
+SlurmdLogFile={directory}/log/slurmd-%n.log
+MailProg=/bin/true
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=200
+SchedulerType=sched/builtin
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+SlurmctldParameters=preempt_send_user_signal
+ReturnToService=2
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldTimeout=10
+SlurmdTimeout=10
+MessageTimeout=5
+BatchStartTimeout=10
+KillWait=3
+OverTimeLimit=0
+UnkillableStepTimeout=30
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
+AccountingStoragePass={directory}/munge.socket
+AccountingStoragePort={slurmdbd}
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=5
+GresTypes=gpu
+NodeName=n[0-3] NodeHostname={host} NodeAddr=127.0.0.1 Port={slurmds} CPUs={cpus} RealMemory=4000 Gres=gpu:{gpus}
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 MaxTime=1-00:00:00
+PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF MaxTime=01:00:00
+"""
+SLURMDBD_CONF = """\
+DbdHost=localhost
+DbdPort={slurmdbd}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.socket
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm_acct_db
+PidFile={directory}/run/slurmdbd.pid
+LogFile={directory}/log/slurmdbd.log
+"""
+
+
+class ClusterError(Exception):
+    """The cluster cannot run here, or did not start. The message is one line."""
+
+
+class Cluster:
+    """The cluster in `directory`. Its daemons run in the foreground of sessions of their own; cluster.json has their
+    process ids, so that any later process can stop them, and a fault can be made of one of them."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory).resolve()
+        self._record = self.directory / "cluster.json"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a shell or process needs so that sbatch, sinfo and the others talk to this cluster."""
+        return {"SLURM_CONF": str(self.directory / "slurm.conf")}
+
+    def start(self) -> None:
+        """Start the cluster afresh, or do nothing where it is already up. Raises `ClusterError`."""
+        if reason := why_impossible():
+            raise ClusterError(reason)
+        if len(str(self.directory)) > LONGEST_DIRECTORY:
+            raise ClusterError(f"{self.directory}: longer than {LONGEST_DIRECTORY} characters; choose a shorter path")
+        if self._is_up():
+            return
+        if self.directory.exists() and any(self.directory.iterdir()) and not self._record.exists():
+            raise ClusterError(f"{self.directory}: neither empty nor a cluster's directory; choose another one")
+        install_packages()
+        self.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self._write_files()
+        self._add_hosts_line()
+        try:
+            self._start_daemons()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Kill the daemons and every job of this cluster, and take its line out of /etc/hosts. Only logs stay."""
+        pids = [pid for name in self._pids() if (pid := self.pid_of(name)) is not None]
+        for pid in [*pids, *self._job_processes()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self._record.exists():
+            _write_json(self._record, {})
+        shutil.rmtree(self.directory / "database", ignore_errors=True)
+        _edit_hosts(lambda line: HOSTS_MARK not in line or Path(line.split(HOSTS_MARK)[1]) != self.directory)
+
+    def pid_of(self, name: str) -> int | None:
+        """Process id of a daemon (munged, mariadbd, slurmdbd, slurmctld, or a node's name); None where it is dead."""
+        pid, started = self._pids().get(name, (0, ""))
+        return pid if pid and _start_time(pid) == started else None
+
+    def kill(self, name: str) -> None:
+        """`kill -9` of a daemon, as a crash would be. The jobs of a killed node keep running, as they would."""
+        pid = self.pid_of(name)
+        if pid is None:
+            raise ClusterError(f"{name} is not running")
+        os.kill(pid, signal.SIGKILL)
+        _wait(lambda: self.pid_of(name) is None, f"{name} to die", seconds=5)
+
+    def kill_node(self, node: str) -> None:
+        """What a power cut does to a node: its slurmd and all that runs on it are gone at once."""
+        self.kill(node)
+        for pid in self._job_processes(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd (again)."""
+        self._spawn(node, "slurmd", "-D", "-N", node, SLURMD_NODENAME=node)
+
+    def start_controller(self) -> None:
+        """Start slurmctld (again) and wait until it answers."""
+        self._spawn("slurmctld", "slurmctld", "-D")
+        self._wait_for(["scontrol", "ping"], "slurmctld", shows="is UP")
+
+    def node_states(self) -> dict[str, str]:
+        """State of each node as sinfo gives it: idle, mixed, allocated, down, drained, …; a '*' means no answer."""
+        lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").split("\n")
+        return dict(line.split() for line in lines if line)
+
+    def wait_until_idle(self, seconds: float = 60) -> None:
+        """Wait until all nodes are idle."""
+        _wait(lambda: set(self.node_states().values()) == {"idle"}, "four idle nodes", seconds)
+
+    def run(self, *command: str) -> str:
+        """Run a command against this cluster and return its output."""
+        result = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
+        if result.returncode:
+            raise ClusterError(f"{' '.join(command)}: {result.stderr.strip()}")
+        return result.stdout
+
+    def _is_up(self) -> bool:
+        daemons = ("munged", "mariadbd", "slurmdbd", "slurmctld", *NODES)
+        return all(self.pid_of(name) is not None for name in daemons)
+
+    def _write_files(self) -> None:
+        for name in ("run", "log", "state", "spool", "database", "gpus"):
+            (self.directory / name).mkdir(parents=True)
+        for number in range(GPUS_PER_NODE):
+            _make_null_device(self.directory / "gpus" / f"gpu{number}")
+        slurmctld, slurmdbd, *slurmds = _free_ports(2 + len(NODES))
+        values = {
+            "directory": self.directory,
+            "host": socket.gethostname(),
+            "slurmctld": slurmctld,
+            "slurmdbd": slurmdbd,
+            "slurmds": f"[{','.join(map(str, slurmds))}]",
+            "cpus": CPUS_PER_NODE,
+            "gpus": GPUS_PER_NODE,
+        }
+        (self.directory / "slurm.conf").write_text(SLURM_CONF.format(**values))
+        gres = f"NodeName=n[0-3] Name=gpu Flags=nvidia_gpu_env File={self.directory}/gpus/gpu[0-{GPUS_PER_NODE - 1}]\n"
+        (self.directory / "gres.conf").write_text(gres)
+        _write_private(self.directory / "slurmdbd.conf", SLURMDBD_CONF.format(**values).encode())
+        _write_private(self.directory / "munge.key", os.urandom(128))
+        _write_json(self._record, {})
+
+    def _start_daemons(self) -> None:
+        directory = self.directory
+        self._spawn(
+            "munged",
+            *("munged", "--foreground", "--force", f"--key-file={directory}/munge.key"),
+            *(f"--socket={directory}/munge.socket", f"--pid-file={directory}/run/munged.pid"),
+            *(f"--log-file={directory}/log/munged.log", f"--seed-file={directory}/munged.seed"),
+        )
+        datadir = f"--datadir={directory}/database"
+        self.run("mariadb-install-db", "--no-defaults", "--user=root", datadir, "--skip-test-db")
+        self._spawn(
+            "mariadbd",
+            *("mariadbd", "--no-defaults", "--user=root", datadir, "--skip-networking", "--skip-grant-tables"),
+            *(f"--socket={directory}/mariadb.socket", f"--pid-file={directory}/run/mariadbd.pid"),
+            *("--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"),
+        )
+        ping = ["mariadb-admin", "--no-defaults", f"--socket={directory}/mariadb.socket", "ping"]
+        self._wait_for(ping, "mariadbd", shows="alive")
+        self._spawn("slurmdbd", "slurmdbd", "-D", MYSQL_UNIX_PORT=f"{directory}/mariadb.socket")
+        # Accounting must know the cluster before slurmctld registers itself.
+        self._wait_for(["sacctmgr", "--immediate", "add", "cluster", "onemachine"], "slurmdbd", shows="onemachine")
+        self.start_controller()
+        for node in NODES:
+            self.start_node(node)
+        self.wait_until_idle()
+
+    def _spawn(self, name: str, *command: str, **environment: str) -> None:
+        if self.pid_of(name) is not None:
+            raise ClusterError(f"{name} is already running")
+        with (self.directory / "log" / f"{name}.out").open("ab") as output:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | self.environment | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd="/",
+            )
+        _write_json(self._record, self._pids() | {name: [process.pid, _start_time(process.pid)]})
+
+    def _pids(self) -> dict[str, tuple[int, str]]:
+        return json.loads(self._record.read_text()) if self._record.exists() else {}
+
+    def _wait_for(self, command: list[str], daemon: str, shows: str) -> None:
+        def answers() -> bool:
+            if self.pid_of(daemon) is None:
+                log = (self.directory / "log" / f"{daemon}.out").read_text().strip().splitlines()
+                raise ClusterError(f"{daemon} ended: {log[-1] if log else 'no output'}; see {self.directory}/log")
+            result = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True)
+            if "fatal: Unable to process configuration file" in result.stderr:
+                raise ClusterError(result.stderr.splitlines()[0])
+            return shows in result.stdout
+
+        _wait(answers, f"{daemon}; see {self.directory}/log", seconds=30)
+
+    def _job_processes(self, node: str | None = None) -> list[int]:
+        """Step daemons and, after them, job processes of this cluster (of one node), known by their environment.
+
+        A step daemon that outlived its job's processes would report their death as the job's own failure.
+        """
+        ours = f"SLURM_CONF={self.directory}/slurm.conf".encode()
+        stepds, tasks = [], []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes().split(b"\0")
+                is_stepd = (process / "cmdline").read_bytes().startswith(b"slurmstepd")
+            except OSError:  # it ended meanwhile
+                continue
+            # A user's shell has SLURM_CONF, too; only what runs in a job has the name of its node besides.
+            its_node = [entry[16:].decode() for entry in environment if entry.startswith(b"SLURMD_NODENAME=")]
+            if ours in environment and its_node and node in (None, *its_node):
+                (stepds if is_stepd else tasks).append(int(process.name))
+        return stepds + tasks
+
+    def _add_hosts_line(self) -> None:
+        line = f"127.0.0.1 {' '.join(NODES)} {HOSTS_MARK}{self.directory}"
+        _edit_hosts(_is_not_left_over, [line])
+
+
+def why_impossible() -> str | None:
+    """Why no cluster can run on this machine; None where it can."""
+    if sys.platform != "linux":
+        return "SLURM runs on Linux only"
+    if os.geteuid() != 0:
+        return "starting a SLURM cluster needs root"
+    missing = _missing_packages()
+    if missing and shutil.which("apt-get") is None:
+        return f"{', '.join(missing)} not installed, and there is no apt-get to install them"
+    return None
+
+
+def install_packages() -> None:
+    """Install what is missing by apt-get, without letting the packages start or enable their services."""
+    missing = _missing_packages()
+    if not missing:
+        return
+    print(f"installing {', '.join(missing)}", file=sys.stderr)
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "--yes", "--quiet=2", "--no-install-recommends", *missing]
+    with _no_service_starts():
+        for command in (["apt-get", "update", "--quiet=2"], install):
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if result.returncode:
+                last = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
+                raise ClusterError(f"{' '.join(command)} failed: {''.join(last)}")
+    if shutil.which("systemctl"):
+        services = [service for package in missing for service in PACKAGES[package][1]]
+        subprocess.run(["systemctl", "--quiet", "disable", *services], capture_output=True)
+
+
+@contextlib.contextmanager
+def _no_service_starts() -> Iterator[None]:
+    """Debian's policy hook, which packages ask before they start a service; a machine's own one is respected."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    if policy.exists():
+        yield
+        return
+    policy.write_text("#!/bin/sh\nexit 101\n")
+    policy.chmod(0o755)
+    try:
+        yield
+    finally:
+        policy.unlink()
+
+
+def _missing_packages() -> list[str]:
+    return [package for package, (binary, _) in PACKAGES.items() if not Path(binary).exists()]
+
+
+def _is_not_left_over(line: str) -> bool:
+    """False for the line of a cluster that crashed or whose directory is gone."""
+    if HOSTS_MARK not in line:
+        return True
+    return Cluster(line.split(HOSTS_MARK)[1]).pid_of("slurmctld") is not None
+
+
+def _edit_hosts(keep: Callable[[str], bool], more: list[str] | None = None) -> None:
+    """Rewrite /etc/hosts in place: in a container it is a mount, which cannot be renamed over."""
+    with HOSTS.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        old = file.read()
+        new = "".join(f"{line}\n" for line in [*filter(keep, old.splitlines()), *(more or [])])
+        if new != old:
+            file.seek(0)
+            file.write(new)
+            file.truncate()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        return sorted(bound.getsockname()[1] for bound in sockets)
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot, so that a reused id is not taken for it; None if dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _make_null_device(path: Path) -> None:
+    """SLURM takes nothing but a device file for a GPU."""
+    os.mknod(path, 0o666 | stat.S_IFCHR, Path("/dev/null").stat().st_rdev)
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+
+
+def _write_json(path: Path, values: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values))
+    temporary.replace(path)
+
+
+def _wait(condition: Callable[[], bool], what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise ClusterError(f"waited {seconds:.0f} s in vain for {what}")
+        time.sleep(0.1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("start", "stop", "env"))
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    arguments = parser.parse_args()
+    cluster = Cluster(arguments.directory)
+    try:
+        if arguments.action == "start":
+            cluster.start()
+            print(f'four nodes are up; for a shell: eval "$(python {sys.argv[0]} env {arguments.directory})"')
+        elif arguments.action == "stop":
+            cluster.stop()
+        else:
+            print("\n".join(f"export {name}={value}" for name, value in cluster.environment.items()))
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""The four-node cluster that the launcher's tests rely on does what a real one does, faults included."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+
+from tests.slurm.cluster import HOSTS, NODES, Cluster, why_impossible
+
+pytestmark = pytest.mark.slow
+
+
+def submit(cluster: Cluster, script: str, *options: str) -> str:
+    """Submit a batch script and return its job id."""
+    return cluster.run("sbatch", "--parsable", "--output=/dev/null", *options, "--wrap", script).strip()
+
+
+def job_state(cluster: Cluster, job: str) -> str:
+    return cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+
+def wait_for(condition, seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def test_nodes_are_idle_and_offer_what_was_declared(slurm_cluster):
+    assert slurm_cluster.node_states() == dict.fromkeys(NODES, "idle")
+    visible = slurm_cluster.run("srun", "--gpus-per-node=2", "bash", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    assert visible.strip() == "0,1"
+    bound = slurm_cluster.run("srun", "-n2", "--gpus-per-task=1", "bash", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    assert sorted(bound.split()) == ["0", "1"]
+    refused = subprocess.run(["srun", "--gpus-per-node=3", "true"], capture_output=True, text=True)
+    assert "Requested node configuration is not available" in refused.stderr
+
+
+def test_submitit_runs_torch_distributed_on_two_nodes(slurm_cluster, tmp_path):
+    def sum_of_ranks() -> tuple[float, str]:
+        import torch
+
+        submitit.helpers.TorchDistributedEnvironment().export(overwrite=True)
+        torch.distributed.init_process_group("gloo")
+        total = torch.tensor([2.0 ** torch.distributed.get_rank()])
+        torch.distributed.all_reduce(total)
+        return total.item(), os.environ["SLURMD_NODENAME"]
+
+    executor = submitit.SlurmExecutor(tmp_path)
+    executor.update_parameters(nodes=2, ntasks_per_node=2, time=2)
+    job = executor.submit(sum_of_ranks)
+    results = job.results()
+    assert [total for total, _ in results] == [2.0**4 - 1] * 4
+    assert len({node for _, node in results}) == 2
+    wait_for(lambda: "COMPLETED" in slurm_cluster.run("sacct", "-nXj", job.job_id, "--format=State"))
+
+
+def test_requeued_job_runs_again(slurm_cluster, tmp_path):
+    log = tmp_path / "log"
+    job = submit(slurm_cluster, f"echo ${{SLURM_RESTART_COUNT:-0}} >>{log}; [ $SLURM_RESTART_COUNT ] || sleep 100")
+    wait_for(lambda: lines(log) == ["0"])
+    slurm_cluster.run("scontrol", "requeue", job)
+    wait_for(lambda: lines(log) == ["0", "1"])
+    wait_for(lambda: job_state(slurm_cluster, job) == "COMPLETED")
+
+
+def test_killed_node_goes_down_its_job_moves_and_it_comes_back(slurm_cluster, tmp_path):
+    log = tmp_path / "log"
+    job = submit(slurm_cluster, f"echo $SLURMD_NODENAME >>{log}; [ $SLURM_RESTART_COUNT ] || sleep 100")
+    wait_for(lambda: len(lines(log)) == 1)
+    [first] = lines(log)
+    slurm_cluster.kill_node(first)
+    wait_for(lambda: slurm_cluster.node_states()[first].startswith("down"))
+    wait_for(lambda: len(lines(log)) == 2)
+    assert lines(log)[1] != first
+    wait_for(lambda: job_state(slurm_cluster, job) == "COMPLETED")
+    slurm_cluster.start_node(first)
+    slurm_cluster.wait_until_idle()
+
+
+def test_jobs_survive_a_restart_of_the_controller(slurm_cluster, tmp_path):
+    log, go_on = tmp_path / "log", tmp_path / "go_on"
+    job = submit(slurm_cluster, f"echo begin >>{log}; until [ -e {go_on} ]; do sleep 0.1; done; echo end >>{log}")
+    wait_for(lambda: lines(log) == ["begin"])
+    time.sleep(6)  # the controller writes changes to disk within 5 s; kill -9 loses what it has not written
+    slurm_cluster.kill("slurmctld")
+    slurm_cluster.start_controller()
+    assert job_state(slurm_cluster, job) == "RUNNING"
+    go_on.touch()
+    wait_for(lambda: job_state(slurm_cluster, job) == "COMPLETED")
+    assert lines(log) == ["begin", "end"]
+
+
+def test_an_urgent_job_preempts_with_the_job_s_own_signal(slurm_cluster, tmp_path):
+    log = tmp_path / "log"
+    script = f"""trap 'echo signal >>{log}; exit 0' USR2; echo begin >>{log}; sleep 100 & wait"""
+    submit(slurm_cluster, script, "--nodes=4", "--exclusive", "--signal=B:USR2@30")
+    wait_for(lambda: lines(log) == ["begin"])
+    slurm_cluster.run("srun", "--partition=urgent", "--immediate=30", "true")
+    assert lines(log)[:2] == ["begin", "signal"]
+
+
+def test_stop_leaves_nothing_behind_and_start_mends_a_crash(tmp_path_factory):
+    if reason := why_impossible():
+        pytest.skip(reason)
+    hosts = HOSTS.read_text()
+    cluster = Cluster(tmp_path_factory.mktemp("c"))
+    cluster.start()
+    old = {name: cluster.pid_of(name) for name in ("munged", "slurmctld", *NODES)}
+    cluster.start()
+    assert old == {name: cluster.pid_of(name) for name in old}, "a second start must change nothing"
+    for name in ("slurmctld", "n0", "munged"):
+        cluster.kill(name)
+    cluster.start()
+    assert cluster.run("srun", "hostname")
+    assert not set(old.values()) & {cluster.pid_of(name) for name in old}
+    submit(cluster, "sleep 100")
+    cluster.stop()
+    cluster.stop()
+    assert HOSTS.read_text() == hosts
+    ours = str(cluster.directory).encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            assert ours not in (process / "environ").read_bytes() or process.name == str(os.getpid())
+        except OSError:
+            continue
