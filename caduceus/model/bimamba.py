@@ -1,0 +1,183 @@
+"""The mixer: Mamba run in both directions and on one or two strands, with no tensor ever flipped.
+
+Shapes: B batch, L length, D d_model, E inner channels, N states, K convolution width, R rank of the step projection,
+S streams (1, or 2 where the model follows both strands), P directions (2, or 1 for a uni-directional model),
+Q sets of in and out projections (P where untied, else 1).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from caduceus.config import CaduceusConfig
+from caduceus.ops import PAD_DT, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+"""Range of the step sizes at initialisation, and the smallest allowed (Gu and Dao 2023, arXiv:2312.00752)."""
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """Linear maps without bias, x (G, …, in) by weight (G, out, in), or (1, out, in) for all of x -> (G, …, out)."""
+    if weight.shape[0] == 1:
+        return F.linear(x, weight[0])
+    return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+
+
+def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int) -> Tensor:
+    """`weight` for either stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
+
+    A stream that is held channel-flipped meets weights flipped along D instead, so activations never are.
+    """
+    copies = [weight, weight.flip(dim)]
+    return torch.stack(copies if mirrored_stream == 1 else copies[::-1])
+
+
+class BiMamba(nn.Module):
+    """Selective state space mixer over every stream, (S, B, L, D) -> (S, B, L, D).
+
+    Parameters of direction d (0 left-to-right, 1 right-to-left) are stacked on a leading axis. The `mirrored_stream`
+    runs as the reverse complement: it has the directions exchanged, and with `mirror_channels` also D flipped at entry
+    and exit, which its projections absorb.
+    """
+
+    def __init__(
+        self, config: CaduceusConfig, *, mirrored_stream: int = 1, mirror_channels: bool = False, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.mirrored_stream = mirrored_stream
+        self.mirror_channels = mirror_channels
+        self.backend = backend
+        directions = 2 if config.bidirectional else 1
+        projections = 1 if config.bidirectional_weight_tie else directions
+        d_model, d_inner, rank, states = config.d_model, config.d_inner, config.dt_rank, config.d_state
+        self.in_proj = nn.Parameter(torch.empty(projections, 2 * d_inner, d_model))
+        self.conv_weight = nn.Parameter(torch.empty(directions, d_inner, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.empty(directions, d_inner))
+        self.x_proj = nn.Parameter(torch.empty(directions, rank + 2 * states, d_inner))
+        self.dt_proj = nn.Parameter(torch.empty(directions, d_inner, rank))
+        self.dt_bias = nn.Parameter(torch.empty(directions, d_inner))
+        self.A_log = nn.Parameter(torch.empty(directions, d_inner, states))
+        self.D = nn.Parameter(torch.empty(directions, d_inner))
+        self.out_proj = nn.Parameter(torch.empty(projections, d_model, d_inner))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Published initialisation: S4D-real A, log-uniform step sizes, out projection scaled down with depth."""
+
+        def uniform(parameter: Tensor, bound: float) -> None:
+            parameter.uniform_(-bound, bound, generator=generator)
+
+        config = self.config
+        uniform(self.in_proj, config.d_model**-0.5)
+        uniform(self.conv_weight, config.d_conv**-0.5)
+        uniform(self.conv_bias, config.d_conv**-0.5)
+        uniform(self.x_proj, config.d_inner**-0.5)
+        uniform(self.dt_proj, config.dt_rank**-0.5)
+        self.dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp_().clamp_(min=DT_FLOOR)
+        self.dt_bias.add_(torch.log(-torch.expm1(-self.dt_bias)))  # inverse of softplus
+        self.A_log.copy_(torch.arange(1, config.d_state + 1, device=self.A_log.device).log())
+        self.D.fill_(1)
+        uniform(self.out_proj, (config.d_inner * config.n_layer) ** -0.5)
+
+    def forward(self, hidden: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        """hidden (S, B, L, D), pad_mask (B, L) bool, true where a position is only padding of the batch."""
+        config = self.config
+        if config.bidirectional:
+            jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
+        else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
+            jointly = self.mirrored_stream == 1
+        mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
+        return mix(hidden, pad_mask)
+
+    def _mix_directions_jointly(self, hidden: Tensor, pad_mask: Tensor | None) -> Tensor:
+        """Both directions share x, z and the out projection: projections and pointwise maps commute with flips."""
+        x, z = self._project_in(hidden, 0, pad_mask)
+        # The ops exchange the directions of stream 1. Where stream 0 is the mirrored one, exchange the parameters.
+        parameters = self.conv_weight, self.conv_bias, self.x_proj, self.dt_proj, self.dt_bias, self.A_log, self.D
+        if self.mirrored_stream == 0:
+            parameters = [parameter.flip(0) for parameter in parameters]
+        conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = parameters
+        u = bidirectional_conv1d(x, conv_weight, conv_bias, backend=self.backend)
+        dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
+        y = bidirectional_scan(u, dt, _negative_exp(A_log), B, C, D, z, dt_bias, backend=self.backend)
+        return self._project_out(y, 0)
+
+    def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None) -> Tensor:
+        """Directions with projections of their own, or joined by multiplication."""
+        directions = range(2 if self.config.bidirectional else 1)
+        outputs = [self._mix_direction(hidden, direction, pad_mask) for direction in directions]
+        if len(outputs) == 1:
+            return outputs[0]
+        forward, backward = outputs
+        return forward + backward if self.config.bidirectional_strategy == "add" else forward * backward
+
+    def _mix_direction(self, hidden: Tensor, direction: int, pad_mask: Tensor | None) -> Tensor:
+        projection = direction % self.in_proj.shape[0]
+        x, z = self._project_in(hidden, projection, pad_mask)
+        reverse = [(direction == 1) != (stream == self.mirrored_stream) for stream in range(hidden.shape[0])]
+        u = torch.stack(
+            [
+                causal_conv1d(
+                    x[s],
+                    self.conv_weight[direction],
+                    self.conv_bias[direction],
+                    reverse=reverse[s],
+                    backend=self.backend,
+                )
+                for s in range(len(reverse))
+            ]
+        )
+        x_proj, dt_proj = self.x_proj[direction, None], self.dt_proj[direction, None]
+        dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
+        A = _negative_exp(self.A_log[direction])
+        y = torch.stack(
+            [
+                selective_scan(
+                    u[s],
+                    dt[s],
+                    A,
+                    B[s],
+                    C[s],
+                    self.D[direction],
+                    z[s],
+                    self.dt_bias[direction],
+                    reverse=reverse[s],
+                    backend=self.backend,
+                )
+                for s in range(len(reverse))
+            ]
+        )
+        return self._project_out(y, projection)
+
+    def _project_in(self, hidden: Tensor, projection: int, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x and z, (S, B, L, E) each. Two products instead of one give two contiguous results."""
+        weight = self._for_streams(self.in_proj[projection], -1)
+        x_weight, z_weight = weight.chunk(2, dim=1)
+        x = project(hidden, x_weight)
+        if pad_mask is not None:
+            x = x.masked_fill(pad_mask[..., None], 0)
+        return x, project(hidden, z_weight)
+
+    def _project_scan_inputs(
+        self, u: Tensor, x_proj: Tensor, dt_proj: Tensor, pad_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dt before bias and softplus, (…, E), and B, C (…, N) of u (…, E)."""
+        states = self.config.d_state
+        dt, B, C = project(u, x_proj).split([self.config.dt_rank, states, states], dim=-1)
+        dt = project(dt, dt_proj)
+        if pad_mask is not None:
+            dt = dt.masked_fill(pad_mask[..., None], PAD_DT)
+        return dt, B, C
+
+    def _project_out(self, y: Tensor, projection: int) -> Tensor:
+        return project(y, self._for_streams(self.out_proj[projection], 0))
+
+    def _for_streams(self, weight: Tensor, dim: int) -> Tensor:
+        return with_mirrored_channels(weight, dim, self.mirrored_stream) if self.mirror_channels else weight[None]
+
+
+def _negative_exp(A_log: Tensor) -> Tensor:
+    return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
