@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from genomes import (
+
+from caduceus.data.shards import ShardIndex, index_path, load_manifest
+from tests.data_prep.genomes import (
     random_bases,
     read_fasta,
     reverse_complement,
@@ -15,8 +17,6 @@ from genomes import (
     tree_digest,
     write_fasta,
 )
-
-from caduceus.data.shards import ShardIndex, index_path, load_manifest
 
 OPTIONS = ("--window", 700, "--min-window", 50, "--cut-gaps", 100, "--shard-bytes", "64KiB", "--min-acgt", 0)
 
