@@ -20,6 +20,7 @@ from caduceus.alphabet import (
 )
 
 _INVALID = 255
+_CHUNK = 1024
 _FIRST_BASE, _LAST_BASE = min(BASE_TOKENS), max(BASE_TOKENS)
 assert tuple(sorted(BASE_TOKENS)) == tuple(range(_FIRST_BASE, _LAST_BASE + 1)), "the kernel draws from a range"
 
@@ -63,24 +64,31 @@ def _hash(key: np.uint64, position: np.uint64) -> np.uint64:
 def _mask(bases, mirrored, keys, first, labelled, shown_as_mask, shown_as_mask_or_random, tokens, input_ids, labels):
     rows, length = bases.shape
     invalid = np.zeros(rows, np.int64)
+    # Chunks, so that hashing is a vector loop, and the choice of positions has no branch to mispredict.
+    draws = np.empty(_CHUNK, np.uint64)
+    chosen = np.empty(_CHUNK, np.int64)
     for row in range(rows):
         table = tokens[1] if mirrored[row] else tokens[0]
-        for i in range(length):
-            token = table[bases[row, length - 1 - i if mirrored[row] else i]]
-            label = np.uint8(IGNORE_LABEL)
-            if token >= _FIRST_BASE:
-                if token == _INVALID:
-                    invalid[row] += 1
-                draw = _hash(keys[row], np.uint64(first + i))
-                if draw >> np.uint64(32) < labelled:
-                    label = token
-                    kind = (draw >> np.uint64(2)) & np.uint64(0x3FFFFFFF)
-                    if kind < shown_as_mask:
-                        token = np.uint8(MASK)
-                    elif kind < shown_as_mask_or_random:
-                        token = np.uint8(_FIRST_BASE + (draw & np.uint64(3)))
-            input_ids[row, i] = token
-            labels[row, i] = label
+        source = bases[row, ::-1] if mirrored[row] else bases[row, ::1]
+        for begin in range(0, length, _CHUNK):
+            count = min(_CHUNK, length - begin)
+            for i in range(count):
+                draws[i] = _hash(keys[row], np.uint64(first + begin + i))
+            picked = 0
+            for i in range(count):
+                token = table[source[begin + i]]
+                input_ids[row, begin + i] = token
+                labels[row, begin + i] = IGNORE_LABEL
+                invalid[row] += token == _INVALID
+                chosen[picked] = i
+                picked += (draws[i] >> np.uint64(32) < labelled) & (token >= _FIRST_BASE)
+            for i in chosen[:picked]:
+                labels[row, begin + i] = input_ids[row, begin + i]
+                kind = (draws[i] >> np.uint64(2)) & np.uint64(0x3FFFFFFF)
+                if kind < shown_as_mask:
+                    input_ids[row, begin + i] = MASK
+                elif kind < shown_as_mask_or_random:
+                    input_ids[row, begin + i] = np.uint8(_FIRST_BASE + (draws[i] & np.uint64(3)))
     return invalid
 
 

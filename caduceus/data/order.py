@@ -1,9 +1,10 @@
 """Which sample is the g-th one: closed forms of the seed and the number, over arrays of numbers. Imports no torch.
 
-Nothing is stored or replayed: a permutation is a Feistel network on just enough bits, walked along its cycle until it
+Nothing is replayed: a permutation is a Feistel network on just enough bits, walked along its cycle until it
 lands inside the domain (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -14,6 +15,7 @@ from caduceus.errors import UserError
 MIXTURE_BLOCK = 65536
 """Samples over which the mixture of sources is exact."""
 _ROUNDS = 8
+_TABLES_KEPT = 4
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -93,20 +95,42 @@ def largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
 
 
 class Mixture:
-    """Source and source's own sample number of every sample, exact in each block of `MIXTURE_BLOCK` samples."""
+    """Source and source's own sample number of every sample, exact in each block of `MIXTURE_BLOCK` samples.
+
+    A source's own numbers go up with g, so that its epochs follow each other. That takes a table of the block at hand,
+    computed from (seed, block) alone.
+    """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self.counts = largest_remainder(weights, MIXTURE_BLOCK)
         """(S,) int64: samples of each source per block."""
         self._first = np.cumsum(self.counts) - self.counts
         self._seed = seed
+        self._tables: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Samples g (n,) int64 -> source (n,) and the source's own sample number (n,), both int64."""
-        block, position = np.divmod(g, MIXTURE_BLOCK)
-        place = permute(position, MIXTURE_BLOCK, key(self._seed, Purpose.MIXTURE, block))
-        source = np.searchsorted(self._first, place, side="right") - 1
-        return source, block * self.counts[source] + place - self._first[source]
+        blocks, position = np.divmod(g, MIXTURE_BLOCK)
+        source, k = np.empty_like(g), np.empty_like(g)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            block_source, block_number = self._table(block)
+            source[here] = one = block_source[position[here]]
+            k[here] = block * self.counts[one] + block_number[position[here]]
+        return source, k
+
+    def _table(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each position of a block, and how many samples of that source precede it in the block."""
+        if block not in self._tables:
+            if len(self._tables) >= _TABLES_KEPT:
+                self._tables.popitem(last=False)
+            place = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, key(self._seed, Purpose.MIXTURE, block))
+            source = np.searchsorted(self._first, place, side="right") - 1
+            by_source = np.argsort(source, kind="stable")
+            number = np.empty(MIXTURE_BLOCK, np.int64)
+            number[by_source] = np.arange(MIXTURE_BLOCK) - self._first[source[by_source]]
+            self._tables[block] = source, number
+        return self._tables[block]
 
 
 class EpochOrder:

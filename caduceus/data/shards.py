@@ -126,7 +126,30 @@ def load_manifest(directory: str | Path) -> dict[str, Any]:
     computed = fingerprint({key: value for key, value in manifest.items() if key != "fingerprint"})
     if recorded != computed:
         raise UserError(f"{path}: fingerprint {recorded} does not match its content {computed}; the file was changed")
+    if not _is_complete(manifest):
+        raise UserError(f"{path}: parts of the manifest are missing or of the wrong type; shard the genomes again")
     return manifest
+
+
+_SHARD_FIELDS = {"name": str, "bytes": int, "sha256": str, "index_sha256": str, "samples": int, "bases": int}
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    """Whether everything is there that readers of a manifest rely on."""
+    try:
+        shards = [
+            shard for part in manifest["species"] for split in part["splits"].values() for shard in split["shards"]
+        ]
+        contigs = [contig for part in manifest["species"] for contig in part["contigs"]]
+        names = [part["name"] for part in manifest["species"]]
+        return (
+            len(set(names)) == len(names)
+            and all(isinstance(name, str) for name in names)
+            and all(isinstance(contig["name"], str) and isinstance(contig["length"], int) for contig in contigs)
+            and all(isinstance(shard[field], kind) for shard in shards for field, kind in _SHARD_FIELDS.items())
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def dump_json(values: Any) -> bytes:

@@ -85,7 +85,8 @@ def _write_shard(path: Path, species: str, stored: list[tuple[int, str, int, str
         for row, (contig_id, contig, start, strand, bases) in enumerate(stored):
             meta = {"species": species, "contig": contig, "start": start, "end": start + len(bases), "strand": strand}
             for suffix, content in (("seq", bases.encode()), ("json", json.dumps(meta).encode())):
-                member = tarfile.TarInfo(f"{species}-{contig}-{start}-{'pm'[strand == '-']}.{suffix}")
+                key = f"{species}-{contig.replace('.', '_')}-{start}-{'pm'[strand == '-']}"
+                member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
             acgt = sum(base in "ACGTacgt" for base in bases)

@@ -1,0 +1,119 @@
+"""Tokens and labels against a plain reading of the definition, and the statistics of the masks."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_fixture import complement_string, random_bases
+
+from caduceus.alphabet import BASE_TOKENS, IGNORE_LABEL, MASK, PAD, UNK
+from caduceus.data.masking import Masking, mask_bases, shift_bases, weigh_repeats
+from caduceus.data.order import key
+
+PUBLISHED = Masking.of(0.15, 0.8, 0.1)
+NO_MASK = Masking.of(0, 0, 0)
+CODES = "ACGTacgtNnRYSWKMBDHVryswkmbdhv"
+
+
+def as_rows(*rows: str) -> np.ndarray:
+    return np.array([list(row.encode()) for row in rows], np.uint8)
+
+
+def tokens_of(bases: str) -> list[int]:
+    """The definition, letter by letter."""
+    table = {"A": 7, "C": 8, "G": 9, "T": 10, "N": PAD}
+    return [table.get(base.upper(), UNK) for base in bases]
+
+
+@settings(deadline=None)
+@given(st.text(CODES, min_size=1, max_size=3000), st.booleans())
+def test_tokens_are_those_of_the_strand(bases: str, mirrored: bool) -> None:
+    shown = complement_string(bases) if mirrored else bases
+    input_ids, labels, invalid = mask_bases(as_rows(bases), np.array([mirrored]), key(1), 0, NO_MASK)
+    assert input_ids[0].tolist() == tokens_of(shown)
+    assert (labels == IGNORE_LABEL).all() and not invalid.any()
+
+
+@settings(deadline=None)
+@given(st.text(CODES, min_size=1, max_size=3000), st.booleans(), st.integers(0, 2**63), st.floats(0, 1))
+def test_labels_are_the_true_bases_and_never_n_or_iupac(bases: str, mirrored: bool, seed: int, share: float) -> None:
+    truth = np.array(tokens_of(complement_string(bases) if mirrored else bases))
+    input_ids, labels, _ = mask_bases(as_rows(bases), np.array([mirrored]), key(seed), 0, Masking.of(share, 0.5, 0.4))
+    labelled = labels[0] != IGNORE_LABEL
+    assert (labels[0][labelled] == truth[labelled]).all()
+    assert np.isin(truth[labelled], BASE_TOKENS).all()
+    assert (input_ids[0][~labelled] == truth[~labelled]).all()
+    assert np.isin(input_ids[0][labelled], [MASK, *BASE_TOKENS]).all()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.data())
+def test_a_slice_masked_alone_is_the_slice_of_the_masked(length: int, data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, length - 1))
+    end = data.draw(st.integers(first + 1, length))
+    rng = np.random.default_rng(length)
+    rows = as_rows(random_bases(rng, length), random_bases(rng, length))
+    mirrored, keys = np.array([False, True]), key(9, np.arange(2))
+    stored_slice = np.stack([rows[0, first:end], rows[1, length - end : length - first]])
+    whole = mask_bases(rows, mirrored, keys, 0, PUBLISHED)
+    alone = mask_bases(stored_slice, mirrored, keys, first, PUBLISHED)
+    assert (alone[0] == whole[0][:, first:end]).all()
+    assert (alone[1] == whole[1][:, first:end]).all()
+
+
+@pytest.mark.parametrize(("share", "as_mask", "as_random"), [(0.15, 0.8, 0.1), (0.4, 0.5, 0.5), (1.0, 0.0, 0.0)])
+def test_shares_are_those_asked_for(share: float, as_mask: float, as_random: float) -> None:
+    bases = as_rows(*("A" * 50_000 for _ in range(8)))
+    masking = Masking.of(share, as_mask, as_random)
+    input_ids, labels, _ = mask_bases(bases, np.zeros(8, bool), key(2, np.arange(8)), 0, masking)
+    labelled = labels != IGNORE_LABEL
+    shown = input_ids[labelled]
+
+    def assert_share(count: int, of: int, expected: float) -> None:
+        assert abs(count - of * expected) <= 5 * np.sqrt(of * expected * (1 - expected))
+
+    assert_share(labelled.sum(), bases.size, share)
+    assert_share((shown == MASK).sum(), len(shown), as_mask)
+    for token in BASE_TOKENS:  # random bases are uniform over A, C, G, T; an A may also be one shown as it is
+        kept = (1 - as_mask - as_random) if token == BASE_TOKENS[0] else 0
+        assert_share((shown == token).sum(), len(shown), as_random / 4 + kept)
+
+
+def test_masks_of_neighbouring_positions_and_samples_are_independent() -> None:
+    bases = as_rows(*("A" * 20_000 for _ in range(20)))
+    _, labels, _ = mask_bases(bases, np.zeros(20, bool), key(0, np.arange(20)), 0, Masking.of(0.5, 0.8, 0.1))
+    labelled = (labels != IGNORE_LABEL) - 0.5
+    for shift in (1, 2, 64):
+        assert abs((labelled[:, shift:] * labelled[:, :-shift]).mean()) < 5 * 0.25 / np.sqrt(bases.size)
+    assert abs((labelled[1:] * labelled[:-1]).mean()) < 5 * 0.25 / np.sqrt(bases.size)
+
+
+@settings(deadline=None)
+@given(st.text(CODES, min_size=2, max_size=500), st.booleans(), st.data())
+def test_next_base_labels(bases: str, mirrored: bool, data: st.DataObject) -> None:
+    truth = tokens_of(complement_string(bases) if mirrored else bases)
+    following = [token if token in BASE_TOKENS else IGNORE_LABEL for token in truth[1:]] + [IGNORE_LABEL]
+    first = data.draw(st.integers(0, len(bases) - 1))
+    end = data.draw(st.integers(first + 1, len(bases)))
+    given_end = min(end + 1, len(bases))
+    stored = bases[len(bases) - given_end : len(bases) - first] if mirrored else bases[first:given_end]
+    input_ids, labels, invalid = shift_bases(as_rows(stored), np.array([mirrored]), end - first)
+    assert input_ids[0].tolist() == truth[first:end]
+    assert labels[0].tolist() == following[first:end]
+    assert not invalid.any()
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_repeat_weights_lie_on_the_predicted_lower_case_bases(mirrored: bool) -> None:
+    bases = "AcgTNnaT"
+    shown = complement_string(bases) if mirrored else bases
+    weights = weigh_repeats(as_rows(bases), np.array([mirrored]), 8, 0, 0.25)
+    assert weights[0].tolist() == [0.25 if base.islower() else 1 for base in shown]
+    shifted = weigh_repeats(as_rows(bases), np.array([mirrored]), 8, 1, 0.25)
+    assert shifted[0].tolist() == [0.25 if base.islower() else 1 for base in shown[1:]] + [1]
+
+
+def test_bytes_that_are_no_bases_are_counted() -> None:
+    rows = np.stack([np.frombuffer(b"ACGTACGT", np.uint8), np.frombuffer(b"AC\0TA*GT", np.uint8)])
+    assert mask_bases(rows, np.zeros(2, bool), key(0, np.arange(2)), 0, PUBLISHED)[2].tolist() == [0, 2]
+    assert shift_bases(rows, np.ones(2, bool), 8)[2].tolist() == [0, 2]
