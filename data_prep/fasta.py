@@ -171,7 +171,8 @@ class _Store:
                 "free some space or name another folder with --cache-dir"
             ) from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         tables = Tables(_bare_table(tables.contigs), tables.sha256)
         content = {".fai": _format_fai(tables.contigs)}
         with suppress(OSError):

@@ -196,9 +196,9 @@ class FastaScanner:
             (match.start() for match in (_BAD_BYTE.search(text), _LONE_CR.search(text)) if match is not None),
         )
         line = self._line + text.count(b"\n", 0, wrong)
-        character = chr(text[wrong]) if text[wrong] < 127 else f"\\x{text[wrong]:02x}"
+        character = chr(text[wrong]) if 32 <= text[wrong] < 127 else f"\\x{text[wrong]:02x}"
         raise UserError(
-            f"{self._path}: line {line}: contig {self._contig.name!r} holds {character!r}, "
+            f"{self._path}: line {line}: contig {self._contig.name!r} holds '{character}', "
             "which is no IUPAC base; remove or replace it"
         )
 

@@ -217,6 +217,7 @@ def test_next_address_is_tried(server, tmp_path, capfd):
     assert "not found on the server (404)" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(server, tmp_path):
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=fetch, args=(server.url, tmp_path)) for _ in range(2)]
