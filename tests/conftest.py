@@ -1,7 +1,10 @@
 """Fixtures shared by all tests."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -14,3 +17,32 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/data with real genomes beside this checkout")
     return path
+
+
+def write_random_fasta(path: Path, seed: int, contigs: dict[str, int]) -> None:
+    """A FASTA of random bases in both cases, with a stretch of N in every contig over 2,000 bases."""
+    rng = np.random.default_rng(seed)
+    with path.open("w") as file:
+        for name, length in contigs.items():
+            bases = rng.choice(np.frombuffer(b"ACGTacgt", np.uint8), length)
+            if length > 2000:
+                bases[1000:1300] = ord("N")
+            text = bases.tobytes().decode()
+            file.write(f">{name}\n" + "".join(text[i : i + 60] + "\n" for i in range(0, length, 60)))
+
+
+def shard(directory: Path, species: str, fasta: Path, *options: str) -> None:
+    """Shard a FASTA with the real command."""
+    command = [sys.executable, str(REPOSITORY / "data_prep" / "shard_genome.py")]
+    command += ["--fasta", str(fasta), "--species", species, "--out", str(directory), *options]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a small genome: windows of 2,048 bases, contigs chr1 and chr2 to train on, chr3 to validate on."""
+    directory = tmp_path_factory.mktemp("small")
+    write_random_fasta(directory / "genome.fa", 1, {"chr1": 30_000, "chr2": 9_000, "chr3": 10_000})
+    options = ["--window", "2048", "--valid-contigs", "chr3", "--workers", "1"]
+    shard(directory / "shards", "small", directory / "genome.fa", *options)
+    return directory / "shards"

@@ -27,7 +27,7 @@ class Single:
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
         self.ranks = ranks
         self.model = self.wrap(config, model)
-        self.optimizer = build_optimizer(self.model, config.train)
+        self.optimizer = build_optimizer(model, config.train)
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
         """The model as the loop calls it."""

@@ -34,7 +34,7 @@ class Monitor:
         if not active:
             return
         self._file = run.metrics_path.open("a", buffering=1)
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._terminal = sys.stderr.isatty()
         self._last_line = 0.0
         self._started = time.monotonic()

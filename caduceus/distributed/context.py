@@ -1,0 +1,65 @@
+"""Context parallelism: the ranks of a group share a sequence, each with a contiguous slice, exactly.
+
+The convolution needs the K - 1 bases beside the slice. The scan needs the state in which it enters the slice: every rank
+runs its slice from a zero state, all gather (decay over the slice, end state), and each folds those of the ranks before
+it. What travels does not depend on the length of the slice: per direction and stream 2 E N numbers a rank.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ContextGroup:
+    """The ranks that share a sequence; rank r of R holds positions [r L, (r + 1) L)."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, size: int) -> None:
+        self.group = group
+        self.rank = rank
+        self.size = size
+
+    def halo(self, x: Tensor, width: int, reverse: list[bool]) -> Tensor:
+        """The `width` positions that precede each slice in its direction, zeros before the sequence begins.
+
+        x (G, B, L, E), one direction for each of G -> (G, B, width, E) in the order of the sequence.
+        """
+        edges = [x[g, :, :width] if reverse[g] else x[g, :, -width:] for g in range(len(reverse))]
+        edges = _AllGather.apply(torch.stack(edges), self.group)
+        halos = []
+        for g, backwards in enumerate(reverse):
+            neighbour = self.rank + 1 if backwards else self.rank - 1
+            inside = 0 <= neighbour < self.size
+            halos.append(edges[neighbour, g] if inside else torch.zeros_like(edges[0, g]))
+        return torch.stack(halos)
+
+    def initial_state(self, decay: Tensor, end_state: Tensor, reverse: list[bool]) -> Tensor:
+        """The state in which the scan enters this rank's slice.
+
+        decay, end_state (G, B, E, N): what the slice multiplies a state by, and its end state from zero; G as in `halo`.
+        """
+        gathered = _AllGather.apply(torch.stack([decay, end_state]), self.group)  # (R, 2, G, B, E, N)
+        states = []
+        for g, backwards in enumerate(reverse):
+            before = range(self.size - 1, self.rank, -1) if backwards else range(self.rank)
+            state = torch.zeros_like(end_state[g])
+            for rank in before:
+                state = gathered[rank, 0, g] * state + gathered[rank, 1, g]
+            states.append(state)
+        return torch.stack(states)
+
+
+class _AllGather(torch.autograd.Function):
+    """(…) on each of R ranks -> (R, …) on all; a gradient goes back to where its part came from, summed over ranks."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient[dist.get_rank(ctx.group)], None

@@ -1,0 +1,210 @@
+"""The training loop: what must be identical is compared bit for bit, on real shards."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from caduceus.config import Config, save_config
+from caduceus.errors import UserError
+from caduceus.run_directory import RunDirectory
+from caduceus.train.preemption import EXIT_REQUEUE
+from caduceus.train.trainer import train
+from tests.conftest import shard, write_random_fasta
+from tests.train.conftest import SmallRun, consumed_samples, numbers
+
+
+def losses(config: Config) -> list[float]:
+    return [row["loss"] for row in numbers(config.run.dir) if "loss" in row]
+
+
+def test_two_runs_with_one_seed_have_identical_metrics(small_run: SmallRun) -> None:
+    first, second = small_run.config("first"), small_run.config("second", data={"workers": 2})
+    assert train(first) == train(second) == 0
+    rows = numbers(first.run.dir)
+    assert rows == numbers(second.run.dir)
+    assert [row["samples"] for row in rows if "loss" in row] == list(range(8, 81, 8))
+    assert [row["step"] for row in rows if "valid_loss" in row] == [4, 8, 10]
+    assert "valid_loss/small" in rows[-1]
+    third = small_run.config("third", train={"seed": 1})
+    train(third)
+    assert losses(third) != losses(first)
+
+
+def test_micro_batches_do_not_change_the_run(small_run: SmallRun) -> None:
+    whole, pieces = small_run.config("whole", train={"micro_batch": 8}), small_run.config("pieces", train={"micro_batch": 1})
+    train(whole)
+    train(pieces)
+    # fp32 sums in another order, amplified by ten steps of AdamW.
+    assert losses(pieces) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_training_lowers_the_loss_from_its_start(small_run: SmallRun) -> None:
+    config = small_run.config("long", train={"steps": 40, "lr": 1e-2}, valid={"every": 0})
+    train(config)
+    assert losses(config)[0] > 2 and losses(config)[-1] < 1.6
+
+
+def test_bf16_autocast_stays_close_to_fp32(small_run: SmallRun) -> None:
+    fp32, bf16 = small_run.config("fp32"), small_run.config("bf16", train={"precision": "bf16"})
+    train(fp32)
+    train(bf16)
+    assert losses(bf16) != losses(fp32)
+    assert losses(bf16) == pytest.approx(losses(fp32), rel=2e-2)  # 8 bits of mantissa over two layers
+
+
+def test_next_base_objective_trains_the_unidirectional_baseline(small_run: SmallRun) -> None:
+    model = {"rcps": False, "bidirectional": False}
+    config = small_run.config("next", model=model, data={"objective": "next_base"}, train={"steps": 40, "lr": 1e-2})
+    train(config)
+    assert losses(config)[-1] < 1.6
+
+
+def test_compile_and_checkpointing_change_nothing(small_run: SmallRun) -> None:
+    plain = small_run.config("plain", train={"steps": 3})
+    recomputed = small_run.config("recomputed", train={"steps": 3, "activation_checkpointing": "block"})
+    train(plain)
+    train(recomputed)
+    assert losses(recomputed) == losses(plain)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same_run(small_run: SmallRun) -> None:
+    plain, compiled = (small_run.config(str(on), train={"steps": 3, "compile": on}) for on in (False, True))
+    train(plain)
+    train(compiled)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)  # fused kernels round otherwise
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_the_run_goes_on_bit_for_bit(small_run: SmallRun, tmp_path: Path) -> None:
+    steps = {"steps": 60}
+    undisturbed, killed = small_run.config("undisturbed", train=steps), small_run.config("killed", train=steps)
+    consumed = tmp_path / "consumed.jsonl"
+    train(undisturbed)
+    rng = random.Random(0)
+    for _ in range(4):
+        process = small_run.start(killed, consumed)
+        before = len(RunDirectory(killed.run.dir).metrics())
+        while len(RunDirectory(killed.run.dir).metrics()) < before + rng.randrange(1, 12) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = small_run.start(killed, consumed)
+    message = process.communicate()[1]
+    assert process.returncode == 0, message
+    assert numbers(killed.run.dir) == numbers(undisturbed.run.dir)
+    assert consumed_samples(consumed) == list(range(60 * 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGUSR2", "STOP"])
+def test_asked_to_stop_it_saves_and_the_same_command_goes_on(small_run: SmallRun, how: str) -> None:
+    steps = {"steps": 300}
+    config = small_run.config("stopped", train=steps, valid={"every": 0}, checkpoint={"every": 1000})
+    process = small_run.start(config)
+    run = RunDirectory(config.run.dir)
+    while len(run.metrics()) < 3:
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
+    if how == "STOP":
+        (run.path / "STOP").touch()
+    else:
+        process.send_signal(getattr(signal, how))
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == EXIT_REQUEUE, message
+    stopped_after = run.checkpoints()[-1].step
+    assert [row["step"] for row in run.metrics()] == list(range(1, stopped_after + 1))
+    config.train.steps, config.run.allow_change = stopped_after + 2, ["train.steps"]
+    assert train(config) == 0
+    assert run.checkpoints()[-1].step == stopped_after + 2
+
+
+def test_save_makes_a_checkpoint_and_goes_on(small_run: SmallRun) -> None:
+    config = small_run.config("saving", checkpoint={"every": 1000, "keep": 0})
+    run = RunDirectory.create_or_resume(config)
+    run.release()
+    (run.path / "SAVE").touch()
+    assert train(config) == 0
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [1, 10]
+    assert not (run.path / "SAVE").exists()
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, caplog: pytest.LogCaptureFixture) -> None:
+    whole, damaged = small_run.config("whole"), small_run.config("damaged")
+    train(whole)
+    train(damaged)
+    newest = RunDirectory(damaged.run.dir).checkpoints()[-1].path
+    weights = newest / "__0_0.distcp"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert train(damaged) == 0
+    assert str(newest) in caplog.text and "sha256" in caplog.text
+    assert numbers(damaged.run.dir) == numbers(whole.run.dir)
+
+
+def test_a_checkpoint_of_another_model_or_dataset_is_refused(small_run: SmallRun, tmp_path: Path) -> None:
+    train(small_run.config("run", train={"steps": 3}))
+    with pytest.raises(UserError, match="model.d_state=4, not 8"):
+        train(small_run.config("run", train={"steps": 3}, model={"d_state": 8}))
+    allowed = {"allow_change": ["model.d_state"]}
+    with pytest.raises(UserError, match="not a checkpoint of this model"):
+        train(small_run.config("run", train={"steps": 3}, model={"d_state": 8}, run=allowed))
+    write_random_fasta(tmp_path / "other.fa", 2, {"chr1": 30_000, "chr3": 10_000})
+    shard(tmp_path / "other", "other", tmp_path / "other.fa", "--window", "2048", "--valid-contigs", "chr3")
+    with pytest.raises(UserError, match="fingerprint"):
+        train(small_run.config("run", train={"steps": 3}, data={"path": str(tmp_path / "other")}))
+
+
+@pytest.mark.slow
+def test_mistakes_on_the_command_line_are_one_line_and_status_2(small_run: SmallRun, tmp_path: Path) -> None:
+    config = small_run.config("run")
+    save_config(config, tmp_path / "config.yaml")
+    for override, named in {
+        "train.stesp=3": "train.stesp",
+        "data.path=/nowhere": "/nowhere",
+        "data.seq_len=4096": "data.seq_len",
+        "train.global_batch=6": "train.global_batch",
+        "ops.backend=abacus": "ops.backend",
+    }.items():
+        command = [sys.executable, "-m", "caduceus.train", "--config", str(tmp_path / "config.yaml"), override]
+        result = subprocess.run(command, capture_output=True, text=True)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert result.returncode == 2 and len(errors) == 1 and named in errors[0], result.stderr
+        assert "Traceback" not in result.stderr
+        assert not Path(config.run.dir).exists()
+
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_one_run_id_over_restarts(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    config = small_run.config("watched", train={"steps": 3}, wandb={"mode": "offline"})
+    train(config)
+    config.train.steps, config.run.allow_change = 6, ["train.steps"]
+    train(config)
+    runs = list((Path(config.run.dir) / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert len({path.name.rsplit("-", 1)[1] for path in runs}) == 1
+    assert all(list(path.glob("*.wandb")) for path in runs)
+
+
+def test_a_batch_without_a_label_has_no_loss_and_no_gradient(small_run: SmallRun) -> None:
+    config = small_run.config("unlabelled", data={"mask_prob": 0.0}, train={"steps": 2}, valid={"every": 0})
+    train(config)
+    rows = numbers(config.run.dir)
+    assert [(row["loss"], row["grad_norm"]) for row in rows] == [(0.0, 0.0)] * 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Small tensors are faster so, and sums come out the same on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
