@@ -4,10 +4,10 @@ Format: SAM specification, section 4.1, https://samtools.github.io/hts-specs/SAM
 """
 
 import struct
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
+from isal import isal_zlib  # three times as fast as zlib
 
 from caduceus.errors import UserError
 from data_prep.files import PinnedFile, SequentialReader
@@ -117,10 +117,10 @@ class BlockScanner:
 
 def _inflate(block: memoryview, path: object, offset: int) -> bytes:
     """Data of one block; the crc and the size that the block states are checked."""
-    inflater = zlib.decompressobj(wbits=31)
+    inflater = isal_zlib.decompressobj(wbits=31)
     try:
         data = inflater.decompress(block)
-    except zlib.error as error:
+    except isal_zlib.error as error:
         raise UserError(f"{path}: damaged bgzip block at byte {offset} ({error}); download it again") from None
     if not inflater.eof:
         raise UserError(f"{path}: damaged bgzip block at byte {offset}; download it again")

@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import time
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from isal import igzip, isal_zlib
 
 from caduceus.data.shards import write_atomically
 from caduceus.errors import UserError
@@ -109,12 +110,12 @@ def _scan(file: PinnedFile, bases=None, label: str = "checking") -> Tables:
 
 def _gunzip(reader: SequentialReader, path: Path) -> Iterator[bytes]:
     try:
-        with gzip.GzipFile(fileobj=reader, mode="rb") as file:
+        with igzip.IGzipFile(fileobj=reader, mode="rb") as file:
             while piece := file.read(CHUNK):
                 yield piece
     except EOFError:
         raise UserError(f"{path}: truncated gzip; download it again") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except (gzip.BadGzipFile, isal_zlib.error) as error:
         raise UserError(f"{path}: damaged gzip ({error}); download it again") from None
 
 

@@ -102,9 +102,9 @@ class FastaScanner:
                 self._header = bytearray()
                 at += 1
             else:
-                next_header = piece.find(b"\n>", at) + 1
-                stop = next_header or len(piece)
-                self._take_sequence(piece[at:stop] if at or next_header else piece, at)
+                mark = piece.find(b">", at)
+                stop = len(piece) if mark < 0 else max(mark, at + 1)  # within a line it is taken, and refused
+                self._take_sequence(piece[at:stop])
                 at = stop
         self._position += len(piece)
 
@@ -137,36 +137,35 @@ class FastaScanner:
         self._open_width, self._ended = 0, False
         self.contigs[name] = self._contig
 
-    def _take_sequence(self, text: bytes, at: int) -> None:
-        """Sequence lines of the current contig, from byte `at` of the piece; only whole CR LF pairs."""
-        if text.translate(None, _ALLOWED + _LINE_ENDS) or text.count(b"\r") != text.count(b"\r\n"):
+    def _take_sequence(self, text: bytes) -> None:
+        """The next sequence lines of the current contig, or parts of lines; CR LF pairs are never parted."""
+        has_cr = b"\r" in text
+        if text.translate(None, _ALLOWED + _LINE_ENDS) or (has_cr and text.count(b"\r") != text.count(b"\r\n")):
             self._refuse_text(text)
         bases = text.replace(b"\n", b"")
-        has_cr = len(text) and b"\r" in bases
         if has_cr:
             bases = bases.replace(b"\r", b"")
         if self._sink is not None:
             self._sink.write(bases)
+        characters = np.frombuffer(text, np.uint8)
+        line_feeds = np.flatnonzero(characters == ord("\n"))
         self._contig.length += len(bases)
-        if self._contig.regular:
-            self._measure_lines(np.frombuffer(text, np.uint8), has_cr)
-        self._line += text.count(b"\n")
+        self._line += len(line_feeds)
         self._at_line_start = text.endswith(b"\n")
-
-    def _measure_lines(self, text: np.ndarray, has_cr: bool) -> None:
-        """Check that the lines that end in `text` continue the contig's line length; keep the width of the open one."""
-        contig = self._contig
-        ends = np.flatnonzero(text == ord("\n"))
-        if not len(ends):
+        if not self._contig.regular:
+            return
+        if not len(line_feeds):
             self._open_width += len(text)
             return
-        widths = np.diff(ends, prepend=-1)
+        widths = np.diff(line_feeds, prepend=-1)
         widths[0] += self._open_width
-        self._open_width = len(text) - 1 - int(ends[-1])
-        bases = widths - 1
-        if has_cr:
-            # At a line feed in position 0 the line's CR was in an earlier piece, but pieces never part a CR LF.
-            bases = bases - ((text[ends - 1] == ord("\r")) & (ends > 0))
+        self._open_width = len(text) - 1 - int(line_feeds[-1])
+        ends = 1 + (characters[line_feeds - 1] == ord("\r")) if has_cr else 1
+        self._measure_lines(widths, widths - ends)
+
+    def _measure_lines(self, widths: np.ndarray, bases: np.ndarray) -> None:
+        """Check that the contig's next lines, of so many bytes and bases, are as long as those before."""
+        contig = self._contig
         if not contig.line_width:
             contig.line_bases, contig.line_width = int(bases[0]), int(widths[0])
         if not self._ended:

@@ -79,6 +79,12 @@ class SequentialReader:
         self._progress.add(len(piece))
         return piece
 
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill `buffer` as far as the file goes; the number of bytes."""
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
     def sha256(self) -> str:
         """sha256 of the whole file, which must have been read to its end and not have changed meanwhile."""
         while self.read(CHUNK):

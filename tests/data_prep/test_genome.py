@@ -227,7 +227,7 @@ REFUSED = {
     "binary header": (b">\x01\x02\nACGT\n", "line 1: the contig name is not text"),
     "truncated gzip": (gzip.compress(FASTA)[:-9], "truncated gzip"),
     "gzip crc": (gzip.compress(FASTA)[:-8] + bytes(8), "damaged gzip"),
-    "junk after gzip": (gzip.compress(FASTA) + b"junk", "damaged gzip"),
+    "junk after gzip": (gzip.compress(FASTA) + b"junk" * 9, "damaged gzip"),
     "gzip of nothing": (gzip.compress(b""), "is empty"),
     "gzip of FASTQ": (gzip.compress(b"@r\nACGT\n"), "it looks like FASTQ"),
     "bgzip without end": (bgzip(FASTA, eof=False), "the end marker of bgzip is missing"),
