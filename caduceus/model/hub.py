@@ -93,15 +93,21 @@ def save_published(model: CaduceusForMaskedLM, directory: str | Path) -> None:
         (writing / PUBLISHED_CONFIG).write_bytes(dump_json({**_TRANSFORMERS_KEYS, **config}))
 
 
+def run_of(path: str | Path) -> RunDirectory:
+    """The run that `path` is, or that the checkpoint `path` belongs to."""
+    path = Path(path)
+    return RunDirectory.open(path.resolve().parents[1] if (path / MARKER).is_file() else path)
+
+
 def load_trained(path: str | Path) -> CaduceusForMaskedLM:
     """The model of a run directory (its newest valid checkpoint), of one of its checkpoints, or of an import."""
     path = Path(path)
     if (path / MARKER).is_file():
-        weights, config_path = path, path.resolve().parents[1] / OWN_CONFIG
+        weights, config_path = path, run_of(path).config_path
     elif (path / WEIGHTS).is_file():
         weights, config_path = path, path / OWN_CONFIG
     else:
-        run = RunDirectory.open(path)
+        run = run_of(path)
         checkpoint = run.newest_valid_checkpoint()
         if checkpoint is None:
             raise UserError(f"{path}: this run has no complete checkpoint yet")

@@ -1,0 +1,50 @@
+"""python -m caduceus.evaluate heldout (--run RUN | --export DIR --config FILE) [--split valid] [key.path=value …]"""
+
+import argparse
+import json
+import logging
+
+from caduceus.config import load_config
+from caduceus.data.shards import SPLITS
+from caduceus.errors import UserError, run_command
+
+
+def main() -> int:
+    """Parse the command line, evaluate, and print one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m caduceus.evaluate", description="What a trained model is worth.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="heldout")
+    heldout = commands.add_parser("heldout", help="loss on held-out sequences, per species, in nats per labelled base")
+    source = heldout.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--run", metavar="RUN", help="a run directory (its newest checkpoint), or one of its checkpoints"
+    )
+    source.add_argument("--export", metavar="DIR", help="a published checkpoint, such as caduceus.model.hub exports")
+    heldout.add_argument("--config", metavar="FILE", help="data and masks; default the run's own config.yaml")
+    heldout.add_argument("--split", choices=SPLITS, default="valid")
+    heldout.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print(json.dumps(_heldout(arguments), indent=1))
+    return 0
+
+
+def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
+    from caduceus.data.loader import build_validation
+    from caduceus.distributed.mesh import choose_device
+    from caduceus.evaluate.heldout import held_out_loss
+    from caduceus.model.hub import load_published, load_trained, run_of
+
+    if arguments.config is None and arguments.run is None:
+        raise UserError(
+            "--config: an export does not say which data to use; name a configuration, such as RUN/config.yaml"
+        )
+    config = load_config(arguments.config or run_of(arguments.run).config_path, arguments.overrides)
+    device = choose_device(config.run.device)
+    model = load_trained(arguments.run) if arguments.run else load_published(arguments.export)
+    config.model = model.config  # decides which strands a sample may show
+    batches = build_validation(config, arguments.split, device=device)
+    return held_out_loss(model.to(device), batches, device, config.train.precision)
+
+
+if __name__ == "__main__":
+    run_command(main)
