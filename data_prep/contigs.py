@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from caduceus.errors import UserError
-from data_prep.options import PlanOptions, option_name
+from data_prep.aliases import AliasTable
+from data_prep.options import PlanOptions
 
 _MITOCHONDRIA = (  # RefSeq accessions, whose names do not say what they are
     "NC_012920|NC_001807"  # human, of GRCh38 and hg19
@@ -42,6 +43,24 @@ class Selection:
 
     used: dict[str, int]
     left_out: dict[str, dict[str, int]]
+    aliases: AliasTable
+
+    def find(self, name: str) -> str | None:
+        """The used contig that `name` means, by itself, by the alias table, or with `chr` added or taken away."""
+        return self._find(name, self.used)
+
+    def kind_of_left_out(self, name: str) -> str | None:
+        """Why the contig that `name` means is left out; None where it is used or unknown."""
+        return next((kind for kind, contigs in self.left_out.items() if self._find(name, contigs)), None)
+
+    def _find(self, name: str, contigs: Mapping[str, int]) -> str | None:
+        forms = (form for known in names_of(name, self.aliases) for form in _forms(known))
+        return next((form for form in forms if form in contigs), None)
+
+
+def names_of(name: str, aliases: AliasTable) -> tuple[str, ...]:
+    """All names of a contig that the table knows, itself first."""
+    return tuple(dict.fromkeys((name, *aliases.groups.get(name, ()))))
 
 
 def kind_of(name: str, description: str = "") -> str | None:
@@ -51,31 +70,30 @@ def kind_of(name: str, description: str = "") -> str | None:
     return next(by_name, None) or next(by_header, None)
 
 
-def select_contigs(contigs: Mapping[str, int], descriptions: Mapping[str, str], options: PlanOptions) -> Selection:
+def select_contigs(
+    contigs: Mapping[str, int], descriptions: Mapping[str, str], options: PlanOptions, aliases: AliasTable
+) -> Selection:
     """Apply `--include` and `--exclude`, which match whole names; without `--include` the default rules apply.
 
     An assembly of nothing but scaffolds keeps them: `unplaced` is left out only beside contigs that are used.
     """
-    kinds = {name: _kind(name, descriptions.get(name, ""), options) for name in contigs}
+    kinds = {name: _kind(name, descriptions.get(name, ""), options, aliases) for name in contigs}
     if all(kinds.values()):
         kinds = {name: None if kind == "unplaced" else kind for name, kind in kinds.items()}
     used = {name: length for name, length in contigs.items() if kinds[name] is None}
     left_out: dict[str, dict[str, int]] = {}
     for name, length in contigs.items():
-        if kinds[name] is not None:
-            left_out.setdefault(kinds[name], {})[name] = length
+        kind = kinds[name]
+        if kind is not None:
+            left_out.setdefault(kind, {})[name] = length
     if not used:
         names = ", ".join(list(contigs)[:5])
+        counts = ", ".join(f"{len(group)} {kind}" for kind, group in left_out.items())
         raise UserError(
-            f"none of the {len(contigs)} contigs ({names}, …) is used: {_counts(left_out)}; "
-            f"{option_name('include')} takes a pattern of whole names"
+            f"none of the {len(contigs)} contigs ({names}{', …' if len(contigs) > 5 else ''}) is used: {counts}; "
+            "--include takes a pattern of whole names"
         )
-    return Selection(used, left_out)
-
-
-def find_contig(name: str, contigs: Mapping[str, int]) -> str | None:
-    """The contig that `name` means: itself, or the same name with or without `chr`."""
-    return next((form for form in _forms(name) if form in contigs), None)
+    return Selection(used, left_out, aliases)
 
 
 def _forms(name: str) -> tuple[str, ...]:
@@ -84,13 +102,12 @@ def _forms(name: str) -> tuple[str, ...]:
     return (name, bare, f"chr{bare}", f"Chr{bare}", *mitochondrial)
 
 
-def _kind(name: str, description: str, options: PlanOptions) -> str | None:
-    if options.exclude is not None and re.fullmatch(options.exclude, name):
+def _kind(name: str, description: str, options: PlanOptions, aliases: AliasTable) -> str | None:
+    names = names_of(name, aliases)
+    if options.exclude is not None and any(re.fullmatch(options.exclude, form) for form in names):
         return _PATTERN
     if options.include is not None:
-        return None if re.fullmatch(options.include, name) else _PATTERN
+        return None if any(re.fullmatch(options.include, form) for form in names) else _PATTERN
+    if name in aliases.kinds:
+        return aliases.kinds[name]
     return kind_of(name, description)
-
-
-def _counts(left_out: Mapping[str, Mapping[str, int]]) -> str:
-    return ", ".join(f"{len(contigs)} {kind}" for kind, contigs in left_out.items())

@@ -9,6 +9,7 @@ from typing import Any
 
 from caduceus.data.shards import build_manifest, dump_json, fingerprint, index_path, load_manifest, write_atomically
 from caduceus.errors import UserError
+from data_prep.report import write_report
 
 LOCK = ".lock"
 JOURNAL = ".unfinished.jsonl"
@@ -136,11 +137,12 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
 
 
 def write_manifest(directory: Path) -> dict[str, Any]:
-    """Write `manifest.json` over all finished species of a directory."""
+    """Write `report.html` and, last, `manifest.json` over all finished species of a directory."""
     manifest = build_manifest([read_part(path) for path in sorted(directory.glob("*/species.json"))])
     path = directory / "manifest.json"
     content = dump_json(manifest)
-    if not path.exists() or path.read_bytes() != content:
+    if not path.exists() or path.read_bytes() != content or not (directory / "report.html").exists():
+        write_report(directory, manifest)
         write_atomically(path, content)
     return load_manifest(directory)
 

@@ -1,15 +1,20 @@
 """The options that decide which bytes a species' shards hold."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from caduceus.errors import UserError
 
 STRANDS = ("both", "forward", "random")
 TAILS = ("short", "inward", "drop", "pad")
-_KIND_WORDS = {int: "a whole number", float: "a number", str: "text"}
+INTERVAL_MODES = ("exact", "extend", "tile")
+_OPTIONAL = {"stride": int, "split_block": int, "forbid_leakage": bool}
+_OPTIONAL |= dict.fromkeys(("include", "exclude", "aliases", "intervals"), str)
+_KIND_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]i?)?B?", re.IGNORECASE)
 
 
@@ -32,6 +37,20 @@ class PlanOptions:
     """Smallest share of ACGT among a window's bases."""
     include: str | None = None
     exclude: str | None = None
+    aliases: str | None = None
+    """A table of contig names, or an NCBI assembly report."""
+    intervals: str | None = None
+    """A BED file of the regions to use; its fourth column, if any, names the split."""
+    interval_mode: str = "tile"
+    """tile: rows are cut into windows; exact: a row is a window; extend: a row's end is moved to start + window."""
+    exclude_bed: tuple[str, ...] = ()
+    """BED files of regions to leave out."""
+    split_block: int | None = None
+    """Contigs are split by blocks of this many bases, which a hash deals out."""
+    valid_fraction: float = 0.0
+    test_fraction: float = 0.0
+    forbid_leakage: bool | None = None
+    """Cut out of train what valid or test hold; None: except with interval_mode extend."""
     shard_bytes: int = 256_000_000
     seed: int = 0
 
@@ -49,6 +68,12 @@ class PlanOptions:
         _require(
             self, "min_window", self.min_window <= self.window, f"at most the window, which is {self.window:,} bases"
         )
+        _require(self, "interval_mode", self.interval_mode in INTERVAL_MODES, " or ".join(INTERVAL_MODES))
+        if self.intervals is None and self.interval_mode != "tile":
+            raise UserError(f"--interval-mode {self.interval_mode}: needs --intervals, a BED file")
+        if self.interval_mode != "tile" and self.stride is not None:
+            raise UserError(f"--stride: rows are not tiled with --interval-mode {self.interval_mode}; leave it out")
+        self._check_blocks()
         for key in ("include", "exclude"):
             try:
                 re.compile(getattr(self, key) or "")
@@ -57,6 +82,22 @@ class PlanOptions:
         both = sorted(set(self.valid_contigs) & set(self.test_contigs))
         if both:
             raise UserError(f"--valid-contigs and --test-contigs both name {', '.join(both)}; choose one split")
+
+    def _check_blocks(self) -> None:
+        for key in ("valid_fraction", "test_fraction"):
+            _require(self, key, 0 <= getattr(self, key) <= 1, "between 0 and 1")
+        held_out = self.valid_fraction + self.test_fraction
+        if self.split_block is None:
+            if held_out > 0:
+                raise UserError("--valid-fraction and --test-fraction deal out blocks; give --split-block too")
+            return
+        _require(self, "split_block", self.split_block >= self.min_window, f"at least {self.min_window:,}")
+        if not 0 < held_out <= 1:
+            raise UserError("--split-block: give --valid-fraction or --test-fraction, together at most 1")
+        if self.valid_contigs or self.test_contigs:
+            raise UserError("--split-block: splits are either by block or by contig; leave one out")
+        if self.interval_mode != "tile":
+            raise UserError("--split-block: cuts rows at its borders; use --interval-mode tile")
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "PlanOptions":
@@ -79,9 +120,19 @@ class PlanOptions:
         """Distance between window starts, in bases."""
         return self.stride or self.window
 
+    @property
+    def leakage_forbidden(self) -> bool:
+        """Whether train loses what valid or test hold."""
+        return self.interval_mode != "extend" if self.forbid_leakage is None else self.forbid_leakage
+
     def as_plan(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Plain values for the manifest. Files stand with name and sha256, so that their folder plays no part."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["forbid_leakage"] = self.leakage_forbidden
+        values["exclude_bed"] = [_describe_file("exclude_bed", path) for path in self.exclude_bed]
+        for key in ("aliases", "intervals"):
+            if values[key] is not None:
+                values[key] = _describe_file(key, values[key])
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -99,15 +150,22 @@ def parse_size(text: str) -> int:
     return int(number * base ** " kmgt".index(unit[:1] or " "))
 
 
+def _describe_file(key: str, path: str) -> dict[str, str]:
+    try:
+        return {"file": Path(path).name, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    except OSError as error:
+        raise UserError(f"{option_name(key)}: {path}: cannot be read ({error.strerror})") from None
+
+
 def _convert(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple):
         names = [value] if isinstance(value, str | int) else value
         if not isinstance(names, list | tuple):
-            raise UserError(f"{option_name(key)}: must be a list of contigs, got {value!r}")
+            raise UserError(f"{option_name(key)}: must be a list, got {value!r}")
         return tuple(str(name) for name in names)
     if key == "shard_bytes":
         return parse_size(str(value))
-    kind = int if key == "stride" else str if key in ("include", "exclude") else type(default)
+    kind = _OPTIONAL.get(key, type(default))
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

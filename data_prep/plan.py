@@ -10,11 +10,13 @@ import numpy as np
 
 from caduceus.data.shards import SPLITS, shard_name
 from caduceus.errors import UserError
+from data_prep.aliases import AliasTable, read_aliases
 from data_prep.composition import Composition, Scan
-from data_prep.contigs import Selection, find_contig, select_contigs
+from data_prep.contigs import Selection, select_contigs
 from data_prep.genome import Genome
 from data_prep.intervals import size
-from data_prep.options import PlanOptions, option_name
+from data_prep.options import PlanOptions
+from data_prep.regions import Regions, build_regions
 from data_prep.tar_format import END, SampleJson, member_size
 from data_prep.windows import DROPPED, ContigWindows, contig_windows, footprint, hash_rows
 
@@ -82,14 +84,15 @@ def identity(request: SpeciesRequest, genome: Genome) -> dict[str, Any]:
 def plan_species(request: SpeciesRequest, genome: Genome, scans: Mapping[str, Scan]) -> SpeciesPlan:
     """Plan the shards of a species; `scans` holds every contig of the genome."""
     options = request.options
-    selection = select_contigs(genome.contigs, genome.descriptions, options)
-    splits = splits_by_contig(selection, options)
+    aliases = read_aliases(Path(options.aliases)) if options.aliases else AliasTable()
+    selection = select_contigs(genome.contigs, genome.descriptions, options, aliases)
+    regions = build_regions(selection, options)
     planned = [
-        contig_windows(row, length, {splits.get(name, "train"): np.array([[0, length]])}, scans[name], options)
+        contig_windows(row, length, regions.splits[name], regions.excluded[name], scans[name], options)
         for row, (name, length) in enumerate(selection.used.items())
     ]
     windows = np.concatenate([contig.windows for contig in planned])
-    _require_windows(windows, selection, splits, planned, options)
+    _require_windows(windows, selection, regions, planned, options)
     strands = choose_strands(windows, options)
     keys = contig_keys(selection.used)
     return SpeciesPlan(
@@ -99,22 +102,8 @@ def plan_species(request: SpeciesRequest, genome: Genome, scans: Mapping[str, Sc
         windows=windows,
         strands=strands,
         shards=cut_shards(request, list(selection.used), windows, strands),
-        report=report(selection, scans, planned, windows),
+        report=report(selection, regions, scans, planned),
     )
-
-
-def splits_by_contig(selection: Selection, options: PlanOptions) -> dict[str, str]:
-    """Contig -> split, for the contigs that `--valid-contigs` and `--test-contigs` name."""
-    splits: dict[str, str] = {}
-    for split in ("valid", "test"):
-        key = f"{split}_contigs"
-        for name in getattr(options, key):
-            found = find_contig(name, selection.used)
-            if found is None:
-                raise UserError(f"{option_name(key)}: {_why_absent(name, selection)}")
-            if splits.setdefault(found, split) != split:
-                raise UserError(f"--valid-contigs and --test-contigs both name {found}; choose one split")
-    return splits
 
 
 def choose_strands(windows: np.ndarray, options: PlanOptions) -> np.ndarray:
@@ -180,7 +169,7 @@ def contig_keys(contigs: Mapping[str, int]) -> list[str]:
 
 
 def report(
-    selection: Selection, scans: Mapping[str, Scan], planned: list[ContigWindows], windows: np.ndarray
+    selection: Selection, regions: Regions, scans: Mapping[str, Scan], planned: list[ContigWindows]
 ) -> dict[str, Any]:
     """Where every base of the genome file went: `kept` and all of `dropped` add up to `bases`."""
     total = sum((scan.composition for scan in scans.values()), Composition())
@@ -201,6 +190,8 @@ def report(
         "dropped": dropped,
         "low_acgt_windows": sum(contig.low_acgt_windows for contig in planned),
         "splits": splits,
+        "leakage": {key: sum(contig.leaked[key] for contig in planned) for key in ("valid", "test", "either")},
+        "notes": regions.notes,
         "left_out": {
             kind: {"contigs": len(contigs), "bases": sum(contigs.values()), "names": list(contigs)[:20]}
             for kind, contigs in selection.left_out.items()
@@ -209,31 +200,19 @@ def report(
 
 
 def _require_windows(
-    windows: np.ndarray,
-    selection: Selection,
-    splits: Mapping[str, str],
-    planned: list[ContigWindows],
-    options: PlanOptions,
+    windows: np.ndarray, selection: Selection, regions: Regions, planned: list[ContigWindows], options: PlanOptions
 ) -> None:
     if len(windows) == 0:
         poor = sum(contig.low_acgt_windows for contig in planned)
         if poor:
-            raise UserError(f"all {poor} windows have less than {options.min_acgt:.0%} ACGT; lower --min-acgt")
+            raise UserError(f"all {poor:,} windows have less than {options.min_acgt:.0%} ACGT; lower --min-acgt")
         longest = max(selection.used.values())
         raise UserError(
             f"no window: no segment is as long as the shortest window, {options.min_window:,} bases "
             f"(the longest contig has {longest:,}); lower --min-window"
         )
-    for split in sorted(set(splits.values())):
-        if not (windows["split"] == SPLITS.index(split)).any():
-            raise UserError(f"{option_name(split + '_contigs')}: these contigs give no window; choose others")
-
-
-def _why_absent(name: str, selection: Selection) -> str:
-    for kind, contigs in selection.left_out.items():
-        found = find_contig(name, contigs)
-        if found:
-            return f"contig {found} is left out ({kind}); name it in --include to use it"
-    known = list(selection.used)
-    shown = ", ".join(known[:8]) + (f", … ({len(known)} in all)" if len(known) > 8 else "")
-    return f"no contig '{name}'; the genome has {shown}"
+    for number, split in enumerate(SPLITS):
+        fraction = {"valid": options.valid_fraction, "test": options.test_fraction}.get(split, 0)
+        asked = fraction or any(len(of_contig.get(split, ())) for of_contig in regions.splits.values())
+        if asked and not (windows["split"] == number).any():
+            raise UserError(f"the {split} split gives no window; choose other contigs, intervals or blocks for it")

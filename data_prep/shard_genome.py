@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.errors import UserError, run_command
-from data_prep.options import STRANDS, TAILS, PlanOptions
+from data_prep.merge import merge
+from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions
 from data_prep.plan import SpeciesRequest
+from data_prep.rebuild import rebuild_index
 from data_prep.registry import registry_names, resolve_genome
 from data_prep.sharding import make_dataset
 from data_prep.species_file import read_species_file, request_for_genome
@@ -25,10 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     if args.verify is not None:
         return verify(args.verify, args.workers)
+    if args.rebuild_index is not None:
+        print_summary(rebuild_index(args.rebuild_index), args.rebuild_index)
+        return 0
     if args.out is None:
         raise UserError("--out is missing: the directory that the shards go to")
-    requests = requests_from(args)
-    manifest = make_dataset(requests, args.out, args.workers, args.add)
+    if args.merge is not None:
+        manifest = merge(args.merge, args.out)
+    else:
+        manifest = make_dataset(requests_from(args), args.out, args.workers, args.add)
     print_summary(manifest, args.out)
     return 0
 
@@ -39,12 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Cut genomes into windows and write them as WebDataset shards.",
         epilog="A run that was stopped goes on when the same command is given again.",
     )
-    source = parser.add_argument_group("input: one of")
+    source = parser.add_argument_group("what to do: one of")
     kind = source.add_mutually_exclusive_group(required=True)
     kind.add_argument("--fasta", type=Path, help="genome: FASTA (plain, gzip, bgzip) or .2bit; needs --species")
     kind.add_argument("--genome", metavar="NAME", help=f"a genome of the registry: {', '.join(registry_names())}")
     kind.add_argument("--genomes", type=Path, metavar="YAML", help="several species and their options in one file")
     kind.add_argument("--verify", type=Path, metavar="DIR", help="check a dataset byte for byte")
+    kind.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="bring datasets together in --out")
+    kind.add_argument("--rebuild-index", type=Path, metavar="DIR", help="make the indexes of a dataset's tars anew")
     parser.add_argument("--species", metavar="NAME", help="name of the species, and of its folder")
     parser.add_argument("--assembly", metavar="A", help="name of the assembly")
     parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the dataset")
@@ -67,6 +76,11 @@ def add_plan_options(group: Any) -> None:
         "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
         "include": (str, "RE", "use the contigs whose whole name matches, instead of the default rules"),
         "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
+        "aliases": (str, "FILE", "table of contig names, or an NCBI assembly report"),
+        "intervals": (str, "BED", "regions to use; a fourth column names the split; 'registry': the published ones"),
+        "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
+        "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
+        "test_fraction": (float, "F", "share of the blocks that are test (0)"),
         "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
         "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
     }
@@ -76,6 +90,22 @@ def add_plan_options(group: Any) -> None:
         )
     group.add_argument("--strands", choices=STRANDS, help="which strands are stored (both)", default=argparse.SUPPRESS)
     group.add_argument("--tail", choices=TAILS, help="the end of a segment (short)", default=argparse.SUPPRESS)
+    group.add_argument(
+        "--interval-mode", choices=INTERVAL_MODES, help="what a row of --intervals is (tile)", default=argparse.SUPPRESS
+    )
+    group.add_argument(
+        "--exclude-bed",
+        nargs="+",
+        metavar="BED",
+        help="regions to leave out; 'registry': the genome's blacklist",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--forbid-leakage",
+        action=argparse.BooleanOptionalAction,
+        help="cut out of train what valid or test hold (except with --interval-mode extend)",
+        default=argparse.SUPPRESS,
+    )
     for split in ("valid", "test"):
         group.add_argument(
             f"--{split}-contigs",

@@ -20,12 +20,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
-from data_prep.fetch_genome import fetch_genome
+from data_prep.fetch_genome import fetch, fetch_genome
 from data_prep.genome import default_cache_dir
 from data_prep.options import PlanOptions
 from data_prep.plan import SpeciesRequest
 from data_prep.registry import GenomeSpec, resolve_genome
 
+REGISTRY_FILE = "registry"
+"""As --intervals or --exclude-bed: the file that the registry names for the genome."""
 _KEYS = {"genome", "name", "assembly", "fasta", "weight"}
 _WEIGHTS = re.compile(r"bases(?:\^([0-9]*\.?[0-9]+))?")
 
@@ -71,12 +73,28 @@ def request_for_genome(
         "exclude": spec.exclude,
         "valid_contigs": spec.valid_contigs,
         "test_contigs": spec.test_contigs,
+        "aliases": str(spec.aliases) if spec.aliases else None,
     }
-    options = PlanOptions.from_values({**own, **given})
-    fasta = fetch_genome(spec, cache_dir or default_cache_dir())
+    folder = cache_dir or default_cache_dir()
+    values = {**{key: value for key, value in own.items() if value}, **given}
+    if values.get("intervals") == REGISTRY_FILE:
+        values |= {"intervals": _fetch_entry(spec, "intervals", folder), "valid_contigs": (), "test_contigs": ()}
+    if REGISTRY_FILE in values.get("exclude_bed", ()):
+        values["exclude_bed"] = [
+            _fetch_entry(spec, "blacklist", folder) if path == REGISTRY_FILE else path for path in values["exclude_bed"]
+        ]
+    options = PlanOptions.from_values(values)
+    fasta = fetch_genome(spec, folder)
     return SpeciesRequest(
         name or spec.name, fasta, assembly or spec.assembly, options, weight, weight_exponent, cache_dir
     )
+
+
+def _fetch_entry(spec: GenomeSpec, key: str, folder: Path) -> str:
+    address = getattr(spec, key)
+    if address is None:
+        raise UserError(f"{spec.name}: the registry knows no {key} for this genome; give a BED file")
+    return str(fetch(address, folder))
 
 
 def _request(

@@ -21,41 +21,53 @@ def print_summary(manifest: dict[str, Any], directory: Path) -> None:
             print(f"{part['name']}: {line}")
 
 
-def left_out_lines(report: dict[str, Any]) -> list[str]:
+def left_out_lines(report: dict[str, Any] | None) -> list[str]:
     """What is in no window and why, one line per reason."""
+    if report is None:
+        return ["rebuilt from its tars; what was left out of the genome is not known"]
     lines = []
     for kind, group in report["left_out"].items():
         names = ", ".join(group["names"][:6]) + (", …" if group["contigs"] > 6 else "")
         lines.append(f"left out {group['contigs']} contigs ({kind}), {group['bases']:,} bp: {names}")
     words = {
+        "excluded": "in regions of --exclude-bed",
         "gap": "in runs of N that cut segments",
+        "outside_intervals": "outside --intervals",
+        "leakage": "of train that valid or test hold",
         "low_acgt": f"in {report['low_acgt_windows']} windows below --min-acgt",
         "between_windows": "between windows, as the stride is longer",
         "tail": "in segments' ends, by --tail drop",
         "short": "in segments' ends shorter than --min-window",
     }
-    return lines + [
-        f"left out {report['dropped'][reason]:,} bp {text}"
-        for reason, text in words.items()
-        if report["dropped"][reason]
-    ]
+    for reason, text in words.items():
+        if report["dropped"][reason]:
+            lines.append(f"left out {report['dropped'][reason]:,} bp {text}")
+    leaked = report["leakage"]["either"]
+    if leaked:
+        share = leaked / report["splits"]["train"]["bases"]
+        lines.append(f"LEAKAGE: {leaked:,} bp of train ({share:.1%}) also lie in valid or test; see --forbid-leakage")
+    return report["notes"] + lines
 
 
 def _row(part: dict[str, Any]) -> tuple[str, ...]:
     report = part["report"]
     shards = [shard for split in part["splits"].values() for shard in split["shards"]]
+    size = format_amount(sum(shard["bytes"] for shard in shards), "B")
+    if report is None:
+        return (part["name"], *["-"] * (5 + len(SPLITS)), str(len(shards)), size)
     return (
         part["name"],
         format_amount(report["bases"], "bp"),
-        _percent(report["n"], report["bases"]),
-        _percent(report["lower"], report["bases"]),
-        _percent(report["gc"], report["acgt"]),
-        _percent(report["kept"], report["bases"]),
+        percent(report["n"], report["bases"]),
+        percent(report["lower"], report["bases"]),
+        percent(report["gc"], report["acgt"]),
+        percent(report["kept"], report["bases"]),
         *(f"{report['splits'][split]['windows']:,}" for split in SPLITS),
         str(len(shards)),
-        format_amount(sum(shard["bytes"] for shard in shards), "B"),
+        size,
     )
 
 
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
+    """A share as text; '-' where there is nothing to share."""
     return f"{100 * part / whole:.1f} %" if whole else "-"
