@@ -194,8 +194,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # fsspec's http takes whatever goes wrong for a file that is not there
     status = getattr(error, "status", None)
-    if isinstance(error, FileNotFoundError) or status == 404:
-        return "not found on the server (404); check the address"
+    if isinstance(error, FileNotFoundError | StopIteration) or status == 404:  # StopIteration: of fsspec's ftp
+        return f"not found on the server{' (404)' if status == 404 else ''}; check the address"
     if isinstance(error, PermissionError) or status in (401, 403):
         return f"the server refuses access ({status or error}); check the address and your credentials"
     text = " ".join(str(error).split())
