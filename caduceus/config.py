@@ -105,6 +105,16 @@ class DataConfig:
     """Loader processes per rank; 0 loads in the training process."""
     shuffle_block: int = 0
     """Shards of a source in play at once within an epoch; 0 shuffles over all of them."""
+    cache_dir: str | None = None
+    """A directory on a local disk, shared by the ranks of a node, into which shards are fetched whole before they are
+    read. Needed where `path` is a URL (http, https, s3, …, or `pipe:COMMAND {}`); of use for cold or slow storage."""
+    cache_bytes: int = 0
+    """Most bytes of shards in `cache_dir`; the longest unused go first. 0 is no limit."""
+    check_crc: bool = True
+    """Check a window's crc32 when a worker first reads from it, which reads the window whole. False checks only that
+    bytes are bases: for short sequences from more bases than a run ever sees, on storage where reading is dear."""
+    max_substituted: int = 100
+    """Samples per rank and start that may be replaced because their bases cannot be read; one more ends the run."""
 
 
 @dataclass
@@ -212,6 +222,8 @@ _AT_LEAST = {
     "data.seq_len": 1,
     "data.workers": 0,
     "data.shuffle_block": 0,
+    "data.cache_bytes": 0,
+    "data.max_substituted": 0,
     "train.steps": 1,
     "train.global_batch": 1,
     "train.micro_batch": 1,

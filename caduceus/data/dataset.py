@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from caduceus.config import DataConfig
+from caduceus.data.cache import ShardCache
 from caduceus.data.crops import CropTable
 from caduceus.data.order import MIXTURE_BLOCK
 from caduceus.data.reader import ShardedGenome, WindowTable
@@ -35,6 +36,8 @@ class Dataset:
     """Of the directories, in the order given."""
     sources: tuple[Source, ...]
     crops: CropTable
+    cache: ShardCache | None
+    """Where the shards are kept that live elsewhere."""
 
 
 def open_dataset(data: DataConfig, split: str) -> Dataset:
@@ -42,13 +45,14 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
 
     Species without this split are not sources. Raises `UserError` where there is nothing to draw from.
     """
-    directories = [(ShardedGenome(path), weight) for path, weight in _parse_path(data.path)]
+    cache = ShardCache(data.cache_dir, data.cache_bytes) if data.cache_dir else None
+    directories = [(ShardedGenome(path, cache), weight) for path, weight in _parse_path(data.path)]
     sources = [source for genome, weight in directories for source in _sources(genome, weight, split)]
     names = [source.species for source in sources]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"data.path: species '{name}' stands in more than one of the directories")
-    paths = ", ".join(str(genome.directory) for genome, _ in directories)
+    paths = ", ".join(genome.directory for genome, _ in directories)
     if not sources:
         raise UserError(f"data.path: no species of {paths} has windows in the split '{split}'")
     sources = _those_with_crops(sources, data, split)
@@ -57,6 +61,7 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
         fingerprints=tuple(genome.fingerprint for genome, _ in directories),
         sources=tuple(sources),
         crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt),
+        cache=cache,
     )
 
 

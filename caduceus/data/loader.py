@@ -5,7 +5,7 @@ import logging
 import math
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data.dataset import log_dataset, open_dataset
-from caduceus.data.samples import SampleArrays, SampleReader, TrainingOrder, validation_samples
+from caduceus.data.sample_reader import SampleArrays, SampleReader
+from caduceus.data.samples import TrainingOrder, validation_samples
 from caduceus.data.shards import fingerprint
 from caduceus.errors import UserError
 
@@ -41,6 +42,8 @@ class Batch:
     """(B, L) float32; None where all are 1."""
     g: torch.Tensor
     """(B,) int64 sample numbers, on the CPU; `FILLER` for a row without a sample."""
+    substituted: tuple[str, ...] = ()
+    """A line for each sample that could not be read and that another crop stands for."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, tokens as int64 (workers hand them over as bytes)."""
@@ -50,17 +53,23 @@ class Batch:
             self.labels.to(device, non_blocking=True).long(),
             None if weights is None else weights.to(device, non_blocking=True),
             self.g,
+            self.substituted,
         )
 
     def pin_memory(self) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items() if tensor is not None})
+        weights = self.loss_weights
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            loss_weights=None if weights is None else weights.pin_memory(),
+        )
 
 
 def _to_batch(arrays: SampleArrays) -> Batch:
     weights = None if arrays.loss_weights is None else torch.from_numpy(arrays.loss_weights)
     input_ids, labels, g = (torch.from_numpy(array) for array in (arrays.input_ids, arrays.labels, arrays.g))
-    return Batch(input_ids, labels, weights, g)
+    return Batch(input_ids, labels, weights, g, arrays.substituted)
 
 
 @dataclass(frozen=True)
@@ -104,9 +113,15 @@ class _MicroBatches(IterableDataset):
         worker = get_worker_info()
         offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         planned = max(1, _PLANNED_SAMPLES // self._schedule.micro_batch)
-        for chunk in itertools.count():
+
+        def plan(chunk: int) -> np.ndarray:
             numbers = self._first + offset + stride * (chunk * planned + np.arange(planned))
-            samples = self._order.locate(self._schedule.samples(numbers).reshape(-1))
+            return self._order.locate(self._schedule.samples(numbers).reshape(-1))
+
+        following = plan(0)
+        for chunk in itertools.count(1):
+            samples, following = following, plan(chunk)
+            self._reader.prefetch(np.concatenate([samples, following]))
             for micro_batch in samples.reshape(planned, -1):
                 try:
                     yield _to_batch(self._reader.read(micro_batch))
@@ -120,7 +135,7 @@ class TrainLoader:
 
     Attributes: `fingerprint` of everything that decides the order, `seed`, `global_batch`, `per_step` (micro-batches of
     this rank in an optimizer step), `samples_consumed` (of all ranks, by the optimizer steps whose batches were all
-    handed out).
+    handed out), `substituted` (samples of this rank, since it started, that other crops stood for).
     """
 
     def __init__(
@@ -135,11 +150,13 @@ class TrainLoader:
         both_strands = strands(config) == "both"
         self._dataset = open_dataset(data, split)
         self._order = TrainingOrder(self._dataset, self.seed, both_strands, data.shuffle_block)
-        self._reader = SampleReader(self._dataset, data, positions)
+        self._reader = SampleReader(self._dataset, data, positions, self._order.substitute)
         self._schedule = schedule
         self._workers = data.workers
         self._device = torch.device(device)
         self._handed_out = 0
+        self._max_substituted = data.max_substituted
+        self.substituted = 0
         self.global_batch = schedule.global_batch
         self.per_step = schedule.per_step
         self.fingerprint = fingerprint(self._what_decides_the_order(config))
@@ -186,8 +203,18 @@ class TrainLoader:
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
+            self._count_substituted(batch)
             self._handed_out += 1
             yield batch.to(self._device)
+
+    def _count_substituted(self, batch: Batch) -> None:
+        for line in batch.substituted:
+            log.warning("data: %s", line)
+        self.substituted += len(batch.substituted)
+        if self.substituted > self._max_substituted:
+            raise UserError(
+                f"data.max_substituted: {self.substituted} samples could not be read; the last: {batch.substituted[-1]}"
+            )
 
     def _what_decides_the_order(self, config: Config) -> dict[str, Any]:
         data = config.data

@@ -166,6 +166,10 @@ class EpochOrder:
             crops[here] = self._within_blocks(one_source, one_epoch, position[here])
         return crops
 
+    def draw(self, source: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Some crop number of each source, (n,) int64, by a key alone."""
+        return self._source_first[source] + (keys % self.sizes[source].astype(np.uint64)).astype(np.int64)
+
     def _within_blocks(self, source: int, epoch: int, position: np.ndarray) -> np.ndarray:
         first, end = self._source_shards[source : source + 2]
         shards = first + permute(np.arange(end - first), end - first, key(self._seed, Purpose.SHARDS, source, epoch))

@@ -2,19 +2,23 @@
 
 import hashlib
 import os
-import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from caduceus.alphabet import reverse_complement
-from caduceus.data.shards import SPLITS, STRAND_SYMBOLS, ShardIndex, index_path, load_manifest
+from caduceus.data.cache import Shard, ShardCache
+from caduceus.data.remote import is_remote, join, read_chunks
+from caduceus.data.shards import MANIFEST, SPLITS, STRAND_SYMBOLS, ShardIndex, index_path, load_manifest, parse_manifest
 from caduceus.errors import UserError
 
 MAX_OPEN_FILES = 128
 """Descriptors one process keeps open; hundreds of species have more shards than a process may open."""
+MAX_OPEN_CACHED = 4
+"""The same for cached shards: one that was evicted takes its disk space until the last process closes it."""
 
 WINDOW_DTYPE = np.dtype(
     [
@@ -37,10 +41,12 @@ WINDOW_RUN_DTYPE = np.dtype(
 
 
 class ShardFiles:
-    """Positional reads from many files with a bounded number of open ones. Safe to pickle and to fork."""
+    """Positional reads from shards with a bounded number of open files. Safe to pickle and to fork."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, shards: Sequence[Shard], cache: ShardCache | None = None) -> None:
+        self.shards = shards
+        self._cache = cache
+        self._most = MAX_OPEN_CACHED if cache else MAX_OPEN_FILES
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
@@ -50,8 +56,15 @@ class ShardFiles:
         while view:
             count = os.preadv(descriptor, [view], offset)
             if count == 0:
-                raise OSError(f"{self.paths[file]}: ends before byte {offset + len(view)}")
+                raise OSError(f"{self.shards[file].path}: ends before byte {offset + len(view)}")
             view, offset = view[count:], offset + count
+
+    def forget(self, file: int) -> None:
+        """Close a file, and have a cached one fetched again when it is next read."""
+        if file in self._open:
+            os.close(self._open.pop(file))
+        if self._cache:
+            self.shards[file].path.unlink(missing_ok=True)
 
     def close(self) -> None:
         while self._open:
@@ -61,13 +74,14 @@ class ShardFiles:
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]
-        if len(self._open) >= MAX_OPEN_FILES:
+        if len(self._open) >= self._most:
             os.close(self._open.popitem(last=False)[1])
-        self._open[file] = os.open(self.paths[file], os.O_RDONLY | os.O_CLOEXEC)
+        shard = self.shards[file]
+        self._open[file] = self._cache.open(shard) if self._cache else os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
         return self._open[file]
 
     def __getstate__(self) -> dict[str, object]:
-        return {"paths": self.paths, "_open": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
@@ -82,7 +96,7 @@ class WindowTable:
 
     species: str
     contigs: tuple[str, ...]
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     windows: np.ndarray
     runs: np.ndarray
 
@@ -92,18 +106,22 @@ class WindowTable:
 
 
 class ShardedGenome:
-    """A directory of shards, opened for reading.
+    """A directory of shards, opened for reading; with a `cache`, the directory may be a URL.
 
     Attributes: `manifest`, `fingerprint`, and `species`, the names. Raises `UserError` where the directory, its
     manifest or an index is missing or damaged.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.manifest = load_manifest(directory)
+    def __init__(self, directory: str | Path, cache: ShardCache | None = None) -> None:
+        self.directory = str(directory)
+        self._cache = cache
+        if cache is None and is_remote(self.directory):
+            raise UserError(f"data.cache_dir: {directory} is remote; name a local directory to keep its shards in")
+        self.manifest = load_manifest(directory) if cache is None else _fetch_manifest(self.directory)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.parts = {part["name"]: part for part in self.manifest["species"]}
         self.species = tuple(self.parts)
+        self._home = Path(directory) if cache is None else cache.directory / self.fingerprint[:16]
         self._readable: dict[str, tuple[ShardFiles, np.ndarray, dict[str, int]]] = {}
 
     def table(self, species: str, split: str) -> WindowTable:
@@ -112,8 +130,8 @@ class ShardedGenome:
         contigs = tuple(contig["name"] for contig in part["contigs"])
         shards, samples, runs, sample_count = [], [], [], 0
         for entry in part["splits"].get(split, {}).get("shards", []):
-            tar = self.directory / species / entry["name"]
-            index = _checked_index(tar, entry, len(contigs))
+            shard = self._shard(species, entry)
+            index = self._checked_index(species, shard, entry, len(contigs))
             stored = np.zeros(len(index.samples), WINDOW_DTYPE)
             for name in ("offset", "length", "contig", "start", "strand", "crc32"):
                 stored[name] = index.samples[name]
@@ -123,7 +141,7 @@ class ShardedGenome:
                 runs_here[name] = index.runs[column]
             runs_here["window"] += sample_count
             sample_count += len(stored)
-            shards.append(tar)
+            shards.append(shard)
             samples.append(stored)
             runs.append(runs_here)
         samples = np.concatenate([np.zeros(0, WINDOW_DTYPE), *samples])
@@ -161,14 +179,36 @@ class ShardedGenome:
         """Files of all splits of a species, their windows by contig and start, and the contigs' numbers."""
         if species not in self._readable:
             tables = [self.table(species, split) for split in SPLITS]
-            paths = [path for table in tables for path in table.shards]
+            shards = [shard for table in tables for shard in table.shards]
             windows = np.concatenate([table.windows for table in tables])
             shards_before = np.cumsum([0] + [len(table.shards) for table in tables[:-1]])
             windows["shard"] += np.repeat(shards_before, [len(table.windows) for table in tables]).astype(np.uint32)
             windows = windows[np.lexsort((windows["length"], windows["start"], windows["contig"]))]
             contigs = {name: number for number, name in enumerate(tables[0].contigs)}
-            self._readable[species] = ShardFiles(paths), windows, contigs
+            self._readable[species] = ShardFiles(shards, self._cache), windows, contigs
         return self._readable[species]
+
+    def _shard(self, species: str, entry: dict) -> Shard:
+        path = self._home / species / entry["name"]
+        origin = join(self.directory, f"{species}/{entry['name']}") if self._cache else None
+        return Shard(path, entry["bytes"], entry["sha256"], origin)
+
+    def _checked_index(self, species: str, shard: Shard, entry: dict, contigs: int) -> ShardIndex:
+        """The index of a shard, refused where shard, index and manifest do not fit together."""
+        path = index_path(shard.path)
+        if self._cache:
+            origin = join(self.directory, f"{species}/{path.name}")
+            try:
+                self._cache.fetch_file(path, origin, entry["index_sha256"])
+            except OSError as error:
+                raise UserError(f"{error}; restore it or shard again") from None
+        else:
+            _require_size(shard)
+        index = ShardIndex.load(path)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != entry["index_sha256"]:
+            raise UserError(f"{path}: its sha256 is not the manifest's; restore it or shard again")
+        _require_fit(index, path, entry, contigs)
+        return index
 
     def _part(self, species: str) -> dict:
         if species not in self.parts:
@@ -176,37 +216,36 @@ class ShardedGenome:
         return self.parts[species]
 
 
-def stored_crc32(files: ShardFiles, window: np.void) -> int:
-    """crc32 of a window's stored bases as they can be read now; `window["shard"]` numbers the file."""
-    bases = np.empty(int(window["length"]), np.uint8)
-    files.read_into(int(window["shard"]), int(window["offset"]), bases)
-    return zlib.crc32(bases)
-
-
-def _checked_index(tar: Path, entry: dict, contigs: int) -> ShardIndex:
-    """The index of a tar, refused where tar, index and manifest do not fit together."""
-    path = index_path(tar)
+def _fetch_manifest(directory: str) -> dict:
+    address = join(directory, MANIFEST)
     try:
-        size = tar.stat().st_size
+        content = b"".join(read_chunks(address))
     except OSError as error:
-        raise UserError(f"{tar}: the shard cannot be read ({error.strerror}); restore it or shard again") from None
-    if size != entry["bytes"]:
-        raise UserError(f"{tar}: {size} bytes, but the manifest says {entry['bytes']}; restore it or shard again")
-    index = ShardIndex.load(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != entry["index_sha256"]:
-        raise UserError(f"{path}: its sha256 is not the manifest's; restore it or shard again")
+        raise UserError(f"data.path: {error}") from None
+    return parse_manifest(content, address)
+
+
+def _require_size(shard: Shard) -> None:
+    try:
+        size = shard.path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{shard.path}: cannot be read ({error.strerror}); restore it or shard again") from None
+    if size != shard.bytes:
+        raise UserError(f"{shard.path}: {size} bytes, but the manifest says {shard.bytes}; restore it or shard again")
+
+
+def _require_fit(index: ShardIndex, path: Path, entry: dict, contigs: int) -> None:
     samples, runs = index.samples, index.runs
     fits = (
         len(samples) == entry["samples"]
-        and np.all(samples["offset"] + samples["length"] <= size)
+        and np.all(samples["offset"] + samples["length"] <= entry["bytes"])
         and np.all(samples["contig"] < contigs)
         and np.all(samples["strand"] <= 1)
         and np.all(runs["sample"] < len(samples))
         and np.all(runs["start"].astype(np.int64) + runs["length"] <= samples["length"][runs["sample"]])
     )
     if not fits:
-        raise UserError(f"{path}: the index does not describe {tar.name}; restore it or shard again")
-    return index
+        raise UserError(f"{path}: the index does not describe {entry['name']}; restore it or shard again")
 
 
 def _one_row_per_window(samples: np.ndarray) -> np.ndarray:

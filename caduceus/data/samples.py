@@ -1,18 +1,11 @@
-"""Samples: where the g-th one lies (closed form), and its tokens and labels (one positional read). Imports no torch."""
+"""Where samples lie: the g-th of training, and the fixed ones of validation. Imports no torch."""
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from caduceus.config import DataConfig
 from caduceus.data.dataset import Dataset
-from caduceus.data.masking import Masking, mask_bases, shift_bases, weigh_repeats
 from caduceus.data.order import EpochOrder, Mixture, Purpose, key, permute
-from caduceus.data.reader import ShardFiles
-from caduceus.data.shards import STRAND_SYMBOLS
-from caduceus.errors import UserError
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -39,6 +32,13 @@ class TrainingOrder:
         """Samples g (n,) int64 -> (n,) SAMPLE_DTYPE."""
         source, k = self.mixture.locate(g)
         return self._samples(g, self.epochs.locate(source, k))
+
+    def substitute(self, g: int, attempt: int) -> np.ndarray:
+        """The `attempt`-th choice of what stands for sample g if it cannot be read, (1,) SAMPLE_DTYPE: same source."""
+        number = np.array([g])
+        source, _ = self.mixture.locate(number)
+        draw = key(self._seed, Purpose.SUBSTITUTE, number, attempt)
+        return self._samples(number, self.epochs.draw(source, draw))
 
     def _samples(self, g: np.ndarray, crops: np.ndarray) -> np.ndarray:
         samples = np.empty(len(g), SAMPLE_DTYPE)
@@ -74,75 +74,3 @@ def validation_samples(dataset: Dataset, limit: int) -> list[np.ndarray]:
 
 def _name_key(*names: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:8], "little")
-
-
-@dataclass
-class SampleArrays:
-    """Tokens of B samples: `input_ids`, `labels` (B, L) uint8, `loss_weights` (B, L) float32 or None, `g` (B,)."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    loss_weights: np.ndarray | None
-    g: np.ndarray
-
-
-class SampleReader:
-    """Reads samples, or the slice `positions` of each, for peers that share a sequence. Safe to pickle and to fork."""
-
-    def __init__(self, dataset: Dataset, data: DataConfig, positions: tuple[int, int] | None = None) -> None:
-        self._dataset = dataset
-        self._crops = dataset.crops
-        self._files = ShardFiles(self._crops.shards)
-        self._first, end = positions or (0, data.seq_len)
-        self._length = end - self._first
-        self._next_base = data.objective == "next_base"
-        self._end = min(end + self._next_base, data.seq_len)  # the last label of a slice is the next slice's base
-        self._masking = Masking.of(data.mask_prob, data.mask_token_prob, data.random_token_prob)
-        self._repeat_weight = data.repeat_weight
-
-    def read(self, samples: np.ndarray) -> SampleArrays:
-        """Tokens of samples (B,) SAMPLE_DTYPE."""
-        bases, mirrored = self._read_bases(samples)
-        if self._next_base:
-            input_ids, labels, invalid = shift_bases(bases, mirrored, self._length)
-        else:
-            keys = samples["mask_key"].copy()  # out of the packed record, as the kernel needs it
-            input_ids, labels, invalid = mask_bases(bases, mirrored, keys, self._first, self._masking)
-        if invalid.any():
-            raise UserError(f"{self._place(samples[invalid.argmax()])}: bytes that are no bases; the shard is damaged")
-        weights = None
-        if self._repeat_weight != 1:
-            weights = weigh_repeats(bases, mirrored, self._length, int(self._next_base), self._repeat_weight)
-        return SampleArrays(input_ids, labels, weights, samples["g"].copy())
-
-    def describe(self, sample: np.void) -> dict[str, Any]:
-        """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
-        window = self._crops.windows[sample["window"]]
-        source = self._dataset.sources[self._crops.window_source[sample["window"]]]
-        start = int(window["start"]) + int(sample["begin"])
-        return {
-            "species": source.species,
-            "contig": source.table.contigs[window["contig"]],
-            "start": start,
-            "end": start + self._crops.seq_len,
-            "strand": STRAND_SYMBOLS[sample["strand"]],
-        }
-
-    def _read_bases(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Stored bases (B, n) uint8, and which rows show their reverse complement (B,) bool."""
-        windows = self._crops.windows[samples["window"]]
-        count = self._end - self._first
-        from_left = samples["begin"] + self._first
-        from_right = samples["begin"] + self._crops.seq_len - self._end
-        forward = np.where(samples["strand"] == 1, from_right, from_left)
-        stored = np.where(windows["strand"] == 1, windows["length"].astype(np.int64) - forward - count, forward)
-        offsets = windows["offset"].astype(np.int64) + stored
-        bases = np.empty((len(samples), count), np.uint8)
-        for row, (shard, offset) in enumerate(zip(windows["shard"].tolist(), offsets.tolist(), strict=True)):
-            self._files.read_into(shard, offset, bases[row])
-        return bases, samples["strand"] != windows["strand"]
-
-    def _place(self, sample: np.void) -> str:
-        where = self.describe(sample)
-        shard = self._crops.shards[self._crops.windows[sample["window"]]["shard"]]
-        return f"{shard}: {where['species']} {where['contig']}:{where['start']}-{where['end']}"

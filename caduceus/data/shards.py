@@ -20,6 +20,7 @@ from caduceus.errors import UserError
 
 FORMAT = "caduceus-shards"
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 SPLITS = ("train", "valid", "test")
 STRAND_SYMBOLS = ("+", "-")
 MIN_RUN = 16
@@ -106,15 +107,24 @@ def build_manifest(species: list[dict[str, Any]]) -> dict[str, Any]:
 
 def load_manifest(directory: str | Path) -> dict[str, Any]:
     """Read and check `manifest.json` of a shard directory."""
-    path = Path(directory) / "manifest.json"
+    path = Path(directory) / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"{directory}: no complete shard dataset here (manifest.json is missing); "
+            f"{directory}: no complete shard dataset here ({MANIFEST} is missing); "
             "make one with data_prep/shard_genome.py, or run the same command again to finish it"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: not readable as a manifest ({error})") from None
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, path: str) -> dict[str, Any]:
+    """Check the content of a `manifest.json`; `path` is named where it is not sound."""
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
         raise UserError(f"{path}: not readable as a manifest ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of a shard dataset")
@@ -144,12 +154,17 @@ def _is_complete(manifest: dict[str, Any]) -> bool:
         names = [part["name"] for part in manifest["species"]]
         return (
             len(set(names)) == len(names)
-            and all(isinstance(name, str) for name in names)
+            and all(_is_file_name(name) for name in [*names, *(shard["name"] for shard in shards)])
             and all(isinstance(contig["name"], str) and isinstance(contig["length"], int) for contig in contigs)
             and all(isinstance(shard[field], kind) for shard in shards for field, kind in _SHARD_FIELDS.items())
         )
     except (KeyError, TypeError, AttributeError):
         return False
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether a name from a manifest stays inside its directory."""
+    return isinstance(name, str) and name == Path(name).name
 
 
 def dump_json(values: Any) -> bytes:

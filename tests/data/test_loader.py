@@ -4,7 +4,6 @@ import itertools
 import logging
 import pickle
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -308,18 +307,6 @@ def test_batches_that_do_not_divide_are_refused(configure: Callable[..., Config]
 def test_a_split_without_windows_is_refused(configure: Callable[..., Config]) -> None:
     with pytest.raises(UserError, match=r"no species of .* has windows in the split 'test'"):
         build_loader(configure(), "test")
-
-
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_bytes_that_are_no_bases_are_one_clear_line(
-    configure: Callable[..., Config], shards: Path, tmp_path: Path, workers: int
-) -> None:
-    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
-    tar = copy / "worm" / "train-000000.tar"
-    tar.write_bytes(b"\0" * tar.stat().st_size)
-    with pytest.raises(UserError, match=r"train-000000\.tar: worm c:\d+-\d+: bytes that are no bases") as refusal:
-        take(build_loader(configure(path=str(copy), workers=workers)), 100)
-    assert "\n" not in str(refusal.value)
 
 
 def test_the_loader_travels_to_spawned_workers(configure: Callable[..., Config]) -> None:

@@ -11,6 +11,7 @@ import webdataset
 from shard_fixture import Species, complement_string, random_bases, tile, write_dataset
 
 from caduceus.data import ShardedGenome
+from caduceus.data.cache import Shard
 from caduceus.data.reader import MAX_OPEN_FILES, ShardFiles
 from caduceus.data.shards import FORMAT, FORMAT_VERSION, build_manifest, dump_json, fingerprint
 from caduceus.errors import UserError
@@ -79,7 +80,7 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     paths = [tmp_path / str(number) for number in range(MAX_OPEN_FILES + 20)]
     for number, path in enumerate(paths):
         path.write_bytes(bytes([number % 256]) * 3)
-    files = ShardFiles(paths)
+    files = ShardFiles([Shard(path, 3, "") for path in paths])
     buffer = np.empty(2, np.uint8)
     for number in [*range(len(paths)), *range(len(paths))]:
         files.read_into(number, 1, buffer)
@@ -153,6 +154,11 @@ def test_a_directory_without_a_sound_manifest_is_refused(damaged: Path, tmp_path
         ShardedGenome(tmp_path)
     path = damaged / "manifest.json"
     text = path.read_text()
+    species = json.loads(text)["species"]
+    species[0]["splits"]["train"]["shards"][0]["name"] = "../../elsewhere.tar"
+    path.write_bytes(dump_json(_manifest_of(species)))
+    with pytest.raises(UserError, match="parts of the manifest"):
+        ShardedGenome(damaged)
     for broken in ("{", "[]", text.replace('"weight": null', '"weight": 2', 1), text.replace("caduceus-shards", "x")):
         path.write_text(broken)
         with pytest.raises(UserError, match=r"manifest\.json"):
@@ -179,5 +185,5 @@ def test_large_shards_are_read_beyond_4_gib(tmp_path: Path) -> None:
         file.seek(5 << 30)
         file.write(random_bases(np.random.default_rng(0), 10).encode())
     buffer = np.empty(10, np.uint8)
-    ShardFiles([path]).read_into(0, 5 << 30, buffer)
+    ShardFiles([Shard(path, (5 << 30) + 10, "")]).read_into(0, 5 << 30, buffer)
     assert buffer.tobytes().decode() == random_bases(np.random.default_rng(0), 10)

@@ -1,0 +1,203 @@
+"""Samples -> tokens and labels, one positional read each, with what happens when a read fails. Imports no torch."""
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from caduceus.config import DataConfig
+from caduceus.data.cache import Prefetcher
+from caduceus.data.dataset import Dataset
+from caduceus.data.masking import Masking, mask_bases, shift_bases, weigh_repeats
+from caduceus.data.reader import ShardFiles
+from caduceus.data.shards import STRAND_SYMBOLS
+from caduceus.errors import UserError
+
+READ_WAITS = (0.1, 0.5)
+"""Seconds before the second and the third attempt to read a window."""
+_CRC_MISMATCH = "its crc32 is not the index's"
+_NO_BASES = "bytes that are no bases"
+_SUBSTITUTES = 10
+"""Crops tried in place of one that cannot be read."""
+
+
+@dataclass
+class SampleArrays:
+    """Tokens of B samples."""
+
+    input_ids: np.ndarray
+    """(B, L) uint8."""
+    labels: np.ndarray
+    """(B, L) uint8, `IGNORE_LABEL` where nothing is predicted."""
+    loss_weights: np.ndarray | None
+    """(B, L) float32; None where all are 1."""
+    g: np.ndarray
+    """(B,) int64."""
+    substituted: tuple[str, ...]
+    """A line for each sample that another crop stands for."""
+
+
+class SampleReader:
+    """Reads samples, or the slice `positions` of each, for peers that share a sequence. Safe to pickle and to fork.
+
+    With `data.check_crc`, a window's crc32 is checked when it is first read from. What cannot be read soundly is
+    retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. Damage found by the crc32 is
+    found by all ranks and workers, so they replace the same samples. A failing disk, or a byte that is no base, may be
+    met by one of the peers that share a sequence alone: there it is a `UserError` too.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        positions: tuple[int, int] | None = None,
+        substitute: Callable[[int, int], np.ndarray] | None = None,
+    ) -> None:
+        self._dataset = dataset
+        self._crops = dataset.crops
+        self._files = ShardFiles(dataset.crops.shards, dataset.cache)
+        self._sliced = positions is not None
+        self._first, end = positions or (0, data.seq_len)
+        self._length = end - self._first
+        self._next_base = data.objective == "next_base"
+        self._end = min(end + self._next_base, data.seq_len)  # the last label of a slice is the next slice's base
+        self._masking = Masking.of(data.mask_prob, data.mask_token_prob, data.random_token_prob)
+        self._repeat_weight = data.repeat_weight
+        self._substitute = substitute
+        self._sound = np.full(len(self._crops.windows), not data.check_crc)
+        self._damaged_windows: set[int] = set()
+        self._invalid_crops: set[tuple[int, int]] = set()
+        self._prefetcher: Prefetcher | None = None
+
+    def read(self, samples: np.ndarray) -> SampleArrays:
+        """Tokens of samples (B,) SAMPLE_DTYPE."""
+        while True:
+            taken, bases, notes = self._read_bases(samples)
+            mirrored = taken["strand"] != self._crops.windows["strand"][taken["window"]]
+            if self._next_base:
+                input_ids, labels, invalid = shift_bases(bases, mirrored, self._length)
+            else:
+                keys = taken["mask_key"].copy()  # out of the packed record, as the kernel needs it
+                input_ids, labels, invalid = mask_bases(bases, mirrored, keys, self._first, self._masking)
+            if not invalid.any():
+                break
+            self._condemn(taken[invalid > 0])
+        weights = None
+        if self._repeat_weight != 1:
+            weights = weigh_repeats(bases, mirrored, self._length, int(self._next_base), self._repeat_weight)
+        return SampleArrays(input_ids, labels, weights, samples["g"].copy(), notes)
+
+    def prefetch(self, samples: np.ndarray) -> None:
+        """Have the shards of these samples fetched into the cache, in order of need, while others are read."""
+        if self._dataset.cache is None:
+            return
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._dataset.cache)
+        shards, first = np.unique(self._crops.windows["shard"][samples["window"]], return_index=True)
+        self._prefetcher.want([self._crops.shards[shard] for shard in shards[np.argsort(first)]])
+
+    def describe(self, sample: np.void) -> dict[str, Any]:
+        """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
+        window = self._crops.windows[sample["window"]]
+        source = self._dataset.sources[self._crops.window_source[sample["window"]]]
+        start = int(window["start"]) + int(sample["begin"])
+        return {
+            "species": source.species,
+            "contig": source.table.contigs[window["contig"]],
+            "start": start,
+            "end": start + self._crops.seq_len,
+            "strand": STRAND_SYMBOLS[sample["strand"]],
+        }
+
+    def _read_bases(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+        """The samples taken, their stored bases (B, n) uint8, and a line for each that is a substitute."""
+        bases = np.empty((len(samples), self._end - self._first), np.uint8)
+        taken, notes = samples, []
+        shards, offsets = self._stored_places(samples)
+        sound = self._sound[samples["window"]].tolist()
+        for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
+            if sound[row] and not self._invalid_crops:
+                try:
+                    self._files.read_into(shard, offset, bases[row])
+                    continue
+                except OSError:
+                    pass
+            sample, note = self._read_carefully(samples[row : row + 1], bases[row])
+            if note:
+                taken = samples.copy() if taken is samples else taken
+                taken[row] = sample[0]
+                notes.append(note)
+        return taken, bases, tuple(notes)
+
+    def _stored_places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard (B,) of each sample, and the offset (B,) in it of the stored bases that hold the slice."""
+        windows = self._crops.windows[samples["window"]]
+        from_left = samples["begin"] + self._first
+        from_right = samples["begin"] + self._crops.seq_len - self._end
+        forward = np.where(samples["strand"] == 1, from_right, from_left)
+        mirrored = windows["length"].astype(np.int64) - forward - (self._end - self._first)
+        stored = np.where(windows["strand"] == 1, mirrored, forward)
+        return windows["shard"], windows["offset"].astype(np.int64) + stored
+
+    def _read_carefully(self, sample: np.ndarray, buffer: np.ndarray) -> tuple[np.ndarray, str | None]:
+        """Fill `buffer` with a sample (1,) or what stands for it; the sample taken, and a line if it is another."""
+        problem = self._try_to_read(sample, buffer)
+        if problem is None:
+            return sample, None
+        place = self._place(sample[0])
+        if self._substitute is None:
+            raise UserError(f"{place}: {problem}; restore the shard or shard again")
+        for attempt in range(_SUBSTITUTES):
+            other = self._substitute(int(sample["g"][0]), attempt)
+            if self._try_to_read(other, buffer) is None:
+                return other, f"sample {sample['g'][0]}: {place}: {problem}; took {self._place(other[0])} instead"
+        raise UserError(f"{place}: {problem}; neither could {_SUBSTITUTES} other crops be read; restore the shards")
+
+    def _try_to_read(self, sample: np.ndarray, buffer: np.ndarray) -> str | None:
+        """Fill `buffer` from a sound window, with retries; otherwise what is wrong."""
+        window = int(sample["window"][0])
+        if window in self._damaged_windows:
+            return _CRC_MISMATCH
+        if (window, int(sample["begin"][0])) in self._invalid_crops:
+            return _NO_BASES
+        (shard,), (offset,) = (values.tolist() for values in self._stored_places(sample))
+        for wait in (*READ_WAITS, None):
+            try:
+                if self._sound[window] or self._check(window):
+                    self._files.read_into(shard, offset, buffer)
+                    return None
+                problem = _CRC_MISMATCH
+            except OSError as error:
+                problem = str(error)
+            self._files.forget(shard)
+            if wait is not None:
+                time.sleep(wait)
+        if problem is _CRC_MISMATCH:
+            self._damaged_windows.add(window)
+        elif self._sliced:
+            raise UserError(f"{self._place(sample[0])}: {problem}")
+        return problem
+
+    def _condemn(self, samples: np.ndarray) -> None:
+        """Never again take crops that hold bytes that are no bases."""
+        if self._sliced or self._substitute is None:
+            raise UserError(f"{self._place(samples[0])}: {_NO_BASES}; restore the shard or shard again")
+        self._invalid_crops.update(zip(samples["window"].tolist(), samples["begin"].tolist(), strict=True))
+
+    def _check(self, window: int) -> bool:
+        """Whether a window's stored bases have the crc32 of the index."""
+        row = self._crops.windows[window]
+        stored = np.empty(int(row["length"]), np.uint8)
+        self._files.read_into(int(row["shard"]), int(row["offset"]), stored)
+        if zlib.crc32(stored) != row["crc32"]:
+            return False
+        self._sound[window] = True
+        return True
+
+    def _place(self, sample: np.void) -> str:
+        where = self.describe(sample)
+        shard = self._crops.shards[self._crops.windows["shard"][sample["window"]]]
+        return f"{shard.path}: {where['species']} {where['contig']}:{where['start']}-{where['end']}"
