@@ -56,7 +56,8 @@ class ShardCache:
             except FileNotFoundError:
                 self.fetch(shard)
                 continue
-            os.utime(descriptor)
+            now = time.time_ns()  # the kernel's own time stamps are some milliseconds coarse
+            os.utime(descriptor, ns=(now, now))
             return descriptor
 
     def fetch(self, shard: Shard) -> None:
