@@ -5,9 +5,11 @@ runs left-to-right (0) or right-to-left (1); direction is an argument, never a f
 """
 
 import logging
+import os
 import sys
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from caduceus.errors import UserError
 
-BACKENDS = ("naive", "cpu")
+BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
 PAD_DT = -1e4
 """`dt` before softplus at padding: softplus makes it exactly 0, so that a pad neither decays nor feeds a state."""
 
@@ -23,19 +25,46 @@ _log = logging.getLogger(__name__)
 
 
 def resolve_backend(backend: str, device: torch.device | str) -> str:
-    """The backend that runs on `device`; `auto` picks the fastest there is. Says once which and why."""
+    """The backend that runs on `device`; `auto` picks the fastest there is. Says once which and why.
+
+    Raises `UserError` for an unknown backend and for one that cannot run here.
+    """
+    device_type = torch.device(device).type
     if backend == "auto":
-        backend = _auto_backend(torch.device(device).type)
+        return _auto_backend(device_type)
     if backend not in BACKENDS:
         raise UserError(f"ops.backend: choose one of auto, {', '.join(BACKENDS)}; got '{backend}'")
+    if reason := _unusable(backend, device_type):
+        raise UserError(f"ops.backend: '{backend}' {reason}")
     return backend
 
 
 @cache
 def _auto_backend(device_type: str) -> str:
-    chosen = "cpu" if device_type == "cpu" else "naive"
+    chosen = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "naive")
+    if reason := _unusable(chosen, device_type):
+        _log.warning("ops.backend: auto fell back to the slow 'naive' on '%s': '%s' %s", device_type, chosen, reason)
+        return "naive"
     _log.info("ops.backend: auto chose '%s' on device '%s'", chosen, device_type)
     return chosen
+
+
+def _unusable(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot run on a kind of device, and what to do; None where it can."""
+    if backend == "cpu" and device_type != "cpu":
+        return f"runs on the CPU only, not on '{device_type}': choose triton, or run.device=cpu"
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "needs the package triton: pip install 'caduceus[cuda]'"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device_type != "cuda" and not (device_type == "cpu" and interpreted):
+            return f"needs an NVIDIA GPU, not '{device_type}': choose cpu (TRITON_INTERPRET=1 runs it there, slowly)"
+    if backend == "mamba_ssm":
+        from caduceus.ops import mamba_ssm
+
+        if reason := mamba_ssm.missing():
+            return f"{reason}: {mamba_ssm.INSTALL}"
+    return None
 
 
 def selective_scan(

@@ -1,0 +1,244 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from caduceus import ops
+from caduceus.ops import naive
+from caduceus.ops.triton import scan as triton_scan
+
+# fp32 keeps 24 bits. Values here are of order 1 and sums have at most some hundred terms, so that rounding stays well
+# below 1e-5 of the largest value; a wrong term is of order 1.
+FP32 = 1e-5
+# Outputs and gradients in 16 bits are rounded twice where the sum over directions waits in the output: fp16 to nearest,
+# 2 · 2^-11; bf16, which the interpreter truncates (a GPU does not), 2 · 2^-7. Inputs are rounded for both sides alike.
+HALF = {torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
+
+NAMES = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
+
+
+def make_operands(P: int, S: int, batch: int, L: int, E: int, N: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(L * E + N)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    return {
+        "u": normal(P, S, batch, L, E),
+        "dt": normal(P, S, batch, L, E) - 1,
+        "A": -normal(P, E, N).abs() - 0.1,
+        "B": normal(P, S, batch, L, N),
+        "C": normal(P, S, batch, L, N),
+        "D": normal(P, E),
+        "z": normal(S, batch, L, E),
+        "dt_bias": 0.1 * normal(P, E),
+        "initial_state": normal(P, S, batch, E, N),
+    }
+
+
+def define(
+    operands: dict[str, Tensor | None], softplus: bool = True, starts: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The definition, from `naive.selective_scan`: each run, each packed sequence by itself."""
+    u, dt, A, B, C, D, z, dt_bias, state = (operands[name] for name in NAMES)
+    P, S, batch, L, _ = u.shape
+    streams, states = [], [[None] * S for _ in range(P)]
+    for s in range(S):
+        total = 0
+        for d in range(P):
+            backwards = (d != s) != reverse
+            rows, ends = [], []
+            for b in range(batch):
+                borders = [0, L] if starts is None else sorted({0, L, *starts[b].nonzero().flatten().tolist()})
+                pieces = [slice(i, j) for i, j in itertools.pairwise(borders)]
+                h = None if state is None else state[d, s, b, None]
+                if starts is not None and not backwards and starts[b, 0]:
+                    h = None
+                outputs = {}
+                for piece in pieces[::-1] if backwards else pieces:
+                    run = (t[d, s, b, None, piece] for t in (u, dt))
+                    Bb, Cb = (t[d, s, b, None, piece] for t in (B, C))
+                    zb = None if z is None else z[s, b, None, piece]
+                    Dd, bias = (None if t is None else t[d] for t in (D, dt_bias))
+                    y, end = naive.selective_scan(*run, A[d], Bb, Cb, Dd, zb, bias, softplus, backwards, h)
+                    outputs[piece.start], h = y, None
+                rows.append(torch.cat([outputs[i] for i in sorted(outputs)], 1))
+                ends.append(end)
+            total = total + torch.cat(rows)
+            states[d][s] = torch.cat(ends)
+        streams.append(total)
+    return torch.stack(streams), torch.stack([torch.stack(row) for row in states])
+
+
+def check(operands: dict[str, Tensor | None], dtype=torch.float32, tolerance=FP32, chunk=16, **options) -> None:
+    """Output, final state and all gradients of the kernels in `dtype` against the definition in fp64."""
+    rounded = {
+        name: None if t is None else (t.to(dtype) if name in ("u", "dt", "B", "C", "z") else t.float())
+        for name, t in operands.items()
+    }
+    reference = {name: None if t is None else t.double().requires_grad_() for name, t in rounded.items()}
+    y, final = define(reference, **options)
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=generator).to(dtype)
+    dfinal = torch.randn(final.shape, generator=generator)
+    given = [name for name in NAMES if operands[name] is not None]
+    expected = torch.autograd.grad((y, final), [reference[name] for name in given], (dy.double(), dfinal.double()))
+
+    actual = {name: None if t is None else t.requires_grad_() for name, t in rounded.items()}
+    state = actual["initial_state"]
+    y_, final_ = triton_scan.bidirectional_scan(
+        *(actual[name] for name in NAMES[:-1]), initial_state=state, chunk=chunk, **options
+    )
+    assert y_.dtype == dtype
+    gradients = torch.autograd.grad((y_, final_), [actual[name] for name in given], (dy, dfinal))
+    pairs = {"y": (y, y_), "final": (final, final_)}
+    pairs |= {name: pair for name, *pair in zip(given, expected, gradients, strict=True)}
+    for name, (right, found) in pairs.items():
+        assert found.shape == right.shape, name
+        error = (right - found.double()).abs().max() / right.abs().max()
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Fresh memory holds NaN, so that a result that no kernel wrote shows."""
+    new_empty, empty = Tensor.new_empty, torch.empty
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+
+
+def test_both_directions_and_streams():
+    check(make_operands(2, 2, 1, 9, 3, 2), chunk=8)
+
+
+def test_a_forced_backend_runs_in_the_interpreter():
+    o = make_operands(1, 1, 1, 5, 3, 2)
+    arguments = [o[name][0] if name in ("A", "D", "dt_bias", "z") else o[name][0, 0] for name in NAMES[:-1]]
+    expected = ops.selective_scan(*arguments, reverse=True, backend="naive")
+    found = ops.selective_scan(*(t.float() for t in arguments), reverse=True, backend="triton")
+    torch.testing.assert_close(found.double(), expected, rtol=FP32, atol=FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("P", "S", "batch", "L", "E", "N", "chunk"),
+    [
+        (1, 1, 1, 1, 1, 1, 8),  # a single everything
+        (2, 1, 2, 9, 17, 3, 8),  # one token over a chunk, one channel over a block
+        (1, 2, 1, 16, 4, 5, 16),  # exactly one chunk; stream 1 of a uni-directional model
+        (2, 1, 1, 23, 3, 16, 8),  # the states of the published models, and a short last piece
+    ],
+)
+def test_odd_sizes(P, S, batch, L, E, N, chunk):
+    check(make_operands(P, S, batch, L, E, N), chunk=chunk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision(dtype):
+    check(make_operands(2, 1, 1, 12, 5, 2), dtype=dtype, tolerance=HALF[dtype])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("absent", [("D", "z"), ("dt_bias", "initial_state")])
+def test_optional_operands(absent):
+    check(make_operands(2, 1, 1, 10, 3, 2) | dict.fromkeys(absent), chunk=8)
+
+
+@pytest.mark.slow
+def test_step_sizes_without_softplus():
+    operands = make_operands(1, 1, 1, 10, 3, 2)
+    check(operands | {"dt": operands["dt"].abs() * 0.3}, softplus=False, chunk=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", [0, 8])
+def test_a_start_forgets_what_lies_on_its_other_side(position):
+    starts = torch.zeros(2, 14, dtype=torch.bool)
+    starts[0, position] = True
+    starts[1, [3, 4, 11]] = True
+    check(make_operands(2, 1, 2, 14, 3, 2), starts=starts, chunk=8)
+
+
+def test_pads_neither_decay_nor_feed_the_state():
+    operands = make_operands(2, 1, 1, 11, 3, 2)
+    padded = dict(operands)
+    for name in ("u", "dt", "B", "C", "z"):
+        tail = torch.full_like(operands[name][..., :6, :], ops.PAD_DT if name == "dt" else 3.0)
+        padded[name] = torch.cat([operands[name], tail], dim=-2)
+    y, final = run(operands)
+    y_padded, final_padded = run(padded)
+    # Left-to-right sees the pads last, right-to-left first. Chunks fall elsewhere, so sums are rounded differently.
+    torch.testing.assert_close(y_padded[..., :11, :], y, rtol=0, atol=FP32)
+    torch.testing.assert_close(final_padded, final, rtol=0, atol=FP32)
+
+
+def run(operands: dict[str, Tensor], chunk: int = 8, **options) -> tuple[Tensor, Tensor]:
+    u, dt, A, B, C, D, z, dt_bias, state = (operands[name].float() for name in NAMES)
+    return triton_scan.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, initial_state=state, chunk=chunk, **options)
+
+
+@pytest.mark.slow
+def test_reverse_is_the_flip_of_forward():
+    operands = make_operands(1, 1, 2, 13, 5, 3)
+    flipped = {n: t.flip(-2) if n in ("u", "dt", "B", "C", "z") else t for n, t in operands.items()}
+    # A chunk of the whole length: then both take the same steps in the same order, and give the same bits.
+    y, final = run(operands, chunk=16, reverse=True)
+    y_flipped, final_flipped = run(flipped, chunk=16)
+    assert torch.equal(y, y_flipped.flip(-2))
+    assert torch.equal(final, final_flipped)
+
+
+@pytest.mark.slow
+def test_chunk_and_segment_lengths_change_nothing_but_rounding(monkeypatch):
+    def gradients(chunk: int) -> list[Tensor]:
+        operands = {n: t.float().requires_grad_() for n, t in make_operands(2, 1, 1, 20, 3, 2).items()}
+        y, final = run(operands, chunk=chunk)
+        return [y, final, *torch.autograd.grad(y.sin().sum() + final.sum(), list(operands.values()))]
+
+    whole = gradients(24)
+    small = gradients(8)
+    monkeypatch.setattr(triton_scan, "REPLAY_BYTES", 1)  # every chunk is a segment of its own
+    segmented = gradients(8)
+    for a, b, c in zip(whole, small, segmented, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=FP32 * a.abs().max().item())
+        torch.testing.assert_close(c, b, rtol=0, atol=FP32 * a.abs().max().item())
+
+
+@pytest.mark.slow
+def test_two_runs_give_the_same_bits():
+    operands = {n: t.float().requires_grad_() for n, t in make_operands(2, 1, 1, 9, 3, 2).items()}
+    runs = [run(operands) for _ in range(2)]
+    grads = [torch.autograd.grad(y.sum(), list(operands.values())) for y, _ in runs]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.slow
+def test_strided_operands_are_read_in_place():
+    operands = make_operands(2, 1, 2, 9, 4, 2)
+    joined = torch.cat([operands["B"], operands["C"]], -1)
+    operands["B"], operands["C"] = joined.split([2, 2], -1)
+    check(operands)
+
+
+@pytest.mark.slow
+def test_composes_with_torch():
+    o = make_operands(2, 1, 1, 6, 3, 2)
+    arguments = tuple(o[name].float().requires_grad_() for name in NAMES[:-1])
+    torch.library.opcheck(triton_scan.scan_forward, (*arguments, None, None, True, False, 8))
+    with torch.no_grad():
+        y, _, states, sum_dt = triton_scan.scan_forward(*arguments, None, None, True, False, 8)
+        torch.library.opcheck(triton_scan.scan_backward, (y, None, *arguments, None, states, sum_dt, True, False, 8))
+
+
+def test_refuses_what_it_cannot_run():
+    o = make_operands(1, 1, 1, 2, 2, 65)
+    with pytest.raises(ValueError, match="64 states"):
+        run(o)
+    with pytest.raises(TypeError, match="float64"):
+        triton_scan.bidirectional_scan(*(o[name] for name in NAMES[:-1]))
