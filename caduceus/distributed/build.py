@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 def build_strategy(config: Config, ranks: Ranks) -> Single:
     """The strategy of `parallel.strategy` around a freshly initialised model."""
     model = build_model(config, ranks.device)
+    model.share_sequences(ranks.context_group)
     name = config.parallel.strategy
     if name == "auto":
         name, reason = _choose(sum(parameter.numel() for parameter in model.parameters()), ranks.world)

@@ -1,8 +1,10 @@
 """Context parallelism: the ranks of a group share a sequence, each with a contiguous slice, exactly.
 
-The convolution needs the K - 1 bases beside the slice. The scan needs the state in which it enters the slice: every rank
-runs its slice from a zero state, all gather (decay over the slice, end state), and each folds those of the ranks before
-it. What travels does not depend on the length of the slice: per direction and stream 2 E N numbers a rank.
+The convolution needs the K - 1 bases beside the slice. The scan needs the state in which it enters the slice: every
+rank runs its slice from a zero state, all gather (decay over the slice, end state), and each folds those of the ranks
+before it. What travels does not depend on the length of the slice: per direction and stream 2 E N numbers a rank.
+
+Gradients meet in a collective, so every rank's result must depend on what it gathered, also where the sequence begins.
 """
 
 import torch
@@ -29,19 +31,19 @@ class ContextGroup:
         for g, backwards in enumerate(reverse):
             neighbour = self.rank + 1 if backwards else self.rank - 1
             inside = 0 <= neighbour < self.size
-            halos.append(edges[neighbour, g] if inside else torch.zeros_like(edges[0, g]))
+            halos.append(edges[neighbour % self.size, g] * inside)
         return torch.stack(halos)
 
     def initial_state(self, decay: Tensor, end_state: Tensor, reverse: list[bool]) -> Tensor:
-        """The state in which the scan enters this rank's slice.
+        """The state in which the scan enters this rank's slice, (G, B, E, N).
 
-        decay, end_state (G, B, E, N): what the slice multiplies a state by, and its end state from zero; G as in `halo`.
+        decay and end_state, of the same shape: what the slice multiplies a state by, and its end state from zero.
         """
         gathered = _AllGather.apply(torch.stack([decay, end_state]), self.group)  # (R, 2, G, B, E, N)
         states = []
         for g, backwards in enumerate(reverse):
             before = range(self.size - 1, self.rank, -1) if backwards else range(self.rank)
-            state = torch.zeros_like(end_state[g])
+            state = 0 * gathered[self.rank, 1, g]
             for rank in before:
                 state = gathered[rank, 0, g] * state + gathered[rank, 1, g]
             states.append(state)

@@ -13,7 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from caduceus.config import Config, ParallelConfig
+from caduceus.config import Config
+from caduceus.distributed.context import ContextGroup
 from caduceus.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -81,19 +82,19 @@ class Ranks:
         if self.maximum(0):
             raise RuntimeError("another rank failed; its own message says why")
 
-    def _make_context_group(self) -> dist.ProcessGroup | None:
+    def _make_context_group(self) -> ContextGroup | None:
         if self.context == 1:
             return None
         groups = [list(range(first, first + self.context)) for first in range(0, self.world, self.context)]
         group, _ = dist.new_subgroups_by_enumeration(groups)
-        return group
+        return ContextGroup(group, self.context_rank, self.context)
 
 
 @contextmanager
 def joined(config: Config) -> Iterator[Ranks]:
     """Join the other ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    check_layout(config.parallel, config.train.global_batch, config.train.micro_batch, config.data.seq_len, world)
+    check_layout(config, world)
     device = choose_device(config.run.device)
     if world == 1:
         yield Ranks(0, 1, 1, device)
@@ -111,19 +112,24 @@ def joined(config: Config) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def check_layout(parallel: ParallelConfig, global_batch: int, micro_batch: int, seq_len: int, world: int) -> None:
+def check_layout(config: Config, world: int) -> None:
     """Refuse an arrangement that `world` ranks cannot take; the message names the key."""
+    parallel, train = config.parallel, config.train
     if world % parallel.context:
         raise UserError(f"parallel.context: {parallel.context} does not divide the {world} ranks")
-    if seq_len % parallel.context:
-        raise UserError(f"parallel.context: {parallel.context} does not divide data.seq_len {seq_len}")
-    if world % max(parallel.shard, 1):
+    width, rest = divmod(config.data.seq_len, parallel.context)
+    if rest or width < config.model.d_conv - 1:
+        raise UserError(
+            f"parallel.context: {parallel.context} does not cut data.seq_len {config.data.seq_len} into equal slices "
+            f"of at least model.d_conv - 1 = {config.model.d_conv - 1} bases"
+        )
+    if parallel.shard and world % parallel.shard:
         raise UserError(f"parallel.shard: {parallel.shard} does not divide the {world} ranks")
     data_world = world // parallel.context
-    if global_batch % (micro_batch * data_world):
+    if train.global_batch % (train.micro_batch * data_world):
         raise UserError(
-            f"train.global_batch: {global_batch} is not a multiple of train.micro_batch {micro_batch} x {data_world} "
-            "data-parallel ranks"
+            f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
+            f"{data_world} data-parallel ranks"
         )
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
-from caduceus.ops import PAD_DT, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
+from caduceus.ops import PAD_DT, Context, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 """Range of the step sizes at initialisation, and the smallest allowed (Gu and Dao 2023, arXiv:2312.00752)."""
@@ -50,6 +50,7 @@ class BiMamba(nn.Module):
         self.mirrored_stream = mirrored_stream
         self.mirror_channels = mirror_channels
         self.backend = backend
+        self.context: Context | None = None
         directions = 2 if config.bidirectional else 1
         projections = 1 if config.bidirectional_weight_tie else directions
         d_model, d_inner, rank, states = config.d_model, config.d_inner, config.dt_rank, config.d_state
@@ -100,9 +101,10 @@ class BiMamba(nn.Module):
         if self.mirrored_stream == 0:
             parameters = [parameter.flip(0) for parameter in parameters]
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = parameters
-        u = bidirectional_conv1d(x, conv_weight, conv_bias, backend=self.backend)
+        u = bidirectional_conv1d(x, conv_weight, conv_bias, context=self.context, backend=self.backend)
         dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
-        y = bidirectional_scan(u, dt, _negative_exp(A_log), B, C, D, z, dt_bias, backend=self.backend)
+        scan_inputs = u, dt, _negative_exp(A_log), B, C, D, z, dt_bias
+        y = bidirectional_scan(*scan_inputs, context=self.context, backend=self.backend)
         return self._project_out(y, 0)
 
     def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None) -> Tensor:
@@ -125,6 +127,7 @@ class BiMamba(nn.Module):
                     self.conv_weight[direction],
                     self.conv_bias[direction],
                     reverse=reverse[s],
+                    context=self.context,
                     backend=self.backend,
                 )
                 for s in range(len(reverse))
@@ -145,6 +148,7 @@ class BiMamba(nn.Module):
                     z[s],
                     self.dt_bias[direction],
                     reverse=reverse[s],
+                    context=self.context,
                     backend=self.backend,
                 )
                 for s in range(len(reverse))

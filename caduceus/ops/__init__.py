@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from caduceus.errors import UserError
+from caduceus.ops.split import Context, split_conv1d, split_initial_states
 
 BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
 PAD_DT = -1e4
@@ -81,6 +82,7 @@ def selective_scan(
     reverse: bool = False,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    context: Context | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective state-space scan (Gu and Dao 2023, arXiv:2312.00752) in one direction.
@@ -89,10 +91,21 @@ def selective_scan(
 
     u, dt, z (B, L, E); A (E, N), negative; B, C (B, L, N); D, dt_bias (E,); initial_state (B, E, N).
     Returns y (B, L, E), and with `return_final_state` also the state (B, E, N) after the last step taken, which is
-    differentiable. With `reverse` the first step taken is position L - 1.
+    differentiable. With `reverse` the first step taken is position L - 1. With a `context` the sequence goes on over
+    its ranks: L is this rank's slice, and the states come from and go to the neighbours.
     """
-    args = (u, dt, A, B, C, D, z, dt_bias, softplus, reverse, initial_state)
-    y, state = _module(backend, u.device.type).selective_scan(*args)
+    module = _module(backend, u.device.type)
+    if context is not None:
+        if initial_state is not None or return_final_state:
+            raise ValueError(
+                "a context carries the states between ranks; it takes no initial_state and gives no final one"
+            )
+        bias = None if dt_bias is None else dt_bias[None]
+        states = _states_over_ranks(
+            module, u[None], dt[None], A[None], B[None], C[None], bias, softplus, [reverse], context
+        )
+        initial_state = states[0]
+    y, state = module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, initial_state)
     return (y, state) if return_final_state else y
 
 
@@ -103,25 +116,51 @@ def causal_conv1d(
     *,
     activation: str | None = "silu",
     reverse: bool = False,
+    context: Context | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Depth-wise causal convolution with optional silu. x (B, L, E), weight (E, K), bias (E,) -> (B, L, E).
 
-    With `reverse`, position t sees t … t + K - 1. The last tap meets the position itself in both directions.
+    With `reverse`, position t sees t … t + K - 1. The last tap meets the position itself in both directions. With a
+    `context` the sequence goes on over its ranks.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation: choose None or 'silu', got {activation!r}")
-    return _module(backend, x.device.type).causal_conv1d(x, weight, bias, activation, reverse)
+    module = _module(backend, x.device.type)
+    if context is None:
+        return module.causal_conv1d(x, weight, bias, activation, reverse)
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+        return module.causal_conv1d(x, weight, bias, activation, reverse)
+
+    biases = None if bias is None else bias[None]
+    return split_conv1d(convolve, x[None], weight[None], biases, [reverse], context)[0]
 
 
-def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
+def bidirectional_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    context: Context | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Causal convolution with silu of every stream in both directions.
 
     x (S, B, L, E), weight (P, E, K), bias (P, E): one filter per parameter direction d, P = 2 (1 for a uni-directional
     model). Stream s runs parameter direction d right-to-left where d != s: stream 1, the other strand, has the
-    directions exchanged. Returns (P, S, B, L, E).
+    directions exchanged. Returns (P, S, B, L, E). With a `context` the sequence goes on over its ranks.
     """
     module = _module(backend, x.device.type)
+    directions, streams = weight.shape[0], x.shape[0]
+    if context is not None:
+
+        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
+            return module.causal_conv1d(x, weight, bias, "silu", reverse)
+
+        runs = [tensor.repeat_interleave(streams, 0) if tensor is not None else None for tensor in (weight, bias)]
+        y = split_conv1d(convolve, x.repeat(directions, 1, 1, 1), *runs, _reverse(directions, streams), context)
+        return y.unflatten(0, (directions, streams))
     if hasattr(module, "bidirectional_conv1d"):
         return module.bidirectional_conv1d(x, weight, bias)
     rows = []
@@ -141,16 +180,27 @@ def bidirectional_scan(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     *,
+    context: Context | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sum over both directions of the selective scan of every stream, gated by silu(z).
 
     u, dt (P, S, B, L, E) and B, C (P, S, B, L, N), axis 0 the parameter direction d, P = 2 (1 for a uni-directional
     model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where
-    d != s: stream 1, the other strand, has the directions exchanged. Returns (S, B, L, E).
+    d != s: stream 1, the other strand, has the directions exchanged. Returns (S, B, L, E). With a `context` the
+    sequence goes on over its ranks.
     """
     module = _module(backend, u.device.type)
-    if hasattr(module, "bidirectional_scan"):
+    states = None
+    if context is not None:
+        directions, count = u.shape[:2]
+        per_run = [tensor.flatten(0, 1) for tensor in (u, dt, B, C)]
+        A_runs = A.repeat_interleave(count, 0)
+        bias_runs = None if dt_bias is None else dt_bias.repeat_interleave(count, 0)
+        states = _states_over_ranks(
+            module, *per_run[:2], A_runs, *per_run[2:], bias_runs, True, _reverse(directions, count), context
+        ).unflatten(0, (directions, count))
+    elif hasattr(module, "bidirectional_scan"):
         return module.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias)
     streams = []
     for s in range(u.shape[1]):
@@ -165,12 +215,38 @@ def bidirectional_scan(
                 None if z is None else z[s],
                 None if dt_bias is None else dt_bias[d],
                 reverse=d != s,
+                initial_state=None if states is None else states[d, s],
                 backend=backend,
             )
             for d in range(A.shape[0])
         ]
         streams.append(y[0] + y[1] if len(y) == 2 else y[0])
     return torch.stack(streams)
+
+
+def _reverse(directions: int, streams: int) -> list[bool]:
+    """Whether each run of (P, S), flattened, goes right-to-left."""
+    return [d != s for d in range(directions) for s in range(streams)]
+
+
+def _states_over_ranks(
+    module: ModuleType,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    softplus: bool,
+    reverse: list[bool],
+    context: Context,
+) -> Tensor:
+    """`split_initial_states` with a backend's scan."""
+
+    def scan(u, dt, A, B, C, dt_bias, reverse):
+        return module.selective_scan(u, dt, A, B, C, None, None, dt_bias, softplus, reverse, None)
+
+    return split_initial_states(scan, u, dt, A, B, C, dt_bias, softplus, reverse, context)
 
 
 def _module(backend: str, device_type: str) -> ModuleType:

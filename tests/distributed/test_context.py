@@ -1,0 +1,57 @@
+"""A sequence cut over ranks gives what the whole sequence gives, forward and backward."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from caduceus import CaduceusConfig, CaduceusForMaskedLM
+from caduceus.alphabet import IGNORE_LABEL
+from caduceus.distributed.context import ContextGroup
+from tests.distributed.ranks import on_ranks
+
+LENGTH = 48
+MODELS = {
+    "ps": {"rcps": True},
+    "ps_unfused": {"rcps": True, "fused_add_norm": False},
+    "ph": {},
+    "ph_untied": {"bidirectional_weight_tie": False},
+    "ph_multiply": {"bidirectional_strategy": "ew_multiply"},
+    "unidirectional": {"bidirectional": False},
+}
+
+
+def losses_and_gradients(model_keys: dict, positions: slice, context: ContextGroup | None) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=2, d_state=4, **model_keys), backend="naive").double()
+    model.share_sequences(context)
+    input_ids = torch.randint(7, 11, (2, LENGTH))
+    labels = torch.where(torch.rand(2, LENGTH) < 0.5, input_ids, IGNORE_LABEL)
+    output = model(input_ids[:, positions], labels[:, positions])
+    output.loss_sum.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": output.loss_sum.detach(), "logits": output.logits.detach(), **gradients}
+
+
+def all_models_on_a_slice(rank: int) -> dict[str, dict[str, Tensor]]:
+    size = dist.get_world_size()
+    context = ContextGroup(dist.group.WORLD, rank, size)
+    width = LENGTH // size
+    positions = slice(rank * width, (rank + 1) * width)
+    return {name: losses_and_gradients(keys, positions, context) for name, keys in MODELS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_slices_on_ranks_equal_the_whole_sequence(size: int) -> None:
+    ranks = on_ranks(size, all_models_on_a_slice)
+    for name, keys in MODELS.items():
+        whole = losses_and_gradients(keys, slice(None), None)
+        logits = torch.cat([rank[name]["logits"] for rank in ranks], dim=1)
+        # fp64 rounding through two layers; the folding of states over ranks is exact algebra.
+        torch.testing.assert_close(logits, whole.pop("logits"), rtol=0, atol=1e-12)
+        for key, expected in whole.items():
+            total = sum(rank[name][key] for rank in ranks)
+            torch.testing.assert_close(
+                total, expected, rtol=1e-10, atol=1e-11, msg=lambda m, at=(name, key): f"{at}: {m}"
+            )
