@@ -1,5 +1,6 @@
 """A dataset's directory while it is made: lock, unfinished species, finished parts, manifest."""
 
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -13,6 +14,19 @@ from data_prep.report import write_report
 
 LOCK = ".lock"
 JOURNAL = ".unfinished.jsonl"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure of the disk while `path` is written into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            reason = f"the disk is full ({error.strerror}); make room"
+        else:
+            reason = f"cannot be written ({error.strerror}); mend that"
+        raise UserError(f"{path}: {reason} and run the same command again to go on") from None
 
 
 @contextmanager
@@ -32,7 +46,8 @@ def locked(directory: Path) -> Iterator[None]:
             raise UserError(
                 f"{directory}: its file system has no locks ({error.strerror}); shard to a local disk and copy"
             ) from None
-        yield
+        with writing(directory):
+            yield
 
 
 def refuse_if_locked(directory: Path) -> None:

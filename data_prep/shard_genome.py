@@ -5,9 +5,10 @@ python data_prep/shard_genome.py --verify shards
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from caduceus.errors import UserError, run_command
 from data_prep.merge import merge
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the plan have no default here: `PlanOptions` knows them."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Cut genomes into windows and write them as WebDataset shards.",
         epilog="A run that was stopped goes on when the same command is given again.",
     )
@@ -132,6 +133,11 @@ def requests_from(args: argparse.Namespace) -> list[SpeciesRequest]:
     return [SpeciesRequest(args.species, args.fasta, args.assembly or "", options, cache_dir=args.cache_dir)]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -140,4 +146,7 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    try:
+        run_command(main)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again to go on")

@@ -1,6 +1,5 @@
 """A shard's plan -> its tar and index, written in one pass, each under a temporary name until it is complete."""
 
-import errno
 import hashlib
 import os
 import zlib
@@ -13,8 +12,8 @@ import numpy as np
 
 from caduceus.alphabet import COMPLEMENT_BYTE
 from caduceus.data.shards import RUN_DTYPE, SAMPLE_DTYPE, STRAND_SYMBOLS, ShardIndex, index_path, write_atomically
-from caduceus.errors import UserError
 from data_prep.composition import composition
+from data_prep.dataset import writing
 from data_prep.genome import Genome, open_genome
 from data_prep.plan import SpeciesPlan
 from data_prep.runs import listed_runs, reverse_runs, run_table
@@ -69,17 +68,15 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     """
     temporary = task.path.with_name(f".{task.path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with writing(task.path), temporary.open("wb", buffering=0) as file:
             tar = _TarStream(file)
             index = _write_samples(task, reopen_genome(task.genome, task.cache_dir), tar)
             tar.finish()
             os.fsync(file.fileno())
-        assert tar.position == task.size, "the plan knows the size of a tar before it is written"
-        index_bytes = index.to_bytes()
-        write_atomically(index_path(task.path), index_bytes)
-        temporary.replace(task.path)
-    except OSError as error:
-        raise _explain(error, task.path) from None
+            assert tar.position == task.size, "the plan knows the size of a tar before it is written"
+            index_bytes = index.to_bytes()
+            write_atomically(index_path(task.path), index_bytes)
+            temporary.replace(task.path)
     finally:
         temporary.unlink(missing_ok=True)
     return {
@@ -163,9 +160,3 @@ def _write_samples(task: ShardTask, genome: Genome, tar: _TarStream) -> ShardInd
                 runs.append(run_table(number, reverse_runs(window_runs, len(content)) if strand else window_runs))
             number += 1
     return ShardIndex(samples, np.concatenate(runs))
-
-
-def _explain(error: OSError, path: Path) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path.parent}: the disk is full; free some space and run the same command again to go on")
-    return UserError(f"{path}: cannot be written ({error.strerror}); mend that and run the same command again to go on")

@@ -7,15 +7,10 @@ import numpy as np
 BLOCK = 512
 END = bytes(2 * BLOCK)
 _NAME_BYTES = 100
-_SIZE = slice(124, 136)
-_CHECKSUM = slice(148, 156)
-_TEMPLATE = bytearray(BLOCK)
-_TEMPLATE[100:148] = b"0000644\0" + b"0000000\0" * 2 + bytes(12) + b"00000000000\0"
-_TEMPLATE[_CHECKSUM] = b" " * 8
-_TEMPLATE[156:157] = b"0"
-_TEMPLATE[257:265] = b"ustar\x0000"
-_TEMPLATE[329:345] = b"0000000\0" * 2
-_TEMPLATE_SUM = sum(_TEMPLATE)
+_OWNER = b"0000644\0" + b"0000000\0" * 2  # mode, user, group
+_TIME = b"00000000000\0"
+_REST = b"0" + bytes(100) + b"ustar\x0000" + bytes(64) + b"0000000\0" * 2 + bytes(167)
+_FIXED_SUM = sum(_OWNER + _TIME + b" " * 8 + _REST)
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -23,11 +18,8 @@ def member_header(name: str, size: int) -> bytes:
     encoded = name.encode("ascii")
     assert len(encoded) <= _NAME_BYTES and size < 8**11
     digits = b"%011o\0" % size
-    header = bytearray(_TEMPLATE)
-    header[: len(encoded)] = encoded
-    header[_SIZE] = digits
-    header[_CHECKSUM] = b"%06o\0 " % (_TEMPLATE_SUM + sum(encoded) + sum(digits))
-    return bytes(header)
+    checksum = b"%06o\0 " % (_FIXED_SUM + sum(encoded) + sum(digits))
+    return b"".join((encoded.ljust(_NAME_BYTES, b"\0"), _OWNER, digits, _TIME, checksum, _REST))
 
 
 def padding(size: int) -> bytes:

@@ -59,6 +59,8 @@ def contig_windows(
     options: PlanOptions,
 ) -> ContigWindows:
     """Windows of contig number `row`. `regions` are each split's intervals, (n, 2), `excluded` a set of bases."""
+    if length < options.min_window:  # nothing to weigh; a draft assembly has many of these
+        return _too_short(length)
     if options.interval_mode == "tile":
         candidates = _tile_regions(regions, excluded, scan, options)
     else:
@@ -81,6 +83,11 @@ def contig_windows(
     dropped["between_windows"] = size(rest[~at_end])
     dropped["tail" if options.tail == "drop" else "short"] = size(rest[at_end])
     return ContigWindows(windows[rich], size(kept), dropped, int((~rich).sum()), leaked_bases(windows[rich]))
+
+
+def _too_short(length: int) -> ContigWindows:
+    dropped = dict.fromkeys(DROPPED, 0) | {"short": length}
+    return ContigWindows(np.empty(0, dtype=WINDOW_DTYPE), 0, dropped, 0, {"valid": 0, "test": 0, "either": 0})
 
 
 def tile(segments: np.ndarray, options: PlanOptions) -> np.ndarray:
