@@ -1,0 +1,361 @@
+"""Kills, full disks, second runs, damaged files and bad input: nothing half-written, and one clear line."""
+
+import fcntl
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from caduceus.data.shards import ShardIndex, index_path, load_manifest
+from caduceus.errors import UserError
+from data_prep.bed import read_bed
+from tests.conftest import REPOSITORY
+from tests.data_prep.genomes import random_bases, shard, tree_digest, write_fasta
+
+SCRIPT = REPOSITORY / "data_prep" / "shard_genome.py"
+OPTIONS = ("--window", "2000", "--min-window", "10", "--shard-bytes", "64KiB", "--valid-contigs", "chr2")
+
+
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(8)
+    contigs = {f"chr{number}": random_bases(rng, length) for number, length in enumerate((60_000, 20_000), 1)}
+    return write_fasta(tmp_path_factory.mktemp("fasta") / "g.fa", contigs)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(fasta: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    shard("--fasta", fasta, "--species", "s", "--out", out, *OPTIONS, "--workers", 1)
+    return out
+
+
+@pytest.fixture
+def dataset(undisturbed: Path, tmp_path: Path) -> Path:
+    """A dataset that the test may damage."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "out"))
+
+
+def command(fasta: Path, out: Path, *options: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--fasta", str(fasta), "--species", "s", "--out", str(out), *OPTIONS, *options]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
+    fasta: Path, undisturbed: Path, tmp_path: Path, workers: str
+) -> None:
+    random.seed(int(workers))
+    out = tmp_path / "out"
+    kills, seconds = 0, 1.0
+    while kills < 10:
+        started = time.monotonic()
+        process = subprocess.Popen(command(fasta, out, "--workers", workers), start_new_session=True)
+        try:
+            process.wait(timeout=random.uniform(0.25, 1.0) * seconds)
+            assert process.returncode == 0
+            seconds = min(seconds, time.monotonic() - started)  # aim within a run that does all the work
+            assert tree_digest(out) == tree_digest(undisturbed)
+            shutil.rmtree(out)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)  # the workers are left to notice by themselves
+            process.wait()
+            kills += 1
+            assert not (out / "manifest.json").exists() or load_manifest(out)
+        seconds *= 1.05
+    subprocess.run(command(fasta, out, "--workers", workers), check=True)
+    assert tree_digest(out) == tree_digest(undisturbed)
+    assert sorted(path.name for path in out.rglob(".*")) == [".lock"]
+
+
+def test_finished_shards_are_kept_when_a_run_goes_on(fasta: Path, undisturbed: Path, tmp_path: Path, monkeypatch):
+    from data_prep import sharding
+
+    out = tmp_path / "out"
+    written = []
+
+    def write_two(task):
+        if len(written) == 2:
+            raise UserError("stop here")
+        written.append(task.path.name)
+        return write_shard(task)
+
+    write_shard = sharding.write_shard
+    monkeypatch.setattr(sharding, "write_shard", write_two)
+    arguments = ("--fasta", fasta, "--species", "s", "--out", out, *OPTIONS, "--workers", 1)
+    with pytest.raises(UserError, match="stop here"):
+        shard(*arguments)
+    assert sorted(path.name for path in out.rglob("*.tar")) == sorted(written)
+    with pytest.raises(UserError, match="no complete shard dataset"):
+        load_manifest(out)
+    with pytest.raises(UserError, match="was begun with window 2000, but now it is 1000"):
+        shard(*arguments, "--window", 1000)
+    with (out / "s" / ".unfinished.jsonl").open("ab") as journal:
+        journal.write(b'{"name": "train-0')  # as a kill in the middle of a line leaves it
+    (out / "s" / ".train-000005.tar.1.tmp").write_bytes(b"left over")
+    times = {name: (out / "s" / name).stat().st_mtime_ns for name in written}
+    monkeypatch.undo()
+    shard(*arguments)
+    assert times == {name: (out / "s" / name).stat().st_mtime_ns for name in written}
+    assert tree_digest(out) == tree_digest(undisturbed)
+    assert not list(out.rglob(".*.tmp"))
+
+
+def test_a_second_run_into_the_directory_refuses(fasta: Path, dataset: Path) -> None:
+    with (dataset / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is writing here"):
+            shard("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS)
+
+
+def test_a_full_disk_is_a_clean_error_and_resumable(fasta: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The limit on file sizes stands for the full disk: both make `write` fail in the middle of a tar."""
+    out = tmp_path / "out"
+    limit = 40_000
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    result = subprocess.run(
+        command(fasta, out, "--workers", "1"), preexec_fn=small_files, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .*the disk is full .* run the same command again to go on\n", result.stderr)
+    assert not list(out.rglob("*.tar")) and not list(out.rglob("*.tmp")) and not (out / "manifest.json").exists()
+    shard("--fasta", fasta, "--species", "s", "--out", out, *OPTIONS, "--workers", 1)
+    assert tree_digest(out) == tree_digest(undisturbed)
+
+
+def test_too_little_room_is_told_before_anything_is_written(fasta: Path, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"GB are needed, 0.0 GB are free"):
+        shard("--fasta", fasta, "--species", "s", "--out", tmp_path / "out", *OPTIONS, "--workers", 1)
+    assert not (tmp_path / "out").exists()
+
+
+def flip_base(out: Path) -> None:
+    path = out / "s" / "train-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[int(ShardIndex.load(index_path(path)).samples[3]["offset"]) + 100] ^= 1
+    path.write_bytes(content)
+
+
+def flip_json(out: Path) -> None:
+    path = out / "s" / "train-000001.tar"
+    path.write_bytes(path.read_bytes().replace(b'"chr1", "split"', b'"chr2", "split"', 1))
+
+
+def flip_header(out: Path) -> None:
+    path = out / "s" / "train-000001.tar"
+    path.write_bytes(path.read_bytes().replace(b"ustar", b"usTar", 1))
+
+
+def cut_tar(out: Path) -> None:
+    path = out / "s" / "train-000001.tar"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def swap_indexes(out: Path) -> None:
+    one, two = (out / "s" / f"train-00000{number}.index.npz" for number in (0, 1))
+    one.rename(out / "s" / "x"), two.rename(one), (out / "s" / "x").rename(two)
+
+
+def swap_tars(out: Path) -> None:
+    one, two = (out / "s" / f"train-00000{number}.tar" for number in (0, 1))
+    one.rename(out / "s" / "x"), two.rename(one), (out / "s" / "x").rename(two)
+
+
+def flip_index(out: Path) -> None:
+    path = out / "s" / "train-000001.index.npz"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    flip_base: r"train-000001\.tar: s-\S+: its bases were changed \(crc32\)",
+    flip_json: r"train-000001\.tar: s-\S+: index and tar differ in contig|train-000001.tar: its bytes were changed",
+    flip_header: r"train-000001\.tar: at byte 0: no member header of a shard",
+    cut_tar: r"train-000001\.tar: has [\d,]+ bytes instead of [\d,]+",
+    swap_indexes: r"train-000001\.index\.npz: its bytes were changed, or it belongs to another tar",
+    swap_tars: r"train-000001\.tar: ",
+    flip_index: r"train-000001\.index\.npz: its bytes were changed",
+    lambda out: (out / "s" / "train-000001.tar").unlink(): r"train-000001\.tar: is missing",
+    lambda out: (out / "s" / "train-000001.index.npz").unlink(): r"train-000001\.index\.npz: is missing",
+    lambda out: (out / "s" / "species.json").write_text("{}"): r"species\.json: differs from the manifest",
+    lambda out: shutil.copy(out / "s" / "train-000000.tar", out / "s" / "train-000099.tar"): r"000099.*not in the man",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_verify_names_the_damage(dataset: Path, damage, capsys: pytest.CaptureFixture) -> None:
+    damage(dataset)
+    with pytest.raises(UserError, match="problem"):
+        shard("--verify", dataset, "--workers", 1)
+    lines = capsys.readouterr().err
+    assert re.search(DAMAGE[damage], lines), lines
+
+
+def test_verify_refuses_a_changed_manifest(dataset: Path) -> None:
+    path = dataset / "manifest.json"
+    path.write_text(path.read_text().replace('"weight": 1.0', '"weight": 2.0'))
+    with pytest.raises(UserError, match=r"fingerprint .* does not match its content"):
+        shard("--verify", dataset)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_changed_byte_is_found(dataset: Path, data: st.DataObject) -> None:
+    files = sorted(path for path in dataset.rglob("*") if path.suffix in (".tar", ".npz", ".json"))
+    path = data.draw(st.sampled_from(files))
+    before = path.read_bytes()
+    content = bytearray(before)
+    match data.draw(st.sampled_from(["flip", "cut", "insert"])):
+        case "flip":
+            content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        case "cut":
+            del content[data.draw(st.integers(0, len(content) - 1)) :]
+        case "insert":
+            content.insert(data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 255)))
+    path.write_bytes(content)
+    try:
+        if path.suffix != ".json" or content.split() != before.split():  # blank space in JSON says nothing
+            with pytest.raises(UserError):
+                shard("--verify", dataset, "--workers", 1)
+    finally:
+        path.write_bytes(before)
+
+
+@given(st.binary(max_size=200) | st.text("chr1\t 0123456789-#\n.x", max_size=120).map(str.encode))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_bed_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "any.bed"
+    path.write_bytes(content)
+    try:
+        rows = read_bed(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert rows and all(0 <= row.start < row.end for row in rows)
+
+
+BAD = {
+    "empty": ("", ()),
+    "not FASTA": ("@read\nACGT\n", ()),
+    "duplicate contigs": (">a\nACGT\n>a\nACGT\n", ()),
+    "no segment long enough": (">a\n" + "ACGT" * 100 + "\n", ("--min-window", "1024")),
+    "all N": (">a\n" + "N" * 3000 + "\n", ()),
+    "unknown contig": (None, ("--valid-contigs", "chr7")),
+    "left out contig": (">chr1\n" + "ACGT" * 900 + "\n>chrM\nACGT\n", ("--valid-contigs", "chrM")),
+    "contig in two splits": (None, ("--valid-contigs", "chr1", "--test-contigs", "1")),
+    "nothing left": (None, ("--include", "zzz")),
+    "bad pattern": (None, ("--include", "chr[")),
+    "bad number": (None, ("--window", "many")),
+    "zero window": (None, ("--window", "0")),
+    "shortest above longest": (None, ("--window", "100", "--min-window", "200")),
+    "bad share": (None, ("--min-acgt", "1.5")),
+    "bad size": (None, ("--shard-bytes", "lots")),
+    "unknown option": (None, ("--frobnicate",)),
+    "bad tail": (None, ("--tail", "long")),
+    "no workers": (None, ("--workers", "0")),
+    "mode without intervals": (None, ("--interval-mode", "exact")),
+    "missing BED": (None, ("--intervals", "no.bed")),
+    "fractions without blocks": (None, ("--valid-fraction", "0.1")),
+    "blocks without fractions": (None, ("--split-block", "5000")),
+    "blocks and contigs": (None, ("--split-block", "5000", "--valid-fraction", "0.1", "--valid-contigs", "chr1")),
+    "missing aliases": (None, ("--aliases", "no.tsv")),
+    "bad species name": (None, ("--species", "a/b")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case: str, fasta: Path, tmp_path: Path, monkeypatch) -> None:
+    text, options = BAD[case]
+    if text is not None:
+        fasta = tmp_path / "bad.fa"
+        fasta.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    defaults = ("--species", "s") if "--species" not in options else ()
+    with pytest.raises(UserError) as raised:
+        shard("--fasta", fasta, *defaults, "--out", tmp_path / "deep" / "out", "--workers", "1", *options)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+    left = {path.name for path in tmp_path.iterdir()} - before
+    assert left <= {"bad.fa.fai"}, "the table of a sound FASTA may stay"
+
+
+BED_ROWS = {
+    "chr1\t5\t5\n": r"rows\.bed:1: start 5 and end 5",
+    "chr1\t1\t20\nchr1\tx\t9\n": r"rows\.bed:2: not a BED line",
+    "chr1\t1\n": r"rows\.bed:1: not a BED line",
+    "\n": "holds no interval",
+    "chr1\t1\t99999999\n": r"rows\.bed:1: ends at 99,999,999, beyond chr1 with 60,000 bases",
+    "chr1\t1\t2000\ttrain\nchr1\t1\t2000\tholdout\n": r"rows\.bed:2: column 4 must be train, valid or test",
+    "chr1\t1\t2000\ttrain\nchr1\t1\t2000\n": r"rows\.bed:2: has no split",
+    "chr8\t1\t2000\n": "none of the contigs",
+}
+
+
+@pytest.mark.parametrize("rows", BED_ROWS)
+def test_bad_intervals(rows: str, fasta: Path, tmp_path: Path) -> None:
+    bed = tmp_path / "rows.bed"
+    bed.write_text(rows)
+    with pytest.raises(UserError, match=BED_ROWS[rows]):
+        shard("--fasta", fasta, "--species", "s", "--out", tmp_path / "out", "--intervals", bed, "--workers", 1)
+    assert not (tmp_path / "out").exists()
+
+
+BAD_YAML = {
+    "": "must be a list of entries",
+    "- a": "must hold a list 'species'",
+    "species: []": "must be a list of entries",
+    "species: 3": "must be a list of entries",
+    "specis: []": "unknown key 'specis'",
+    "species: [{name: a}]": "needs the keys 'name' and 'fasta'",
+    "species: [{name: a, fasta: a.fa, windw: 3}]": "'windw' is not an option",
+    "species: [{name: a, fasta: a.fa, window: big}]": "--window: must be a whole number",
+    "species: [{name: a, fasta: a.fa, weight: 0}]": "'weight' must be a number above 0",
+    "species: [{name: a, fasta: a.fa}, {name: a, fasta: b.fa}]": "two species are named 'a'",
+    "species: [{name: a, fasta: a.fa}]": "no such file",
+    "weights: heavy\nspecies: [{name: a, fasta: a.fa}]": "'weights' must be",
+    "species: [{genome: hg99}]": "no genome of the registry",
+    "a: [": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("text", BAD_YAML)
+def test_bad_species_files(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "species.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(BAD_YAML[text])) as raised:
+        shard("--genomes", path, "--out", tmp_path / "out", "--workers", 1)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_directory_is_left_alone(fasta: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds thesis\.tex, which is not of a shard dataset"):
+        shard("--fasta", fasta, "--species", "s", "--out", tmp_path, *OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_exit_status_and_stderr_of_a_mistake(tmp_path: Path) -> None:
+    result = subprocess.run(command(tmp_path / "no.fa", tmp_path / "out"), capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
