@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from caduceus.errors import UserError
+from caduceus.ops import naive
+from caduceus.ops.packed import run_apart
 from caduceus.ops.split import Context, split_conv1d, split_initial_states
 
 BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
@@ -143,15 +145,23 @@ def bidirectional_conv1d(
     bias: Tensor | None,
     *,
     context: Context | None = None,
+    starts: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal convolution with silu of every stream in both directions.
 
     x (S, B, L, E), weight (P, E, K), bias (P, E): one filter per parameter direction d, P = 2 (1 for a uni-directional
     model). Stream s runs parameter direction d right-to-left where d != s: stream 1, the other strand, has the
-    directions exchanged. Returns (P, S, B, L, E). With a `context` the sequence goes on over its ranks.
+    directions exchanged. Returns (P, S, B, L, E). With a `context` the sequence goes on over its ranks. `starts` (B, L)
+    bool marks the first positions of packed sequences: no tap crosses one.
     """
     module = _module(backend, x.device.type)
+    if starts is not None:
+        if context is not None:
+            raise ValueError("starts: packed sequences cannot be shared between ranks")
+        if module.__name__ == "caduceus.ops.triton":
+            return module.bidirectional_conv1d(x, weight, bias, starts)
+        return run_apart(starts, lambda b, t: bidirectional_conv1d(x[:, b, None, t], weight, bias, backend=backend))
     directions, streams = weight.shape[0], x.shape[0]
     if context is not None:
 
@@ -181,6 +191,7 @@ def bidirectional_scan(
     dt_bias: Tensor | None = None,
     *,
     context: Context | None = None,
+    starts: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sum over both directions of the selective scan of every stream, gated by silu(z).
@@ -189,8 +200,21 @@ def bidirectional_scan(
     model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where
     d != s: stream 1, the other strand, has the directions exchanged. Returns (S, B, L, E). With a `context` the
     sequence goes on over its ranks.
+    `starts` (B, L) bool marks the first positions of packed sequences: no state crosses one, in either direction.
     """
     module = _module(backend, u.device.type)
+    if starts is not None:
+        if context is not None:
+            raise ValueError("starts: packed sequences cannot be shared between ranks")
+        if module.__name__ == "caduceus.ops.triton":
+            return module.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, starts)
+
+        def scan_alone(b: int, t: slice) -> Tensor:
+            runs = [tensor[:, :, b, None, t] for tensor in (u, dt, B, C)]
+            gate = None if z is None else z[:, b, None, t]
+            return bidirectional_scan(*runs[:2], A, *runs[2:], D, gate, dt_bias, backend=backend)
+
+        return run_apart(starts, scan_alone)
     states = None
     if context is not None:
         directions, count = u.shape[:2]
@@ -222,6 +246,44 @@ def bidirectional_scan(
         ]
         streams.append(y[0] + y[1] if len(y) == 2 else y[0])
     return torch.stack(streams)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(norm(residual + x), residual + x): RMSNorm, or with a `bias` LayerNorm, over the last axis in at least fp32.
+
+    x, residual (S, B, L, D); weight, bias (D,), or (S, D) for a stream each. The norm has `out_dtype`, by default x's,
+    the sum has the residual's type. Without a residual the sum is x itself.
+    """
+    add_norm = getattr(_module(backend, x.device.type), "add_norm", naive.add_norm)
+    return add_norm(x, residual, weight, bias, eps, out_dtype or x.dtype)
+
+
+def head_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor | None = None,
+    *,
+    ignore_label: int,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens; logits exist only there.
+
+    hidden (S, B, L, D) and the head weight (S, V, D): streams are summed into the logits. labels (B, L), `ignore_label`
+    where nothing is labelled; loss_weights (B, L), by default 1. Both sums are 0 where no token is labelled.
+    """
+    module = _module(backend, hidden.device.type)
+    head_cross_entropy = getattr(module, "head_cross_entropy", naive.head_cross_entropy)
+    return head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label)
 
 
 def _reverse(directions: int, streams: int) -> list[bool]:

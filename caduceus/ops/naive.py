@@ -61,3 +61,39 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     if bias is not None:
         y = y + bias.to(compute)
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(norm(residual + x), residual + x): RMSNorm, or with a `bias` LayerNorm, over the last axis in at least fp32.
+
+    weight, bias (D,), or (S, D) of the streams on the first axis. The sum has the residual's type.
+    """
+    total = x if residual is None else (residual + x).to(residual.dtype)
+    compute = torch.promote_types(total.dtype, torch.float32)
+    wide = total.to(compute)
+    scale, offset = (
+        None if t is None else t.to(compute).view(-1, *[1] * (x.ndim - 2), t.shape[-1]) for t in (weight, bias)
+    )
+    if offset is None:
+        normed = F.rms_norm(wide, wide.shape[-1:], eps=eps) * scale
+    else:
+        normed = F.layer_norm(wide, wide.shape[-1:], eps=eps) * scale + offset
+    return normed.to(out_dtype), total
+
+
+def head_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
+) -> tuple[Tensor, Tensor]:
+    """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens, in at least fp32.
+
+    The logits of a token are the sum over streams of hidden (S, …, D) · weight (S, V, D).
+    """
+    compute = torch.promote_types(hidden.dtype, torch.float32)
+    labelled = labels.flatten() != ignore_label
+    rows = hidden.flatten(1, -2)[:, labelled].to(compute)
+    logits = torch.einsum("smd,svd->mv", rows, weight.to(compute))
+    losses = F.cross_entropy(logits, labels.flatten()[labelled], reduction="none")
+    weights = torch.ones_like(losses) if loss_weights is None else loss_weights.flatten()[labelled].to(compute)
+    return (losses * weights).sum(), weights.sum()

@@ -1,6 +1,16 @@
 """The ops in Triton, for NVIDIA GPUs; with TRITON_INTERPRET=1 they run, slowly, on CPU tensors."""
 
 from caduceus.ops.triton.conv import bidirectional_conv1d, causal_conv1d
-from caduceus.ops.triton.scan import bidirectional_scan, selective_scan
+from caduceus.ops.triton.cross_entropy import head_cross_entropy
+from caduceus.ops.triton.norm import add_norm
+from caduceus.ops.triton.scan import bidirectional_scan, scan_with_states, selective_scan
 
-__all__ = ["bidirectional_conv1d", "bidirectional_scan", "causal_conv1d", "selective_scan"]
+__all__ = [
+    "add_norm",
+    "bidirectional_conv1d",
+    "bidirectional_scan",
+    "causal_conv1d",
+    "head_cross_entropy",
+    "scan_with_states",
+    "selective_scan",
+]

@@ -18,12 +18,15 @@ def bidirectional_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    halo: Tensor | None = None,
     starts: Tensor | None = None,
+    halo: Tensor | None = None,
     activation: str | None = "silu",
     reverse: bool = False,
 ) -> Tensor:
-    """`caduceus.ops.bidirectional_conv1d`; `reverse` exchanges the directions of all streams."""
+    """`caduceus.ops.bidirectional_conv1d`. halo (P, S, B, K - 1, E): what precedes the sequence in each direction.
+
+    `reverse` exchanges the directions of all streams.
+    """
     require_float(x, "x")
     return conv_forward(x, weight, bias, halo, starts, activation == "silu", reverse)
 

@@ -20,7 +20,7 @@ CHANNELS = 32 * WARPS
 """Channels of a program: one per thread."""
 
 
-def bidirectional_scan(
+def scan_with_states(
     u: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -35,9 +35,10 @@ def bidirectional_scan(
     reverse: bool = False,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y (S, B, L, E), final states (P, S, B, E, N)) of `caduceus.ops.bidirectional_scan`.
+    """(y (S, B, L, E), states after the last steps taken (P, S, B, E, N)), both differentiable.
 
-    `reverse` exchanges the directions of all streams; `chunk` is the number of tokens that one program takes.
+    Operands as of `caduceus.ops.bidirectional_scan`, initial_state (P, S, B, E, N), starts as in `ops.packed`. With
+    `reverse` all directions are exchanged; `chunk` is the number of tokens that one program takes.
     """
     require_float(u, "u")
     if A.shape[-1] > MAX_STATES:
@@ -48,6 +49,21 @@ def bidirectional_scan(
         raise ValueError(f"chunk: must be a multiple of {PIECE}, got {chunk}")
     y, final_state, _, _ = scan_forward(u, dt, A, B, C, D, z, dt_bias, initial_state, starts, softplus, reverse, chunk)
     return y, final_state
+
+
+def bidirectional_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    starts: Tensor | None = None,
+) -> Tensor:
+    """`caduceus.ops.bidirectional_scan`."""
+    return scan_with_states(u, dt, A, B, C, D, z, dt_bias, starts=starts)[0]
 
 
 def selective_scan(
@@ -64,7 +80,7 @@ def selective_scan(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y (B, L, E), final state (B, E, N)) of `caduceus.ops.selective_scan`."""
-    y, final_state = bidirectional_scan(
+    y, final_state = scan_with_states(
         u[None, None],
         dt[None, None],
         A[None],

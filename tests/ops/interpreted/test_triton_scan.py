@@ -87,7 +87,7 @@ def check(operands: dict[str, Tensor | None], dtype=torch.float32, tolerance=FP3
 
     actual = {name: None if t is None else t.requires_grad_() for name, t in rounded.items()}
     state = actual["initial_state"]
-    y_, final_ = triton_scan.bidirectional_scan(
+    y_, final_ = triton_scan.scan_with_states(
         *(actual[name] for name in NAMES[:-1]), initial_state=state, chunk=chunk, **options
     )
     assert y_.dtype == dtype
@@ -180,7 +180,7 @@ def test_pads_neither_decay_nor_feed_the_state():
 
 def run(operands: dict[str, Tensor], chunk: int = 8, **options) -> tuple[Tensor, Tensor]:
     u, dt, A, B, C, D, z, dt_bias, state = (operands[name].float() for name in NAMES)
-    return triton_scan.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, initial_state=state, chunk=chunk, **options)
+    return triton_scan.scan_with_states(u, dt, A, B, C, D, z, dt_bias, initial_state=state, chunk=chunk, **options)
 
 
 @pytest.mark.slow
@@ -241,4 +241,4 @@ def test_refuses_what_it_cannot_run():
     with pytest.raises(ValueError, match="64 states"):
         run(o)
     with pytest.raises(TypeError, match="float64"):
-        triton_scan.bidirectional_scan(*(o[name] for name in NAMES[:-1]))
+        triton_scan.scan_with_states(*(o[name] for name in NAMES[:-1]))

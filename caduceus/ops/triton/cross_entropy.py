@@ -1,0 +1,77 @@
+"""Head + cross-entropy at labelled positions on the GPU. Shapes: S streams, D channels, V vocabulary."""
+
+import torch
+import triton
+from torch import Tensor
+
+from caduceus.ops.triton import cross_entropy_kernels as kernels
+from caduceus.ops.triton.device import device_of, multiprocessors, require_float
+
+ROWS, CHANNELS = 32, 64
+"""Tile of a program."""
+
+
+def head_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
+) -> tuple[Tensor, Tensor]:
+    """`caduceus.ops.head_cross_entropy`."""
+    require_float(hidden, "hidden")
+    return cross_entropy_forward(hidden, weight, labels, loss_weights, ignore_label)
+
+
+@torch.library.custom_op("caduceus::triton_cross_entropy_forward", mutates_args=())
+def cross_entropy_forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
+) -> tuple[Tensor, Tensor]:
+    programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
+    sums = hidden.new_empty(programs, 2, dtype=torch.float32)
+    with device_of(hidden):
+        kernels.cross_entropy_forward_kernel[(programs,)](*operands, sums, *sizes, **options)
+    total = sums.sum(0)
+    return total[0].clone(), total[1].clone()
+
+
+@cross_entropy_forward.register_fake
+def _(hidden, weight, labels, loss_weights, ignore_label):
+    return tuple(hidden.new_empty((), dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("caduceus::triton_cross_entropy_backward", mutates_args=())
+def cross_entropy_backward(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and weight."""
+    programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
+    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    dweight = torch.zeros(programs, *weight.shape, dtype=torch.float32, device=weight.device)
+    with device_of(hidden):
+        kernels.cross_entropy_backward_kernel[(programs,)](*operands, dloss, dhidden, dweight, *sizes, **options)
+    return dhidden, dweight.sum(0).to(weight.dtype)
+
+
+@cross_entropy_backward.register_fake
+def _(dloss, hidden, weight, labels, loss_weights, ignore_label):
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.ignore_label = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dloss, _dweight_sum):
+    return *cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_label), None, None, None
+
+
+cross_entropy_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _arguments(hidden, weight, labels, loss_weights, ignore_label) -> tuple[int, tuple, tuple, dict]:
+    """(programs, tensors, sizes, compile-time options) of both kernels."""
+    S, V, D = weight.shape
+    tokens = labels.numel()
+    programs = max(1, min(triton.cdiv(tokens, ROWS), 4 * multiprocessors(hidden.device)))
+    tensors = (hidden, weight, labels, labels if loss_weights is None else loss_weights)
+    options = {"ROWS": ROWS, "VB": max(16, triton.next_power_of_2(V)), "DB": CHANNELS, "num_warps": 4}
+    options["HAS_WEIGHTS"] = loss_weights is not None
+    return programs, tuple(t.contiguous() for t in tensors), (S, tokens, D, V, ignore_label), options

@@ -1,0 +1,119 @@
+"""Kernels of head + cross-entropy. A program takes tiles of ROWS tokens and skips those without a labelled base, so
+logits exist only in registers. Streams are summed into the logits before the softmax.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _logits(
+    hidden_ptr, weight_ptr, row, use, S, tokens, D, v, V, ROWS: tl.constexpr, VB: tl.constexpr, DB: tl.constexpr
+):
+    """sum over streams of hidden · head, [ROWS, VB]; -inf beyond the vocabulary."""
+    logits = tl.zeros([ROWS, VB], tl.float32)
+    for s in range(S):
+        for start in range(0, D, DB):
+            column = start + tl.arange(0, DB)
+            h_at = hidden_ptr + (s * tokens + row)[:, None] * D + column[None, :]
+            h = tl.load(h_at, mask=use[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+            w_at = weight_ptr + (s * V + v)[None, :] * D + column[:, None]
+            w = tl.load(w_at, mask=(v < V)[None, :] & (column < D)[:, None], other=0.0).to(tl.float32)
+            logits += tl.dot(h, w, input_precision="tf32x3")
+    return tl.where((v < V)[None, :], logits, float("-inf"))
+
+
+@triton.jit
+def cross_entropy_forward_kernel(
+    hidden_ptr,
+    weight_ptr,
+    label_ptr,
+    loss_weight_ptr,
+    sums_ptr,
+    S,
+    tokens,
+    D,
+    V,
+    ignore,
+    ROWS: tl.constexpr,
+    VB: tl.constexpr,
+    DB: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+):
+    """sums (programs, 2): over a program's labelled tokens, of weight · cross-entropy and of weight."""
+    v = tl.arange(0, VB)
+    losses = tl.zeros([ROWS], tl.float32)
+    weights = tl.zeros([ROWS], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        label = tl.load(label_ptr + row, mask=row < tokens, other=ignore)
+        use = label != ignore
+        if tl.max(use.to(tl.int32), axis=0) > 0:
+            logits = _logits(hidden_ptr, weight_ptr, row, use, S, tokens, D, v, V, ROWS, VB, DB)
+            top = tl.max(logits, axis=1)
+            normaliser = top + tl.log(tl.sum(tl.exp(logits - top[:, None]), axis=1))
+            own = tl.sum(tl.where(v[None, :] == label[:, None], logits, 0.0), axis=1)
+            weight = use.to(tl.float32)
+            if HAS_WEIGHTS:
+                weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
+            losses += weight * (normaliser - own)
+            weights += weight
+    tl.store(sums_ptr + tl.program_id(0) * 2, tl.sum(losses, axis=0))
+    tl.store(sums_ptr + tl.program_id(0) * 2 + 1, tl.sum(weights, axis=0))
+
+
+@triton.jit
+def cross_entropy_backward_kernel(
+    hidden_ptr,
+    weight_ptr,
+    label_ptr,
+    loss_weight_ptr,
+    dloss_ptr,
+    dhidden_ptr,
+    dweight_ptr,
+    S,
+    tokens,
+    D,
+    V,
+    ignore,
+    ROWS: tl.constexpr,
+    VB: tl.constexpr,
+    DB: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+):
+    """dhidden (S, tokens, D), zero at tokens without a label; dweight (programs, S, V, D), which begins as zero."""
+    v = tl.arange(0, VB)
+    dloss = tl.load(dloss_ptr).to(tl.float32)
+    dweight_ptr += tl.program_id(0).to(tl.int64) * S * V * D
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        label = tl.load(label_ptr + row, mask=row < tokens, other=ignore)
+        use = label != ignore
+        labelled = tl.max(use.to(tl.int32), axis=0) > 0
+        dlogits = tl.zeros([ROWS, VB], tl.float32)
+        if labelled:
+            logits = _logits(hidden_ptr, weight_ptr, row, use, S, tokens, D, v, V, ROWS, VB, DB)
+            e = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+            weight = use.to(tl.float32) * dloss
+            if HAS_WEIGHTS:
+                weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
+            onehot = (v[None, :] == label[:, None]).to(tl.float32)
+            dlogits = weight[:, None] * (e / tl.sum(e, axis=1)[:, None] - onehot)
+        for s in range(S):
+            for start in range(0, D, DB):
+                column = start + tl.arange(0, DB)
+                inside = (column < D)[None, :]
+                h_at = (s * tokens + row)[:, None] * D + column[None, :]
+                if labelled:
+                    w_at = (s * V + v)[:, None] * D + column[None, :]
+                    w_mask = (v < V)[:, None] & inside
+                    w = tl.load(weight_ptr + w_at, mask=w_mask, other=0.0).to(tl.float32)
+                    dh = tl.dot(dlogits, w, input_precision="tf32x3")
+                    h = tl.load(hidden_ptr + h_at, mask=use[:, None] & inside, other=0.0).to(tl.float32)
+                    dw = tl.load(dweight_ptr + w_at, mask=w_mask, other=0.0)
+                    dw += tl.dot(tl.trans(dlogits), h, input_precision="tf32x3")
+                    tl.store(dweight_ptr + w_at, dw, mask=w_mask)
+                else:
+                    dh = tl.zeros([ROWS, DB], tl.float32)
+                tl.store(dhidden_ptr + h_at, dh.to(dhidden_ptr.dtype.element_ty), mask=(row < tokens)[:, None] & inside)
+        tl.debug_barrier()

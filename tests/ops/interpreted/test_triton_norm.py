@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from caduceus import ops
+
+# Sums of at most 70 terms of order 1 in fp32. In bf16 the sum is rounded once and the output once, each by at most
+# 2^-7 of the value (the interpreter truncates; a GPU rounds to nearest), and both sides round the sum alike or one bit
+# apart.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+def compare(
+    streams: int, rows: int, D: int, layer_norm: bool, per_stream: bool, has_residual: bool, dtype, residual_dtype
+):
+    generator = torch.Generator().manual_seed(D)
+    x, residual = (torch.randn(streams, 1, rows, D, generator=generator) for _ in range(2))
+    weight, bias = (torch.randn(*([streams] if per_stream else []), D, generator=generator) for _ in range(2))
+    operands = {"x": x.to(dtype), "residual": residual.to(residual_dtype), "weight": weight, "bias": bias}
+    for name, absent in (("residual", not has_residual), ("bias", not layer_norm)):
+        if absent:
+            operands[name] = None
+    results = {}
+    for backend in ("naive", "triton"):
+        own = {
+            n: None if t is None else (t.double() if backend == "naive" else t).detach().requires_grad_()
+            for n, t in operands.items()
+        }
+        out, total = ops.add_norm(
+            **own, eps=1e-5, out_dtype=torch.double if backend == "naive" else dtype, backend=backend
+        )
+        given = [t for t in own.values() if t is not None]
+        loss = (out.double().sin() * 2).sum() + (total.double().cos()).sum()
+        results[backend] = [out, total, *torch.autograd.grad(loss, given)]
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[residual_dtype])
+    for right, found in zip(results["naive"], results["triton"], strict=True):
+        assert found.shape == right.shape
+        assert (right - found.double()).abs().max() <= tolerance * right.abs().max()
+
+
+def test_rms_norm_with_a_residual_over_two_streams():
+    compare(2, 3, 6, False, True, True, torch.float32, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize(
+    ("streams", "rows", "D", "per_stream"), [(1, 1, 1, False), (2, 37, 70, False), (2, 33, 65, True)]
+)
+def test_sizes(streams, rows, D, per_stream, layer_norm, has_residual):
+    compare(streams, rows, D, layer_norm, per_stream, has_residual, torch.float32, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_half_precision(residual_dtype):
+    compare(2, 5, 20, False, True, True, torch.bfloat16, residual_dtype)
+
+
+@pytest.mark.slow
+def test_composes_with_torch():
+    from caduceus.ops.triton.norm import add_norm_forward
+
+    x, residual, weight = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 5), (2, 3, 5), (5,)))
+    torch.library.opcheck(add_norm_forward, (x, residual, weight, None, 1e-5, torch.float32))
