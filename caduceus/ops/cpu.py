@@ -1,4 +1,4 @@
-"""The CPU backend: selective scan and causal convolution as torch operators over the kernels of `cpu_kernels`.
+"""The CPU backend: selective scan and causal convolution as torch operators over numba kernels.
 
 Takes what `naive` takes and means the same. Half precision is computed in float32 and returned in the input's type;
 float64 stays float64, more slowly. Kernels run on `torch.get_num_threads()` threads and give the same bits for any
@@ -17,6 +17,7 @@ import torch
 from numba.core import event
 from torch import Tensor
 
+from caduceus.ops import cpu_conv_kernels as conv_kernels
 from caduceus.ops import cpu_kernels as kernels
 
 _log = logging.getLogger(__name__)
@@ -214,7 +215,14 @@ def _conv(x, weight, bias, silu, reverse):
     y = _conv_output(x, weight, bias, silu, reverse)
     flat, strides = _flat(x)
     _run(
-        kernels.conv_forward, y.shape[0] * _conv_items(x), flat, strides, *_taps(weight, bias), silu, reverse, y.numpy()
+        conv_kernels.conv_forward,
+        y.shape[0] * _conv_items(x),
+        flat,
+        strides,
+        *_taps(weight, bias),
+        silu,
+        reverse,
+        y.numpy(),
     )
     return y
 
@@ -236,9 +244,9 @@ def _conv_backward(grad, x, weight, bias, silu, reverse):
     directions, channels, width = weight.shape
     parts = np.empty((_conv_items(x), directions, width + 1, channels), gx.numpy().dtype)
     taps, bias = _taps(weight, bias)
-    _run(kernels.conv_backward, len(parts), *_flat(grad), *_flat(x), taps, bias, silu, reverse, gx.numpy(), parts)
+    _run(conv_kernels.conv_backward, len(parts), *_flat(grad), *_flat(x), taps, bias, silu, reverse, gx.numpy(), parts)
     sums = torch.from_numpy(parts.sum(0))
-    return gx, sums[:, :width].transpose(1, 2).contiguous(), sums[:, width].contiguous()
+    return gx, sums[:, :width].transpose(1, 2).contiguous(), sums[:, width].clone()
 
 
 @_conv_backward.register_fake
@@ -252,8 +260,9 @@ def _save_conv(ctx, inputs, output):
 
 
 def _conv_gradients(ctx, grad):
-    gx, g_weight, g_bias = _conv_backward(grad, *ctx.saved_tensors, ctx.silu, ctx.reverse)
-    return gx, g_weight, None if ctx.saved_tensors[2] is None else g_bias, None, None
+    x, weight, bias = ctx.saved_tensors
+    gx, g_weight, g_bias = _conv_backward(grad, x, weight, bias, ctx.silu, ctx.reverse)
+    return gx, g_weight, None if bias is None else g_bias, None, None
 
 
 _conv.register_autograd(_conv_gradients, setup_context=_save_conv)
@@ -275,7 +284,7 @@ def _scan_items(y: Tensor) -> int:
 
 def _conv_items(x: Tensor) -> int:
     streams, batch, length, _ = x.shape
-    return streams * batch * math.ceil(length / kernels.CONV_CHUNK)
+    return streams * batch * math.ceil(length / conv_kernels.CHUNK)
 
 
 def _scan_parameters(A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> tuple[np.ndarray, ...]:
@@ -336,9 +345,9 @@ class _CompilationNotice(event.Listener):
     said = False
 
     def on_start(self, event):
-        if not self.said and event.data["dispatcher"].py_func.__module__ == kernels.__name__:
+        if not self.said and event.data["dispatcher"].py_func.__module__ in (kernels.__name__, conv_kernels.__name__):
             self.said = True
-            _log.info("compiling the CPU kernels: once on this machine, about 20 s")
+            _log.info("compiling the CPU kernels: some seconds, once on this machine")
 
     def on_end(self, event):
         pass

@@ -1,0 +1,69 @@
+"""Inputs of the ops, and comparisons with the definition."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Scan:
+    """Unit-scale inputs of `selective_scan` in float64; None where the op does without."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+
+    def tensors(self) -> list[Tensor | None]:
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+
+def make_scan(batch, length, channels, states, *, skip=True, gate=True, bias=True, initial=True, seed=0) -> Scan:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return Scan(
+        u=normal(batch, length, channels),
+        dt=normal(batch, length, channels) - 1,
+        A=-torch.rand(channels, states, generator=generator, dtype=torch.float64) * 4 - 0.01,
+        B=normal(batch, length, states),
+        C=normal(batch, length, states),
+        D=normal(channels) if skip else None,
+        z=normal(batch, length, channels) if gate else None,
+        dt_bias=normal(channels) if bias else None,
+        initial_state=normal(batch, channels, states) if initial else None,
+    )
+
+
+def with_gradients(function, tensors, dtype=torch.float64):
+    """`function(*tensors)` in a type: its outputs, and the gradients of every tensor given fixed output gradients."""
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    arriving = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    present = [leaf for leaf in leaves if leaf is not None]
+    gradients = torch.autograd.grad(outputs, present, arriving, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(present, gradients, strict=True)]
+    return [o.detach() for o in outputs], gradients
+
+
+def assert_close(actual, expected, tolerance):
+    """Every pair differs by at most `tolerance` times (1 + the largest expected magnitude).
+
+    The inputs have unit scale, so an output is a sum of terms of order one and its rounding error is absolute.
+    """
+    for position, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape
+        assert torch.isfinite(a).all(), f"output {position} is not finite"
+        error = (a.double() - e.double()).abs().max().item() if a.numel() else 0.0
+        scale = 1 + (e.abs().max().item() if e.numel() else 0.0)
+        assert error <= tolerance * scale, f"output {position}: error {error:.2e} at scale {scale:.2e}"

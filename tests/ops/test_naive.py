@@ -1,0 +1,82 @@
+"""The definition, against formulas that share no code with it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from caduceus.ops import PAD_DT, naive
+from tests.ops.cases import make_scan
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scan_is_the_sum_over_earlier_positions(reverse):
+    """y_t = Σ_s C_t · exp(A Σ_{s<r≤t} dt_r) dt_s u_s B_s, written as one sum with no recurrence."""
+    case = make_scan(2, 7, 3, 4)
+    y, final = naive.selective_scan(*case.tensors()[:8], True, reverse, case.initial_state)
+
+    order = torch.arange(7).flip(0) if reverse else torch.arange(7)
+    u, dt, B, C, z = (t[:, order] for t in (case.u, case.dt, case.B, case.C, case.z))
+    dt = torch.log1p(torch.exp(dt + case.dt_bias))
+    total = dt.cumsum(1)
+    expected, state = torch.empty_like(u), None
+    for t in range(7):
+        state = torch.exp(total[:, t, :, None] * case.A) * case.initial_state
+        for s in range(t + 1):
+            decay = torch.exp((total[:, t] - total[:, s])[..., None] * case.A)
+            state = state + decay * (dt[:, s] * u[:, s])[..., None] * B[:, s, None]
+        expected[:, t] = (state * C[:, t, None]).sum(-1) + case.D * u[:, t]
+    expected = expected * z / (1 + torch.exp(-z))
+    torch.testing.assert_close(y[:, order], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(final, state, rtol=1e-12, atol=1e-12)
+
+
+def test_scan_gradients():
+    case = make_scan(1, 4, 2, 3)
+    inputs = [t.requires_grad_() for t in case.tensors()]
+    assert torch.autograd.gradcheck(lambda *t: naive.selective_scan(*t[:8], True, True, t[8]), inputs)
+
+
+def test_padding_keeps_the_state():
+    case = make_scan(2, 6, 3, 4, initial=True)
+    case.dt[:, 2:4] = PAD_DT
+    _, final = naive.selective_scan(*case.tensors()[:8], True, False, case.initial_state)
+    kept = [0, 1, 4, 5]
+    u, dt, B, C, z = (t[:, kept] for t in (case.u, case.dt, case.B, case.C, case.z))
+    _, expected = naive.selective_scan(u, dt, case.A, B, C, case.D, z, case.dt_bias, True, False, case.initial_state)
+    assert torch.equal(final, expected)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_convolution_is_that_of_torch(width, reverse):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, width, generator=generator, dtype=torch.float64)
+    bias = torch.randn(5, generator=generator, dtype=torch.float64)
+    columns = x.transpose(1, 2)
+    columns = columns.flip(2) if reverse else columns
+    expected = F.conv1d(F.pad(columns, (width - 1, 0)), weight[:, None], bias, groups=5)
+    expected = (expected.flip(2) if reverse else expected).transpose(1, 2)
+    plain = naive.causal_conv1d(x, weight, bias, None, reverse)
+    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
+    silu = naive.causal_conv1d(x, weight, bias, "silu", reverse)
+    torch.testing.assert_close(silu, expected * torch.sigmoid(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_convolution_gradients():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((1, 5, 3), (3, 4), (3,))]
+    inputs = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(lambda *t: naive.causal_conv1d(*t, "silu", True), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    case = make_scan(1, 5, 3, 2)
+    halves = [t.to(dtype) for t in case.tensors()]
+    y, final = naive.selective_scan(*halves[:8], True, False, halves[8])
+    exact, state = naive.selective_scan(*[t.float() for t in halves[:8]], True, False, halves[8].float())
+    assert y.dtype == dtype
+    assert final.dtype == torch.float32
+    assert torch.equal(y, exact.to(dtype))
+    assert torch.equal(final, state)
