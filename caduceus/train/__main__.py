@@ -16,12 +16,17 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+    set_up_logging()
     config = load_config(arguments.config, arguments.overrides)
     from caduceus.train.trainer import train
 
     return train(config)
+
+
+def set_up_logging() -> None:
+    """Messages of the run as plain lines on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
 
 
 if __name__ == "__main__":

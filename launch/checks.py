@@ -1,0 +1,62 @@
+"""Mistakes that can be seen before a job waits in a queue for hours."""
+
+from statistics import median
+
+from caduceus.config import Config
+from caduceus.data.dataset import open_dataset
+from caduceus.errors import UserError
+from caduceus.run_directory import RunDirectory
+from launch.cluster import Cluster, slurm_complaint
+from launch.plan import plan
+from launch.submission import live_job
+
+
+def refuse_impossible_layout(config: Config, cluster: Cluster) -> None:
+    """Raise `UserError` where the ranks of the request cannot be arranged as the configuration wants."""
+    from caduceus.distributed.mesh import check_layout  # it brings torch, which takes seconds to import
+
+    check_layout(config, cluster.world)
+    if config.run.device == "cuda" and cluster.executor == "slurm" and not cluster.gpus_per_node:
+        raise UserError("run.device: cuda was asked for, but the job asks for no GPUs; use --gpus-per-node")
+
+
+def complaints(config: Config, cluster: Cluster) -> list[str]:
+    """What would stop the run on this machine or its SLURM, a line each."""
+    found = [_data_complaint(config), _time_complaint(config, cluster)]
+    if cluster.executor == "slurm":
+        no_slurm = slurm_complaint(cluster)
+        found = [no_slurm or _in_use_complaint(config), *found]
+    return [complaint for complaint in found if complaint]
+
+
+def _in_use_complaint(config: Config) -> str | None:
+    job = live_job(RunDirectory(config.run.dir))
+    return job and f"run.dir: {config.run.dir} is in use by job {job}; wait for it, or end it by: scancel {job}"
+
+
+def _data_complaint(config: Config) -> str | None:
+    try:
+        open_dataset(config.data, "train")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _time_complaint(config: Config, cluster: Cluster) -> str | None:
+    """A job that ends before its first checkpoint, by the speed that this run had, or by the estimate for GPUs."""
+    measured = [row["seconds"] for row in RunDirectory(config.run.dir).metrics()[-100:] if "seconds" in row]
+    if measured:
+        step = median(measured)
+    elif cluster.gpus_per_node:
+        step = plan(config, cluster.world).step_seconds
+    else:
+        return None
+    interval = step * min(config.checkpoint.every, config.train.steps)
+    available = cluster.minutes * 60 - cluster.signal_seconds
+    if interval <= available:
+        return None
+    return (
+        f"time: {cluster.minutes} min, less {cluster.signal_seconds} s for the last checkpoint, is shorter than a "
+        f"checkpoint interval of {interval / 60:.1f} min ({config.checkpoint.every} steps of {step:.2g} s); "
+        "raise --time or lower checkpoint.every"
+    )

@@ -1,0 +1,74 @@
+"""How long a step takes and how much memory it needs, before anything runs: an estimate for one H100 per rank.
+
+Throughput of the flip-free model scales with width and depth from 0.65 microseconds per base for 256 channels and 16
+layers, twice that for both strands. Memory is what autograd keeps of each block, plus weights, gradients and Adam.
+"""
+
+from dataclasses import dataclass
+
+from caduceus.config import CaduceusConfig, Config
+
+SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
+BYTES_PER_CHANNEL = 18
+"""Kept per base, layer and model channel for the backward pass."""
+BYTES_PER_RESIDUAL = 4
+"""The residual stream in fp32: all that block checkpointing keeps of a layer."""
+BYTES_PER_PARAMETER = 16
+"""Weight, gradient and Adam's two moments in fp32."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate for each rank of a run."""
+
+    world: int
+    sequences: int
+    """Sequences of a global batch that a rank (with its context peers) computes, in micro-batches."""
+    bases: int
+    """Bases in memory at a time."""
+    parameters: int
+    step_seconds: float
+    memory_bytes: float
+
+    def describe(self, gpus: bool) -> str:
+        """One line; `gpus`: with the estimate, which is for GPUs."""
+        ranks = f"{self.world} rank{'s' * (self.world > 1)}"
+        share = f"{self.sequences} sequence{'s' * (self.sequences > 1)} a step, {self.bases:,} bases at a time"
+        estimate = f"; on H100 about {self.step_seconds:.2g} s a step and {self.memory_bytes / 1e9:.1f} GB"
+        return f"{ranks} with {share} each; {self.parameters / 1e6:.2f}M parameters{estimate if gpus else ''}"
+
+
+def plan(config: Config, world: int) -> Plan:
+    """Estimate a run on `world` ranks, whose layout has been checked."""
+    from caduceus.distributed.build import LARGEST_REPLICATED_MODEL  # it brings torch, which takes seconds to import
+
+    model, parallel, train = config.model, config.parallel, config.train
+    streams = 2 if model.rcps else 1
+    sequences = train.global_batch // (world // parallel.context)
+    bases_per_sequence = config.data.seq_len // parallel.context
+    bases = bases_per_sequence * train.micro_batch
+    parameters = parameter_count(model)
+    kept = BYTES_PER_CHANNEL * model.n_layer
+    recomputed = 1.0
+    if train.activation_checkpointing == "block":
+        kept = BYTES_PER_RESIDUAL * model.n_layer + BYTES_PER_CHANNEL
+        recomputed = 4 / 3
+    step = SECONDS_PER_BASE * model.d_model * model.n_layer * streams * recomputed * sequences * bases_per_sequence
+    shares = parallel.strategy in ("fsdp", "deepspeed") or (
+        parallel.strategy == "auto" and parameters > LARGEST_REPLICATED_MODEL
+    )
+    sharing = (parallel.shard or world) if shares else 1
+    memory = bases * streams * model.d_model * kept + BYTES_PER_PARAMETER * parameters / sharing
+    return Plan(world, sequences, bases, parameters, step, memory)
+
+
+def parameter_count(model: CaduceusConfig) -> int:
+    """Trainable parameters of the model."""
+    d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
+    directions = 2 if model.bidirectional else 1
+    projections = d * 2 * e + e * d
+    if model.bidirectional and not model.bidirectional_weight_tie:
+        projections *= 2
+    direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
+    norm = d if model.rms_norm else 2 * d
+    return model.n_layer * (projections + directions * direction + norm) + norm + model.padded_vocab_size * d

@@ -1,0 +1,37 @@
+# plan: 512 ranks with 1 sequence a step, 16,384 bases at a time each; 7.73M parameters; on H100 about 0.011 s a step and 1.3 GB
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=lab
+#SBATCH --constraint=ib
+#SBATCH --cpus-per-task=12
+#SBATCH --exclude='bad[1-2]'
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=ph-131k
+#SBATCH --mail-type=END
+#SBATCH --mem=0
+#SBATCH --nodes=64
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=/home/lab/runs/ph-131k/logs/%j_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --qos=long
+#SBATCH --requeue
+#SBATCH --reservation=week
+#SBATCH --signal=USR2@120
+#SBATCH --time=1440
+
+# setup
+module load cuda
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+export NCCL_IB_HCA=mlx5
+export NCCL_SOCKET_IFNAME='^lo,docker'
+export NCCL_DEBUG=WARN
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+export PYTHONPATH=/home/lab/runs/ph-131k/code${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /home/lab/runs/ph-131k/logs/%j_%t_log.out --kill-on-bad-exit=1 --container-image=caduceus.sqsh python -u -m submitit.core._submit /home/lab/runs/ph-131k/logs
+

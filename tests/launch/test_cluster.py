@@ -1,0 +1,101 @@
+import pytest
+
+from caduceus.errors import UserError
+from launch.cluster import PRESETS, _gpus_of, load_cluster, parse_time, sbatch_parameters
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("10:30", 11),
+        ("01:00:00", 60),
+        ("24:00:00", 1440),
+        ("2-0", 2880),
+        ("1-12:30", 2190),
+        ("1-00:00:01", 1441),
+    ],
+)
+def test_time_limits_are_read_as_slurm_reads_them(text, minutes):
+    assert parse_time(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "a day", "1:2:3:4", "-5", "2h"])
+def test_other_time_limits_are_refused(text):
+    with pytest.raises(UserError, match="is not a time limit"):
+        parse_time(text)
+
+
+def test_every_preset_loads():
+    names = {path.stem for path in PRESETS.glob("*.yaml")}
+    assert names >= {"slurm", "h100x8", "cpu", "local", "debug"}
+    for name in names:
+        assert load_cluster(name, {}).world >= 1
+
+
+def test_options_win_over_the_preset_and_mappings_add_up(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("nodes: 2\ngpus_per_node: 4\nenv: {A: '1', B: '2'}\nsbatch: {exclusive: true}\n")
+    cluster = load_cluster(str(path), {"nodes": 3, "env": {"B": "3"}, "sbatch": {"mail-type": "END"}})
+    assert (cluster.nodes, cluster.gpus_per_node, cluster.world) == (3, 4, 12)
+    assert cluster.env == {"A": "1", "B": "3"}
+    assert cluster.sbatch == {"exclusive": True, "mail-type": "END"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nods: 2", r"nods: .*known keys: .*nodes"),
+        ("nodes: many", r"nodes: .*many"),
+        ("nodes: 0", "nodes: must be at least 1, got 0"),
+        ("time: 24:00:00", "write it in quotes"),
+        ("- nodes", "a preset is a mapping"),
+        ("nodes: [", "not readable as YAML"),
+        ("executor: pbs", "executor: choose one of slurm, local, debug; got 'pbs'"),
+        ("gpu_request: gpus", "gpu_request: choose"),
+        ("gpus_per_node: 2\ntasks_per_node: 3", "3 processes cannot share a node's 2 GPUs"),
+        ("executor: local\nnodes: 2", "use --tasks-per-node"),
+        ("executor: debug\ntasks_per_node: 2", "debug runs in this one process"),
+        ("time: '2'\nsignal_seconds: 120", "nothing is left"),
+    ],
+)
+def test_a_wrong_preset_is_one_clear_line(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_cluster(str(path), {})
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_preset_names_the_known_ones():
+    with pytest.raises(UserError, match="choose cpu, debug, h100x8, local, slurm"):
+        load_cluster("h200x8", {})
+
+
+@pytest.mark.parametrize(
+    ("request_form", "kind", "key", "value"),
+    [
+        ("gpus-per-node", None, "gpus-per-node", "8"),
+        ("gpus-per-node", "h100", "gpus-per-node", "h100:8"),
+        ("gres", None, "gres", "gpu:8"),
+        ("gres", "h100", "gres", "gpu:h100:8"),
+    ],
+)
+def test_gpus_are_asked_for_in_the_cluster_s_form(request_form, kind, key, value):
+    cluster = load_cluster("slurm", {"gpus_per_node": 8, "gpu_request": request_form, "gpu_type": kind})
+    assert sbatch_parameters(cluster, "run")["additional_parameters"][key] == value
+    cluster = load_cluster("slurm", {"gpus_per_node": 8, "gpu_request": "none"})
+    assert not {"gres", "gpus-per-node"} & set(sbatch_parameters(cluster, "run")["additional_parameters"])
+
+
+def test_values_of_the_environment_are_quoted_for_the_shell():
+    cluster = load_cluster("cpu", {"env": {"NAME": "a b; c"}, "cpus_per_task": None})
+    assert sbatch_parameters(cluster, "run")["setup"] == ["export NAME='a b; c'"]
+
+
+def test_gpus_are_counted_in_what_sinfo_prints():
+    assert _gpus_of("gpu:h100:8(S:0-1)", None) == 8
+    assert _gpus_of("gpu:a100:2(S:0),gpu:h100:4,nvme:1", "h100") == 4
+    assert _gpus_of("gpu:a100:2(S:0),gpu:h100:4", None) == 6
+    assert _gpus_of("(null)", None) == 0
+    assert _gpus_of("shard:4", None) == 0

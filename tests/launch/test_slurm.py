@@ -1,0 +1,116 @@
+"""The command line: what it prints without submitting, and what it refuses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from caduceus.config import load_config
+from caduceus.errors import UserError
+from launch import slurm
+from launch.submission import REPOSITORY
+
+GOLDEN = Path(__file__).parent / "h100x8_64_nodes.sh"
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path):
+    """Run the command in an empty directory, on a machine without SLURM."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").symlink_to(shutil.which("git"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["slurm.py", *arguments])
+        return slurm.main()
+
+    return run
+
+
+@pytest.fixture
+def small_config(tmp_path, small_shards) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "model: {d_model: 16, n_layer: 2, d_state: 4, rcps: true}\n"
+        f"data: {{path: {small_shards}, seq_len: 128, workers: 0}}\n"
+        "train: {steps: 4, global_batch: 8, micro_batch: 2}\n"
+        "valid: {every: 0}\n"
+        "checkpoint: {every: 2}\n"
+        "run: {device: cpu}\n"
+        "wandb: {mode: disabled}\n"
+    )
+    return str(path)
+
+
+def test_dry_run_of_64_nodes_of_8_gpus(launch, capsys, tmp_path):
+    config = str(REPOSITORY / "configs" / "pretrain" / "ph-131k.yaml")
+    request = ["--nodes", "64", "--cluster", "h100x8", "--partition", "gpu", "--account", "lab", "--qos", "long"]
+    request += ["--constraint", "ib", "--exclude", "bad[1-2]", "--reservation", "week", "--sbatch", "mail-type=END"]
+    request += ["--setup", "module load cuda", "--srun=--container-image=caduceus.sqsh", "--env", "NCCL_DEBUG=WARN"]
+    assert launch("--dry-run", "--config", config, *request, "parallel.context=8", "train.global_batch=64") == 0
+    printed = capsys.readouterr()
+    script, _, resolved = printed.out.partition("# runs/ph-131k/config.yaml\n")
+    script = script.replace(str(tmp_path), "/home/lab").replace(sys.executable, "python")
+    assert script == GOLDEN.read_text()
+    (tmp_path / "resolved.yaml").write_text(resolved)
+    assert load_config(tmp_path / "resolved.yaml").parallel.context == 8
+    assert "would be refused: no SLURM on this machine" in printed.err
+    assert "would be refused: shards/hg38: no complete shard dataset here" in printed.err
+    assert not (tmp_path / "runs").exists(), "a dry run leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no SLURM on this machine .*--cluster local"),
+        (["--cluster", "local", "data.path=nowhere"], "nowhere: no complete shard dataset here"),
+        (["--cluster", "local", "--tasks-per-node", "3"], "global_batch: 8 is not a multiple"),
+        (["--cluster", "local", "--tasks-per-node", "4", "parallel.context=3"], "parallel.context: 3 does not divide"),
+        (["--cluster", "local", "--setup", "module load cuda"], "a local job runs in this shell's environment"),
+        (["--cluster", "cpu", "run.device=cuda"], "the job asks for no GPUs"),
+        (["--cluster", "cpu", "--env", "NAME"], "--env NAME: expected NAME=VALUE"),
+        (["train.steps"], "expected an override of the form"),
+    ],
+)
+def test_wrong_use_is_one_line_and_leaves_no_run(launch, small_config, tmp_path, arguments, message):
+    if "local" not in arguments:
+        arguments = ["--cluster", "cpu", *arguments]
+    with pytest.raises(UserError, match=message) as error:
+        launch("--config", small_config, *arguments)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs" / "small" / "submissions.json").exists()
+
+
+def test_a_time_limit_shorter_than_a_checkpoint_interval(launch, small_config, tmp_path):
+    run = tmp_path / "runs" / "small"
+    run.mkdir(parents=True)
+    rows = [json.dumps({"step": step, "seconds": 100.0}) for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    too_short = ["--config", small_config, "--cluster", "local", "--time", "5"]
+    with pytest.raises(UserError, match=r"5 min, less 120 s .* interval of 3\.3 min \(2 steps of 1e\+02 s\)"):
+        launch(*too_short)
+    with pytest.raises(UserError, match="holds something other than a run"):  # the time of 6 minutes is long enough
+        launch(*too_short[:-1], "6")
+
+
+@pytest.mark.slow
+def test_local_and_debug_give_the_same_run_and_refuse_another_configuration(launch, small_config, tmp_path, capfd):
+    def losses(name: str) -> list[float]:
+        rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["loss"] for row in rows]
+
+    request = ["--config", small_config, "--cluster"]
+    assert launch(*request, "debug", "run.dir=debug") == 0
+    assert launch(*request, "local", "--tasks-per-node", "2", "run.dir=local") == 0
+    output = capfd.readouterr().out
+    assert "run directory: local" in output and "step 4/4" in output, "the job's log is shown"
+    # fp32: sums over ranks in another order differ in the last bits.
+    assert losses("local") == pytest.approx(losses("debug"), rel=1e-6)
+    with pytest.raises(UserError, match=r"holds a run with train\.lr=0\.008, not 0\.001"):
+        launch(*request, "local", "run.dir=local", "train.lr=1e-3")
+    submission = json.loads((tmp_path / "local" / "submissions.json").read_text())[0]
+    assert submission["executor"] == "local" and submission["git_commit"]
+    assert (tmp_path / "local" / "code" / "caduceus" / "config.py").exists()

@@ -1,0 +1,100 @@
+"""Training runs through the launcher on a real SLURM."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from caduceus.errors import UserError
+from launch import slurm
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tmp_path, small_shards) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "model: {d_model: 16, n_layer: 2, d_state: 4, rcps: true}\n"
+        f"data: {{path: {small_shards}, seq_len: 128, workers: 0}}\n"
+        "train: {steps: 10, global_batch: 8, micro_batch: 2}\n"
+        "valid: {every: 4, samples: 8}\n"
+        "checkpoint: {every: 3}\n"
+        "wandb: {mode: disabled}\n"
+    )
+    return path
+
+
+def launch(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "launch" / "slurm.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=directory, env=dict(os.environ), capture_output=True, text=True)
+
+
+def wait_for_end(cluster, job: str, seconds: float = 400) -> str:
+    """The state in which a job ended."""
+    deadline = time.monotonic() + seconds
+    while True:
+        state = cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+        if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
+            return state
+        assert time.monotonic() < deadline, f"job {job} is still {state}"
+        time.sleep(0.5)
+
+
+def job_of(result: subprocess.CompletedProcess) -> str:
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("job:")[1].split()[0]
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row.get("loss", row.get("valid_loss")) for row in rows]
+
+
+def test_runs_on_several_nodes_equal_the_single_process(slurm_cluster, config, tmp_path):
+    assert launch(tmp_path, "--config", config, "--cluster", "debug", "run.dir=alone").returncode == 0
+    request = ["--config", config, "--cluster", "cpu", "--cpus-per-task", "1", "--mem", "500M"]
+    two = launch(tmp_path, *request, "--nodes", "2", "--tasks-per-node", "2", "run.dir=two")
+    again = launch(tmp_path, *request, "--nodes", "2", "--tasks-per-node", "2", "run.dir=two")
+    assert again.returncode == 2 and f"two is in use by job {job_of(two)}" in again.stderr
+    assert wait_for_end(slurm_cluster, job_of(two)) == "COMPLETED"
+    four = job_of(launch(tmp_path, *request, "--nodes", "4", "run.dir=four"))
+    assert wait_for_end(slurm_cluster, four) == "COMPLETED"
+    for run in ("two", "four"):
+        # fp32: sums over ranks in another order differ in the last bits.
+        assert losses(tmp_path / run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--partition", "gpu"], "no partition 'gpu' here; choose one of main, urgent"),
+        (["--gpus-per-node", "4"], "gpus_per_node: 4 GPUs asked for, but a node has at most 2"),
+        (["--nodes", "5", "train.global_batch=10"], "SLURM refuses the job: "),
+        (["--time", "3-0"], "SLURM refuses the job: "),
+        (["--mem", "1T"], "SLURM refuses the job: "),
+    ],
+)
+def test_what_slurm_would_refuse_is_refused_before_submitting(slurm_cluster, config, monkeypatch, arguments, message):
+    monkeypatch.chdir(config.parent)
+    command = ["slurm.py", "--config", str(config), "--cluster", "cpu", "--cpus-per-task", "1", *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match=message) as error:
+        slurm.main()
+    assert "\n" not in str(error.value)
+    assert slurm_cluster.run("squeue", "--noheader") == ""
+
+
+def test_sbatch_accepts_the_dry_run_script(slurm_cluster, config, tmp_path):
+    request = ["--cluster", "slurm", "--nodes", "2", "--gpus-per-node", "2", "--cpus-per-task", "2", "--dry-run"]
+    request += ["--sbatch", "exclusive", "--sbatch", "comment=two words"]
+    result = launch(tmp_path, "--config", config, *request)
+    assert result.returncode == 0 and "would be refused" not in result.stderr
+    script = tmp_path / "script.sh"
+    script.write_text(result.stdout[result.stdout.index("#!/bin/bash") : result.stdout.index("# runs/small/")])
+    slurm_cluster.run("sbatch", "--test-only", str(script))
