@@ -84,7 +84,13 @@ class OpsConfig:
 @dataclass
 class DataConfig:
     path: Any = None
-    """A directory of shards, or a list of {path, weight}."""
+    """A directory of shards, or a list of {path, weight}; in stream mode tars, as dir/{000..099}.tar, or a list."""
+    mode: str = "shards"
+    """shards | stream. stream reads foreign tars without an index, with weaker guarantees, which the log states."""
+    stream_key: str = "seq"
+    """stream: extension of the members of a tar that hold bases."""
+    valid_path: Any = None
+    """stream: tars to validate on."""
     seq_len: int = 1024
     """Bases per training sequence."""
     strands: str = "auto"
@@ -210,6 +216,7 @@ class Config:
 
 _CHOICES = {
     "ops.backend": ("auto", "naive", "cpu"),
+    "data.mode": ("shards", "stream"),
     "data.strands": ("auto", "both", "forward"),
     "data.objective": ("mlm", "next_base"),
     "train.precision": ("fp32", "bf16"),

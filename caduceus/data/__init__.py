@@ -5,7 +5,7 @@ from typing import Any
 
 _HOME = {
     "ShardedGenome": "caduceus.data.reader",
-    "Batch": "caduceus.data.loader",
+    "Batch": "caduceus.data.batch",
     "build_loader": "caduceus.data.loader",
     "build_validation": "caduceus.data.loader",
 }

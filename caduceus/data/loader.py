@@ -1,133 +1,39 @@
 """Batches of training and validation samples, for one rank, in order, from any position."""
 
-import itertools
 import logging
 import math
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
-from caduceus.data.dataset import log_dataset, open_dataset
-from caduceus.data.sample_reader import SampleArrays, SampleReader
-from caduceus.data.samples import TrainingOrder, validation_samples
+from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
+from caduceus.data.dataset import open_dataset
+from caduceus.data.sample_reader import SampleReader
+from caduceus.data.samples import resolve_strands, validation_samples
+from caduceus.data.shard_samples import ShardSamples
 from caduceus.data.shards import fingerprint
+from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ORDER_VERSION = 1
-"""Part of the loader's fingerprint: to be raised when the code maps a sample number to another sample."""
-_PLANNED_SAMPLES = 2048
-"""Samples located at once; locating is vectorised."""
-FILLER = -1
-"""Sample number of a row that only makes the ranks' batches equal; it has no labels."""
-
-
-@dataclass
-class Batch:
-    """B samples of L positions (or of this rank's slice of them)."""
-
-    input_ids: torch.Tensor
-    """(B, L) int64."""
-    labels: torch.Tensor
-    """(B, L) int64, `IGNORE_LABEL` where nothing is predicted."""
-    loss_weights: torch.Tensor | None
-    """(B, L) float32; None where all are 1."""
-    g: torch.Tensor
-    """(B,) int64 sample numbers, on the CPU; `FILLER` for a row without a sample."""
-    substituted: tuple[str, ...] = ()
-    """A line for each sample that could not be read and that another crop stands for."""
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device, tokens as int64 (workers hand them over as bytes)."""
-        weights = self.loss_weights
-        return Batch(
-            self.input_ids.to(device, non_blocking=True).long(),
-            self.labels.to(device, non_blocking=True).long(),
-            None if weights is None else weights.to(device, non_blocking=True),
-            self.g,
-            self.substituted,
-        )
-
-    def pin_memory(self) -> "Batch":
-        weights = self.loss_weights
-        return replace(
-            self,
-            input_ids=self.input_ids.pin_memory(),
-            labels=self.labels.pin_memory(),
-            loss_weights=None if weights is None else weights.pin_memory(),
-        )
-
-
-def _to_batch(arrays: SampleArrays) -> Batch:
-    weights = None if arrays.loss_weights is None else torch.from_numpy(arrays.loss_weights)
-    input_ids, labels, g = (torch.from_numpy(array) for array in (arrays.input_ids, arrays.labels, arrays.g))
-    return Batch(input_ids, labels, weights, g, arrays.substituted)
-
-
-@dataclass(frozen=True)
-class RankSchedule:
-    """Which sample numbers each micro-batch of a rank holds: samples rank, rank + world, … of each global batch."""
-
-    global_batch: int
-    micro_batch: int
-    rank: int
-    world: int
-
-    def __post_init__(self) -> None:
-        if self.global_batch % (self.micro_batch * self.world):
-            raise UserError(
-                f"train.global_batch: {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch} "
-                f"times {self.world} data-parallel ranks"
-            )
-
-    @property
-    def per_step(self) -> int:
-        """Micro-batches of a rank in an optimizer step."""
-        return self.global_batch // (self.micro_batch * self.world)
-
-    def samples(self, micro_batches: np.ndarray) -> np.ndarray:
-        """Numbers (n,) of micro-batches since the run's start -> sample numbers (n, micro_batch) int64."""
-        step, part = np.divmod(micro_batches, self.per_step)
-        within = part[:, None] * self.micro_batch + np.arange(self.micro_batch)
-        return step[:, None] * self.global_batch + self.rank + within * self.world
-
-
-class _MicroBatches(IterableDataset):
-    """The micro-batches of a rank from `first` on, for ever; every worker computes its own share of them.
-
-    A `UserError` travels as a value: torch would wrap it in a worker's traceback.
-    """
-
-    def __init__(self, order: TrainingOrder, reader: SampleReader, schedule: RankSchedule, first: int) -> None:
-        self._order, self._reader, self._schedule, self._first = order, reader, schedule, first
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        worker = get_worker_info()
-        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        planned = max(1, _PLANNED_SAMPLES // self._schedule.micro_batch)
-
-        def plan(chunk: int) -> np.ndarray:
-            numbers = self._first + offset + stride * (chunk * planned + np.arange(planned))
-            return self._order.locate(self._schedule.samples(numbers).reshape(-1))
-
-        following = plan(0)
-        for chunk in itertools.count(1):
-            samples, following = following, plan(chunk)
-            self._reader.prefetch(np.concatenate([samples, following]))
-            for micro_batch in samples.reshape(planned, -1):
-                try:
-                    yield _to_batch(self._reader.read(micro_batch))
-                except UserError as error:
-                    yield error
-                    return
+_ORDER_KEYS = (
+    "mode",
+    "seq_len",
+    "objective",
+    "mask_prob",
+    "mask_token_prob",
+    "random_token_prob",
+    "min_acgt",
+    "shuffle_block",
+)
+"""Keys of `data.` that decide which sample a number stands for."""
 
 
 class TrainLoader:
@@ -139,29 +45,29 @@ class TrainLoader:
     """
 
     def __init__(
-        self,
-        config: Config,
-        split: str,
-        schedule: RankSchedule,
-        positions: tuple[int, int] | None,
-        device: torch.device | str,
+        self, config: Config, samples: ShardSamples | StreamSamples, schedule: RankSchedule, device: torch.device | str
     ) -> None:
-        data, self.seed = config.data, config.train.seed
-        both_strands = strands(config) == "both"
-        self._dataset = open_dataset(data, split)
-        self._order = TrainingOrder(self._dataset, self.seed, both_strands, data.shuffle_block)
-        self._reader = SampleReader(self._dataset, data, positions, self._order.substitute)
-        self._schedule = schedule
-        self._workers = data.workers
-        self._device = torch.device(device)
-        self._handed_out = 0
-        self._max_substituted = data.max_substituted
-        self.substituted = 0
+        self.seed = config.train.seed
         self.global_batch = schedule.global_batch
         self.per_step = schedule.per_step
-        self.fingerprint = fingerprint(self._what_decides_the_order(config))
+        self.substituted = 0
+        self.fingerprint = fingerprint(
+            {
+                **samples.what_decides_the_order(),
+                **{name: getattr(config.data, name) for name in _ORDER_KEYS},
+                "strands": resolve_strands(config),
+                "seed": self.seed,
+                "global_batch": self.global_batch,
+            }
+        )
+        self._samples = samples
+        self._schedule = schedule
+        self._workers = config.data.workers
+        self._max_substituted = config.data.max_substituted
+        self._device = torch.device(device)
+        self._handed_out = 0
         if schedule.rank == 0:
-            log_dataset(self._dataset, self._order.mixture.counts)
+            samples.log()
 
     @property
     def samples_consumed(self) -> int:
@@ -190,11 +96,11 @@ class TrainLoader:
 
     def describe(self, g: int) -> dict[str, Any]:
         """Where sample g lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
-        return self._reader.describe(self._order.locate(np.array([g]))[0])
+        return self._samples.describe(g)
 
     def __iter__(self) -> Iterator[Batch]:
         batches = DataLoader(
-            _MicroBatches(self._order, self._reader, self._schedule, self._handed_out),
+            self._samples.micro_batches(self._schedule, self._handed_out),
             batch_size=None,
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
@@ -216,33 +122,6 @@ class TrainLoader:
                 f"data.max_substituted: {self.substituted} samples could not be read; the last: {batch.substituted[-1]}"
             )
 
-    def _what_decides_the_order(self, config: Config) -> dict[str, Any]:
-        data = config.data
-        return {
-            "order_version": ORDER_VERSION,
-            "split": self._dataset.split,
-            "datasets": self._dataset.fingerprints,
-            "mixture": [
-                [source.species, int(count)]
-                for source, count in zip(self._dataset.sources, self._order.mixture.counts, strict=True)
-            ],
-            "strands": strands(config),
-            **{
-                name: getattr(data, name)
-                for name in (
-                    "seq_len",
-                    "objective",
-                    "mask_prob",
-                    "mask_token_prob",
-                    "random_token_prob",
-                    "min_acgt",
-                    "shuffle_block",
-                )
-            },
-            "seed": self.seed,
-            "global_batch": self.global_batch,
-        }
-
 
 class ValidationLoader:
     """Iterates over (species, batch) of a fixed set of crops with fixed masks, every time the same.
@@ -254,29 +133,26 @@ class ValidationLoader:
 
     def __init__(
         self,
-        config: Config,
-        split: str,
+        chosen: dict[str, np.ndarray],
+        reader: SampleReader | StreamValidation,
         rank: int,
         world: int,
         micro_batch: int,
-        positions: tuple[int, int] | None,
         device: torch.device | str,
     ) -> None:
-        dataset = open_dataset(config.data, split)
-        self._reader = SampleReader(dataset, config.data, positions)
-        self._chosen = validation_samples(dataset, config.valid.samples)
+        self._chosen, self._reader = chosen, reader
         self._rank, self._world, self._micro_batch, self._device = rank, world, micro_batch, device
-        self.species = [source.species for source in dataset.sources]
-        self.samples = {name: len(chosen) for name, chosen in zip(self.species, self._chosen, strict=True)}
+        self.species = list(chosen)
+        self.samples = {name: len(samples) for name, samples in chosen.items()}
         if rank == 0:
             counts = ", ".join(f"{species} {count}" for species, count in self.samples.items())
-            log.info("data: %s: crops of each species: %s", split, counts)
+            log.info("data: crops of each species to validate on: %s", counts)
 
     def __iter__(self) -> Iterator[tuple[str, Batch]]:
-        for species, chosen in zip(self.species, self._chosen, strict=True):
+        for species, chosen in self._chosen.items():
             mine = self._rank + self._world * np.arange(math.ceil(len(chosen) / self._world))
             for numbers in np.split(mine, range(self._micro_batch, len(mine), self._micro_batch)):
-                batch = _to_batch(self._reader.read(chosen[numbers % len(chosen)]))
+                batch = to_batch(self._reader.read(chosen[numbers % len(chosen)]))
                 filler = torch.from_numpy(numbers >= len(chosen))
                 batch.labels[filler] = IGNORE_LABEL
                 batch.g[filler] = FILLER
@@ -300,7 +176,9 @@ def build_loader(
     rank reads; default the whole. The batches come on `device`. Raises `UserError` for shards or keys that do not fit.
     """
     schedule = RankSchedule(config.train.global_batch, micro_batch or config.train.micro_batch, rank, world)
-    loader = TrainLoader(config, split, schedule, positions, device)
+    stream = config.data.mode == "stream"
+    samples = StreamSamples(config, positions) if stream else ShardSamples(config, split, positions)
+    loader = TrainLoader(config, samples, schedule, device)
     loader.seek(start)
     return loader
 
@@ -320,14 +198,14 @@ def build_validation(
     Crops and masks depend on the genomes and `data.*` alone, not on `train.seed`. Other arguments as of `build_loader`.
     """
     micro_batch = micro_batch or config.train.micro_batch
-    return ValidationLoader(config, split, rank, world, micro_batch, positions, device)
-
-
-def strands(config: Config) -> str:
-    """`data.strands` with auto resolved: forward where the model sees both strands by itself, both otherwise."""
-    if config.data.strands == "auto":
-        return "forward" if config.model.rcps else "both"
-    return config.data.strands
+    if config.data.mode == "stream":
+        reader = StreamValidation(config.data, config.valid.samples, positions)
+        chosen = {SPECIES: reader.samples}
+    else:
+        dataset = open_dataset(config.data, split)
+        reader = SampleReader(dataset, config.data, positions)
+        chosen = validation_samples(dataset, config.valid.samples)
+    return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

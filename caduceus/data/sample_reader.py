@@ -3,7 +3,7 @@
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ import numpy as np
 from caduceus.config import DataConfig
 from caduceus.data.cache import Prefetcher
 from caduceus.data.dataset import Dataset
-from caduceus.data.masking import Masking, mask_bases, shift_bases, weigh_repeats
 from caduceus.data.reader import ShardFiles
 from caduceus.data.shards import STRAND_SYMBOLS
+from caduceus.data.tokenizer import SampleArrays, Tokenizer
 from caduceus.errors import UserError
 
 READ_WAITS = (0.1, 0.5)
@@ -22,22 +22,6 @@ _CRC_MISMATCH = "its crc32 is not the index's"
 _NO_BASES = "bytes that are no bases"
 _SUBSTITUTES = 10
 """Crops tried in place of one that cannot be read."""
-
-
-@dataclass
-class SampleArrays:
-    """Tokens of B samples."""
-
-    input_ids: np.ndarray
-    """(B, L) uint8."""
-    labels: np.ndarray
-    """(B, L) uint8, `IGNORE_LABEL` where nothing is predicted."""
-    loss_weights: np.ndarray | None
-    """(B, L) float32; None where all are 1."""
-    g: np.ndarray
-    """(B,) int64."""
-    substituted: tuple[str, ...]
-    """A line for each sample that another crop stands for."""
 
 
 class SampleReader:
@@ -60,12 +44,7 @@ class SampleReader:
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
         self._sliced = positions is not None
-        self._first, end = positions or (0, data.seq_len)
-        self._length = end - self._first
-        self._next_base = data.objective == "next_base"
-        self._end = min(end + self._next_base, data.seq_len)  # the last label of a slice is the next slice's base
-        self._masking = Masking.of(data.mask_prob, data.mask_token_prob, data.random_token_prob)
-        self._repeat_weight = data.repeat_weight
+        self._tokenizer = Tokenizer(data, positions)
         self._substitute = substitute
         self._sound = np.full(len(self._crops.windows), not data.check_crc)
         self._damaged_windows: set[int] = set()
@@ -77,18 +56,10 @@ class SampleReader:
         while True:
             taken, bases, notes = self._read_bases(samples)
             mirrored = taken["strand"] != self._crops.windows["strand"][taken["window"]]
-            if self._next_base:
-                input_ids, labels, invalid = shift_bases(bases, mirrored, self._length)
-            else:
-                keys = taken["mask_key"].copy()  # out of the packed record, as the kernel needs it
-                input_ids, labels, invalid = mask_bases(bases, mirrored, keys, self._first, self._masking)
+            arrays, invalid = self._tokenizer.tokens(bases, mirrored, taken)
             if not invalid.any():
-                break
+                return replace(arrays, substituted=notes)
             self._condemn(taken[invalid > 0])
-        weights = None
-        if self._repeat_weight != 1:
-            weights = weigh_repeats(bases, mirrored, self._length, int(self._next_base), self._repeat_weight)
-        return SampleArrays(input_ids, labels, weights, samples["g"].copy(), notes)
 
     def prefetch(self, samples: np.ndarray) -> None:
         """Have the shards of these samples fetched into the cache, in order of need, while others are read."""
@@ -114,7 +85,7 @@ class SampleReader:
 
     def _read_bases(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         """The samples taken, their stored bases (B, n) uint8, and a line for each that is a substitute."""
-        bases = np.empty((len(samples), self._end - self._first), np.uint8)
+        bases = np.empty((len(samples), self._tokenizer.end - self._tokenizer.first), np.uint8)
         taken, notes = samples, []
         shards, offsets = self._stored_places(samples)
         sound = self._sound[samples["window"]].tolist()
@@ -135,10 +106,10 @@ class SampleReader:
     def _stored_places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard (B,) of each sample, and the offset (B,) in it of the stored bases that hold the slice."""
         windows = self._crops.windows[samples["window"]]
-        from_left = samples["begin"] + self._first
-        from_right = samples["begin"] + self._crops.seq_len - self._end
+        from_left = samples["begin"] + self._tokenizer.first
+        from_right = samples["begin"] + self._crops.seq_len - self._tokenizer.end
         forward = np.where(samples["strand"] == 1, from_right, from_left)
-        mirrored = windows["length"].astype(np.int64) - forward - (self._end - self._first)
+        mirrored = windows["length"].astype(np.int64) - forward - (self._tokenizer.end - self._tokenizer.first)
         stored = np.where(windows["strand"] == 1, mirrored, forward)
         return windows["shard"], windows["offset"].astype(np.int64) + stored
 

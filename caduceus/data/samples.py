@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 
+from caduceus.config import Config
 from caduceus.data.dataset import Dataset
 from caduceus.data.order import EpochOrder, Mixture, Purpose, key, permute
 
@@ -49,14 +50,21 @@ class TrainingOrder:
         return samples
 
 
-def validation_samples(dataset: Dataset, limit: int) -> list[np.ndarray]:
-    """At most `limit` samples of each source, (n,) SAMPLE_DTYPE, forward strand.
+def resolve_strands(config: Config) -> str:
+    """`data.strands` with auto resolved: forward where the model sees both strands by itself, both otherwise."""
+    if config.data.strands == "auto":
+        return "forward" if config.model.rcps else "both"
+    return config.data.strands
+
+
+def validation_samples(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
+    """At most `limit` samples of each species, (n,) SAMPLE_DTYPE, forward strand.
 
     Choice and masks are keyed by the genome and the place of the crop alone, so every run has the same ones.
     """
     crops = dataset.crops
     sizes = EpochOrder(crops.crops_of_shard, crops.shards_of_source, seed=0).sizes
-    chosen = []
+    chosen = {}
     for source, first, size in zip(dataset.sources, np.cumsum(sizes) - sizes, sizes, strict=True):
         count = min(limit, int(size))
         draw = key(Purpose.VALIDATION, _name_key(source.species, source.sha256))
@@ -68,7 +76,7 @@ def validation_samples(dataset: Dataset, limit: int) -> list[np.ndarray]:
         contigs = np.array([_name_key(source.species, contig) for contig in source.table.contigs], np.uint64)
         start = windows["start"] + samples["begin"].astype(np.uint64)
         samples["mask_key"] = key(Purpose.MASK, contigs[windows["contig"]], start)
-        chosen.append(samples)
+        chosen[source.species] = samples
     return chosen
 
 

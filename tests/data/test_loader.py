@@ -16,7 +16,7 @@ from shard_fixture import Species, complement_string, random_bases, tile, write_
 from caduceus.alphabet import IGNORE_LABEL, encode
 from caduceus.config import Config
 from caduceus.data import Batch, build_loader, build_validation
-from caduceus.data.loader import FILLER, RankSchedule
+from caduceus.data.batch import FILLER, RankSchedule
 from caduceus.errors import UserError
 
 
@@ -256,7 +256,7 @@ def test_what_is_left_out_and_the_rounded_weights_are_logged(
 ) -> None:
     caplog.set_level(logging.INFO)
     loader = build_loader(configure())
-    counts = loader._order.mixture.counts
+    counts = loader._samples._order.mixture.counts
     assert (
         f"fly {counts[0]}, worm {counts[1]}" in caplog.text and "samples of each species in every 65536" in caplog.text
     )

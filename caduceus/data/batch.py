@@ -1,0 +1,82 @@
+"""A micro-batch, and which samples each micro-batch of a rank holds."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from caduceus.data.tokenizer import SampleArrays
+from caduceus.errors import UserError
+
+FILLER = -1
+"""Sample number of a row that only makes the ranks' batches equal; it has no labels."""
+
+
+@dataclass
+class Batch:
+    """B samples of L positions (or of this rank's slice of them)."""
+
+    input_ids: torch.Tensor
+    """(B, L) int64."""
+    labels: torch.Tensor
+    """(B, L) int64, `IGNORE_LABEL` where nothing is predicted."""
+    loss_weights: torch.Tensor | None
+    """(B, L) float32; None where all are 1."""
+    g: torch.Tensor
+    """(B,) int64 sample numbers, on the CPU; `FILLER` for a row without a sample."""
+    substituted: tuple[str, ...] = ()
+    """A line for each sample that could not be read and that another crop stands for."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device, tokens as int64 (workers hand them over as bytes)."""
+        weights = self.loss_weights
+        return Batch(
+            self.input_ids.to(device, non_blocking=True).long(),
+            self.labels.to(device, non_blocking=True).long(),
+            None if weights is None else weights.to(device, non_blocking=True),
+            self.g,
+            self.substituted,
+        )
+
+    def pin_memory(self) -> "Batch":
+        weights = self.loss_weights
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            loss_weights=None if weights is None else weights.pin_memory(),
+        )
+
+
+def to_batch(arrays: SampleArrays) -> Batch:
+    weights = None if arrays.loss_weights is None else torch.from_numpy(arrays.loss_weights)
+    input_ids, labels, g = (torch.from_numpy(array) for array in (arrays.input_ids, arrays.labels, arrays.g))
+    return Batch(input_ids, labels, weights, g, arrays.substituted)
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """Which sample numbers each micro-batch of a rank holds: samples rank, rank + world, … of each global batch."""
+
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch % (self.micro_batch * self.world):
+            raise UserError(
+                f"train.global_batch: {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch} "
+                f"times {self.world} data-parallel ranks"
+            )
+
+    @property
+    def per_step(self) -> int:
+        """Micro-batches of a rank in an optimizer step."""
+        return self.global_batch // (self.micro_batch * self.world)
+
+    def samples(self, micro_batches: np.ndarray) -> np.ndarray:
+        """Numbers (n,) of micro-batches since the run's start -> sample numbers (n, micro_batch) int64."""
+        step, part = np.divmod(micro_batches, self.per_step)
+        within = part[:, None] * self.micro_batch + np.arange(self.micro_batch)
+        return step[:, None] * self.global_batch + self.rank + within * self.world

@@ -1,0 +1,81 @@
+"""Training samples of shards: any micro-batch from its number alone, whatever came before it."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from caduceus.config import Config
+from caduceus.data.batch import Batch, RankSchedule, to_batch
+from caduceus.data.dataset import log_dataset, open_dataset
+from caduceus.data.sample_reader import SampleReader
+from caduceus.data.samples import TrainingOrder, resolve_strands
+from caduceus.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ORDER_VERSION = 1
+"""Part of the loader's fingerprint: to be raised when the code maps a sample number to another sample."""
+_PLANNED_SAMPLES = 2048
+"""Samples located at once; locating is vectorised."""
+
+
+class ShardSamples:
+    """What a training loader draws from in `data.mode` shards."""
+
+    def __init__(self, config: Config, split: str, positions: tuple[int, int] | None) -> None:
+        data, seed = config.data, config.train.seed
+        both_strands = resolve_strands(config) == "both"
+        self._dataset = open_dataset(data, split)
+        self._order = TrainingOrder(self._dataset, seed, both_strands, data.shuffle_block)
+        self._reader = SampleReader(self._dataset, data, positions, self._order.substitute)
+
+    def log(self) -> None:
+        log_dataset(self._dataset, self._order.mixture.counts)
+
+    def what_decides_the_order(self) -> dict[str, Any]:
+        """What a position in the order is only good for, beyond the keys of the configuration."""
+        counts = self._order.mixture.counts.tolist()
+        return {
+            "order_version": ORDER_VERSION,
+            "split": self._dataset.split,
+            "datasets": self._dataset.fingerprints,
+            "mixture": [[source.species, n] for source, n in zip(self._dataset.sources, counts, strict=True)],
+        }
+
+    def describe(self, g: int) -> dict[str, Any]:
+        return self._reader.describe(self._order.locate(np.array([g]))[0])
+
+    def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
+        """A rank's micro-batches from number `first` on, for ever; each worker yields every n-th of them."""
+        return _MicroBatches(self._order, self._reader, schedule, first)
+
+
+class _MicroBatches(IterableDataset):
+    """Every worker computes its own share. A `UserError` is a value: torch would wrap it in a worker's traceback."""
+
+    def __init__(self, order: TrainingOrder, reader: SampleReader, schedule: RankSchedule, first: int) -> None:
+        self._order, self._reader, self._schedule, self._first = order, reader, schedule, first
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        planned = max(1, _PLANNED_SAMPLES // self._schedule.micro_batch)
+
+        def plan(chunk: int) -> np.ndarray:
+            numbers = self._first + offset + stride * (chunk * planned + np.arange(planned))
+            return self._order.locate(self._schedule.samples(numbers).reshape(-1))
+
+        following = plan(0)
+        for chunk in itertools.count(1):
+            samples, following = following, plan(chunk)
+            self._reader.prefetch(np.concatenate([samples, following]))
+            for micro_batch in samples.reshape(planned, -1):
+                try:
+                    yield to_batch(self._reader.read(micro_batch))
+                except UserError as error:
+                    yield error
+                    return

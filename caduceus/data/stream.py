@@ -1,0 +1,177 @@
+"""Training from tars that have no index: a stream of stock WebDataset, whose guarantees are weaker than of shards.
+
+The order depends on the number of ranks and workers, a restart draws the tars anew, and of damage only what breaks the
+format of a tar is noticed. In exchange any tar with bases in it will do, local or behind any URL that webdataset opens.
+"""
+
+import itertools
+import logging
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import webdataset
+from torch.utils.data import IterableDataset, get_worker_info
+
+from caduceus.alphabet import IS_ACGT_BYTE, IS_IUPAC_BYTE
+from caduceus.config import Config, DataConfig
+from caduceus.data.batch import Batch, RankSchedule, to_batch
+from caduceus.data.order import Purpose, key, permute
+from caduceus.data.samples import SAMPLE_DTYPE, resolve_strands
+from caduceus.data.tokenizer import SampleArrays, Tokenizer
+from caduceus.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SPECIES = "stream"
+"""Stands for the species, which a stream does not know."""
+_SHUFFLED_CROPS = 4096
+_SHUFFLED_BASES = 64 << 20
+"""Most crops and most bases in the buffer that a worker draws its crops from."""
+
+
+class StreamSamples:
+    """What a training loader draws from in `data.mode` stream."""
+
+    def __init__(self, config: Config, positions: tuple[int, int] | None) -> None:
+        self._data = config.data
+        self._seed = config.train.seed
+        self._both_strands = resolve_strands(config) == "both"
+        self._urls = expand_urls(config.data.path, "data.path")
+        self._tokenizer = Tokenizer(config.data, positions)
+
+    def log(self) -> None:
+        log.warning(
+            "data: stream of %d tars without an index: batches depend on the number of ranks and workers, a restart "
+            "draws the tars anew (samples may repeat or be missed), damage inside a tar's bases goes unseen, samples "
+            "have no coordinates",
+            len(self._urls),
+        )
+
+    def what_decides_the_order(self) -> dict[str, Any]:
+        return {"urls": self._urls, "stream_key": self._data.stream_key}
+
+    def describe(self, g: int) -> dict[str, Any]:
+        return {"species": SPECIES, "sample": g}
+
+    def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
+        """A rank's micro-batches from number `first` on, for ever; each worker yields every n-th of them."""
+        return _StreamMicroBatches(self, schedule, first)
+
+    def tokens(self, crops: list[np.ndarray], g: np.ndarray) -> SampleArrays:
+        """Tokens of crops (seq_len,) uint8 as samples g (B,)."""
+        samples = np.zeros(len(g), SAMPLE_DTYPE)
+        samples["g"] = g
+        samples["strand"] = key(self._seed, Purpose.STRAND, g) >> np.uint64(63) if self._both_strands else 0
+        samples["mask_key"] = key(self._seed, Purpose.MASK, g)
+        return tokens_of_crops(self._tokenizer, np.stack(crops), samples)
+
+    def crops(self, start: int, consumer: int, consumers: int, notes: list[str]) -> Iterator[np.ndarray]:
+        """Shuffled crops for one worker of one rank, for ever. What cannot be used adds a line to `notes`."""
+        urls = self._urls_of(start, consumer, consumers)
+        crops = crops_of_tars(urls, self._data, notes, give_up_after=len(self._urls))
+        seed = int(key(self._seed, Purpose.CROP, start, consumer)[0])
+        size = max(1, min(_SHUFFLED_CROPS, _SHUFFLED_BASES // self._data.seq_len))
+        return webdataset.shuffle(size, initial=size // 10, rng=random.Random(seed))(crops)
+
+    def _urls_of(self, start: int, consumer: int, consumers: int) -> Iterator[str]:
+        """Every `consumers`-th tar of an endless sequence in which each pass over the tars has an order of its own."""
+        for place in itertools.count(consumer, consumers):
+            epoch, position = divmod(place, len(self._urls))
+            keys = key(self._seed, Purpose.SHARDS, start, epoch)
+            yield self._urls[permute(np.array([position]), len(self._urls), keys)[0]]
+
+
+class _StreamMicroBatches(IterableDataset):
+    def __init__(self, samples: StreamSamples, schedule: RankSchedule, first: int) -> None:
+        self._samples, self._schedule, self._first = samples, schedule, first
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        consumer, consumers = self._schedule.rank * stride + offset, self._schedule.world * stride
+        notes: list[str] = []
+        crops = self._samples.crops(self._first * self._schedule.micro_batch, consumer, consumers, notes)
+        try:
+            for number in itertools.count(self._first + offset, stride):
+                g = self._schedule.samples(np.array([number]))[0]
+                arrays = self._samples.tokens(list(itertools.islice(crops, len(g))), g)
+                arrays.substituted = tuple(notes)
+                notes.clear()
+                yield to_batch(arrays)
+        except UserError as error:
+            yield error
+
+
+class StreamValidation:
+    """The first crops of `data.valid_path`, kept in memory; reads like a `SampleReader`."""
+
+    def __init__(self, data: DataConfig, limit: int, positions: tuple[int, int] | None) -> None:
+        if data.valid_path is None:
+            raise UserError("data.valid_path: needed to validate in stream mode; name its tars, or set valid.every=0")
+        urls = expand_urls(data.valid_path, "data.valid_path")
+        notes: list[str] = []
+        crops = crops_of_tars(iter(urls), data, notes, give_up_after=len(urls))
+        self._crops = np.stack(list(itertools.islice(crops, limit)))
+        if notes:
+            raise UserError(f"data.valid_path: {notes[0]}")
+        self._tokenizer = Tokenizer(data, positions)
+        self.samples = np.zeros(len(self._crops), SAMPLE_DTYPE)
+        self.samples["g"] = np.arange(len(self._crops))
+        self.samples["mask_key"] = key(Purpose.VALIDATION, self.samples["g"])
+
+    def read(self, samples: np.ndarray) -> SampleArrays:
+        return tokens_of_crops(self._tokenizer, self._crops[samples["g"]], samples)
+
+
+def expand_urls(path: Any, name: str) -> list[str]:
+    """The tars of a path or a list of paths, with {000..099} expanded as webdataset does."""
+    entries = path if isinstance(path, list) else [path]
+    if not entries or not all(isinstance(entry, str) and entry for entry in entries):
+        raise UserError(f"{name}: in stream mode give the address of tars, as dir/{{000..099}}.tar, or a list of them")
+    return [url for entry in entries for url in webdataset.shardlists.expand_urls(entry)]
+
+
+def crops_of_tars(urls: Iterator[str], data: DataConfig, notes: list[str], give_up_after: int) -> Iterator[np.ndarray]:
+    """The usable crops (seq_len,) uint8 of tars, in order; none in `give_up_after` tars in a row is a `UserError`."""
+
+    def note(error: Exception) -> bool:
+        notes.append(f"{' '.join(map(str, error.args))}; the rest of the tar is left out")
+        return True
+
+    fruitless = 0
+    for url in urls:
+        found = False
+        for sample in webdataset.tariterators.tarfile_samples([{"url": url}], handler=note):
+            for crop in _crops_of_sample(sample, data, notes):
+                found = True
+                yield crop
+        fruitless = 0 if found else fruitless + 1
+        if fruitless >= give_up_after:
+            problem = f" ({notes[0]})" if notes else ""
+            raise UserError(
+                f"{url}: neither this tar nor any other has a usable crop of {data.seq_len} bases in members named "
+                f"*.{data.stream_key} (data.stream_key){problem}"
+            )
+
+
+def _crops_of_sample(sample: dict[str, Any], data: DataConfig, notes: list[str]) -> Iterator[np.ndarray]:
+    bases = np.frombuffer(sample.get(data.stream_key, b"").strip(), np.uint8)
+    if not IS_IUPAC_BYTE[bases].all():
+        notes.append(f"{sample['__url__']}: {sample['__key__']}: bytes that are no bases; left out")
+        return
+    for begin in range(0, len(bases) - data.seq_len + 1, data.seq_len):
+        crop = bases[begin : begin + data.seq_len]
+        if IS_ACGT_BYTE[crop].sum() >= max(1, data.min_acgt * data.seq_len - 1e-6):
+            yield crop
+
+
+def tokens_of_crops(tokenizer: Tokenizer, crops: np.ndarray, samples: np.ndarray) -> SampleArrays:
+    """Tokens of whole forward crops (B, seq_len) uint8 on the strands that `samples` name."""
+    mirrored = samples["strand"] == 1
+    length = crops.shape[1]
+    needed = np.empty((len(crops), tokenizer.end - tokenizer.first), np.uint8)
+    needed[~mirrored] = crops[~mirrored, tokenizer.first : tokenizer.end]
+    needed[mirrored] = crops[mirrored, length - tokenizer.end : length - tokenizer.first]
+    return tokenizer.tokens(needed, mirrored, samples)[0]

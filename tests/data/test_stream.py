@@ -1,0 +1,178 @@
+"""Foreign tars without an index: usable crops only, every tar read, damage told, and the weaker guarantees stated."""
+
+import io
+import itertools
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from shard_fixture import complement_string, random_bases
+
+from caduceus.alphabet import IGNORE_LABEL, encode
+from caduceus.config import Config
+from caduceus.data import Batch, build_loader, build_validation
+from caduceus.errors import UserError
+
+
+def write_tar(path: Path, members: dict[str, str]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content.encode()))
+    return path
+
+
+@pytest.fixture
+def sequences() -> list[str]:
+    rng = np.random.default_rng(0)
+    return [random_bases(rng, int(length)) for length in rng.integers(200, 700, 30)]
+
+
+@pytest.fixture
+def tars(sequences: list[str], tmp_path: Path) -> str:
+    """Five tars of six sequences each, of which every third begins with N; a member of another kind beside each."""
+    for number in range(5):
+        members = {}
+        for row in range(6 * number, 6 * number + 6):
+            members[f"s{row}.dna"] = ("N" * 64 if row % 3 == 0 else "") + sequences[row] + "\n"
+            members[f"s{row}.json"] = "{}"
+        write_tar(tmp_path / f"{number}.tar", members)
+    return f"{tmp_path}/{{0..4}}.tar"
+
+
+@pytest.fixture
+def stream(configure: Callable[..., Config], tars: str) -> Callable[..., Config]:
+    def make(**data) -> Config:
+        return configure(**{"mode": "stream", "path": tars, "stream_key": "dna", "seq_len": 64, **data})
+
+    return make
+
+
+def take(loader: object, count: int) -> list[Batch]:
+    return list(itertools.islice(loader, count))
+
+
+def texts(batches: list[Batch]) -> list[bytes]:
+    """The true tokens of each sample, with its masks undone."""
+    rows = []
+    for batch in batches:
+        rows.extend(torch.where(batch.labels == IGNORE_LABEL, batch.input_ids, batch.labels).numpy().astype(np.uint8))
+    return [row.tobytes() for row in rows]
+
+
+def usable_crops(sequences: list[str]) -> list[bytes]:
+    crops = [text[begin : begin + 64] for text in sequences for begin in range(0, len(text) - 63, 64)]
+    return [encode(np.frombuffer(crop.encode(), np.uint8)).tobytes() for crop in crops]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_samples_are_the_usable_crops(stream: Callable[..., Config], sequences: list[str], workers: int) -> None:
+    loader = build_loader(stream(strands="forward", workers=workers))
+    batches = take(loader, 500)
+    assert [batch.g.tolist() for batch in batches] == [list(range(4 * n, 4 * n + 4)) for n in range(500)]
+    counts = Counter(texts(batches))
+    assert set(counts) == set(usable_crops(sequences))  # all of them, and none of the N
+    assert sum(batch.labels.ne(IGNORE_LABEL).sum() for batch in batches) > 0.1 * 2000 * 64
+
+
+def test_both_strands_are_shown(stream: Callable[..., Config], sequences: list[str]) -> None:
+    forward = set(usable_crops(sequences))
+    backward = {
+        encode(np.frombuffer(complement_string(text[begin : begin + 64]).encode(), np.uint8)).tobytes()
+        for text in sequences
+        for begin in range(0, len(text) - 63, 64)
+    }
+    seen = texts(take(build_loader(stream()), 50))
+    assert set(seen) <= forward | backward
+    assert 60 < sum(text in forward for text in seen) < 140
+
+
+def test_the_same_layout_gives_the_same_batches(stream: Callable[..., Config]) -> None:
+    one, other = (take(build_loader(stream(), rank=1, world=3), 20) for _ in range(2))
+    assert texts(one) == texts(other)
+    later = build_loader(stream(), rank=1, world=3)
+    state = build_loader(stream()).state() | {"samples_consumed": 48}
+    later.load_state(state)
+    assert later.state() == state
+    resumed = take(later, 20)
+    assert resumed[0].g[0] == 48 + 1 and texts(resumed) != texts(one)
+
+
+def test_slices_are_those_of_the_whole(stream: Callable[..., Config]) -> None:
+    for settings in ({}, {"objective": "next_base", "model": {"bidirectional": False}}):
+        whole = take(build_loader(stream(**settings)), 10)
+        for first, end in ((0, 10), (10, 64)):
+            for one, other in zip(
+                take(build_loader(stream(**settings), positions=(first, end)), 10), whole, strict=True
+            ):
+                assert torch.equal(one.input_ids, other.input_ids[:, first:end])
+                assert torch.equal(one.labels, other.labels[:, first:end])
+
+
+def test_the_weaker_guarantees_are_logged(stream: Callable[..., Config], caplog: pytest.LogCaptureFixture) -> None:
+    loader = build_loader(stream())
+    for words in (
+        "5 tars without an index",
+        "ranks and workers",
+        "may repeat or be missed",
+        "goes unseen",
+        "no coordinates",
+    ):
+        assert words in caplog.text
+    assert loader.describe(7) == {"species": "stream", "sample": 7}
+
+
+def test_damage_is_told_and_too_much_is_fatal(stream: Callable[..., Config], tars: str, tmp_path: Path) -> None:
+    (tmp_path / "2.tar").write_bytes((tmp_path / "2.tar").read_bytes()[:1800])
+    write_tar(tmp_path / "3.tar", {"a.dna": "ACGT!" * 40, "b.dna": "ACGT" * 40})
+    loader = build_loader(stream(max_substituted=50))
+    lines = [line for batch in take(loader, 60) for line in batch.substituted]
+    assert loader.substituted == len(lines) > 1
+    assert all("2.tar" in line or "3.tar: a: bytes that are no bases" in line for line in lines)
+    with pytest.raises(UserError, match=r"data\.max_substituted"):
+        take(build_loader(stream(max_substituted=0)), 60)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"stream_key": "seq"}, r"usable crop of 64 bases in members named \*\.seq"),
+        ({"seq_len": 1000}, "usable crop of 1000 bases"),
+        ({"path": "/nonexistent/{0..2}.tar"}, r"usable crop .* No such file"),
+        ({"path": [3]}, r"data\.path: in stream mode"),
+        ({"path": [{"path": "x", "weight": 1}]}, r"data\.path: in stream mode"),
+        ({"path": None}, r"data\.path: in stream mode"),
+    ],
+)
+def test_what_cannot_be_streamed_is_one_clear_line(stream: Callable[..., Config], changed: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        take(build_loader(stream(**changed)), 5)
+    assert "\n" not in str(refusal.value)
+
+
+def test_validation_takes_the_first_crops_of_its_own_tars(
+    stream: Callable[..., Config], sequences: list[str], tmp_path: Path
+) -> None:
+    def rows(world: int, **settings) -> dict[int, bytes]:
+        found = {}
+        for rank in range(world):
+            for name, batch in build_validation(stream(**settings), rank=rank, world=world):
+                assert name == "stream"
+                for row, g in enumerate(batch.g.tolist()):
+                    if g >= 0:
+                        found[g] = batch.input_ids[row].numpy().tobytes()
+        return found
+
+    config = {"valid_path": f"{tmp_path}/{{3..4}}.tar", "valid": {"samples": 9}}
+    alone = rows(1, **config)
+    assert sorted(alone) == list(range(9))
+    assert rows(2, **config) == alone == rows(1, train={"seed": 3}, **config)
+    batches = [batch for _, batch in build_validation(stream(**config))]
+    assert texts(batches) == usable_crops(sequences[18:])[:9]
+    with pytest.raises(UserError, match=r"data\.valid_path: needed"):
+        build_validation(stream())
