@@ -1,9 +1,11 @@
 """The one interface behind which strategies differ, and the strategy of a single process."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -48,7 +50,24 @@ class Single:
         """Update the parameters at learning rate `lr` and clear the gradients."""
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
+        self.discard_gradients()
+
+    def discard_gradients(self) -> None:
+        """Clear the gradients; instead of `step`, the step is skipped."""
         self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, directory: Path) -> None:
+        """Write model and optimizer into `directory`, all ranks together."""
+        dcp.save(self.state_dict(), checkpoint_id=directory, no_dist=self.ranks.world == 1)
+
+    def load(self, directory: Path) -> None:
+        """Restore model and optimizer in place from a complete checkpoint, all ranks together.
+
+        Raises `RuntimeError`, `ValueError` or `CheckpointException` for a checkpoint of another model.
+        """
+        state = self.state_dict()
+        dcp.load(state, checkpoint_id=directory, no_dist=self.ranks.world == 1)
+        self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Model and optimizer under names that do not depend on the strategy, for torch.distributed.checkpoint."""

@@ -38,7 +38,7 @@ def save_checkpoint(run: RunDirectory, progress: Progress, strategy: Single) -> 
         writing.mkdir()
     ranks.barrier()
     try:
-        dcp.save(strategy.state_dict(), checkpoint_id=writing, no_dist=ranks.world == 1)
+        strategy.save(writing)
         if ranks.is_main:
             torch.save(_rng_state(), writing / "rng.pt")
             write_atomically(writing / "progress.json", dump_json(asdict(progress)))
@@ -55,12 +55,10 @@ def save_checkpoint(run: RunDirectory, progress: Progress, strategy: Single) -> 
 
 def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
     """Restore model, optimizer and RNG states in place, on any number of ranks."""
-    state = strategy.state_dict()
     try:
-        dcp.load(state, checkpoint_id=checkpoint.path, no_dist=strategy.ranks.world == 1)
+        strategy.load(checkpoint.path)
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
-    strategy.load_state_dict(state)
     _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
     return Progress(**json.loads((checkpoint.path / "progress.json").read_text()))
 
