@@ -10,7 +10,7 @@ with Y held channel-flipped and F the flip of channels. Here tensors stay where 
 mirrored stream, to which F M' F applies, is stream 0 in even blocks and stream 1 in odd ones.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,11 @@ from caduceus.model.bimamba import BiMamba, project, with_mirrored_channels
 from caduceus.ops import Context
 
 
-@dataclass
-class MaskedLMOutput:
-    """What `CaduceusForMaskedLM` returns. Losses are in nats, in at least fp32, and None without labels."""
+class MaskedLMOutput(NamedTuple):
+    """What `CaduceusForMaskedLM` returns. Losses are in nats, in at least fp32, and None without labels.
+
+    A tuple, because wrappers of modules (FSDP2, DeepSpeed) look for tensors in tuples only.
+    """
 
     loss: Tensor | None = None
     """`loss_sum / weight_sum`; 0, with zero gradients, where no base is labelled."""
@@ -149,19 +151,19 @@ class CaduceusForMaskedLM(nn.Module):
         if output_hidden_states and self.config.fused_add_norm:
             hidden_states.append(self._published_layout(self.norm_f(residual), 1 - self.norm_f.mirrored_stream))
 
-        output = MaskedLMOutput(hidden_states=None if hidden_states is None else tuple(hidden_states))
-        if return_logits:
-            output.logits = self._logits(residual)
-        if labels is not None:
-            positions = (labels.flatten() != IGNORE_LABEL).nonzero().squeeze(1)
-            if return_logits:
-                logits = output.logits.flatten(0, 1).index_select(0, positions)
-            else:
-                logits = self._logits(residual.flatten(1, 2).index_select(1, positions))
-            weights = None if loss_weights is None else loss_weights.flatten()[positions]
-            output.loss_sum, output.weight_sum = _weighted_cross_entropy(logits, labels.flatten()[positions], weights)
-            output.loss = output.loss_sum / torch.where(output.weight_sum > 0, output.weight_sum, 1)
-        return output
+        hidden_states = None if hidden_states is None else tuple(hidden_states)
+        logits = self._logits(residual) if return_logits else None
+        if labels is None:
+            return MaskedLMOutput(logits=logits, hidden_states=hidden_states)
+        positions = (labels.flatten() != IGNORE_LABEL).nonzero().squeeze(1)
+        if logits is None:
+            labelled = self._logits(residual.flatten(1, 2).index_select(1, positions))
+        else:
+            labelled = logits.flatten(0, 1).index_select(0, positions)
+        weights = None if loss_weights is None else loss_weights.flatten()[positions]
+        loss_sum, weight_sum = _weighted_cross_entropy(labelled, labels.flatten()[positions], weights)
+        loss = loss_sum / torch.where(weight_sum > 0, weight_sum, 1)
+        return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum)
 
     def share_sequences(self, context: Context | None) -> None:
         """From now on every sequence is a slice of one that goes on over the ranks of `context`."""
