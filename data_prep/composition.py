@@ -11,6 +11,7 @@ _BLOCK = 1 << 18  # fits the second-level cache, where the passes below run at m
 _LOWER = np.uint8(0x20)
 _FOLD_CASE = np.uint8(0xDF)
 _FOLD_CG = np.uint8(0xFB)  # C and G differ in this one bit
+_IS_NOT_ACGT = (~IS_ACGT_BYTE).tobytes()
 _A, _C, _T, _N = (np.uint8(base) for base in b"ACTN")
 
 
@@ -56,13 +57,16 @@ def composition(bases: np.ndarray) -> Composition:
 
 def runs_where(mask: np.ndarray) -> np.ndarray:
     """Maximal runs of True in (L,) bool, as (n, 2) int64 half-open intervals."""
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
-    return edges.reshape(-1, 2).astype(np.int64)
+    edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+    first = [0] if len(mask) and mask[0] else []
+    last = [len(mask)] if len(mask) and mask[-1] else []
+    return np.concatenate([first, edges, last]).astype(np.int64).reshape(-1, 2)
 
 
 def non_acgt_runs(bases: np.ndarray) -> np.ndarray:
     """Maximal runs of bases other than A, C, G and T, (n, 2) int64."""
-    return runs_where(~IS_ACGT_BYTE[bases])
+    # `translate` is several times as fast as indexing a table
+    return runs_where(np.frombuffer(bases.tobytes().translate(_IS_NOT_ACGT), dtype=bool))
 
 
 @dataclass(frozen=True)

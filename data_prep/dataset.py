@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ def locked(directory: Path) -> Iterator[None]:
                 f"{directory}: its file system has no locks ({error.strerror}); shard to a local disk and copy"
             ) from None
         with writing(directory):
+            _remove_leftovers(directory)
             yield
 
 
@@ -80,16 +82,12 @@ class SpeciesDirectory:
 
     def begin(self) -> dict[str, dict[str, Any]]:
         """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
-        if not self._journal.exists():
-            self.path.mkdir(exist_ok=True)
-            write_atomically(self._journal, json.dumps(self.identity).encode() + b"\n")
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
-        rows = _read_journal(self._journal)[1:]
+        self.path.mkdir(exist_ok=True)
+        rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
         finished = {row["name"]: row for row in rows if self._present(row)}
-        # A line that a kill cut short must not spoil the next one.
-        lines = [json.dumps(row) for row in (self.identity, *finished.values())]
-        write_atomically(self._journal, "\n".join(lines).encode() + b"\n")
+        # Written anew: a line that a kill cut short must not spoil the next one.
+        lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
+        write_atomically(self._journal, "".join(lines).encode())
         return finished
 
     def record(self, shard: dict[str, Any]) -> None:
@@ -160,6 +158,17 @@ def write_manifest(directory: Path) -> dict[str, Any]:
         write_report(directory, manifest)
         write_atomically(path, content)
     return load_manifest(directory)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what killed runs left of files that they were writing, and journals of species that are finished."""
+    leftovers = [*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")]
+    leftovers += [path for path in directory.glob(f"*/{JOURNAL}") if (path.parent / "species.json").exists()]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:

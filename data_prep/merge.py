@@ -42,7 +42,6 @@ def _bring(source: Path, target: Path) -> None:
     names = [shard["name"] for split in part["splits"].values() for shard in split["shards"]]
     staging = target.with_name(f".{target.name}.tmp")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         for name in names:
             for path in (source / name, index_path(source / name)):

@@ -15,7 +15,7 @@ from data_prep.merge import merge
 from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions
 from data_prep.plan import SpeciesRequest
 from data_prep.rebuild import rebuild_index
-from data_prep.registry import registry_names, resolve_genome
+from data_prep.registry import resolve_genome
 from data_prep.sharding import make_dataset
 from data_prep.species_file import read_species_file, request_for_genome
 from data_prep.summary import print_summary
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_argument_group("what to do: one of")
     kind = source.add_mutually_exclusive_group(required=True)
     kind.add_argument("--fasta", type=Path, help="genome: FASTA (plain, gzip, bgzip) or .2bit; needs --species")
-    kind.add_argument("--genome", metavar="NAME", help=f"a genome of the registry: {', '.join(registry_names())}")
+    kind.add_argument("--genome", metavar="NAME", help="a genome of configs/genome/, downloaded if need be")
     kind.add_argument("--genomes", type=Path, metavar="YAML", help="several species and their options in one file")
     kind.add_argument("--verify", type=Path, metavar="DIR", help="check a dataset byte for byte")
     kind.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="bring datasets together in --out")

@@ -262,3 +262,27 @@ def test_any_genome_is_reconstructed(tmp_path_factory, contigs, window, strands,
     assert report["kept"] + sum(report["dropped"].values()) == report["bases"]
     assert report["lower"] == sum(sum(map(str.islower, bases)) for bases in contigs)
     shard("--verify", folder / "out", "--workers", 1)
+
+
+def test_genome_entry_brings_its_names_splits_and_blacklist(genomes: Path, tmp_path: Path) -> None:
+    (tmp_path / "aliases.tsv").write_text("# ours\ttheirs\nchr1\tONE\nchr2\tTWO\n")
+    (tmp_path / "black.bed").write_text("TWO\t100\t200\n")
+    (tmp_path / "rows.bed").write_text("ONE\t0\t1000\ttrain\nTWO\t0\t1000\ttest\n")
+    entry = tmp_path / "entry.yaml"
+    entry.write_text(
+        f"name: fly\nassembly: F1\nfasta: {genomes / 'fly.fa'}\ncontigs: [ONE, TWO]\nvalid_contigs: [TWO]\n"
+        f"aliases: aliases.tsv\nblacklist: {tmp_path / 'black.bed'}\nintervals: {tmp_path / 'rows.bed'}\n"
+    )
+    shard("--genome", entry, "--out", tmp_path / "plain", *SMALL)
+    (part,) = load_manifest(tmp_path / "plain")["species"]
+    assert (part["name"], part["assembly"]) == ("fly", "F1")
+    assert [contig["name"] for contig in part["contigs"]] == ["chr1", "chr2"]
+    assert {window[:2] for window in windows_of(tmp_path / "plain")} == {("train", "chr1"), ("valid", "chr2")}
+    shard("--genome", entry, "--out", tmp_path / "rows", *SMALL, "--intervals", "registry", "--exclude-bed", "registry")
+    rows = {("train", "chr1", 0, 500), ("train", "chr1", 500, 1000)}
+    rows |= {("test", "chr2", 0, 100), ("test", "chr2", 200, 700), ("test", "chr2", 700, 1000)}
+    assert windows_of(tmp_path / "rows") == rows
+    listed = tmp_path / "species.yaml"
+    listed.write_text(f"species: [{{genome: {entry}, name: other, valid_contigs: []}}]")
+    shard("--genomes", listed, "--out", tmp_path / "listed", *SMALL)
+    assert {window[0] for window in windows_of(tmp_path / "listed")} == {"train"}

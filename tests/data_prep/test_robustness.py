@@ -112,6 +112,15 @@ def test_finished_shards_are_kept_when_a_run_goes_on(fasta: Path, undisturbed: P
     assert not list(out.rglob(".*.tmp"))
 
 
+def test_leftovers_of_a_kill_at_the_very_end_are_removed(fasta: Path, undisturbed: Path, dataset: Path) -> None:
+    (dataset / "s" / ".unfinished.jsonl").write_text("{}\n")
+    (dataset / ".manifest.json.7.tmp").write_text("{")
+    (dataset / "manifest.json").unlink()
+    shard("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS)
+    assert tree_digest(dataset) == tree_digest(undisturbed)
+    assert [path.name for path in dataset.rglob(".*")] == [".lock"]
+
+
 def test_a_second_run_into_the_directory_refuses(fasta: Path, dataset: Path) -> None:
     with (dataset / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
