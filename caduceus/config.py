@@ -5,6 +5,7 @@ its own keys come on top, and `key.path=value` overrides come last. An unknown k
 combination is a `UserError` that names the key. Nothing here imports torch.
 """
 
+import keyword
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +141,13 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
+    max_skipped_steps: int = 10
+    """Steps in a row whose loss or gradient may be NaN or infinite, and which are skipped; one more ends the run."""
+    spike_factor: float = 0.0
+    """A loss above this many times its running mean rewinds the run to its newest checkpoint, to go on there with the
+    samples that follow the spike; 0 lets the loss spike."""
+    stall_minutes: float = 15.0
+    """A step that takes longer has hung: every rank writes its stacks to the run's logs and ends. 0 waits for ever."""
     seed: int = 0
     precision: str = "fp32"
     """fp32 | bf16 (autocast; parameters and the scan's state stay fp32)."""
@@ -175,6 +183,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always has one."""
     keep: int = 3
     """Newest checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none so."""
+    async_: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory. The key is `async`."""
 
 
 @dataclass
@@ -185,6 +197,8 @@ class RunConfig:
     """Name of the run; null is the name of the YAML file."""
     device: str = "auto"
     """auto | cpu | cuda."""
+    time_budget_minutes: float = 0.0
+    """Stop with a checkpoint and the exit status for a requeue after this long; 0 is no limit."""
     allow_change: list[str] = field(default_factory=list)
     """Keys, such as train.steps, that may differ from the run being resumed."""
 
@@ -235,6 +249,9 @@ _AT_LEAST = {
     "train.global_batch": 1,
     "train.micro_batch": 1,
     "train.clip_norm": 0,
+    "train.max_skipped_steps": 0,
+    "train.spike_factor": 0,
+    "train.stall_minutes": 0,
     "train.lr": 0,
     "train.min_lr": 0,
     "train.weight_decay": 0,
@@ -244,6 +261,8 @@ _AT_LEAST = {
     "valid.samples": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 0,
+    "checkpoint.keep_every": 0,
+    "run.time_budget_minutes": 0,
 }
 _SHARES = (
     "data.mask_prob",
@@ -276,12 +295,13 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain nested dicts and lists, every key present."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    return {section: {_key(name): value for name, value in keys.items()} for section, keys in values.items()}
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML; `load_config` of that file gives it back."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    Path(path).write_text(OmegaConf.to_yaml(config_to_dict(config)))
 
 
 def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
@@ -322,9 +342,9 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
     for origin, values in layers:
         _refuse_unknown_keys(merged, values, origin)
         try:
-            merged = OmegaConf.merge(merged, values)
+            merged = OmegaConf.merge(merged, _attributes(values))
         except OmegaConfBaseException as error:
-            raise UserError(f"{origin}: {error.full_key or 'value'}: {_one_line(error)}") from None
+            raise UserError(f"{origin}: {_key(error.full_key or 'value')}: {_one_line(error)}") from None
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -335,14 +355,33 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
 
 def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, prefix: str = "") -> None:
     for key in values:
-        if key not in known:
-            raise UserError(f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(map(str, known))}")
-        if OmegaConf.is_dict(known[key]):
+        if key not in (names := list(map(_key, known))):
+            raise UserError(f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(names)}")
+        if OmegaConf.is_dict(known[_attribute(key)]):
             if not OmegaConf.is_dict(values[key]):
-                raise UserError(
-                    f"{origin}: {prefix}{key}: expected a mapping with keys {', '.join(map(str, known[key]))}"
-                )
+                names = ", ".join(map(_key, known[key]))
+                raise UserError(f"{origin}: {prefix}{key}: expected a mapping with keys {names}")
             _refuse_unknown_keys(known[key], values[key], origin, f"{prefix}{key}.")
+
+
+def _attributes(values: DictConfig) -> DictConfig:
+    """Sections of keys -> sections of attributes."""
+    sections = {
+        section: {_attribute(key): value for key, value in keys.items_ex(resolve=False)}
+        if OmegaConf.is_dict(keys)
+        else keys
+        for section, keys in values.items_ex(resolve=False)
+    }
+    return OmegaConf.create(sections)
+
+
+def _attribute(key: str) -> str:
+    """The attribute of a key: its name, save that `async` is a word of Python's own."""
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
+def _key(attribute: str) -> str:
+    return attribute.removesuffix("_")
 
 
 def _one_line(error: Exception) -> str:

@@ -97,3 +97,16 @@ def test_defaults_are_the_published_recipe() -> None:
     config = Config()
     assert (config.train.lr, config.train.min_lr, config.train.clip_norm) == (8e-3, 1e-4, 1.0)
     assert (config.data.mask_prob, config.data.mask_token_prob, config.data.random_token_prob) == (0.15, 0.8, 0.1)
+
+
+def test_the_key_async_is_a_word_of_python_and_still_a_key(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("checkpoint:\n  async: false\n")
+    config = load_config(tmp_path / "run.yaml")
+    assert config.checkpoint.async_ is False and config_to_dict(config)["checkpoint"]["async"] is False
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert load_config(tmp_path / "run.yaml", ["checkpoint.async=true"]).checkpoint.async_ is True
+    with pytest.raises(UserError, match=r"checkpoint\.async: .*maybe.*bool"):
+        load_config(tmp_path / "run.yaml", ["checkpoint.async=maybe"])
+    with pytest.raises(UserError, match=r"unknown key 'checkpoint\.async_'; known here: .*async"):
+        load_config(tmp_path / "run.yaml", ["checkpoint.async_=true"])
