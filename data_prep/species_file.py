@@ -106,7 +106,7 @@ def _request(
     cache_dir: Path | None,
 ) -> SpeciesRequest:
     own = {key: value for key, value in entry.items() if key not in _KEYS}
-    options = {**defaults, **own, **overrides}
+    options = {**_from_folder({**defaults, **own}, folder), **overrides}
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise UserError(f"'weight' must be a number above 0, got {weight!r}")
@@ -130,6 +130,22 @@ def _request(
     return SpeciesRequest(
         name, path, assembly or "", PlanOptions.from_values(options), float(weight), exponent, cache_dir
     )
+
+
+def _from_folder(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Paths of files among the options start at the YAML file's folder."""
+    values = dict(options)
+    for key in ("aliases", "intervals", "exclude_bed"):
+        paths = values.get(key)
+        if isinstance(paths, str):
+            values[key] = _place(paths, folder)
+        elif isinstance(paths, list):
+            values[key] = [_place(path, folder) for path in paths]
+    return values
+
+
+def _place(path: Any, folder: Path) -> str:
+    return path if path == REGISTRY_FILE else str(folder / Path(str(path)).expanduser())
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -283,6 +283,8 @@ def test_genome_entry_brings_its_names_splits_and_blacklist(genomes: Path, tmp_p
     rows |= {("test", "chr2", 0, 100), ("test", "chr2", 200, 700), ("test", "chr2", 700, 1000)}
     assert windows_of(tmp_path / "rows") == rows
     listed = tmp_path / "species.yaml"
-    listed.write_text(f"species: [{{genome: {entry}, name: other, valid_contigs: []}}]")
+    listed.write_text(f"species: [{{genome: {entry}, name: other, valid_contigs: [], exclude_bed: [black.bed]}}]")
     shard("--genomes", listed, "--out", tmp_path / "listed", *SMALL)
-    assert {window[0] for window in windows_of(tmp_path / "listed")} == {"train"}
+    found = windows_of(tmp_path / "listed")
+    assert {split for split, *_ in found} == {"train"}
+    assert all(end <= 100 or start >= 200 for _, contig, start, end in found if contig == "chr2")
