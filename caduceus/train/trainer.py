@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data.loader import Batch, TrainLoader, ValidationLoader, build_loader, build_validation
@@ -29,6 +30,8 @@ def train(config: Config) -> int:
     checkpoint.
     """
     with joined(config) as ranks:
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         part = {
             "rank": ranks.data_rank,
             "world": ranks.data_world,
