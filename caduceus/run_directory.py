@@ -16,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -77,7 +78,9 @@ class Checkpoint:
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-            if sha256_of(file) != expected["sha256"]:
+        found = _sha256_of_all([self.path / name for name in files])
+        for (name, expected), digest in zip(files.items(), found, strict=True):
+            if digest != expected["sha256"]:
                 return f"{name} does not match its sha256"
         return None
 
@@ -168,14 +171,15 @@ class RunDirectory:
 
     def complete_checkpoint(self, written: Path, step: int, facts: dict[str, Any]) -> Checkpoint:
         """Turn a fully written directory into the checkpoint of `step`: marker, rename, `latest`."""
+        found = sorted(path for path in written.rglob("*") if path.is_file())
         files = {}
-        for file in sorted(path for path in written.rglob("*") if path.is_file()):
+        for file, digest in zip(found, _sha256_of_all(found), strict=True):
             _fsync(file)
-            files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+            files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": digest}
         write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
         final = self.checkpoint_path(step)
         if final.exists():
-            shutil.rmtree(final)
+            self._remove(final)
         written.rename(final)
         link = self.checkpoints_path / f".latest.{os.getpid()}"
         link.unlink(missing_ok=True)
@@ -184,14 +188,22 @@ class RunDirectory:
         _fsync(self.checkpoints_path)
         return Checkpoint(final, step)
 
-    def remove_old_checkpoints(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind."""
-        for leftover in self.checkpoints_path.glob(".writing-*"):
+    def remove_old_checkpoints(self, keep: int, keep_every: int = 0) -> None:
+        """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
+
+        Those of steps that `keep_every` divides stay for good (0: none).
+        """
+        for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
             shutil.rmtree(leftover)
-        if keep:
-            for checkpoint in self.checkpoints()[:-keep]:
-                (checkpoint.path / MARKER).unlink()
-                shutil.rmtree(checkpoint.path)
+        for checkpoint in self.checkpoints()[:-keep] if keep else []:
+            if not keep_every or checkpoint.step % keep_every:
+                self._remove(checkpoint.path)
+
+    def _remove(self, checkpoint: Path) -> None:
+        # Under its own name, a kill would leave a checkpoint that is there in part.
+        doomed = checkpoint.with_name(f".old-{checkpoint.name}")
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a last line cut off by a kill is left out."""
@@ -256,6 +268,11 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _sha256_of_all(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        return list(threads.map(sha256_of, paths))
 
 
 def _version(package: str) -> str | None:

@@ -73,6 +73,34 @@ def test_only_the_newest_are_kept_and_leftovers_of_kills_go(run: RunDirectory) -
     assert len(run.checkpoints()) == 2
 
 
+def test_checkpoints_of_every_so_many_steps_are_kept_for_good(run: RunDirectory) -> None:
+    for step in range(1, 9):
+        write_checkpoint(run, step)
+        run.remove_old_checkpoints(keep=2, keep_every=3)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [3, 6, 7, 8]
+
+
+def test_a_removal_cut_short_by_a_kill_leaves_nothing_for_good(run: RunDirectory, monkeypatch) -> None:
+    def killed(path: Path) -> None:
+        (path / "weights").unlink()
+        raise KeyboardInterrupt
+
+    for step in (1, 2):
+        write_checkpoint(run, step)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", killed)
+        run.remove_old_checkpoints(keep=1)
+    assert [checkpoint.step for checkpoint in run.checkpoints()] == [2]
+    run.remove_old_checkpoints(keep=1)
+    assert sorted(path.name for path in run.checkpoints_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_a_step_saved_again_replaces_its_checkpoint(run: RunDirectory) -> None:
+    write_checkpoint(run, 1)
+    (write_checkpoint(run, 2) / "weights").write_bytes(b"damaged")
+    assert write_checkpoint(run, 2) == run.newest_valid_checkpoint().path
+
+
 def test_another_configuration_is_refused_with_both_values(run: RunDirectory) -> None:
     run.release()
     other = make_config(run.path, lr=1e-3)
