@@ -139,8 +139,11 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
     present = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
     species = {path.name for path in present if (path / "species.json").exists() or (path / JOURNAL).exists()}
     foreign = [path.name for path in present if path.name not in species | {"manifest.json", "report.html", *names}]
-    if foreign:
-        raise UserError(f"{directory}: holds {foreign[0]}, which is not of a shard dataset; choose another --out")
+    if foreign and not species:
+        raise UserError(f"{directory}: holds {foreign[0]} and no shard dataset; choose another --out")
+    for name in set(names) - species:
+        if any(not path.name.startswith(".") for path in (directory / name).glob("*")):
+            raise UserError(f"{directory / name}: holds other files; choose another --out or another species name")
     others = sorted(species - set(names))
     if others and not add:
         raise UserError(

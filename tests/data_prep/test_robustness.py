@@ -358,9 +358,21 @@ def test_bad_species_files(text: str, tmp_path: Path) -> None:
 
 def test_a_foreign_directory_is_left_alone(fasta: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds thesis\.tex, which is not of a shard dataset"):
-        shard("--fasta", fasta, "--species", "s", "--out", tmp_path, *OPTIONS)
+    arguments = ("--fasta", fasta, "--species", "s", "--out", tmp_path, *OPTIONS, "--workers", 1)
+    with pytest.raises(UserError, match=r"holds thesis\.tex and no shard dataset"):
+        shard(*arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "s").mkdir()
+    shutil.move(tmp_path / "thesis.tex", tmp_path / "s")
+    with pytest.raises(UserError, match=r"/s: holds other files"):
+        shard(*arguments)
+    assert [path.name for path in tmp_path.rglob("*")] == ["s", "thesis.tex"]
+
+
+def test_other_files_beside_a_dataset_do_no_harm(fasta: Path, dataset: Path) -> None:
+    (dataset / "notes.txt").write_text("made for the paper")
+    shard("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS)
+    shard("--verify", dataset, "--workers", 1)
 
 
 def test_exit_status_and_stderr_of_a_mistake(tmp_path: Path) -> None:
