@@ -266,23 +266,37 @@ def scan_forward(first, last, tensors, strides, flags, block, out, final, kept):
                     offset(u_s, d, s, b, t) + lo,
                     offset(z_s, 0, s, b, t) + lo,
                 )
-                dt_to, u_to, z_to = sign * dt_s[3], sign * u_s[3], sign * z_s[3]
+                dt_pitch, u_pitch, z_pitch = sign * dt_s[3], sign * u_s[3], sign * z_s[3]
                 _start_chunk(
-                    dt, dt_at, dt_to, u, u_at, u_to, tokens, bias[d, lo:hi], D[d, lo:hi], softplus, step, inflow, y
+                    dt,
+                    dt_at,
+                    dt_pitch,
+                    u,
+                    u_at,
+                    u_pitch,
+                    tokens,
+                    bias[d, lo:hi],
+                    D[d, lo:hi],
+                    softplus,
+                    step,
+                    inflow,
+                    y,
                 )
                 for n in range(0, states, _GROUP):
                     _advance(tokens, step, inflow, a, h, Bs, Cs, y, n)
-                out_at, out_to = offset(out_s, 0, s, b, t) + lo, sign * out_s[3]
-                _end_chunk(y, z, z_at, z_to, tokens, gated, d == 0, d == directions - 1, out, out_at, out_to, width)
+                out_at, out_pitch = offset(out_s, 0, s, b, t) + lo, sign * out_s[3]
+                _end_chunk(
+                    y, z, z_at, z_pitch, tokens, gated, d == 0, d == directions - 1, out, out_at, out_pitch, width
+                )
             _copy(h[:states, :width], final[d, s, b, :, lo:hi])
 
 
 @jit(EXACT)
-def _gate_gradient(g, g_at, g_to, z, z_at, z_to, tokens, gated, width, gy):
+def _gate_gradient(g, g_at, g_pitch, z, z_at, z_pitch, tokens, gated, width, gy):
     """Gradient of the chunk's outputs before the gate."""
     leaf()
     for i in range(tokens):
-        g_row, z_row, gy_row = g[g_at + i * g_to :][:width], z[z_at + i * z_to :][:width], gy[i]
+        g_row, z_row, gy_row = g[g_at + i * g_pitch :][:width], z[z_at + i * z_pitch :][:width], gy[i]
         if gated:
             for j in range(width):
                 gy_row[j] = g_row[j] * z_row[j] * sigmoid(z_row[j])
@@ -351,10 +365,10 @@ def _retreat(
 def _input_gradients(
     dt,
     dt_at,
-    dt_to,
+    dt_pitch,
     u,
     u_at,
-    u_to,
+    u_pitch,
     tokens,
     bias,
     D,
@@ -366,7 +380,7 @@ def _input_gradients(
     gu,
     gdt,
     g_at,
-    g_to,
+    g_pitch,
     gD,
     g_bias,
 ):
@@ -375,8 +389,8 @@ def _input_gradients(
     width = bias.size
     ln2 = bias.dtype.type(0.6931471805599453)
     for i in range(tokens):
-        dt_row, u_row = dt[dt_at + i * dt_to :][:width], u[u_at + i * u_to :][:width]
-        gu_row, gdt_row = gu[g_at + i * g_to :][:width], gdt[g_at + i * g_to :][:width]
+        dt_row, u_row = dt[dt_at + i * dt_pitch :][:width], u[u_at + i * u_pitch :][:width]
+        gu_row, gdt_row = gu[g_at + i * g_pitch :][:width], gdt[g_at + i * g_pitch :][:width]
         step_i, gy_i, g_input_i, g_step_i = step[i], gy[i], g_input[i], g_step[i]
         for j in range(width):
             gu_row[j] = gy_i[j] * D[j] + g_input_i[j] * step_i[j]
@@ -393,13 +407,13 @@ def _input_gradients(
 
 
 @jit(EXACT)
-def _gate_input_gradient(g, g_at, g_to, z, z_at, z_to, y, tokens, first, gz, gz_at, gz_to, width):
+def _gate_input_gradient(g, g_at, g_pitch, z, z_at, z_pitch, y, tokens, first, gz, gz_at, gz_pitch, width):
     """Gradient of a chunk's z: written for the first direction, added to for the others."""
     leaf()
     one = y.dtype.type(1)
     for i in range(tokens):
-        g_row, z_row, y_row = g[g_at + i * g_to :][:width], z[z_at + i * z_to :][:width], y[i]
-        gz_row = gz[gz_at + i * gz_to :][:width]
+        g_row, z_row, y_row = g[g_at + i * g_pitch :][:width], z[z_at + i * z_pitch :][:width], y[i]
+        gz_row = gz[gz_at + i * gz_pitch :][:width]
         if first:
             for j in range(width):
                 gz_row[j] = 0
@@ -450,12 +464,24 @@ def scan_backward(first, last, tensors, strides, flags, block, kept, grads, sums
                     offset(u_s, d, s, b, t) + lo,
                     offset(z_s, 0, s, b, t) + lo,
                 )
-                dt_to, u_to, z_to = sign * dt_s[3], sign * u_s[3], sign * z_s[3]
-                g_at, g_to = offset(g_s, 0, s, b, t) + lo, sign * g_s[3]
+                dt_pitch, u_pitch, z_pitch = sign * dt_s[3], sign * u_s[3], sign * z_s[3]
+                g_at, g_pitch = offset(g_s, 0, s, b, t) + lo, sign * g_s[3]
                 _start_chunk(
-                    dt, dt_at, dt_to, u, u_at, u_to, tokens, bias[d, lo:hi], D[d, lo:hi], softplus, step, inflow, y
+                    dt,
+                    dt_at,
+                    dt_pitch,
+                    u,
+                    u_at,
+                    u_pitch,
+                    tokens,
+                    bias[d, lo:hi],
+                    D[d, lo:hi],
+                    softplus,
+                    step,
+                    inflow,
+                    y,
                 )
-                _gate_gradient(g, g_at, g_to, z, z_at, z_to, tokens, gated, width, gy)
+                _gate_gradient(g, g_at, g_pitch, z, z_at, z_pitch, tokens, gated, width, gy)
                 g_input[:] = 0
                 g_step[:] = 0
                 for n in range(0, states, 2):
@@ -466,13 +492,15 @@ def scan_backward(first, last, tensors, strides, flags, block, kept, grads, sums
                 for i in range(tokens):
                     _copy_row(gBs[i, :states], gB[item % blocks, d, s, b, t + sign * i])
                     _copy_row(gCs[i, :states], gC[item % blocks, d, s, b, t + sign * i])
-                gu_at, gu_to = offset(gu_s, d, s, b, t) + lo, sign * gu_s[3]
+                gu_at, gu_pitch = offset(gu_s, d, s, b, t) + lo, sign * gu_s[3]
                 _input_gradients(
-                    dt, dt_at, dt_to, u, u_at, u_to, tokens, bias[d, lo:hi], D[d, lo:hi], softplus, step, gy,
-                    g_input, g_step, gu, gdt, gu_at, gu_to, gD[d, s, b, lo:hi], g_bias[d, s, b, lo:hi],
+                    dt, dt_at, dt_pitch, u, u_at, u_pitch, tokens, bias[d, lo:hi], D[d, lo:hi], softplus, step, gy,
+                    g_input, g_step, gu, gdt, gu_at, gu_pitch, gD[d, s, b, lo:hi], g_bias[d, s, b, lo:hi],
                 )  # fmt: skip
                 if gated:
-                    gz_at, gz_to = offset(gz_s, 0, s, b, t) + lo, sign * gz_s[3]
-                    _gate_input_gradient(g, g_at, g_to, z, z_at, z_to, y, tokens, d == 0, gz, gz_at, gz_to, width)
+                    gz_at, gz_pitch = offset(gz_s, 0, s, b, t) + lo, sign * gz_s[3]
+                    _gate_input_gradient(
+                        g, g_at, g_pitch, z, z_at, z_pitch, y, tokens, d == 0, gz, gz_at, gz_pitch, width
+                    )
             _copy(g_rates[:states, :width], gA[d, s, b, :, lo:hi])
             _copy(adjoint[:states, :width], g_initial[d, s, b, :, lo:hi])
