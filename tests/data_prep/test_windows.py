@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caduceus.data.shards import SPLITS
-from data_prep.composition import composition, join_scans, runs_where, scan
-from data_prep.intervals import complement, covered, difference, intersection, size, union
+from data_prep.composition import Composition, Scan, composition, join_scans, runs_where, scan
+from data_prep.intervals import EMPTY, complement, covered, difference, intersection, size, union
 from data_prep.options import PlanOptions
 from data_prep.windows import contig_windows, extend, tile
 
@@ -149,6 +149,31 @@ def test_extend_is_the_published_rule() -> None:
         expected = [published_interval(start, length) for start in starts.tolist()]
         assert list(map(tuple, extend(rows, length, 2**20).tolist())) == expected
     assert extend(np.array([[5, 10]]), 700, 2**20).tolist() == [[0, 700]]
+
+
+HG38_LENGTHS = (
+    *(248956422, 242193529, 198295559, 190214555, 181538259, 170805979, 159345973, 156040895),
+    *(145138636, 138394717, 135086622, 133797422, 133275309, 114364328, 107043718, 101991189),
+    *(90338345, 83257441, 80373285, 64444167, 58617616, 57227415, 50818468, 46709983),
+)
+
+
+def test_extend_mode_on_an_hg38_sized_table_gives_the_published_set() -> None:
+    """As many rows of 131,072 bp as the published BED has, over the 24 chromosomes, clustered so that many overlap."""
+    rng = np.random.default_rng(2)
+    options = PlanOptions(intervals="hg38.bed", interval_mode="extend")
+    found, expected = set(), set()
+    for row, length in enumerate(HG38_LENGTHS):
+        number = round(34_021 * length / sum(HG38_LENGTHS))
+        starts = np.sort(rng.integers(0, (length - 131_072) // 4096, number) * 4096)
+        starts[-1] = length - 131_072
+        rows = np.stack([starts, starts + 131_072], axis=1)
+        all_bases = Scan(Composition(bases=length, at=length), EMPTY, EMPTY)
+        windows = contig_windows(row, length, {"train": rows}, EMPTY, all_bases, options).windows
+        found |= set(zip(windows["contig"].tolist(), windows["start"].tolist(), windows["end"].tolist(), strict=True))
+        expected |= {(row, *published_interval(start, length)) for start in starts.tolist()}
+    assert len(expected) > 30_000
+    assert found == expected
 
 
 @pytest.mark.parametrize("mode", ["exact", "extend"])
