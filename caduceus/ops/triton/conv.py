@@ -10,7 +10,7 @@ from torch import Tensor
 from caduceus.ops.triton import conv_kernels as kernels
 from caduceus.ops.triton.device import as_rows, device_of, require_float
 
-TOKENS, CHANNELS = 16, 128
+TOKENS, CHANNELS = 16, 64
 """Tile of a program."""
 
 

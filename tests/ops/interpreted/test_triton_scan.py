@@ -1,5 +1,7 @@
 import itertools
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -224,6 +226,29 @@ def test_strided_operands_are_read_in_place():
     joined = torch.cat([operands["B"], operands["C"]], -1)
     operands["B"], operands["C"] = joined.split([2, 2], -1)
     check(operands)
+
+
+def far_apart(tensor: Tensor, path: Path) -> Tensor:
+    """The same values with over 2^31 elements between the batch's two rows, in a sparse file that takes no room."""
+    stride = 2**31 + 64
+    memory = np.memmap(path, np.int16, "w+", shape=(stride + tensor[..., 0, :, :].numel(),))
+    strides = (0, 0, stride, tensor.shape[-1], 1)[-tensor.ndim :]
+    return torch.from_numpy(memory).view(torch.bfloat16).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+@pytest.mark.slow
+def test_offsets_past_2_to_the_31(tmp_path):
+    operands = {n: t.bfloat16() for n, t in make_operands(1, 1, 2, 3, 2, 1).items()}
+    gradients = []
+    for far in (False, True):
+        own = dict(operands)
+        if far:
+            own |= {n: far_apart(operands[n], tmp_path / n) for n in ("u", "dt", "B", "C", "z")}
+        arguments = [own[name].requires_grad_() for name in NAMES[:-1]]
+        y, _ = triton_scan.scan_with_states(*arguments, chunk=8)
+        gradients.append([y, *torch.autograd.grad(y.float().sin().sum(), arguments)])
+    for near, far in zip(*gradients, strict=True):
+        assert torch.equal(near, far)
 
 
 @pytest.mark.slow

@@ -1,0 +1,55 @@
+"""The Triton kernels compiled ahead of time for GPUs that need not be here: no spills, bounded resources."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "aot.py"
+# A multiprocessor has 65,536 registers, so a block of 128 threads at R registers is one of 512 / R: 4 at 128, 2 at 255.
+# Bounds are what ptxas of Triton 3.6 and 3.9 gives, rounded up: more means that the kernel's occupancy has changed.
+REGISTERS = {
+    "chunk_state": 72,
+    "chunk_carry": 64,
+    "scan_forward": 128,
+    "chunk_adjoint": 72,
+    "scan_replay": 168,
+    "scan_backward": 255,
+}
+SHARED = 48 * 1024  # what a block gets without asking for more
+
+
+def has_tools() -> bool:
+    if find_spec("triton") is None:
+        return False
+    binaries = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+    return all((binaries / name).exists() for name in ("ptxas", "cuobjdump"))
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not has_tools(), reason="no triton here that brings ptxas and cuobjdump (Linux only)"),
+]
+
+
+def compiled(capability: int, element: str, states: int) -> dict[str, dict]:
+    command = [sys.executable, str(PROGRAM), str(capability), element, str(states)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    return {row.pop("kernel"): row for row in rows}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_published_sizes_compile_without_spills(capability):
+    kernels = compiled(capability, "bf16", 16)
+    assert len(kernels) == 12
+    for name, found in kernels.items():
+        assert found["stack"] == found["local_memory"] == 0, f"{name} spills: {found}"
+        assert found["shared"] <= SHARED, f"{name}: {found}"
+        assert found["registers"] <= REGISTERS.get(name, 255), f"{name}: {found}"
