@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
@@ -104,7 +105,7 @@ class TrainLoader:
             batch_size=None,
             num_workers=self._workers,
             pin_memory=self._device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_start_worker,
         )
         for batch in batches:
             if isinstance(batch, UserError):
@@ -208,7 +209,12 @@ def build_validation(
     return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
+def _start_worker(_: int) -> None:
+    keep_freed_memory()
+    _leave_signals_to_the_trainer()
+
+
+def _leave_signals_to_the_trainer() -> None:
     """A terminal or a cluster signals all processes of a job; only the trainer decides what follows.
 
     The second SIGTERM ends a worker: that is how the trainer's own process ends one that hangs.

@@ -204,9 +204,13 @@ class ShardedGenome:
                 raise UserError(f"{error}; restore it or shard again") from None
         else:
             _require_size(shard)
-        index = ShardIndex.load(path)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != entry["index_sha256"]:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or shard again") from None
+        if hashlib.sha256(content).hexdigest() != entry["index_sha256"]:
             raise UserError(f"{path}: its sha256 is not the manifest's; restore it or shard again")
+        index = ShardIndex.load(path)
         _require_fit(index, path, entry, contigs)
         return index
 

@@ -57,7 +57,7 @@ class _Handler(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(shards: Path) -> Iterator[Server]:
     with Server(shards) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from shard_fixture import Species
 
 from caduceus.config import Config
@@ -161,3 +163,48 @@ def test_validation_refuses_damage(configure: Callable[..., Config], shards: Pat
         file.write(b"ACGTTGCA")
     with pytest.raises(UserError, match=r"valid-000000\.tar: yeast I:\d+-\d+: its crc32 is not the index's"):
         list(build_validation(configure(path=str(copy))))
+
+
+@pytest.fixture
+def sound_batches(configure: Callable[..., Config]) -> list[Batch]:
+    return take(build_loader(configure()), 20)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_fuzzed_files_are_refused_or_read_right(
+    configure: Callable[..., Config],
+    sound_batches: list[Batch],
+    shards: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+) -> None:
+    copy = Path(shutil.copytree(shards, tmp_path_factory.mktemp("fuzz") / "copy"))
+    names = sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file())
+    target = copy / data.draw(st.sampled_from(names))
+    content = bytearray(target.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        match data.draw(st.sampled_from(["flip", "cut", "insert", "zero"])):
+            case "flip":
+                content[at] ^= data.draw(st.integers(1, 255))
+            case "cut":
+                del content[at : at + data.draw(st.integers(1, 600))]
+                content = content or bytearray(b"x")
+            case "insert":
+                content[at:at] = data.draw(st.binary(min_size=1, max_size=20))
+            case "zero":
+                content[at : at + 512] = bytes(len(content[at : at + 512]))
+    target.write_bytes(content)
+    try:
+        loader = build_loader(configure(path=str(copy), max_substituted=1000))
+        batches = take(loader, 20)
+    except UserError as refusal:
+        assert "\n" not in str(refusal)
+        return
+    for one, other in zip(sound_batches, batches, strict=True):
+        replaced = {int(line.split()[1].rstrip(":")) for line in other.substituted}
+        kept = torch.tensor([g not in replaced for g in one.g.tolist()])
+        assert torch.equal(one.input_ids[kept], other.input_ids[kept])
+        assert torch.equal(one.labels[kept], other.labels[kept])

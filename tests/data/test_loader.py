@@ -2,8 +2,12 @@
 
 import itertools
 import logging
+import multiprocessing
+import os
 import pickle
 import re
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -315,3 +319,18 @@ def test_the_loader_travels_to_spawned_workers(configure: Callable[..., Config])
     again = pickle.loads(pickle.dumps(loader))
     again.seek(0)
     assert_same(take(again, 2), first)
+
+
+@pytest.mark.slow
+def test_signals_to_the_job_leave_workers_alone(configure: Callable[..., Config]) -> None:
+    """Ctrl-C and the cluster's warnings reach workers too; the trainer alone decides when to stop."""
+    batches = iter(build_loader(configure(workers=2)))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        for worker in workers:
+            os.kill(worker.pid, number)
+    time.sleep(0.1)
+    assert [next(batches).g[0].item() for _ in range(10)] == list(range(4, 44, 4))
+    batches.close()
