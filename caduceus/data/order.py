@@ -7,6 +7,7 @@ lands inside the domain (Black & Rogaway 2002, "Ciphers with arbitrary finite do
 from collections import OrderedDict
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ MIXTURE_BLOCK = 65536
 """Samples over which the mixture of sources is exact."""
 _ROUNDS = 8
 _TABLES_KEPT = 4
+_BLOCKS_KEPT = 4096
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -146,6 +148,7 @@ class EpochOrder:
     ) -> None:
         self._seed = seed
         self._shuffle_block = shuffle_block
+        self._known_blocks: OrderedDict[tuple[int, int], _Blocks] = OrderedDict()
         self._crops_of_shard = np.asarray(crops_of_shard, np.int64)
         self._shard_first = np.cumsum(self._crops_of_shard) - self._crops_of_shard
         self._source_shards = np.cumsum([0, *shards_of_source])
@@ -160,24 +163,47 @@ class EpochOrder:
         if self._shuffle_block == 0:
             keys = key(self._seed, Purpose.CROP, source, epoch)
             return self._source_first[source] + permute(position, self.sizes[source], keys)
-        crops = np.empty_like(position)
-        for one_source, one_epoch in np.unique(np.stack([source, epoch]), axis=1).T:
-            here = (source == one_source) & (epoch == one_epoch)
-            crops[here] = self._within_blocks(one_source, one_epoch, position[here])
-        return crops
+        return self._locate_in_blocks(source, epoch, position)
 
     def draw(self, source: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Some crop number of each source, (n,) int64, by a key alone."""
         return self._source_first[source] + (keys % self.sizes[source].astype(np.uint64)).astype(np.int64)
 
-    def _within_blocks(self, source: int, epoch: int, position: np.ndarray) -> np.ndarray:
-        first, end = self._source_shards[source : source + 2]
-        shards = first + permute(np.arange(end - first), end - first, key(self._seed, Purpose.SHARDS, source, epoch))
-        before_shard = np.concatenate([[0], np.cumsum(self._crops_of_shard[shards])])
-        block_edges = before_shard[[*range(0, len(shards), self._shuffle_block), len(shards)]]
-        block = np.searchsorted(block_edges, position, side="right") - 1
+    def _locate_in_blocks(self, source: np.ndarray, epoch: np.ndarray, position: np.ndarray) -> np.ndarray:
+        together = [
+            (self._blocks(*pair), (source == pair[0]) & (epoch == pair[1]))
+            for pair in {*zip(source.tolist(), epoch.tolist(), strict=True)}
+        ]
+        block, first, size, crops = (np.empty_like(position) for _ in range(4))
+        for blocks, here in together:
+            block[here] = number = np.searchsorted(blocks.edges, position[here], side="right") - 1
+            first[here], size[here] = blocks.edges[number], np.diff(blocks.edges)[number]
         keys = key(self._seed, Purpose.CROP, source, epoch, block)
-        inside = permute(position - block_edges[block], block_edges[block + 1] - block_edges[block], keys)
-        shuffled = block_edges[block] + inside
-        slot = np.searchsorted(before_shard, shuffled, side="right") - 1
-        return self._shard_first[shards[slot]] + shuffled - before_shard[slot]
+        shuffled = first + permute(position - first, size, keys)
+        for blocks, here in together:
+            slot = np.searchsorted(blocks.before_shard, shuffled[here], side="right") - 1
+            crops[here] = self._shard_first[blocks.shards[slot]] + shuffled[here] - blocks.before_shard[slot]
+        return crops
+
+    def _blocks(self, source: int, epoch: int) -> "_Blocks":
+        if (source, epoch) not in self._known_blocks:
+            if len(self._known_blocks) >= _BLOCKS_KEPT:
+                self._known_blocks.popitem(last=False)
+            first, end = self._source_shards[source : source + 2]
+            keys = key(self._seed, Purpose.SHARDS, source, epoch)
+            shards = first + permute(np.arange(end - first), end - first, keys)
+            before_shard = np.concatenate([[0], np.cumsum(self._crops_of_shard[shards])])
+            edges = before_shard[[*range(0, len(shards), self._shuffle_block), len(shards)]]
+            self._known_blocks[source, epoch] = _Blocks(shards, before_shard, edges)
+        return self._known_blocks[source, epoch]
+
+
+class _Blocks(NamedTuple):
+    """How an epoch of a source orders its shards."""
+
+    shards: np.ndarray
+    """(n,) in the epoch's order."""
+    before_shard: np.ndarray
+    """(n + 1,) crops before each of them."""
+    edges: np.ndarray
+    """(blocks + 1,) crops before each block."""
