@@ -125,8 +125,13 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir: {run.path} cannot be made ({error.strerror})") from None
         run._take_lock()
-        save_config(config, run.config_path)
+        if not run.config_path.is_file():
+            save_config(config, run.config_path)
         return run
+
+    def keep_config(self, config: Config) -> None:
+        """Make `config` the run's own. Of a resumed run, to be done once its checkpoint has been loaded with it."""
+        save_config(config, self.config_path)
 
     def config(self) -> Config:
         return load_config(self.config_path)

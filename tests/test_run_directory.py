@@ -107,7 +107,10 @@ def test_another_configuration_is_refused_with_both_values(run: RunDirectory) ->
     with pytest.raises(UserError, match=r"train.lr=0.008, not 0.001.*run.allow_change=\[train.lr\]"):
         RunDirectory.create_or_resume(other)
     other.run.allow_change = ["train.lr"]
-    RunDirectory.create_or_resume(other).release()
+    resumed = RunDirectory.create_or_resume(other)
+    assert run.config().train.lr == 8e-3  # until the change has proved to load
+    resumed.keep_config(other)
+    resumed.release()
     assert RunDirectory.open(run.path).config().train.lr == 1e-3
 
 

@@ -62,6 +62,23 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
 
+    def gather(self, numbers: list[float]) -> torch.Tensor:
+        """(n,) numbers of each rank -> (world, n) float64 on the CPU, the same on all ranks."""
+        mine = torch.tensor([numbers], dtype=torch.float64, device=self.device)
+        if self.world == 1:
+            return mine.cpu()
+        rows = mine.new_empty(self.world, len(numbers))
+        dist.all_gather(list(rows.split(1)), mine)
+        return rows.cpu()
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Each rank's picklable value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[object] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -92,12 +109,18 @@ class Ranks:
 
 @contextmanager
 def joined(config: Config) -> Iterator[Ranks]:
-    """Join the other ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone."""
+    """Join the other ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
+
+    Where the process has joined them already, its group is used, and left as it is.
+    """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     check_layout(config, world)
     device = choose_device(config.run.device)
     if world == 1:
         yield Ranks(0, 1, 1, device)
+        return
+    if dist.is_initialized():
+        yield Ranks(rank, world, config.parallel.context, device)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,22 +1,36 @@
-"""Checkpoints: model and optimizer through torch.distributed.checkpoint, the rest as JSON and RNG states.
+"""Checkpoints: model and optimizer as the strategy writes them, the rest as JSON and RNG states.
 
 The sharded files carry names that do not depend on the layout, so a checkpoint resumes on any number of ranks.
 """
 
 import json
+import logging
 import random
 import shutil
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from caduceus.config import CheckpointConfig
+from caduceus.data.loader import TrainLoader
 from caduceus.data.shards import dump_json, write_atomically
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.run_directory import Checkpoint, RunDirectory
+from caduceus.train.guards import MAX_REWINDS, Health
+
+SAVE_TIMEOUT = timedelta(hours=2)
+"""A slow file system may take longer over a checkpoint than a collective of training may."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -27,30 +41,115 @@ class Progress:
     tokens: int
     loader: dict[str, Any]
     wandb_id: str | None = None
+    health: Health = field(default_factory=Health)
 
 
-def save_checkpoint(run: RunDirectory, progress: Progress, strategy: Single) -> None:
-    """Write checkpoints/step-… together with the other ranks; it counts only once all of it is on disk."""
-    ranks = strategy.ranks
-    writing = run.checkpoints_path / f".writing-{progress.step:08d}"
-    if ranks.is_main:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir()
-    ranks.barrier()
-    try:
-        strategy.save(writing)
-        if ranks.is_main:
-            torch.save(_rng_state(), writing / "rng.pt")
-            write_atomically(writing / "progress.json", dump_json(asdict(progress)))
-            run.complete_checkpoint(writing, progress.step, {"samples": progress.loader["samples_consumed"]})
-        failure = None
-    except (OSError, dcp.CheckpointException) as error:
-        shutil.rmtree(writing, ignore_errors=True)
-        failure = UserError(
-            f"{run.checkpoints_path}: the checkpoint of step {progress.step} could not be written "
-            f"({_last_line(error)}); earlier checkpoints are untouched: make room and start the same command again"
+class Checkpoints:
+    """Saves the checkpoints of a run and goes back to them, on all ranks together.
+
+    With `checkpoint.async` the state is copied to host memory, and a thread writes it while training goes on. One save
+    at a time: the next one waits for it. A checkpoint counts only once the files of all ranks are on disk.
+    """
+
+    def __init__(self, config: CheckpointConfig, run: RunDirectory, strategy: Single) -> None:
+        self._config = config
+        self._run = run
+        self._strategy = strategy
+        self._ranks = strategy.ranks
+        self._behind = config.async_ and strategy.can_stage
+        # Of its own, so that the thread's messages do not mix with those of training.
+        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if self._ranks.world > 1 else None
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed on this rank; `wait` raises its error. To be agreed on between ranks first."""
+        return self._failure is not None
+
+    def save(self, progress: Progress) -> None:
+        """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well."""
+        self.wait()
+        progress.health.rewinds = 0
+        writing = self._run.checkpoints_path / f".writing-{progress.step:08d}"
+        if self._ranks.is_main:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir()
+        self._ranks.barrier()
+        write = self._strategy.stage(self._group) if self._behind else self._strategy.save
+        arguments = (write, writing, asdict(progress), _rng_state())
+        if self._behind:
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(*arguments)
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way is complete on all ranks. Raises on every rank if it failed on any."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        self._ranks.raise_together(failure)
+
+    def resume(self, loader: TrainLoader) -> Progress | None:
+        """Restore the newest valid checkpoint, the loader's position included; None where there is none."""
+        checkpoint = self._ranks.broadcast(self._run.newest_valid_checkpoint() if self._ranks.is_main else None)
+        if checkpoint is None:
+            return None
+        progress = load_checkpoint(checkpoint, self._strategy)
+        loader.load_state(progress.loader)
+        return progress
+
+    def rewind(self, progress: Progress, loader: TrainLoader) -> Progress | None:
+        """Back to the newest valid checkpoint, but on with the samples that follow; None where there is none.
+
+        Raises `UserError` where it went back to that checkpoint too often already.
+        """
+        self.wait()
+        if progress.health.rewinds == MAX_REWINDS:
+            raise UserError(
+                f"train.spike_factor: after {MAX_REWINDS} rewinds to one checkpoint the loss still leaps at step "
+                f"{progress.step}; lower train.lr or raise the factor"
+            )
+        position = loader.state()
+        before = self.resume(loader)
+        if before is None:
+            return None
+        loader.load_state(position)
+        if self._ranks.is_main:
+            self._run.truncate_metrics(before.step)
+        _log.warning(
+            "the loss leapt at step %d: back to step %d, and on with the samples after %d",
+            progress.step,
+            before.step,
+            position["samples_consumed"],
         )
-    ranks.raise_together(failure)
+        health = replace(
+            before.health, skipped_steps=progress.health.skipped_steps, rewinds=progress.health.rewinds + 1
+        )
+        return replace(before, loader=position, wandb_id=progress.wandb_id, health=health)
+
+    def _write(
+        self, write: Callable[[Path], None], writing: Path, progress: dict[str, Any], rng: dict[str, Any]
+    ) -> None:
+        try:
+            write(writing)
+            if self._ranks.is_main:
+                torch.save(rng, writing / "rng.pt")
+                write_atomically(writing / "progress.json", dump_json(progress))
+                facts = {"samples": progress["loader"]["samples_consumed"]}
+                self._run.complete_checkpoint(writing, progress["step"], facts)
+                self._run.remove_old_checkpoints(self._config.keep, self._config.keep_every)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            self._failure = UserError(
+                f"{self._run.checkpoints_path}: the checkpoint of step {progress['step']} could not be written "
+                f"({_last_line(error)}); earlier checkpoints are untouched: make room and start the same command again"
+            )
+        except Exception as error:  # of a thread, it would be lost
+            self._failure = error
 
 
 def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
@@ -60,7 +159,8 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
     _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
-    return Progress(**json.loads((checkpoint.path / "progress.json").read_text()))
+    values = json.loads((checkpoint.path / "progress.json").read_text())
+    return Progress(**{**values, "health": Health(**values["health"])})
 
 
 def _rng_state() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 from typing import Any
@@ -78,7 +79,9 @@ class Monitor:
         self._show(f"step {row['step']:,}  [bold]valid loss {row['valid_loss']:.4f}[/]{detail}", stay=True)
 
     def _record(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        # JSON knows no NaN.
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
         if self._wandb is not None:
             self._wandb.log(row)
 

@@ -1,8 +1,9 @@
-"""Stopping at a step boundary: Ctrl-C, the signals of schedulers, and the files STOP and SAVE."""
+"""Stopping at a step boundary: Ctrl-C, the signals of schedulers, a budget of time, and the files STOP and SAVE."""
 
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -15,22 +16,31 @@ _log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Collects requests to stop; the training loop asks at every step boundary."""
+    """Collects requests to stop or save on one rank; the training loop asks at every step boundary.
 
-    def __init__(self, run_directory: Path) -> None:
+    A signal reaches one rank or all; only the main rank `watches` the files and the clock, `budget` seconds of it from
+    the beginning of the monotonic time `started` (0: no limit).
+    """
+
+    def __init__(self, run_directory: Path, watches: bool, started: float, budget: float) -> None:
         self._stop_file = run_directory / "STOP"
         self._save_file = run_directory / "SAVE"
+        self._watches = watches
+        self._end = started + budget if budget else float("inf")
         self._signal: str | None = None
-        self._stop_file.unlink(missing_ok=True)
+        if watches:
+            self._stop_file.unlink(missing_ok=True)
 
     @property
     def requested(self) -> bool:
-        """Whether a stop signal came or someone touched the file STOP."""
-        return self._signal is not None or self._stop_file.exists()
+        """Whether a stop signal came, someone touched the file STOP, or the time is up."""
+        return self._signal is not None or (
+            self._watches and (self._stop_file.exists() or time.monotonic() >= self._end)
+        )
 
     def save_requested(self) -> bool:
         """Whether someone touched the file SAVE since the last time asked."""
-        if not self._save_file.exists():
+        if not self._watches or not self._save_file.exists():
             return False
         self._save_file.unlink(missing_ok=True)
         return True

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from caduceus.config import Config, config_from_dict, save_config
+from caduceus.train.metrics import CLOCK_KEYS
 
 RECORDING_RUN = Path(__file__).parent / "recording_run.py"
 
@@ -51,8 +52,7 @@ def small_run(small_shards: Path, tmp_path: Path) -> SmallRun:
 def numbers(run_directory: str | Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what the clock decides."""
     rows = [json.loads(line) for line in (Path(run_directory) / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "tokens_per_second")
-    return [{key: value for key, value in row.items() if key not in clock} for row in rows]
+    return [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in rows]
 
 
 def consumed_samples(path: Path) -> list[int]:

@@ -37,7 +37,8 @@ def test_two_runs_with_one_seed_have_identical_metrics(small_run: SmallRun) -> N
 
 
 def test_micro_batches_do_not_change_the_run(small_run: SmallRun) -> None:
-    whole, pieces = small_run.config("whole", train={"micro_batch": 8}), small_run.config("pieces", train={"micro_batch": 1})
+    whole = small_run.config("whole", train={"micro_batch": 8})
+    pieces = small_run.config("pieces", train={"micro_batch": 1})
     train(whole)
     train(pieces)
     # fp32 sums in another order, amplified by ten steps of AdamW.
@@ -83,15 +84,15 @@ def test_compiled_blocks_train_the_same_run(small_run: SmallRun) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_instants_the_run_goes_on_bit_for_bit(small_run: SmallRun, tmp_path: Path) -> None:
-    steps = {"steps": 60}
+    steps = {"steps": 30}
     undisturbed, killed = small_run.config("undisturbed", train=steps), small_run.config("killed", train=steps)
     consumed = tmp_path / "consumed.jsonl"
     train(undisturbed)
     rng = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         process = small_run.start(killed, consumed)
         before = len(RunDirectory(killed.run.dir).metrics())
-        while len(RunDirectory(killed.run.dir).metrics()) < before + rng.randrange(1, 12) and process.poll() is None:
+        while len(RunDirectory(killed.run.dir).metrics()) < before + rng.randrange(1, 9) and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -99,7 +100,7 @@ def test_killed_at_random_instants_the_run_goes_on_bit_for_bit(small_run: SmallR
     message = process.communicate()[1]
     assert process.returncode == 0, message
     assert numbers(killed.run.dir) == numbers(undisturbed.run.dir)
-    assert consumed_samples(consumed) == list(range(60 * 8))
+    assert consumed_samples(consumed) == list(range(30 * 8))
 
 
 @pytest.mark.slow
@@ -135,7 +136,7 @@ def test_save_makes_a_checkpoint_and_goes_on(small_run: SmallRun) -> None:
     assert not (run.path / "SAVE").exists()
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, caplog) -> None:
     whole, damaged = small_run.config("whole"), small_run.config("damaged")
     train(whole)
     train(damaged)
@@ -151,7 +152,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, c
 
 def test_a_checkpoint_of_another_model_or_dataset_is_refused(small_run: SmallRun, tmp_path: Path) -> None:
     train(small_run.config("run", train={"steps": 3}))
-    with pytest.raises(UserError, match="model.d_state=4, not 8"):
+    with pytest.raises(UserError, match=r"model\.d_state=4, not 8"):
         train(small_run.config("run", train={"steps": 3}, model={"d_state": 8}))
     allowed = {"allow_change": ["model.d_state"]}
     with pytest.raises(UserError, match="not a checkpoint of this model"):

@@ -1,0 +1,96 @@
+"""What keeps a long run healthy: steps that must not count, losses that leap, garbage that must not wait.
+
+All of it is decided from numbers that are the same on every rank, so that no rank decides alone.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from caduceus.config import TrainConfig
+from caduceus.data.batch import Batch
+from caduceus.data.loader import TrainLoader
+from caduceus.errors import UserError
+
+LOSS_MEMORY = 50
+"""Steps over which the running mean of the loss forgets, and of which it needs as many to call anything a spike."""
+MAX_REWINDS = 3
+"""Rewinds to one checkpoint after which other samples do not help."""
+COLLECTION_STEPS = 200
+"""Steps between garbage collections. At other times a collection on any one rank would hold up all."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Health:
+    """What the guards remember of a run; part of its checkpoints."""
+
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+    """Of steps whose loss or gradient was not finite."""
+    spiked: bool = False
+    """Whether the last step was skipped because its loss leapt."""
+    rewinds: int = 0
+    """Since the last checkpoint."""
+    mean_loss: float = 0.0
+    counted_losses: int = 0
+
+    def may_update(self, loss: float, grad_norm: float, config: TrainConfig) -> bool:
+        """Whether the step with this global loss and gradient norm may update the parameters."""
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        self.spiked = finite and self._is_spike(loss, config.spike_factor)
+        if finite and not self.spiked:
+            self.consecutive_skips = 0
+            self._remember(loss)
+            return True
+        self.skipped_steps += 1
+        self.consecutive_skips += not finite
+        return False
+
+    def refuse_to_go_on(self, config: TrainConfig, logs: Path) -> None:
+        """Raise `UserError` after more than `train.max_skipped_steps` non-finite steps in a row."""
+        if self.consecutive_skips > config.max_skipped_steps:
+            raise UserError(
+                f"train.max_skipped_steps: loss or gradient were not finite in {self.consecutive_skips} steps in a "
+                f"row; {logs}/skipped-rank*.jsonl name the samples; look at them, or lower train.lr"
+            )
+
+    def _is_spike(self, loss: float, factor: float) -> bool:
+        return bool(factor) and self.counted_losses >= LOSS_MEMORY and loss > factor * self.mean_loss
+
+    def _remember(self, loss: float) -> None:
+        self.counted_losses += 1
+        self.mean_loss += (loss - self.mean_loss) / min(self.counted_losses, LOSS_MEMORY)
+
+
+def report_skipped_step(
+    logs: Path, rank: int, loader: TrainLoader, step: int, reason: str, batches: list[Batch]
+) -> None:
+    """Write down which samples of this rank a skipped step held: a line of JSON in logs/skipped-rank0.jsonl."""
+    path = logs / f"skipped-rank{rank}.jsonl"
+    samples = [{"g": g, **loader.describe(g)} for batch in batches for g in batch.g.tolist()]
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, "rank": rank, "reason": reason, "samples": samples}) + "\n")
+    _log.warning("step %d skipped: %s; its samples on rank %d are in %s", step, reason, rank, path)
+
+
+@contextlib.contextmanager
+def scheduled_garbage_collection() -> Iterator[None]:
+    """Within, Python collects garbage only where `collect_garbage` says so, at the same step on all ranks."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def collect_garbage(step: int) -> None:
+    if step % COLLECTION_STEPS == 0:
+        gc.collect()

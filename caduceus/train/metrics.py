@@ -1,0 +1,94 @@
+"""What a training row tells besides the loss: where the time goes, what the machine gives, how the ranks differ."""
+
+import resource
+import time
+
+import torch
+
+from caduceus.config import Config
+from caduceus.data.loader import TrainLoader
+from caduceus.distributed.mesh import Ranks
+from caduceus.train.roofline import utilization
+
+CLOCK_KEYS = frozenset(
+    {
+        "seconds",
+        "tokens_per_second",
+        "tokens_per_second_per_gpu",
+        "data_seconds",
+        "forward_backward_seconds",
+        "optimizer_seconds",
+        "communication_seconds",
+        "straggler_seconds",
+        "peak_memory_bytes",
+        "mfu",
+        "scan_roofline",
+    }
+)
+"""Keys whose values depend on the machine and its load; all others are the same whenever a run is repeated."""
+
+_LAPS = ("data", "communication", "forward", "backward", "optimizer")
+
+
+class StepClock:
+    """Sums up the laps of one step. On a GPU it reads the GPU's own clock, at the end: reading it waits for the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._marks = [("start", self._now())]
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap as one of data, communication, forward, backward and optimizer."""
+        self._marks.append((name, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each kind of lap."""
+        if self._cuda:
+            self._marks[-1][1].synchronize()
+        totals = dict.fromkeys(_LAPS, 0.0)
+        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
+            totals[name] += before.elapsed_time(after) / 1000 if self._cuda else after - before
+        return totals
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def measurements(config: Config, ranks: Ranks, loader: TrainLoader, clock: StepClock) -> dict[str, float | int]:
+    """What the ranks saw in a step, put together with one exchange.
+
+    The parts of the step's time are means over ranks. `communication_seconds` is what the loop itself waits for others;
+    transfers inside the backward pass (and, when sharded, the forward pass) count there. `straggler_seconds` is the
+    slowest less the fastest rank's time for data and forward pass, before they wait for each other.
+    """
+    laps = clock.seconds()
+    mine = [*laps.values(), _peak_memory(ranks.device), loader.substituted]
+    rows = ranks.gather(mine)
+    data, communication, forward, backward, optimizer = rows[:, : len(_LAPS)].mean(0).tolist()
+    seconds = rows[:, : len(_LAPS)].sum(1).max().item()
+    alone = rows[:, _LAPS.index("data")] + rows[:, _LAPS.index("forward")]
+    tokens_per_second = config.train.global_batch * config.data.seq_len / seconds
+    return {
+        "substituted_samples": int(rows[:, -1].sum()),
+        "tokens_per_second": tokens_per_second,
+        "tokens_per_second_per_gpu": tokens_per_second / ranks.world,
+        "seconds": seconds,
+        "data_seconds": data,
+        "forward_backward_seconds": forward + backward,
+        "optimizer_seconds": optimizer,
+        "communication_seconds": communication,
+        "straggler_seconds": (alone.max() - alone.min()).item(),
+        "peak_memory_bytes": int(rows[:, -2].max()),
+        **utilization(config, tokens_per_second / ranks.world, ranks.device),
+    }
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes that torch held on this rank's GPU since the start, or that this process held in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,73 @@
+"""How much of a GPU a model uses: its matrix products and its scans against the GPU's peaks.
+
+The scan is bound by exponentials, not by products: of a Caduceus only a few per cent of the products' peak can be had,
+so both shares are told. Counted is what the model needs, recomputation left out.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from caduceus.config import CaduceusConfig, Config
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Of one GPU at its boost clock, dense, from its maker's data sheet."""
+
+    bf16_flops: float
+    fp32_flops: float
+    exponentials: float
+    """Per second: 16 per clock and multiprocessor."""
+
+
+_PEAKS = {
+    "A100": Peaks(312e12, 19.5e12, 16 * 108 * 1.41e9),
+    "H100 PCIe": Peaks(756e12, 51e12, 16 * 114 * 1.755e9),
+    "H100": Peaks(989e12, 67e12, 16 * 132 * 1.83e9),
+    "H200": Peaks(989e12, 67e12, 16 * 132 * 1.83e9),
+}
+"""By a part of the name that torch reports; the first that fits counts."""
+
+
+def flops_per_base(model: CaduceusConfig) -> int:
+    """Floating-point operations in matrix products, forward and backward (twice the forward), for a base."""
+    d, e = model.d_model, model.d_inner
+    directions = 2 if model.bidirectional else 1
+    projections = directions if model.bidirectional and not model.bidirectional_weight_tie else 1
+    mixer = projections * (d * 2 * e + e * d) + directions * (
+        e * (model.dt_rank + 2 * model.d_state) + model.dt_rank * e
+    )
+    per_stream = model.n_layer * mixer + d * model.padded_vocab_size
+    return 3 * 2 * per_stream * _streams(model)
+
+
+def exponentials_per_base(model: CaduceusConfig) -> int:
+    """Exponentials of the scans, which decay E x N states in each direction, forward and backward."""
+    directions = 2 if model.bidirectional else 1
+    return 2 * model.n_layer * directions * model.d_inner * model.d_state * _streams(model)
+
+
+def utilization(config: Config, bases_per_second: float, device: torch.device) -> dict[str, float]:
+    """`mfu` and `scan_roofline`: shares of a GPU's peaks at this rate per GPU; empty for a device of unknown peaks."""
+    peaks = _peaks(device)
+    if peaks is None:
+        return {}
+    flops = peaks.bf16_flops if config.train.precision == "bf16" else peaks.fp32_flops
+    return {
+        "mfu": flops_per_base(config.model) * bases_per_second / flops,
+        "scan_roofline": exponentials_per_base(config.model) * bases_per_second / peaks.exponentials,
+    }
+
+
+def _streams(model: CaduceusConfig) -> int:
+    return 2 if model.rcps else 1
+
+
+@functools.cache
+def _peaks(device: torch.device) -> Peaks | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peaks for part, peaks in _PEAKS.items() if part in name), None)
