@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from caduceus.ops.triton import conv_kernels, cross_entropy_kernels, norm_kernels, scan_kernels
+from caduceus.ops.triton import conv_kernels, cross_entropy_kernels, norm_kernels, scan_backward_kernels, scan_kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 IN_FP32 = {"A_ptr", "D_ptr", "bias_ptr", "w_ptr", "weight_ptr", "state_ptr", "sum_dt_ptr", "first_ptr", "last_ptr"} | {
@@ -68,9 +68,9 @@ def scan_constants(states: int) -> dict[str, tuple]:
         "chunk_state": (scan_kernels.chunk_state_kernel, tile),
         "chunk_carry": (scan_kernels.chunk_carry_kernel, {"N": states, "BLOCK": 128, "AHEAD": 8, "HAS_FIRST": False}),
         "scan_forward": (scan_kernels.scan_forward_kernel, tile | skip),
-        "chunk_adjoint": (scan_kernels.chunk_adjoint_kernel, tile | gate),
-        "scan_replay": (scan_kernels.scan_replay_kernel, tile | skip | piece),
-        "scan_backward": (scan_kernels.scan_backward_kernel, tile | skip | piece | total),
+        "chunk_adjoint": (scan_backward_kernels.chunk_adjoint_kernel, tile | gate),
+        "scan_replay": (scan_backward_kernels.scan_replay_kernel, tile | skip | piece),
+        "scan_backward": (scan_backward_kernels.scan_backward_kernel, tile | skip | piece | total),
     }
 
 

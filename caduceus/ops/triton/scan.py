@@ -1,4 +1,4 @@
-"""The selective scan on the GPU: launches of scan_kernels.py as torch custom ops with gradients.
+"""The selective scan on the GPU: launches of the kernels as torch custom ops with gradients.
 
 Shapes: P parameter directions, S streams, B batch, L length, E inner channels, N states.
 """
@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
 from caduceus.ops.triton.device import as_rows, device_of, multiprocessors, require_float
 
@@ -261,7 +262,7 @@ class _Scan:
         """Adjoint of the state after every chunk, and that of the initial state (P, S, B, E, N)."""
         adjoints = self._per_chunk(self.N)
         with device_of(self.u):
-            kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.blocks)](
+            backward_kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.blocks)](
                 self.dt,
                 self.A,
                 self.C,
@@ -304,7 +305,7 @@ class _Scan:
         """Writes dz; the states before every PIECE-th token of chunks item … item + count - 1."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
         with device_of(self.u):
-            kernels.scan_replay_kernel[(count, self.blocks)](
+            backward_kernels.scan_replay_kernel[(count, self.blocks)](
                 *self._operands(),
                 dy,
                 states,
@@ -323,7 +324,7 @@ class _Scan:
 
     def _reverse(self, item: int, count: int, dy: Tensor, adjoints: Tensor, kept: Tensor, sums: tuple) -> None:
         with device_of(self.u):
-            kernels.scan_backward_kernel[(self.P * count, self.blocks)](
+            backward_kernels.scan_backward_kernel[(self.P * count, self.blocks)](
                 *self._operands(),
                 dy,
                 adjoints,

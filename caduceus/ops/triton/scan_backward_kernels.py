@@ -1,0 +1,381 @@
+"""Kernels of the selective scan's gradient, in the terms of scan_kernels.py.
+
+backward  chunk_adjoint  each chunk with a zero end adjoint: the adjoint of its initial state
+          chunk_carry    the same recurrence over chunks, in the opposite order
+          scan_replay    each chunk forward again: dz, and every T-th state
+          scan_backward  each chunk with its true states and adjoint: the other gradients
+"""
+
+import triton
+import triton.language as tl
+
+from caduceus.ops.triton.scan_kernels import (
+    LOG2E,
+    advance,
+    load_vectors,
+    project,
+    sigmoid_and_softplus,
+    silu,
+    step_size,
+    store_vectors,
+    time_of_decay,
+    zeros,
+)
+
+
+@triton.jit
+def stack(vectors, LOG_COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """2^LOG_COUNT vectors [BLOCK] as the columns, in their order, of one tile [BLOCK, 2^LOG_COUNT]."""
+    for level in tl.static_range(LOG_COUNT):
+        joined = ()
+        for i in tl.static_range(2 ** (LOG_COUNT - 1 - level)):
+            pair = tl.join(vectors[i], vectors[i + 2 ** (LOG_COUNT - 1 - level)])
+            joined = joined + (tl.reshape(pair, [BLOCK, 2 ** (level + 1)]),)
+        vectors = joined
+    return vectors[0]
+
+
+@triton.jit
+def chunk_adjoint_kernel(
+    dt_ptr,
+    A_ptr,
+    C_ptr,
+    z_ptr,
+    bias_ptr,
+    starts_ptr,
+    dout_ptr,
+    adjoint_ptr,
+    S,
+    batch,
+    L,
+    E,
+    n_chunks,
+    reverse,
+    dt_row,
+    dt_token,
+    C_row,
+    C_token,
+    z_row,
+    z_token,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """Adjoint (rows, chunks, N, E) of each chunk's initial state, from the chunk's own outputs alone."""
+    item = tl.program_id(0).to(tl.int64)
+    chunk, row = item % n_chunks, item // n_chunks
+    b, s, d = row % batch, row // batch % S, row // batch // S
+    sb = s * batch + b
+    rev = (d + s + reverse) % 2
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < E
+    begin = chunk * CHUNK
+    length = tl.minimum(L - begin, CHUNK).to(tl.int32)
+    # Against the scan's direction: from the last step taken to the first.
+    t = tl.where(rev == 1, begin, begin + length - 1)
+    step = 2 * rev - 1
+
+    A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
+    bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+    dt_ptr += row * dt_row + t * dt_token + e
+    C_ptr += row * C_row + t * C_token
+    z_ptr += sb * z_row + t * z_token + e
+    dout_ptr += (sb * L + t) * E + e
+    starts_ptr += b * L
+    adjoint = zeros(N, BLOCK)
+    for _ in range(length):
+        dt = step_size(tl.load(dt_ptr, mask=mask, other=0.0), bias, SOFTPLUS)
+        decay_time = time_of_decay(dt, starts_ptr, t + rev, L, HAS_STARTS)
+        dy = tl.load(dout_ptr, mask=mask, other=0.0).to(tl.float32)
+        if HAS_Z:
+            dy *= silu(tl.load(z_ptr, mask=mask, other=0.0).to(tl.float32))
+        earlier = ()
+        for n in tl.static_range(N):
+            C = tl.load(C_ptr + n).to(tl.float32)
+            earlier = earlier + (tl.exp2(decay_time * A[n]) * (adjoint[n] + dy * C),)
+        adjoint = earlier
+        t += step
+        dt_ptr += step * dt_token
+        C_ptr += step * C_token
+        z_ptr += step * z_token
+        dout_ptr += step * E
+    store_vectors(adjoint_ptr + item * N * E + e, E, adjoint, mask, N)
+
+
+@triton.jit
+def scan_replay_kernel(
+    u_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    starts_ptr,
+    dout_ptr,
+    state_ptr,
+    kept_ptr,
+    dz_ptr,
+    item0,
+    P,
+    S,
+    batch,
+    L,
+    E,
+    n_chunks,
+    reverse,
+    u_row,
+    u_token,
+    dt_row,
+    dt_token,
+    B_row,
+    B_token,
+    C_row,
+    C_token,
+    z_row,
+    z_token,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """Forward again, from item0 on: dz, and `kept` (P, items, CHUNK / T, N, E), the states before every T-th token."""
+    local = tl.program_id(0).to(tl.int64)
+    n_items = tl.num_programs(0)
+    item = item0 + local
+    chunk, sb = item % n_chunks, item // n_chunks
+    b, s = sb % batch, sb // batch
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < E
+    begin = chunk * CHUNK
+    length = tl.minimum(L - begin, CHUNK).to(tl.int32)
+    starts_ptr += b * L
+    for d in range(P):
+        row = d * S * batch + sb
+        rev = (d + s + reverse) % 2
+        t = tl.where(rev == 1, begin + length - 1, begin)
+        step = 1 - 2 * rev
+        A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
+        bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+        D = tl.load(D_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_D else 0.0
+        h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
+        kept_at = kept_ptr + (d * n_items + local) * (CHUNK // T) * N * E + e
+        u_at = u_ptr + row * u_row + t * u_token + e
+        dt_at = dt_ptr + row * dt_row + t * dt_token + e
+        B_at = B_ptr + row * B_row + t * B_token
+        C_at = C_ptr + row * C_row + t * C_token
+        z_at = z_ptr + sb * z_row + t * z_token + e
+        dout_at = dout_ptr + (sb * L + t) * E + e
+        dz_at = dz_ptr + (sb * L + t) * E + e
+        for k in range(length):
+            if k % T == 0:
+                store_vectors(kept_at, E, h, mask, N)
+                kept_at += N * E
+            u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
+            dt = step_size(tl.load(dt_at, mask=mask, other=0.0), bias, SOFTPLUS)
+            decay_time = time_of_decay(dt, starts_ptr, t + rev, L, HAS_STARTS)
+            h = advance(h, A, decay_time, dt * u, B_at, N)
+            if HAS_Z:
+                y = project(h, C_at, D * u, N)
+                z = tl.load(z_at, mask=mask, other=0.0).to(tl.float32)
+                gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+                dz = tl.load(dout_at, mask=mask, other=0.0).to(tl.float32) * y * gate * (1.0 + z * (1.0 - gate))
+                if d > 0:
+                    dz += tl.load(dz_at, mask=mask, other=0.0).to(tl.float32)
+                tl.store(dz_at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+            t += step
+            u_at += step * u_token
+            dt_at += step * dt_token
+            B_at += step * B_token
+            C_at += step * C_token
+            z_at += step * z_token
+            dout_at += step * E
+            dz_at += step * E
+        tl.debug_barrier()
+
+
+@triton.jit
+def scan_backward_kernel(
+    u_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    starts_ptr,
+    dout_ptr,
+    adjoint_ptr,
+    kept_ptr,
+    du_ptr,
+    ddt_ptr,
+    dA_ptr,
+    dB_ptr,
+    dC_ptr,
+    dD_ptr,
+    dbias_ptr,
+    item0,
+    P,
+    S,
+    batch,
+    L,
+    E,
+    n_chunks,
+    reverse,
+    u_row,
+    u_token,
+    dt_row,
+    dt_token,
+    B_row,
+    B_token,
+    C_row,
+    C_token,
+    z_row,
+    z_token,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    LOG_COLUMNS: tl.constexpr,
+    SUM_PRECISION: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """All gradients but dz, of the items from item0 on; a program takes one chunk of one row.
+
+    The chunk is taken in pieces of T tokens from the end, one state after the other: the T states that follow from a
+    kept one fit in registers. `adjoint` holds the running adjoint, and the sums go to dA (P, items, N, E), dD and
+    dbias (P, items, E), dB and dC (channel blocks, rows, L, N).
+    """
+    local = tl.program_id(0).to(tl.int64)
+    n_items = tl.num_programs(0) // P
+    d = local // n_items
+    item = item0 + local % n_items
+    chunk, sb = item % n_chunks, item // n_chunks
+    b, s = sb % batch, sb // batch
+    row = d * S * batch + sb
+    rev = (d + s + reverse) % 2
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = e < E
+    begin = chunk * CHUNK
+    length = tl.minimum(L - begin, CHUNK).to(tl.int32)
+    first = tl.where(rev == 1, begin + length - 1, begin)
+    # Bases in int64; steps within a chunk fit in int32, which saves registers.
+    step = (1 - 2 * rev).to(tl.int32)
+    bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+    D = tl.load(D_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_D else 0.0
+    A_at = A_ptr + d * N * E
+    u_at = u_ptr + row * u_row + first * u_token
+    dt_at = dt_ptr + row * dt_row + first * dt_token
+    B_at = B_ptr + row * B_row + first * B_token
+    C_at = C_ptr + row * C_row + first * C_token
+    z_at = z_ptr + sb * z_row + first * z_token
+    dout_at = dout_ptr + (sb * L + first) * E
+    starts_at = starts_ptr + b * L
+    kept_at = kept_ptr + local * (CHUNK // T) * N * E
+    adjoint_at = adjoint_ptr + (row * n_chunks + chunk) * N * E
+    du_at = du_ptr + (row * L + first) * E
+    ddt_at = ddt_ptr + (row * L + first) * E
+    dA_at = dA_ptr + local * N * E
+    dBC_at = ((tl.program_id(1) * P * S * batch + row) * L + first) * N
+
+    sum_dD = tl.zeros([BLOCK], tl.float32)
+    sum_dbias = tl.zeros([BLOCK], tl.float32)
+    n_pieces = (length + T - 1) // T
+    for piece in range(n_pieces):
+        k0 = (n_pieces - 1 - piece) * T
+        # Tokens past the end repeat the last one with dt = dy = 0, and so change nothing.
+        tokens = ()
+        decay_times = ()
+        dtus = ()
+        dys = ()
+        for i in tl.static_range(T):
+            k = tl.minimum(k0 + i, length - 1) * step
+            u = tl.load(u_at + k * u_token + e, mask=mask, other=0.0).to(tl.float32)
+            dt = step_size(tl.load(dt_at + k * dt_token + e, mask=mask, other=0.0), bias, SOFTPLUS)
+            dy = tl.load(dout_at + k * E + e, mask=mask, other=0.0).to(tl.float32)
+            if HAS_Z:
+                dy *= silu(tl.load(z_at + k * z_token + e, mask=mask, other=0.0).to(tl.float32))
+            decay_time = time_of_decay(dt, starts_at, first + k + rev, L, HAS_STARTS)
+            tokens = tokens + (k,)
+            decay_times = decay_times + (tl.where(k0 + i < length, decay_time, 0.0),)
+            dtus = dtus + (tl.where(k0 + i < length, dt * u, 0.0),)
+            dys = dys + (tl.where(k0 + i < length, dy, 0.0),)
+        ddtus = zeros(T, BLOCK)  # gradient of dt u: sum over states of adjoint · B
+        dlogs = zeros(T, BLOCK)  # gradient of dt through the decay: sum of adjoint · exp(dt A) h · A
+        for n in range(N):
+            A_n = tl.load(A_at + n * E + e, mask=mask, other=0.0)
+            h_n = tl.load(kept_at + ((k0 // T) * N + n) * E + e, mask=mask, other=0.0)
+            adjoint = tl.load(adjoint_at + n * E + e, mask=mask, other=0.0)
+            dA_n = tl.load(dA_at + n * E + e, mask=mask, other=0.0)
+            Bs = ()
+            decays = ()
+            decayed = ()
+            states = ()
+            for i in tl.static_range(T):
+                B_n = tl.load(B_at + tokens[i] * B_token + n).to(tl.float32)
+                decay = tl.exp2(decay_times[i] * A_n)
+                before = decay * h_n
+                h_n = before + dtus[i] * B_n
+                Bs = Bs + (B_n,)
+                decays = decays + (decay,)
+                decayed = decayed + (before,)
+                states = states + (h_n,)
+            dBs = ()
+            dCs = ()
+            more_ddtus = ()
+            more_dlogs = ()
+            for i in tl.static_range(T - 1, -1, -1):
+                adjoint += dys[i] * tl.load(C_at + tokens[i] * C_token + n).to(tl.float32)
+                dlog = adjoint * decayed[i]
+                dA_n += dlog * decay_times[i]
+                dBs = (adjoint * dtus[i],) + dBs
+                dCs = (dys[i] * states[i],) + dCs
+                more_ddtus = (ddtus[i] + adjoint * Bs[i],) + more_ddtus
+                more_dlogs = (dlogs[i] + dlog * A_n,) + more_dlogs
+                adjoint *= decays[i]
+            ddtus = more_ddtus
+            dlogs = more_dlogs
+            tl.store(adjoint_at + n * E + e, adjoint, mask=mask)
+            tl.store(dA_at + n * E + e, dA_n, mask=mask)
+            # The sum over channels as ones · tile on the tensor cores: far fewer instructions than shuffles.
+            tile = stack(dBs + dCs, LOG_COLUMNS, BLOCK)
+            sums = tl.dot(tl.full([16, BLOCK], 1.0, tl.float32), tile, input_precision=SUM_PRECISION)
+            column = tl.arange(0, 2 * T)
+            place = k0 + column % T
+            at = dBC_at + place * step * N + n
+            at = tl.broadcast_to(at[None, :], [16, 2 * T])
+            use = (tl.arange(0, 16) == 0)[:, None] & (place < length)[None, :]
+            tl.store(dB_ptr + at, sums, mask=use & (column < T)[None, :])
+            tl.store(dC_ptr + at, sums, mask=use & (column >= T)[None, :])
+        for i in tl.static_range(T):
+            k = tokens[i]
+            valid = e < tl.where(k0 + i < length, E, 0)
+            u = tl.load(u_at + k * u_token + e, mask=mask, other=0.0).to(tl.float32)
+            x = tl.load(dt_at + k * dt_token + e, mask=mask, other=0.0).to(tl.float32) + bias
+            ddt = ddtus[i] * u + dlogs[i] * (1 / LOG2E)
+            if SOFTPLUS:
+                slope, dt = sigmoid_and_softplus(x)
+                ddt *= slope
+            else:
+                dt = x
+            sum_dbias += tl.where(valid, ddt, 0.0)
+            sum_dD += dys[i] * u
+            tl.store(du_at + k * E + e, (ddtus[i] * dt + D * dys[i]).to(du_ptr.dtype.element_ty), mask=valid)
+            tl.store(ddt_at + k * E + e, ddt.to(ddt_ptr.dtype.element_ty), mask=valid)
+    tl.store(dD_ptr + local * E + e, sum_dD, mask=mask)
+    tl.store(dbias_ptr + local * E + e, sum_dbias, mask=mask)
