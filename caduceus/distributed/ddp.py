@@ -14,6 +14,7 @@ class DDP(Single):
     """DistributedDataParallel over all ranks, context-parallel ones included: each holds a share of every gradient."""
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
+        model = super().wrap(config, model)
         device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from caduceus.config import Config
+from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 
@@ -20,15 +21,15 @@ class FSDP(Single):
     """`fully_shard` of each block and of what is left; gradients stay unreduced until the last pass of a step."""
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
+        offload = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
         options = {
             "mesh": sharding_mesh(self.ranks, config.parallel.shard),
             # Parameters and gradients stay fp32 (A_log and dt do not bear bf16); autocast computes GEMMs in bf16.
             "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
-            "offload_policy": CPUOffloadPolicy() if config.parallel.cpu_offload else OffloadPolicy(),
+            "offload_policy": offload if config.parallel.cpu_offload else OffloadPolicy(),
         }
-        for block in model.blocks:
-            fully_shard(block, **options)
-        return fully_shard(model, **options)
+        initialise(model, config.train, self.ranks.device, lambda part: fully_shard(part, **options))
+        return model
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
         self.model.set_requires_gradient_sync(last)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,10 @@ from caduceus.config import Config
 from caduceus.distributed.context import ContextGroup
 from caduceus.errors import UserError
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""A collective that takes longer has lost a rank; the run ends and is started again from its checkpoint."""
+COLLECTIVE_MARGIN = timedelta(minutes=10)
+"""A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
+FLIGHT_RECORDS = "2000"
+"""Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
 
 
 class Ranks:
@@ -124,15 +127,31 @@ def joined(config: Config) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _set_nccl_defaults(config.run.dir)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timedelta(minutes=config.train.stall_minutes) + COLLECTIVE_MARGIN,
         device_id=device if device.type == "cuda" else None,
     )
     try:
         yield Ranks(rank, world, config.parallel.context, device)
     finally:
         dist.destroy_process_group()
+
+
+def _set_nccl_defaults(run_directory: str) -> None:
+    """What a user has not set otherwise: a lost peer ends the process, and leaves a trace of the last collectives."""
+    trace = str(Path(run_directory) / "logs" / "nccl-rank")
+    defaults = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDS,
+        "TORCH_FR_DUMP_TEMP_FILE": trace,
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": FLIGHT_RECORDS,  # the same two, as torch called them until 2.8
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": trace,
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
 def check_layout(config: Config, world: int) -> None:

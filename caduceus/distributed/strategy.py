@@ -1,12 +1,10 @@
 """The one interface behind which strategies differ, and the strategy of a single process."""
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -15,9 +13,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from caduceus.config import Config
+from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.mesh import Ranks
 from caduceus.train.optimizer import build_optimizer, set_learning_rate
 
@@ -29,16 +27,14 @@ class Single:
     over ranks, and so do gradients.
     """
 
-    can_stage = True
-    """Whether `stage` can be had, so that training goes on while a checkpoint is written."""
-
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
         self.ranks = ranks
         self.model = self.wrap(config, model)
         self.optimizer = build_optimizer(model, config.train)
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
-        """The model as the loop calls it."""
+        """Give the model, made on the meta device, its first weights; returns it as the loop calls it."""
+        initialise(model, config.train, self.ranks.device)
         return model
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -65,15 +61,6 @@ class Single:
     def save(self, directory: Path) -> None:
         """Write model and optimizer into `directory`, all ranks together."""
         dcp.save(self.state_dict(), checkpoint_id=directory, no_dist=self.ranks.world == 1)
-
-    def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
-        """Copy model and optimizer to host memory; the function returned writes the copy into a directory.
-
-        All ranks together call that function, on any thread; they talk over `group`, which is nobody else's meanwhile.
-        """
-        state = BlockingAsyncStager().stage(self.state_dict())
-        alone = self.ranks.world == 1
-        return lambda directory: dcp.save(state, checkpoint_id=directory, process_group=group, no_dist=alone)
 
     def load(self, directory: Path) -> None:
         """Restore model and optimizer in place from a complete checkpoint, all ranks together.

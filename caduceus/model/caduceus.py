@@ -84,6 +84,10 @@ class Block(nn.Module):
         self.norm = Norm(config, mirrored_stream=mirrored_stream, mirror_channels=mirror_channels)
         self.mixer = BiMamba(config, mirrored_stream=mirrored_stream, mirror_channels=mirror_channels, backend=backend)
 
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        self.norm.init_weights()
+        self.mixer.init_weights(generator)
+
     def forward(self, residual: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         return self.mixer(self.norm(residual), pad_mask)
 
@@ -110,16 +114,18 @@ class CaduceusForMaskedLM(nn.Module):
         self.norm_f = Norm(config, mirrored_stream=mirrored[-1], mirror_channels=swaps_strands)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Published initialisation of every parameter; also after construction on the meta device and `to_empty`."""
+        self.init_ends(generator)
+        for block in self.blocks:
+            block.init_weights(generator)
+
+    @torch.no_grad()
+    def init_ends(self, generator: torch.Generator | None = None) -> None:
+        """The part of `init_weights` outside the blocks, which comes first."""
         self.complement.copy_(torch.from_numpy(complement_map(self.config.padded_vocab_size)))
         self.embedding.weight.normal_(std=0.02, generator=generator)
-        for module in self.modules():
-            if isinstance(module, BiMamba):
-                module.init_weights(generator)
-            elif isinstance(module, Norm):
-                module.init_weights()
+        self.norm_f.init_weights()
 
     def forward(
         self,
