@@ -150,7 +150,7 @@ class TrainConfig:
     """A step that takes longer has hung: every rank writes its stacks to the run's logs and ends. 0 waits for ever."""
     seed: int = 0
     precision: str = "fp32"
-    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32)."""
+    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics)."""
     compile: bool = False
     """torch.compile every block."""
     activation_checkpointing: str = "none"
@@ -160,13 +160,18 @@ class TrainConfig:
 @dataclass
 class ParallelConfig:
     strategy: str = "auto"
-    """auto | single | ddp | fsdp. auto takes single for one process, and by the size of the model ddp or fsdp for more."""
+    """auto | single | ddp | fsdp | deepspeed. auto takes single for one process, and ddp or fsdp, by the size of the
+    model, for more."""
     shard: int = 0
     """fsdp: ranks that share one copy of the parameters; 0 is all of them."""
     context: int = 1
     """Ranks that share a sequence, each with a slice of it."""
+    zero_stage: int = 1
+    """deepspeed: what ranks divide among them. 0 nothing, 1 optimizer state, 2 gradients as well, 3 parameters too."""
+    deepspeed_config: str | None = None
+    """deepspeed: a JSON file of its options. What train.* and parallel.* decide may not contradict it."""
     cpu_offload: bool = False
-    """fsdp: keep parameters and optimizer state in host memory between uses."""
+    """fsdp, deepspeed: keep optimizer state, and parameters where they are sharded, in host memory between uses."""
 
 
 @dataclass
@@ -233,9 +238,10 @@ _CHOICES = {
     "data.mode": ("shards", "stream"),
     "data.strands": ("auto", "both", "forward"),
     "data.objective": ("mlm", "next_base"),
-    "train.precision": ("fp32", "bf16"),
+    "train.precision": ("fp32", "bf16", "fp64"),
     "train.activation_checkpointing": ("none", "block"),
-    "parallel.strategy": ("auto", "single", "ddp", "fsdp"),
+    "parallel.strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
+    "parallel.zero_stage": (0, 1, 2, 3),
     "run.device": ("auto", "cpu", "cuda"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
 }

@@ -3,16 +3,16 @@
 import logging
 
 import torch
-from torch import nn
 
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config
 from caduceus.distributed.ddp import DDP
+from caduceus.distributed.deepspeed import DeepSpeed
 from caduceus.distributed.fsdp import FSDP
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 
-_STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP}
+_STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpeed}
 LARGEST_REPLICATED_MODEL = 500_000_000
 """Parameters up to which every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two moments."""
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 def build_strategy(config: Config, ranks: Ranks) -> Single:
     """The strategy of `parallel.strategy` around a freshly initialised model."""
-    model = build_model(config, ranks.device)
+    model = build_model(config)
     model.share_sequences(ranks.context_group)
     name = config.parallel.strategy
     if name == "auto":
@@ -31,16 +31,15 @@ def build_strategy(config: Config, ranks: Ranks) -> Single:
     return _STRATEGIES[name](config, ranks, model)
 
 
-def build_model(config: Config, device: torch.device) -> nn.Module:
-    """The model, initialised from `train.seed`: the same weights on every rank and under every strategy."""
-    torch.manual_seed(config.train.seed)
+def build_model(config: Config) -> CaduceusForMaskedLM:
+    """The model of the run on the meta device: a strategy gives it weights, and places them."""
     checkpoint_blocks = config.train.activation_checkpointing == "block"
-    model = CaduceusForMaskedLM(config.model, backend=config.ops.backend, checkpoint_blocks=checkpoint_blocks)
-    model.to(device).train()
+    with torch.device("meta"):
+        model = CaduceusForMaskedLM(config.model, backend=config.ops.backend, checkpoint_blocks=checkpoint_blocks)
     if config.train.compile:
         for block in model.blocks:
             block.compile()
-    return model
+    return model.train()
 
 
 def _choose(parameters: int, world: int) -> tuple[str, str]:

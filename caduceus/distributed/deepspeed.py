@@ -1,0 +1,190 @@
+"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) divided over all ranks; stage 0 does not.
+
+DeepSpeed stores, reduces and offloads. What decides the numbers of a run stays the project's: the optimizer, the
+learning rate, clipping, precision and batches. A DeepSpeed JSON of the user's may set everything else.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from caduceus.config import Config
+from caduceus.data.shards import dump_json
+from caduceus.distributed.deepspeed_config import engine_options
+from caduceus.distributed.initialisation import initialise
+from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.strategy import Single
+from caduceus.errors import UserError
+from caduceus.model.hub import WEIGHTS
+from caduceus.train.optimizer import build_optimizer, set_learning_rate
+
+FOLDER = "deepspeed"
+"""Folder of a checkpoint with DeepSpeed's own files; the weights stand beside it as safetensors."""
+_LAYOUT = "layout.json"
+_POLL_SECONDS = 0.2
+
+
+class DeepSpeed(Single):
+    """A DeepSpeed engine around the model, driven by the project's loop."""
+
+    can_stage = False
+
+    def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
+        options = engine_options(config, ranks.data_world)
+        deepspeed = _import_deepspeed(ranks.device)
+        self.ranks = ranks
+        self.zero_stage = config.parallel.zero_stage
+        if self.zero_stage == 3:
+            partition = functools.partial(deepspeed.zero.Init, config_dict_or_path=options)
+            initialise(model, config.train, ranks.device, shard=lambda part: partition(module=part))
+            self._whole = deepspeed.zero.GatheredParameters
+        else:
+            initialise(model, config.train, ranks.device)
+            self._whole = contextlib.nullcontext
+        self.model, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(model, config.train), config=options, dist_init_required=False
+        )
+        self.optimizer = self.model.optimizer
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        self.model.set_gradient_accumulation_boundary(last)
+        return contextlib.nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages over ranks, and the shares of the loss are to be added up.
+        self.model.backward(loss * self.ranks.world, scale_wrt_gas=False)
+
+    def clip(self, clip_norm: float) -> torch.Tensor:
+        gradients = self._local_gradients()
+        square = nn.utils.get_total_norm(gradients).to(self.ranks.device).square()
+        norm = (square if self.zero_stage == 0 else self.ranks.sum(square)).sqrt()  # in stage 0 all have all gradients
+        if clip_norm:
+            for gradient in gradients:
+                gradient.mul_(torch.clamp(clip_norm / (norm + 1e-6), max=1).to(gradient.device))
+        return norm
+
+    def step(self, lr: float) -> None:
+        set_learning_rate(self.optimizer, lr)
+        self.model.step()
+
+    def discard_gradients(self) -> None:
+        if self.zero_stage == 0:
+            self.model.zero_grad()
+            return
+        # ZeRO drops a step whose norm is not finite, and with it all that it keeps of the gradients.
+        for gradient in self._local_gradients():
+            gradient.fill_(float("nan"))
+        self.model.step()
+
+    def save(self, directory: Path) -> None:
+        self.model.save_checkpoint(directory, tag=FOLDER, save_latest=False)
+        weights = self._gather_weights()
+        if self.ranks.is_main:
+            save_file(weights, directory / WEIGHTS)
+            (directory / FOLDER / _LAYOUT).write_bytes(dump_json({"stage": self.zero_stage, "world": self.ranks.world}))
+
+    def load(self, directory: Path) -> None:
+        if not (directory / FOLDER / _LAYOUT).is_file():
+            raise UserError(
+                f"{directory}: a checkpoint of single, ddp or fsdp, which deepspeed cannot read; go on with one of them"
+            )
+        layout = json.loads((directory / FOLDER / _LAYOUT).read_text())
+        before, now = layout["stage"], self.zero_stage
+        if before == now and (now == 0 or layout["world"] == self.ranks.world):
+            self._load_folder(directory)
+        elif before == now or {before, now} == {1, 2}:
+            self._load_universal(directory)
+        else:
+            raise UserError(
+                f"{directory}: a checkpoint of ZeRO stage {before}, which DeepSpeed cannot turn into stage {now}; "
+                f"go on with parallel.zero_stage={before}"
+            )
+
+    def _load_universal(self, directory: Path) -> None:
+        """Load a checkpoint of another number of ranks, or of stage 1 as 2, by DeepSpeed's universal checkpoint."""
+        universal = directory.with_name(f".writing-universal-{directory.name}")  # swept away if a kill leaves it
+        self._convert(directory / FOLDER, universal / FOLDER)
+        self.model._config.load_universal_checkpoint = True
+        try:
+            self._load_folder(universal)
+        finally:
+            self.model._config.load_universal_checkpoint = False
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            shutil.rmtree(universal)
+
+    def _load_folder(self, directory: Path) -> None:
+        # What a group's settings are is the configuration's to say; stage 3 would give all groups those of the first.
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
+        path, _ = self.model.load_checkpoint(directory, tag=FOLDER, load_lr_scheduler_states=False)
+        if path is None:
+            raise RuntimeError(f"DeepSpeed finds no checkpoint in {directory}")
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+    def _convert(self, source: Path, target: Path) -> None:
+        """DeepSpeed's own conversion, in a process of its own; the others keep in touch, so that no wait times out."""
+        process = None
+        if self.ranks.is_main:
+            shutil.rmtree(target.parent, ignore_errors=True)
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+            command += ["--input_folder", str(source), "--output_folder", str(target), "--inject_missing_state"]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while self.ranks.maximum(process is not None and process.poll() is None):
+            time.sleep(_POLL_SECONDS)
+        failure = None
+        if process is not None and process.returncode != 0:
+            lines = process.stdout.read().strip().splitlines()
+            failure = UserError(f"{source}: DeepSpeed could not convert it to {self.ranks.world} ranks ({lines[-1]})")
+        self.ranks.raise_together(failure)
+
+    def _local_gradients(self) -> list[torch.Tensor]:
+        """This rank's part of the reduced gradients, where `DeepSpeed` keeps it until its step; may be changed."""
+        optimizer = self.optimizer
+        if self.zero_stage == 0:
+            return [parameter.grad for parameter in self.model.module.parameters() if parameter.grad is not None]
+        if getattr(optimizer, "cpu_offload", False):
+            flat = optimizer.single_partition_of_fp32_groups
+            return [part.grad for part in flat if part.grad is not None]
+        if getattr(optimizer, "offload_optimizer", False):
+            return [part.grad for part in optimizer.fp32_partitioned_groups_flat if part.grad is not None]
+        return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+
+    def _gather_weights(self) -> dict[str, torch.Tensor]:
+        """All weights on the main rank, none on the others; of a sharded model one at a time."""
+        weights = {}
+        for name, parameter in self.model.module.named_parameters():
+            with self._whole(parameter):
+                if self.ranks.is_main:
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights
+
+
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    """The package, told which device to use, quiet, and with no kernel of its own to be compiled."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError(
+            "parallel.strategy: deepspeed is not installed; DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
+        ) from None
+    deepspeed.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names that it calls
+    # On CPU it would compile collectives of its own at the first start, which needs a compiler; gloo has them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,138 @@
+"""The DeepSpeed options of a run: the user's JSON where there is one, and what the run's own configuration decides."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from caduceus.config import Config
+from caduceus.errors import UserError
+
+_UNDECIDED = "auto"
+"""Value by which DeepSpeed files written for other trainers leave a key to the trainer."""
+_REPLACED = ("optimizer", "scheduler")
+"""Sections of the user's that the run's own take the place of."""
+_FOREIGN = (
+    "amp",
+    "compression_training",
+    "curriculum_learning",
+    "data_efficiency",
+    "data_parallel_size",
+    "eigenvalue",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "hybrid_engine",
+    "progressive_layer_drop",
+    "sequence_parallel_size",
+    "tensor_parallel",
+    "zero_optimization.zenflow",
+)
+"""Keys that would change the model, the order of the data, or how gradients add up."""
+
+_log = logging.getLogger(__name__)
+
+
+def engine_options(config: Config, data_world: int) -> dict[str, Any]:
+    """Options for `deepspeed.initialize` on `data_world` data-parallel ranks.
+
+    Raises `UserError` for a key of the user's file that contradicts the run's configuration.
+    """
+    train, parallel = config.train, config.parallel
+    if train.precision == "fp64":
+        raise UserError("train.precision: DeepSpeed computes in fp32 or bf16, not in fp64; use ddp or fsdp")
+    decided = _decided(config, data_world)
+    options = {}
+    if parallel.deepspeed_config is not None:
+        options = _read(parallel.deepspeed_config)
+        _check(options, parallel.deepspeed_config, decided)
+    # The batch follows from its parts; DeepSpeed would count the ranks that share a sequence as well.
+    for key in (*_REPLACED, "train_batch_size", "bf16", "fp16"):
+        options.pop(key, None)
+    zero = options.setdefault("zero_optimization", {})
+    zero["stage"] = parallel.zero_stage
+    if parallel.cpu_offload:
+        zero.setdefault("offload_optimizer", {"device": "cpu"})
+        if parallel.zero_stage == 3:
+            zero.setdefault("offload_param", {"device": "cpu"})
+    return {
+        **options,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": decided["gradient_accumulation_steps"][0],
+        # The strategy clips: the loop wants the norm before it decides on the step.
+        "gradient_clipping": 0.0,
+        # DeepSpeed switches autocast off unless it is its own. Gradients of no module travel in bf16.
+        "torch_autocast": {
+            "enabled": train.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _decided(config: Config, data_world: int) -> dict[str, tuple[Any, str]]:
+    """DeepSpeed's keys that the configuration decides -> (value, the deciding key)."""
+    train = config.train
+    bf16 = train.precision == "bf16"
+    accumulation = train.global_batch // (train.micro_batch * data_world)
+    return {
+        "train_batch_size": (train.global_batch, "train.global_batch"),
+        "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch"),
+        "gradient_accumulation_steps": (accumulation, "train.global_batch, train.micro_batch and the number of ranks"),
+        "gradient_clipping": (train.clip_norm, "train.clip_norm"),
+        "zero_optimization.stage": (config.parallel.zero_stage, "parallel.zero_stage"),
+        "bf16.enabled": (bf16, "train.precision"),
+        "fp16.enabled": (False, "train.precision"),
+        "torch_autocast.enabled": (bf16, "train.precision"),
+    }
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        options = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"parallel.deepspeed_config: {path} is not readable as JSON ({error})") from None
+    if not isinstance(options, dict):
+        raise UserError(f"parallel.deepspeed_config: {path} is not a JSON object")
+    return _without_undecided(options)
+
+
+def _without_undecided(options: dict[str, Any]) -> dict[str, Any]:
+    decided = {key: value for key, value in options.items() if value != _UNDECIDED}
+    return {key: _without_undecided(value) if isinstance(value, dict) else value for key, value in decided.items()}
+
+
+def _check(options: dict[str, Any], path: str, decided: dict[str, tuple[Any, str]]) -> None:
+    for key, (value, deciding) in decided.items():
+        given = _lookup(options, key)
+        if given is not None and given != value:
+            raise UserError(
+                f"parallel.deepspeed_config: {path} sets {key} to {json.dumps(given)}, but {deciding} makes it "
+                f"{json.dumps(value)}; leave {key} out, or change {deciding}"
+            )
+    for key in _FOREIGN:
+        if _lookup(options, key) is not None:
+            raise UserError(
+                f"parallel.deepspeed_config: {path} sets {key}, which would change the run's model, data or loss; "
+                "leave it out"
+            )
+    for part in ("offload_optimizer", "offload_param"):
+        if _lookup(options, f"zero_optimization.{part}.device") == "nvme":
+            raise UserError(
+                f"parallel.deepspeed_config: {path} sets zero_optimization.{part}.device to nvme; clipping needs the "
+                "gradients in memory: use cpu"
+            )
+    if replaced := [section for section in _REPLACED if section in options]:
+        _log.warning(
+            "parallel.deepspeed_config: '%s' of %s left out; train.* decides the optimizer and the learning rate",
+            "' and '".join(replaced),
+            path,
+        )
+
+
+def _lookup(options: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(options, dict) or part not in options:
+            return None
+        options = options[part]
+    return options
