@@ -290,8 +290,12 @@ def _conv_items(x: Tensor) -> int:
 def _scan_parameters(A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> tuple[np.ndarray, ...]:
     """A as base-2 rates (P, N, E); D and the bias (P, E), zero where there is none."""
     zeros = A.new_zeros(A.shape[:2])
-    D, dt_bias = (zeros if t is None else t.contiguous() for t in (D, dt_bias))
-    return _states_first(A * math.log2(math.e)), D.numpy(), dt_bias.numpy()
+    return _states_first(A * math.log2(math.e)), *(_copied(zeros if t is None else t) for t in (D, dt_bias))
+
+
+def _copied(parameter: Tensor) -> np.ndarray:
+    """A copy: `numpy` pins a tensor's memory for good, and FSDP frees that of parameters between uses."""
+    return parameter.clone(memory_format=torch.contiguous_format).numpy()
 
 
 def _states_first(states: Tensor) -> np.ndarray:
@@ -301,8 +305,8 @@ def _states_first(states: Tensor) -> np.ndarray:
 
 def _taps(weight: Tensor, bias: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """weight as (P, K, E), and the bias (P, E), zero where there is none."""
-    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias.contiguous()
-    return weight.transpose(1, 2).contiguous().numpy(), bias.numpy()
+    bias = weight.new_zeros(weight.shape[:2]) if bias is None else bias
+    return _copied(weight.transpose(1, 2)), _copied(bias)
 
 
 def _flat(tensor: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
