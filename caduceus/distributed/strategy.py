@@ -1,12 +1,15 @@
 """The one interface behind which strategies differ, and the strategy of a single process."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -26,6 +29,9 @@ class Single:
     `model` is what the loop calls. The loss given to `backward` is this rank's share of the global loss: shares add up
     over ranks, and so do gradients.
     """
+
+    can_stage = True
+    """Whether `stage` can be had, so that training goes on while a checkpoint is written."""
 
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
         self.ranks = ranks
@@ -61,6 +67,15 @@ class Single:
     def save(self, directory: Path) -> None:
         """Write model and optimizer into `directory`, all ranks together."""
         dcp.save(self.state_dict(), checkpoint_id=directory, no_dist=self.ranks.world == 1)
+
+    def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
+        """Copy model and optimizer to host memory; the function returned writes the copy into a directory.
+
+        All ranks together call that function, on any thread; they talk over `group`, which is nobody else's meanwhile.
+        """
+        state = BlockingAsyncStager().stage(self.state_dict())
+        alone = self.ranks.world == 1
+        return lambda directory: dcp.save(state, checkpoint_id=directory, process_group=group, no_dist=alone)
 
     def load(self, directory: Path) -> None:
         """Restore model and optimizer in place from a complete checkpoint, all ranks together.
