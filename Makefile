@@ -29,6 +29,10 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# Each prints a table of ratios measured in one run.
 bench: $(VENV)/installed
 	$(PY) benchmarks/cpu_ops.py
 	$(PY) benchmarks/cpu_step.py
+	$(PY) benchmarks/sharding.py
+	$(PY) benchmarks/loader.py
+	$(PY) benchmarks/gpu_step.py
