@@ -79,7 +79,8 @@ class CaduceusConfig:
 @dataclass
 class OpsConfig:
     backend: str = "auto"
-    """Which implementation of scan and convolution runs: auto | naive | cpu."""
+    """Which implementation of the model's ops runs: auto | naive | cpu | triton | mamba_ssm. auto takes triton on a
+    GPU and cpu elsewhere, and the log says which."""
 
 
 @dataclass
@@ -234,7 +235,7 @@ class Config:
 
 
 _CHOICES = {
-    "ops.backend": ("auto", "naive", "cpu"),
+    "ops.backend": ("auto", "naive", "cpu", "triton", "mamba_ssm"),
     "data.mode": ("shards", "stream"),
     "data.strands": ("auto", "both", "forward"),
     "data.objective": ("mlm", "next_base"),
