@@ -57,7 +57,9 @@ def saved_by_a_block(config: CaduceusConfig, length: int) -> list[Tensor]:
         model = CaduceusForMaskedLM(config, backend="triton")
         block = model.blocks[0]
         own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
-        hidden = torch.empty(2 if config.rcps else 1, 1, length, config.d_model, requires_grad=True)
+        shape = (2 if config.rcps else 1, 1, length, config.d_model)
+        residual = torch.empty(shape, requires_grad=True)
+        hidden = torch.empty(shape, requires_grad=True, dtype=torch.bfloat16)
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()._cdata
@@ -66,7 +68,7 @@ def saved_by_a_block(config: CaduceusConfig, length: int) -> list[Tensor]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-            output = block(hidden)
+            output, _ = block(hidden, residual)
         assert output.shape == hidden.shape
     activations = [tensor for tensor in saved.values() if math.prod(tensor.shape) >= length]
     return sorted(activations, key=stored_bytes, reverse=True)

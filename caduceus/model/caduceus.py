@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from caduceus.alphabet import IGNORE_LABEL, complement_map
 from caduceus.config import CaduceusConfig
 from caduceus.model.bimamba import BiMamba, project, with_mirrored_channels
-from caduceus.ops import Context
+from caduceus.ops import Context, add_norm, head_cross_entropy
 
 
 class MaskedLMOutput(NamedTuple):
@@ -44,13 +44,17 @@ class MaskedLMOutput(NamedTuple):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over D in at least fp32, (S, B, L, D) -> same. Mirrored channels as in `BiMamba`."""
+    """RMSNorm or LayerNorm over D of residual + x, (S, B, L, D), in at least fp32. Mirrored channels as in `BiMamba`.
 
-    def __init__(self, config: CaduceusConfig, *, mirrored_stream: int, mirror_channels: bool) -> None:
+    Returns the norm, in the type that products are computed in, and the sum, in the residual's type.
+    """
+
+    def __init__(self, config: CaduceusConfig, *, mirrored_stream: int, mirror_channels: bool, backend: str) -> None:
         super().__init__()
         self.eps = config.norm_epsilon
         self.mirrored_stream = mirrored_stream
         self.mirror_channels = mirror_channels
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(config.d_model))
         self.bias = None if config.rms_norm else nn.Parameter(torch.empty(config.d_model))
 
@@ -60,58 +64,58 @@ class Norm(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.bias is None:
-            normed = _rms_norm(x, self.eps) * self._for_streams(self.weight, x)
-        else:
-            normed = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-            normed = normed * self._for_streams(self.weight, x) + self._for_streams(self.bias, x)
-        return normed.to(self.weight.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Without a residual the sum is x itself."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        weight, bias = (None if vector is None else self._for_streams(vector) for vector in (self.weight, self.bias))
+        return add_norm(x, residual, weight, bias, eps=self.eps, out_dtype=dtype, backend=self.backend)
 
-    def _for_streams(self, vector: Tensor, x: Tensor) -> Tensor:
-        if not self.mirror_channels:
-            return vector
-        vectors = with_mirrored_channels(vector, 0, self.mirrored_stream)
-        return vectors.view(len(x), *[1] * (x.ndim - 2), -1)
+    def _for_streams(self, vector: Tensor) -> Tensor:
+        return with_mirrored_channels(vector, 0, self.mirrored_stream) if self.mirror_channels else vector
 
 
 class Block(nn.Module):
-    """Norm and mixer; the caller adds the residual. (S, B, L, D) -> (S, B, L, D)."""
+    """Residual add, norm and mixer. The residual is added where a norm reads it, so that one kernel does both."""
 
     def __init__(self, config: CaduceusConfig, *, mirrored_stream: int, mirror_channels: bool, backend: str) -> None:
         super().__init__()
-        self.norm = Norm(config, mirrored_stream=mirrored_stream, mirror_channels=mirror_channels)
-        self.mixer = BiMamba(config, mirrored_stream=mirrored_stream, mirror_channels=mirror_channels, backend=backend)
+        options = {"mirrored_stream": mirrored_stream, "mirror_channels": mirror_channels, "backend": backend}
+        self.norm = Norm(config, **options)
+        self.mixer = BiMamba(config, **options)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         self.norm.init_weights()
         self.mixer.init_weights(generator)
 
-    def forward(self, residual: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        return self.mixer(self.norm(residual), pad_mask)
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None = None, pad_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(mixer(norm(residual + hidden)), residual + hidden), (S, B, L, D) each; the next block adds them."""
+        normed, residual = self.norm(hidden, residual)
+        return self.mixer(normed, pad_mask), residual
 
 
 class CaduceusForMaskedLM(nn.Module):
     """Caduceus-Ph, Caduceus-PS or uni-directional Mamba with a language-model head tied to the embedding.
 
-    `backend` names the implementation of scan and convolution (see `caduceus.ops`). With `checkpoint_blocks` a backward
+    `backend` names the implementation of the ops (see `caduceus.ops`). With `checkpoint_blocks` a backward
     pass recomputes each block instead of keeping its activations.
     """
 
     def __init__(self, config: CaduceusConfig, backend: str = "auto", checkpoint_blocks: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.backend = backend
         self.checkpoint_blocks = checkpoint_blocks
         swaps_strands = config.rcps and config.fused_add_norm
         mirrored = [layer % 2 if swaps_strands else 1 for layer in range(config.n_layer)]
         table = torch.empty(config.padded_vocab_size, config.d_model)
         self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.register_buffer("complement", torch.empty(config.padded_vocab_size, dtype=torch.long), persistent=False)
-        self.blocks = nn.ModuleList(
-            Block(config, mirrored_stream=stream, mirror_channels=swaps_strands, backend=backend) for stream in mirrored
-        )
-        self.norm_f = Norm(config, mirrored_stream=mirrored[-1], mirror_channels=swaps_strands)
+        options = {"mirror_channels": swaps_strands, "backend": backend}
+        self.blocks = nn.ModuleList(Block(config, mirrored_stream=stream, **options) for stream in mirrored)
+        self.norm_f = Norm(config, mirrored_stream=mirrored[-1], **options)
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -143,31 +147,31 @@ class CaduceusForMaskedLM(nn.Module):
         results at all other positions are those of the unpadded sequences. (A [PAD] token stands for N and is an
         ordinary input.) With `return_logits` false the head runs at labelled positions only and `.logits` is None.
         """
-        residual = self._embed(input_ids)
-        hidden_states = [self._published_layout(residual, first=0)] if output_hidden_states else None
+        hidden, residual = self._embed(input_ids), None
+        hidden_states = [self._published_layout(hidden, first=0)] if output_hidden_states else None
         for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                hidden = checkpoint(block, residual, pad_mask, use_reentrant=False)
+                if residual is not None:  # a block would keep both for its backward pass; of their sum it keeps one
+                    hidden, residual = (residual + hidden).to(residual.dtype), None
+                hidden, residual = checkpoint(block, hidden, residual, pad_mask, use_reentrant=False)
             else:
-                hidden = block(residual, pad_mask)
-            residual = residual + hidden
+                hidden, residual = block(hidden, residual, pad_mask)
             if output_hidden_states and number < len(self.blocks):
                 first = 1 - block.mixer.mirrored_stream if self.config.fused_add_norm else 0
                 hidden_states.append(self._published_layout(hidden, first))
-        if output_hidden_states and self.config.fused_add_norm:
-            hidden_states.append(self._published_layout(self.norm_f(residual), 1 - self.norm_f.mirrored_stream))
+        normed, _ = self.norm_f(hidden, residual)
+        if output_hidden_states:
+            if self.config.fused_add_norm:
+                hidden_states.append(self._published_layout(normed, 1 - self.norm_f.mirrored_stream))
+            hidden_states = tuple(hidden_states)
 
-        hidden_states = None if hidden_states is None else tuple(hidden_states)
-        logits = self._logits(residual) if return_logits else None
+        head = self._head()
+        logits = _logits(normed, head) if return_logits else None
         if labels is None:
             return MaskedLMOutput(logits=logits, hidden_states=hidden_states)
-        positions = (labels.flatten() != IGNORE_LABEL).nonzero().squeeze(1)
-        if logits is None:
-            labelled = self._logits(residual.flatten(1, 2).index_select(1, positions))
-        else:
-            labelled = logits.flatten(0, 1).index_select(0, positions)
-        weights = None if loss_weights is None else loss_weights.flatten()[positions]
-        loss_sum, weight_sum = _weighted_cross_entropy(labelled, labels.flatten()[positions], weights)
+        loss_sum, weight_sum = head_cross_entropy(
+            normed, head, labels, loss_weights, ignore_label=IGNORE_LABEL, backend=self.backend
+        )
         loss = loss_sum / torch.where(weight_sum > 0, weight_sum, 1)
         return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum)
 
@@ -207,16 +211,14 @@ class CaduceusForMaskedLM(nn.Module):
             embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
         return embedded
 
-    def _logits(self, residual: Tensor) -> Tensor:
-        """residual (S, …, D) -> logits (…, V), in at least fp32 over both strands."""
+    def _head(self) -> Tensor:
+        """The head of each stream, (S, V, D): what it predicts is a base of the forward strand."""
         table = self.embedding.weight
-        weight = table[None]
-        if self.config.rcps:
-            pair = [table, self._for_complement(table)]
-            forward_is_first = not self.config.fused_add_norm or self.norm_f.mirrored_stream == 1
-            weight = torch.stack(pair if forward_is_first else pair[::-1])
-        logits = project(self.norm_f(residual), weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(0)
+        if not self.config.rcps:
+            return table[None]
+        pair = [table, self._for_complement(table)]
+        forward_is_first = not self.config.fused_add_norm or self.norm_f.mirrored_stream == 1
+        return torch.stack(pair if forward_is_first else pair[::-1])
 
     def _for_complement(self, table: Tensor) -> Tensor:
         """Rows of the complementary tokens, channel-flipped where the block form holds the second strand so."""
@@ -231,18 +233,7 @@ class CaduceusForMaskedLM(nn.Module):
         return torch.cat([streams[first], second if self.config.fused_add_norm else second.flip(-1)], dim=-1)
 
 
-def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    if x.is_cuda:
-        return F.rms_norm(x, x.shape[-1:], eps=eps)
-    # PyTorch fuses it on GPUs only; elsewhere this takes about two thirds of the time of its composite.
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
-    return x * (mean_square + eps).rsqrt()
-
-
-def _weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum of weighted cross-entropy and sum of weights. logits (n, V) in at least fp32, labels (n,), weights (n,)."""
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    if weights is None:
-        return losses.sum(), losses.new_tensor(losses.numel())
-    weights = weights.to(losses.dtype)
-    return (losses * weights).sum(), weights.sum()
+def _logits(normed: Tensor, head: Tensor) -> Tensor:
+    """normed (S, B, L, D), head (S, V, D) -> logits (B, L, V), in at least fp32 over both strands."""
+    logits = project(normed, head)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(0)

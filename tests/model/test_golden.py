@@ -1,25 +1,16 @@
-"""The flip-free model against the published implementation's outputs."""
+"""The flip-free model against the published implementation's outputs. For Triton's, see tests/ops/interpreted."""
 
 import pytest
-from torch import Tensor
 
-from caduceus.model.hub import from_published
-from caduceus.model.published import PublishedLayout
+from tests.model.golden import relative_error
 
 # fp32 rounding of both sides; measured at most 8e-7 (values) and 3e-6 (gradients) with the naive backend.
 VALUES, GRADIENTS = 5e-6, 2e-5
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
 @pytest.mark.parametrize("backend", ["naive", "cpu"])
 def test_outputs_and_gradients_are_the_published_ones(golden, backend):
-    model = from_published(golden.config, golden.part("state"))
-    for block in model.blocks:
-        block.mixer.backend = backend
-
+    model = golden.model(backend)
     output = model(golden["input_ids"], golden["labels"], output_hidden_states=True)
     output.loss.backward()
     hidden_states = golden.part("hidden")
@@ -29,11 +20,8 @@ def test_outputs_and_gradients_are_the_published_ones(golden, backend):
     assert len(output.hidden_states) == len(hidden_states)
     for number, hidden in enumerate(output.hidden_states):
         assert relative_error(hidden, hidden_states[str(number)]) < VALUES, f"hidden.{number}"
-
-    layout = PublishedLayout(model.config)
-    gradients = layout.to_published({name: p.grad for name, p in model.named_parameters()})
-    for name, expected in golden.part("grad").items():
-        assert relative_error(gradients[name], expected) < GRADIENTS, name
+    for name, error in golden.gradient_errors(model).items():
+        assert error < GRADIENTS, name
 
     weighted = model(golden["input_ids"], golden["labels"], golden["loss_weights"], return_logits=False)
     assert weighted.logits is None
