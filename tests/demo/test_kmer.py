@@ -99,6 +99,7 @@ def test_soft_masking_is_ignored_and_other_codes_are_hidden():
     assert kmer.codes_of_tokens(np.array([alphabet.MASK, alphabet.N])).tolist() == [kmer.HIDDEN] * 2
 
 
+@thorough
 @given(st.text("ACGT.", max_size=30), st.integers(0, 3), st.integers(0, 3))
 def test_contexts_are_the_neighbours_within_reach(text, k, reach):
     found = kmer.contexts(to_codes(text), reach, k)
