@@ -8,6 +8,13 @@ class UserError(Exception):
     """A mistake in what the user gave. The message is one line: what is wrong, where, and what to do."""
 
 
+class NodeError(UserError):
+    """The machine that this process runs on is at fault, not the run. The message is one line that names the machine.
+
+    A run on SLURM starts again without that node.
+    """
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command line's `main` and exit with its status; a `UserError` becomes one line and status 2."""
     try:

@@ -27,6 +27,8 @@ from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
 
 MARKER = "COMPLETE"
+CODE_VERSION = "code_version.json"
+"""Beside the packages of a copy of the code: the git commit and uncommitted changes that it was copied from."""
 
 _log = logging.getLogger(__name__)
 
@@ -260,10 +262,17 @@ def provenance() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "python": platform.python_version(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_diff": _git("diff", "HEAD"),
+        **code_version(),
         "packages": {name: _version(name) for name in packages},
     }
+
+
+def code_version() -> dict[str, str | None]:
+    """Commit and uncommitted changes of the code that runs, which may be a copy of a repository."""
+    recorded = Path(__file__).resolve().parent.parent / CODE_VERSION
+    if recorded.exists():
+        return json.loads(recorded.read_text())
+    return {"git_commit": _git("rev-parse", "HEAD"), "git_diff": _git("diff", "HEAD")}
 
 
 def sha256_of(path: Path) -> str:

@@ -8,7 +8,7 @@ from caduceus.errors import UserError
 from caduceus.run_directory import RunDirectory
 from launch.cluster import Cluster, slurm_complaint
 from launch.plan import plan
-from launch.submission import live_job
+from launch.submission import live_jobs
 
 
 def refuse_impossible_layout(config: Config, cluster: Cluster) -> None:
@@ -18,6 +18,13 @@ def refuse_impossible_layout(config: Config, cluster: Cluster) -> None:
     check_layout(config, cluster.world)
     if config.run.device == "cuda" and cluster.executor == "slurm" and not cluster.gpus_per_node:
         raise UserError("run.device: cuda was asked for, but the job asks for no GPUs; use --gpus-per-node")
+
+
+def refuse_bad_request(config: Config, cluster: Cluster) -> None:
+    """Raise `UserError` for the first thing that would go wrong."""
+    refuse_impossible_layout(config, cluster)
+    if found := complaints(config, cluster):
+        raise UserError(found[0])
 
 
 def complaints(config: Config, cluster: Cluster) -> list[str]:
@@ -30,8 +37,10 @@ def complaints(config: Config, cluster: Cluster) -> list[str]:
 
 
 def _in_use_complaint(config: Config) -> str | None:
-    job = live_job(RunDirectory(config.run.dir))
-    return job and f"run.dir: {config.run.dir} is in use by job {job}; wait for it, or end it by: scancel {job}"
+    run = RunDirectory(config.run.dir)
+    for job in live_jobs(run):
+        return f"run.dir: {run.path} is in use by job {job}; wait for it, or: python launch/runs.py stop {run.path}"
+    return None
 
 
 def _data_complaint(config: Config) -> str | None:

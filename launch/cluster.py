@@ -43,7 +43,11 @@ class Cluster:
     exclude: str | None = None
     reservation: str | None = None
     requeue: bool = True
-    """Let SLURM start the job again after preemption or the loss of a node."""
+    """Put the job back into the queue after its time limit, preemption, the loss of a node, or a failure."""
+    chain: int = 1
+    """Jobs submitted at once, each of which goes on where the one before ended: where requeueing is forbidden."""
+    max_failures: int = 3
+    """Failures in a row without a new checkpoint between them after which the run is given up."""
     signal_seconds: int = 120
     """How long before the time limit the run is told to save and stop."""
     python: str | None = None
@@ -65,6 +69,11 @@ class Cluster:
     def world(self) -> int:
         """Ranks of the run."""
         return self.nodes * self.processes_per_node
+
+    @property
+    def requeues(self) -> bool:
+        """Whether a job goes back into the queue; in a chain the next one goes on instead."""
+        return self.requeue and self.chain == 1
 
     @property
     def minutes(self) -> int:
@@ -131,7 +140,7 @@ def sbatch_parameters(cluster: Cluster, job_name: str) -> dict[str, Any]:
     for key in ("cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude"):
         if (value := getattr(cluster, key)) is not None:
             parameters[key] = value
-    further: dict[str, Any] = {"requeue" if cluster.requeue else "no-requeue": True}
+    further: dict[str, Any] = {"requeue" if cluster.requeues else "no-requeue": True}
     if cluster.reservation:
         further["reservation"] = cluster.reservation
     if cluster.gpus_per_node and cluster.gpu_request != "none":
@@ -202,6 +211,7 @@ def _check(cluster: Cluster) -> None:
     if cluster.gpu_request not in ("gpus-per-node", "gres", "none"):
         raise UserError(f"gpu_request: choose gpus-per-node, gres or none; got '{cluster.gpu_request}'")
     least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 0}
+    least |= {"chain": 1, "max_failures": 1}
     for key, smallest in least.items():
         value = getattr(cluster, key)
         if value is not None and value < smallest:

@@ -1,166 +1,183 @@
-"""Handing a run to SLURM or to this machine through submitit, and what is left in the run directory of that."""
+"""Handing runs to SLURM through submitit, and what is left in a run directory of that."""
 
-import contextlib
 import json
-import os
 import shlex
 import shutil
-import signal
 import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 
-from caduceus.config import Config, WandbConfig
 from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory, provenance
+from caduceus.run_directory import CODE_VERSION, RunDirectory, code_version, provenance
 from launch.cluster import Cluster, sbatch_parameters, test_submission
 from launch.job import TrainTask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("caduceus", "data_prep", "launch")
-LIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING"
+LIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING,REQUEUED"
 
 
-class _SlurmExecutor(submitit.SlurmExecutor):
+@dataclass(frozen=True)
+class Submission:
+    """A run handed over once: its jobs (several in a chain), where their logs are, and what was asked for."""
+
+    run: Path
+    jobs: list[str]
+    executor: str
+    logs: Path
+    request: dict[str, Any]
+
+
+class SlurmExecutor(submitit.SlurmExecutor):
     """Can be made without SLURM, for a dry run; a real submission looks for SLURM first."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
+    def script(self) -> str:
+        """The text that sbatch gets."""
+        # submitit has no public way to the text without submitting it.
+        return self._make_submission_file_text(self._submitit_command_str, "")
 
-def submit(config: Config, cluster: Cluster, run: RunDirectory) -> None:
-    """Submit to SLURM and say how to follow the run. Raises `UserError` with SLURM's reason where it refuses."""
-    script = batch_script(config, cluster)
+
+def submit(cluster: Cluster, run: RunDirectory, job_name: str) -> list[str]:
+    """Submit a run to SLURM, as one job or as a chain; returns the jobs' ids.
+
+    Raises `UserError` with SLURM's reason where it refuses.
+    """
+    executor = run_executor(cluster, run.path.absolute(), job_name)
+    refuse_what_slurm_refuses(executor)
+    snapshot_code(run.path)
+    task = TrainTask(str(run.path.absolute()))
+    jobs: list[str] = []
+    try:
+        for _ in range(cluster.chain):
+            if jobs:
+                executor.update_parameters(dependency=f"afterany:{jobs[-1]}")
+            jobs.append(submitted(lambda: executor.submit(task)).job_id)
+    finally:
+        if jobs:
+            record(run, _submission(cluster, run, jobs, run.path / "logs"))
+    return jobs
+
+
+def submit_array(cluster: Cluster, folder: Path, runs: Sequence[RunDirectory], job_name: str) -> list[str]:
+    """Submit several runs as one job array, with code and logs in `folder`; returns the ids of the array's jobs."""
+    executor = run_executor(cluster, folder.absolute(), job_name, array=True)
+    refuse_what_slurm_refuses(executor)
+    snapshot_code(folder)
+    write_atomically(folder / "runs.txt", "".join(f"{run.path.absolute()}\n" for run in runs).encode())
+    tasks = [TrainTask(str(run.path.absolute())) for run in runs]
+    jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]
+    for run, job in zip(runs, jobs, strict=True):
+        record(run, _submission(cluster, run, [job], folder / "logs"))
+    return jobs
+
+
+def run_executor(cluster: Cluster, folder: Path, job_name: str, array: bool = False) -> SlurmExecutor:
+    """For a run in `folder`, or for the runs that folder/runs.txt lists: their jobs look after themselves."""
+    executor = SlurmExecutor(folder / "logs", python=cluster.python)
+    parameters = sbatch_parameters(cluster, job_name)
+    listed = '"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" ' + shlex.quote(str(folder / "runs.txt")) + ')"'
+    parameters["setup"] += [
+        pythonpath(folder),
+        f"RUN={listed if array else shlex.quote(str(folder))}",
+        '[ -e "$RUN/STOP" ] && exit',
+        "trap : TERM  # on SIGTERM the shell stays until the processes have ended, for the last lines",
+    ]
+    parameters["teardown"] = [
+        "status=$?",
+        "trap '' TERM",
+        f'{shlex.quote(sys.executable)} -m launch.requeue "$RUN" $status',
+    ]
+    executor.update_parameters(**parameters)
+    return executor
+
+
+def pythonpath(folder: Path) -> str:
+    """The shell line that lets a job import the code that was submitted."""
+    return f"export PYTHONPATH={shlex.quote(str(folder / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"
+
+
+def refuse_what_slurm_refuses(executor: SlurmExecutor) -> None:
+    """Raise `UserError` where SLURM would not take the job."""
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(script)
+        file.write(executor.script())
         file.flush()
         if complaint := test_submission(Path(file.name)):
             raise UserError(complaint)
-    snapshot_code(run)
+
+
+def submitted(submit: Callable[[], Any]) -> Any:
+    """What a submission returns; a refusal by sbatch is a `UserError`."""
     try:
-        job = _slurm_executor(config, cluster).submit(TrainTask(str(run.path.absolute())))
+        return submit()
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
-    _record(run, cluster, job.job_id)
-    print(
-        f"job:           {job.job_id}\nlog:           {job.paths.stdout}\nW&B:           {_wandb_place(config.wandb)}"
-    )
-    print(f"next:          squeue -j {job.job_id}   tail -F {job.paths.stdout}   scancel {job.job_id}")
 
 
-def run_here(cluster: Cluster, run: RunDirectory) -> int:
-    """Run as a job of this machine, show the first rank's output until it ends, and return its exit status."""
-    if cluster.setup or cluster.srun or cluster.python:
-        raise UserError("setup, srun, python: a local job runs in this shell's environment, with this Python")
-    code = snapshot_code(run)
-    executor = submitit.LocalExecutor(run.path.absolute() / "logs")
-    executor.update_parameters(
-        tasks_per_node=cluster.processes_per_node,
-        gpus_per_node=cluster.gpus_per_node,
-        timeout_min=cluster.minutes,
-        signal_delay_s=cluster.signal_seconds,
-        stderr_to_stdout=True,
-    )
-    path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
-    with submitit.helpers.environment_variables(**cluster.env, PYTHONPATH=path), _ctrl_c_ignored():
-        job = executor.submit(TrainTask(str(run.path.absolute())))
-    _record(run, cluster, job.job_id)
-    print(f"log:           {job.paths.stdout}", flush=True)
-    last = ""
-    for last in _lines_until_done(job):
-        print(last, end="", flush=True)
-    if job.exception() is None:
-        return max(job.results())
-    return 2 if last.startswith("error: ") else 1
-
-
-def batch_script(config: Config, cluster: Cluster) -> str:
-    """The text that sbatch gets."""
-    executor = _slurm_executor(config, cluster)
-    # submitit has no public way to the text without submitting it.
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
-
-
-def live_job(run: RunDirectory) -> str | None:
-    """The SLURM job that waits for, or trains in, a run directory; None where there is none."""
-    jobs = [entry["job"] for entry in submissions(run) if entry["executor"] == "slurm"]
-    if not jobs:
-        return None
-    command = ["squeue", "--noheader", f"--jobs={','.join(jobs)}", f"--states={LIVE_STATES}", "--format=%i"]
+def live_jobs(run: RunDirectory) -> dict[str, tuple[str, str]]:
+    """{job: (state, reason)} of the SLURM jobs that wait for, or train in, a run directory."""
+    jobs = [job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs]
+    if not jobs or shutil.which("squeue") is None:
+        return {}
+    columns = "%A|%F_%K|%T|%r"
+    numbers = ",".join(sorted({job.split("_")[0] for job in jobs}))
+    command = ["squeue", "--noheader", "--array", f"--jobs={numbers}", f"--states={LIVE_STATES}", f"--format={columns}"]
+    found = {}
     # squeue fails for a job that SLURM has forgotten, which is then not alive.
-    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    return found[0] if found else None
+    for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+        number, of_array, state, reason = line.split("|")
+        job = of_array if of_array in jobs else number
+        if job in jobs:
+            found[job] = (state, reason)
+    return found
 
 
-def submissions(run: RunDirectory) -> list[dict[str, Any]]:
-    """Every submission of a run, oldest first: time, executor, job, request, code version."""
+def submissions(run: RunDirectory) -> list[Submission]:
+    """Every submission of a run, oldest first."""
     path = run.path / "submissions.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
 
 
-def snapshot_code(run: RunDirectory) -> Path:
-    """Copy the code to RUN/code, so that a job which starts later, or again, runs what was submitted.
+def record(run: RunDirectory, submission: Submission) -> None:
+    """Add a submission to RUN/submissions.json, with what was submitted by whom and from where."""
+    path = run.path / "submissions.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    entry = {
+        "jobs": submission.jobs,
+        "executor": submission.executor,
+        "logs": str(submission.logs),
+        "request": submission.request,
+        **provenance(),
+    }
+    write_atomically(path, dump_json([*rows, entry]))
+
+
+def snapshot_code(folder: Path) -> Path:
+    """Copy the code to folder/code, so that a job which starts later, or again, runs what was submitted.
 
     Compiled CPU kernels, in __pycache__, are copied with it: compiling them again takes a minute.
     """
-    code, new = run.path.absolute() / "code", run.path.absolute() / "code.new"
+    code, new = folder.absolute() / "code", folder.absolute() / "code.new"
     shutil.rmtree(new, ignore_errors=True)
     for package in PACKAGES:
         shutil.copytree(REPOSITORY / package, new / package, ignore=shutil.ignore_patterns("*.tmp*"))
+    write_atomically(new / CODE_VERSION, dump_json(code_version()))
     shutil.rmtree(code, ignore_errors=True)
     new.rename(code)
     return code
 
 
-def _slurm_executor(config: Config, cluster: Cluster) -> submitit.SlurmExecutor:
-    run_path = Path(config.run.dir).absolute()
-    executor = _SlurmExecutor(run_path / "logs", python=cluster.python)
-    parameters = sbatch_parameters(cluster, config.run.name)
-    parameters["setup"].append(f"export PYTHONPATH={shlex.quote(str(run_path / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}")
-    executor.update_parameters(**parameters)
-    return executor
-
-
-def _record(run: RunDirectory, cluster: Cluster, job: str) -> None:
-    entry = {"job": job, "executor": cluster.executor, "request": vars(cluster), **provenance()}
-    write_atomically(run.path / "submissions.json", dump_json([*submissions(run), entry]))
-
-
-def _wandb_place(wandb: WandbConfig) -> str:
-    if wandb.mode in ("offline", "disabled"):
-        return wandb.mode
-    project = "/".join(filter(None, [wandb.entity, wandb.project]))
-    return f"project {project}; the log has the link of the run"
-
-
-@contextlib.contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """What starts meanwhile is deaf to Ctrl-C: submitit's controller would kill its tasks, who want to save first."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _lines_until_done(job: submitit.Job[int]) -> Iterator[str]:
-    """Lines of the first rank's log as they come. Ctrl-C reaches the ranks by itself; here it is waited for."""
-    while not job.paths.stdout.exists() and not job.done():
-        time.sleep(0.1)
-    with job.paths.stdout.open() as log:
-        while True:
-            try:
-                done = job.done()
-                yield from log
-                if done:
-                    return
-                time.sleep(0.2)
-            except KeyboardInterrupt:
-                print("stopping after this step, with a checkpoint", flush=True)
+def _submission(cluster: Cluster, run: RunDirectory, jobs: list[str], logs: Path) -> Submission:
+    request = vars(cluster) | {"requeue": cluster.requeues}
+    return Submission(run.path.absolute(), jobs, cluster.executor, logs.absolute(), request)

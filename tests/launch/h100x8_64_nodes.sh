@@ -30,8 +30,16 @@ export NCCL_SOCKET_IFNAME='^lo,docker'
 export NCCL_DEBUG=WARN
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export PYTHONPATH=/home/lab/runs/ph-131k/code${PYTHONPATH:+:$PYTHONPATH}
+RUN=/home/lab/runs/ph-131k
+[ -e "$RUN/STOP" ] && exit
+trap : TERM  # on SIGTERM the shell stays until the processes have ended, for the last lines
 
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output /home/lab/runs/ph-131k/logs/%j_%t_log.out --kill-on-bad-exit=1 --container-image=caduceus.sqsh python -u -m submitit.core._submit /home/lab/runs/ph-131k/logs
 
+
+# teardown
+status=$?
+trap '' TERM
+python -m launch.requeue "$RUN" $status

@@ -1,6 +1,7 @@
 from pathlib import Path
 
-from launch.job import FIRST_PORT, PORTS, node_defaults, rendezvous
+from launch.job import FIRST_PORT, PORTS, rendezvous
+from launch.node import node_defaults
 
 
 def test_rendezvous_of_64_nodes_of_8():

@@ -1,17 +1,13 @@
 """Training runs through the launcher on a real SLURM."""
 
-import json
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from caduceus.errors import UserError
 from launch import slurm
-from tests.conftest import REPOSITORY
+from tests.slurm.runs import REQUEST, job_of, launch, losses, wait_for_end
 
 pytestmark = pytest.mark.slow
 
@@ -30,35 +26,9 @@ def config(tmp_path, small_shards) -> Path:
     return path
 
 
-def launch(directory: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "launch" / "slurm.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=directory, env=dict(os.environ), capture_output=True, text=True)
-
-
-def wait_for_end(cluster, job: str, seconds: float = 400) -> str:
-    """The state in which a job ended."""
-    deadline = time.monotonic() + seconds
-    while True:
-        state = cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
-        if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
-            return state
-        assert time.monotonic() < deadline, f"job {job} is still {state}"
-        time.sleep(0.5)
-
-
-def job_of(result: subprocess.CompletedProcess) -> str:
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split("job:")[1].split()[0]
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row.get("loss", row.get("valid_loss")) for row in rows]
-
-
 def test_runs_on_several_nodes_equal_the_single_process(slurm_cluster, config, tmp_path):
     assert launch(tmp_path, "--config", config, "--cluster", "debug", "run.dir=alone").returncode == 0
-    request = ["--config", config, "--cluster", "cpu", "--cpus-per-task", "1", "--mem", "500M"]
+    request = ["--config", config, *REQUEST]
     two = launch(tmp_path, *request, "--nodes", "2", "--tasks-per-node", "2", "run.dir=two")
     again = launch(tmp_path, *request, "--nodes", "2", "--tasks-per-node", "2", "run.dir=two")
     assert again.returncode == 2 and f"two is in use by job {job_of(two)}" in again.stderr

@@ -1,0 +1,96 @@
+"""RUN/attempts.jsonl: how often a run's jobs started and how they ended, an event in each line. Imports no torch.
+
+start     a job's processes are up: nodes, and the step of the checkpoint that they go on from
+bad node  a node that failed its checks, and why
+end       the processes have ended: reason, newest checkpoint's step, and the error if there was one
+gave up   after too many failures the run does not go on by itself
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from caduceus.run_directory import RunDirectory
+
+COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
+TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
+LOST = "lost"
+"""Of an attempt that left no end: its node died, or everything was killed at once."""
+
+
+@dataclass
+class Attempt:
+    """One start of a job's processes, up to their end."""
+
+    job: str
+    restart: int
+    """How often SLURM had started this job before."""
+    started: str | None = None
+    ended: str | None = None
+    nodes: str = ""
+    step: int = 0
+    """Of the newest checkpoint, at the attempt's end or, before that, at its start."""
+    reason: str | None = None
+    error: str | None = None
+    gave_up: bool = False
+    bad_nodes: list[str] = field(default_factory=list)
+
+
+def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) -> None:
+    """Add a line to the run's history."""
+    row = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job, "restart": restart, **facts}
+    with (run.path / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def attempts(run: RunDirectory) -> list[Attempt]:
+    """All attempts of a run, oldest first. All but the newest have a reason for their end."""
+    found: dict[tuple[str, int], Attempt] = {}
+    for row in _rows(run):
+        key = (row["job"], row["restart"])
+        attempt = found.setdefault(key, Attempt(*key))
+        if row["event"] == "start":
+            attempt.started, attempt.nodes, attempt.step = row["time"], row["nodes"], row["step"]
+        elif row["event"] == "bad node":
+            attempt.bad_nodes.append(row["node"])
+        elif row["event"] == "end":
+            attempt.ended, attempt.reason, attempt.step = row["time"], row["reason"], row["step"]
+            attempt.error = row["error"]
+        else:
+            attempt.gave_up = True
+    in_order = list(found.values())
+    for attempt in in_order[:-1]:
+        attempt.reason = attempt.reason or LOST
+    return in_order
+
+
+def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
+    """How many of the newest attempts of these jobs failed one after the other with no new checkpoint between them.
+
+    What is not the run's fault (time limits, preemption, bad nodes) counts neither for nor against it.
+    """
+    failures, step = 0, None
+    for attempt in reversed([attempt for attempt in attempts(run) if attempt.job in jobs]):
+        if step is not None and attempt.step != step:
+            break
+        step = attempt.step
+        failures += attempt.reason in (FAILED, LOST)
+    return failures
+
+
+def newest_step(run: RunDirectory) -> int:
+    """Step of the newest complete checkpoint; 0 where there is none."""
+    checkpoints = run.checkpoints()
+    return checkpoints[-1].step if checkpoints else 0
+
+
+def _rows(run: RunDirectory) -> list[dict[str, Any]]:
+    path = run.path / "attempts.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # two nodes wrote at once to a shared file system, or a kill cut the line short
+            continue
+    return rows

@@ -1,0 +1,133 @@
+"""Runs as jobs of this machine, through submitit's local executor."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import submitit
+from submitit.local.local import Controller, LocalExecutor, LocalJob
+
+from caduceus.errors import UserError
+from caduceus.run_directory import RunDirectory
+from launch import history
+from launch.cluster import Cluster
+from launch.job import TrainTask
+from launch.logs import follow, last_error, log_path
+from launch.submission import Submission, record, snapshot_code
+
+GRACE_SECONDS = 10
+"""How long the other ranks may take to end by themselves when one has failed."""
+
+
+def run_here(cluster: Cluster, run: RunDirectory) -> int:
+    """Run as a job of this machine, show the first rank's output until it ends, and return its exit status."""
+    if cluster.setup or cluster.srun or cluster.python:
+        raise UserError("setup, srun, python: a local job runs in this shell's environment, with this Python")
+    code = snapshot_code(run.path)
+    logs = run.path.absolute() / "logs"
+    executor = _Executor(logs)
+    executor.update_parameters(
+        tasks_per_node=cluster.processes_per_node,
+        gpus_per_node=cluster.gpus_per_node,
+        timeout_min=cluster.minutes,
+        signal_delay_s=cluster.signal_seconds,
+        stderr_to_stdout=True,
+    )
+    path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+    with submitit.helpers.environment_variables(**cluster.env, PYTHONPATH=path), _ctrl_c_ignored():
+        job = executor.submit(TrainTask(str(run.path.absolute())))
+    record(run, Submission(run.path.absolute(), [job.job_id], cluster.executor, logs, vars(cluster)))
+    log = log_path(logs, job.job_id)
+    print(f"log:           {log}", flush=True)
+    last = ""
+    for last in _through_ctrl_c(follow(log, job.done)):
+        print(last, end="", flush=True)
+    failed = job.exception() is not None
+    status = (2 if last.startswith("error: ") else 1) if failed else max(job.results())
+    error = last_error(logs, job.job_id) if failed else None
+    reason = history.FAILED if failed else history.STOPPED if status else history.COMPLETE
+    history.record(run, "end", job.job_id, 0, reason=reason, step=history.newest_step(run), error=error, status=status)
+    return status
+
+
+class _Executor(LocalExecutor):
+    """Its jobs have `_Controller`."""
+
+    def _submit_command(self, command: str) -> LocalJob:
+        gpus = self.parameters["gpus_per_node"]
+        tasks = self.parameters["tasks_per_node"]
+        environment = {
+            "SUBMITIT_LOCAL_NTASKS": str(tasks),
+            "SUBMITIT_LOCAL_COMMAND": command,
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * self.parameters["timeout_min"]),
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(self.parameters["signal_delay_s"]),
+            "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "SUBMITIT_STDERR_TO_STDOUT": "1",
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_WITH_SHELL": "",
+        }
+        if gpus:  # else all that this shell sees
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+        controller = [sys.executable, "-m", "launch.local", str(self.folder)]
+        process = subprocess.Popen(controller, env=os.environ | environment)
+        return LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=list(range(tasks)))
+
+
+class _Controller(Controller):
+    """Ends the whole job when one of its processes has failed, as --kill-on-bad-exit of srun does; SIGTERM kills it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        signal.signal(signal.SIGTERM, self._kill)
+
+    def wait(self, freq: int = 24) -> Sequence[int | None]:
+        """Until all processes have ended, the time is up, or one has failed and the others had time to end."""
+        started = time.monotonic()
+        told, failed = False, None
+        while None in (statuses := [task.poll() for task in self.tasks]):
+            now = time.monotonic()
+            if failed is None and any(statuses):
+                failed = now
+            if now - started > self.timeout_s or (failed is not None and now - failed > GRACE_SECONDS):
+                break
+            if not told and now - started > self.timeout_s - self.signal_delay_s:
+                told = True
+                self._forward_signal(signal.SIGUSR2)
+            time.sleep(1 / freq)
+        return statuses
+
+    def _kill(self, *_: object) -> None:
+        self._forward_signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """What starts meanwhile is deaf to Ctrl-C: submitit's controller would kill its tasks, who want to save first."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _through_ctrl_c(lines: Iterator[str]) -> Iterator[str]:
+    """Ctrl-C reaches the ranks by itself; their last lines are waited for."""
+
+    def announce(*_: object) -> None:
+        os.write(1, b"stopping after this step, with a checkpoint\n")  # print must not interrupt itself
+
+    before = signal.signal(signal.SIGINT, announce)
+    try:
+        yield from lines
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    _Controller(Path(sys.argv[1])).run()

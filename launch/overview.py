@@ -1,0 +1,105 @@
+"""How a run stands, from its directory and, where there is one, SLURM. Imports no torch."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from statistics import median
+
+from caduceus.run_directory import RunDirectory
+from launch import history, local_jobs
+from launch.history import Attempt, attempts, newest_step
+from launch.logs import last_error
+from launch.submission import Submission, live_jobs, submissions
+
+RUNNING, STOPPING, WAITING = "running", "stopping", "waiting"
+_RECENT_ROWS = 50
+
+
+@dataclass(frozen=True)
+class Overview:
+    """How a run stands. What is not known is None."""
+
+    state: str
+    """running, stopping, waiting, complete, stopped, failed, given up, cancelled, interrupted, lost or new."""
+    why: str | None
+    """SLURM's reason to let it wait, or the error that ended it."""
+    jobs: list[str]
+    """Jobs that run or wait."""
+    step: int
+    steps: int
+    loss: float | None
+    valid_loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    checkpoint: int
+    """Step of the newest checkpoint; 0 is none."""
+    quiet_seconds: float | None
+    """Since the last row of metrics.jsonl."""
+    attempts: list[Attempt]
+
+    @property
+    def live(self) -> bool:
+        return self.state in (RUNNING, STOPPING, WAITING)
+
+
+def overview(run: RunDirectory) -> Overview:
+    """Look at a run; SLURM may have forgotten its jobs, or be absent."""
+    rows, config, found = run.metrics(), run.config(), attempts(run)
+    training = [row for row in rows if "loss" in row]
+    validations = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    step = training[-1]["step"] if training else 0
+    recent = training[-_RECENT_ROWS:]
+    state, why, jobs = _state(run, config.train.steps, found, step > 0)
+    return Overview(
+        state=state,
+        why=why,
+        jobs=jobs,
+        step=step,
+        steps=config.train.steps,
+        loss=training[-1]["loss"] if training else None,
+        valid_loss=validations[-1] if validations else None,
+        tokens_per_second=median(row["tokens_per_second"] for row in recent) if recent else None,
+        seconds_left=median(row["seconds"] for row in recent) * (config.train.steps - step) if recent else None,
+        checkpoint=newest_step(run),
+        quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if rows else None,
+        attempts=found,
+    )
+
+
+def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> tuple[str, str | None, list[str]]:
+    """State, why, and the jobs that are alive."""
+    stop = (run.path / "STOP").exists()
+    submitted = submissions(run)
+    jobs = live_jobs(run)
+    if jobs:
+        waiting = all(state == "PENDING" for state, _ in jobs.values())
+        reason = next(iter(jobs.values()))[1] if waiting else None
+        return (WAITING if waiting else STOPPING if stop else RUNNING), reason, list(jobs)
+    if submitted and submitted[-1].executor == "local" and local_jobs.is_running(submitted[-1].jobs[0]):
+        return (STOPPING if stop else RUNNING), None, submitted[-1].jobs
+    if run.is_in_use():
+        return (STOPPING if stop else RUNNING), None, []
+    if newest_step(run) >= steps:
+        return "complete", None, []
+    if found:
+        return _how_it_ended(found[-1], submitted, stop)
+    if stop:
+        return "stopped", None, []
+    return ("interrupted" if begun else "new"), None, []
+
+
+def _how_it_ended(last: Attempt, submitted: list[Submission], stop: bool) -> tuple[str, str | None, list[str]]:
+    if last.gave_up:
+        return "given up", last.error, []
+    if last.reason == history.FAILED:
+        return "failed", last.error, []
+    if stop or last.reason == history.STOPPED:
+        return "stopped", None, []
+    if last.reason == history.TAKEN:
+        return "cancelled", None, []
+    if last.reason is not None:
+        return "interrupted", last.reason, []
+    if submitted and submitted[-1].executor == "slurm" and shutil.which("squeue") is None:
+        return "lost", "no SLURM here to ask for its job", []
+    error = last_error(submitted[-1].logs, last.job) if submitted else None
+    return ("failed", error, []) if error else ("lost", f"job {last.job} is gone and left no reason", [])

@@ -1,0 +1,136 @@
+"""python -m launch.requeue RUN STATUS: the last line of a batch script, when its srun has ended with STATUS.
+
+Writes down how the processes ended, and puts the job back into SLURM's queue where the run is to go on by itself. A run
+that fails again and again without a new checkpoint in between is given up.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import datetime
+
+from caduceus.run_directory import RunDirectory
+from launch import history
+from launch.history import newest_step
+from launch.logs import last_error
+from launch.submission import Submission, submissions
+
+EARLIEST_SIGNAL_SECONDS = 60
+"""SLURM may send the signal before a time limit up to so much earlier than it was asked to."""
+CONTROLLER_SECONDS = 600
+"""How long a SLURM controller may take to come back before a requeue is given up."""
+_NO_CONTROLLER = re.compile(r"Unable to contact|Connection refused|timed out|communication", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What SLURM says of a job."""
+
+    state: str
+    reason: str
+    preempted: bool
+    seconds_left: float
+    excluded: str
+
+
+def main() -> int:
+    """Settle the job that this process belongs to; returns the batch script's exit status."""
+    run, status = RunDirectory.open(sys.argv[1]), int(sys.argv[2])
+    job, restart = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    submission = next(entry for entry in reversed(submissions(run)) if job in entry.jobs)
+    slurm_job = ask_slurm(job)
+    this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
+    bad_nodes = this.bad_nodes if this else []
+    reason = why_ended(run, status, slurm_job, bad_nodes, submission.request["signal_seconds"])
+    error = last_error(submission.logs, job) if reason in (history.FAILED, history.BAD_NODE) else None
+    history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
+    failures = history.failures_without_progress(run, submission.jobs)
+    gave_up = reason == history.FAILED and failures >= submission.request["max_failures"]
+    if gave_up:
+        history.record(run, "gave up", job, restart)
+        print(f"given up after {failures} failures without a new checkpoint; the last one: {error}", flush=True)
+    if reason in (history.COMPLETE, history.STOPPED) or gave_up:
+        cancel([later for later in submission.jobs if later != job])
+        return int(gave_up)
+    if reason == history.TAKEN:
+        return 1
+    go_on(job, submission, slurm_job, reason, bad_nodes)
+    return 0 if status == 0 else 1
+
+
+def this_job() -> str:
+    """Id of the SLURM job around this process; of an array's task, ARRAY_TASK."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+
+
+def why_ended(run: RunDirectory, status: int, job: SlurmJob, bad_nodes: list[str], signal_seconds: int) -> str:
+    """The reason of an end, as the run's history names it; `status` is srun's, which is 0 after a stop with a save."""
+    if newest_step(run) >= run.config().train.steps:
+        return history.COMPLETE
+    if (run.path / "STOP").exists():
+        return history.STOPPED if status == 0 else history.FAILED
+    if job.state != "RUNNING":
+        return history.TIME_LIMIT if job.reason == "TimeLimit" else history.TAKEN
+    if status:
+        return history.BAD_NODE if bad_nodes else history.FAILED
+    if job.preempted:
+        return history.PREEMPTED
+    near_the_end = job.seconds_left <= signal_seconds + EARLIEST_SIGNAL_SECONDS
+    return history.TIME_LIMIT if near_the_end else history.SIGNAL
+
+
+def go_on(job: str, submission: Submission, slurm_job: SlurmJob, reason: str, bad_nodes: list[str]) -> None:
+    """Put the job back into the queue, or leave the run to the next job of its chain; bad nodes are left out."""
+    if submission.request["requeue"]:
+        print(f"{reason}: the job goes back into the queue", flush=True)
+        scontrol("requeue", job)
+        next_job: str | None = job
+    else:
+        later = submission.jobs[submission.jobs.index(job) + 1 :]
+        next_job = later[0] if later else None
+    if next_job is None:
+        print(f"{reason}: no further job was submitted; python launch/runs.py resume {submission.run}", flush=True)
+    elif bad_nodes:
+        # Of a waiting job only. A requeued one waits at least until its last process, this one, has ended.
+        excluded = ",".join(filter(None, [slurm_job.excluded, *sorted(set(bad_nodes))]))
+        scontrol("update", f"JobId={next_job}", f"ExcNodeList={excluded}")
+        print(f"from now on without {excluded}", flush=True)
+
+
+def ask_slurm(job: str) -> SlurmJob:
+    """The state of a job, by `scontrol show job`."""
+    values = dict(re.findall(r"(\w+)=(\S*)", scontrol("show", "job", "--oneliner", job)))
+    end = datetime.fromisoformat(values["EndTime"]) if values["EndTime"][:1].isdigit() else None
+    return SlurmJob(
+        state=values["JobState"],
+        reason=values["Reason"],
+        preempted=values.get("PreemptTime", "None") not in ("None", "Unknown"),
+        seconds_left=(end - datetime.now()).total_seconds() if end else float("inf"),
+        excluded=values.get("ExcNodeList", "").replace("(null)", ""),
+    )
+
+
+def scontrol(*arguments: str) -> str:
+    """Run scontrol and return its output. A controller that is being restarted is waited for."""
+    deadline = time.monotonic() + CONTROLLER_SECONDS
+    while True:
+        result = subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
+        if result.returncode == 0:
+            return result.stdout
+        if time.monotonic() > deadline or not _NO_CONTROLLER.search(result.stderr):
+            raise RuntimeError(f"scontrol {' '.join(arguments)}: {result.stderr.strip()}")
+        time.sleep(2)
+
+
+def cancel(jobs: list[str]) -> None:
+    """Cancel the jobs of a chain that are not needed any more; those that have ended already are none of scancel's."""
+    if jobs:
+        subprocess.run(["scancel", *jobs], capture_output=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""python launch/runs.py list [DIR] | status RUN | logs RUN [--rank R] [-f] | stop RUN | cancel RUN | resume RUN
+
+Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it tells what SLURM has forgotten.
+"""
+
+import argparse
+import subprocess
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+from caduceus.errors import UserError, run_command
+from caduceus.run_directory import RunDirectory
+from launch import local_jobs
+from launch.cluster import Cluster
+from launch.history import Attempt
+from launch.logs import follow, log_path
+from launch.overview import WAITING, Overview, overview
+from launch.slurm import check_and_start
+from launch.submission import submissions
+from launch.table import table
+
+_ASK_SECONDS = 5.0
+"""How often a followed log asks whether its run is still alive."""
+
+
+def main() -> int:
+    """Do what the command line asks for; returns the exit status."""
+    arguments = parse_arguments()
+    if arguments.action == "list":
+        print(summary(find_runs(arguments.directory)))
+        return 0
+    run = RunDirectory.open(arguments.run)
+    if arguments.action == "status":
+        print(status(run))
+    elif arguments.action == "logs":
+        show_log(run, arguments.rank, arguments.follow)
+    elif arguments.action == "stop":
+        stop(run)
+    elif arguments.action == "cancel":
+        cancel(run)
+    else:
+        return resume(run, arguments.nodes)
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python launch/runs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    listing = actions.add_parser("list", help="a table of all runs below a directory")
+    listing.add_argument("directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="(runs)")
+    texts = {
+        "status": "step, loss, rate, time left, checkpoints, and every start and end so far",
+        "logs": "the newest log of a rank",
+        "stop": "save a checkpoint, end, and stay so until resumed",
+        "cancel": "end at once; what came after the newest checkpoint is lost",
+        "resume": "submit again as before",
+    }
+    added = {name: actions.add_parser(name, help=text) for name, text in texts.items()}
+    for action in added.values():
+        action.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    added["logs"].add_argument("--rank", type=int, default=0, metavar="R", help="(0)")
+    added["logs"].add_argument("-f", "--follow", action="store_true", help="show what is added, while the run lives")
+    added["resume"].add_argument("--nodes", type=int, metavar="M", help="on another number of nodes")
+    return parser.parse_args()
+
+
+def find_runs(directory: Path) -> list[RunDirectory]:
+    """The run directories in a directory, and in the sweeps in it."""
+    found = sorted([*directory.glob("*/config.yaml"), *directory.glob("*/*/config.yaml")])
+    runs = [RunDirectory(path.parent) for path in found if (path.parent / "checkpoints").is_dir()]
+    if not runs:
+        raise UserError(f"{directory}: no runs in here; give the directory that holds the run directories")
+    return runs
+
+
+def summary(runs: list[RunDirectory]) -> str:
+    """A table with a row per run."""
+    heads = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "starts"]
+    rows = []
+    for run in runs:
+        now = overview(run)
+        rows.append(
+            [
+                str(run.path),
+                now.state,
+                f"{now.step:,}/{now.steps:,}",
+                _number(now.loss),
+                _number(now.valid_loss),
+                _rate(now),
+                duration(now.seconds_left) if now.live and now.seconds_left is not None else "-",
+                str(len(now.attempts)),
+            ]
+        )
+    return table(heads, rows)
+
+
+def status(run: RunDirectory) -> str:
+    """Several lines on one run."""
+    now = overview(run)
+    lines = [
+        ("run", str(run.path)),
+        ("state", now.state + (f": {now.why}" if now.why else "")),
+        ("step", f"{now.step:,} of {now.steps:,}"),
+        ("loss", f"{_number(now.loss)}   validation {_number(now.valid_loss)}"),
+        ("rate", f"{_rate(now)} bases/s"),
+    ]
+    if now.live and now.seconds_left is not None:
+        lines.append(("time left", duration(now.seconds_left)))
+    if now.live and now.quiet_seconds is not None:
+        lines.append(("last step", f"{duration(now.quiet_seconds)} ago"))
+    checkpoint = run.checkpoint_path(now.checkpoint)
+    lines.append(("checkpoint", str(checkpoint) if now.checkpoint else "none yet"))
+    if now.jobs:
+        lines.append(("job", " ".join(now.jobs)))
+    if now.attempts:
+        lines.append(("nodes", now.attempts[-1].nodes))
+        lines += [("start" if number == 0 else "", _told(attempt)) for number, attempt in enumerate(now.attempts)]
+    return "\n".join(f"{name:<12}{value}" for name, value in lines)
+
+
+def show_log(run: RunDirectory, rank: int, following: bool) -> None:
+    """Print the newest log of a rank; with `following`, what is added to it until the run is over."""
+    submitted = submissions(run)
+    if not submitted:
+        raise UserError(f"{run.path}: was not started by launch/slurm.py, so its log is wherever it was started")
+    now = overview(run)
+    job = next((attempt.job for attempt in reversed(now.attempts)), submitted[-1].jobs[0])
+    path = log_path(next(entry.logs for entry in reversed(submitted) if job in entry.jobs), job, rank)
+    if not path.exists():
+        raise UserError(f"{path}: no such log; {'the run waits to start' if now.state == WAITING else 'choose a rank'}")
+    if not following:
+        print(path.read_text(errors="replace"), end="")
+        return
+    asked, over = time.monotonic(), not now.live
+
+    def ended() -> bool:
+        nonlocal asked, over
+        if not over and time.monotonic() - asked > _ASK_SECONDS:
+            asked, over = time.monotonic(), not overview(run).live
+        return over
+
+    try:
+        for line in follow(path, ended):
+            print(line, end="", flush=True)
+    except KeyboardInterrupt:
+        return
+
+
+def stop(run: RunDirectory) -> None:
+    """Let a run save and end; one that waits is taken out of the queue."""
+    now = _live(run)
+    (run.path / "STOP").touch()
+    if now.state == WAITING:
+        _scancel(now.jobs)
+        print(f"{run.path}: taken out of the queue")
+    else:
+        print(f"{run.path}: stops after its current step, with a checkpoint")
+    print(f"python launch/runs.py resume {run.path} goes on with it")
+
+
+def cancel(run: RunDirectory) -> None:
+    """End a run at once."""
+    now = _live(run)
+    if not now.jobs:
+        raise UserError(f"{run.path}: runs as a process of this machine, not as a job; end it where it was started")
+    if submissions(run)[-1].executor == "local":
+        local_jobs.kill(now.jobs[0])
+    else:
+        _scancel(now.jobs)
+    print(f"{run.path}: cancelled at step {now.step:,}; its newest checkpoint is of step {now.checkpoint:,}")
+
+
+def resume(run: RunDirectory, nodes: int | None) -> int:
+    """Submit a run again as it was submitted last, perhaps on another number of nodes."""
+    now = overview(run)
+    if now.live:
+        raise UserError(f"{run.path}: is {now.state} (job {' '.join(now.jobs) or 'of this machine'}); stop it first")
+    if now.state == "complete":
+        raise UserError(f"{run.path}: is complete, at step {now.step:,}; there is nothing to resume")
+    submitted = submissions(run)
+    if not submitted:
+        raise UserError(f"{run.path}: was not started by launch/slurm.py; start it again as it was started")
+    keys = {field.name for field in fields(Cluster)}
+    cluster = Cluster(**{key: value for key, value in submitted[-1].request.items() if key in keys})
+    config = run.config()
+    config.run.dir = str(run.path)
+    return check_and_start(config, replace(cluster, nodes=nodes or cluster.nodes))
+
+
+def duration(seconds: float) -> str:
+    """Such as 3 d 04:05 or 0:12:34."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d}:{minutes:02d}" if days else f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _told(attempt: Attempt) -> str:
+    """One start of a run and its end, in a line."""
+    told = f"{attempt.started or 'never came up'}  job {attempt.job}"
+    if attempt.reason is None:
+        return told
+    bad = f", without {' '.join(attempt.bad_nodes)} from then on" if attempt.bad_nodes else ""
+    error = f": {attempt.error}" if attempt.error else ""
+    return f"{told}  ended with checkpoint {attempt.step:,}: {attempt.reason}{bad}{error}"
+
+
+def _live(run: RunDirectory) -> Overview:
+    now = overview(run)
+    if not now.live:
+        raise UserError(f"{run.path}: neither runs nor waits; it is {now.state}")
+    return now
+
+
+def _scancel(jobs: list[str]) -> None:
+    result = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"scancel {' '.join(jobs)}: {' '.join(result.stderr.split())}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _rate(now: Overview) -> str:
+    return "-" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}"
+
+
+if __name__ == "__main__":
+    run_command(main)

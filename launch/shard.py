@@ -1,0 +1,121 @@
+"""python launch/shard.py --genomes configs/genome/NAME.yaml --out DIR [--cluster PRESET] [--time …] …
+
+Shards many genomes as a job array, one species per task, and brings them together in one dataset at the end. The bytes
+are those of data_prep/shard_genome.py on one machine. A command that was stopped goes on when given again.
+
+The genomes are found, and fetched where need be, before anything is submitted: compute nodes may have no network.
+"""
+
+import argparse
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from caduceus.errors import UserError, run_command
+from data_prep.merge import merge
+from data_prep.plan import SpeciesRequest
+from data_prep.sharding import make_dataset
+from data_prep.species_file import read_species_file
+from data_prep.summary import print_summary
+from data_prep.workers import available_cores
+from launch.cluster import Cluster, sbatch_parameters, slurm_complaint
+from launch.logs import log_path
+from launch.options import add_request_options, requested_cluster
+from launch.submission import SlurmExecutor, pythonpath, refuse_what_slurm_refuses, snapshot_code, submitted
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """Shards one species into a dataset of its own; what is complete is not done again."""
+
+    request: SpeciesRequest
+    out: Path
+    workers: int | None
+    """None: as many as there are cores."""
+
+    def __call__(self) -> None:
+        make_dataset([self.request], self.out, self.workers or available_cores())
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """Brings the datasets of the species together, and removes what is then not needed."""
+
+    parts: tuple[Path, ...]
+    out: Path
+
+    def __call__(self) -> None:
+        print_summary(merge(list(self.parts), self.out), self.out)
+        shutil.rmtree(work_folder(self.out) / "parts")
+
+
+def main() -> int:
+    """Submit the jobs, or do them here; returns the exit status."""
+    arguments = parse_arguments()
+    cluster = requested_cluster(arguments)
+    requests = read_species_file(arguments.genomes, {}, arguments.cache_dir)
+    requests = [replace(request, fasta=request.fasta.absolute()) for request in requests]
+    out = arguments.out.absolute()
+    parts = work_folder(out) / "parts"
+    tasks = [ShardTask(request, parts / request.name, cluster.cpus_per_task) for request in requests]
+    end = MergeTask(tuple(task.out for task in tasks), out)
+    if cluster.executor == "slurm":
+        submit(cluster, tasks, end)
+        return 0
+    for number, task in enumerate(tasks, start=1):
+        print(f"{task.request.name} ({number} of {len(tasks)})", flush=True)
+        task()
+    end()
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python launch/shard.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--genomes", type=Path, required=True, metavar="YAML", help="the species and how to cut them")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the dataset")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where genomes are kept, seen by all nodes")
+    add_request_options(parser, default="cpu")
+    return parser.parse_args()
+
+
+def submit(cluster: Cluster, tasks: list[ShardTask], end: MergeTask) -> None:
+    """Submit the array and, to start when all of it has succeeded, the job that merges."""
+    if complaint := slurm_complaint(cluster):
+        raise UserError(complaint)
+    if cluster.world > 1:
+        raise UserError("nodes, tasks_per_node: a species is sharded by one process; give it more --cpus-per-task")
+    folder = work_folder(end.out)
+    executor = _executor(cluster, folder, f"shard-{end.out.name}")
+    refuse_what_slurm_refuses(executor)
+    folder.mkdir(parents=True, exist_ok=True)
+    snapshot_code(folder)
+    jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]
+    last = _executor(cluster, folder, f"merge-{end.out.name}", dependency=f"afterok:{jobs[0].split('_')[0]}")
+    merging = submitted(lambda: last.submit(end)).job_id
+    print(f"species:       {len(jobs)}, jobs {jobs[0]} … {jobs[-1]}; merged by job {merging}")
+    print(f"log:           {log_path(folder / 'logs', merging)}")
+    print(f"next:          squeue -j {jobs[0].split('_')[0]},{merging}   (the same command again after a failure)")
+
+
+def work_folder(out: Path) -> Path:
+    """Where jobs keep code, logs and the species' own datasets, beside the species of the dataset to be."""
+    return out / ".jobs"
+
+
+def _executor(cluster: Cluster, folder: Path, name: str, **more: Any) -> submitit.SlurmExecutor:
+    executor = SlurmExecutor(folder / "logs", python=cluster.python)
+    parameters = sbatch_parameters(cluster, name)
+    parameters["setup"].append(pythonpath(folder))
+    # A job that waits for others that have failed would wait for ever.
+    parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
+    executor.update_parameters(**parameters, **more)
+    return executor
+
+
+if __name__ == "__main__":
+    run_command(main)

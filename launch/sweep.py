@@ -1,0 +1,64 @@
+"""A run for each combination of some settings: one job array, one run directory each."""
+
+from itertools import product
+from pathlib import Path
+
+from caduceus.config import Config, load_config
+from caduceus.errors import UserError
+from caduceus.run_directory import RunDirectory
+from launch.checks import refuse_bad_request, refuse_impossible_layout
+from launch.cluster import Cluster
+from launch.local import run_here
+from launch.submission import run_executor, submit_array
+
+
+def run_sweep(path: Path, overrides: list[str], sweep: list[str], cluster: Cluster, dry_run: bool) -> int:
+    """Start all runs of a sweep, on this machine one after the other; returns the exit status."""
+    folder, configs = sweep_configs(path, overrides, sweep)
+    if cluster.executor == "debug" or cluster.chain > 1:
+        raise UserError("--sweep: is a job array of SLURM or of --cluster local; without debug, and without --chain")
+    for config in configs:
+        (refuse_impossible_layout if dry_run else refuse_bad_request)(config, cluster)
+    if dry_run:
+        print("\n".join(["# runs:", *(f"#   {config.run.dir}" for config in configs)]))
+        if cluster.executor == "slurm":
+            print(run_executor(cluster, folder.absolute(), folder.name, array=True).script())
+        return 0
+    runs = []
+    for config in configs:
+        run = RunDirectory.create_or_resume(config)
+        run.release()
+        (run.path / "STOP").unlink(missing_ok=True)
+        runs.append(run)
+    print(f"sweep:         {len(runs)} runs in {folder}", flush=True)
+    statuses = [0]
+    if cluster.executor == "slurm":
+        jobs = submit_array(cluster, folder, runs, folder.name)
+        print(f"jobs:          {' '.join(jobs)}")
+    else:
+        statuses = [run_here(cluster, run) for run in runs]
+    print(f"table:         python launch/runs.py list {folder}")
+    return max(statuses)
+
+
+def sweep_configs(path: Path, overrides: list[str], sweep: list[str]) -> tuple[Path, list[Config]]:
+    """The sweep's folder, and the configuration of each run, named after the values that make it differ."""
+    axes = []
+    for text in sweep:
+        key, equals, values = text.partition("=")
+        if not key or not equals or not all(values.split(",")):
+            raise UserError(f"--sweep {text}: expected KEY=VALUE,VALUE,…, such as train.lr=1e-3,8e-3")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    base = load_config(path, overrides)
+    folder = Path(f"{base.run.dir}-sweep")
+    configs = []
+    for point in product(*axes):
+        config = load_config(path, [*overrides, *point])
+        name = ",".join(setting.split("=")[0].split(".")[-1] + "=" + setting.split("=")[1] for setting in point)
+        config.run.dir = str(folder / name.replace("/", "_"))
+        config.run.name = f"{base.run.name}-{name}"
+        config.wandb.group = base.wandb.group or folder.name
+        configs.append(config)
+    if len({config.run.dir for config in configs}) < len(configs):
+        raise UserError("--sweep: two of its runs would have the same name; give each value and key once")
+    return folder, configs

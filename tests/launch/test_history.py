@@ -1,0 +1,173 @@
+"""What is remembered of starts and ends, and what is told of it, without any SLURM."""
+
+import json
+import shutil
+
+import pytest
+
+from caduceus.config import Config, save_config
+from caduceus.errors import NodeError
+from caduceus.run_directory import MARKER, RunDirectory
+from launch import history
+from launch.history import attempts, failures_without_progress, record
+from launch.logs import last_error, log_path
+from launch.node import check_node
+from launch.overview import overview
+from launch.requeue import SlurmJob, why_ended
+from launch.submission import Submission
+from launch.submission import record as record_submission
+
+RUNNING = SlurmJob(state="RUNNING", reason="None", preempted=False, seconds_left=1e6, excluded="")
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    config = Config()
+    config.run.dir, config.run.name, config.train.steps = str(tmp_path / "run"), "run", 100
+    run = RunDirectory(tmp_path / "run")
+    (run.path / "logs").mkdir(parents=True)
+    run.checkpoints_path.mkdir()
+    save_config(config, run.config_path)
+    return run
+
+
+def add_checkpoint(run: RunDirectory, step: int) -> None:
+    path = run.checkpoint_path(step)
+    path.mkdir()
+    (path / MARKER).write_text("{}")
+
+
+def add_attempt(run: RunDirectory, restart: int, reason: str | None, start: int, end: int, job: str = "7") -> None:
+    record(run, "start", job, restart, nodes="n[0-1]", tasks=2, step=start)
+    if reason is not None:
+        record(run, "end", job, restart, reason=reason, step=end, error=None, status=1)
+
+
+@pytest.mark.parametrize(
+    ("ends", "failures"),
+    [
+        ([("failed", 0, 0)], 1),
+        ([("failed", 0, 0), ("failed", 0, 0), ("failed", 0, 0)], 3),
+        ([("failed", 0, 0), ("failed", 0, 50), ("failed", 50, 50)], 2),  # a new checkpoint starts the count again
+        ([("failed", 0, 50), ("time limit", 50, 50), ("failed", 50, 50)], 2),  # a time limit is no fault
+        ([("failed", 50, 50), ("time limit", 50, 60), ("failed", 60, 60)], 1),
+        ([(None, 50, 50), ("failed", 50, 50)], 2),  # a node that died left no end
+        ([("bad node", 0, 0), ("preempted", 0, 0), ("failed", 0, 0)], 1),
+    ],
+)
+def test_failures_count_until_there_is_a_new_checkpoint(run, ends, failures):
+    for restart, (reason, start, end) in enumerate(ends):
+        add_attempt(run, restart, reason, start, end)
+    assert failures_without_progress(run, ["7"]) == failures
+    assert failures_without_progress(run, ["8"]) == 0, "a new submission starts the count again"
+
+
+def test_a_line_cut_short_by_a_kill_is_passed_over(run):
+    add_attempt(run, 0, "failed", 0, 0)
+    with (run.path / "attempts.jsonl").open("a") as file:
+        file.write('{"event": "st\n')
+    add_attempt(run, 1, None, 0, 0)
+    assert [attempt.reason for attempt in attempts(run)] == ["failed", None]
+
+
+@pytest.mark.parametrize(
+    ("status", "job", "reason"),
+    [
+        (0, RUNNING, history.SIGNAL),
+        (0, SlurmJob("RUNNING", "None", False, 130, ""), history.TIME_LIMIT),
+        (0, SlurmJob("RUNNING", "None", True, 1e6, ""), history.PREEMPTED),
+        (137, RUNNING, history.FAILED),
+        (143, SlurmJob("COMPLETING", "TimeLimit", False, 0, ""), history.TIME_LIMIT),
+        (143, SlurmJob("COMPLETING", "None", False, 1e6, ""), history.TAKEN),
+    ],
+)
+def test_why_a_job_ended(run, status, job, reason):
+    assert why_ended(run, status, job, [], signal_seconds=120) == reason
+    (run.path / "STOP").touch()
+    assert why_ended(run, status, job, [], signal_seconds=120) == (history.FAILED if status else history.STOPPED)
+    add_checkpoint(run, 100)
+    assert why_ended(run, status, job, [], signal_seconds=120) == history.COMPLETE
+
+
+def test_a_failure_on_a_bad_node_is_the_node_s(run):
+    assert why_ended(run, 2, RUNNING, ["n3"], signal_seconds=120) == history.BAD_NODE
+
+
+LOST = "RuntimeError: Connection closed by peer"
+KILLED = "srun: error: n1: task 1: Killed\n"
+
+
+def raised(error: str) -> str:
+    return f"Traceback (most recent call last):\n  File 'x.py', line 1\n    raise\n{error}\n"
+
+
+@pytest.mark.parametrize(
+    ("logs", "error"),
+    [
+        (["quiet\n", "quiet\n"], None),
+        ([raised("RuntimeError: another rank failed"), "error: data.path: none\n"], "data.path: none"),
+        (
+            [raised(LOST), raised("ValueError: 3")],
+            "ValueError: 3",
+        ),
+        (
+            ["srun: error: n1: task 1: Killed\n", raised(LOST)],
+            "n1: task 1: Killed",
+        ),
+        (["", raised(LOST)], LOST),
+        (
+            ["error: of an earlier start\nStarting with JobEnvironment(…)\n" + raised("KeyError: 1")],
+            "KeyError: 1",
+        ),
+    ],
+)
+def test_the_error_that_says_most(run, logs, error):
+    for rank, text in enumerate(logs):
+        log_path(run.logs_path, "7", rank).write_text(text)
+    assert last_error(run.logs_path, "7") == error
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([], "new"),
+        ([("end", {"reason": "failed"})], "failed"),
+        ([("end", {"reason": "failed"}), ("gave up", {})], "given up"),
+        ([("end", {"reason": "stopped"})], "stopped"),
+        ([("end", {"reason": "ended by SLURM"})], "cancelled"),
+        ([("end", {"reason": "signal"})], "interrupted"),
+        ([("start", {"nodes": "n0"})], "lost"),
+    ],
+)
+def test_states_are_told_from_the_directory_alone(run, monkeypatch, events, state):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    record_submission(run, Submission(run.path, ["7"], "slurm", run.logs_path, {}))
+    for event, facts in events:
+        record(run, event, "7", 0, **{"step": 0, "error": None, **facts})
+    assert overview(run).state == state
+    add_checkpoint(run, 100)
+    assert overview(run).state == "complete"
+
+
+def test_numbers_of_a_run(run):
+    rows = [{"step": step, "loss": 1.0, "tokens_per_second": 10.0, "seconds": 2.0} for step in (1, 2, 3)]
+    rows.append({"step": 3, "valid_loss": 1.5})
+    run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    now = overview(run)
+    assert (now.state, now.step, now.steps, now.loss, now.valid_loss) == ("interrupted", 3, 100, 1.0, 1.5)
+    assert (now.tokens_per_second, now.seconds_left) == (10.0, 2.0 * 97)
+
+
+def test_a_node_without_a_disk_of_its_own(tmp_path):
+    check_node({"SLURM_TMPDIR": str(tmp_path)}, needs_gpus=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(NodeError, match=r"n3: .*file/caduceus-\d+ cannot be written"):
+        check_node({"SLURM_TMPDIR": str(tmp_path / "file"), "SLURMD_NODENAME": "n3"}, needs_gpus=False)
+
+
+def test_a_node_that_lost_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    environment = {"SLURM_TMPDIR": str(tmp_path), "SLURMD_NODENAME": "n3", "CUDA_VISIBLE_DEVICES": "0,1"}
+    check_node(environment, needs_gpus=False)
+    with pytest.raises(NodeError, match="n3: torch sees 1 of the 2 GPUs 0,1"):
+        check_node(environment, needs_gpus=True)

@@ -1,0 +1,37 @@
+import pytest
+
+from caduceus.errors import UserError
+from launch.sweep import sweep_configs
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text("train: {steps: 4}\n")
+    return path
+
+
+def test_every_combination_is_a_run_named_after_it(config):
+    folder, configs = sweep_configs(config, ["train.steps=3"], ["train.lr=1e-3,8e-3", "model.rcps=true,false"])
+    assert str(folder) == "runs/small-sweep"
+    found = [(config.run.dir, config.run.name, config.train.lr, config.model.rcps) for config in configs]
+    assert found[:2] == [
+        ("runs/small-sweep/lr=1e-3,rcps=true", "small-lr=1e-3,rcps=true", 1e-3, True),
+        ("runs/small-sweep/lr=1e-3,rcps=false", "small-lr=1e-3,rcps=false", 1e-3, False),
+    ]
+    assert len(configs) == 4
+    assert {(config.train.steps, config.wandb.group) for config in configs} == {(3, "small-sweep")}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        (["train.lr"], "expected KEY=VALUE"),
+        (["train.lr=1e-3,"], "expected KEY=VALUE"),
+        (["train.lr=1e-3,1e-3"], "the same name"),
+        (["train.rate=1,2"], "unknown key 'train.rate'"),
+    ],
+)
+def test_wrong_sweeps_are_refused(config, sweep, message):
+    with pytest.raises(UserError, match=message):
+        sweep_configs(config, [], sweep)

@@ -1,0 +1,111 @@
+"""Small training runs through the launcher, and what happens to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from caduceus.run_directory import RunDirectory
+from launch.history import Attempt, attempts
+from tests.conftest import REPOSITORY
+
+ENDLESS = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+REQUEST = ["--cluster", "cpu", "--cpus-per-task", "1", "--mem", "500M"]
+
+
+def write_config(path: Path, shards: Path, **sections: str) -> Path:
+    """A configuration of a tiny model whose steps are slow enough (about 0.1 s) to be disturbed in their midst."""
+    values = {
+        "model": "{d_model: 16, n_layer: 1, d_state: 4}",
+        "data": f"{{path: {shards}, seq_len: 64, workers: 0}}",
+        "train": "{steps: 40, global_batch: 4, micro_batch: 1}",
+        "ops": "{backend: naive}",
+        "valid": "{every: 0}",
+        "checkpoint": "{every: 10}",
+        "run": "{device: cpu}",
+        "wandb": "{mode: disabled}",
+    }
+    path.write_text("".join(f"{name}: {value}\n" for name, value in (values | sections).items()))
+    return path
+
+
+def command(script: str, directory: Path, *arguments: object, seconds: float = 120) -> subprocess.CompletedProcess:
+    """Run launch/SCRIPT.py in a directory."""
+    line = [sys.executable, str(REPOSITORY / "launch" / f"{script}.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(line, cwd=directory, env=environment, capture_output=True, text=True, timeout=seconds)
+
+
+def launch(directory: Path, *arguments: object) -> subprocess.CompletedProcess:
+    return command("slurm", directory, *arguments)
+
+
+def job_of(result: subprocess.CompletedProcess) -> str:
+    """The first job of a submission."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout.split("job:")[1].split()[0]
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
+        time.sleep(0.2)
+
+
+def wait_for_end(cluster, job: str, seconds: float = 120) -> str:
+    """The state in which a job ended."""
+    state = ""
+
+    def ended() -> bool:
+        nonlocal state
+        state = cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+        return bool(state) and state not in ENDLESS
+
+    wait_for(ended, f"the end of job {job}", seconds)
+    return state
+
+
+def wait_until_training(run: Path, start: int, seconds: float = 60) -> Attempt:
+    """Wait until the run's n-th start (from 1) has made a step of its own."""
+
+    def trains() -> bool:
+        found = attempts(RunDirectory(run))
+        return len(found) >= start and bool(found[-1].started) and last_step(run) > found[-1].step
+
+    wait_for(trains, f"start {start} of {run}", seconds)
+    return attempts(RunDirectory(run))[-1]
+
+
+def last_step(run: Path) -> int:
+    rows = RunDirectory(run).metrics()
+    return rows[-1]["step"] if rows else 0
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row.get("loss", row.get("valid_loss")) for row in rows]
+
+
+def process_of(run: Path, rank: int) -> int:
+    """Process id of a rank of the run's job."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().split(b"\0")
+            environment = (process / "environ").read_bytes().split(b"\0")
+        except OSError:  # it ended meanwhile
+            continue
+        is_task = b"submitit.core._submit" in line and not line[0].endswith(b"srun")
+        if is_task and str(run / "logs").encode() in line and f"SLURM_PROCID={rank}".encode() in environment:
+            return int(process.name)
+    raise AssertionError(f"{run} has no process of rank {rank}")
+
+
+def has_pending_signal(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a stopped process."""
+    rows = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    return bool((int(rows["SigPnd"], 16) | int(rows["ShdPnd"], 16)) >> (number - 1) & 1)
