@@ -84,9 +84,11 @@ class DeepSpeed(Single):
             self.model.zero_grad()
             return
         # ZeRO drops a step whose norm is not finite, and with it all that it keeps of the gradients.
-        for gradient in self._local_gradients():
+        gradients = self._local_gradients()
+        for gradient in gradients:
             gradient.fill_(float("nan"))
-        self.model.step()
+        if gradients:
+            self.model.step()
 
     def save(self, directory: Path) -> None:
         self.model.save_checkpoint(directory, tag=FOLDER, save_latest=False)
@@ -162,7 +164,7 @@ class DeepSpeed(Single):
             return [part.grad for part in flat if part.grad is not None]
         if getattr(optimizer, "offload_optimizer", False):
             return [part.grad for part in optimizer.fp32_partitioned_groups_flat if part.grad is not None]
-        return [gradient for group in optimizer.averaged_gradients.values() for gradient in group]
+        return [gradient for group in optimizer.averaged_gradients.values() for gradient in group or ()]
 
     def _gather_weights(self) -> dict[str, torch.Tensor]:
         """All weights on the main rank, none on the others; of a sharded model one at a time."""
