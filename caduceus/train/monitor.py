@@ -34,7 +34,8 @@ class Monitor:
         self.wandb_id = wandb_id
         if not active:
             return
-        self._file = run.metrics_path.open("a", buffering=1)
+        self._file = run.metrics_path.open("ab", buffering=0)
+        self._unwritten = b""
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._terminal = sys.stderr.isatty()
         self._last_line = 0.0
@@ -81,7 +82,12 @@ class Monitor:
     def _record(self, row: dict[str, Any]) -> None:
         # JSON knows no NaN.
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._unwritten += (json.dumps(finite) + "\n").encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:  # a full disk: the next checkpoint ends the run, unless there is room again by then
+            _log.warning("%s: %s; its last rows wait in memory", self._file.name, error.strerror)
         if self._wandb is not None:
             self._wandb.log(row)
 

@@ -14,7 +14,9 @@ from caduceus.train.checkpoint import Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.monitor import Monitor
 from caduceus.train.preemption import EXIT_REQUEUE, StopRequest
+from caduceus.train.preflight import check_before_start
 from caduceus.train.step import training_step
+from caduceus.train.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +61,8 @@ def _train(
         run.keep_config(config)
         run.truncate_metrics(progress.step)
         run.write_provenance({"step": progress.step, "data_fingerprint": loader.fingerprint})
+    check_before_start(config, run, strategy)
+    watchdog = Watchdog(run.logs_path, ranks.rank, config.train.stall_minutes)
     stop = StopRequest(run.path, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with (
         Monitor(config, run, progress.wandb_id, active=ranks.is_main) as monitor,
@@ -69,7 +73,8 @@ def _train(
         batches = iter(loader)
         _log.info("ready to train after %.1f s", time.monotonic() - started)
         while progress.step < config.train.steps:
-            row = training_step(config, strategy, loader, batches, progress)
+            with watchdog.over(progress.step + 1):
+                row = training_step(config, strategy, loader, batches, progress)
             monitor.log_training(row)
             collect_garbage(progress.step)
             progress.health.refuse_to_go_on(config.train, run.logs_path)

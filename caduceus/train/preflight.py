@@ -1,0 +1,162 @@
+"""Checks before the first step, so that what is wrong with a node shows in a line now, and not in hours as a hang."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from caduceus.alphabet import IGNORE_LABEL
+from caduceus.config import Config, config_to_dict
+from caduceus.data.shards import dump_json
+from caduceus.distributed.strategy import Single
+from caduceus.errors import UserError
+from caduceus.evaluate.heldout import autocast
+from caduceus.run_directory import RunDirectory
+
+MAX_CLOCK_SKEW = 60.0
+"""Seconds. More, and times in logs, file systems and budgets of time are not to be trusted."""
+_STATE_BYTES = 12
+"""Of a parameter in a checkpoint: its value and AdamW's two moments, in fp32."""
+_MOMENT_BYTES = 8
+_BATCHES_AHEAD = 2
+"""Batches that torch's DataLoader keeps ready for each worker."""
+_BYTES_PER_BASE = 8
+"""Of a batch on its way from a worker: token, label and weight, rounded up."""
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> None:
+    """Check disk, shared memory, clocks, code and configuration, collectives and GPU memory, on all ranks together.
+
+    Raises `UserError` on every rank, with a line that names the first rank that fails, its host and what to do.
+    """
+    ranks = strategy.ranks
+    parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
+    problems = [
+        *_disk_problems(run.path, _STATE_BYTES * parameters),
+        *_shared_memory_problems(config),
+    ]
+    reports = ranks.gather_objects((socket.gethostname(), time.time(), code_and_config_hash(config), problems))
+    for rank, (host, _, _, found) in enumerate(reports):
+        for problem in found:
+            raise UserError(f"rank {rank} on {host}: {problem}")
+    _refuse_differences(reports)
+    _try_collectives(strategy)
+    if ranks.device.type == "cuda":
+        _try_a_micro_batch(config, strategy)
+
+
+def code_and_config_hash(config: Config) -> tuple[str, str]:
+    """sha256 of the package's sources, and of the resolved configuration."""
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return code.hexdigest(), hashlib.sha256(dump_json(config_to_dict(config))).hexdigest()
+
+
+def _disk_problems(directory: Path, needed: int) -> list[str]:
+    free = shutil.disk_usage(directory).free
+    if free >= needed:
+        return []
+    return [f"{directory}: {_size(free)} free, but a checkpoint takes {_size(needed)}; make room or move run.dir"]
+
+
+def _shared_memory_problems(config: Config) -> list[str]:
+    if not config.data.workers or not _SHARED_MEMORY.is_dir():
+        return []
+    batch = config.train.micro_batch * config.data.seq_len // config.parallel.context * _BYTES_PER_BASE
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = local_ranks * config.data.workers * _BATCHES_AHEAD * batch
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if free >= needed:
+        return []
+    return [
+        f"{_SHARED_MEMORY}: {_size(free)} free, but loader workers need {_size(needed)}; enlarge it "
+        "(docker: --shm-size) or lower data.workers"
+    ]
+
+
+def _refuse_differences(reports: list[tuple[str, float, tuple[str, str], list[str]]]) -> None:
+    first_host, first_time, (first_code, first_config), _ = reports[0]
+    for rank, (host, clock, (code, config), _) in enumerate(reports):
+        where = f"rank {rank} on {host}"
+        if abs(clock - first_time) > MAX_CLOCK_SKEW:
+            raise UserError(
+                f"{where}: its clock is {clock - first_time:+.0f} s from that of {first_host}; set the clocks (NTP)"
+            )
+        if code != first_code:
+            raise UserError(
+                f"{where}: its caduceus code ({code[:12]}) is not that of {first_host} ({first_code[:12]}); "
+                "install the same version on all nodes"
+            )
+        if config != first_config:
+            raise UserError(
+                f"{where}: its configuration ({config[:12]}) is not that of {first_host} ({first_config[:12]}); "
+                "give all ranks the same file and overrides"
+            )
+
+
+def _try_collectives(strategy: Single) -> None:
+    """One all-reduce over every group of ranks that training uses."""
+    ranks = strategy.ranks
+    groups = {"all ranks": None} if ranks.world > 1 else {}
+    if ranks.context_group is not None:
+        groups["the ranks that share a sequence"] = ranks.context_group.group
+    for mesh in {parameter.device_mesh for parameter in strategy.model.parameters() if isinstance(parameter, DTensor)}:
+        for name in mesh.mesh_dim_names:
+            groups[f"the ranks that {name} parameters"] = mesh.get_group(name)
+    for name, group in groups.items():
+        size = dist.get_world_size(group)
+        ones = torch.ones(1, device=ranks.device)
+        dist.all_reduce(ones, group=group)
+        if ones.item() != size:
+            raise UserError(
+                f"rank {ranks.rank} on {socket.gethostname()}: a sum over {name} is {ones.item():g} instead of {size}; "
+                "the network or its drivers are broken"
+            )
+
+
+def _try_a_micro_batch(config: Config, strategy: Single) -> None:
+    """Forward and backward pass of a micro-batch without labels, to see that memory suffices with the optimizer's."""
+    ranks = strategy.ranks
+    shape = (config.train.micro_batch, config.data.seq_len // config.parallel.context)
+    tokens = torch.full(shape, 7, device=ranks.device)
+    problem = None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(strategy.accumulating(last=True))
+        try:
+            with autocast(ranks.device, config.train.precision):
+                labels = torch.full_like(tokens, IGNORE_LABEL)
+                output = strategy.model(tokens, labels, None, return_logits=False)
+            strategy.backward(output.loss_sum)
+        except torch.OutOfMemoryError:
+            problem = "a micro-batch does not fit into its memory"
+    strategy.discard_gradients()
+    own = sum(parameter.numel() for parameter in _local_parameters(strategy.model) if parameter.is_cuda)
+    peak = torch.cuda.max_memory_allocated(ranks.device) + _MOMENT_BYTES * own
+    total = torch.cuda.get_device_properties(ranks.device).total_memory
+    if problem is None and peak > total:
+        problem = f"a micro-batch and the optimizer take {_size(peak)} of its {_size(total)}"
+    if problem is not None:
+        raise UserError(
+            f"rank {ranks.rank} on {socket.gethostname()}: {problem}; lower train.micro_batch, share sequences by "
+            "parallel.context, or set train.activation_checkpointing=block"
+        )
+    torch.cuda.reset_peak_memory_stats(ranks.device)
+
+
+def _local_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
+    """This rank's part of each parameter."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
