@@ -1,5 +1,6 @@
 """What `pip install` gives someone who has no checkout."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,13 @@ for module in (caduceus, data_prep, launch):
 
 @pytest.mark.slow
 def test_a_wheel_installs_and_imports(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a build leaves files behind
+    for name in ("caduceus", "data_prep", "launch"):
+        shutil.copytree(REPOSITORY / name, source / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path / "wheels", REPOSITORY], check=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path / "wheels", source], check=True)
     (wheel,) = (tmp_path / "wheels").glob("caduceus-*.whl")
     target = tmp_path / "installed"
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
