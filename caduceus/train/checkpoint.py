@@ -118,8 +118,6 @@ class Checkpoints:
         if before is None:
             return None
         loader.load_state(position)
-        if self._ranks.is_main:
-            self._run.truncate_metrics(before.step)
         _log.warning(
             "the loss leapt at step %d: back to step %d, and on with the samples after %d",
             progress.step,

@@ -34,6 +34,7 @@ class Monitor:
         self.wandb_id = wandb_id
         if not active:
             return
+        self._run = run
         self._file = run.metrics_path.open("ab", buffering=0)
         self._unwritten = b""
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -78,6 +79,14 @@ class Monitor:
         species = [f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("valid_loss/")]
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
         self._show(f"step {row['step']:,}  [bold]valid loss {row['valid_loss']:.4f}[/]{detail}", stay=True)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step` from metrics.jsonl: they are about to be made again."""
+        if not self._active:
+            return
+        self._file.close()
+        self._run.truncate_metrics(step)
+        self._file = self._run.metrics_path.open("ab", buffering=0)
 
     def _record(self, row: dict[str, Any]) -> None:
         # JSON knows no NaN.

@@ -28,8 +28,9 @@ class StopRequest:
         self._watches = watches
         self._end = started + budget if budget else float("inf")
         self._signal: str | None = None
-        if watches:
-            self._stop_file.unlink(missing_ok=True)
+        begun = time.time() - (time.monotonic() - started)
+        if watches and self._stop_file.exists() and self._stop_file.stat().st_mtime < begun:
+            self._stop_file.unlink()  # it stopped an earlier start; one that came since then is for this one
 
     @property
     def requested(self) -> bool:

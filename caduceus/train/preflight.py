@@ -16,7 +16,7 @@ from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config, config_to_dict
 from caduceus.data.shards import dump_json
 from caduceus.distributed.strategy import Single
-from caduceus.errors import UserError
+from caduceus.errors import NodeError, UserError
 from caduceus.evaluate.heldout import autocast
 from caduceus.run_directory import RunDirectory
 
@@ -35,19 +35,19 @@ _SHARED_MEMORY = Path("/dev/shm")
 def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> None:
     """Check disk, shared memory, clocks, code and configuration, collectives and GPU memory, on all ranks together.
 
-    Raises `UserError` on every rank, with a line that names the first rank that fails, its host and what to do.
+    Raises `UserError` on every rank, with a line that names the first rank that fails, its host and what to do; on the
+    ranks whose own node is at fault it is a `NodeError`.
     """
     ranks = strategy.ranks
     parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
-    problems = [
-        *_disk_problems(run.path, _STATE_BYTES * parameters),
-        *_shared_memory_problems(config),
-    ]
-    reports = ranks.gather_objects((socket.gethostname(), time.time(), code_and_config_hash(config), problems))
+    disk, memory = _disk_problems(run.path, _STATE_BYTES * parameters), _shared_memory_problems(config)
+    reports = ranks.gather_objects((socket.gethostname(), time.time(), code_and_config_hash(config), disk + memory))
     for rank, (host, _, _, found) in enumerate(reports):
         for problem in found:
-            raise UserError(f"rank {rank} on {host}: {problem}")
-    _refuse_differences(reports)
+            # The run's disk is shared by all nodes; /dev/shm is the node's own.
+            kind = NodeError if memory and not disk else UserError
+            raise kind(f"rank {rank} on {host}: {problem}")
+    _refuse_differences(reports, ranks.rank)
     _try_collectives(strategy)
     if ranks.device.type == "cuda":
         _try_a_micro_batch(config, strategy)
@@ -84,12 +84,13 @@ def _shared_memory_problems(config: Config) -> list[str]:
     ]
 
 
-def _refuse_differences(reports: list[tuple[str, float, tuple[str, str], list[str]]]) -> None:
+def _refuse_differences(reports: list[tuple[str, float, tuple[str, str], list[str]]], own_rank: int) -> None:
     first_host, first_time, (first_code, first_config), _ = reports[0]
     for rank, (host, clock, (code, config), _) in enumerate(reports):
         where = f"rank {rank} on {host}"
         if abs(clock - first_time) > MAX_CLOCK_SKEW:
-            raise UserError(
+            kind = NodeError if rank == own_rank else UserError
+            raise kind(
                 f"{where}: its clock is {clock - first_time:+.0f} s from that of {first_host}; set the clocks (NTP)"
             )
         if code != first_code:

@@ -80,6 +80,7 @@ def _train(
             progress.health.refuse_to_go_on(config.train, run.logs_path)
             if progress.health.spiked and (before := checkpoints.rewind(progress, loader)):
                 progress, batches = before, iter(loader)
+                monitor.rewind(progress.step)
                 continue
             last = progress.step == config.train.steps
             if validation is not None and (last or progress.step % config.valid.every == 0):

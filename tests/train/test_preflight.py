@@ -1,0 +1,66 @@
+"""What a node may have wrong is told in a line that names it."""
+
+import shutil
+import socket
+import time
+from collections import namedtuple
+
+import pytest
+
+from caduceus.config import Config
+from caduceus.errors import UserError
+from caduceus.train import preflight, trainer
+from tests.distributed.ranks import on_ranks
+from tests.train.conftest import SmallRun
+
+Usage = namedtuple("Usage", "total used free")
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize(("full", "told"), [("run", "a checkpoint takes"), ("/dev/shm", "loader workers need")])
+def test_a_full_disk_is_told_before_the_first_step(small_run: SmallRun, monkeypatch, full: str, told: str) -> None:
+    config = small_run.config("run", data={"workers": 2})
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0) if full in str(path) else usage(path))
+    with pytest.raises(UserError, match=f"rank 0 on {HOST}: .*{full}.*0.0 GiB free.*{told}"):
+        trainer.train(config)
+
+
+def test_without_workers_shared_memory_does_not_matter(small_run: SmallRun, monkeypatch) -> None:
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0) if "shm" in str(path) else usage(path))
+    assert trainer.train(small_run.config("run", data={"workers": 0}, train={"steps": 1})) == 0
+
+
+DIFFERENCES = {"clock": "clock is +3600 s", "code": "caduceus code", "config": "configuration"}
+
+
+@pytest.mark.slow
+def test_a_rank_that_differs_is_named_on_all_ranks(small_run: SmallRun) -> None:
+    sections = {"train": {"steps": 1, "global_batch": 4, "micro_batch": 2}, "valid": {"every": 0}}
+    configs = {name: small_run.config(name, **sections) for name in [*DIFFERENCES, "none"]}
+    for messages in on_ranks(2, train_beside_one_that_differs, configs):
+        assert messages.pop("none") is None
+        for difference, told in DIFFERENCES.items():
+            assert messages[difference].startswith(f"rank 1 on {HOST}: its {told}"), messages
+
+
+def train_beside_one_that_differs(rank: int, configs: dict[str, Config]) -> dict[str, str | None]:
+    """What each training was refused for, if at all."""
+    now, hashes = time.time, preflight.code_and_config_hash
+    messages = {}
+    for difference, config in configs.items():
+        code, settings = hashes(config)
+        if rank == 1:
+            code = "0" * 64 if difference == "code" else code
+            settings = "0" * 64 if difference == "config" else settings
+        preflight.code_and_config_hash = lambda config, own=(code, settings): own
+        late = 3600 if rank == 1 and difference == "clock" else 0
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(time, "time", lambda late=late: now() + late)
+            try:
+                trainer.train(config)
+                messages[difference] = None
+            except UserError as error:
+                messages[difference] = str(error)
+    return messages

@@ -1,0 +1,47 @@
+"""Counts of operations against counts made otherwise."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from caduceus import CaduceusConfig, CaduceusForMaskedLM
+from caduceus.config import Config
+from caduceus.train import roofline
+from caduceus.train.roofline import exponentials_per_base, flops_per_base, utilization
+
+
+@pytest.mark.parametrize("rcps", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_matrix_products_are_those_that_torch_counts(rcps: bool, tied: bool, bidirectional: bool) -> None:
+    shape = {"d_model": 32, "n_layer": 2, "d_state": 4, "rcps": rcps}
+    config = CaduceusConfig(**shape, bidirectional=bidirectional, bidirectional_weight_tie=tied)
+    model = CaduceusForMaskedLM(config, backend="naive")
+    bases = 64
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.randint(7, 11, (1, bases))).logits  # noqa: B018
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for operation, count in counts.items() if "conv" not in str(operation))
+    # The definition reads the states out by a product as well, which the scans' own kernels do as they go.
+    streams, directions = 1 + rcps, 1 + bidirectional
+    readout = 2 * config.d_inner * config.d_state * config.n_layer * streams * directions * bases
+    assert flops_per_base(config) * bases == 3 * (products - readout)
+
+
+def test_the_published_model_of_131k_has_its_known_costs() -> None:
+    config = CaduceusConfig(d_model=256, n_layer=16)
+    assert flops_per_base(config) == pytest.approx(44.0e6, rel=0.01)
+    assert exponentials_per_base(config) == 524_288
+
+
+def test_shares_of_the_peaks_of_a_known_gpu(monkeypatch) -> None:
+    config = Config()
+    assert utilization(config, 1e6, torch.device("cpu")) == {}
+    h100 = roofline._PEAKS["H100"]
+    monkeypatch.setattr(roofline, "_peaks", lambda device: h100)
+    config.train.precision = "bf16"
+    rate = h100.exponentials / exponentials_per_base(config.model)
+    shares = utilization(config, rate, torch.device("cuda"))
+    assert shares["scan_roofline"] == pytest.approx(1)
+    assert shares["mfu"] == pytest.approx(flops_per_base(config.model) * rate / 989e12)
