@@ -40,66 +40,8 @@ HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# slurm cluster in "
 LONGEST_DIRECTORY = 60  # a Unix socket's path has at most 107 bytes, and SLURM makes sockets below the directory
 
-SLURM_CONF = """\
-ClusterName=onemachine
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={slurmctld}
-SlurmUser=root
-SlurmdUser=root
-# A requeued job may start again once its old credential has expired.
-AuthInfo=socket={directory}/munge.socket,cred_expire=5
-StateSaveLocation={directory}/state
-SlurmdSpoolDir={directory}/spool/%n
-SlurmctldPidFile={directory}/run/slurmctld.pid
-SlurmdPidFile={directory}/run/slurmd-%n.pid
-SlurmctldLogFile={directory}/log/slurmctld.log
-SlurmdLogFile={directory}/log/slurmd-%n.log
-MailProg=/bin/true
-SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=200
-SchedulerType=sched/builtin
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
-SlurmctldParameters=preempt_send_user_signal
-ReturnToService=2
-JobRequeue=1
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldTimeout=10
-SlurmdTimeout=10
-MessageTimeout=5
-BatchStartTimeout=10
-KillWait=10
-OverTimeLimit=0
-UnkillableStepTimeout=30
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=localhost
-AccountingStoragePass={directory}/munge.socket
-AccountingStoragePort={slurmdbd}
-JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=5
-GresTypes=gpu
-NodeName=n[0-3] NodeHostname={host} NodeAddr=127.0.0.1 Port={slurmds} CPUs={cpus} RealMemory=4000 Gres=gpu:{gpus}
-PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=20 MaxTime=1-00:00:00
-PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF MaxTime=01:00:00
-"""
-SLURMDBD_CONF = """\
-DbdHost=localhost
-DbdPort={slurmdbd}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={directory}/munge.socket
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc=slurm_acct_db
-PidFile={directory}/run/slurmdbd.pid
-LogFile={directory}/log/slurmdbd.log
-"""
+SLURM_CONF = Path(__file__).with_name("slurm.conf.in")
+SLURMDBD_CONF = Path(__file__).with_name("slurmdbd.conf.in")
 
 
 class ClusterError(Exception):
@@ -215,10 +157,10 @@ class Cluster:
             "cpus": CPUS_PER_NODE,
             "gpus": GPUS_PER_NODE,
         }
-        (self.directory / "slurm.conf").write_text(SLURM_CONF.format(**values))
+        (self.directory / "slurm.conf").write_text(SLURM_CONF.read_text().format(**values))
         gres = f"NodeName=n[0-3] Name=gpu Flags=nvidia_gpu_env File={self.directory}/gpus/gpu[0-{GPUS_PER_NODE - 1}]\n"
         (self.directory / "gres.conf").write_text(gres)
-        _write_private(self.directory / "slurmdbd.conf", SLURMDBD_CONF.format(**values).encode())
+        _write_private(self.directory / "slurmdbd.conf", SLURMDBD_CONF.read_text().format(**values).encode())
         _write_private(self.directory / "munge.key", os.urandom(128))
         _write_json(self._record, {})
 
