@@ -11,7 +11,7 @@ class UserError(Exception):
 class NodeError(UserError):
     """The machine that this process runs on is at fault, not the run. The message is one line that names the machine.
 
-    A run on SLURM starts again without that node.
+    The launcher starts such a run again without the node.
     """
 
 

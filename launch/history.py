@@ -68,14 +68,14 @@ def attempts(run: RunDirectory) -> list[Attempt]:
 def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
     """How many of the newest attempts of these jobs failed one after the other with no new checkpoint between them.
 
-    What is not the run's fault (time limits, preemption, bad nodes) counts neither for nor against it.
+    Bad nodes count as well: where every node is bad, it is not the nodes. Time limits and preemption count neither way.
     """
     failures, step = 0, None
     for attempt in reversed([attempt for attempt in attempts(run) if attempt.job in jobs]):
         if step is not None and attempt.step != step:
             break
         step = attempt.step
-        failures += attempt.reason in (FAILED, LOST)
+        failures += attempt.reason in (FAILED, BAD_NODE, LOST)
     return failures
 
 

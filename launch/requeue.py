@@ -48,7 +48,7 @@ def main() -> int:
     error = last_error(submission.logs, job) if reason in (history.FAILED, history.BAD_NODE) else None
     history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
     failures = history.failures_without_progress(run, submission.jobs)
-    gave_up = reason == history.FAILED and failures >= submission.request["max_failures"]
+    gave_up = reason in (history.FAILED, history.BAD_NODE) and failures >= submission.request["max_failures"]
     if gave_up:
         history.record(run, "gave up", job, restart)
         print(f"given up after {failures} failures without a new checkpoint; the last one: {error}", flush=True)

@@ -52,7 +52,7 @@ def add_attempt(run: RunDirectory, restart: int, reason: str | None, start: int,
         ([("failed", 0, 50), ("time limit", 50, 50), ("failed", 50, 50)], 2),  # a time limit is no fault
         ([("failed", 50, 50), ("time limit", 50, 60), ("failed", 60, 60)], 1),
         ([(None, 50, 50), ("failed", 50, 50)], 2),  # a node that died left no end
-        ([("bad node", 0, 0), ("preempted", 0, 0), ("failed", 0, 0)], 1),
+        ([("bad node", 0, 0), ("preempted", 0, 0), ("failed", 0, 0)], 2),
     ],
 )
 def test_failures_count_until_there_is_a_new_checkpoint(run, ends, failures):
