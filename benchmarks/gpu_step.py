@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
-from caduceus.ops import bidirectional_conv1d, bidirectional_scan, mamba_ssm
+from caduceus.ops import add_norm, bidirectional_conv1d, bidirectional_scan, head_cross_entropy, mamba_ssm
 
 TOKENS = 131_072
 """Least tokens of a step: shorter sequences come in a batch."""
@@ -190,10 +190,10 @@ def roofline_seconds(config: CaduceusConfig, checkpointed: bool, ceilings: dict)
     D, E, N, R, S = config.d_model, config.d_inner, config.d_state, config.dt_rank, 2 if config.rcps else 1
     forward_products = 2 * S * (D * 2 * E + E * D + 2 * (E * (R + 2 * N) + R * E))
     forward_exps = S * 2 * E * N
-    # norm D -> D, in_proj D -> 2E, conv E -> 2E, x_proj 2E -> 2(R + 2N), dt_proj 2R -> 2E,
-    # scan 2E u, 2E dt, 4N, E z -> E, out_proj E -> D, residual 2D -> D
-    elements = 2 * D + (D + 2 * E) + 3 * E + (2 * E + 2 * (R + 2 * N)) + (2 * R + 2 * E)
-    elements += (5 * E + 4 * N + E) + (E + D) + 3 * D
+    # residual add and norm 2D -> 2D, in_proj D -> 2E, conv E -> 2E, x_proj 2E -> 2(R + 2N), dt_proj 2R -> 2E,
+    # scan 2E u, 2E dt, 4N, E z -> E, out_proj E -> D
+    elements = 4 * D + (D + 2 * E) + 3 * E + (2 * E + 2 * (R + 2 * N)) + (2 * R + 2 * E)
+    elements += (5 * E + 4 * N + E) + (E + D)
     passes = 4 if checkpointed else 3
     work = {
         "bf16 products": passes * forward_products,
@@ -204,20 +204,24 @@ def roofline_seconds(config: CaduceusConfig, checkpointed: bool, ceilings: dict)
 
 
 def check_correctness(device: str, backend: str) -> None:
-    """Convolution and scan with all gradients, two directions and strands, against fp64; and the same bits twice."""
-    print("| dtype | largest error, relative to the largest value | same bits in two runs |\n|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16):
-        operands = make_operands(device, dtype)
-        reference = mix([t.double() for t in operands], "naive")
-        first, second = (mix(operands, backend) for _ in range(2))
-        error = max(
-            ((right - found.double()).abs().max() / right.abs().max()).item()
-            for right, found in zip(reference, first, strict=True)
-        )
-        same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        print(f"| {str(dtype).removeprefix('torch.')} | {error:.1e} | {'yes' if same else 'NO'} |")
-        # 24 bits through sums of hundreds of terms; 8 bits, rounded at the convolution and twice in the scan.
-        assert error < {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype], "the kernels are wrong: no timings"
+    """The ops with all gradients, over two directions and strands, against fp64; and the same bits twice."""
+    print("| ops | dtype | largest error, relative to the largest value | same bits in two runs |\n|---|---|---|---|")
+    for name, make, run in (
+        ("convolution and scan", make_operands, mix),
+        ("norm and loss", make_head_operands, predict),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            operands = make(device, dtype)
+            reference = run([t.double() for t in operands], "naive")
+            first, second = (run(operands, backend) for _ in range(2))
+            error = max(
+                ((right - found.double()).abs().max() / right.abs().max()).item()
+                for right, found in zip(reference, first, strict=True)
+            )
+            same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+            print(f"| {name} | {str(dtype).removeprefix('torch.')} | {error:.1e} | {'yes' if same else 'NO'} |")
+            # 24 bits through sums of hundreds of terms; 8 bits, rounded at the convolution and twice in the scan.
+            assert error < {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype], "the kernels are wrong: no timings"
 
 
 def make_operands(device: str, dtype: torch.dtype) -> list[Tensor]:
@@ -240,6 +244,25 @@ def mix(operands: list[Tensor], backend: str) -> list[Tensor]:
     y = bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, backend=backend)
     gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, torch.bfloat16).to(y.dtype)
     return [y, *torch.autograd.grad(y, leaves, gradient)]
+
+
+def make_head_operands(device: str, dtype: torch.dtype) -> list[Tensor]:
+    S, batch, length, D, V = 2, 2, 333, 200, 16
+    generator = torch.Generator().manual_seed(0)
+    shapes = (S, batch, length, D), (S, batch, length, D), (S, D), (S, V, D)
+    hidden, *others = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    return [hidden.to(dtype), *others]
+
+
+def predict(operands: list[Tensor], backend: str) -> list[Tensor]:
+    """The final norm and the loss at half of the tokens, with gradients."""
+    leaves = [t.detach().requires_grad_() for t in operands]
+    hidden, residual, norm, head = leaves
+    labels = torch.randint(7, 11, hidden.shape[1:3], generator=torch.Generator().manual_seed(1))
+    labels[:, ::2] = IGNORE_LABEL
+    normed, _ = add_norm(hidden, residual, norm, eps=1e-5, backend=backend)
+    loss, _ = head_cross_entropy(normed, head, labels.to(hidden.device), ignore_label=IGNORE_LABEL, backend=backend)
+    return [normed, loss, *torch.autograd.grad(loss, leaves)]
 
 
 if __name__ == "__main__":
