@@ -12,7 +12,7 @@ from demo import kmer
 from demo.report import Row
 
 COMPOSITION = "base composition"
-NO_CONTEXT = "k-mer context, k = 0"
+NO_CONTEXT = "k-mer context (k = 0)"
 MAX_K = 4
 ALPHA = 64.0
 """Pseudo-counts of the smoothing. The best of 1, 4, 16, 64 and 256 on the validation species itself, which favours the
@@ -53,6 +53,6 @@ def score_baselines(config: Config) -> tuple[list[Row], int]:
     rows = [Row("guessing", "nothing", float(np.log(4))), Row(COMPOSITION, "nothing", kmer.loss(predict(0), truth))]
     for k in range(MAX_K + 1):
         predicted = kmer.given_shown_base(predict(k), shown[labelled], keep_prob, random_prob)
-        name, sees = (f"k-mer context, k = {k}", f"{k} on either side") if k else (NO_CONTEXT, "the place itself")
+        name, sees = (f"k-mer context (k = {k})", f"{k} on either side") if k else (NO_CONTEXT, "the place itself")
         rows.append(Row(name, sees, kmer.loss(predicted, truth)))
     return rows, len(truth)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 import numpy as np
@@ -11,7 +12,7 @@ from rich.table import Table
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SMOOTHING = 25
+SMOOTHING = 100
 """Steps over which the training loss is averaged for the eye."""
 
 
@@ -65,7 +66,14 @@ def plot_losses(metrics: Sequence[dict], baselines: Sequence[Row], path: Path) -
     )
     for row in baselines:
         axes.axhline(row.loss, color="grey", linestyle="--", linewidth=1)
-        axes.annotate(row.name, (x[-1], row.loss), xytext=(0, 2), textcoords="offset points", ha="right", fontsize=8)
+        axes.annotate(
+            fill(row.name, 14),
+            (1, row.loss),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+        )
     shown = [*mean, *(row["valid_loss"] for row in validation), *(row.loss for row in baselines)]
     # The first steps, before even the base composition is learnt, would flatten everything that matters.
     axes.set_ylim(min(shown) - 0.02, max(row.loss for row in baselines) + 0.05)

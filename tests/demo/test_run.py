@@ -97,7 +97,7 @@ def test_the_whole_demo(package, tmp_path):
     assert f"{len(truth):,} labelled bases" in " ".join(printed.split())
     # C is always followed by G and on the other strand preceded by C: neighbours tell.
     assert np.bincount(held_out).argmin() == 1
-    assert losses["k-mer context, k = 1"] < losses["k-mer context, k = 0"] - 0.05
+    assert losses["k-mer context (k = 1)"] < losses["k-mer context (k = 0)"] - 0.05
 
     picture = matplotlib.image.imread(out / "loss.png")[..., :3]
     assert picture.shape == (600, 960, 3)
