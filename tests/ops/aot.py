@@ -1,6 +1,7 @@
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what ptxas made of them.
 
-Run as a program in a process of its own (Triton must not be interpreting): prints one JSON object per kernel.
+Run as a program in a process of its own (Triton must not be interpreting), with compute capability, element type,
+number of states and, unless it is to be all, names of kernels: prints one JSON object per kernel.
 """
 
 import json
@@ -56,7 +57,31 @@ def resources(compiled) -> dict:
         "shared": compiled.metadata.shared,
         "local_memory": sum(name in ("LDL", "STL") for name in instructions),
         "instructions": len(instructions),
+        "narrow_products": narrow_products(compiled.asm["ttir"]),
     }
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Lines of Triton's IR that multiply, or add to a pointer, a 32-bit value made from the program's number on axis 0.
+
+    That number counts rows, chunks or tokens, the only things that grow without bound: its products with sizes and
+    strides pass 2^31. All else (a channel, a state, a step within a chunk) is bounded where the kernel is launched.
+    """
+    narrow, found = set(), []
+    for line in ttir.splitlines():
+        result, _, operation = line.partition(" = ")
+        if "scf.for" in line:
+            result, operation = re.search(r"scf\.for (%\S+) = (%\S+) to", line).groups()
+        elif "tt.get_program_id x" in line:
+            narrow.add(result.strip())
+            continue
+        if narrow.isdisjoint(re.findall(r"%[\w#]+", operation)) or "arith.extsi" in operation:
+            continue
+        if re.match(r"arith\.muli|tt\.addptr", operation):
+            found.append(line.strip())
+        elif not operation.startswith("arith.cmpi"):
+            narrow.add(result.strip())
+    return found
 
 
 def scan_constants(states: int) -> dict[str, tuple]:
@@ -89,9 +114,11 @@ def other_constants() -> dict[str, tuple]:
 
 
 def main() -> None:
-    capability, element, states = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    capability, element, states, *names = sys.argv[1:]
+    capability, states = int(capability), int(states)
     kernels = scan_constants(states) | other_constants()
-    for name, (kernel, constants) in kernels.items():
+    for name in names or kernels:
+        kernel, constants = kernels[name]
         compiled = compile_kernel(kernel, constants, capability, element)
         print(json.dumps({"kernel": name} | resources(compiled)), flush=True)
 

@@ -36,8 +36,8 @@ pytestmark = [
 ]
 
 
-def compiled(capability: int, element: str, states: int) -> dict[str, dict]:
-    command = [sys.executable, str(PROGRAM), str(capability), element, str(states)]
+def compiled(capability: int, element: str, states: int, kernels: tuple[str, ...] = ()) -> dict[str, dict]:
+    command = [sys.executable, str(PROGRAM), str(capability), element, str(states), *kernels]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -45,11 +45,23 @@ def compiled(capability: int, element: str, states: int) -> dict[str, dict]:
     return {row.pop("kernel"): row for row in rows}
 
 
+def check(kernels: dict[str, dict], registers: dict[str, int]) -> None:
+    for name, found in kernels.items():
+        assert found["stack"] == found["local_memory"] == 0, f"{name} spills: {found}"
+        assert found["shared"] <= SHARED, f"{name}: {found}"
+        assert found["registers"] <= registers.get(name, 255), f"{name}: {found}"
+        assert not found["narrow_products"], f"{name} has an offset that wraps at 2^31: {found}"
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 def test_published_sizes_compile_without_spills(capability):
     kernels = compiled(capability, "bf16", 16)
     assert len(kernels) == 12
-    for name, found in kernels.items():
-        assert found["stack"] == found["local_memory"] == 0, f"{name} spills: {found}"
-        assert found["shared"] <= SHARED, f"{name}: {found}"
-        assert found["registers"] <= REGISTERS.get(name, 255), f"{name}: {found}"
+    check(kernels, REGISTERS)
+
+
+def test_more_states_compile_without_spills():
+    """The kernels that hold all states of a channel in a thread's registers, of which there are 255."""
+    kernels = compiled(90, "bf16", 32, ("scan_forward", "scan_replay"))
+    assert len(kernels) == 2
+    check(kernels, {})

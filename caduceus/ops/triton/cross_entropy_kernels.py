@@ -58,8 +58,9 @@ def cross_entropy_forward_kernel(
                 weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
             losses += weight * (normaliser - own)
             weights += weight
-    tl.store(sums_ptr + tl.program_id(0) * 2, tl.sum(losses, axis=0))
-    tl.store(sums_ptr + tl.program_id(0) * 2 + 1, tl.sum(weights, axis=0))
+    sums_ptr += tl.program_id(0).to(tl.int64) * 2
+    tl.store(sums_ptr, tl.sum(losses, axis=0))
+    tl.store(sums_ptr + 1, tl.sum(weights, axis=0))
 
 
 @triton.jit
