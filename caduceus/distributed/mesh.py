@@ -100,7 +100,7 @@ class Ranks:
             self.maximum(1)
             raise error
         if self.maximum(0):
-            raise RuntimeError("another rank failed; its own message says why")
+            raise UserError("another rank failed; its own message says why")
 
     def _make_context_group(self) -> ContextGroup | None:
         if self.context == 1:

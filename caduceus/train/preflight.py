@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,17 @@ _BYTES_PER_BASE = 8
 _SHARED_MEMORY = Path("/dev/shm")
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a rank finds about itself; of `disk` and `shared_memory` what is wrong with them."""
+
+    host: str
+    clock: float
+    code_and_config: tuple[str, str]
+    disk: str | None
+    shared_memory: str | None
+
+
 def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> None:
     """Check disk, shared memory, clocks, code and configuration, collectives and GPU memory, on all ranks together.
 
@@ -40,14 +52,21 @@ def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> N
     """
     ranks = strategy.ranks
     parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
-    disk, memory = _disk_problems(run.path, _STATE_BYTES * parameters), _shared_memory_problems(config)
-    reports = ranks.gather_objects((socket.gethostname(), time.time(), code_and_config_hash(config), disk + memory))
-    for rank, (host, _, _, found) in enumerate(reports):
-        for problem in found:
-            # The run's disk is shared by all nodes; /dev/shm is the node's own.
-            kind = NodeError if memory and not disk else UserError
-            raise kind(f"rank {rank} on {host}: {problem}")
-    _refuse_differences(reports, ranks.rank)
+    report = Report(
+        host=socket.gethostname(),
+        clock=time.time(),
+        code_and_config=code_and_config_hash(config),
+        disk=_disk_problem(run.path, _STATE_BYTES * parameters),
+        shared_memory=_shared_memory_problem(config),
+    )
+    reports = ranks.gather_objects(report)
+    for rank, report in enumerate(reports):
+        problem = report.shared_memory or _clock_problem(report, reports[0])
+        if problem and rank == ranks.rank:
+            raise NodeError(f"rank {rank} on {report.host}: {problem}")
+        problem = problem or report.disk or _version_problem(report, reports[0])
+        if problem:
+            raise UserError(f"rank {rank} on {report.host}: {problem}")
     _try_collectives(strategy)
     if ranks.device.type == "cuda":
         _try_a_micro_batch(config, strategy)
@@ -62,47 +81,41 @@ def code_and_config_hash(config: Config) -> tuple[str, str]:
     return code.hexdigest(), hashlib.sha256(dump_json(config_to_dict(config))).hexdigest()
 
 
-def _disk_problems(directory: Path, needed: int) -> list[str]:
+def _disk_problem(directory: Path, needed: int) -> str | None:
     free = shutil.disk_usage(directory).free
     if free >= needed:
-        return []
-    return [f"{directory}: {_size(free)} free, but a checkpoint takes {_size(needed)}; make room or move run.dir"]
+        return None
+    return f"{directory}: {_size(free)} free, but a checkpoint takes {_size(needed)}; make room or move run.dir"
 
 
-def _shared_memory_problems(config: Config) -> list[str]:
+def _shared_memory_problem(config: Config) -> str | None:
     if not config.data.workers or not _SHARED_MEMORY.is_dir():
-        return []
+        return None
     batch = config.train.micro_batch * config.data.seq_len // config.parallel.context * _BYTES_PER_BASE
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed = local_ranks * config.data.workers * _BATCHES_AHEAD * batch
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if free >= needed:
-        return []
-    return [
+        return None
+    return (
         f"{_SHARED_MEMORY}: {_size(free)} free, but loader workers need {_size(needed)}; enlarge it "
         "(docker: --shm-size) or lower data.workers"
-    ]
+    )
 
 
-def _refuse_differences(reports: list[tuple[str, float, tuple[str, str], list[str]]], own_rank: int) -> None:
-    first_host, first_time, (first_code, first_config), _ = reports[0]
-    for rank, (host, clock, (code, config), _) in enumerate(reports):
-        where = f"rank {rank} on {host}"
-        if abs(clock - first_time) > MAX_CLOCK_SKEW:
-            kind = NodeError if rank == own_rank else UserError
-            raise kind(
-                f"{where}: its clock is {clock - first_time:+.0f} s from that of {first_host}; set the clocks (NTP)"
-            )
-        if code != first_code:
-            raise UserError(
-                f"{where}: its caduceus code ({code[:12]}) is not that of {first_host} ({first_code[:12]}); "
-                "install the same version on all nodes"
-            )
-        if config != first_config:
-            raise UserError(
-                f"{where}: its configuration ({config[:12]}) is not that of {first_host} ({first_config[:12]}); "
-                "give all ranks the same file and overrides"
-            )
+def _clock_problem(report: Report, first: Report) -> str | None:
+    skew = report.clock - first.clock
+    if abs(skew) <= MAX_CLOCK_SKEW:
+        return None
+    return f"its clock is {skew:+.0f} s from that of {first.host}; set the clocks (NTP)"
+
+
+def _version_problem(report: Report, first: Report) -> str | None:
+    names = {"caduceus code": "install the same version", "configuration": "give the same file and overrides"}
+    for (name, remedy), here, there in zip(names.items(), report.code_and_config, first.code_and_config, strict=True):
+        if here != there:
+            return f"its {name} ({here[:12]}) is not that of {first.host} ({there[:12]}); {remedy} on all ranks"
+    return None
 
 
 def _try_collectives(strategy: Single) -> None:

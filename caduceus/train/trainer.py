@@ -8,6 +8,7 @@ from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.mesh import Ranks, joined
+from caduceus.errors import UserError
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.run_directory import RunDirectory
 from caduceus.train.checkpoint import Checkpoints, Progress
@@ -39,7 +40,7 @@ def train(config: Config) -> int:
         }
         loader = build_loader(config, "train", **part)
         validation = build_validation(config, **part) if config.valid.every else None
-        run = RunDirectory.create_or_resume(config) if ranks.is_main else RunDirectory(config.run.dir)
+        run = _open_run(config, ranks)
         try:
             return _train(config, ranks, run, loader, validation, started)
         finally:
@@ -96,6 +97,18 @@ def _train(
                 _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
                 return EXIT_REQUEUE
     return 0
+
+
+def _open_run(config: Config, ranks: Ranks) -> RunDirectory:
+    """The run directory, which the main rank locks; where it is refused, all ranks end."""
+    run, refusal = RunDirectory(config.run.dir), None
+    if ranks.is_main:
+        try:
+            run = RunDirectory.create_or_resume(config)
+        except UserError as error:
+            refusal = error
+    ranks.raise_together(refusal)
+    return run
 
 
 def _resume(run: RunDirectory, loader: TrainLoader, checkpoints: Checkpoints) -> Progress:
