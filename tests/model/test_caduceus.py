@@ -59,14 +59,14 @@ def gradients(model: CaduceusForMaskedLM) -> dict[str, Tensor]:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(config=configs, length=st.integers(1, 9))
 def test_equals_the_published_computation_with_flips(config, length):
     model, input_ids = build(config), tokens(length=length)
     torch.testing.assert_close(model(input_ids).logits, published_logits(model, input_ids), rtol=1e-11, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(config=configs.map(lambda c: CaduceusConfig(**{**vars(c), "rcps": True})), length=st.integers(1, 11))
 def test_reverse_complement_gives_the_reverse_complement(config, length):
     model, input_ids = build(config), tokens(length=length)
@@ -78,7 +78,7 @@ def test_reverse_complement_gives_the_reverse_complement(config, length):
         torch.testing.assert_close(theirs, ours.flip(1, 2), rtol=1e-11, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(config=configs, length=st.integers(1, 8), before=st.integers(0, 5), after=st.integers(0, 5))
 def test_padding_changes_nothing_at_real_positions(config, length, before, after):
     model = build(config)

@@ -38,7 +38,7 @@ def scan(module, softplus=True, reverse=False):
     return lambda *t: module.selective_scan(*t[:8], softplus, reverse, t[8])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sizes, st.booleans(), st.booleans())
 def test_scan_is_the_definition(size, reverse, softplus):
     case = make_scan(**size)
@@ -51,7 +51,7 @@ def test_scan_is_the_definition(size, reverse, softplus):
         assert_close(actual[0] + actual[1], expected[0] + expected[1], tolerance)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.integers(1, 3),
     st.one_of(st.integers(1, 6), st.integers(250, 515)),
