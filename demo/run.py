@@ -55,11 +55,13 @@ def main() -> int:
     command("data_prep/shard_genome.py", "--genomes", GENOMES, "--out", shards)
 
     say("2  Train a small Caduceus-PS on the other five")
-    command("-m", "caduceus.train", "--config", CONFIG, f"data.path={shards}", f"run.dir={run}", *options.overrides)
+    settings = [f"data.path={shards}", f"run.dir={run}", *options.overrides]
+    command("launch/slurm.py", "--cluster", "local", "--config", CONFIG, *settings)
 
     say("3  Export it in the published format, and evaluate the export on the same masked bases")
     command("-m", "caduceus.model.hub", "export", "--run", run, "--out", export)
-    exported = command("-m", "caduceus.evaluate", "heldout", "--export", export, "--config", f"{run}/config.yaml")
+    evaluation = ["-m", "caduceus.evaluate", "heldout", "--export", export, "--config", f"{run}/config.yaml"]
+    exported = command(*evaluation, capture=True)
 
     say("4  What it is worth")
     summarise(RunDirectory.open(run), json.loads(exported)["valid_loss"], Path(options.out) / "loss.png")
@@ -108,16 +110,21 @@ def say(text: str) -> None:
     console.print(f"\n[bold]{text}[/]", soft_wrap=True)
 
 
-def command(*arguments: str) -> str:
-    """Print a Python command line, run it, and return what it printed; the demo ends with its status if it fails."""
+def command(*arguments: str, capture: bool = False) -> str:
+    """Print a Python command line and run it; the demo ends with its status if it fails.
+
+    With `capture`, returns what it printed, which is shown when it is done and not before.
+    """
     console.print("$ python " + " ".join(arguments), soft_wrap=True)
+    sys.stdout.flush()
     with interrupts_left_to_the_command():
-        done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
-    print(done.stdout, end="")
+        done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE if capture else None, text=True)
+    printed = done.stdout or ""
+    print(printed, end="", flush=True)
     if done.returncode:
         say("Not finished; the same command goes on from here.")
         sys.exit(done.returncode)
-    return done.stdout
+    return printed
 
 
 @contextmanager

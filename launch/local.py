@@ -47,7 +47,7 @@ def run_here(cluster: Cluster, run: RunDirectory) -> int:
     last = ""
     for last in _through_ctrl_c(follow(log, job.done)):
         print(last, end="", flush=True)
-    failed = job.exception() is not None
+    failed = executor.controller.wait() != 0
     status = (2 if last.startswith("error: ") else 1) if failed else max(job.results())
     error = last_error(logs, job.job_id) if failed else None
     reason = history.FAILED if failed else history.STOPPED if status else history.COMPLETE
@@ -56,7 +56,7 @@ def run_here(cluster: Cluster, run: RunDirectory) -> int:
 
 
 class _Executor(LocalExecutor):
-    """Its jobs have `_Controller`."""
+    """Its jobs have `_Controller`, whose process is `controller`; it exits with 0 where all its tasks did."""
 
     def _submit_command(self, command: str) -> LocalJob:
         gpus = self.parameters["gpus_per_node"]
@@ -75,8 +75,9 @@ class _Executor(LocalExecutor):
         if gpus:  # else all that this shell sees
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
         controller = [sys.executable, "-m", "launch.local", str(self.folder)]
-        process = subprocess.Popen(controller, env=os.environ | environment)
-        return LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=list(range(tasks)))
+        self.controller = subprocess.Popen(controller, env=os.environ | environment)
+        job_id = str(self.controller.pid)
+        return LocalJob(folder=self.folder, job_id=job_id, process=self.controller, tasks=list(range(tasks)))
 
 
 class _Controller(Controller):
@@ -84,6 +85,7 @@ class _Controller(Controller):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self.succeeded = False
         signal.signal(signal.SIGTERM, self._kill)
 
     def wait(self, freq: int = 24) -> Sequence[int | None]:
@@ -94,12 +96,15 @@ class _Controller(Controller):
             now = time.monotonic()
             if failed is None and any(statuses):
                 failed = now
+                rank, status = next((rank, status) for rank, status in enumerate(statuses) if status)
+                print(f"rank {rank} ended with status {status}; the others are given {GRACE_SECONDS} s", flush=True)
             if now - started > self.timeout_s or (failed is not None and now - failed > GRACE_SECONDS):
                 break
             if not told and now - started > self.timeout_s - self.signal_delay_s:
                 told = True
                 self._forward_signal(signal.SIGUSR2)
             time.sleep(1 / freq)
+        self.succeeded = not any(statuses) and None not in statuses
         return statuses
 
     def _kill(self, *_: object) -> None:
@@ -130,4 +135,6 @@ def _through_ctrl_c(lines: Iterator[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    _Controller(Path(sys.argv[1])).run()
+    controller = _Controller(Path(sys.argv[1]))
+    controller.run()
+    sys.exit(not controller.succeeded)

@@ -1,12 +1,13 @@
 """Small training runs through the launcher, and what happens to them."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from caduceus.run_directory import RunDirectory
@@ -92,7 +93,8 @@ def losses(run: Path) -> list[float]:
 
 
 def process_of(run: Path, rank: int) -> int:
-    """Process id of a rank of the run's job."""
+    """Process id of a rank of the run's job, on SLURM or on this machine."""
+    of_rank = {f"SLURM_PROCID={rank}".encode(), f"SUBMITIT_LOCAL_GLOBALID={rank}".encode()}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             line = (process / "cmdline").read_bytes().split(b"\0")
@@ -100,9 +102,21 @@ def process_of(run: Path, rank: int) -> int:
         except OSError:  # it ended meanwhile
             continue
         is_task = b"submitit.core._submit" in line and not line[0].endswith(b"srun")
-        if is_task and str(run / "logs").encode() in line and f"SLURM_PROCID={rank}".encode() in environment:
+        if is_task and str(run / "logs").encode() in line and of_rank & set(environment):
             return int(process.name)
     raise AssertionError(f"{run} has no process of rank {rank}")
+
+
+@contextlib.contextmanager
+def held(run: Path, rank: int = 0) -> Iterator[int]:
+    """Keep a rank, and with it the run, from going on meanwhile; yields its process id."""
+    pid = process_of(run, rank)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def has_pending_signal(pid: int, number: signal.Signals) -> bool:

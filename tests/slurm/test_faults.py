@@ -12,6 +12,7 @@ from launch.history import attempts
 from tests.slurm.runs import (
     REQUEST,
     has_pending_signal,
+    held,
     job_of,
     last_step,
     launch,
@@ -96,15 +97,13 @@ def test_the_time_limit(slurm_cluster, config, undisturbed, tmp_path):
     run = tmp_path / "run"
     job = job_of(launch(tmp_path, "--config", config, "--cluster", preset, "--nodes", "2", f"run.dir={run}"))
     wait_until_training(run, 1)
-    rank = process_of(run, rank=0)
-    os.kill(rank, signal.SIGSTOP)  # so that the run is not over before its time is up
-    assert last_step(run) < STEPS
     log = run / "logs" / f"{job}_0_log.out"
-    wait_for(
-        lambda: has_pending_signal(rank, signal.SIGUSR2) or "SIGUSR2" in log.read_text(),
-        "SLURM's signal before the time limit",
-    )
-    os.kill(rank, signal.SIGCONT)
+    with held(run) as rank:  # so that the run is not over before its time is up
+        assert last_step(run) < STEPS
+        wait_for(
+            lambda: has_pending_signal(rank, signal.SIGUSR2) or "SIGUSR2" in log.read_text(),
+            "SLURM's signal before the time limit",
+        )
     wait_until_training(run, 2)
     assert wait_for_end(slurm_cluster, job) == "COMPLETED"
     assert set(reasons(run)[:-1]) == {history.TIME_LIMIT} and reasons(run)[-1] == history.COMPLETE

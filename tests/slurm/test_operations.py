@@ -14,6 +14,7 @@ from tests.launch.test_shard import contents, shard_apart, shard_together, write
 from tests.slurm.runs import (
     REQUEST,
     command,
+    held,
     job_of,
     launch,
     losses,
@@ -48,11 +49,11 @@ def newest_job(run: Path) -> str:
 
 def test_a_run_is_steered_through_all_its_states(slurm_cluster, config, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "small"
-    held = launch(tmp_path, "--config", config, *REQUEST, "--nodes", "2", "--sbatch", "hold")
-    assert f"python launch/runs.py status {Path('runs/small')}" in held.stdout
+    waiting = launch(tmp_path, "--config", config, *REQUEST, "--nodes", "2", "--sbatch", "hold")
+    assert f"python launch/runs.py status {Path('runs/small')}" in waiting.stdout
     assert "state       waiting: JobHeldUser" in runs(tmp_path, "status", "runs/small")
     assert "the run waits to start" in refused(tmp_path, "logs", "runs/small")
-    assert f"is waiting (job {job_of(held)})" in refused(tmp_path, "resume", "runs/small")
+    assert f"is waiting (job {job_of(waiting)})" in refused(tmp_path, "resume", "runs/small")
     assert "taken out of the queue" in runs(tmp_path, "stop", "runs/small")
     assert "it is stopped" in refused(tmp_path, "cancel", "runs/small")
 
@@ -64,11 +65,13 @@ def test_a_run_is_steered_through_all_its_states(slurm_cluster, config, tmp_path
 
     job = go_on()
     wait_until_training(run, 1)
-    status = runs(tmp_path, "status", "runs/small")
-    assert "state       running" in status and "nodes       n[0-1]" in status and f"job         {job}" in status
-    assert "ready to train" in runs(tmp_path, "logs", "runs/small")
-    assert "Starting with JobEnvironment" in runs(tmp_path, "logs", "runs/small", "--rank", "1")
-    assert "stops after its current step" in runs(tmp_path, "stop", "runs/small")
+    with held(run):
+        status = runs(tmp_path, "status", "runs/small")
+        assert "state       running" in status and "nodes       n[0-1]" in status and f"job         {job}" in status
+        assert "ready to train" in runs(tmp_path, "logs", "runs/small")
+        assert "Starting with JobEnvironment" in runs(tmp_path, "logs", "runs/small", "--rank", "1")
+        assert "stops after its current step" in runs(tmp_path, "stop", "runs/small")
+        assert "state       stopping" in runs(tmp_path, "status", "runs/small")
     assert wait_for_end(slurm_cluster, job) == "COMPLETED"
     assert "state       stopped" in runs(tmp_path, "status", "runs/small")
     stopped_at = overview(RunDirectory(run))
@@ -76,7 +79,8 @@ def test_a_run_is_steered_through_all_its_states(slurm_cluster, config, tmp_path
 
     job = go_on("--nodes", "4")
     assert wait_until_training(run, 2).nodes == "n[0-3]"
-    assert "cancelled at step" in runs(tmp_path, "cancel", "runs/small")
+    with held(run):
+        assert "cancelled at step" in runs(tmp_path, "cancel", "runs/small")
     assert wait_for_end(slurm_cluster, job) == "CANCELLED"
     assert overview(RunDirectory(run)).state in ("cancelled", "lost")
 
