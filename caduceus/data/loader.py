@@ -1,7 +1,9 @@
 """Batches of training and validation samples, for one rank, in order, from any position."""
 
+import atexit
 import logging
 import math
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -222,3 +224,14 @@ def _leave_signals_to_the_trainer() -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+@atexit.register
+def _end_workers() -> None:
+    """A process that ends by an error sends its workers one SIGTERM and waits for them, for ever if they ignore it.
+
+    Registered after multiprocessing's own handler, so it runs before that.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_fixture import Species, random_bases, tile, write_dataset
 
 from caduceus.config import Config, config_from_dict
+from tests.data.shard_fixture import Species, random_bases, tile, write_dataset
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,13 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from shard_fixture import Species
 
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader, build_validation, cache
 from caduceus.data.cache import Prefetcher, Shard, ShardCache
 from caduceus.data.remote import join, read_chunks
 from caduceus.errors import UserError
+from tests.data.shard_fixture import Species
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_fixture import Species, tile, write_dataset
 
 from caduceus.data.crops import CropTable
 from caduceus.data.reader import ShardedGenome
 from caduceus.data.shards import MIN_RUN
 from caduceus.errors import UserError
+from tests.data.shard_fixture import Species, tile, write_dataset
 
 pieces = st.lists(
     st.tuples(st.sampled_from(["ACGT", "N", "acgtn", "R", "n"]), st.integers(1, 120)), min_size=1, max_size=12

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shard_fixture import Species
 
 from caduceus.config import Config
 from caduceus.data import Batch, ShardedGenome, build_loader, build_validation, sample_reader
 from caduceus.data.reader import ShardFiles
 from caduceus.errors import UserError
+from tests.data.shard_fixture import Species
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,8 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shard_fixture import Species, complement_string, random_bases, tile, write_dataset
 
 from caduceus.alphabet import IGNORE_LABEL, encode
-from caduceus.config import Config
+from caduceus.config import Config, save_config
 from caduceus.data import Batch, build_loader, build_validation
 from caduceus.data.batch import FILLER, RankSchedule
 from caduceus.errors import UserError
+from tests.data.shard_fixture import Species, complement_string, random_bases, tile, write_dataset
 
 
 def take(loader: object, count: int) -> list:
@@ -334,3 +336,21 @@ def test_signals_to_the_job_leave_workers_alone(configure: Callable[..., Config]
     time.sleep(0.1)
     assert [next(batches).g[0].item() for _ in range(10)] == list(range(4, 44, 4))
     batches.close()
+
+
+FAILING_TRAINING = """
+import sys
+from caduceus.config import load_config
+from caduceus.data.loader import build_loader
+
+batches = iter(build_loader(load_config(sys.argv[1])))
+next(batches)
+raise RuntimeError("the training went wrong")
+"""
+
+
+def test_a_training_that_fails_ends_with_its_workers(configure: Callable[..., Config], tmp_path: Path) -> None:
+    save_config(configure(workers=2), tmp_path / "config.yaml")
+    command = [sys.executable, "-c", FAILING_TRAINING, str(tmp_path / "config.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "the training went wrong" in result.stderr

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_fixture import complement_string, random_bases
 
 from caduceus.alphabet import BASE_TOKENS, IGNORE_LABEL, MASK, PAD, UNK
 from caduceus.data.masking import Masking, mask_bases, shift_bases, weigh_repeats
 from caduceus.data.order import key
+from tests.data.shard_fixture import complement_string, random_bases
 
 PUBLISHED = Masking.of(0.15, 0.8, 0.1)
 NO_MASK = Masking.of(0, 0, 0)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from shard_fixture import Species, complement_string, random_bases, tile, write_dataset
 
 from caduceus.data import ShardedGenome
 from caduceus.data.cache import Shard
 from caduceus.data.reader import MAX_OPEN_FILES, ShardFiles
 from caduceus.data.shards import FORMAT, FORMAT_VERSION, build_manifest, dump_json, fingerprint
 from caduceus.errors import UserError
+from tests.data.shard_fixture import Species, complement_string, random_bases, tile, write_dataset
 
 
 def test_every_interval_is_the_genome(shards: Path, species: list[Species]) -> None:

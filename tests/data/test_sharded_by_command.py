@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shard_fixture import Species, complement_string, random_bases, write_dataset
 
 from caduceus.alphabet import IGNORE_LABEL, encode
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader
 from data_prep.shard_genome import main as shard_genome
+from tests.data.shard_fixture import Species, complement_string, random_bases, write_dataset
 
 OPTIONS = ["--window", "2000", "--min-window", "300", "--cut-gaps", "500", "--min-acgt", "0", "--shard-bytes", "64KiB"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shard_fixture import complement_string, random_bases
 
 from caduceus.alphabet import IGNORE_LABEL, encode
 from caduceus.config import Config
 from caduceus.data import Batch, build_loader, build_validation
 from caduceus.errors import UserError
+from tests.data.shard_fixture import complement_string, random_bases
 
 
 def write_tar(path: Path, members: dict[str, str]) -> Path:
