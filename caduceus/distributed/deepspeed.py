@@ -25,13 +25,12 @@ from caduceus.data.shards import dump_json
 from caduceus.distributed.deepspeed_config import engine_options
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.model.hub import WEIGHTS
 from caduceus.train.optimizer import build_optimizer, set_learning_rate
 
-FOLDER = "deepspeed"
-"""Folder of a checkpoint with DeepSpeed's own files; the weights stand beside it as safetensors."""
 _LAYOUT = "layout.json"
 _POLL_SECONDS = 0.2
 
@@ -128,7 +127,8 @@ class DeepSpeed(Single):
             shutil.rmtree(universal)
 
     def _load_folder(self, directory: Path) -> None:
-        # What a group's settings are is the configuration's to say; stage 3 would give all groups those of the first.
+        # From a universal checkpoint, stage 3 gives all groups the settings of the first, weight decay among them, and
+        # all parameters one and the same count of steps, which each of them would then advance.
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
@@ -137,6 +137,8 @@ class DeepSpeed(Single):
             raise RuntimeError(f"DeepSpeed finds no checkpoint in {directory}")
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
+        for state in self.model.basic_optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     def _convert(self, source: Path, target: Path) -> None:
         """DeepSpeed's own conversion, in a process of its own; the others keep in touch, so that no wait times out."""

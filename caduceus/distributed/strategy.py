@@ -20,7 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
 from caduceus.config import Config
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.mesh import Ranks
+from caduceus.errors import UserError
 from caduceus.train.optimizer import build_optimizer, set_learning_rate
+
+DEEPSPEED_FOLDER = "deepspeed"
+"""Folder in a checkpoint of DeepSpeed that holds its own files."""
 
 
 class Single:
@@ -82,6 +86,11 @@ class Single:
 
         Raises `RuntimeError`, `ValueError` or `CheckpointException` for a checkpoint of another model.
         """
+        if (directory / DEEPSPEED_FOLDER).is_dir():
+            raise UserError(
+                f"{directory}: a checkpoint of deepspeed, which single, ddp and fsdp cannot read; go on with "
+                "parallel.strategy=deepspeed"
+            )
         state = self.state_dict()
         dcp.load(state, checkpoint_id=directory, no_dist=self.ranks.world == 1)
         self.load_state_dict(state)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from caduceus.config import Config, config_from_dict
 from caduceus.data.loader import Batch, TrainLoader
 from caduceus.distributed.strategy import Single
+from caduceus.errors import UserError
 from caduceus.train import trainer
 from tests.distributed.ranks import on_ranks
 
@@ -64,6 +65,8 @@ class Observed:
     samples: list[int] = field(default_factory=list)
     """Of this rank, in the order in which it took them."""
     seconds_to_first_step: float = 0.0
+    refusal: str | None = None
+    """The message of the `UserError` that ended it."""
     bytes_held: int = 0
     """Of parameters, buffers and optimizer state, after the second step."""
 
@@ -135,7 +138,10 @@ def _train_observed(config: Config, weigh: bool) -> Observed:
         patch.setattr(trainer, "build_strategy", build_observed)
         # It collects all garbage at the start, which would take most of the time of short trainings.
         patch.setattr(trainer, "scheduled_garbage_collection", contextlib.nullcontext)
-        assert trainer.train(config) == 0
+        try:
+            assert trainer.train(config) == 0
+        except UserError as error:
+            observed.refusal = str(error)
     return observed
 
 
