@@ -1,8 +1,9 @@
 """Context parallelism: the ranks of a group share a sequence, each with a contiguous slice, exactly.
 
 The convolution needs the K - 1 bases beside the slice. The scan needs the state in which it enters the slice: every
-rank runs its slice from a zero state, all gather (decay over the slice, end state), and each folds those of the ranks
-before it. What travels does not depend on the length of the slice: per direction and stream 2 E N numbers a rank.
+rank runs its slice from a zero state, all gather (sum of the step sizes, end state), and each folds those of the ranks
+before it. What travels does not depend on the length of the slice: per direction and stream E (N + 1) numbers a rank
+for the scan and E (K - 1) for the convolution, and as many back for the gradients.
 
 Gradients meet in a collective, so every rank's result must depend on what it gathered, also where the sequence begins.
 """
@@ -34,18 +35,20 @@ class ContextGroup:
             halos.append(edges[neighbour % self.size, g] * inside)
         return torch.stack(halos)
 
-    def initial_state(self, decay: Tensor, end_state: Tensor, reverse: list[bool]) -> Tensor:
+    def initial_state(self, steps: Tensor, A: Tensor, end_state: Tensor, reverse: list[bool]) -> Tensor:
         """The state in which the scan enters this rank's slice, (G, B, E, N).
 
-        decay and end_state, of the same shape: what the slice multiplies a state by, and its end state from zero.
+        steps (G, B, E): sum of the slice's step sizes, by which it multiplies a state with exp(A steps); A (G, E, N);
+        end_state (G, B, E, N): where a scan of the slice ends that enters it with zero.
         """
-        gathered = _AllGather.apply(torch.stack([decay, end_state]), self.group)  # (R, 2, G, B, E, N)
+        gathered = _AllGather.apply(torch.cat([steps[..., None], end_state], dim=-1), self.group)  # (R, G, B, E, 1 + N)
         states = []
         for g, backwards in enumerate(reverse):
             before = range(self.size - 1, self.rank, -1) if backwards else range(self.rank)
-            state = 0 * gathered[self.rank, 1, g]
+            state = 0 * gathered[self.rank, g, ..., 1:]
             for rank in before:
-                state = gathered[rank, 0, g] * state + gathered[rank, 1, g]
+                decay = torch.exp(gathered[rank, g, ..., :1] * A[g])
+                state = decay * state + gathered[rank, g, ..., 1:]
             states.append(state)
         return torch.stack(states)
 
@@ -62,6 +65,6 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient[dist.get_rank(ctx.group)], None
+        own = torch.empty_like(gradient[0])
+        dist.reduce_scatter(own, list(gradient.contiguous().unbind()), group=ctx.group)
+        return own, None

@@ -19,8 +19,11 @@ class Context(Protocol):
     def halo(self, x: Tensor, width: int, reverse: list[bool]) -> Tensor:
         """The `width` positions that precede each run's slice in its direction. x (G, B, L, E)."""
 
-    def initial_state(self, decay: Tensor, end_state: Tensor, reverse: list[bool]) -> Tensor:
-        """The state (G, B, E, N) that enters each run's slice, from what slices do to a state."""
+    def initial_state(self, steps: Tensor, A: Tensor, end_state: Tensor, reverse: list[bool]) -> Tensor:
+        """The state (G, B, E, N) that enters each run's slice, from what slices do to a state.
+
+        steps (G, B, E), the sum of a slice's dt, stands for its decay: exp(A dt_1) exp(A dt_2) … = exp(A sum dt).
+        """
 
 
 def split_conv1d(
@@ -67,8 +70,6 @@ def split_initial_states(
         steps = steps + dt_bias[:, None, None]
     if softplus:
         steps = F.softplus(steps)
-    # exp(A dt_1) exp(A dt_2) … = exp(A sum dt): what a slice multiplies a state by takes one exp.
-    decay = torch.exp(steps.sum(2)[..., None] * A[:, None])
     runs = enumerate(reverse)
     ends = [scan(u[g], dt[g], A[g], B[g], C[g], None if dt_bias is None else dt_bias[g], back)[1] for g, back in runs]
-    return context.initial_state(decay, torch.stack(ends), reverse)
+    return context.initial_state(steps.sum(2), A, torch.stack(ends), reverse)
