@@ -58,11 +58,12 @@ def _train(
     strategy = build_strategy(config, ranks)
     checkpoints = Checkpoints(config.checkpoint, run, strategy)
     progress = _resume(run, loader, checkpoints)
+    check_before_start(config, run, strategy)
     if ranks.is_main:
         run.keep_config(config)
         run.truncate_metrics(progress.step)
-        run.write_provenance({"step": progress.step, "data_fingerprint": loader.fingerprint})
-    check_before_start(config, run, strategy)
+        facts = {"step": progress.step, "data_fingerprint": loader.fingerprint}
+        run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
     watchdog = Watchdog(run.logs_path, ranks.rank, config.train.stall_minutes)
     stop = StopRequest(run.path, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with (

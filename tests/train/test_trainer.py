@@ -136,17 +136,19 @@ def test_save_makes_a_checkpoint_and_goes_on(small_run: SmallRun) -> None:
     assert not (run.path / "SAVE").exists()
 
 
-def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, caplog) -> None:
-    whole, damaged = small_run.config("whole"), small_run.config("damaged")
+@pytest.mark.parametrize(("how", "told"), [("bit flipped", "sha256"), ("truncated", "bytes instead of")])
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, caplog, how: str, told: str) -> None:
+    steps = {"steps": 6}
+    whole, damaged = small_run.config("whole", train=steps), small_run.config("damaged", train=steps)
     train(whole)
     train(damaged)
     newest = RunDirectory(damaged.run.dir).checkpoints()[-1].path
     weights = newest / "__0_0.distcp"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
+    weights.write_bytes(content[:-1] if how == "truncated" else content)
     assert train(damaged) == 0
-    assert str(newest) in caplog.text and "sha256" in caplog.text
+    assert str(newest) in caplog.text and told in caplog.text
     assert numbers(damaged.run.dir) == numbers(whole.run.dir)
 
 
