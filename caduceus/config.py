@@ -152,6 +152,8 @@ class TrainConfig:
     seed: int = 0
     precision: str = "fp32"
     """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics)."""
+    deterministic: bool = False
+    """The same bits in every run on the same layout and machines, at some cost of speed on GPUs."""
     compile: bool = False
     """torch.compile every block."""
     activation_checkpointing: str = "none"
@@ -164,7 +166,8 @@ class ParallelConfig:
     """auto | single | ddp | fsdp | deepspeed. auto takes single for one process, and ddp or fsdp, by the size of the
     model, for more."""
     shard: int = 0
-    """fsdp: ranks that share one copy of the parameters; 0 is all of them."""
+    """fsdp: ranks that share one copy of the parameters; 0 is all of them. Where auto chooses fsdp, 0 is those of a
+    node."""
     context: int = 1
     """Ranks that share a sequence, each with a slice of it."""
     zero_stage: int = 1

@@ -1,11 +1,13 @@
 """Which strategy runs, and the model it runs on."""
 
+import copy
 import logging
+import os
 
 import torch
 
 from caduceus import CaduceusForMaskedLM
-from caduceus.config import Config
+from caduceus.config import Config, ParallelConfig
 from caduceus.distributed.ddp import DDP
 from caduceus.distributed.deepspeed import DeepSpeed
 from caduceus.distributed.fsdp import FSDP
@@ -23,12 +25,12 @@ def build_strategy(config: Config, ranks: Ranks) -> Single:
     """The strategy of `parallel.strategy` around a freshly initialised model."""
     model = build_model(config)
     model.share_sequences(ranks.context_group)
-    name = config.parallel.strategy
-    if name == "auto":
-        name, reason = _choose(sum(parameter.numel() for parameter in model.parameters()), ranks.world)
+    if config.parallel.strategy == "auto":
+        config = copy.deepcopy(config)
+        reason = _choose(config.parallel, sum(parameter.numel() for parameter in model.parameters()), ranks.world)
         if ranks.is_main:
-            _log.info("parallel.strategy: auto chose '%s' (%s)", name, reason)
-    return _STRATEGIES[name](config, ranks, model)
+            _log.info("parallel.strategy: auto chose '%s' (%s)", config.parallel.strategy, reason)
+    return _STRATEGIES[config.parallel.strategy](config, ranks, model)
 
 
 def build_model(config: Config) -> CaduceusForMaskedLM:
@@ -42,9 +44,17 @@ def build_model(config: Config) -> CaduceusForMaskedLM:
     return model.train()
 
 
-def _choose(parameters: int, world: int) -> tuple[str, str]:
+def _choose(parallel: ParallelConfig, parameters: int, world: int) -> str:
+    """Set what `auto` takes; returns why."""
     if world == 1:
-        return "single", "one process"
+        parallel.strategy = "single"
+        return "one process"
     if parameters <= LARGEST_REPLICATED_MODEL:
-        return "ddp", f"{world} ranks; {parameters:,} parameters fit on each, and sharding them would only add latency"
-    return "fsdp", f"{world} ranks; {parameters:,} parameters are better shared"
+        parallel.strategy = "ddp"
+        return f"{world} ranks; {parameters:,} parameters fit on each, and sharding them would only add latency"
+    parallel.strategy = "fsdp"
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if not parallel.shard and 1 < node < world and world % node == 0:
+        parallel.shard = node
+        return f"{world} ranks; {parameters:,} parameters, shared by the {node} ranks of a node, whose links are fast"
+    return f"{world} ranks; {parameters:,} parameters, shared by {parallel.shard or world} ranks"

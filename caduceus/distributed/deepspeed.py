@@ -41,7 +41,8 @@ class DeepSpeed(Single):
     can_stage = False
 
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
-        options = engine_options(config, ranks.data_world)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        options = engine_options(config, ranks.data_world, parameters)
         deepspeed = _import_deepspeed(ranks.device)
         self.ranks = ranks
         self.zero_stage = config.parallel.zero_stage

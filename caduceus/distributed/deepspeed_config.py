@@ -8,6 +8,8 @@ from typing import Any
 from caduceus.config import Config
 from caduceus.errors import UserError
 
+LARGEST_BUCKET = 500_000_000
+"""Elements of gradients reduced at once; DeepSpeed's own default."""
 _UNDECIDED = "auto"
 """Value by which DeepSpeed files written for other trainers leave a key to the trainer."""
 _REPLACED = ("optimizer", "scheduler")
@@ -32,8 +34,8 @@ _FOREIGN = (
 _log = logging.getLogger(__name__)
 
 
-def engine_options(config: Config, data_world: int) -> dict[str, Any]:
-    """Options for `deepspeed.initialize` on `data_world` data-parallel ranks.
+def engine_options(config: Config, data_world: int, parameters: int) -> dict[str, Any]:
+    """Options for `deepspeed.initialize` with so many parameters on `data_world` data-parallel ranks.
 
     Raises `UserError` for a key of the user's file that contradicts the run's configuration.
     """
@@ -50,6 +52,8 @@ def engine_options(config: Config, data_world: int) -> dict[str, Any]:
         options.pop(key, None)
     zero = options.setdefault("zero_optimization", {})
     zero["stage"] = parallel.zero_stage
+    # Stage 3 allocates a bucket whole, however small the model.
+    zero.setdefault("reduce_bucket_size", min(parameters, LARGEST_BUCKET))
     if parallel.cpu_offload:
         zero.setdefault("offload_optimizer", {"device": "cpu"})
         if parallel.zero_stage == 3:

@@ -119,6 +119,7 @@ def joined(config: Config) -> Iterator[Ranks]:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     check_layout(config, world)
     device = choose_device(config.run.device)
+    make_deterministic(config.train.deterministic)
     if world == 1:
         yield Ranks(0, 1, 1, device)
         return
@@ -154,6 +155,15 @@ def _set_nccl_defaults(run_directory: str) -> None:
         os.environ.setdefault(name, value)
 
 
+def make_deterministic(deterministic: bool) -> None:
+    """Have torch's operators and cuBLAS give the same bits every time, or as they are fastest."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # Filling memory that will be overwritten finds faults of operators, and makes no result the same.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def check_layout(config: Config, world: int) -> None:
     """Refuse an arrangement that `world` ranks cannot take; the message names the key."""
     parallel, train = config.parallel, config.train
@@ -171,7 +181,7 @@ def check_layout(config: Config, world: int) -> None:
     if train.global_batch % (train.micro_batch * data_world):
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
-            f"{data_world} data-parallel ranks"
+            f"{data_world} data-parallel ranks (parallel.context ranks share a sequence and count as one)"
         )
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")

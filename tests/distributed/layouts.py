@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,18 +92,18 @@ def config_of(layout: Layout, shards: Path, directory: Path, accumulation: int =
     return config_from_dict(values)
 
 
-def train_all(world: int, configs: list[Config], weigh: bool = False) -> list[list[Observed]]:
+def train_all(world: int, configs: list[Config], weighed: Collection[str] = ()) -> list[list[Observed]]:
     """Trainings one after another in `world` processes; what was observed, by run and rank.
 
-    With `weigh` the bytes are counted, which takes a while.
+    The bytes of runs whose names are `weighed` are counted, which takes a while.
     """
     if world == 1:
-        return [[observed] for observed in _train_here(0, configs, weigh)]
-    return list(zip(*on_ranks(world, _train_here, configs, weigh), strict=True))
+        return [[observed] for observed in _train_here(0, configs, weighed)]
+    return list(zip(*on_ranks(world, _train_here, configs, weighed), strict=True))
 
 
-def _train_here(rank: int, configs: list[Config], weigh: bool) -> list[Observed]:
-    return [_train_observed(config, weigh) for config in configs]
+def _train_here(rank: int, configs: list[Config], weighed: Collection[str]) -> list[Observed]:
+    return [_train_observed(config, config.run.name in weighed) for config in configs]
 
 
 def _train_observed(config: Config, weigh: bool) -> Observed:

@@ -1,0 +1,130 @@
+"""One run under every layout of ranks, against one process: numbers that must agree, and what a layout costs.
+
+    python benchmarks/distributed_table.py [--shards DIR] [--only NAME …] [--steps 30]
+
+A small Caduceus-PS trains on real shards (of a random genome, where no --shards are given) with one and with two
+micro-batches a step. Differences are relative, the largest over all steps; those of gradients are over all parameters
+in the first step, relative to the parameter's largest entry. Memory is that of tensors between steps, per rank, of a
+wider model. Times are those of this machine, whose cores the ranks share.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from caduceus import CaduceusConfig
+from caduceus.config import Config
+from tests.conftest import shard, write_random_fasta
+from tests.distributed.layouts import LAYOUTS, Layout, Observed, config_of, train_all
+
+WIDE = CaduceusConfig(d_model=128, n_layer=8, rcps=True)
+
+
+@dataclass
+class Result:
+    losses: list[float]
+    observed: Observed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=Path, help="a directory that data_prep/shard_genome.py made")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="layouts, beside one process (all)")
+    parser.add_argument("--steps", type=int, default=30)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    layouts = [layout for layout in LAYOUTS if not options.only or layout.name in ("single", *options.only)]
+    with tempfile.TemporaryDirectory() as directory:
+        shards = options.shards or _random_shards(Path(directory))
+        results: dict[tuple, Result] = {}
+        for world in sorted({layout.world for layout in layouts}):
+            _train(world, [layout for layout in layouts if layout.world == world], shards, directory, options, results)
+        _print(layouts, results)
+
+
+def _train(
+    world: int, layouts: list[Layout], shards: Path, directory: str, options: argparse.Namespace, results: dict
+) -> None:
+    plan = list(_plan(layouts, shards, Path(directory), options.steps))
+    every = train_all(
+        world, [config for _, config in plan], weighed=[config.run.name for key, config in plan if key[1] == "wide"]
+    )
+    for (key, config), observed in zip(plan, every, strict=True):
+        rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows[: options.steps]]
+        results[key] = Result(losses, max(observed, key=lambda rank: rank.bytes_held))
+
+
+def _plan(layouts: list[Layout], shards: Path, directory: Path, steps: int) -> Iterator[tuple[tuple, Config]]:
+    for layout in layouts:
+        for accumulation in (1, 2):
+            for precision in ("fp32", "fp64") if layout.computes_fp64 else ("fp32",):
+                path = directory / f"{layout.name}-{accumulation}-{precision}"
+                train = {"steps": steps, "precision": precision, "warmup_steps": 3}
+                yield (layout.name, accumulation, precision), config_of(layout, shards, path, accumulation, **train)
+        resumed = config_of(layout, shards, directory / f"{layout.name}-1-fp32", steps=steps + 1, warmup_steps=3)
+        resumed.run.allow_change = ["train.steps"]
+        yield (layout.name, "resumed"), resumed
+        wide = config_of(layout, shards, directory / f"{layout.name}-wide", steps=2)
+        wide.model = WIDE
+        yield (layout.name, "wide"), wide
+
+
+def _print(layouts: list[Layout], results: dict[tuple, Result]) -> None:
+    print(
+        "| layout | last loss, 1 and 2 micro-batches | losses, fp32 | first loss | gradients | losses, fp64 | "
+        "first step after s | resumed after s | MiB a rank |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for layout in layouts:
+        both = [results[layout.name, accumulation, "fp32"] for accumulation in (1, 2)]
+        expected = [results["single", accumulation, "fp32"] for accumulation in (1, 2)]
+        cells = [
+            layout.name,
+            "  ".join(f"{result.losses[-1]:.6f}" for result in both),
+            f"{max(_difference(ours.losses, theirs.losses) for ours, theirs in zip(both, expected, strict=True)):.0e}",
+            f"{max(_difference(o.losses[:1], t.losses[:1]) for o, t in zip(both, expected, strict=True)):.0e}",
+            f"{max(_gradient_difference(o, t) for o, t in zip(both, expected, strict=True)):.0e}",
+            _fp64_difference(layout, results),
+            f"{both[0].observed.seconds_to_first_step:.1f}",
+            f"{results[layout.name, 'resumed'].observed.seconds_to_first_step:.1f}",
+            f"{results[layout.name, 'wide'].observed.bytes_held / 2**20:.1f}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def _fp64_difference(layout: Layout, results: dict[tuple, Result]) -> str:
+    if not layout.computes_fp64:
+        return "-"
+    pairs = [(results[name, n, "fp64"].losses for name in (layout.name, "single")) for n in (1, 2)]
+    return f"{max(_difference(*pair) for pair in pairs):.0e}"
+
+
+def _difference(losses: list[float], expected: list[float]) -> float:
+    return max(abs(loss - other) / abs(other) for loss, other in zip(losses, expected, strict=True))
+
+
+def _gradient_difference(result: Result, expected: Result) -> float:
+    gradients = result.observed.gradients
+    return max(
+        float((gradients[name] - other).abs().max() / other.abs().max())
+        for name, other in expected.observed.gradients.items()
+    )
+
+
+def _random_shards(directory: Path) -> Path:
+    write_random_fasta(directory / "genome.fa", 1, {"chr1": 30_000, "chr2": 9_000, "chr3": 10_000})
+    options = ["--window", "2048", "--valid-contigs", "chr3", "--workers", "1"]
+    shard(directory / "shards", "random", directory / "genome.fa", *options)
+    return directory / "shards"
+
+
+if __name__ == "__main__":
+    main()

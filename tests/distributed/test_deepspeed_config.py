@@ -1,0 +1,98 @@
+"""Whose word counts where a DeepSpeed file and the run's configuration speak of the same thing."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caduceus.config import Config, config_from_dict
+from caduceus.distributed.deepspeed_config import engine_options
+from caduceus.errors import UserError
+
+DATA_WORLD, PARAMETERS = 2, 1000
+
+
+def config(path: Path | None = None, **parallel: Any) -> Config:
+    return config_from_dict(
+        {
+            "train": {"global_batch": 16, "micro_batch": 4, "clip_norm": 0.5, "precision": "bf16"},
+            "parallel": {"deepspeed_config": path and str(path), **parallel},
+        }
+    )
+
+
+def options_of(path: Path, options: dict, **parallel: Any) -> dict:
+    path.write_text(json.dumps(options))
+    return engine_options(config(path, **parallel), DATA_WORLD, PARAMETERS)
+
+
+def test_without_a_file_the_configuration_decides_all() -> None:
+    options = engine_options(config(zero_stage=3, cpu_offload=True), DATA_WORLD, PARAMETERS)
+    assert options["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": PARAMETERS,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+    }
+    assert options["train_micro_batch_size_per_gpu"] == 4 and options["gradient_accumulation_steps"] == 2
+    assert options["gradient_clipping"] == 0
+    assert options["torch_autocast"]["enabled"]
+
+
+def test_what_a_file_says_beyond_is_kept_and_what_it_leaves_open_is_ours(tmp_path: Path) -> None:
+    theirs = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": "auto"},
+    }
+    options = options_of(tmp_path / "ds.json", theirs, zero_stage=2)
+    assert options["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": PARAMETERS}
+    assert options["communication_data_type"] == "fp32"
+    assert not {"bf16", "train_batch_size"} & options.keys()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "named"),
+    [
+        ({"gradient_clipping": 1.0}, "train.clip_norm"),
+        ({"train_batch_size": 32}, "train.global_batch"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train.micro_batch"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps"),
+        ({"zero_optimization": {"stage": 3}}, "parallel.zero_stage"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled"),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "nvme"),
+    ],
+)
+def test_a_file_that_contradicts_is_refused_by_its_key(tmp_path: Path, theirs: dict, named: str) -> None:
+    with pytest.raises(UserError, match=r"parallel\.deepspeed_config") as refusal:
+        options_of(tmp_path / "ds.json", theirs)
+    assert named in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_optimizer_and_schedule_of_a_file_give_way_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = {"optimizer": {"type": "Adam", "params": {"lr": 1}}, "scheduler": {"type": "WarmupLR"}}
+    with caplog.at_level(logging.WARNING):
+        options = options_of(tmp_path / "ds.json", theirs)
+    assert not theirs.keys() & options.keys()
+    assert len(caplog.messages) == 1 and "optimizer" in caplog.messages[0] and "scheduler" in caplog.messages[0]
+
+
+def test_files_that_are_none_and_double_precision_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.json"):
+        engine_options(config(tmp_path / "missing.json"), DATA_WORLD, PARAMETERS)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        engine_options(config(tmp_path / "list.json"), DATA_WORLD, PARAMETERS)
+    double = config()
+    double.train.precision = "fp64"
+    with pytest.raises(UserError, match=r"train\.precision"):
+        engine_options(double, DATA_WORLD, PARAMETERS)
