@@ -241,10 +241,10 @@ class RunDirectory:
             for name in names or before[section]:
                 key = f"{section}.{name}"
                 if before[section][name] != now[section][name] and key not in config.run.allow_change:
+                    way_on = "" if section == "model" else f", or go on with the change by run.allow_change=[{key}]"
                     raise UserError(
                         f"run.dir: {self.path} holds a run with {key}={before[section][name]}, not "
-                        f"{now[section][name]}; choose another run.dir, or go on with the change by "
-                        f"run.allow_change=[{key}]"
+                        f"{now[section][name]}; choose another run.dir{way_on}"
                     )
 
     def _take_lock(self) -> None:

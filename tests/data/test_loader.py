@@ -327,14 +327,14 @@ def test_the_loader_travels_to_spawned_workers(configure: Callable[..., Config])
 def test_signals_to_the_job_leave_workers_alone(configure: Callable[..., Config]) -> None:
     """Ctrl-C and the cluster's warnings reach workers too; the trainer alone decides when to stop."""
     batches = iter(build_loader(configure(workers=2)))
-    next(batches)
+    take(batches, 2)  # one of each worker, so that both have started
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         for worker in workers:
             os.kill(worker.pid, number)
     time.sleep(0.1)
-    assert [next(batches).g[0].item() for _ in range(10)] == list(range(4, 44, 4))
+    assert [next(batches).g[0].item() for _ in range(10)] == list(range(8, 48, 4))
     batches.close()
 
 
