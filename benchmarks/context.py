@@ -3,11 +3,14 @@
     python benchmarks/context.py [--seq-len 65536] [--d-model 64] [--n-layer 2] [--ranks 1 2 4] [--repeats 5]
 
 Every rank computes on one thread, so as many ranks as there are cores can be faster than one; the best of the repeats
-counts, by the slowest rank. A rank scans its slice twice, for the state that it passes on and for its outputs.
+counts, by the slowest rank. A rank passes over its slice once more each way, for the state and the adjoint to pass on.
 
 Bytes are what a rank puts into collectives in one pass, counted where they are called. By the formula, a layer of
 Caduceus-PS takes 4 runs (two streams in two directions) of 4 bytes each for B · E · (N + 1) numbers of the scan and
-B · E · (K - 1) of the convolution; gradients take as much for each of the R ranks.
+B · E · (K - 1) of the convolution; on the way back B · E · N, and for each of the R ranks B · E · (K - 1).
+
+The last row is what two ranks would reach if each had one strand of the whole sequence instead of both strands of half
+of it: strands meet only in the loss, whose exchange is left out.
 """
 
 import argparse
@@ -15,8 +18,8 @@ import datetime
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,55 +55,71 @@ def main() -> None:
     alone = None
     for ranks in options.ranks:
         results = on_ranks(ranks, measure, config, options.seq_len, options.repeats)
-        seconds = max(result[0] for result in results)
+        seconds, forward, backward = max(results)
         alone = alone or seconds
-        counted = results[0][1]
-        forward = by_formula(config) if ranks > 1 else 0
-        kilobytes = [counted["forward"], forward, counted["backward"], ranks * forward]
+        expected = by_formula(config, ranks) if ranks > 1 else (0, 0)
+        kilobytes = [forward, expected[0], backward, expected[1]]
         cells = " | ".join(f"{count / 1e3:,.1f}" for count in kilobytes)
-        print(f"| {ranks} | {seconds:.2f} | {alone / seconds:.2f} | {cells} |")
+        print(f"| {ranks} | {seconds:.2f} | {alone / seconds:.2f} | {cells} |", flush=True)
+    seconds = max(on_ranks(2, measure_strand, config, options.seq_len, options.repeats))[0]
+    print(f"| 2, a strand each | {seconds:.2f} | {alone / seconds:.2f} | | | | |")
 
 
-def by_formula(config: CaduceusConfig) -> int:
-    """Bytes that a rank gives to all-gathers in a forward pass."""
-    return 4 * RUNS * config.n_layer * config.d_inner * (config.d_state + 1 + config.d_conv - 1)
+def by_formula(config: CaduceusConfig, ranks: int) -> tuple[int, int]:
+    """Bytes that a rank gives to collectives in a forward and in a backward pass."""
+    numbers = 4 * RUNS * config.n_layer * config.d_inner
+    states, halo = config.d_state, config.d_conv - 1
+    return numbers * (states + 1 + halo), numbers * (states + ranks * halo)
 
 
-def measure(rank: int, config: CaduceusConfig, seq_len: int, repeats: int) -> tuple[float, Counter]:
-    """Best seconds of a pass on this rank, and the bytes that it gave to collectives in one."""
-    keep_freed_memory()
+def measure(rank: int, config: CaduceusConfig, seq_len: int, repeats: int) -> tuple[float, int, int]:
+    """Best seconds of a pass on this rank, and the bytes that it gives to collectives forward and backward."""
     ranks = dist.get_world_size()
     torch.manual_seed(0)
     model = CaduceusForMaskedLM(config)
     if ranks > 1:
         model.share_sequences(ContextGroup(dist.group.WORLD, rank, ranks))
-    input_ids = torch.randint(7, 11, (1, seq_len)).tensor_split(ranks, dim=1)[rank]
+    return timed(model, seq_len // ranks, repeats)
+
+
+def measure_strand(rank: int, config: CaduceusConfig, seq_len: int, repeats: int) -> tuple[float, int, int]:
+    """The same for a rank that has one strand of the whole sequence, which is what one stream costs."""
+    return timed(CaduceusForMaskedLM(replace(config, rcps=False)), seq_len, repeats)
+
+
+def timed(model: CaduceusForMaskedLM, length: int, repeats: int) -> tuple[float, int, int]:
+    keep_freed_memory()
+    input_ids = torch.randint(7, 11, (1, length))
     labels = torch.where(torch.rand(input_ids.shape) < 0.15, input_ids, IGNORE_LABEL)
 
-    def run() -> None:
-        model(input_ids, labels, return_logits=False).loss_sum.backward()
+    def forward() -> torch.Tensor:
+        return model(input_ids, labels, return_logits=False).loss_sum
 
-    sent = count_bytes(run)
+    losses: list[torch.Tensor] = []
+    bytes_forward = count_bytes(lambda: losses.append(forward()))
+    bytes_backward = count_bytes(lambda: losses.pop().backward())
     best = float("inf")
     for _ in range(repeats):
         dist.barrier()
         started = time.perf_counter()
-        run()
+        forward().backward()
         best = min(best, time.perf_counter() - started)
-    return best, sent
+    return best, bytes_forward, bytes_backward
 
 
-def count_bytes(run: Callable[[], None]) -> Counter:
-    """What a pass gives to the collectives of `ContextGroup`: all-gather forward, reduce-scatter backward."""
-    sent: Counter = Counter()
+def count_bytes(run: Callable[[], None]) -> int:
+    """What this rank gives to the collectives of `ContextGroup` in `run`."""
+    given = 0
     all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
 
     def counted_all_gather(parts: list[torch.Tensor], part: torch.Tensor, **options: object) -> None:
-        sent["forward"] += part.nbytes
+        nonlocal given
+        given += part.nbytes
         all_gather(parts, part, **options)
 
     def counted_reduce_scatter(own: torch.Tensor, parts: list[torch.Tensor], **options: object) -> None:
-        sent["backward"] += sum(part.nbytes for part in parts)
+        nonlocal given
+        given += sum(part.nbytes for part in parts)
         reduce_scatter(own, parts, **options)
 
     dist.all_gather, dist.reduce_scatter = counted_all_gather, counted_reduce_scatter
@@ -108,7 +127,7 @@ def count_bytes(run: Callable[[], None]) -> Counter:
         run()
     finally:
         dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
-    return sent
+    return given
 
 
 if __name__ == "__main__":

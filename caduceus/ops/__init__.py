@@ -7,7 +7,7 @@ runs left-to-right (0) or right-to-left (1); direction is an argument, never a f
 import logging
 import os
 import sys
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -18,7 +18,8 @@ from torch import Tensor
 from caduceus.errors import UserError
 from caduceus.ops import naive
 from caduceus.ops.packed import run_apart
-from caduceus.ops.split import Context, split_conv1d, split_initial_states
+from caduceus.ops.runs import conv_by_runs, scan_by_runs
+from caduceus.ops.split import Context, SlicedScan, conv_over_ranks, scan_over_ranks
 
 BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
 PAD_DT = -1e4
@@ -102,11 +103,13 @@ def selective_scan(
             raise ValueError(
                 "a context carries the states between ranks; it takes no initial_state and gives no final one"
             )
-        bias = None if dt_bias is None else dt_bias[None]
-        states = _states_over_ranks(
-            module, u[None], dt[None], A[None], B[None], C[None], bias, softplus, [reverse], context
+        operands = (
+            *(t[None, None] for t in (u, dt)),
+            A[None],
+            *(t[None, None] for t in (B, C)),
+            *(None if t is None else t[None] for t in (D, z, dt_bias)),
         )
-        initial_state = states[0]
+        return scan_over_ranks(_sliced_scan(module), operands, softplus, reverse, context)[0]
     y, state = module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, initial_state)
     return (y, state) if return_final_state else y
 
@@ -132,11 +135,10 @@ def causal_conv1d(
     if context is None:
         return module.causal_conv1d(x, weight, bias, activation, reverse)
 
-    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-        return module.causal_conv1d(x, weight, bias, activation, reverse)
+    def convolve(x: Tensor) -> Tensor:
+        return module.causal_conv1d(x[0], weight, bias, activation, reverse)[None, None]
 
-    biases = None if bias is None else bias[None]
-    return split_conv1d(convolve, x[None], weight[None], biases, [reverse], context)[0]
+    return conv_over_ranks(convolve, x[None], 1, weight.shape[1] - 1, reverse, False, context)[0, 0]
 
 
 def bidirectional_conv1d(
@@ -162,22 +164,14 @@ def bidirectional_conv1d(
         if module.__name__ == "caduceus.ops.triton":
             return module.bidirectional_conv1d(x, weight, bias, starts)
         return run_apart(starts, lambda b, t: bidirectional_conv1d(x[:, b, None, t], weight, bias, backend=backend))
-    directions, streams = weight.shape[0], x.shape[0]
-    if context is not None:
-
-        def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor:
-            return module.causal_conv1d(x, weight, bias, "silu", reverse)
-
-        runs = [tensor.repeat_interleave(streams, 0) if tensor is not None else None for tensor in (weight, bias)]
-        y = split_conv1d(convolve, x.repeat(directions, 1, 1, 1), *runs, _reverse(directions, streams), context)
-        return y.unflatten(0, (directions, streams))
     if hasattr(module, "bidirectional_conv1d"):
-        return module.bidirectional_conv1d(x, weight, bias)
-    rows = []
-    for d in range(weight.shape[0]):
-        taps, offset = weight[d], None if bias is None else bias[d]
-        rows += [causal_conv1d(x[s], taps, offset, reverse=d != s, backend=backend) for s in range(x.shape[0])]
-    return torch.stack(rows).unflatten(0, (weight.shape[0], x.shape[0]))
+        convolve = partial(module.bidirectional_conv1d, weight=weight, bias=bias)
+    else:
+        convolve = partial(conv_by_runs, module.causal_conv1d, weight=weight, bias=bias)
+    if context is None:
+        return convolve(x)
+    takes_halo = module.__name__ == "caduceus.ops.triton"
+    return conv_over_ranks(convolve, x, weight.shape[0], weight.shape[2] - 1, False, takes_halo, context)
 
 
 def bidirectional_scan(
@@ -215,37 +209,12 @@ def bidirectional_scan(
             return bidirectional_scan(*runs[:2], A, *runs[2:], D, gate, dt_bias, backend=backend)
 
         return run_apart(starts, scan_alone)
-    states = None
+    operands = (u, dt, A, B, C, D, z, dt_bias)
     if context is not None:
-        directions, count = u.shape[:2]
-        per_run = [tensor.flatten(0, 1) for tensor in (u, dt, B, C)]
-        A_runs = A.repeat_interleave(count, 0)
-        bias_runs = None if dt_bias is None else dt_bias.repeat_interleave(count, 0)
-        states = _states_over_ranks(
-            module, *per_run[:2], A_runs, *per_run[2:], bias_runs, True, _reverse(directions, count), context
-        ).unflatten(0, (directions, count))
-    elif hasattr(module, "bidirectional_scan"):
-        return module.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias)
-    streams = []
-    for s in range(u.shape[1]):
-        y = [
-            selective_scan(
-                u[d, s],
-                dt[d, s],
-                A[d],
-                B[d, s],
-                C[d, s],
-                None if D is None else D[d],
-                None if z is None else z[s],
-                None if dt_bias is None else dt_bias[d],
-                reverse=d != s,
-                initial_state=None if states is None else states[d, s],
-                backend=backend,
-            )
-            for d in range(A.shape[0])
-        ]
-        streams.append(y[0] + y[1] if len(y) == 2 else y[0])
-    return torch.stack(streams)
+        return scan_over_ranks(_sliced_scan(module), operands, True, False, context)
+    if hasattr(module, "bidirectional_scan"):
+        return module.bidirectional_scan(*operands)
+    return scan_by_runs(module.selective_scan, *operands)[0]
 
 
 def add_norm(
@@ -286,29 +255,11 @@ def head_cross_entropy(
     return head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label)
 
 
-def _reverse(directions: int, streams: int) -> list[bool]:
-    """Whether each run of (P, S), flattened, goes right-to-left."""
-    return [d != s for d in range(directions) for s in range(streams)]
-
-
-def _states_over_ranks(
-    module: ModuleType,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None,
-    softplus: bool,
-    reverse: list[bool],
-    context: Context,
-) -> Tensor:
-    """`split_initial_states` with a backend's scan."""
-
-    def scan(u, dt, A, B, C, dt_bias, reverse):
-        return module.selective_scan(u, dt, A, B, C, None, None, dt_bias, softplus, reverse, None)
-
-    return split_initial_states(scan, u, dt, A, B, C, dt_bias, softplus, reverse, context)
+def _sliced_scan(module: ModuleType) -> type[SlicedScan]:
+    if not hasattr(module, "SlicedScan"):
+        name = module.__name__.rpartition(".")[2]
+        raise UserError(f"ops.backend: {name} cannot share a sequence between ranks (parallel.context); choose triton")
+    return module.SlicedScan
 
 
 def _module(backend: str, device_type: str) -> ModuleType:

@@ -1,75 +1,128 @@
-"""Scan and convolution where the sequence is cut into slices over the ranks of a context group.
+"""Scan and convolution where the sequence is cut into slices over the ranks of a context group, exactly.
 
-A context group gives two things (see `caduceus.distributed.context`): `halo`, the inputs beside a slice, and
-`initial_state`, the state in which a scan enters it. Both are differentiable, so gradients cross ranks by themselves.
-A run is one direction of one stream; the G runs of a call share one exchange.
+The convolution needs the K - 1 inputs beside a slice. The scan needs the state in which it enters the slice, and its
+gradient the adjoint that comes back from the slices after it. Every rank runs its slice from zero, all gather where
+that ends, each folds what the slices before it (on the way back: after it) do to a state, and then runs its slice for
+real. A slice multiplies a state by exp(A dt_1) exp(A dt_2) … = exp(A sum dt), so what is gathered does not depend on
+its length.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from caduceus.ops.runs import runs_backwards
 
 
 class Context(Protocol):
-    """What the ops need of a group of ranks that share a sequence."""
+    """What the ops need of a group of ranks that share a sequence (see `caduceus.distributed.context`)."""
 
-    def halo(self, x: Tensor, width: int, reverse: list[bool]) -> Tensor:
-        """The `width` positions that precede each run's slice in its direction. x (G, B, L, E)."""
+    rank: int
+    size: int
 
-    def initial_state(self, steps: Tensor, A: Tensor, end_state: Tensor, reverse: list[bool]) -> Tensor:
-        """The state (G, B, E, N) that enters each run's slice, from what slices do to a state.
+    def halo(self, runs: list[Tensor], width: int, reverse: list[bool]) -> Tensor:
+        """The `width` positions that precede each run's slice in its direction, differentiable.
 
-        steps (G, B, E), the sum of a slice's dt, stands for its decay: exp(A dt_1) exp(A dt_2) … = exp(A sum dt).
+        runs: G of (B, L, E) -> (G, B, width, E).
         """
 
+    def all_gather(self, part: Tensor) -> Tensor:
+        """(…) of each rank -> (R, …) on all of them, outside of autograd."""
 
-def split_conv1d(
+
+class SlicedScan(Protocol):
+    """A backend's scan of one slice, taken in two passes either way; none of them is part of an autograd graph.
+
+    Made of the operands of `caduceus.ops.bidirectional_scan` with `softplus` and `reverse`, which exchanges all
+    directions. A state is (P, S, B, E, N).
+    """
+
+    def __init__(self, *operands: Any) -> None: ...
+
+    def end_state(self) -> tuple[Tensor, Tensor]:
+        """The state in which a scan from zero ends, and the sum of the step sizes (P, S, B, E)."""
+
+    def outputs(self, initial_state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """y (S, B, L, E), and what is to be kept for the way back."""
+
+    def initial_gradient(self, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """Gradient of the initial state by the slice's own outputs."""
+
+    def gradients(self, dy: Tensor, final_gradient: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of the eight operands, given also that of the final state."""
+
+
+@torch.compiler.disable  # exchanges are not for a compiled graph; what lies between them is
+def scan_over_ranks(
+    sliced: type[SlicedScan],
+    operands: tuple[Tensor | None, ...],
+    softplus: bool,
+    reverse: bool,
+    context: Context,
+) -> Tensor:
+    """y (S, B, L, E) of this rank's slice. `operands` as of `caduceus.ops.bidirectional_scan`."""
+    return _ScanOverRanks.apply(sliced, softplus, reverse, context, *operands)
+
+
+class _ScanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sliced, softplus, reverse, context, *operands):
+        scan = sliced(*operands, softplus, reverse)
+        state, steps = scan.end_state()
+        gathered = context.all_gather(torch.cat([steps[..., None], state], dim=-1))
+        steps, states = gathered[..., 0].contiguous(), gathered[..., 1:]
+        y, kept = scan.outputs(carried(states, steps, operands[2], context, reverse))
+        ctx.save_for_backward(*operands, steps, *kept)
+        ctx.sliced, ctx.softplus, ctx.reverse, ctx.context = sliced, softplus, reverse, context
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        operands, (steps, *kept) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        scan = ctx.sliced(*operands, ctx.softplus, ctx.reverse)
+        adjoints = ctx.context.all_gather(scan.initial_gradient(dy, tuple(kept)))
+        final = carried(adjoints, steps, operands[2], ctx.context, not ctx.reverse)
+        return None, None, None, None, *scan.gradients(dy, final, tuple(kept))
+
+
+def carried(ends: Tensor, steps: Tensor, A: Tensor, context: Context, reverse: bool) -> Tensor:
+    """What enters this rank's slice in each run's direction; `ends` (R, P, S, B, E, N) is what slices reach from zero.
+
+    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, hence with `reverse` inverted.
+    """
+    carried = torch.zeros_like(ends[0])
+    for d in range(ends.shape[1]):
+        for s in range(ends.shape[2]):
+            backwards = runs_backwards(d, s, reverse)
+            for rank in range(context.size - 1, context.rank, -1) if backwards else range(context.rank):
+                decay = torch.exp(steps[rank, d, s, ..., None] * A[d])
+                carried[d, s] = decay * carried[d, s] + ends[rank, d, s]
+    return carried
+
+
+def conv_over_ranks(
     convolve: Callable[..., Tensor],
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reverse: list[bool],
+    directions: int,
+    width: int,
+    reverse: bool,
+    takes_halo: bool,
     context: Context,
 ) -> Tensor:
-    """x (G, B, L, E), weight (G, E, K), bias (G, E) -> (G, B, L, E).
+    """`convolve` of x (S, B, L, E), over the slice's borders -> (P, S, B, L, E).
 
-    `convolve(x, weight, bias, reverse)` is the convolution of one run.
+    A backend that takes the halos (P, S, B, width, E) as an argument is given them; others convolve a longer slice.
     """
-    length, width = x.shape[2], weight.shape[2] - 1
-    halos = context.halo(x, width, reverse)
-    outputs = []
-    for g, backwards in enumerate(reverse):
-        extended = torch.cat([x[g], halos[g]] if backwards else [halos[g], x[g]], dim=1)
-        y = convolve(extended, weight[g], None if bias is None else bias[g], backwards)
-        outputs.append(y.narrow(1, 0 if backwards else width, length))
-    return torch.stack(outputs)
-
-
-def split_initial_states(
-    scan: Callable[..., tuple[Tensor, Tensor]],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None,
-    softplus: bool,
-    reverse: list[bool],
-    context: Context,
-) -> Tensor:
-    """The state (G, B, E, N) in which each run enters this rank's slice.
-
-    u, dt (G, B, L, E); A (G, E, N); B, C (G, B, L, N); dt_bias (G, E). `scan(u, dt, A, B, C, dt_bias, reverse)` is one
-    run's scan from a zero state, with its end state.
-    """
-    steps = dt.to(torch.promote_types(dt.dtype, torch.float32))
-    if dt_bias is not None:
-        steps = steps + dt_bias[:, None, None]
-    if softplus:
-        steps = F.softplus(steps)
-    runs = enumerate(reverse)
-    ends = [scan(u[g], dt[g], A[g], B[g], C[g], None if dt_bias is None else dt_bias[g], back)[1] for g, back in runs]
-    return context.initial_state(steps.sum(2), A, torch.stack(ends), reverse)
+    streams, length = x.shape[0], x.shape[2]
+    backwards = [runs_backwards(d, s, reverse) for d in range(directions) for s in range(streams)]
+    halos = context.halo([x[s] for s in range(streams)] * directions, width, backwards)
+    halos = halos.unflatten(0, (directions, streams))
+    if takes_halo:
+        return convolve(x, halo=halos)
+    sides = [[torch.zeros_like(halos[0, s]) for s in range(streams)] for _ in range(2)]
+    for run, back in enumerate(backwards):
+        sides[back][run % streams] = halos.flatten(0, 1)[run]
+    before, after = (torch.stack(side) for side in sides)
+    return convolve(torch.cat([before, x, after], dim=2)).narrow(3, width, length)

@@ -1,5 +1,7 @@
 """A sequence cut over ranks gives what the whole sequence gives, forward and backward."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,11 +21,14 @@ MODELS = {
     "ph_multiply": {"bidirectional_strategy": "ew_multiply"},
     "unidirectional": {"bidirectional": False},
 }
+BACKENDS = ("naive", "cpu")
 
 
-def losses_and_gradients(model_keys: dict, positions: slice, context: ContextGroup | None) -> dict[str, Tensor]:
+def losses_and_gradients(
+    model_keys: dict, backend: str, positions: slice, context: ContextGroup | None
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=2, d_state=4, **model_keys), backend="naive").double()
+    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=2, d_state=4, **model_keys), backend=backend).double()
     model.share_sequences(context)
     input_ids = torch.randint(7, 11, (2, LENGTH))
     labels = torch.where(torch.rand(2, LENGTH) < 0.5, input_ids, IGNORE_LABEL)
@@ -33,25 +38,29 @@ def losses_and_gradients(model_keys: dict, positions: slice, context: ContextGro
     return {"loss": output.loss_sum.detach(), "logits": output.logits.detach(), **gradients}
 
 
-def all_models_on_a_slice(rank: int) -> dict[str, dict[str, Tensor]]:
+def all_models_on_a_slice(rank: int) -> dict[tuple[str, str], dict[str, Tensor]]:
     size = dist.get_world_size()
     context = ContextGroup(dist.group.WORLD, rank, size)
     width = LENGTH // size
     positions = slice(rank * width, (rank + 1) * width)
-    return {name: losses_and_gradients(keys, positions, context) for name, keys in MODELS.items()}
+    return {
+        (name, backend): losses_and_gradients(keys, backend, positions, context)
+        for name, keys in MODELS.items()
+        for backend in BACKENDS
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_slices_on_ranks_equal_the_whole_sequence(size: int) -> None:
     ranks = on_ranks(size, all_models_on_a_slice)
-    for name, keys in MODELS.items():
-        whole = losses_and_gradients(keys, slice(None), None)
-        logits = torch.cat([rank[name]["logits"] for rank in ranks], dim=1)
+    for name, backend in itertools.product(MODELS, BACKENDS):
+        whole = losses_and_gradients(MODELS[name], "naive", slice(None), None)
+        logits = torch.cat([rank[name, backend]["logits"] for rank in ranks], dim=1)
         # fp64 rounding through two layers; the folding of states over ranks is exact algebra.
         torch.testing.assert_close(logits, whole.pop("logits"), rtol=0, atol=1e-12)
         for key, expected in whole.items():
-            total = sum(rank[name][key] for rank in ranks)
+            total = sum(rank[name, backend][key] for rank in ranks)
             torch.testing.assert_close(
-                total, expected, rtol=1e-10, atol=1e-11, msg=lambda m, at=(name, key): f"{at}: {m}"
+                total, expected, rtol=1e-10, atol=1e-11, msg=lambda m, at=(name, backend, key): f"{at}: {m}"
             )

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from caduceus import ops
 from caduceus.ops import PAD_DT, cpu, naive
-from caduceus.ops import cpu_kernels as kernels
+from caduceus.ops.cpu import conv as conv_ops
+from caduceus.ops.cpu import scan as scan_ops
+from caduceus.ops.cpu import scan_kernels as kernels
 from tests.ops.cases import assert_close, make_scan, with_gradients
 
 FLOAT32 = 3e-6
@@ -199,7 +201,7 @@ def poisoned_memory(monkeypatch):
     """New memory is full of NaN, so that whatever a kernel leaves unwritten shows."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
-    monkeypatch.setattr(cpu.np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
+    monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
     assert torch.ones(1).new_empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -299,14 +301,14 @@ def _operator_inputs(gate=True):
 @pytest.mark.parametrize("gate", [False, True])
 def test_operators_keep_the_rules_of_torch(gate):
     conv, scan_inputs = _operator_inputs(gate)
-    torch.library.opcheck(cpu._conv, (*conv, gate, False))
-    torch.library.opcheck(cpu._conv, (conv[0], conv[1], None, gate, True))
-    torch.library.opcheck(cpu._scan, (*scan_inputs, gate, True, True))
+    torch.library.opcheck(conv_ops._conv, (*conv, gate, False))
+    torch.library.opcheck(conv_ops._conv, (conv[0], conv[1], None, gate, True))
+    torch.library.opcheck(scan_ops._scan, (*scan_inputs, gate, True, True))
     detached = [None if t is None else t.detach() for t in scan_inputs]
-    y, final, kept = cpu._scan(*detached, True, False, True)
-    torch.library.opcheck(cpu._scan_backward, (y, final, kept, *detached[:8], True, False))
+    y, final, kept = scan_ops._scan(*detached, True, False, True)
+    torch.library.opcheck(scan_ops._scan_backward, (y, final, kept, *detached[:8], True, False))
     torch.library.opcheck(
-        cpu._conv_backward, (cpu._conv(*conv, True, False).detach(), *(t.detach() for t in conv), True, True)
+        conv_ops._conv_backward, (conv_ops._conv(*conv, True, False).detach(), *(t.detach() for t in conv), True, True)
     )
 
 
@@ -364,7 +366,7 @@ def test_activation_checkpointing(reentrant):
 def test_without_gradients_no_states_are_kept():
     _, scan_inputs = _operator_inputs()
     with torch.no_grad():
-        assert cpu._scan(*scan_inputs, True, False, False)[2].numel() == 0
+        assert scan_ops._scan(*scan_inputs, True, False, False)[2].numel() == 0
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch):

@@ -4,8 +4,10 @@ from caduceus.ops.triton.conv import bidirectional_conv1d, causal_conv1d
 from caduceus.ops.triton.cross_entropy import head_cross_entropy
 from caduceus.ops.triton.norm import add_norm
 from caduceus.ops.triton.scan import bidirectional_scan, scan_with_states, selective_scan
+from caduceus.ops.triton.sliced_scan import SlicedScan
 
 __all__ = [
+    "SlicedScan",
     "add_norm",
     "bidirectional_conv1d",
     "bidirectional_scan",

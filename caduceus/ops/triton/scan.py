@@ -46,7 +46,7 @@ def scan_with_states(
     if A.shape[-1] > MAX_STATES:
         raise ValueError(f"A: the triton backend has up to {MAX_STATES} states, got {A.shape[-1]}")
     if chunk is None:
-        chunk = _chunk_length(u)
+        chunk = chunk_length(u)
     if chunk % PIECE:
         raise ValueError(f"chunk: must be a multiple of {PIECE}, got {chunk}")
     y, final_state, _, _ = scan_forward(u, dt, A, B, C, D, z, dt_bias, initial_state, starts, softplus, reverse, chunk)
@@ -115,8 +115,9 @@ def scan_forward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, final states, state before each chunk (rows, chunks, N, E), sum of dt over each (rows, chunks, E))."""
-    scan = _Scan(u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk)
-    states, sum_dt, final_state = scan.chunk_states(initial_state)
+    scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk)
+    states, sum_dt = scan.chunk_states()
+    final_state = scan.carry(states, sum_dt, initial_state, descending=False)
     return scan.outputs(states), final_state, states, sum_dt
 
 
@@ -152,8 +153,9 @@ def scan_backward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty for what is not given."""
-    scan = _Scan(u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk)
-    adjoints, dinitial_state = scan.chunk_adjoints(dy, dfinal_state, sum_dt)
+    scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk)
+    adjoints = scan.chunk_adjoints(dy)
+    dinitial_state = scan.carry(adjoints, sum_dt, dfinal_state, descending=True)
     return (*scan.gradients(dy, states, adjoints), dinitial_state)
 
 
@@ -190,7 +192,7 @@ def _backward(ctx, dy, dfinal_state, _dstates, _dsum_dt):
 scan_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _chunk_length(u: Tensor) -> int:
+def chunk_length(u: Tensor) -> int:
     """Long, so that few states are kept, but short enough that the chunks of a small batch fill the GPU."""
     _, streams, batch, length, channels = u.shape
     programs = streams * batch * triton.cdiv(channels, CHANNELS)
@@ -201,7 +203,7 @@ def _chunk_length(u: Tensor) -> int:
     return 32
 
 
-class _Scan:
+class ScanKernels:
     """The operands of a scan as the kernels want them, and a method for each kernel."""
 
     def __init__(self, u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk):
@@ -224,8 +226,8 @@ class _Scan:
         self.options |= {"HAS_BIAS": dt_bias is not None, "HAS_STARTS": starts is not None}
         self.has_D, self.has_z = D is not None, z is not None
 
-    def chunk_states(self, initial_state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """State before every chunk, sum of dt over it, and the state after the last (P, S, B, E, N)."""
+    def chunk_states(self) -> tuple[Tensor, Tensor]:
+        """The state in which each chunk ends if it begins with zero, and the sum of dt over it."""
         states, sum_dt = self._per_chunk(self.N), self._per_chunk()
         with device_of(self.u):
             kernels.chunk_state_kernel[(self.rows * self.n_chunks, self.blocks)](
@@ -241,9 +243,10 @@ class _Scan:
                 *_strides(self.u, self.dt, self.B),
                 **self.options,
             )
-        return states, sum_dt, self._carry(states, sum_dt, initial_state, descending=False)
+        return states, sum_dt
 
     def outputs(self, states: Tensor) -> Tensor:
+        """y (S, B, L, E) from the states before every chunk."""
         out = self.u.new_empty(self.S, self.batch, self.length, self.E)
         with device_of(self.u):
             kernels.scan_forward_kernel[(self.S * self.batch * self.n_chunks, self.blocks)](
@@ -259,8 +262,8 @@ class _Scan:
             )
         return out
 
-    def chunk_adjoints(self, dy: Tensor, dfinal_state: Tensor | None, sum_dt: Tensor) -> tuple[Tensor, Tensor]:
-        """Adjoint of the state after every chunk, and that of the initial state (P, S, B, E, N)."""
+    def chunk_adjoints(self, dy: Tensor) -> Tensor:
+        """Adjoint of each chunk's initial state by the chunk's own outputs."""
         adjoints = self._per_chunk(self.N)
         with device_of(self.u):
             backward_kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.blocks)](
@@ -277,10 +280,10 @@ class _Scan:
                 HAS_Z=self.has_z,
                 **self.options,
             )
-        return adjoints, self._carry(adjoints, sum_dt, dfinal_state, descending=True)
+        return adjoints
 
     def gradients(self, dy: Tensor, states: Tensor, adjoints: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of u, dt, A, B, C, D, z and dt_bias; uses `adjoints` up."""
+        """Gradients of u, dt, A, B, C, D, z and dt_bias, from what comes into every chunk; uses `adjoints` up."""
         dy = dy.contiguous()
         du, ddt = (t.new_empty(self.rows, self.length, self.E) for t in (self.u, self.dt))
         dz = self.z.new_empty(self.S * self.batch, self.length, self.E) if self.has_z else self.u
@@ -344,7 +347,11 @@ class _Scan:
                 **self.options,
             )
 
-    def _carry(self, states: Tensor, sum_dt: Tensor, first: Tensor | None, descending: bool) -> Tensor:
+    def carry(self, states: Tensor, sum_dt: Tensor, first: Tensor | None, descending: bool) -> Tensor:
+        """Replace, in place, what each chunk adds by what comes into it; returns what leaves the last (P, S, B, E, N).
+
+        `first` (P, S, B, E, N) comes into the first chunk, by default zero. Adjoints are carried `descending`.
+        """
         last = self._fp32(self.P, self.S, self.batch, self.N, self.E)
         has_first = first is not None
         if has_first:

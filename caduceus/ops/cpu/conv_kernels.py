@@ -1,11 +1,11 @@
-"""Numba kernels of the CPU backend: the short causal convolution and its gradient. See `cpu_kernels` for the manner.
+"""Numba kernels of the CPU backend: the short causal convolution and its gradient. See `scan_kernels` for the manner.
 
 Shapes: P parameter directions, S streams, B batch, L length, E channels, K convolution width.
 """
 
 import numpy as np
 
-from caduceus.ops.cpu_kernels import EXACT, jit, leaf, offset, sigmoid
+from caduceus.ops.cpu.scan_kernels import EXACT, jit, leaf, offset, sigmoid
 
 CHUNK = 256
 """Tokens per item."""
