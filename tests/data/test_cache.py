@@ -18,6 +18,7 @@ from caduceus.data.cache import Prefetcher, Shard, ShardCache
 from caduceus.data.remote import join, read_chunks
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species
+from tests.object_store import s3_bucket
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +91,18 @@ def test_batches_are_those_of_the_local_shards(
     originals = {path.read_bytes() for path in shards.glob("*/*.tar")}
     assert {path.read_bytes() for path in tars(tmp_path / "cache")} == originals
     assert not leftovers(tmp_path / "cache")
+
+
+def test_batches_from_a_bucket(
+    configure: Callable[..., Config], shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {f"data/{file.relative_to(shards)}": file for file in shards.rglob("*") if file.is_file()}
+    with s3_bucket(monkeypatch, files) as bucket:
+        bucket_config = configure(path=f"{bucket}/data", cache_dir=str(tmp_path))
+        assert tokens(build_loader(bucket_config), 20) == tokens(build_loader(configure()), 20)
+        with pytest.raises(UserError, match=r"s3://genomes/other/manifest\.json") as error:
+            build_loader(configure(path=f"{bucket}/other", cache_dir=str(tmp_path)))
+        assert "\n" not in str(error.value)
 
 
 def test_a_second_start_and_other_ranks_fetch_nothing_again(
