@@ -80,11 +80,12 @@ class _ScanOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        operands, (steps, *kept) = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
+        saved = ctx.saved_tensors  # to be asked for once: recomputed activations are unpacked then
+        operands, steps, kept = saved[:8], saved[8], saved[9:]
         scan = ctx.sliced(*operands, ctx.softplus, ctx.reverse)
-        adjoints = ctx.context.all_gather(scan.initial_gradient(dy, tuple(kept)))
+        adjoints = ctx.context.all_gather(scan.initial_gradient(dy, kept))
         final = carried(adjoints, steps, operands[2], ctx.context, not ctx.reverse)
-        return None, None, None, None, *scan.gradients(dy, final, tuple(kept))
+        return None, None, None, None, *scan.gradients(dy, final, kept)
 
 
 def carried(ends: Tensor, steps: Tensor, A: Tensor, context: Context, reverse: bool) -> Tensor:
