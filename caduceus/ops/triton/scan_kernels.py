@@ -50,18 +50,21 @@ def time_of_decay(dt, starts_ptr, position, L, HAS_STARTS: tl.constexpr):
     return dt
 
 
+# The pointer advances by the stride: offsets n · stride would be computed once and wait in registers, one for each n.
 @triton.jit
 def load_vectors(ptr, stride, mask, N: tl.constexpr):
     vectors = ()
-    for n in tl.static_range(N):
-        vectors = vectors + (tl.load(ptr + n * stride, mask=mask, other=0.0),)
+    for _ in tl.static_range(N):
+        vectors = vectors + (tl.load(ptr, mask=mask, other=0.0),)
+        ptr += stride
     return vectors
 
 
 @triton.jit
 def store_vectors(ptr, stride, vectors, mask, N: tl.constexpr):
     for n in tl.static_range(N):
-        tl.store(ptr + n * stride, vectors[n], mask=mask)
+        tl.store(ptr, vectors[n], mask=mask)
+        ptr += stride
 
 
 @triton.jit
