@@ -51,14 +51,14 @@ def check(kernels: dict[str, dict], registers: dict[str, int]) -> None:
     for name, found in kernels.items():
         assert found["stack"] == found["local_memory"] == 0, f"{name} spills: {found}"
         assert found["shared"] <= SHARED, f"{name}: {found}"
-        assert found["registers"] <= registers.get(name, 255), f"{name}: {found}"
+        assert found["registers"] <= registers.get(name.partition(" of ")[0], 255), f"{name}: {found}"
         assert not found["narrow_products"], f"{name} has an offset that wraps at 2^31: {found}"
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_published_sizes_compile_without_spills(capability):
     kernels = compiled(capability, "bf16", 16)
-    assert len(kernels) == 12
+    assert len(kernels) == 16
     check(kernels, REGISTERS)
 
 
