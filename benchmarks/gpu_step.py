@@ -82,7 +82,8 @@ def our_step(
     config: CaduceusConfig, backend: str, checkpointed: bool, batch: int, length: int, device: str
 ) -> Callable:
     with torch.device(device):
-        model = CaduceusForMaskedLM(config, backend=backend, checkpoint_blocks=checkpointed)
+        recomputed = config.n_layer if checkpointed else 0
+        model = CaduceusForMaskedLM(config, backend=backend, checkpoint_blocks=recomputed)
         input_ids, labels = make_batch(batch, length)
     return training_step(model, lambda: model(input_ids, labels, return_logits=False).loss, device)
 

@@ -7,17 +7,17 @@ every tensor that autograd saves is counted once by its storage. Beside it stand
 """
 
 import argparse
-import math
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # lets the Triton backend stand on the CPU; its kernels are not run here
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.train.memory import kept_tensors, stored_bytes
 
 
 def main() -> None:
@@ -51,31 +51,15 @@ def print_block(name: str, config: CaduceusConfig, length: int) -> None:
 
 
 def saved_by_a_block(config: CaduceusConfig, length: int) -> list[Tensor]:
-    """Tensors that autograd keeps in one block, one per storage, parameters left out, largest first."""
-    saved: dict[int, Tensor] = {}
-    with FakeTensorMode():
-        model = CaduceusForMaskedLM(config, backend="triton")
-        block = model.blocks[0]
-        own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    """Tensors that autograd keeps of the sequence in one block, one per storage, largest first."""
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        block = CaduceusForMaskedLM(config, backend="triton").blocks[0]
         shape = (2 if config.rcps else 1, 1, length, config.d_model)
         residual = torch.empty(shape, requires_grad=True)
         hidden = torch.empty(shape, requires_grad=True, dtype=torch.bfloat16)
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()._cdata
-            if storage not in own and not isinstance(tensor, nn.Parameter):
-                saved.setdefault(storage, tensor)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-            output, _ = block(hidden, residual)
-        assert output.shape == hidden.shape
-    activations = [tensor for tensor in saved.values() if math.prod(tensor.shape) >= length]
-    return sorted(activations, key=stored_bytes, reverse=True)
-
-
-def stored_bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
+        kept = kept_tensors(block, hidden, residual)
+    # What is smaller is made of parameters, whatever the length.
+    return sorted((tensor for tensor in kept if tensor.numel() >= length), key=stored_bytes, reverse=True)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ class TrainConfig:
     compile: bool = False
     """torch.compile every block."""
     activation_checkpointing: str = "none"
-    """none | block: recompute each block in the backward pass."""
+    """none | block | auto. block recomputes the activations of every block in the backward pass instead of keeping
+    them; auto those of as few blocks as the memory that is free at the start demands."""
 
 
 @dataclass
@@ -243,7 +244,7 @@ _CHOICES = {
     "data.strands": ("auto", "both", "forward"),
     "data.objective": ("mlm", "next_base"),
     "train.precision": ("fp32", "bf16", "fp64"),
-    "train.activation_checkpointing": ("none", "block"),
+    "train.activation_checkpointing": ("none", "block", "auto"),
     "parallel.strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
     "parallel.zero_stage": (0, 1, 2, 3),
     "run.device": ("auto", "cpu", "cuda"),

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from caduceus.config import CaduceusConfig, Config
 
 SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
-BYTES_PER_CHANNEL = 18
-"""Kept per base, layer and model channel for the backward pass."""
+BYTES_PER_CHANNEL = 36
+"""Kept per base, layer and model channel for the backward pass, in bf16, as benchmarks/memory.py counts."""
 BYTES_PER_RESIDUAL = 4
 """The residual stream in fp32: all that block checkpointing keeps of a layer."""
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and Adam's two moments in fp32."""
+GPU_BYTES = 80_000_000_000
+"""Of an H100."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Plan:
     """Bases in memory at a time."""
     parameters: int
     step_seconds: float
-    memory_bytes: float
+    memory_bytes: int
 
     def describe(self, gpus: bool) -> str:
         """One line; `gpus`: with the estimate, which is for GPUs."""
@@ -40,7 +42,8 @@ class Plan:
 
 def plan(config: Config, world: int) -> Plan:
     """Estimate a run on `world` ranks, whose layout has been checked."""
-    from caduceus.distributed.build import LARGEST_REPLICATED_MODEL  # it brings torch, which takes seconds to import
+    from caduceus.distributed.build import LARGEST_REPLICATED_MODEL  # they bring torch, which takes seconds to import
+    from caduceus.train.recomputation import blocks_to_recompute
 
     model, parallel, train = config.model, config.parallel, config.train
     streams = 2 if model.rcps else 1
@@ -48,17 +51,20 @@ def plan(config: Config, world: int) -> Plan:
     bases_per_sequence = config.data.seq_len // parallel.context
     bases = bases_per_sequence * train.micro_batch
     parameters = parameter_count(model)
-    kept = BYTES_PER_CHANNEL * model.n_layer
-    recomputed = 1.0
-    if train.activation_checkpointing == "block":
-        kept = BYTES_PER_RESIDUAL * model.n_layer + BYTES_PER_CHANNEL
-        recomputed = 4 / 3
-    step = SECONDS_PER_BASE * model.d_model * model.n_layer * streams * recomputed * sequences * bases_per_sequence
     shares = parallel.strategy in ("fsdp", "deepspeed") or (
         parallel.strategy == "auto" and parameters > LARGEST_REPLICATED_MODEL
     )
     sharing = (parallel.shard or world) if shares else 1
-    memory = bases * streams * model.d_model * kept + BYTES_PER_PARAMETER * parameters / sharing
+    channels = bases * streams * model.d_model
+    kept, residual, layers = BYTES_PER_CHANNEL * channels, BYTES_PER_RESIDUAL * channels, model.n_layer
+    fixed = BYTES_PER_PARAMETER * parameters // sharing
+    recomputed = {"none": 0, "block": layers}.get(train.activation_checkpointing)
+    if recomputed is None:
+        least = fixed + (layers - 1) * residual + kept
+        recomputed = blocks_to_recompute(least, kept - residual, GPU_BYTES, layers)
+    memory = fixed + recomputed * residual + max(1, layers - recomputed) * kept
+    passes = 3 * layers + recomputed  # a backward pass counts as two forward ones
+    step = SECONDS_PER_BASE * model.d_model * streams * sequences * bases_per_sequence * passes / 3
     return Plan(world, sequences, bases, parameters, step, memory)
 
 

@@ -35,7 +35,7 @@ def build_strategy(config: Config, ranks: Ranks) -> Single:
 
 def build_model(config: Config) -> CaduceusForMaskedLM:
     """The model of the run on the meta device: a strategy gives it weights, and places them."""
-    checkpoint_blocks = config.train.activation_checkpointing == "block"
+    checkpoint_blocks = config.model.n_layer if config.train.activation_checkpointing == "block" else 0
     with torch.device("meta"):
         model = CaduceusForMaskedLM(config.model, backend=config.ops.backend, checkpoint_blocks=checkpoint_blocks)
     if config.train.compile:

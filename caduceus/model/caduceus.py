@@ -99,11 +99,12 @@ class Block(nn.Module):
 class CaduceusForMaskedLM(nn.Module):
     """Caduceus-Ph, Caduceus-PS or uni-directional Mamba with a language-model head tied to the embedding.
 
-    `backend` names the implementation of the ops (see `caduceus.ops`). With `checkpoint_blocks` a backward
-    pass recomputes each block instead of keeping its activations.
+    `backend` names the implementation of the ops (see `caduceus.ops`). Of the first `checkpoint_blocks` blocks
+    the backward pass recomputes the activations instead of keeping them. (The first, because it comes to them last,
+    when those of all others are freed.)
     """
 
-    def __init__(self, config: CaduceusConfig, backend: str = "auto", checkpoint_blocks: bool = False) -> None:
+    def __init__(self, config: CaduceusConfig, backend: str = "auto", checkpoint_blocks: int = 0) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
@@ -150,7 +151,7 @@ class CaduceusForMaskedLM(nn.Module):
         hidden, residual = self._embed(input_ids), None
         hidden_states = [self._published_layout(hidden, first=0)] if output_hidden_states else None
         for number, block in enumerate(self.blocks, start=1):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+            if number <= self.checkpoint_blocks and torch.is_grad_enabled():
                 if residual is not None:  # a block would keep both for its backward pass; of their sum it keeps one
                     hidden, residual = (residual + hidden).to(residual.dtype), None
                 hidden, residual = checkpoint(block, hidden, residual, pad_mask, use_reentrant=False)

@@ -1,6 +1,5 @@
 """Checks before the first step, so that what is wrong with a node shows in a line now, and not in hours as a hang."""
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -13,19 +12,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config, config_to_dict
 from caduceus.data.shards import dump_json
 from caduceus.distributed.strategy import Single
 from caduceus.errors import NodeError, UserError
-from caduceus.evaluate.heldout import autocast
 from caduceus.run_directory import RunDirectory
+from caduceus.train import memory
+from caduceus.train.recomputation import run_micro_batch, too_large
 
 MAX_CLOCK_SKEW = 60.0
 """Seconds. More, and times in logs, file systems and budgets of time are not to be trusted."""
 _STATE_BYTES = 12
 """Of a parameter in a checkpoint: its value and AdamW's two moments, in fp32."""
-_MOMENT_BYTES = 8
 _BATCHES_AHEAD = 2
 """Batches that torch's DataLoader keeps ready for each worker."""
 _BYTES_PER_BASE = 8
@@ -45,7 +43,7 @@ class Report:
 
 
 def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> None:
-    """Check disk, shared memory, clocks, code and configuration, collectives and GPU memory, on all ranks together.
+    """Check disk, shared memory, clocks, code and configuration, and collectives, on all ranks together.
 
     Raises `UserError` on every rank, with a line that names the first rank that fails, its host and what to do; on the
     ranks whose own node is at fault it is a `NodeError`.
@@ -68,8 +66,6 @@ def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> N
         if problem:
             raise UserError(f"rank {rank} on {report.host}: {problem}")
     _try_collectives(strategy)
-    if ranks.device.type == "cuda":
-        _try_a_micro_batch(config, strategy)
 
 
 def code_and_config_hash(config: Config) -> tuple[str, str]:
@@ -138,38 +134,17 @@ def _try_collectives(strategy: Single) -> None:
             )
 
 
-def _try_a_micro_batch(config: Config, strategy: Single) -> None:
-    """Forward and backward pass of a micro-batch without labels, to see that memory suffices with the optimizer's."""
+def check_gpu_memory(config: Config, strategy: Single) -> None:
+    """Run a micro-batch on the GPU, to see that memory suffices with the optimizer's. Nothing to do on CPU."""
     ranks = strategy.ranks
-    shape = (config.train.micro_batch, config.data.seq_len // config.parallel.context)
-    tokens = torch.full(shape, 7, device=ranks.device)
-    problem = None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(strategy.accumulating(last=True))
-        try:
-            with autocast(ranks.device, config.train.precision):
-                labels = torch.full_like(tokens, IGNORE_LABEL)
-                output = strategy.model(tokens, labels, None, return_logits=False)
-            strategy.backward(output.loss_sum)
-        except torch.OutOfMemoryError:
-            problem = "a micro-batch does not fit into its memory"
-    strategy.discard_gradients()
-    own = sum(parameter.numel() for parameter in _local_parameters(strategy.model) if parameter.is_cuda)
-    peak = torch.cuda.max_memory_allocated(ranks.device) + _MOMENT_BYTES * own
+    if ranks.device.type != "cuda":
+        return
+    run_micro_batch(config, strategy)
+    peak = torch.cuda.max_memory_allocated(ranks.device) + memory.moment_bytes_to_come(strategy)
     total = torch.cuda.get_device_properties(ranks.device).total_memory
-    if problem is None and peak > total:
-        problem = f"a micro-batch and the optimizer take {_size(peak)} of its {_size(total)}"
-    if problem is not None:
-        raise UserError(
-            f"rank {ranks.rank} on {socket.gethostname()}: {problem}; lower train.micro_batch, share sequences by "
-            "parallel.context, or set train.activation_checkpointing=block"
-        )
+    if peak > total:
+        raise too_large(config, ranks, f"a micro-batch and the optimizer take {_size(peak)} of its {_size(total)}")
     torch.cuda.reset_peak_memory_stats(ranks.device)
-
-
-def _local_parameters(model: torch.nn.Module) -> list[torch.Tensor]:
-    """This rank's part of each parameter."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
 
 
 def _size(count: float) -> str:

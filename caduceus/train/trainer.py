@@ -15,7 +15,8 @@ from caduceus.train.checkpoint import Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.monitor import Monitor
 from caduceus.train.preemption import EXIT_REQUEUE, StopRequest
-from caduceus.train.preflight import check_before_start
+from caduceus.train.preflight import check_before_start, check_gpu_memory
+from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
 from caduceus.train.watchdog import Watchdog
 
@@ -59,6 +60,9 @@ def _train(
     checkpoints = Checkpoints(config.checkpoint, run, strategy)
     progress = _resume(run, loader, checkpoints)
     check_before_start(config, run, strategy)
+    if config.train.activation_checkpointing == "auto":
+        recompute_to_fit(config, strategy)
+    check_gpu_memory(config, strategy)
     if ranks.is_main:
         run.keep_config(config)
         run.truncate_metrics(progress.step)

@@ -22,6 +22,7 @@ IN_FP32 = {"A_ptr", "D_ptr", "bias_ptr", "w_ptr", "weight_ptr", "state_ptr", "su
     f"{name}_ptr"
     for name in ("adjoint", "kept", "dA", "dB", "dC", "dD", "dbias", "dw", "dweight", "sums", "dloss", "loss_weight")
 }
+PACKED = " of packed sequences"
 INTEGER = {"starts_ptr": "*u8", "label_ptr": "*i64", "eps": "fp32"}
 
 
@@ -89,7 +90,7 @@ def scan_constants(states: int) -> dict[str, tuple]:
     gate, piece = {"HAS_Z": True}, {"T": 8}
     skip = gate | {"HAS_D": True}
     total = {"LOG_COLUMNS": 4, "SUM_PRECISION": "tf32"}
-    return {
+    kernels = {
         "chunk_state": (scan_kernels.chunk_state_kernel, tile),
         "chunk_carry": (scan_kernels.chunk_carry_kernel, {"N": states, "BLOCK": 128, "AHEAD": 8, "HAS_FIRST": False}),
         "scan_forward": (scan_kernels.scan_forward_kernel, tile | skip),
@@ -97,6 +98,11 @@ def scan_constants(states: int) -> dict[str, tuple]:
         "scan_replay": (scan_backward_kernels.scan_replay_kernel, tile | skip | piece),
         "scan_backward": (scan_backward_kernels.scan_backward_kernel, tile | skip | piece | total),
     }
+    packed = {
+        f"{name}{PACKED}": (kernels[name][0], kernels[name][1] | {"HAS_STARTS": True})
+        for name in ("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay")
+    }
+    return kernels | packed
 
 
 def other_constants() -> dict[str, tuple]:

@@ -12,7 +12,7 @@ from caduceus.ops.triton import scan_kernels as kernels
 from caduceus.ops.triton.device import as_rows, device_of, multiprocessors, require_float
 
 MAX_STATES = 64
-"""Up to 32 states no kernel spills. With 64, `scan_replay` keeps part of a thread's values in local memory."""
+"""A thread holds all states of its channel: up to 64 they fit in its registers, and no kernel spills."""
 PIECE = 8
 """Tokens whose states the backward pass holds in registers at once."""
 REPLAY_BYTES = 2**28

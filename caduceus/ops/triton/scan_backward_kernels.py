@@ -77,7 +77,7 @@ def chunk_adjoint_kernel(
     length = tl.minimum(L - begin, CHUNK).to(tl.int32)
     # Against the scan's direction: from the last step taken to the first.
     t = tl.where(rev == 1, begin, begin + length - 1)
-    step = 2 * rev - 1
+    step = (2 * rev - 1).to(tl.int32)
 
     A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
     bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
@@ -164,7 +164,7 @@ def scan_replay_kernel(
         row = d * S * batch + sb
         rev = (d + s + reverse) % 2
         t = tl.where(rev == 1, begin + length - 1, begin)
-        step = 1 - 2 * rev
+        step = (1 - 2 * rev).to(tl.int32)
         A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
         bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
         D = tl.load(D_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_D else 0.0

@@ -50,18 +50,21 @@ def time_of_decay(dt, starts_ptr, position, L, HAS_STARTS: tl.constexpr):
     return dt
 
 
+# The pointer advances by the stride: offsets n · stride would be computed once and wait in registers, one for each n.
 @triton.jit
 def load_vectors(ptr, stride, mask, N: tl.constexpr):
     vectors = ()
-    for n in tl.static_range(N):
-        vectors = vectors + (tl.load(ptr + n * stride, mask=mask, other=0.0),)
+    for _ in tl.static_range(N):
+        vectors = vectors + (tl.load(ptr, mask=mask, other=0.0),)
+        ptr += stride
     return vectors
 
 
 @triton.jit
 def store_vectors(ptr, stride, vectors, mask, N: tl.constexpr):
     for n in tl.static_range(N):
-        tl.store(ptr + n * stride, vectors[n], mask=mask)
+        tl.store(ptr, vectors[n], mask=mask)
+        ptr += stride
 
 
 @triton.jit
@@ -127,7 +130,8 @@ def chunk_state_kernel(
     begin = chunk * CHUNK
     length = tl.minimum(L - begin, CHUNK).to(tl.int32)
     t = tl.where(rev == 1, begin + length - 1, begin)
-    step = 1 - 2 * rev
+    # A step times a token's stride fits in int32, which saves registers; so in the other kernels.
+    step = (1 - 2 * rev).to(tl.int32)
 
     A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
     bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
@@ -256,7 +260,7 @@ def scan_forward_kernel(
         row = d * S * batch + sb
         rev = (d + s + reverse) % 2
         t = tl.where(rev == 1, begin + length - 1, begin)
-        step = 1 - 2 * rev
+        step = (1 - 2 * rev).to(tl.int32)
         A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
         bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
         D = tl.load(D_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_D else 0.0

@@ -135,7 +135,7 @@ def test_a_forced_backend_runs_in_the_interpreter():
         (1, 2, 1, 16, 4, 5, 16),  # exactly one chunk; stream 1 of a uni-directional model
         (2, 1, 1, 23, 3, 16, 8),  # the states of the published models, and a short last piece
         (2, 1, 1, 9, 2, 32, 8),
-        (1, 1, 1, 10, 2, 64, 8),  # as many states as there can be
+        (2, 1, 1, 10, 2, 64, 8),  # as many states as there can be
     ],
 )
 def test_odd_sizes(P, S, batch, L, E, N, chunk):

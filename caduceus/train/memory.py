@@ -1,0 +1,118 @@
+"""What memory there is for training, and what parts of it take."""
+
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from caduceus.distributed.strategy import Single
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take: of its GPU, or its share of the host's memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """Most bytes of tensors that `run` holds at a time, beyond those that were there before.
+
+    On CPU, where torch's allocator keeps no such count, scratch memory inside an operator does not show.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _TensorBytes() as count:
+        run()
+    return count.peak
+
+
+def kept_tensors(block: nn.Module, hidden: Tensor, residual: Tensor) -> list[Tensor]:
+    """What autograd keeps of block(hidden, residual) for its backward pass, one tensor per storage, no parameters."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in parameters:
+            kept.setdefault(storage, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(hidden, residual)
+    return list(kept.values())
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def moment_bytes_to_come(strategy: Single) -> int:
+    """Bytes on the ranks' device that the first update adds: AdamW's two moments of this rank's parameters."""
+    if strategy.optimizer.state:
+        return 0
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in strategy.model.parameters())
+    return 2 * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
+
+
+class _TensorBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make within; `peak` is the most that lived at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        # By address, which another storage may take over later.
+        self._given: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+        self._made: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for storage in _storages((args, kwargs)):
+            if storage._cdata not in self._made:
+                self._given[storage._cdata] = storage
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in self._given:
+                self._made[storage._cdata] = storage
+        # Summed anew each time, because FSDP empties and refills storages in place.
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self._made.values()))
+        return result
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor))
+    return [tensor.untyped_storage() for tensor in tensors]
+
+
+def _free_host_memory() -> int:
+    """Bytes that the kernel can give, within the limits of this process's control groups (version 2)."""
+    if not _MEMINFO.is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = 1024 * _values(_MEMINFO)["MemAvailable:"]
+    lines = _CGROUP.read_text().splitlines() if _CGROUP.is_file() else []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    for group in (_CGROUPS / own, *(_CGROUPS / own).parents):
+        limit = group / "memory.max"
+        if limit.is_file() and (most := limit.read_text().strip()) != "max":
+            used = int((group / "memory.current").read_text())
+            cached = _values(group / "memory.stat")["inactive_file"]
+            free = min(free, int(most) - used + cached)
+    return max(free, 0)
+
+
+def _values(path: Path) -> dict[str, int]:
+    """The names and numbers of a file of the kernel's."""
+    return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}

@@ -1,0 +1,119 @@
+"""`train.activation_checkpointing: auto`: as few blocks recompute their activations as the free memory demands."""
+
+import contextlib
+import dataclasses
+import logging
+import socket
+from collections.abc import Iterator
+
+import torch
+
+from caduceus import CaduceusForMaskedLM
+from caduceus.config import Config
+from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.strategy import Single
+from caduceus.errors import UserError
+from caduceus.evaluate.heldout import autocast
+from caduceus.train import memory
+
+RESERVE = 0.1
+"""Share of the free memory that is left alone: for fragmentation, and for what libraries take besides torch."""
+
+_log = logging.getLogger(__name__)
+
+
+def recompute_to_fit(config: Config, strategy: Single) -> None:
+    """Set how many blocks of the model recompute their activations, the same on all ranks.
+
+    Measured are a micro-batch with all blocks but the last recomputed, and what keeping one more block adds. The last
+    block is always kept: the backward pass would recompute it before it can free anything.
+    """
+    ranks, layers = strategy.ranks, config.model.n_layer
+    model: CaduceusForMaskedLM = getattr(strategy.model, "module", strategy.model)
+    free = memory.free_memory(ranks.device)
+    model.checkpoint_blocks = layers - 1
+    least = memory.peak_bytes(ranks.device, lambda: run_micro_batch(config, strategy))
+    least += memory.moment_bytes_to_come(strategy)
+    with refusing_what_is_too_large(config, ranks):
+        added = bytes_added_by_keeping_a_block(config, ranks) if layers > 1 else 0
+    rows = [tuple(map(int, row)) for row in ranks.gather([least, added, free]).tolist()]
+    counts = [blocks_to_recompute(*row, layers) for row in rows]
+    recomputed = model.checkpoint_blocks = max(counts)
+    least, added, free = rows[counts.index(recomputed)]
+    if not ranks.is_main:
+        return
+    needed = least + (layers - 1 - recomputed) * added
+    sizes = [f"{count / 2**20:,.0f} MiB" for count in (needed, free, added)]
+    _log.info(
+        "train.activation_checkpointing: auto recomputes %d of %d blocks: a micro-batch and the optimizer then take "
+        "%s of the %s that are free, and each block kept instead %s more; %d %% stay in reserve",
+        *(recomputed, layers, *sizes, round(100 * RESERVE)),
+    )
+    if needed > free:
+        _log.warning("this is more than there is; lower train.micro_batch or share sequences by parallel.context")
+
+
+def blocks_to_recompute(least: int, added: int, free: int, layers: int) -> int:
+    """The smallest number of blocks, of 0 … layers - 1, with which training fits `free` bytes less the reserve.
+
+    `least`: bytes with layers - 1 recomputed; `added`: by each block that is kept instead.
+    """
+    spare = int((1 - RESERVE) * free) - least
+    if added <= 0:
+        return 0
+    return layers - 1 - min(layers - 1, max(0, spare // added))
+
+
+def bytes_added_by_keeping_a_block(config: Config, ranks: Ranks) -> int:
+    """Bytes that a block keeps of a micro-batch, less those of the input that recomputing it takes."""
+    with torch.device("meta"):
+        model = CaduceusForMaskedLM(dataclasses.replace(config.model, n_layer=1), backend=config.ops.backend)
+    model.share_sequences(ranks.context_group)
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    block = model.blocks[0].to_empty(device=ranks.device).to(dtype)
+    for parameter in block.parameters():
+        torch.nn.init.zeros_(parameter)
+    shape = (2 if config.model.rcps else 1, *micro_batch_shape(config), config.model.d_model)
+    with autocast(ranks.device, config.train.precision):
+        with torch.no_grad():
+            hidden, residual = block(torch.zeros(shape, dtype=dtype, device=ranks.device))
+        kept = memory.kept_tensors(block, hidden.requires_grad_(), residual.requires_grad_())
+    return sum(map(memory.stored_bytes, kept)) - residual.nbytes
+
+
+def run_micro_batch(config: Config, strategy: Single) -> None:
+    """Forward and backward passes of a micro-batch whose bases are all labelled, and which trains nothing.
+
+    Where a step accumulates gradients it is two, since the second one finds gradients in memory.
+    """
+    ranks, train = strategy.ranks, config.train
+    tokens = torch.full(micro_batch_shape(config), 7, device=ranks.device)
+    per_step = train.global_batch // (train.micro_batch * ranks.data_world)
+    with refusing_what_is_too_large(config, ranks):
+        for last in (False, True)[per_step == 1 :]:
+            with strategy.accumulating(last):
+                with autocast(ranks.device, train.precision):
+                    output = strategy.model(tokens, tokens, None, return_logits=False)
+                strategy.backward(output.loss_sum / tokens.numel())
+    strategy.discard_gradients()
+
+
+def micro_batch_shape(config: Config) -> tuple[int, int]:
+    """(sequences, bases) of a micro-batch on one rank."""
+    return config.train.micro_batch, config.data.seq_len // config.parallel.context
+
+
+@contextlib.contextmanager
+def refusing_what_is_too_large(config: Config, ranks: Ranks) -> Iterator[None]:
+    """Turns a lack of GPU memory into the user's error."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise too_large(config, ranks, "a micro-batch does not fit into its memory") from None
+
+
+def too_large(config: Config, ranks: Ranks, problem: str) -> UserError:
+    remedy = "lower train.micro_batch or share sequences by parallel.context"
+    if config.train.activation_checkpointing == "none":
+        remedy += ", or set train.activation_checkpointing=auto"
+    return UserError(f"rank {ranks.rank} on {socket.gethostname()}: {problem}; {remedy}")
