@@ -43,6 +43,9 @@ def nan_gradient(config: Config, strategy: Single) -> None:
 
 
 def fill_disk(config: Config, strategy: Single) -> None:
+    """Leaves no room for the next checkpoint; the one before, which is written behind the training, is finished."""
+    while not (Path(config.run.dir) / "checkpoints" / "latest").exists():
+        time.sleep(0.05)
     with (Path(config.run.dir).parent / "ballast").open("wb", buffering=0) as file:
         try:
             while file.write(bytes(1 << 16)):
