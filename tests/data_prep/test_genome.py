@@ -376,7 +376,9 @@ def test_change_under_way_is_noticed(folder):
         copy.read("a", 0, 12)
 
 
-@pytest.mark.parametrize("text", [gzip.compress(FASTA), FASTA.replace(b"ACGTACGT\n", b"ACG\nTACGT\n\n")])
+@pytest.mark.parametrize(
+    "text", [gzip.compress(FASTA), FASTA.replace(b"ACGTACGT\n", b"ACG\nTACGT\n\n")], ids=["gzip", "uneven lines"]
+)
 def test_unpacked_bases_are_reused(folder, text, monkeypatch):
     path = settled(folder(text))
     genome = open_genome(path, cache_of(path))
