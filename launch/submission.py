@@ -16,12 +16,11 @@ import submitit
 from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
 from caduceus.run_directory import CODE_VERSION, RunDirectory, code_version, provenance
-from launch.cluster import Cluster, sbatch_parameters, test_submission
+from launch.cluster import LIVE_STATES, Cluster, sbatch_parameters, test_submission
 from launch.job import TrainTask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("caduceus", "data_prep", "launch")
-LIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING,REQUEUED"
 
 
 @dataclass(frozen=True)
