@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def test_wrong_use_is_one_line_and_leaves_no_run(launch, small_config, tmp_path,
         launch("--config", small_config, *arguments)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs" / "small" / "submissions.json").exists()
+
+
+def test_commands_do_not_wait_for_torch():
+    check = "import sys, launch.runs, launch.slurm; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY).returncode == 0
 
 
 def test_a_time_limit_shorter_than_a_checkpoint_interval(launch, small_config, tmp_path):
