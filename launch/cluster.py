@@ -15,7 +15,6 @@ from caduceus.errors import UserError
 
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
 EXECUTORS = ("slurm", "local", "debug")
-LIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING,REQUEUED"
 
 
 @dataclass
@@ -181,8 +180,7 @@ def test_submission(script: Path) -> str | None:
 
 def is_live(job: str) -> bool:
     """Whether a job waits or runs; of a job that SLURM does not speak of, for want of an answer, it does."""
-    command = ["squeue", "--noheader", f"--jobs={job}", f"--states={LIVE_STATES}"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True)
     forgotten = "Invalid job id" in result.stderr
     return bool(result.stdout) or (result.returncode != 0 and not forgotten)
 

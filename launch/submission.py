@@ -16,7 +16,7 @@ import submitit
 from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
 from caduceus.run_directory import CODE_VERSION, RunDirectory, code_version, provenance
-from launch.cluster import LIVE_STATES, Cluster, sbatch_parameters, test_submission
+from launch.cluster import Cluster, sbatch_parameters, test_submission
 from launch.job import TrainTask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ def live_jobs(run: RunDirectory) -> dict[str, tuple[str, str]]:
         return {}
     columns = "%A|%F_%K|%T|%r"
     numbers = ",".join(sorted({job.split("_")[0] for job in jobs}))
-    command = ["squeue", "--noheader", "--array", f"--jobs={numbers}", f"--states={LIVE_STATES}", f"--format={columns}"]
+    command = ["squeue", "--noheader", "--array", f"--jobs={numbers}", f"--format={columns}"]
     found = {}
     # squeue fails for a job that SLURM has forgotten, which is then not alive.
     for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
