@@ -17,7 +17,7 @@ import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -87,6 +87,21 @@ class Checkpoint:
         return None
 
 
+@dataclass(frozen=True)
+class Holder:
+    """The process that trains in a run directory, or was the last to do so."""
+
+    host: str
+    pid: int
+    slurm_job: str | None
+    since: float
+    """Seconds since the epoch."""
+
+    def __str__(self) -> str:
+        job = f" of SLURM job {self.slurm_job}" if self.slurm_job else ""
+        return f"process {self.pid}{job} on {self.host}"
+
+
 class RunDirectory:
     """Paths and state of a run. `create_or_resume` is for the process that trains, `open` for readers."""
 
@@ -97,7 +112,9 @@ class RunDirectory:
         self.provenance_path = self.path / "provenance.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.logs_path = self.path / "logs"
+        self._lock_path = self.path / ".lock"
         self._lock: IO[str] | None = None
+        self._claim: str | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
@@ -117,7 +134,7 @@ class RunDirectory:
         run = cls(config.run.dir)
         if run.config_path.is_file():
             run._refuse_other_config(config)
-        elif run.path.is_dir() and any(run.path.iterdir()) and not (run.path / ".lock").exists():
+        elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock_path.exists():
             raise UserError(
                 f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
             )
@@ -146,14 +163,39 @@ class RunDirectory:
 
     def is_in_use(self) -> bool:
         """Whether a process on this machine trains in this directory."""
-        if self._lock is not None or not (self.path / ".lock").exists():
+        if self._lock is not None or not self._lock_path.exists():
             return False
-        with (self.path / ".lock").open("a") as lock:
+        with self._lock_path.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
         return False
+
+    def holder(self) -> Holder | None:
+        """Who trains in this directory or was the last to do so; None where that is not known."""
+        try:
+            return Holder(**json.loads(self._lock_path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def shut_out_holder(self) -> None:
+        """Make way for the next process, though the holder may live on where it cannot be reached.
+
+        The holder completes no further checkpoint, and ends when it next asks whether it `is_taken_over`.
+        """
+        fresh = self.path / f".lock.{os.getpid()}"
+        fresh.touch()
+        fresh.replace(self._lock_path)
+
+    def is_taken_over(self) -> bool:
+        """Whether this process, which took the directory, has lost it to another one."""
+        if self._lock is None:
+            return False
+        try:
+            return self._lock_path.read_text() != self._claim
+        except OSError:  # a file system out of order tells nothing
+            return False
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints_path / f"step-{step:08d}"
@@ -177,13 +219,18 @@ class RunDirectory:
         return None
 
     def complete_checkpoint(self, written: Path, step: int, facts: dict[str, Any]) -> Checkpoint:
-        """Turn a fully written directory into the checkpoint of `step`: marker, rename, `latest`."""
+        """Turn a fully written directory into the checkpoint of `step`: marker, rename, `latest`.
+
+        Raises `UserError` where another process has taken the run directory over.
+        """
         found = sorted(path for path in written.rglob("*") if path.is_file())
         files = {}
         for file, digest in zip(found, _sha256_of_all(found), strict=True):
             _fsync(file)
             files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": digest}
         write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
+        if self.is_taken_over():
+            raise UserError(f"run.dir: {self.path} was taken over by another process")
         final = self.checkpoint_path(step)
         if final.exists():
             self._remove(final)
@@ -248,11 +295,19 @@ class RunDirectory:
                     )
 
     def _take_lock(self) -> None:
-        self._lock = (self.path / ".lock").open("a")
+        self._lock = self._lock_path.open("a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"run.dir: another process is training in {self.path}; stop it or choose another") from None
+            holder = self.holder() or "its name is not known"
+            raise UserError(
+                f"run.dir: another process is training in {self.path} ({holder}); stop it or choose another"
+            ) from None
+        me = Holder(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"), time.time())
+        self._claim = json.dumps(asdict(me))
+        self._lock.truncate(0)
+        self._lock.write(self._claim)
+        self._lock.flush()
 
 
 def provenance() -> dict[str, Any]:

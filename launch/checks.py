@@ -4,6 +4,7 @@ from statistics import median
 
 from caduceus.config import Config
 from caduceus.data.dataset import open_dataset
+from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 from caduceus.run_directory import RunDirectory
 from launch.cluster import Cluster, slurm_complaint
@@ -13,8 +14,6 @@ from launch.submission import live_jobs
 
 def refuse_impossible_layout(config: Config, cluster: Cluster) -> None:
     """Raise `UserError` where the ranks of the request cannot be arranged as the configuration wants."""
-    from caduceus.distributed.mesh import check_layout  # it brings torch, which takes seconds to import
-
     check_layout(config, cluster.world)
     if config.run.device == "cuda" and cluster.executor == "slurm" and not cluster.gpus_per_node:
         raise UserError("run.device: cuda was asked for, but the job asks for no GPUs; use --gpus-per-node")

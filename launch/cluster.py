@@ -178,6 +178,13 @@ def test_submission(script: Path) -> str | None:
     return f"SLURM refuses the job: {_last_line(result.stderr)}"
 
 
+def is_live(job: str) -> bool:
+    """Whether a job waits or runs; of a job that SLURM does not speak of, for want of an answer, it does."""
+    result = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True)
+    forgotten = "Invalid job id" in result.stderr
+    return bool(result.stdout) or (result.returncode != 0 and not forgotten)
+
+
 def _setup_lines(cluster: Cluster) -> list[str]:
     lines = list(cluster.setup)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()]

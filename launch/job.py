@@ -12,9 +12,11 @@ from caduceus.config import Config
 from caduceus.errors import NodeError, UserError
 from caduceus.run_directory import RunDirectory
 from launch import history
+from launch.cluster import is_live
 from launch.node import check_node, node_defaults
 
 FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral range, which starts at 32768
+RESTART_STRIDE = 7919  # shares no factor with PORTS, and keeps clear of the next jobs' ports
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,15 @@ class TrainTask:
         job = submitit.JobEnvironment()
         on_slurm = job.cluster == "slurm"
         first_host = job.hostnames[0] if on_slurm else "127.0.0.1"
-        os.environ.update(rendezvous(job.global_rank, job.local_rank, job.num_tasks, first_host, int(job.raw_job_id)))
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        attempt = (int(job.raw_job_id), restart)
+        os.environ.update(rendezvous(job.global_rank, job.local_rank, job.num_tasks, first_host, *attempt))
         for name, value in node_defaults(os.environ).items():
             os.environ.setdefault(name, value)
         run = RunDirectory.open(self.run_dir)
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if job.global_rank == 0:
+            if on_slurm:
+                take_over(run, job.raw_job_id)
             nodes = os.environ["SLURM_JOB_NODELIST"] if on_slurm else job.hostname
             step = history.newest_step(run)
             history.record(run, "start", job.job_id, restart, nodes=nodes, tasks=job.num_tasks, step=step)
@@ -64,12 +69,29 @@ def train(config: Config) -> int:
     return trainer.train(config)
 
 
-def rendezvous(rank: int, local_rank: int, world: int, first_host: str, job_number: int) -> dict[str, str]:
-    """The variables that torchrun would set. The port follows from the job, so that jobs on one node do not meet."""
+def take_over(run: RunDirectory, job: str) -> None:
+    """Shut out an earlier attempt: where a slurmd has died, its processes live on, and SLURM knows nothing of them."""
+    holder = run.holder()
+    if holder is None or holder.slurm_job is None:
+        return
+    if holder.slurm_job == job or not is_live(holder.slurm_job):
+        if run.is_in_use():
+            print(f"{run.path}: taken over from {holder}, which SLURM has lost", flush=True)
+        run.shut_out_holder()
+
+
+def rendezvous(
+    rank: int, local_rank: int, world: int, first_host: str, job_number: int, restart: int
+) -> dict[str, str]:
+    """The variables that torchrun would set.
+
+    The port follows from the job and its restarts, so that neither jobs on one node meet nor what is left of an earlier
+    attempt joins.
+    """
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": first_host,
-        "MASTER_PORT": str(FIRST_PORT + job_number % PORTS),
+        "MASTER_PORT": str(FIRST_PORT + (job_number + RESTART_STRIDE * restart) % PORTS),
     }

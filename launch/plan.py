@@ -7,6 +7,7 @@ layers, twice that for both strands. Memory is what autograd keeps of each block
 from dataclasses import dataclass
 
 from caduceus.config import CaduceusConfig, Config
+from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL, blocks_to_recompute
 
 SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
 BYTES_PER_CHANNEL = 36
@@ -42,9 +43,6 @@ class Plan:
 
 def plan(config: Config, world: int) -> Plan:
     """Estimate a run on `world` ranks, whose layout has been checked."""
-    from caduceus.distributed.build import LARGEST_REPLICATED_MODEL  # they bring torch, which takes seconds to import
-    from caduceus.train.recomputation import blocks_to_recompute
-
     model, parallel, train = config.model, config.parallel, config.train
     streams = 2 if model.rcps else 1
     sequences = train.global_batch // (world // parallel.context)

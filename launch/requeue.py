@@ -34,6 +34,7 @@ class SlurmJob:
     preempted: bool
     seconds_left: float
     excluded: str
+    restarts: int
 
 
 def main() -> int:
@@ -42,6 +43,9 @@ def main() -> int:
     job, restart = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     submission = next(entry for entry in reversed(submissions(run)) if job in entry.jobs)
     slurm_job = ask_slurm(job)
+    if slurm_job.restarts != restart:
+        # This node's slurmd had died: SLURM has started the job anew on others, and the run is that attempt's.
+        return 1
     this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
     bad_nodes = this.bad_nodes if this else []
     reason = why_ended(run, status, slurm_job, bad_nodes, submission.request["signal_seconds"])
@@ -111,6 +115,7 @@ def ask_slurm(job: str) -> SlurmJob:
         preempted=values.get("PreemptTime", "None") not in ("None", "Unknown"),
         seconds_left=(end - datetime.now()).total_seconds() if end else float("inf"),
         excluded=values.get("ExcNodeList", "").replace("(null)", ""),
+        restarts=int(values["Restarts"]),
     )
 
 

@@ -21,7 +21,6 @@ from launch.job import TrainTask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("caduceus", "data_prep", "launch")
-LIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED,COMPLETING,REQUEUED"
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def live_jobs(run: RunDirectory) -> dict[str, tuple[str, str]]:
         return {}
     columns = "%A|%F_%K|%T|%r"
     numbers = ",".join(sorted({job.split("_")[0] for job in jobs}))
-    command = ["squeue", "--noheader", "--array", f"--jobs={numbers}", f"--states={LIVE_STATES}", f"--format={columns}"]
+    command = ["squeue", "--noheader", "--array", f"--jobs={numbers}", f"--format={columns}"]
     found = {}
     # squeue fails for a job that SLURM has forgotten, which is then not alive.
     for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():

@@ -1,6 +1,7 @@
 """What a run directory trusts, refuses and keeps."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,26 @@ def test_settings_that_do_not_decide_the_numbers_may_change(run: RunDirectory) -
 
 def test_a_second_process_is_refused(run: RunDirectory) -> None:
     assert RunDirectory(run.path).is_in_use()
-    with pytest.raises(UserError, match="another process is training"):
+    with pytest.raises(UserError, match=rf"another process is training in .* \(process {os.getpid()} on "):
         RunDirectory.create_or_resume(make_config(run.path))
     run.release()
     assert not RunDirectory(run.path).is_in_use()
+
+
+def test_a_process_that_is_shut_out_completes_no_checkpoint(run: RunDirectory) -> None:
+    older = write_checkpoint(run, 1)
+    assert not run.is_taken_over()
+    RunDirectory(run.path).shut_out_holder()
+    assert run.is_taken_over(), "before the next process is there"
+    successor = RunDirectory.create_or_resume(make_config(run.path))
+    assert run.is_taken_over() and not successor.is_taken_over()
+    with pytest.raises(UserError, match="was taken over by another process"):
+        write_checkpoint(run, 2)
+    assert successor.newest_valid_checkpoint().path == older
+    write_checkpoint(successor, 3)
+    run.release()
+    assert RunDirectory(run.path).is_in_use(), "what the first process held was not the successor's"
+    successor.release()
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:

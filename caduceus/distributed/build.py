@@ -11,12 +11,11 @@ from caduceus.config import Config, ParallelConfig
 from caduceus.distributed.ddp import DDP
 from caduceus.distributed.deepspeed import DeepSpeed
 from caduceus.distributed.fsdp import FSDP
+from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 
 _STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpeed}
-LARGEST_REPLICATED_MODEL = 500_000_000
-"""Parameters up to which every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two moments."""
 
 _log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from caduceus.config import Config
 from caduceus.distributed.context import ContextGroup
+from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 
 COLLECTIVE_MARGIN = timedelta(minutes=10)
@@ -162,29 +163,6 @@ def make_deterministic(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     # Filling memory that will be overwritten finds faults of operators, and makes no result the same.
     torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def check_layout(config: Config, world: int) -> None:
-    """Refuse an arrangement that `world` ranks cannot take; the message names the key."""
-    parallel, train = config.parallel, config.train
-    if world % parallel.context:
-        raise UserError(f"parallel.context: {parallel.context} does not divide the {world} ranks")
-    width, rest = divmod(config.data.seq_len, parallel.context)
-    if rest or width < config.model.d_conv - 1:
-        raise UserError(
-            f"parallel.context: {parallel.context} does not cut data.seq_len {config.data.seq_len} into equal slices "
-            f"of at least model.d_conv - 1 = {config.model.d_conv - 1} bases"
-        )
-    if parallel.shard and world % parallel.shard:
-        raise UserError(f"parallel.shard: {parallel.shard} does not divide the {world} ranks")
-    data_world = world // parallel.context
-    if train.global_batch % (train.micro_batch * data_world):
-        raise UserError(
-            f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
-            f"{data_world} data-parallel ranks (parallel.context ranks share a sequence and count as one)"
-        )
-    if parallel.strategy == "single" and world > 1:
-        raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ The sharded files carry names that do not depend on the layout, so a checkpoint 
 import json
 import logging
 import random
+import secrets
 import shutil
 import threading
 from collections.abc import Callable
@@ -71,11 +72,11 @@ class Checkpoints:
         """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well."""
         self.wait()
         progress.health.rewinds = 0
-        writing = self._run.checkpoints_path / f".writing-{progress.step:08d}"
+        # A name never used before: ranks of an earlier start may live on where nobody can reach them.
+        writing = self._run.checkpoints_path / f".writing-{progress.step:08d}-{secrets.token_hex(4)}"
         if self._ranks.is_main:
-            shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir()
-        self._ranks.barrier()
+        writing = self._ranks.broadcast(writing)
         write = self._strategy.stage(self._group) if self._behind else self._strategy.save
         arguments = (write, writing, asdict(progress), _rng_state())
         if self._behind:

@@ -10,14 +10,12 @@ import torch
 
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config
+from caduceus.distributed.layout import RESERVE, blocks_to_recompute
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.evaluate.heldout import autocast
 from caduceus.train import memory
-
-RESERVE = 0.1
-"""Share of the free memory that is left alone: for fragmentation, and for what libraries take besides torch."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,17 +49,6 @@ def recompute_to_fit(config: Config, strategy: Single) -> None:
     )
     if needed > free:
         _log.warning("this is more than there is; lower train.micro_batch or share sequences by parallel.context")
-
-
-def blocks_to_recompute(least: int, added: int, free: int, layers: int) -> int:
-    """The smallest number of blocks, of 0 … layers - 1, with which training fits `free` bytes less the reserve.
-
-    `least`: bytes with layers - 1 recomputed; `added`: by each block that is kept instead.
-    """
-    spare = int((1 - RESERVE) * free) - least
-    if added <= 0:
-        return 0
-    return layers - 1 - min(layers - 1, max(0, spare // added))
 
 
 def bytes_added_by_keeping_a_block(config: Config, ranks: Ranks) -> int:

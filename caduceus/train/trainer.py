@@ -92,8 +92,12 @@ def _train(
             if validation is not None and (last or progress.step % config.valid.every == 0):
                 losses = held_out_loss(strategy.model, validation, ranks.device, config.train.precision, ranks.sum)
                 monitor.log_validation({"step": progress.step, **losses})
-            wishes = ranks.gather([stop.requested and not last, stop.save_requested(), checkpoints.failed])
-            stopping, saving, failed = wishes.any(0).tolist()
+            wishes = ranks.gather(
+                [stop.requested and not last, stop.save_requested(), checkpoints.failed, run.is_taken_over()]
+            )
+            stopping, saving, failed, taken_over = wishes.any(0).tolist()
+            if taken_over:
+                raise UserError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
             if last or stopping or saving or progress.step % config.checkpoint.every == 0:
                 checkpoints.save(progress)
             if last or stopping or failed:

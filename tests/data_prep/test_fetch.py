@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -188,7 +189,8 @@ def test_refused_connection(tmp_path):
 def test_unknown_scheme_and_missing_package(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown kind of address 'gopher'"):
         fetch("gopher://host/x.fa", tmp_path)
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed, nor found before
+    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
     with pytest.raises(UserError, match="pip install s3fs"):
         fetch("s3://bucket/x.fa", tmp_path)
 

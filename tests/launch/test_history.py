@@ -17,7 +17,7 @@ from launch.requeue import SlurmJob, why_ended
 from launch.submission import Submission
 from launch.submission import record as record_submission
 
-RUNNING = SlurmJob(state="RUNNING", reason="None", preempted=False, seconds_left=1e6, excluded="")
+RUNNING = SlurmJob(state="RUNNING", reason="None", preempted=False, seconds_left=1e6, excluded="", restarts=0)
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(run):
     ("status", "job", "reason"),
     [
         (0, RUNNING, history.SIGNAL),
-        (0, SlurmJob("RUNNING", "None", False, 130, ""), history.TIME_LIMIT),
-        (0, SlurmJob("RUNNING", "None", True, 1e6, ""), history.PREEMPTED),
+        (0, SlurmJob("RUNNING", "None", False, 130, "", 0), history.TIME_LIMIT),
+        (0, SlurmJob("RUNNING", "None", True, 1e6, "", 0), history.PREEMPTED),
         (137, RUNNING, history.FAILED),
-        (143, SlurmJob("COMPLETING", "TimeLimit", False, 0, ""), history.TIME_LIMIT),
-        (143, SlurmJob("COMPLETING", "None", False, 1e6, ""), history.TAKEN),
+        (143, SlurmJob("COMPLETING", "TimeLimit", False, 0, "", 0), history.TIME_LIMIT),
+        (143, SlurmJob("COMPLETING", "None", False, 1e6, "", 0), history.TAKEN),
     ],
 )
 def test_why_a_job_ended(run, status, job, reason):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,6 +83,20 @@ def test_wrong_use_is_one_line_and_leaves_no_run(launch, small_config, tmp_path,
         launch("--config", small_config, *arguments)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs" / "small" / "submissions.json").exists()
+
+
+def test_the_plan_of_a_million_bases_on_512_gpus(launch, capsys):
+    config = str(REPOSITORY / "configs" / "pretrain" / "ph-1m.yaml")
+    layout = ["parallel.context=8", "train.global_batch=64"]
+    assert launch("--dry-run", "--config", config, "--nodes", "64", "--cluster", "h100x8", *layout) == 0
+    plan = capsys.readouterr().out.splitlines()[0]
+    assert "512 ranks with 1 sequence a step, 131,072 bases at a time each; 7.73M parameters" in plan
+    assert plan.endswith("on H100 about 0.11 s a step and 2.9 GB")
+
+
+def test_commands_do_not_wait_for_torch():
+    check = "import sys, launch.runs, launch.slurm; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY).returncode == 0
 
 
 def test_a_time_limit_shorter_than_a_checkpoint_interval(launch, small_config, tmp_path):

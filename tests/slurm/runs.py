@@ -8,14 +8,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from caduceus.run_directory import RunDirectory
 from launch.history import Attempt, attempts
 from tests.conftest import REPOSITORY
+from tests.slurm.cluster import Cluster
 
-ENDLESS = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+STEPS = 40
+ENDLESS = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED")
 REQUEST = ["--cluster", "cpu", "--cpus-per-task", "1", "--mem", "500M"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a scenario takes place: on a cluster that it shares with others, in a directory of its own."""
+
+    cluster: Cluster
+    config: Path
+    undisturbed: list[float]
+    directory: Path
+
+    def launch(self, *arguments: object) -> subprocess.CompletedProcess:
+        return launch(self.directory, "--config", self.config, *arguments)
 
 
 def write_config(path: Path, shards: Path, **sections: str) -> Path:
@@ -23,7 +41,7 @@ def write_config(path: Path, shards: Path, **sections: str) -> Path:
     values = {
         "model": "{d_model: 16, n_layer: 1, d_state: 4}",
         "data": f"{{path: {shards}, seq_len: 64, workers: 0}}",
-        "train": "{steps: 40, global_batch: 4, micro_batch: 1}",
+        "train": f"{{steps: {STEPS}, global_batch: 4, micro_batch: 1}}",
         "ops": "{backend: naive}",
         "valid": "{every: 0}",
         "checkpoint": "{every: 10}",
@@ -34,15 +52,22 @@ def write_config(path: Path, shards: Path, **sections: str) -> Path:
     return path
 
 
-def command(script: str, directory: Path, *arguments: object, seconds: float = 120) -> subprocess.CompletedProcess:
+def command(script: str, directory: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """Run launch/SCRIPT.py in a directory."""
     line = [sys.executable, str(REPOSITORY / "launch" / f"{script}.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, cwd=directory, env=environment, capture_output=True, text=True, timeout=seconds)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(line, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def launch(directory: Path, *arguments: object) -> subprocess.CompletedProcess:
     return command("slurm", directory, *arguments)
+
+
+def runs(directory: Path, *arguments: object, **environment: str) -> str:
+    """What launch/runs.py prints."""
+    done = command("runs", directory, *arguments, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def job_of(result: subprocess.CompletedProcess) -> str:
@@ -51,14 +76,14 @@ def job_of(result: subprocess.CompletedProcess) -> str:
     return result.stdout.split("job:")[1].split()[0]
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
         time.sleep(0.2)
 
 
-def wait_for_end(cluster, job: str, seconds: float = 120) -> str:
+def wait_for_end(cluster: Cluster, job: str) -> str:
     """The state in which a job ended."""
     state = ""
 
@@ -67,18 +92,24 @@ def wait_for_end(cluster, job: str, seconds: float = 120) -> str:
         state = cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
         return bool(state) and state not in ENDLESS
 
-    wait_for(ended, f"the end of job {job}", seconds)
+    wait_for(ended, f"the end of job {job}", seconds=180)
     return state
 
 
-def wait_until_training(run: Path, start: int, seconds: float = 60) -> Attempt:
+def wait_until_training(run: Path, start: int) -> Attempt:
     """Wait until the run's n-th start (from 1) has made a step of its own."""
+
+    provenance = RunDirectory(run).provenance_path
 
     def trains() -> bool:
         found = attempts(RunDirectory(run))
-        return len(found) >= start and bool(found[-1].started) and last_step(run) > found[-1].step
+        if len(found) < start or not found[-1].started or not provenance.exists():
+            return False
+        # Written once the rows that an earlier attempt made after its last checkpoint are gone.
+        begun = json.loads(provenance.read_text())["starts"][-1]["time"]
+        return begun >= found[-1].started and last_step(run) > found[-1].step
 
-    wait_for(trains, f"start {start} of {run}", seconds)
+    wait_for(trains, f"start {start} of {run}")
     return attempts(RunDirectory(run))[-1]
 
 
@@ -90,6 +121,24 @@ def last_step(run: Path) -> int:
 def losses(run: Path) -> list[float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row.get("loss", row.get("valid_loss")) for row in rows]
+
+
+def assert_undisturbed(run: Path, undisturbed: list[float]) -> None:
+    """Each sample counted once, and the losses of the single process."""
+    rows = RunDirectory(run).metrics()
+    assert [(row["step"], row["samples"]) for row in rows] == [(step, 4 * step) for step in range(1, STEPS + 1)]
+    # fp32: sums over ranks in another order differ in the last bits.
+    assert losses(run) == pytest.approx(undisturbed, rel=1e-5)
+
+
+def reasons(run: Path) -> list[str | None]:
+    """Why each attempt of a run ended."""
+    return [attempt.reason for attempt in attempts(RunDirectory(run))]
+
+
+def hosts(cluster: Cluster, names: str) -> list[str]:
+    """The nodes in SLURM's short form of a list, such as n[0-1]."""
+    return cluster.run("scontrol", "show", "hostnames", names).split()
 
 
 def process_of(run: Path, rank: int) -> int:

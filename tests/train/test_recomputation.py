@@ -9,9 +9,10 @@ import torch
 
 from caduceus.config import Config
 from caduceus.distributed.build import build_strategy
+from caduceus.distributed.layout import RESERVE, blocks_to_recompute
 from caduceus.distributed.mesh import Ranks
 from caduceus.train import memory, recomputation, trainer
-from caduceus.train.recomputation import RESERVE, blocks_to_recompute, run_micro_batch
+from caduceus.train.recomputation import run_micro_batch
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import SmallRun, numbers
 

@@ -104,6 +104,24 @@ def test_killed_at_random_instants_the_run_goes_on_bit_for_bit(small_run: SmallR
 
 
 @pytest.mark.slow
+def test_a_process_that_was_frozen_while_another_took_over_leaves_no_trace(small_run: SmallRun) -> None:
+    undisturbed, frozen = (small_run.config(name, train={"steps": 30}) for name in ("undisturbed", "frozen"))
+    train(undisturbed)
+    process, run = small_run.start(frozen), RunDirectory(frozen.run.dir)
+    while len(run.metrics()) < 2:
+        time.sleep(0.005)
+        assert process.poll() is None, process.communicate()[1]
+    process.send_signal(signal.SIGSTOP)
+    run.shut_out_holder()
+    assert train(frozen) == 0
+    process.send_signal(signal.SIGCONT)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode != 0 and "was taken over by another process" in message
+    assert numbers(frozen.run.dir) == numbers(undisturbed.run.dir)
+    assert run.checkpoints()[-1].step == 30 and run.checkpoints()[-1].damage() is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGUSR2", "STOP"])
 def test_asked_to_stop_it_saves_and_the_same_command_goes_on(small_run: SmallRun, how: str) -> None:
     steps = {"steps": 300}
