@@ -13,6 +13,8 @@ from launch.submission import Submission, live_jobs, submissions
 
 RUNNING, STOPPING, WAITING = "running", "stopping", "waiting"
 _RECENT_ROWS = 50
+_IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+"""States of a job, as squeue names them, in which it has no nodes and may get some."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> 
     submitted = submissions(run)
     jobs = live_jobs(run)
     if jobs:
-        waiting = all(state == "PENDING" for state, _ in jobs.values())
+        waiting = all(state in _IN_QUEUE for state, _ in jobs.values())
         reason = next(iter(jobs.values()))[1] if waiting else None
         return (WAITING if waiting else STOPPING if stop else RUNNING), reason, list(jobs)
     if submitted and submitted[-1].executor == "local" and local_jobs.is_running(submitted[-1].jobs[0]):
