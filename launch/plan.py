@@ -37,7 +37,7 @@ class Plan:
         """One line; `gpus`: with the estimate, which is for GPUs."""
         ranks = f"{self.world} rank{'s' * (self.world > 1)}"
         share = f"{self.sequences} sequence{'s' * (self.sequences > 1)} a step, {self.bases:,} bases at a time"
-        estimate = f"; on H100 about {self.step_seconds:.2g} s a step and {self.memory_bytes / 1e9:.1f} GB"
+        estimate = f"; unmeasured estimate for H100: {self.step_seconds:.2g} s a step, {self.memory_bytes / 1e9:.1f} GB"
         return f"{ranks} with {share} each; {self.parameters / 1e6:.2f}M parameters{estimate if gpus else ''}"
 
 
