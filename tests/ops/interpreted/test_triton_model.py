@@ -7,21 +7,27 @@ from caduceus import ops
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
-from tests.model.golden import load_golden, relative_error
+from tests.model.golden import NAMES, load_golden, relative_error
 
 # The published code's own rounding, in fp32, sums in another order: the same bounds as for the other backends.
 VALUES, GRADIENTS = 5e-6, 2e-5
+# A backward pass takes four times as long as a forward pass. Those left out differ from one of these in the norm or in
+# how outputs are combined, which the kernels' own tests and the other backends' golden tests have.
+WITH_GRADIENTS = {"mamba_unidirectional", "ph_tied", "ph_untied", "ps_fused", "ps_unfused"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ph_tied", "ps_fused", "ps_unfused"])
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_gradients_are_the_published_ones(name):
     golden = load_golden(name)
     model = golden.model("triton")
-    output = model(golden["input_ids"], golden["labels"])
-    output.loss.backward()
+    with torch.set_grad_enabled(name in WITH_GRADIENTS):
+        output = model(golden["input_ids"], golden["labels"])
     assert relative_error(output.logits, golden["logits"]) < VALUES
     assert relative_error(output.loss, golden["loss"]) < VALUES
+    if name not in WITH_GRADIENTS:
+        return
+    output.loss.backward()
     for parameter, error in golden.gradient_errors(model).items():
         assert error < GRADIENTS, parameter
 
