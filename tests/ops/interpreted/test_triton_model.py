@@ -42,13 +42,13 @@ def test_training_has_the_losses_of_the_cpu_backend():
 
 def train(backend: str, steps: int = 50) -> torch.Tensor:
     torch.manual_seed(0)
-    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=1, d_state=1), backend=backend)
+    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=1, d_state=2, rcps=True), backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         # Every second base repeats the one before it, which a model can learn.
-        bases = torch.randint(7, 11, (1, 4), generator=generator).repeat_interleave(2, 1)
+        bases = torch.randint(7, 11, (1, 3), generator=generator).repeat_interleave(2, 1)
         labels = torch.where(torch.rand(bases.shape, generator=generator) < 0.4, bases, IGNORE_LABEL)
         masked = torch.where(labels == bases, 3, bases)
         loss = model(masked, labels, return_logits=False).loss
