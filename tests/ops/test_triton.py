@@ -4,7 +4,11 @@ import pytest
 
 from tests.interpreter import INTERPRETED, run_interpreted
 
-FILES = sorted(path.name for path in INTERPRETED.glob("test_*.py") if path.name != "test_triton_model.py")
+SLOW = sorted(
+    path.name
+    for path in INTERPRETED.glob("test_*.py")
+    if path.name != "test_triton_model.py" and "pytest.mark.slow" in path.read_text()
+)
 
 
 def test_interpreted_kernels():
@@ -12,6 +16,6 @@ def test_interpreted_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SLOW)
 def test_interpreted_kernels_over_more_shapes(name):
     run_interpreted("slow", INTERPRETED / name)
