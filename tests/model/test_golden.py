@@ -1,4 +1,4 @@
-"""The flip-free model against the published implementation's outputs. For Triton's, see tests/ops/interpreted."""
+"""The flip-free model against the published implementation's outputs. Triton's: test_triton.py."""
 
 import pytest
 

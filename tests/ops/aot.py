@@ -23,6 +23,7 @@ IN_FP32 = {"A_ptr", "D_ptr", "bias_ptr", "w_ptr", "weight_ptr", "state_ptr", "su
     for name in ("adjoint", "kept", "dA", "dB", "dC", "dD", "dbias", "dw", "dweight", "sums", "dloss", "loss_weight")
 }
 PACKED = " of packed sequences"
+SHARED = " of sequences shared by ranks"
 INTEGER = {"starts_ptr": "*u8", "label_ptr": "*i64", "eps": "fp32"}
 
 
@@ -85,11 +86,11 @@ def narrow_products(ttir: str) -> list[str]:
     return found
 
 
-def scan_constants(states: int) -> dict[str, tuple]:
+def scan_constants(states: int, element: str) -> dict[str, tuple]:
     tile = {"N": states, "CHUNK": 256, "BLOCK": 128, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_STARTS": False}
     gate, piece = {"HAS_Z": True}, {"T": 8}
     skip = gate | {"HAS_D": True}
-    total = {"LOG_COLUMNS": 4, "SUM_PRECISION": "tf32"}
+    total = {"LOG_COLUMNS": 4, "IN_FP32": element == "fp32"}
     kernels = {
         "chunk_state": (scan_kernels.chunk_state_kernel, tile),
         "chunk_carry": (scan_kernels.chunk_carry_kernel, {"N": states, "BLOCK": 128, "AHEAD": 8, "HAS_FIRST": False}),
@@ -102,16 +103,21 @@ def scan_constants(states: int) -> dict[str, tuple]:
         f"{name}{PACKED}": (kernels[name][0], kernels[name][1] | {"HAS_STARTS": True})
         for name in ("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay")
     }
-    return kernels | packed
+    carry, constants = kernels["chunk_carry"]
+    return kernels | packed | {f"chunk_carry{SHARED}": (carry, constants | {"HAS_FIRST": True})}
 
 
-def other_constants() -> dict[str, tuple]:
+def other_constants(element: str) -> dict[str, tuple]:
     conv = {"K": 4, "TOKENS": 16, "BLOCK": 64, "SILU": True, "HAS_BIAS": True, "HAS_HALO": False, "HAS_STARTS": False}
+    shared = conv | {"HAS_HALO": True, "BLOCK": 32 if element == "fp32" else 64}
     norm = {"ROWS": 8, "BLOCK": 256, "LAYER_NORM": False}
     entropy = {"ROWS": 32, "VB": 16, "DB": 64, "HAS_WEIGHTS": True}
     return {
         "conv_forward": (conv_kernels.conv_forward_kernel, conv),
         "conv_backward": (conv_kernels.conv_backward_kernel, conv | {"OF_HALO": False}),
+        f"conv_forward{SHARED}": (conv_kernels.conv_forward_kernel, shared),
+        f"conv_backward{SHARED}": (conv_kernels.conv_backward_kernel, shared | {"OF_HALO": False}),
+        f"conv_backward of the halo{SHARED}": (conv_kernels.conv_backward_kernel, shared | {"OF_HALO": True}),
         "add_norm_forward": (norm_kernels.add_norm_forward_kernel, norm | {"HAS_RESIDUAL": True}),
         "add_norm_backward": (norm_kernels.add_norm_backward_kernel, norm | {"HAS_DTOTAL": True}),
         "cross_entropy_forward": (cross_entropy_kernels.cross_entropy_forward_kernel, entropy),
@@ -122,7 +128,7 @@ def other_constants() -> dict[str, tuple]:
 def main() -> None:
     capability, element, states, *names = sys.argv[1:]
     capability, states = int(capability), int(states)
-    kernels = scan_constants(states) | other_constants()
+    kernels = scan_constants(states, element) | other_constants(element)
     for name in names or kernels:
         kernel, constants = kernels[name]
         compiled = compile_kernel(kernel, constants, capability, element)

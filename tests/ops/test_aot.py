@@ -55,10 +55,12 @@ def check(kernels: dict[str, dict], registers: dict[str, int]) -> None:
         assert not found["narrow_products"], f"{name} has an offset that wraps at 2^31: {found}"
 
 
+@pytest.mark.parametrize("element", ["bf16", "fp32"])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_published_sizes_compile_without_spills(capability):
-    kernels = compiled(capability, "bf16", 16)
-    assert len(kernels) == 16
+def test_published_sizes_compile_without_spills(capability, element):
+    """With the variants for packed sequences and for sequences shared by ranks."""
+    kernels = compiled(capability, element, 16)
+    assert len(kernels) == 20
     check(kernels, REGISTERS)
 
 

@@ -1,23 +1,14 @@
-"""Runs tests/ops/interpreted, where Triton's kernels are interpreted on the CPU, in a process of its own."""
-
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
+"""The Triton kernels in the interpreter. For whole models, see tests/model/test_triton.py."""
 
 import pytest
 
-INTERPRETED = Path(__file__).parent / "interpreted"
+from tests.interpreter import INTERPRETED, run_interpreted
 
-
-def run_interpreted(selection: str) -> None:
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install 'caduceus[cuda]'")
-    command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-m", selection, "-p", "no:cacheprovider"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
+SLOW = sorted(
+    path.name
+    for path in INTERPRETED.glob("test_*.py")
+    if path.name != "test_triton_model.py" and "pytest.mark.slow" in path.read_text()
+)
 
 
 def test_interpreted_kernels():
@@ -25,5 +16,6 @@ def test_interpreted_kernels():
 
 
 @pytest.mark.slow
-def test_interpreted_kernels_over_more_shapes():
-    run_interpreted("slow")
+@pytest.mark.parametrize("name", SLOW)
+def test_interpreted_kernels_over_more_shapes(name):
+    run_interpreted("slow", INTERPRETED / name)

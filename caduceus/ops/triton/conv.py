@@ -11,7 +11,7 @@ from caduceus.ops.triton import conv_kernels as kernels
 from caduceus.ops.triton.device import as_rows, device_of, require_float
 
 TOKENS, CHANNELS = 16, 64
-"""Tile of a program."""
+"""Tile of a program; see `_channels`."""
 
 
 def bidirectional_conv1d(
@@ -51,7 +51,7 @@ def conv_forward(
     out = x.new_empty(P, S, batch, length, E)
     operands, sizes, options = _arguments(x, weight, bias, halo, starts, silu, reverse)
     with device_of(x):
-        kernels.conv_forward_kernel[_grid(x)](*operands, out, *sizes, **options)
+        kernels.conv_forward_kernel[_grid(x, halo)](*operands, out, *sizes, **options)
     return out
 
 
@@ -76,18 +76,20 @@ def conv_backward(
     P, E, K = weight.shape
     S, batch = x.shape[:2]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    items = _grid(x)[0]
+    grid = _grid(x, halo)
+    items = grid[0]
     dw = x.new_empty(items, P, K, E, dtype=torch.float32)
     dbias = x.new_empty(items, P, E, dtype=torch.float32)
     operands, sizes, options = _arguments(x, weight, bias, halo, starts, silu, reverse)
     with device_of(x):
-        kernels.conv_backward_kernel[_grid(x)](*operands, dy, dx, dw, dbias, *sizes, **options, OF_HALO=False)
+        kernels.conv_backward_kernel[grid](*operands, dy, dx, dw, dbias, *sizes, **options, OF_HALO=False)
         if halo is None:
             dhalo = x.new_empty(0)
         else:
             dhalo = torch.empty(halo.shape, dtype=halo.dtype, device=x.device)
-            grid = S * batch, triton.cdiv(E, CHANNELS)
-            kernels.conv_backward_kernel[grid](*operands, dy, dhalo, dw, dbias, *sizes, **options, OF_HALO=True)
+            kernels.conv_backward_kernel[S * batch, grid[1]](
+                *operands, dy, dhalo, dw, dbias, *sizes, **options, OF_HALO=True
+            )
     dw = dw.sum(0).flip(1).transpose(1, 2).to(weight.dtype).contiguous()
     return dx, dw, x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype), dhalo
 
@@ -114,9 +116,14 @@ def _backward(ctx, dy):
 conv_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _grid(x: Tensor) -> tuple[int, int]:
+def _channels(x: Tensor, halo: Tensor | None) -> int:
+    """Of a tile. In fp32 with a halo, which is loaded beside x, the backward kernel has no registers for more."""
+    return CHANNELS // 2 if halo is not None and x.dtype == torch.float32 else CHANNELS
+
+
+def _grid(x: Tensor, halo: Tensor | None) -> tuple[int, int]:
     S, batch, length, E = x.shape
-    return S * batch * triton.cdiv(length, TOKENS), triton.cdiv(E, CHANNELS)
+    return S * batch * triton.cdiv(length, TOKENS), triton.cdiv(E, _channels(x, halo))
 
 
 def _arguments(x, weight, bias, halo, starts, silu, reverse) -> tuple[tuple, tuple, dict]:
@@ -129,6 +136,6 @@ def _arguments(x, weight, bias, halo, starts, silu, reverse) -> tuple[tuple, tup
     # What is absent is never read; the kernels still want a pointer.
     tensors = rows, weight, *(x if t is None else t for t in (bias, halo, starts))
     tensors = (rows, *(t if t is x else t.contiguous() for t in tensors[1:]))
-    options = {"K": K, "TOKENS": TOKENS, "BLOCK": CHANNELS, "SILU": silu, "num_warps": 4}
+    options = {"K": K, "TOKENS": TOKENS, "BLOCK": _channels(x, halo), "SILU": silu, "num_warps": 4}
     options |= {"HAS_BIAS": bias is not None, "HAS_HALO": halo is not None, "HAS_STARTS": starts is not None}
     return tensors, (P, S, batch, length, E, int(reverse), *rows.stride()[:2]), options

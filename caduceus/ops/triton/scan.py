@@ -340,8 +340,7 @@ class ScanKernels:
                 *_strides(self.u, self.dt, self.B, self.C, self.z),
                 T=PIECE,
                 LOG_COLUMNS=(2 * PIECE).bit_length() - 1,
-                # One TF32 pass rounds less than the 16-bit gradient that follows it; fp32 takes three.
-                SUM_PRECISION="tf32x3" if self.B.dtype == torch.float32 else "tf32",
+                IN_FP32=self.B.dtype == torch.float32,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
                 **self.options,

@@ -248,7 +248,7 @@ def scan_backward_kernel(
     BLOCK: tl.constexpr,
     T: tl.constexpr,
     LOG_COLUMNS: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
+    IN_FP32: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -354,7 +354,16 @@ def scan_backward_kernel(
             tl.store(dA_at + n * E + e, dA_n, mask=mask)
             # The sum over channels as ones · tile on the tensor cores: far fewer instructions than shuffles.
             tile = stack(dBs + dCs, LOG_COLUMNS, BLOCK)
-            sums = tl.dot(tl.full([16, BLOCK], 1.0, tl.float32), tile, input_precision=SUM_PRECISION)
+            ones = tl.full([16, BLOCK], 1.0, tl.float32)
+            if IN_FP32:
+                # The 11 leading bits of TF32, then the rest: as exact as the three passes of tf32x3, one of which is
+                # for the other operand's rest, and ones have none. With three the kernel would spill.
+                leading = (tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+                sums = tl.dot(ones, leading, input_precision="tf32")
+                sums = tl.dot(ones, tile - leading, sums, input_precision="tf32")
+            else:
+                # One TF32 pass rounds less than the 16-bit gradient that follows it.
+                sums = tl.dot(ones, tile, input_precision="tf32")
             column = tl.arange(0, 2 * T)
             place = k0 + column % T
             at = dBC_at + place * step * N + n

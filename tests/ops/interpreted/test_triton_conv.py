@@ -104,6 +104,46 @@ def test_taps_do_not_cross_a_start(halo):
     check(make_operands(2, 1, 2, 18, 3, 4, halo), starts=starts)
 
 
+def results(operands: dict[str, Tensor | None], reverse: bool = False) -> list[Tensor]:
+    """Output and gradients in fp32."""
+    leaves = {n: None if t is None else t.float().requires_grad_() for n, t in operands.items()}
+    y = bidirectional_conv1d(**leaves, reverse=reverse)
+    return [y, *torch.autograd.grad(y.sin().sum(), [t for t in leaves.values() if t is not None])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("halo", [False, True])
+def test_reverse_is_the_flip_of_forward(halo):
+    # One tile, so that the sums over its tokens are the only ones that run in another order.
+    operands = make_operands(1, 1, 2, 13, 5, 4, halo)
+    flipped = {n: t if t is None or n in ("weight", "bias") else t.flip(-2) for n, t in operands.items()}
+    y, dx, *summed = results(operands, reverse=True)
+    y_, dx_, *summed_ = results(flipped)
+    # At every position both add up the same taps in the same order.
+    assert torch.equal(y, y_.flip(-2))
+    assert torch.equal(dx, dx_.flip(-2))
+    if halo:
+        assert torch.equal(summed.pop(), summed_.pop().flip(-2))
+    for a, b in zip(summed, summed_, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=FP32 * a.abs().max().item())
+
+
+@pytest.mark.slow
+def test_the_tile_changes_nothing_but_rounding(monkeypatch):
+    operands = make_operands(2, 1, 1, 12, 20, 4, halo=True)
+    expected = results(operands)
+    monkeypatch.setattr(triton_conv, "TOKENS", 8)
+    monkeypatch.setattr(triton_conv, "CHANNELS", 16)
+    for a, b in zip(expected, results(operands), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=FP32 * a.abs().max().item())
+
+
+@pytest.mark.slow
+def test_two_runs_give_the_same_bits():
+    operands = make_operands(2, 1, 1, 18, 3, 4, halo=True)
+    assert all(torch.equal(a, b) for a, b in zip(results(operands), results(operands), strict=True))
+
+
 @pytest.mark.slow
 def test_composes_with_torch():
     o = make_operands(2, 1, 1, 5, 3, 4, halo=True)

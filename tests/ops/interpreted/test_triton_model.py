@@ -7,21 +7,27 @@ from caduceus import ops
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
-from tests.model.golden import load_golden, relative_error
+from tests.model.golden import NAMES, load_golden, relative_error
 
 # The published code's own rounding, in fp32, sums in another order: the same bounds as for the other backends.
 VALUES, GRADIENTS = 5e-6, 2e-5
+# A backward pass takes four times as long as a forward pass. Those left out differ from one of these in the norm or in
+# how outputs are combined, which the kernels' own tests and the other backends' golden tests have.
+WITH_GRADIENTS = {"mamba_unidirectional", "ph_tied", "ph_untied", "ps_fused", "ps_unfused"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ph_tied", "ps_fused", "ps_unfused"])
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_gradients_are_the_published_ones(name):
     golden = load_golden(name)
     model = golden.model("triton")
-    output = model(golden["input_ids"], golden["labels"])
-    output.loss.backward()
+    with torch.set_grad_enabled(name in WITH_GRADIENTS):
+        output = model(golden["input_ids"], golden["labels"])
     assert relative_error(output.logits, golden["logits"]) < VALUES
     assert relative_error(output.loss, golden["loss"]) < VALUES
+    if name not in WITH_GRADIENTS:
+        return
+    output.loss.backward()
     for parameter, error in golden.gradient_errors(model).items():
         assert error < GRADIENTS, parameter
 
@@ -36,13 +42,13 @@ def test_training_has_the_losses_of_the_cpu_backend():
 
 def train(backend: str, steps: int = 50) -> torch.Tensor:
     torch.manual_seed(0)
-    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=1, d_state=1), backend=backend)
+    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=1, d_state=2, rcps=True), backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         # Every second base repeats the one before it, which a model can learn.
-        bases = torch.randint(7, 11, (1, 4), generator=generator).repeat_interleave(2, 1)
+        bases = torch.randint(7, 11, (1, 3), generator=generator).repeat_interleave(2, 1)
         labels = torch.where(torch.rand(bases.shape, generator=generator) < 0.4, bases, IGNORE_LABEL)
         masked = torch.where(labels == bases, 3, bases)
         loss = model(masked, labels, return_logits=False).loss
