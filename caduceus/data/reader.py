@@ -122,7 +122,7 @@ class ShardedGenome:
         self.parts = {part["name"]: part for part in self.manifest["species"]}
         self.species = tuple(self.parts)
         self._home = Path(directory) if cache is None else cache.directory / self.fingerprint[:16]
-        self._readable: dict[str, tuple[ShardFiles, np.ndarray, dict[str, int]]] = {}
+        self._readable: dict[str, _OpenedSpecies] = {}
 
     def table(self, species: str, split: str) -> WindowTable:
         """The windows of a species and split, from its checked indexes; empty where the split has none."""
@@ -156,14 +156,11 @@ class ShardedGenome:
         """
         if strand not in STRAND_SYMBOLS:
             raise UserError(f"strand: choose + or -, got '{strand}'")
-        files, windows, contigs = self._opened(species)
-        if contig not in contigs:
+        opened = self._opened(species)
+        if contig not in opened.contigs:
             raise UserError(f"{self.directory}: {species} has no contig '{contig}'")
-        number = contigs[contig]
-        first, last = np.searchsorted(windows["contig"], [number, number + 1])
-        row = first + int(np.searchsorted(windows["start"][first:last], start, side="right")) - 1
-        window = windows[row] if row >= first else None
-        if window is None or not start < end <= window["start"] + window["length"]:
+        window = opened.window_that_holds(opened.contigs[contig], start, end)
+        if window is None:
             raise UserError(
                 f"{species} {contig}:{start}-{end}: no window of {self.directory} holds all of this interval"
             )
@@ -172,20 +169,17 @@ class ShardedGenome:
         if stored_minus:
             begin = int(window["start"]) + int(window["length"]) - end
         bases = np.empty(end - start, np.uint8)
-        files.read_into(int(window["shard"]), int(window["offset"]) + begin, bases)
+        opened.files.read_into(int(window["shard"]), int(window["offset"]) + begin, bases)
         return bases if stored_minus == (strand == "-") else reverse_complement(bases)
 
-    def _opened(self, species: str) -> tuple[ShardFiles, np.ndarray, dict[str, int]]:
-        """Files of all splits of a species, their windows by contig and start, and the contigs' numbers."""
+    def _opened(self, species: str) -> "_OpenedSpecies":
         if species not in self._readable:
             tables = [self.table(species, split) for split in SPLITS]
             shards = [shard for table in tables for shard in table.shards]
             windows = np.concatenate([table.windows for table in tables])
             shards_before = np.cumsum([0] + [len(table.shards) for table in tables[:-1]])
             windows["shard"] += np.repeat(shards_before, [len(table.windows) for table in tables]).astype(np.uint32)
-            windows = windows[np.lexsort((windows["length"], windows["start"], windows["contig"]))]
-            contigs = {name: number for number, name in enumerate(tables[0].contigs)}
-            self._readable[species] = ShardFiles(shards, self._cache), windows, contigs
+            self._readable[species] = _OpenedSpecies(ShardFiles(shards, self._cache), windows, tables[0].contigs)
         return self._readable[species]
 
     def _shard(self, species: str, entry: dict) -> Shard:
@@ -218,6 +212,31 @@ class ShardedGenome:
         if species not in self.parts:
             raise UserError(f"{self.directory}: no species '{species}'; it holds {', '.join(self.species)}")
         return self.parts[species]
+
+
+class _OpenedSpecies:
+    """Files and windows of all splits of a species, to find the window that holds an interval."""
+
+    def __init__(self, files: ShardFiles, windows: np.ndarray, contigs: Sequence[str]) -> None:
+        self.files = files
+        self.contigs = {name: number for number, name in enumerate(contigs)}
+        self._windows = windows[np.lexsort((windows["length"], windows["start"], windows["contig"]))]
+        self._ends = (self._windows["start"] + self._windows["length"]).astype(np.int64)
+        # Windows may overlap or be nested, so what holds an interval may start long before the last window that
+        # starts before it: for each row, the row up to it whose window of the same contig reaches farthest.
+        span = self._ends.max(initial=0) + 1
+        place = self._windows["contig"] * span + self._ends
+        farthest_so_far = place == np.maximum.accumulate(place)
+        self._farthest = np.maximum.accumulate(np.where(farthest_so_far, np.arange(len(place)), 0))
+
+    def window_that_holds(self, contig: int, start: int, end: int) -> np.void | None:
+        """A window (WINDOW_DTYPE) that holds the whole of an interval, if there is one."""
+        first, last = np.searchsorted(self._windows["contig"], [contig, contig + 1])
+        row = first + int(np.searchsorted(self._windows["start"][first:last], start, side="right")) - 1
+        if row < first or start >= end:
+            return None
+        row = self._farthest[row]
+        return self._windows[row] if end <= self._ends[row] else None
 
 
 def _fetch_manifest(directory: str) -> dict:
