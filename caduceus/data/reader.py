@@ -1,7 +1,9 @@
 """Random access to sharded genomes: any stretch of bases inside a window is one positional read. Imports no torch."""
 
 import hashlib
+import json
 import os
+import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ WINDOW_DTYPE = np.dtype(
         ("start", "<u8"),  # on the forward strand, 0-based
         ("strand", "u1"),  # of the stored bases: 0 is +, 1 is -
         ("crc32", "<u4"),  # of the stored bases
+        ("may_be_padded", "?"),  # whether its end may be N of `--tail pad` and not the genome's
     ]
 )
 WINDOW_RUN_DTYPE = np.dtype(
@@ -48,6 +51,7 @@ class ShardFiles:
         self._cache = cache
         self._most = MAX_OPEN_CACHED if cache else MAX_OPEN_FILES
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._ends: dict[tuple[int, int], int] = {}
 
     def read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
         """Fill `buffer` (n,) uint8 from byte `offset` of file number `file`. Raises OSError, also where it ends."""
@@ -58,6 +62,33 @@ class ShardFiles:
             if count == 0:
                 raise OSError(f"{self.shards[file].path}: ends before byte {offset + len(view)}")
             view, offset = view[count:], offset + count
+
+    def genome_end(self, window: np.void) -> int:
+        """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises OSError.
+
+        Only KEY.json tells, which follows the bases: padding that the index lists looks like N of the genome, and less
+        than 16 is not listed; a segment may end anywhere, at a gap or an excluded interval, so neither the contig's
+        length nor the neighbouring windows say it.
+        """
+        start, length = int(window["start"]), int(window["length"])
+        if not window["may_be_padded"]:
+            return start + length
+        file, offset = int(window["shard"]), int(window["offset"])
+        if (file, offset) not in self._ends:
+            header = np.empty(tarfile.BLOCKSIZE, np.uint8)
+            at = offset + length + -length % tarfile.BLOCKSIZE
+            self.read_into(file, at, header)
+            try:
+                member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "strict")
+                text = np.empty(member.size, np.uint8)
+                self.read_into(file, at + tarfile.BLOCKSIZE, text)
+                described = json.loads(text.tobytes())
+                if described["end"] - start + described.get("pad", 0) != length:
+                    raise ValueError("other bases than the index")
+            except (tarfile.HeaderError, ValueError, KeyError, TypeError) as error:
+                raise OSError(f"{self.shards[file].path}: byte {at}: no description of a sample ({error!r})") from None
+            self._ends[file, offset] = described["end"]
+        return self._ends[file, offset]
 
     def forget(self, file: int) -> None:
         """Close a file, and have a cached one fetched again when it is next read."""
@@ -128,6 +159,7 @@ class ShardedGenome:
         """The windows of a species and split, from its checked indexes; empty where the split has none."""
         part = self._part(species)
         contigs = tuple(contig["name"] for contig in part["contigs"])
+        padded = part.get("plan", {}).get("tail") == "pad"
         shards, samples, runs, sample_count = [], [], [], 0
         for entry in part["splits"].get(split, {}).get("shards", []):
             shard = self._shard(species, entry)
@@ -135,6 +167,7 @@ class ShardedGenome:
             stored = np.zeros(len(index.samples), WINDOW_DTYPE)
             for name in ("offset", "length", "contig", "start", "strand", "crc32"):
                 stored[name] = index.samples[name]
+            stored["may_be_padded"] = padded & (index.samples["acgt"] < index.samples["length"])
             stored["shard"] = len(shards)
             runs_here = np.zeros(len(index.runs), WINDOW_RUN_DTYPE)
             for name, column in (("window", "sample"), ("start", "start"), ("length", "length")):
@@ -235,8 +268,14 @@ class _OpenedSpecies:
         row = first + int(np.searchsorted(self._windows["start"][first:last], start, side="right")) - 1
         if row < first or start >= end:
             return None
-        row = self._farthest[row]
-        return self._windows[row] if end <= self._ends[row] else None
+        farthest = self._farthest[row]
+        if end > self._ends[farthest]:
+            return None
+        if not self._windows["may_be_padded"][farthest]:
+            return self._windows[farthest]
+        rows = first + np.flatnonzero(self._ends[first : row + 1] >= end)
+        windows = (self._windows[row] for row in rows)
+        return next((window for window in windows if end <= self.files.genome_end(window)), None)
 
 
 def _fetch_manifest(directory: str) -> dict:

@@ -71,7 +71,19 @@ class SampleReader:
         self._prefetcher.want([self._crops.shards[shard] for shard in shards[np.argsort(first)]])
 
     def describe(self, sample: np.void) -> dict[str, Any]:
-        """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
+        """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.
+
+        Bases of the sample beyond `end` are the padding of `--tail pad`, and `end` is `start` where all of them are.
+        """
+        where = self._describe_with_padding(sample)
+        window = self._crops.windows[sample["window"]]
+        try:
+            genome_end = self._files.genome_end(window)
+        except OSError as error:
+            raise UserError(f"{error}; restore the shard or shard again") from None
+        return {**where, "end": max(where["start"], min(where["end"], genome_end))}
+
+    def _describe_with_padding(self, sample: np.void) -> dict[str, Any]:
         window = self._crops.windows[sample["window"]]
         source = self._dataset.sources[self._crops.window_source[sample["window"]]]
         start = int(window["start"]) + int(sample["begin"])
@@ -169,6 +181,6 @@ class SampleReader:
         return True
 
     def _place(self, sample: np.void) -> str:
-        where = self.describe(sample)
+        where = self._describe_with_padding(sample)
         shard = self._crops.shards[self._crops.windows["shard"][sample["window"]]]
         return f"{shard.path}: {where['species']} {where['contig']}:{where['start']}-{where['end']}"
