@@ -10,12 +10,13 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader, build_validation, cache
 from caduceus.data.cache import Prefetcher, Shard, ShardCache
-from caduceus.data.remote import join, read_chunks
+from caduceus.data.remote import RemoteError, join, read_chunks
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species
 from tests.object_store import s3_bucket
@@ -105,6 +106,31 @@ def test_batches_from_a_bucket(
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"ENDPOINT_URL": "http://127.0.0.1:9"}, r"cannot be downloaded \(Could not connect.*check the address"),
+        ({"ACCESS_KEY_ID": None, "SECRET_ACCESS_KEY": None}, r"locate credentials\); check your credentials"),
+    ],
+)
+def test_a_bucket_that_cannot_be_reached_is_one_clear_line(
+    configure: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    environment: dict[str, str | None],
+    reason: str,
+) -> None:
+    pytest.importorskip("s3fs")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "MAX_ATTEMPTS": "1"} | environment
+    for name, value in (settings | {"EC2_METADATA_DISABLED": "true", "CONFIG_FILE": str(tmp_path / "none")}).items():
+        monkeypatch.setenv(f"AWS_{name}", value) if value else monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=rf"data\.path: s3://genomes/data/manifest\.json: .*{reason}") as error:
+        build_loader(configure(path="s3://genomes/data", cache_dir=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
 def test_a_second_start_and_other_ranks_fetch_nothing_again(
     configure: Callable[..., Config], server: Server, tmp_path: Path
 ) -> None:
@@ -190,7 +216,7 @@ def test_addresses_that_fail_are_one_clear_line(
     with pytest.raises(UserError, match=r"data\.cache_dir: http.* is remote"):
         build_loader(configure(path=server.url))
     for path, message in (
-        (f"{server.url}/nothing", r"nothing/manifest\.json: HTTP Error 404"),
+        (f"{server.url}/nothing", r"nothing/manifest\.json: not found on the server \(404\); check the address"),
         ("http://127.0.0.1:9", r"127\.0\.0\.1:9/manifest\.json: .*refused"),
         ("pipe:false {}", "the command ended with status 1"),
         ("pipe:cat x", "needs {} where"),
@@ -212,7 +238,7 @@ def test_names_are_quoted() -> None:
 
 
 def test_a_pipe_that_fails_late_is_an_error() -> None:
-    with pytest.raises(OSError, match="status 3"):
+    with pytest.raises(RemoteError, match="status 3"):
         list(read_chunks("pipe:echo much; exit 3"))
 
 
