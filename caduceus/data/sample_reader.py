@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from caduceus.config import DataConfig
-from caduceus.data.cache import Prefetcher
+from caduceus.data.cache import Prefetcher, UnavailableError
 from caduceus.data.dataset import Dataset
 from caduceus.data.reader import ShardFiles
 from caduceus.data.shards import STRAND_SYMBOLS
@@ -18,6 +18,7 @@ from caduceus.errors import UserError
 
 READ_WAITS = (0.1, 0.5)
 """Seconds before the second and the third attempt to read a window."""
+_FINAL_ERRORS = (UnavailableError, FileNotFoundError, PermissionError)
 _CRC_MISMATCH = "its crc32 is not the index's"
 _NO_BASES = "bytes that are no bases"
 _SUBSTITUTES = 10
@@ -155,6 +156,8 @@ class SampleReader:
                 problem = _CRC_MISMATCH
             except OSError as error:
                 problem = str(error)
+                if isinstance(error, _FINAL_ERRORS):
+                    break
             self._files.forget(shard)
             if wait is not None:
                 time.sleep(wait)

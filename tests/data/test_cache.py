@@ -3,11 +3,8 @@
 import itertools
 import multiprocessing
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -19,49 +16,13 @@ from caduceus.data.cache import Prefetcher, Shard, ShardCache
 from caduceus.data.remote import RemoteError, join, read_chunks
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species
+from tests.data.shard_server import Server
 from tests.object_store import s3_bucket
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "FETCH_WAITS", (0, 0))
-
-
-class Server(ThreadingHTTPServer):
-    """Serves a directory; `asked` lists the paths, `failures` next requests of tars break off half-way."""
-
-    def __init__(self, directory: Path) -> None:
-        self.asked: list[str] = []
-        self.failures = 0
-        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(directory)))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(SimpleHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        if self.server.failures and self.path.endswith(".tar"):
-            self.server.failures -= 1
-            self.send_response(200)
-            self.send_header("Content-Length", "100000")
-            self.end_headers()
-            self.wfile.write(b"half")
-            return
-        super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(shards: Path) -> Iterator[Server]:
-    with Server(shards) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def tokens(loader: object, count: int) -> list:
