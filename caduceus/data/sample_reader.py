@@ -44,7 +44,7 @@ class SampleReader:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._sliced = positions is not None
+        self._sliced = positions not in (None, (0, data.seq_len))
         self._tokenizer = Tokenizer(data, positions)
         self._substitute = substitute
         self._sound = np.full(len(self._crops.windows), not data.check_crc)
