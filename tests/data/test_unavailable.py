@@ -1,6 +1,7 @@
 """Remote shards that cannot be had: replaced without waiting, remembered, counted; without a server the run ends."""
 
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -191,13 +192,27 @@ def test_training_ends_with_one_line_and_status_2(
     configure: Callable[..., Config], server: Server, tmp_path: Path, workers: int
 ) -> None:
     server.statuses[".tar"] = 403
-    config = configure(path=server.url, cache_dir=str(tmp_path / "cache"), workers=workers, seq_len=128)
-    config.model.d_model, config.model.n_layer = 16, 1
-    config.run.dir, config.run.device, config.wandb.mode = str(tmp_path / "run"), "cpu", "disabled"
-    config.valid.every = 0
-    save_config(config, tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "caduceus.train", "--config", str(tmp_path / "config.yaml")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    config = configure(path=server.url, cache_dir=str(tmp_path / "cache"), workers=workers)
+    ended = train(config, tmp_path)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     (line,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
     assert ".tar: the server refuses access (403); check the address and your credentials" in line
+
+
+def test_the_metrics_count_what_was_replaced(configure: Callable[..., Config], server: Server, tmp_path: Path) -> None:
+    server.statuses[ABSENT] = 404
+    config = configure(path=server.url, cache_dir=str(tmp_path / "cache"), train={"steps": 3, "global_batch": 8})
+    ended = train(config, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    counts = [row["substituted_samples"] for row in rows if "substituted_samples" in row]
+    assert counts[-1] == len(replaced(take(build_loader(config), 6))) > 0
+
+
+def train(config: Config, directory: Path) -> subprocess.CompletedProcess:
+    config.model.d_model, config.model.n_layer = 16, 1
+    config.run.dir, config.run.device, config.wandb.mode = str(directory / "run"), "cpu", "disabled"
+    config.valid.every = 0
+    save_config(config, directory / "config.yaml")
+    command = [sys.executable, "-m", "caduceus.train", "--config", str(directory / "config.yaml")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
