@@ -145,6 +145,16 @@ def test_broken_connections_are_tried_again(
     assert not leftovers(tmp_path)
 
 
+def test_an_index_is_tried_again(
+    configure: Callable[..., Config], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "FETCH_WAITS", (3,))
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: server.statuses.clear())
+    server.statuses["index.npz"] = 503
+    assert tokens(build_loader(configure(path=server.url, cache_dir=str(tmp_path))), 1)
+    assert not server.statuses
+
+
 def test_what_never_matches_the_manifest_never_appears(server: Server, shards: Path, tmp_path: Path) -> None:
     genome = ShardedGenome(server.url, ShardCache(tmp_path))
     (shard, *_) = genome.table("fly", "train").shards
