@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from caduceus.data.remote import failure_reason
 from caduceus.data.shards import write_atomically
 from caduceus.errors import UserError, run_command
 from data_prep.files import note
@@ -102,7 +103,7 @@ def _download(url: str, partial: BinaryIO) -> None:
     try:
         info = filesystem.info(path)
     except Exception as error:  # each file system of fsspec raises classes of its own
-        raise UserError(f"{url}: {_reason(error)}") from None
+        raise UserError(f"{url}: {failure_reason(error)}") from None
     size = info.get("size")
     version = {"url": url} | {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
     if not _continues(partial, version):
@@ -127,7 +128,7 @@ def _download(url: str, partial: BinaryIO) -> None:
             except Exception as error:  # as above
                 failures = 1 if resumes and partial.tell() > before else failures + 1
                 if failures == ATTEMPTS:
-                    raise UserError(f"{url}: {_reason(error)}; run the command again to continue") from None
+                    raise UserError(f"{url}: {failure_reason(error)}; run the command again to continue") from None
                 time.sleep(FIRST_WAIT * 2 ** (failures - 1))
     if size is not None and partial.tell() != size:
         raise UserError(f"{url}: got {partial.tell():,} of {size:,} bytes; run the command again to continue")
@@ -186,20 +187,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
     except ValueError:
         raise UserError(f"{url}: unknown kind of address '{scheme}'; http, https, ftp and s3 are known") from None
     except Exception as error:  # ftp connects here
-        raise UserError(f"{url}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """One line about a failure of the network."""
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__  # fsspec's http takes whatever goes wrong for a file that is not there
-    status = getattr(error, "status", None)
-    if isinstance(error, FileNotFoundError | StopIteration) or status == 404:  # StopIteration: of fsspec's ftp
-        return f"not found on the server{' (404)' if status == 404 else ''}; check the address"
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return f"the server refuses access ({status or error}); check the address and your credentials"
-    text = " ".join(str(error).split())
-    return f"cannot be downloaded ({text or type(error).__name__})"
+        raise UserError(f"{url}: {failure_reason(error)}") from None
 
 
 def _continues(partial: BinaryIO, version: dict[str, str]) -> bool:

@@ -2,7 +2,8 @@
 
 Imports no torch. A shard appears under its final name only when its size and sha256 are the manifest's. The processes
 of a node agree through file locks, so the directory should be on a local disk. Over the limit, the shard that was
-opened the longest ago goes first; a process that still reads it keeps its bytes until it closes the file.
+opened the longest ago goes first; a process that still reads it keeps its bytes until it closes the file. What could
+not be fetched is noted beside the shards, so that no process of the node asks for it again and again.
 """
 
 import errno
@@ -12,19 +13,32 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from caduceus.data.remote import read_chunks
+from caduceus.data.remote import RefusalError, RemoteError, read_chunks
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FETCH_WAITS = (1, 2, 4, 8)
-"""Seconds between attempts to fetch a shard."""
+FETCH_WAITS = (1, 2, 4, 8, 15, 15)
+"""Seconds between attempts to fetch a file."""
+FETCH_PATIENCE = 45
+"""Seconds after the first failure in which another attempt may begin: a silent server takes long to fail."""
+FAILURE_REMEMBERED = 300
+"""Seconds in which a shard that could not be had is not asked for again. A file restored meanwhile is found after them,
+so which samples are replaced depends on what can be read, not on what a process met long ago."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PREFETCH_THREADS = 2
+
+T = TypeVar("T")
+
+
+class UnavailableError(OSError):
+    """A shard could not be had, after all attempts that were due: there is no use in asking at once again."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +57,16 @@ class ShardCache:
     def __init__(self, directory: str | Path, limit: int = 0) -> None:
         self.directory = Path(directory)
         self.limit = limit
+        self._made = time.time()
+        self._unreachable: dict[Path, tuple[Path, float]] = {}
+        self._server_down: str | None = None
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"data.cache_dir: {directory} cannot be made ({error.strerror})") from None
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of the shard, fetched first where it is absent. Raises OSError where it cannot be had."""
+        """A descriptor of the shard, fetched first where it is absent. Raises as `fetch`."""
         while True:
             try:
                 descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -61,26 +78,30 @@ class ShardCache:
             return descriptor
 
     def fetch(self, shard: Shard) -> None:
-        """Have the shard on disk. Raises OSError after several attempts."""
+        """Have the shard on disk.
+
+        Raises `UnavailableError` where it cannot be had, and `UserError` where nothing can: the server is not reached
+        for one shard after several attempts, and then not for another one either.
+        """
         shard.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(_lock_path(shard.path)):
             if shard.path.exists():
                 return
+            self._require_no_recent_failure(shard)
             self._reserve(shard)
-            for wait in (*FETCH_WAITS, None):
-                try:
-                    return _download(shard)
-                except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        _partial_path(shard.path).unlink(missing_ok=True)
-                        raise UserError(
-                            f"data.cache_dir: {self.directory} is full; lower data.cache_bytes or free some space"
-                        ) from None
-                    if wait is None:
-                        _partial_path(shard.path).unlink(missing_ok=True)
-                        raise
-                    log.warning("data: %s; again in %d s", error, wait)
-                    time.sleep(wait)
+            try:
+                _persistently(lambda: _download(shard), () if self._suspect(shard) else FETCH_WAITS)
+            except OSError as error:
+                _partial_path(shard.path).unlink(missing_ok=True)
+                if error.errno in _DISK_FULL:
+                    raise UserError(
+                        f"data.cache_dir: {self.directory} is full; lower data.cache_bytes or free some space"
+                    ) from None
+                _failure_path(shard.path).write_text(str(error))
+                self._judge_server(shard, error)
+                raise UnavailableError(str(error)) from error
+            _failure_path(shard.path).unlink(missing_ok=True)
+            self._unreachable.pop(_dataset(shard), None)
 
     def fetch_file(self, path: Path, origin: str, sha256: str) -> None:
         """Have a small file that belongs to the shards on disk; it does not count towards the limit."""
@@ -88,12 +109,38 @@ class ShardCache:
         with _locked(_lock_path(path)):
             if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 return
-            content = b"".join(read_chunks(origin))
+            content = _persistently(lambda: b"".join(read_chunks(origin)), FETCH_WAITS)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise OSError(f"{origin}: its sha256 is not the manifest's")
             partial = _partial_path(path)
             partial.write_bytes(content)
             partial.rename(path)
+
+    def _require_no_recent_failure(self, shard: Shard) -> None:
+        """Refuse a shard that some process of this run on this node failed to fetch a short while ago."""
+        if self._server_down:
+            raise UserError(self._server_down)
+        note = _failure_path(shard.path)
+        status = _stat(note)
+        # A note from before this start does not count: whoever mended the shard and starts again wants it read.
+        if status and status.st_mtime >= max(self._made, time.time() - FAILURE_REMEMBERED):
+            raise UnavailableError(note.read_text())
+
+    def _suspect(self, shard: Shard) -> bool:
+        """Whether the server was not reached for another shard of the dataset, and for none since."""
+        other, when = self._unreachable.get(_dataset(shard), (shard.path, 0))
+        return other != shard.path and time.monotonic() - when < FAILURE_REMEMBERED
+
+    def _judge_server(self, shard: Shard, error: OSError) -> None:
+        """One shard that fails may be replaced; a server that is reached for none would fail one after the other."""
+        if not isinstance(error, RemoteError) or isinstance(error, RefusalError):
+            self._unreachable.pop(_dataset(shard), None)  # it did answer
+        elif self._suspect(shard):
+            other, _ = self._unreachable[_dataset(shard)]
+            self._server_down = f"{error}; neither could {other.name} be had; start again when the server is reached"
+            raise UserError(self._server_down) from None
+        else:
+            self._unreachable[_dataset(shard)] = shard.path, time.monotonic()
 
     def _reserve(self, shard: Shard) -> None:
         """Make room for a shard and take it: its partial file gets the full length at once."""
@@ -158,6 +205,21 @@ class Prefetcher:
                 log.debug("data: prefetching %s: %s", shard.path, error)
 
 
+def _persistently(attempt: Callable[[], T], waits: Sequence[float]) -> T:
+    """What `attempt` returns, tried again after each of `waits` unless its failure is final."""
+    deadline = None
+    for wait in (*waits, None):
+        try:
+            return attempt()
+        except OSError as error:
+            deadline = deadline or time.monotonic() + FETCH_PATIENCE
+            is_final = isinstance(error, RefusalError) or error.errno in _DISK_FULL
+            if is_final or wait is None or time.monotonic() + wait > deadline:
+                raise
+            log.warning("data: %s; again in %d s", error, wait)
+            time.sleep(wait)
+
+
 def _download(shard: Shard) -> None:
     partial = _partial_path(shard.path)
     digest, size = hashlib.sha256(), 0
@@ -200,6 +262,15 @@ def _lock_path(path: Path) -> Path:
 
 def _partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _failure_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.failure")
+
+
+def _dataset(shard: Shard) -> Path:
+    """The folder of the cache that keeps the shard's dataset, which all lies on one server."""
+    return shard.path.parents[1]
 
 
 def _stat(path: Path) -> os.stat_result | None:

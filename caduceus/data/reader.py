@@ -1,7 +1,9 @@
 """Random access to sharded genomes: any stretch of bases inside a window is one positional read. Imports no torch."""
 
 import hashlib
+import json
 import os
+import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ WINDOW_DTYPE = np.dtype(
         ("start", "<u8"),  # on the forward strand, 0-based
         ("strand", "u1"),  # of the stored bases: 0 is +, 1 is -
         ("crc32", "<u4"),  # of the stored bases
+        ("may_be_padded", "?"),  # whether its end may be N of `--tail pad` and not the genome's
     ]
 )
 WINDOW_RUN_DTYPE = np.dtype(
@@ -48,6 +51,7 @@ class ShardFiles:
         self._cache = cache
         self._most = MAX_OPEN_CACHED if cache else MAX_OPEN_FILES
         self._open: OrderedDict[int, int] = OrderedDict()
+        self._ends: dict[tuple[int, int], int] = {}
 
     def read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
         """Fill `buffer` (n,) uint8 from byte `offset` of file number `file`. Raises OSError, also where it ends."""
@@ -58,6 +62,33 @@ class ShardFiles:
             if count == 0:
                 raise OSError(f"{self.shards[file].path}: ends before byte {offset + len(view)}")
             view, offset = view[count:], offset + count
+
+    def genome_end(self, window: np.void) -> int:
+        """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises OSError.
+
+        Only KEY.json tells, which follows the bases: padding that the index lists looks like N of the genome, and less
+        than 16 is not listed; a segment may end anywhere, at a gap or an excluded interval, so neither the contig's
+        length nor the neighbouring windows say it.
+        """
+        start, length = int(window["start"]), int(window["length"])
+        if not window["may_be_padded"]:
+            return start + length
+        file, offset = int(window["shard"]), int(window["offset"])
+        if (file, offset) not in self._ends:
+            header = np.empty(tarfile.BLOCKSIZE, np.uint8)
+            at = offset + length + -length % tarfile.BLOCKSIZE
+            self.read_into(file, at, header)
+            try:
+                member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "strict")
+                text = np.empty(member.size, np.uint8)
+                self.read_into(file, at + tarfile.BLOCKSIZE, text)
+                described = json.loads(text.tobytes())
+                if described["end"] - start + described.get("pad", 0) != length:
+                    raise ValueError("other bases than the index")
+            except (tarfile.HeaderError, ValueError, KeyError, TypeError) as error:
+                raise OSError(f"{self.shards[file].path}: byte {at}: no description of a sample ({error!r})") from None
+            self._ends[file, offset] = described["end"]
+        return self._ends[file, offset]
 
     def forget(self, file: int) -> None:
         """Close a file, and have a cached one fetched again when it is next read."""
@@ -122,12 +153,13 @@ class ShardedGenome:
         self.parts = {part["name"]: part for part in self.manifest["species"]}
         self.species = tuple(self.parts)
         self._home = Path(directory) if cache is None else cache.directory / self.fingerprint[:16]
-        self._readable: dict[str, tuple[ShardFiles, np.ndarray, dict[str, int]]] = {}
+        self._readable: dict[str, _OpenedSpecies] = {}
 
     def table(self, species: str, split: str) -> WindowTable:
         """The windows of a species and split, from its checked indexes; empty where the split has none."""
         part = self._part(species)
         contigs = tuple(contig["name"] for contig in part["contigs"])
+        padded = part.get("plan", {}).get("tail") == "pad"
         shards, samples, runs, sample_count = [], [], [], 0
         for entry in part["splits"].get(split, {}).get("shards", []):
             shard = self._shard(species, entry)
@@ -135,6 +167,7 @@ class ShardedGenome:
             stored = np.zeros(len(index.samples), WINDOW_DTYPE)
             for name in ("offset", "length", "contig", "start", "strand", "crc32"):
                 stored[name] = index.samples[name]
+            stored["may_be_padded"] = padded & (index.samples["acgt"] < index.samples["length"])
             stored["shard"] = len(shards)
             runs_here = np.zeros(len(index.runs), WINDOW_RUN_DTYPE)
             for name, column in (("window", "sample"), ("start", "start"), ("length", "length")):
@@ -156,14 +189,11 @@ class ShardedGenome:
         """
         if strand not in STRAND_SYMBOLS:
             raise UserError(f"strand: choose + or -, got '{strand}'")
-        files, windows, contigs = self._opened(species)
-        if contig not in contigs:
+        opened = self._opened(species)
+        if contig not in opened.contigs:
             raise UserError(f"{self.directory}: {species} has no contig '{contig}'")
-        number = contigs[contig]
-        first, last = np.searchsorted(windows["contig"], [number, number + 1])
-        row = first + int(np.searchsorted(windows["start"][first:last], start, side="right")) - 1
-        window = windows[row] if row >= first else None
-        if window is None or not start < end <= window["start"] + window["length"]:
+        window = opened.window_that_holds(opened.contigs[contig], start, end)
+        if window is None:
             raise UserError(
                 f"{species} {contig}:{start}-{end}: no window of {self.directory} holds all of this interval"
             )
@@ -172,20 +202,17 @@ class ShardedGenome:
         if stored_minus:
             begin = int(window["start"]) + int(window["length"]) - end
         bases = np.empty(end - start, np.uint8)
-        files.read_into(int(window["shard"]), int(window["offset"]) + begin, bases)
+        opened.files.read_into(int(window["shard"]), int(window["offset"]) + begin, bases)
         return bases if stored_minus == (strand == "-") else reverse_complement(bases)
 
-    def _opened(self, species: str) -> tuple[ShardFiles, np.ndarray, dict[str, int]]:
-        """Files of all splits of a species, their windows by contig and start, and the contigs' numbers."""
+    def _opened(self, species: str) -> "_OpenedSpecies":
         if species not in self._readable:
             tables = [self.table(species, split) for split in SPLITS]
             shards = [shard for table in tables for shard in table.shards]
             windows = np.concatenate([table.windows for table in tables])
             shards_before = np.cumsum([0] + [len(table.shards) for table in tables[:-1]])
             windows["shard"] += np.repeat(shards_before, [len(table.windows) for table in tables]).astype(np.uint32)
-            windows = windows[np.lexsort((windows["length"], windows["start"], windows["contig"]))]
-            contigs = {name: number for number, name in enumerate(tables[0].contigs)}
-            self._readable[species] = ShardFiles(shards, self._cache), windows, contigs
+            self._readable[species] = _OpenedSpecies(ShardFiles(shards, self._cache), windows, tables[0].contigs)
         return self._readable[species]
 
     def _shard(self, species: str, entry: dict) -> Shard:
@@ -218,6 +245,37 @@ class ShardedGenome:
         if species not in self.parts:
             raise UserError(f"{self.directory}: no species '{species}'; it holds {', '.join(self.species)}")
         return self.parts[species]
+
+
+class _OpenedSpecies:
+    """Files and windows of all splits of a species, to find the window that holds an interval."""
+
+    def __init__(self, files: ShardFiles, windows: np.ndarray, contigs: Sequence[str]) -> None:
+        self.files = files
+        self.contigs = {name: number for number, name in enumerate(contigs)}
+        self._windows = windows[np.lexsort((windows["length"], windows["start"], windows["contig"]))]
+        self._ends = (self._windows["start"] + self._windows["length"]).astype(np.int64)
+        # Windows may overlap or be nested, so what holds an interval may start long before the last window that
+        # starts before it: for each row, the row up to it whose window of the same contig reaches farthest.
+        span = self._ends.max(initial=0) + 1
+        place = self._windows["contig"] * span + self._ends
+        farthest_so_far = place == np.maximum.accumulate(place)
+        self._farthest = np.maximum.accumulate(np.where(farthest_so_far, np.arange(len(place)), 0))
+
+    def window_that_holds(self, contig: int, start: int, end: int) -> np.void | None:
+        """A window (WINDOW_DTYPE) that holds the whole of an interval, if there is one."""
+        first, last = np.searchsorted(self._windows["contig"], [contig, contig + 1])
+        row = first + int(np.searchsorted(self._windows["start"][first:last], start, side="right")) - 1
+        if row < first or start >= end:
+            return None
+        farthest = self._farthest[row]
+        if end > self._ends[farthest]:
+            return None
+        if not self._windows["may_be_padded"][farthest]:
+            return self._windows[farthest]
+        rows = first + np.flatnonzero(self._ends[first : row + 1] >= end)
+        windows = (self._windows[row] for row in rows)
+        return next((window for window in windows if end <= self.files.genome_end(window)), None)
 
 
 def _fetch_manifest(directory: str) -> dict:

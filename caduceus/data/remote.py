@@ -11,16 +11,25 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPException
 from typing import BinaryIO
 
 import fsspec
 
 from caduceus.errors import UserError
 
-TIMEOUT = 60
+TIMEOUT = 30
 """Seconds without a byte after which an http server is given up."""
 _CHUNK = 4 << 20
+_PASSING_STATUSES = (408, 425, 429)
+"""Refusals of http that mean: ask again later."""
+
+
+class RemoteError(OSError):
+    """A file could not be had. The message is one line: the address, what went wrong and what to do."""
+
+
+class RefusalError(RemoteError):
+    """The answer is final, as of a file that is not there or may not be read: asking again at once is of no use."""
 
 
 def is_remote(path: str) -> bool:
@@ -37,13 +46,57 @@ def join(base: str, name: str) -> str:
 
 
 def read_chunks(address: str) -> Iterator[bytes]:
-    """The bytes of a file, piece by piece. Whatever fails is an `OSError` that names the address."""
+    """The bytes of a file, piece by piece. Whatever fails is a `RemoteError`."""
     try:
         with _open(address) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
-    except (HTTPException, OSError) as error:
-        raise OSError(f"{address}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # each file system of fsspec raises classes of its own
+        kind = RefusalError if _is_final(error) else RemoteError
+        reason = failure_reason(error) if is_remote(address) else getattr(error, "strerror", None) or error
+        raise kind(f"{address}: {reason}") from error
+
+
+def failure_reason(error: Exception) -> str:
+    """One line about a failure of the network, and what to do."""
+    error = _root(error)
+    status = _status(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError | StopIteration) or status == 404:  # StopIteration: of fsspec's ftp
+        return f"not found on the server{' (404)' if status == 404 else ''}; check the address"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return f"the server refuses access ({status or text}); check the address and your credentials"
+    if _lacks_credentials(error):
+        return f"no access to the server ({text}); check your credentials"
+    return f"cannot be downloaded ({text}); check the address and the network"
+
+
+def _is_final(error: Exception) -> bool:
+    error = _root(error)
+    if isinstance(error, FileNotFoundError | PermissionError) or _lacks_credentials(error):
+        return True
+    return 400 <= (_status(error) or 0) < 500 and _status(error) not in _PASSING_STATUSES
+
+
+def _root(error: Exception) -> Exception:
+    """The error itself, or what it hides: fsspec's http takes whatever goes wrong for a file that is not there."""
+    hides = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception)
+    return error.__cause__ if hides else error
+
+
+def _status(error: Exception) -> int | None:
+    """The status of an http answer, as urllib, aiohttp or botocore keep it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", None)
+
+
+def _lacks_credentials(error: Exception) -> bool:
+    """Whether botocore or google-auth finds no credentials; told by name, as neither need be installed."""
+    return "Credential" in type(error).__name__
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from caduceus.config import DataConfig
-from caduceus.data.cache import Prefetcher
+from caduceus.data.cache import Prefetcher, UnavailableError
 from caduceus.data.dataset import Dataset
 from caduceus.data.reader import ShardFiles
 from caduceus.data.shards import STRAND_SYMBOLS
@@ -18,6 +18,7 @@ from caduceus.errors import UserError
 
 READ_WAITS = (0.1, 0.5)
 """Seconds before the second and the third attempt to read a window."""
+_FINAL_ERRORS = (UnavailableError, FileNotFoundError, PermissionError)
 _CRC_MISMATCH = "its crc32 is not the index's"
 _NO_BASES = "bytes that are no bases"
 _SUBSTITUTES = 10
@@ -43,7 +44,7 @@ class SampleReader:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._sliced = positions is not None
+        self._sliced = positions not in (None, (0, data.seq_len))
         self._tokenizer = Tokenizer(data, positions)
         self._substitute = substitute
         self._sound = np.full(len(self._crops.windows), not data.check_crc)
@@ -71,7 +72,19 @@ class SampleReader:
         self._prefetcher.want([self._crops.shards[shard] for shard in shards[np.argsort(first)]])
 
     def describe(self, sample: np.void) -> dict[str, Any]:
-        """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
+        """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.
+
+        Bases of the sample beyond `end` are the padding of `--tail pad`, and `end` is `start` where all of them are.
+        """
+        where = self._describe_with_padding(sample)
+        window = self._crops.windows[sample["window"]]
+        try:
+            genome_end = self._files.genome_end(window)
+        except OSError as error:
+            raise UserError(f"{error}; restore the shard or shard again") from None
+        return {**where, "end": max(where["start"], min(where["end"], genome_end))}
+
+    def _describe_with_padding(self, sample: np.void) -> dict[str, Any]:
         window = self._crops.windows[sample["window"]]
         source = self._dataset.sources[self._crops.window_source[sample["window"]]]
         start = int(window["start"]) + int(sample["begin"])
@@ -143,6 +156,8 @@ class SampleReader:
                 problem = _CRC_MISMATCH
             except OSError as error:
                 problem = str(error)
+                if isinstance(error, _FINAL_ERRORS):
+                    break
             self._files.forget(shard)
             if wait is not None:
                 time.sleep(wait)
@@ -169,6 +184,6 @@ class SampleReader:
         return True
 
     def _place(self, sample: np.void) -> str:
-        where = self.describe(sample)
+        where = self._describe_with_padding(sample)
         shard = self._crops.shards[self._crops.windows["shard"][sample["window"]]]
         return f"{shard.path}: {where['species']} {where['contig']}:{where['start']}-{where['end']}"

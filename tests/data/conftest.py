@@ -1,6 +1,6 @@
 """One small dataset of three species, shared by the tests of this folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import pytest
 
 from caduceus.config import Config, config_from_dict
 from tests.data.shard_fixture import Species, random_bases, tile, write_dataset
+from tests.data.shard_server import Server, serving
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,12 @@ def species() -> list[Species]:
 @pytest.fixture(scope="session")
 def shards(species: list[Species], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("shards"), species)
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[Server]:
+    with serving(shards) as server:
+        yield server
 
 
 @pytest.fixture

@@ -3,64 +3,26 @@
 import itertools
 import multiprocessing
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader, build_validation, cache
 from caduceus.data.cache import Prefetcher, Shard, ShardCache
-from caduceus.data.remote import join, read_chunks
+from caduceus.data.remote import RemoteError, join, read_chunks
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species
+from tests.data.shard_server import Server
 from tests.object_store import s3_bucket
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "FETCH_WAITS", (0, 0))
-
-
-class Server(ThreadingHTTPServer):
-    """Serves a directory; `asked` lists the paths, `failures` next requests of tars break off half-way."""
-
-    def __init__(self, directory: Path) -> None:
-        self.asked: list[str] = []
-        self.failures = 0
-        super().__init__(("127.0.0.1", 0), partial(_Handler, directory=str(directory)))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(SimpleHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        if self.server.failures and self.path.endswith(".tar"):
-            self.server.failures -= 1
-            self.send_response(200)
-            self.send_header("Content-Length", "100000")
-            self.end_headers()
-            self.wfile.write(b"half")
-            return
-        super().do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(shards: Path) -> Iterator[Server]:
-    with Server(shards) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def tokens(loader: object, count: int) -> list:
@@ -103,6 +65,31 @@ def test_batches_from_a_bucket(
         with pytest.raises(UserError, match=r"s3://genomes/other/manifest\.json") as error:
             build_loader(configure(path=f"{bucket}/other", cache_dir=str(tmp_path)))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"ENDPOINT_URL": "http://127.0.0.1:9"}, r"cannot be downloaded \(Could not connect.*check the address"),
+        ({"ACCESS_KEY_ID": None, "SECRET_ACCESS_KEY": None}, r"locate credentials\); check your credentials"),
+    ],
+)
+def test_a_bucket_that_cannot_be_reached_is_one_clear_line(
+    configure: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    environment: dict[str, str | None],
+    reason: str,
+) -> None:
+    pytest.importorskip("s3fs")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "MAX_ATTEMPTS": "1"} | environment
+    for name, value in (settings | {"EC2_METADATA_DISABLED": "true", "CONFIG_FILE": str(tmp_path / "none")}).items():
+        monkeypatch.setenv(f"AWS_{name}", value) if value else monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(UserError, match=rf"data\.path: s3://genomes/data/manifest\.json: .*{reason}") as error:
+        build_loader(configure(path="s3://genomes/data", cache_dir=str(tmp_path)))
+    assert "\n" not in str(error.value)
 
 
 def test_a_second_start_and_other_ranks_fetch_nothing_again(
@@ -158,6 +145,16 @@ def test_broken_connections_are_tried_again(
     assert not leftovers(tmp_path)
 
 
+def test_an_index_is_tried_again(
+    configure: Callable[..., Config], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "FETCH_WAITS", (3,))
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: server.statuses.clear())
+    server.statuses["index.npz"] = 503
+    assert tokens(build_loader(configure(path=server.url, cache_dir=str(tmp_path))), 1)
+    assert not server.statuses
+
+
 def test_what_never_matches_the_manifest_never_appears(server: Server, shards: Path, tmp_path: Path) -> None:
     genome = ShardedGenome(server.url, ShardCache(tmp_path))
     (shard, *_) = genome.table("fly", "train").shards
@@ -190,7 +187,7 @@ def test_addresses_that_fail_are_one_clear_line(
     with pytest.raises(UserError, match=r"data\.cache_dir: http.* is remote"):
         build_loader(configure(path=server.url))
     for path, message in (
-        (f"{server.url}/nothing", r"nothing/manifest\.json: HTTP Error 404"),
+        (f"{server.url}/nothing", r"nothing/manifest\.json: not found on the server \(404\); check the address"),
         ("http://127.0.0.1:9", r"127\.0\.0\.1:9/manifest\.json: .*refused"),
         ("pipe:false {}", "the command ended with status 1"),
         ("pipe:cat x", "needs {} where"),
@@ -212,7 +209,7 @@ def test_names_are_quoted() -> None:
 
 
 def test_a_pipe_that_fails_late_is_an_error() -> None:
-    with pytest.raises(OSError, match="status 3"):
+    with pytest.raises(RemoteError, match="status 3"):
         list(read_chunks("pipe:echo much; exit 3"))
 
 

@@ -143,7 +143,7 @@ def test_a_passing_read_error_changes_nothing(configure: Callable[..., Config], 
 
 def test_a_lasting_read_error_is_replaced_and_then_fatal(configure: Callable[..., Config], failing_reads: dict) -> None:
     failing_reads["failures"] = 3
-    loader = build_loader(configure())
+    loader = build_loader(configure(), positions=(0, 256))  # the whole, as of a rank without peers
     batches = take(loader, 20)
     assert loader.substituted == 1
     assert sum("Input/output error" in line for batch in batches for line in batch.substituted) == 1

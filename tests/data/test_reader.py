@@ -76,6 +76,28 @@ def test_intervals_outside_a_window_are_refused(shards: Path) -> None:
         genome.read("fly", "chr1", 0, 5, "forward")
 
 
+def test_nested_and_overlapping_windows_hold_what_lies_in_any_of_them(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    one = Species(
+        "s",
+        {"a": random_bases(rng, 3_000), "b": random_bases(rng, 9_000)},
+        {"train": [("a", 0, 3_000), ("b", 1_000, 5_000), ("b", 1_500, 2_000)], "valid": [("b", 1_500, 1_600)]},
+    )
+    one.windows["test"] = [("b", start, start + 700) for start in range(4_000, 8_001, 350)]
+    held = [window for windows in one.windows.values() for window in windows]
+    genome = ShardedGenome(write_dataset(tmp_path, [one]))
+    assert genome.read("s", "b", 2_200, 4_900).tobytes().decode() == one.contigs["b"][2_200:4_900]
+    for _ in range(1_000):
+        contig = rng.choice(["a", "b"])
+        start = int(rng.integers(0, 9_000))
+        end = start + int(rng.integers(1, 1_000))
+        if any(contig == name and first <= start and end <= last for name, first, last in held):
+            assert genome.read("s", contig, start, end).tobytes().decode() == one.contigs[contig][start:end]
+        else:
+            with pytest.raises(UserError, match="no window"):
+                genome.read("s", contig, start, end)
+
+
 def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     paths = [tmp_path / str(number) for number in range(MAX_OPEN_FILES + 20)]
     for number, path in enumerate(paths):

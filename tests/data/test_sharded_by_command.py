@@ -1,7 +1,9 @@
 """What data_prep/shard_genome.py writes reads back as the genome, and as what the tests' own writer writes."""
 
 import itertools
+import json
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from caduceus.alphabet import IGNORE_LABEL, encode
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader
+from caduceus.errors import UserError
 from data_prep.shard_genome import main as shard_genome
 from tests.data.shard_fixture import Species, complement_string, random_bases, write_dataset
 
@@ -85,3 +88,63 @@ def test_batches_do_not_depend_on_the_stored_strands(
             truth = torch.from_numpy(encode(np.frombuffer(shown.encode(), np.uint8))).long()
             labels = batch.labels[row]
             assert torch.equal(torch.where(labels == IGNORE_LABEL, batch.input_ids[row], labels), truth)
+
+
+@pytest.mark.parametrize("strands", ["forward", "random"])
+@pytest.mark.parametrize("stride", ["2000", "700"])
+def test_padding_is_never_read_as_the_genome(
+    contigs: dict[str, str], tmp_path: Path, configure: Callable[..., Config], strands: str, stride: str
+) -> None:
+    """Segments end at contig ends, at a gap, at an excluded interval and in N of the genome."""
+    bases = contigs["chr1"]
+    contigs = {**contigs, "chr1": bases[:5_990] + "N" * 10 + bases[6_000:6_100] + bases[6_100:-3] + "NNN"}
+    (tmp_path / "excluded.bed").write_text("chr1\t6000\t6100\n")
+    options = [
+        "--strands",
+        strands,
+        "--stride",
+        stride,
+        "--tail",
+        "pad",
+        "--exclude-bed",
+        str(tmp_path / "excluded.bed"),
+    ]
+    shards = write_shards(tmp_path, contigs, *options)
+    held = held_intervals(shards)
+    genome = ShardedGenome(shards)
+    edges = {name: sorted({edge for one, *both in held if one == name for edge in both}) for name in contigs}
+    rng = np.random.default_rng(0)
+    refused = 0
+    for name in contigs:
+        for _ in range(600):
+            start, end = (int(rng.choice(edges[name]) + rng.integers(-20, 20) * rng.integers(0, 2)) for _ in range(2))
+            if any(one == name and first <= start < end <= last for one, first, last in held):
+                assert genome.read("toy", name, start, end).tobytes().decode() == contigs[name][start:end]
+            else:
+                refused += 1
+                with pytest.raises(UserError, match="no window"):
+                    genome.read("toy", name, start, end)
+    assert refused > 100
+    loader = build_loader(configure(path=str(shards), seq_len=100, strands="forward", min_acgt=0.0))
+    partial = 0
+    for batch in itertools.islice(loader, 200):
+        for row, g in enumerate(batch.g.tolist()):
+            where = loader.describe(g)
+            bases = contigs[where["contig"]][where["start"] : where["end"]].ljust(100, "N")
+            truth = torch.from_numpy(encode(np.frombuffer(bases.encode(), np.uint8))).long()
+            labels = batch.labels[row]
+            assert torch.equal(torch.where(labels == IGNORE_LABEL, batch.input_ids[row], labels), truth)
+            partial += where["end"] - where["start"] < 100
+    assert partial
+
+
+def held_intervals(shards: Path) -> set[tuple[str, int, int]]:
+    """Contig, start and end of the windows, as the tars describe them."""
+    held = set()
+    for path in shards.glob("*/*.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".json"):
+                    meta = json.load(tar.extractfile(member))
+                    held.add((meta["contig"], meta["start"], meta["end"]))
+    return held
