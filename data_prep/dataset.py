@@ -11,6 +11,7 @@ from typing import Any
 
 from caduceus.data.shards import build_manifest, dump_json, fingerprint, index_path, load_manifest, write_atomically
 from caduceus.errors import UserError
+from data_prep.files import note, sha256_of
 from data_prep.report import write_report
 
 LOCK = ".lock"
@@ -63,7 +64,7 @@ class SpeciesDirectory:
     """OUT/SPECIES, from its first shard to its `species.json`.
 
     While unfinished it holds a journal: what is being made (the identity), then one line per finished shard, so that
-    a run that was killed goes on with what is missing.
+    a run that was killed goes on with what is missing. A species that has lost shards is unfinished again.
     """
 
     def __init__(self, dataset: Path, identity: dict[str, Any]) -> None:
@@ -74,8 +75,9 @@ class SpeciesDirectory:
     def finished(self) -> bool:
         """Whether the species is complete; one of another genome or other options is a `UserError`."""
         if self._part.exists():
-            self._require_same(part_identity(read_part(self._part)), "holds")
-            return True
+            part = read_part(self._part)
+            self._require_same(part_identity(part), "holds")
+            return all(map(self._present, shard_rows(part)))
         if self._journal.exists():
             self._require_same(_read_journal(self._journal)[0], "was begun with")
         return False
@@ -83,11 +85,17 @@ class SpeciesDirectory:
     def begin(self) -> dict[str, dict[str, Any]]:
         """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
         self.path.mkdir(exist_ok=True)
-        rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
+        if self._part.exists():
+            rows = shard_rows(read_part(self._part))
+        else:
+            rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
         finished = {row["name"]: row for row in rows if self._present(row)}
         # Written anew: a line that a kill cut short must not spoil the next one.
         lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
         write_atomically(self._journal, "".join(lines).encode())
+        if self._part.exists():
+            note(f"{self.path}: {len(rows) - len(finished)} shards are missing or damaged and are written again")
+            self._part.unlink()
         return finished
 
     def record(self, shard: dict[str, Any]) -> None:
@@ -101,8 +109,12 @@ class SpeciesDirectory:
         self._journal.unlink()
 
     def _present(self, row: dict[str, Any]) -> bool:
+        """Whether a shard is there, by its tar's size and its index's sha256: to hash all tars is --verify's work."""
         tar = self.path / row["name"]
-        return tar.is_file() and tar.stat().st_size == row["bytes"] and index_path(tar).is_file()
+        index = index_path(tar)
+        if not tar.is_file() or tar.stat().st_size != row["bytes"] or not index.is_file():
+            return False
+        return sha256_of(index) == row["index_sha256"]
 
     def _require_same(self, found: dict[str, Any], how: str) -> None:
         if found == self.identity:
@@ -114,6 +126,11 @@ class SpeciesDirectory:
             f"(fingerprints {fingerprint(found)[:12]} and {fingerprint(self.identity)[:12]}); "
             f"choose another --out, or delete {self.path}"
         )
+
+
+def shard_rows(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a part of a manifest says of each of its shards."""
+    return [shard for split in part["splits"].values() for shard in split["shards"]]
 
 
 def part_identity(part: dict[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,15 @@ class SequentialReader:
         return self._hash.hexdigest()
 
 
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def note(message: str) -> None:
     """Tell the user something that needs no action."""
     print(f"note: {message}", file=sys.stderr)

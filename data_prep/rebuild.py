@@ -10,8 +10,9 @@ import numpy as np
 from caduceus.data.shards import dump_json, index_path, write_atomically
 from caduceus.errors import UserError
 from data_prep.dataset import locked, read_part, write_manifest
+from data_prep.files import sha256_of
 from data_prep.progress import Progress
-from data_prep.tar_index import TarContent, read_tar, sha256_of
+from data_prep.tar_index import TarContent, read_tar
 
 
 def rebuild_index(directory: Path) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def require_space(out: Path, directories: list["SpeciesDirectory"], plans: list[
     for directory, plan in zip(directories, plans, strict=True):
         for shard in plan.shards:
             tar = directory.path / shard.name
-            needed += 0 if tar.exists() else shard.size + _SPARE_BYTES
+            whole = tar.exists() and tar.stat().st_size == shard.size
+            needed += 0 if whole else shard.size + _SPARE_BYTES
     existing = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -11,9 +11,10 @@ import numpy as np
 from caduceus.data.shards import SAMPLE_DTYPE, SPLITS, ShardIndex, index_path, load_manifest
 from caduceus.errors import UserError
 from data_prep.dataset import read_part
+from data_prep.files import sha256_of
 from data_prep.intervals import size, union
 from data_prep.progress import Progress
-from data_prep.tar_index import NO_WINDOWS, TarContent, read_tar, sha256_of
+from data_prep.tar_index import NO_WINDOWS, TarContent, read_tar
 from data_prep.workers import Workers
 
 

@@ -121,6 +121,33 @@ def test_leftovers_of_a_kill_at_the_very_end_are_removed(fasta: Path, undisturbe
     assert [path.name for path in dataset.rglob(".*")] == [".lock"]
 
 
+LOSSES = {
+    "tar": lambda folder: (folder / "train-000001.tar").unlink(),
+    "short tar": lambda folder: os.truncate(folder / "train-000001.tar", 1000),
+    "index": lambda folder: (folder / "valid-000000.index.npz").unlink(),
+    "short index": lambda folder: os.truncate(folder / "valid-000000.index.npz", 100),
+    "all": lambda folder: [path.unlink() for path in folder.glob("*.tar")],
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_same_command_restores_what_was_lost(
+    fasta: Path, undisturbed: Path, dataset: Path, loss: str, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    from data_prep import sharding
+
+    arguments = ("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS, "--workers", 1)
+    LOSSES[loss](dataset / "s")
+    with monkeypatch.context() as patch:  # killed before the first shard is written
+        patch.setattr(sharding, "write_shard", lambda task: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            shard(*arguments)
+    shard(*arguments)
+    assert tree_digest(dataset) == tree_digest(undisturbed)
+    assert [path.name for path in dataset.rglob(".*")] == [".lock"]
+    assert re.search(r"/s: \d+ shards are missing or damaged and are written again", capsys.readouterr().err)
+
+
 def test_a_second_run_into_the_directory_refuses(fasta: Path, dataset: Path) -> None:
     with (dataset / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
