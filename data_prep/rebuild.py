@@ -68,7 +68,8 @@ def _require_recorded(folder: Path, part: dict[str, Any], contents: dict[Path, T
 def _part_of_tars(species: str, contig_rows: dict[str, int], contents: dict[Path, TarContent]) -> dict[str, Any]:
     first = next(text for content in contents.values() for text in content.descriptions)
     stored = np.concatenate([content.windows for content in contents.values()])
-    ends = [int(stored["end"][stored["contig"] == row].max()) for row in contig_rows.values()]
+    ends = np.zeros(len(contig_rows), dtype=np.uint64)
+    np.maximum.at(ends, stored["contig"], stored["end"])
     splits: dict[str, Any] = {}
     for tar, content in contents.items():
         for text in content.descriptions:
@@ -92,7 +93,7 @@ def _part_of_tars(species: str, contig_rows: dict[str, int], contents: dict[Path
         "assembly": first["assembly"],
         "file": None,
         "sha256": None,
-        "contigs": [{"name": name, "length": end} for name, end in zip(contig_rows, ends, strict=True)],
+        "contigs": [{"name": name, "length": end} for name, end in zip(contig_rows, ends.tolist(), strict=True)],
         "plan": {"strands": _strands(stored)},
         "splits": splits,
         "report": None,

@@ -141,7 +141,7 @@ def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
     contigs = sorted(enumerate(part["contigs"]), key=lambda item: -item[1]["length"])
     shown = sorted(contigs[:_SHOWN_CONTIGS])
     longest = contigs[0][1]["length"]
-    covered = {split: _covered(folder, part, split) for split in SPLITS}
+    covered = {split: _covered(folder, part, split, [number for number, _ in shown]) for split in SPLITS}
     rows = []
     for line, (number, contig) in enumerate(shown):
         top = line * (_ROW + 4) + 2
@@ -157,13 +157,13 @@ def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
     return f"<details{' open' if opened else ''}><summary>{escape(part['name'])}</summary>{svg}{more}</details>"
 
 
-def _covered(folder: Path, part: dict[str, Any], split: str) -> dict[int, np.ndarray]:
-    """Contig number -> the bases of the split's windows, as a set."""
+def _covered(folder: Path, part: dict[str, Any], split: str, contigs: list[int]) -> dict[int, np.ndarray]:
+    """Contig number -> the bases of the split's windows, as a set, for some of the contigs."""
     shards = part["splits"].get(split, {}).get("shards", [])
     samples = [ShardIndex.load(index_path(folder / shard["name"])).samples for shard in shards]
     if not samples:
         return {}
-    table = np.concatenate(samples)
+    table = np.concatenate([rows[np.isin(rows["contig"], contigs)] for rows in samples])
     bounds = np.stack([table["start"], table["start"] + table["length"]], axis=1).astype(np.int64)
     return {int(contig): union(bounds[table["contig"] == contig]) for contig in np.unique(table["contig"])}
 

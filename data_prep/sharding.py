@@ -67,11 +67,13 @@ def plan_all(requests: list[SpeciesRequest], genomes: list[Genome], pool: Worker
         for (contig, _, _), piece in zip(task.pieces, scanned[number], strict=True):
             pieces[task.species][contig].append(piece)
     plans = []
-    for request, genome, parts in zip(requests, genomes, pieces, strict=True):
-        try:
-            plans.append(plan_species(request, genome, {name: join_scans(parts[name]) for name in genome.contigs}))
-        except UserError as error:
-            raise UserError(f"species {request.name} ({request.fasta}): {error}") from None
+    with Progress("planning", sum(len(genome.contigs) for genome in genomes), "contigs") as progress:
+        for request, genome, parts in zip(requests, genomes, pieces, strict=True):
+            try:
+                plans.append(plan_species(request, genome, {name: join_scans(parts[name]) for name in genome.contigs}))
+            except UserError as error:
+                raise UserError(f"species {request.name} ({request.fasta}): {error}") from None
+            progress.add(len(genome.contigs))
     return plans
 
 

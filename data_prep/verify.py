@@ -13,6 +13,7 @@ from caduceus.errors import UserError
 from data_prep.dataset import read_part
 from data_prep.files import sha256_of
 from data_prep.intervals import size, union
+from data_prep.line import GenomeLine
 from data_prep.progress import Progress
 from data_prep.tar_index import NO_WINDOWS, TarContent, read_tar
 from data_prep.workers import Workers
@@ -131,6 +132,7 @@ def coverage_problems(manifest: dict[str, Any], tasks: list[CheckTask], tables: 
             where = f"{part['name']} {split}"
             if (stored["end"] > lengths[stored["contig"]]).any():
                 yield f"{where}: windows reach beyond their contigs"
+                continue
             planned = part["report"]["splits"][split]
             windows = np.unique(stored[["contig", "start", "end"]])
             if len(windows) != planned["windows"]:
@@ -139,12 +141,13 @@ def coverage_problems(manifest: dict[str, Any], tasks: list[CheckTask], tables: 
                 yield f"{where}: a window stands twice"
             if part["plan"]["strands"] == "both" and len(stored) != 2 * len(windows):
                 yield f"{where}: a window lacks a strand"
-            bases = covered_bases(windows)
+            bases = covered_bases(windows, lengths)
             if bases != planned["bases"]:
                 yield f"{where}: covers {bases:,} bases instead of the {planned['bases']:,} planned"
 
 
-def covered_bases(windows: np.ndarray) -> int:
-    """Bases of the genome that lie in at least one window."""
-    contigs = (windows[windows["contig"] == contig] for contig in np.unique(windows["contig"]))
-    return sum(size(union(np.stack([table["start"], table["end"]], axis=1).astype(np.int64))) for table in contigs)
+def covered_bases(windows: np.ndarray, lengths: np.ndarray) -> int:
+    """Bases of the genome, with contigs of these lengths, that lie in at least one window."""
+    offsets = GenomeLine(lengths).starts[windows["contig"]]
+    bounds = np.stack([windows["start"], windows["end"]], axis=1).astype(np.int64)
+    return size(union(bounds + offsets[:, None]))
