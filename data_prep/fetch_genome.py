@@ -1,6 +1,5 @@
 """Download a genome with resume, checksum and progress: `python data_prep/fetch_genome.py NAME|URL --out DIR`."""
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -15,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from caduceus.data.shards import write_atomically
 from caduceus.errors import UserError, run_command
+from data_prep.arguments import Parser, is_url, local_path
 from data_prep.files import note
 from data_prep.progress import Progress
 from data_prep.registry import GenomeSpec, registry_names, resolve_genome
@@ -57,6 +57,14 @@ def fetch(url: str, directory: str | Path, sha256: str | None = None, md5: str |
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror or error})") from None
     return target
+
+
+def fetch_cached(url: str, cache_dir: Path) -> Path:
+    """The file behind a URL, downloaded once into the cache directory.
+
+    Each address has a folder of its own there: other addresses may end in the same name.
+    """
+    return fetch(url, cache_dir / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16])
 
 
 @contextmanager
@@ -239,13 +247,13 @@ def _digest(path: Path, algorithm: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Download a genome into a folder.")
+    parser = Parser(description="Download a genome into a folder.")
     parser.add_argument("genome", metavar="NAME|URL", help=f"one of {', '.join(registry_names())}, or an address")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that takes the file")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder that takes the file")
     parser.add_argument("--sha256", help="expected sha256 of the file")
     parser.add_argument("--md5", help="expected md5 of the file")
     options = parser.parse_args()
-    if "://" in options.genome:
+    if is_url(options.genome):
         path = fetch(options.genome, options.out, options.sha256, options.md5)
     else:
         genome = resolve_genome(options.genome)
