@@ -11,7 +11,7 @@ from typing import Any
 
 from caduceus.data.shards import build_manifest, dump_json, fingerprint, index_path, load_manifest, write_atomically
 from caduceus.errors import UserError
-from data_prep.files import note, sha256_of
+from data_prep.files import is_open_as, note, sha256_of
 from data_prep.report import write_report
 
 LOCK = ".lock"
@@ -34,6 +34,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Make the directory where it is absent, and keep other runs out of it; a killed run's lock is gone with it."""
+    made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open("ab")
@@ -48,9 +49,17 @@ def locked(directory: Path) -> Iterator[None]:
             raise UserError(
                 f"{directory}: its file system has no locks ({error.strerror}); shard to a local disk and copy"
             ) from None
-        with writing(directory):
-            _remove_leftovers(directory)
-            yield
+        if not is_open_as(file, directory / LOCK):  # a run that failed has removed it since
+            raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out")
+        try:
+            with writing(directory):
+                _remove_leftovers(directory)
+                yield
+        except BaseException:
+            if made and [path.name for path in directory.iterdir()] == [LOCK]:  # nothing has come of it
+                (directory / LOCK).unlink()
+                directory.rmdir()
+            raise
 
 
 def refuse_if_locked(directory: Path) -> None:
@@ -77,7 +86,7 @@ class SpeciesDirectory:
         if self._part.exists():
             part = read_part(self._part)
             self._require_same(part_identity(part), "holds")
-            return all(map(self._present, shard_rows(part)))
+            return not damaged_shards(self.path, part)
         if self._journal.exists():
             self._require_same(_read_journal(self._journal)[0], "was begun with")
         return False
@@ -89,7 +98,7 @@ class SpeciesDirectory:
             rows = shard_rows(read_part(self._part))
         else:
             rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
-        finished = {row["name"]: row for row in rows if self._present(row)}
+        finished = {row["name"]: row for row in rows if is_whole(self.path, row)}
         # Written anew: a line that a kill cut short must not spoil the next one.
         lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
         write_atomically(self._journal, "".join(lines).encode())
@@ -108,14 +117,6 @@ class SpeciesDirectory:
         write_atomically(self._part, dump_json(part))
         self._journal.unlink()
 
-    def _present(self, row: dict[str, Any]) -> bool:
-        """Whether a shard is there, by its tar's size and its index's sha256: to hash all tars is --verify's work."""
-        tar = self.path / row["name"]
-        index = index_path(tar)
-        if not tar.is_file() or tar.stat().st_size != row["bytes"] or not index.is_file():
-            return False
-        return sha256_of(index) == row["index_sha256"]
-
     def _require_same(self, found: dict[str, Any], how: str) -> None:
         if found == self.identity:
             return
@@ -131,6 +132,20 @@ class SpeciesDirectory:
 def shard_rows(part: dict[str, Any]) -> list[dict[str, Any]]:
     """What a part of a manifest says of each of its shards."""
     return [shard for split in part["splits"].values() for shard in split["shards"]]
+
+
+def is_whole(folder: Path, row: dict[str, Any]) -> bool:
+    """Whether a shard is there, by its tar's size and its index's sha256: to hash all tars is --verify's work."""
+    tar = folder / row["name"]
+    index = index_path(tar)
+    if not tar.is_file() or tar.stat().st_size != row["bytes"] or not index.is_file():
+        return False
+    return sha256_of(index) == row["index_sha256"]
+
+
+def damaged_shards(folder: Path, part: dict[str, Any]) -> list[str]:
+    """Names of a species' shards that are missing or not whole."""
+    return [row["name"] for row in shard_rows(part) if not is_whole(folder, row)]
 
 
 def part_identity(part: dict[str, Any]) -> dict[str, Any]:

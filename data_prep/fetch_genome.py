@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from caduceus.data.shards import write_atomically
 from caduceus.errors import UserError, run_command
 from data_prep.arguments import Parser, is_url, local_path
-from data_prep.files import note
+from data_prep.files import is_open_as, note
 from data_prep.progress import Progress
 from data_prep.registry import GenomeSpec, registry_names, resolve_genome
 
@@ -73,7 +73,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
     while True:
         with path.open("ab") as partial:
             fcntl.flock(partial, fcntl.LOCK_EX)
-            if not _is_open_as(partial, path):
+            if not is_open_as(partial, path):
                 continue  # whoever had the lock has given this file its final name, or removed it
             try:
                 yield partial
@@ -83,13 +83,6 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 if not path.exists():
                     _version_path(partial).unlink(missing_ok=True)
             return
-
-
-def _is_open_as(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def fetch_genome(genome: GenomeSpec, directory: str | Path) -> Path:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 from caduceus.errors import UserError
 from data_prep.progress import Progress
@@ -100,6 +101,14 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def is_open_as(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file still is what stands at `path`, neither removed nor replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def note(message: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from caduceus.errors import UserError, run_command
 from data_prep.arguments import Parser, local_path
 from data_prep.merge import merge
-from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions
+from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
 from data_prep.plan import SpeciesRequest
 from data_prep.rebuild import rebuild_index
 from data_prep.registry import resolve_genome
@@ -26,6 +26,7 @@ from data_prep.workers import available_cores
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(arguments)
+    refuse_unused(args)
     if args.verify is not None:
         return verify(args.verify, args.workers)
     if args.rebuild_index is not None:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out is None:
         raise UserError("--out is missing: the directory that the shards go to")
     if args.merge is not None:
-        manifest = merge(args.merge, args.out)
+        manifest = merge(args.merge, args.out, args.add)
     else:
         manifest = make_dataset(requests_from(args), args.out, args.workers, args.add)
     print_summary(manifest, args.out)
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--species", metavar="NAME", help="name of the species, and of its folder")
     parser.add_argument("--assembly", metavar="A", help="name of the assembly")
     parser.add_argument("--out", type=local_path, metavar="DIR", help="directory of the dataset")
-    parser.add_argument("--add", action="store_true", help="add to the species that --out holds already")
+    parser.add_argument("--add", action="store_true", help="add to a dataset of other species in --out")
     parser.add_argument(
         "--workers", type=_count, default=available_cores(), metavar="N", help="processes (%(default)s)"
     )
@@ -127,6 +128,18 @@ def add_plan_options(group: Any) -> None:
             help=f"contigs of the {split} split",
             default=argparse.SUPPRESS,
         )
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect on what is to be done."""
+    used = {"verify": set(), "rebuild_index": set(), "merge": {"out", "add"}}
+    task = next((name for name in used if getattr(args, name) is not None), None)
+    if task is None:
+        return
+    for key, value in vars(args).items():
+        given = key in PlanOptions.__dataclass_fields__ or value not in (None, False)
+        if given and key not in used[task] | {task, "workers"}:
+            raise UserError(f"{option_name(key)}: has no effect with {option_name(task)}; leave it out")
 
 
 def requests_from(args: argparse.Namespace) -> list[SpeciesRequest]:

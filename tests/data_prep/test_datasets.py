@@ -1,6 +1,8 @@
 """Regions, splits, several species, adding, merging and rebuilding, through the command."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -166,6 +168,68 @@ def test_added_or_merged_species_equal_one_run(genomes: Path, tmp_path: Path) ->
     assert "sound" in shard("--verify", merged)
     shard("--merge", *nodes, "--out", merged)  # a second time changes nothing
     assert names_aside(tree_digest(merged)) == names_aside(tree_digest(together))
+
+
+MERGE_DAMAGE = {
+    "short tar": lambda folder: os.truncate(folder / "train-000000.tar", 1000),
+    "lost tar": lambda folder: (folder / "train-000000.tar").unlink(),
+    "lost index": lambda folder: (folder / "train-000000.index.npz").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", MERGE_DAMAGE)
+def test_damaged_datasets_are_not_merged(shards, tmp_path: Path, damage: str) -> None:
+    (fly, _), (worm, _) = shards(), shards(species="worm")
+    MERGE_DAMAGE[damage](worm / "worm")
+    with pytest.raises(UserError, match=r"worm/train-000000\.tar: missing or not whole.*then merge"):
+        shard("--merge", fly, worm, "--out", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_fails_leaves_nothing_and_one_again_restores(shards, tmp_path: Path, monkeypatch) -> None:
+    fly, _ = shards()
+    merged = tmp_path / "merged"
+
+    def fail(*_) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fail)
+        patch.setattr(shutil, "copyfile", fail)
+        with pytest.raises(UserError, match="cannot be written"):
+            shard("--merge", fly, "--out", merged)
+    assert not merged.exists()
+    shard("--merge", fly, "--out", merged)
+    (merged / "fly" / "train-000000.tar").unlink()
+    shard("--merge", fly, "--out", merged)
+    assert names_aside(tree_digest(merged)) == names_aside(tree_digest(fly))
+
+
+def test_merging_into_another_dataset_needs_add(shards) -> None:
+    (fly, _), (worm, _) = shards(), shards(species="worm")
+    with pytest.raises(UserError, match=r"holds another dataset \(species fly\).*--add"):
+        shard("--merge", worm, "--out", fly)
+    shard("--merge", worm, "--out", fly, "--add")
+    assert [part["name"] for part in load_manifest(fly)["species"]] == ["fly", "worm"]
+
+
+@pytest.mark.parametrize(
+    ("task", "option"),
+    [
+        ("--merge", ("--window", 100)),
+        ("--merge", ("--no-forbid-leakage",)),
+        ("--verify", ("--seed", 0)),
+        ("--verify", ("--out", "x")),
+        ("--rebuild-index", ("--species", "fly")),
+    ],
+)
+def test_options_without_effect_are_refused(shards, tmp_path: Path, task: str, option: tuple) -> None:
+    out, _ = shards()
+    target = ("--out", tmp_path / "merged") if task == "--merge" else ()
+    name = option[0].replace("--no-", "--")
+    with pytest.raises(UserError, match=f"^{name}: has no effect with {task}; leave it out$"):
+        shard(task, out, *target, *option)
+    assert not (tmp_path / "merged").exists()
 
 
 def names_aside(digest: dict[str, str]) -> dict[str, str]:
