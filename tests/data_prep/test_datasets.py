@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from caduceus.data.shards import load_manifest
 from caduceus.errors import UserError
+from data_prep.report import split_coverage
 from tests.data_prep.genomes import (
     random_bases,
     read_fasta,
@@ -164,10 +165,10 @@ def test_added_or_merged_species_equal_one_run(genomes: Path, tmp_path: Path) ->
         shard("--genomes", single, "--out", tmp_path / f"node{number}", "--workers", 1)
     nodes = [tmp_path / f"node{number}" for number in (2, 0, 1)]
     shard("--merge", *nodes, "--out", merged)
-    assert names_aside(tree_digest(added)) == names_aside(tree_digest(merged)) == names_aside(tree_digest(together))
+    assert tree_digest(added) == tree_digest(merged) == tree_digest(together)
     assert "sound" in shard("--verify", merged)
     shard("--merge", *nodes, "--out", merged)  # a second time changes nothing
-    assert names_aside(tree_digest(merged)) == names_aside(tree_digest(together))
+    assert tree_digest(merged) == tree_digest(together)
 
 
 MERGE_DAMAGE = {
@@ -202,7 +203,7 @@ def test_a_merge_that_fails_leaves_nothing_and_one_again_restores(shards, tmp_pa
     shard("--merge", fly, "--out", merged)
     (merged / "fly" / "train-000000.tar").unlink()
     shard("--merge", fly, "--out", merged)
-    assert names_aside(tree_digest(merged)) == names_aside(tree_digest(fly))
+    assert tree_digest(merged) == tree_digest(fly)
 
 
 def test_merging_into_another_dataset_needs_add(shards) -> None:
@@ -230,11 +231,6 @@ def test_options_without_effect_are_refused(shards, tmp_path: Path, task: str, o
     with pytest.raises(UserError, match=f"^{name}: has no effect with {task}; leave it out$"):
         shard(task, out, *target, *option)
     assert not (tmp_path / "merged").exists()
-
-
-def names_aside(digest: dict[str, str]) -> dict[str, str]:
-    """The report's heading is the directory's name."""
-    return {name: value for name, value in digest.items() if name != "report.html"}
 
 
 def test_another_species_is_not_added_unasked(genomes: Path, shards) -> None:
@@ -278,6 +274,23 @@ def test_report_is_self_contained(shards) -> None:
     assert "http" not in html and "<script" not in html and "<link" not in html
     for text in ("fly", "chr1", "chr2", f"{part['report']['bases']:,}", "mitochondrion"):
         assert text in html
+
+
+def test_report_gives_shares_of_the_genome_where_splits_overlap(shards, tmp_path: Path) -> None:
+    bed = tmp_path / "rows.bed"
+    bed.write_text("chr1\t0\t100\ttrain\nchr1\t100\t200\tvalid\n")
+    out, part = shards("--intervals", bed, "--interval-mode", "extend")
+    assert part["report"]["splits"]["valid"]["bases"] == 500
+    html = (out / "report.html").read_text()
+    assert f"<title>valid: 500 bp, {500 / part['report']['bases']:.1%} of the genome</title>".replace("%", " %") in html
+
+
+def test_report_draws_no_padding(shards) -> None:
+    """worm's chr2 has 700 bases, of which its windows of 500 hold 1,000."""
+    out, part = shards("--tail", "pad", "--cut-gaps", 0, species="worm")
+    for number, length in enumerate((3000, 700)):
+        (drawn,) = split_coverage(out / "worm", part, "train", [number])[number]
+        assert length - 16 < drawn[1] <= length, "runs below 16 are not listed, and not to be seen"
 
 
 @pytest.mark.slow
