@@ -42,7 +42,9 @@ class PlanOptions:
     intervals: str | None = None
     """A BED file of the regions to use; its fourth column, if any, names the split."""
     interval_mode: str = "tile"
-    """tile: rows are cut into windows; exact: a row is a window; extend: a row's end is moved to start + window."""
+    """tile: rows are cut into windows; exact: a row is a window; extend: a row's end is moved to start + window, and
+    the whole inward at its contig's end (with the default window, the rule of the published training sets, which crop
+    these windows later). No row may be longer than the window in the last two."""
     exclude_bed: tuple[str, ...] = ()
     """BED files of regions to leave out."""
     split_block: int | None = None

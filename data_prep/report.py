@@ -176,7 +176,7 @@ def split_coverage(folder: Path, part: dict[str, Any], split: str, contigs: list
 
 
 def _padding(index: ShardIndex) -> np.ndarray:
-    """Length of the run of other codes than ACGT at the end of each window, (n,): padding that is long enough to see."""
+    """Length of the run of non-ACGT bases that ends each window, (n,): the padding where it is long enough to see."""
     samples, runs = index.samples, index.runs
     owner = samples[runs["sample"]]
     ends = np.where(owner["strand"] == 0, runs["start"] + runs["length"] == owner["length"], runs["start"] == 0)

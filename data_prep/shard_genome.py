@@ -105,7 +105,11 @@ def add_plan_options(group: Any) -> None:
     group.add_argument("--strands", choices=STRANDS, help="which strands are stored (both)", default=argparse.SUPPRESS)
     group.add_argument("--tail", choices=TAILS, help="the end of a segment (short)", default=argparse.SUPPRESS)
     group.add_argument(
-        "--interval-mode", choices=INTERVAL_MODES, help="what a row of --intervals is (tile)", default=argparse.SUPPRESS
+        "--interval-mode",
+        choices=INTERVAL_MODES,
+        help="a row of --intervals is cut into windows (tile), is a window (exact), or is extended to --window "
+        "bases and moved inward at the end of its contig (extend); in the last two none may be longer than --window",
+        default=argparse.SUPPRESS,
     )
     group.add_argument(
         "--exclude-bed",

@@ -57,13 +57,14 @@ def windows_of(directory: Path) -> set[tuple[str, str, int, int]]:
 
 def test_rows_of_a_bed_file_are_the_windows(shards, tmp_path: Path) -> None:
     bed = tmp_path / "rows.bed"
+    exact = ("--interval-mode", "exact", "--window", 800)
     bed.write_text("track name=x\n#c\nchr1\t10\t110\ttrain\n1\t50\t150\tvalid\nchr2\t0\t800\ttest\nchr9\t0\t5\ttrain\n")
-    out, part = shards("--intervals", bed, "--interval-mode", "exact", "--no-forbid-leakage")
+    out, part = shards("--intervals", bed, *exact, "--no-forbid-leakage")
     assert windows_of(out) == {("train", "chr1", 10, 110), ("valid", "chr1", 50, 150), ("test", "chr2", 0, 800)}
     assert part["report"]["leakage"] == {"valid": 60, "test": 0, "either": 60}
     assert part["report"]["notes"] == ["--intervals: 1 of 4 rows are on contigs that are not used: chr9"]
     assert part["report"]["dropped"]["outside_intervals"] == 4000 + 2500 - 140 - 800
-    out, part = shards("--intervals", bed, "--interval-mode", "exact")
+    out, part = shards("--intervals", bed, *exact)
     assert windows_of(out) == {("train", "chr1", 10, 50), ("valid", "chr1", 50, 150), ("test", "chr2", 0, 800)}
     assert part["report"]["leakage"]["either"] == 0
     out, _ = shards("--intervals", bed)
@@ -80,6 +81,17 @@ def test_extended_rows_leak_unless_told_not_to(shards, tmp_path: Path) -> None:
     out, part = shards("--intervals", bed, "--interval-mode", "extend", "--forbid-leakage")
     assert windows_of(out) == {("train", "chr1", 0, 100), ("valid", "chr1", 100, 600), ("train", "chr1", 3500, 4000)}
     assert part["report"]["leakage"]["either"] == 0
+
+
+@pytest.mark.parametrize("mode", ["exact", "extend"])
+def test_rows_longer_than_the_window_are_not_shortened_unasked(shards, tmp_path: Path, mode: str) -> None:
+    bed = tmp_path / "rows.bed"
+    bed.write_text("chr1\t0\t500\nchr1\t500\t1001\n")
+    refusal = r"rows\.bed:2: has 501 bases, and no window is longer than --window 500; raise that, or cut rows"
+    with pytest.raises(UserError, match=refusal):
+        shards("--intervals", bed, "--interval-mode", mode)
+    out, _ = shards("--intervals", bed, "--min-window", 1)
+    assert windows_of(out) == {("train", "chr1", 0, 500), ("train", "chr1", 500, 1000), ("train", "chr1", 1000, 1001)}
 
 
 def test_excluded_regions_are_in_no_window(shards, tmp_path: Path) -> None:
