@@ -4,7 +4,7 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,16 @@ class SpeciesDirectory:
             self._part.unlink()
         return finished
 
+    def update_weight(self, weight: Callable[[dict[str, Any]], float]) -> None:
+        """Bring a finished species to the weights asked for now, on which its shards do not depend.
+
+        `weight` gives its share in the mixture from its report.
+        """
+        part = read_part(self._part)
+        if part["plan"] != self.identity["plan"]:
+            changed = {**part, "plan": self.identity["plan"], "weight": weight(part["report"])}
+            write_atomically(self._part, dump_json(changed))
+
     def record(self, shard: dict[str, Any]) -> None:
         """Note a shard as finished."""
         with self._journal.open("ab", buffering=0) as file:
@@ -118,13 +128,13 @@ class SpeciesDirectory:
         self._journal.unlink()
 
     def _require_same(self, found: dict[str, Any], how: str) -> None:
-        if found == self.identity:
+        was, now = _of_shards(found), _of_shards(self.identity)
+        if was == now:
             return
-        was, now = _flat(found), _flat(self.identity)
         key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
         raise UserError(
             f"{self.path}: {how} {key} {was.get(key)!r}, but now it is {now.get(key)!r} "
-            f"(fingerprints {fingerprint(found)[:12]} and {fingerprint(self.identity)[:12]}); "
+            f"(fingerprints {fingerprint(was)[:12]} and {fingerprint(now)[:12]}); "
             f"choose another --out, or delete {self.path}"
         )
 
@@ -218,5 +228,7 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in values.items() if key != "plan"}, **values["plan"]}
+def _of_shards(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of an identity decides the bytes of the shards, without nesting."""
+    flat = {**identity, **identity["plan"]}
+    return {key: value for key, value in flat.items() if key not in ("plan", "weight", "weight_exponent")}

@@ -6,6 +6,7 @@ Nothing is written, not even the directory, before all genomes have been read an
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: b
         with locked(out):
             check_species(out, [request.name for request in requests], add)
             write_species([directories[i] for i in todo], plans, pool)
+            for directory, request in zip(directories, requests, strict=True):
+                directory.update_weight(partial(weight, request))
             return write_manifest(out)
 
 
@@ -125,7 +128,7 @@ def species_part(plan: SpeciesPlan, directory: SpeciesDirectory, shards: dict[st
     described = {key: value for key, value in directory.identity.items() if key != "species"}
     return {
         "name": plan.request.name,
-        "weight": weight(plan),
+        "weight": weight(plan.request, plan.report),
         **described,
         "contigs": [{"name": name, "length": length} for name, length in plan.contigs.items()],
         "splits": splits,
@@ -133,11 +136,11 @@ def species_part(plan: SpeciesPlan, directory: SpeciesDirectory, shards: dict[st
     }
 
 
-def weight(plan: SpeciesPlan) -> float:
+def weight(request: SpeciesRequest, report: dict[str, Any]) -> float:
     """The species' share in the mixture; a species without a train split counts by all it keeps."""
-    exponent = plan.request.weight_exponent
-    bases = plan.report["splits"]["train"]["bases"] or plan.report["kept"]
-    return plan.request.weight * (1.0 if exponent is None else float(bases) ** exponent)
+    exponent = request.weight_exponent
+    bases = report["splits"]["train"]["bases"] or report["kept"]
+    return request.weight * (1.0 if exponent is None else float(bases) ** exponent)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from caduceus.data.shards import load_manifest
 from caduceus.errors import UserError
+from data_prep import sharding
 from data_prep.report import split_coverage
 from tests.data_prep.genomes import (
     random_bases,
@@ -181,6 +182,17 @@ def test_added_or_merged_species_equal_one_run(genomes: Path, tmp_path: Path) ->
     assert "sound" in shard("--verify", merged)
     shard("--merge", *nodes, "--out", merged)  # a second time changes nothing
     assert tree_digest(merged) == tree_digest(together)
+
+
+def test_another_weight_needs_no_other_shards(genomes: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    shard("--genomes", write_yaml(genomes), "--out", out, "--workers", 1)
+    other = genomes / "other.yaml"
+    other.write_text(YAML.format(weights="bases^0.5").replace("weight: 2", "weight: 3"))
+    shard("--genomes", other, "--out", tmp_path / "anew", "--workers", 1)
+    monkeypatch.setattr(sharding, "write_shard", None)
+    shard("--genomes", other, "--out", out, "--workers", 1)
+    assert tree_digest(out) == tree_digest(tmp_path / "anew")
 
 
 MERGE_DAMAGE = {
