@@ -10,8 +10,8 @@ import numpy as np
 
 from caduceus.data.shards import SAMPLE_DTYPE, SPLITS, ShardIndex, index_path, load_manifest
 from caduceus.errors import UserError
-from data_prep.dataset import read_part
-from data_prep.files import sha256_of
+from data_prep.dataset import read_part, shard_rows
+from data_prep.files import note, sha256_of
 from data_prep.intervals import size, union
 from data_prep.line import GenomeLine
 from data_prep.progress import Progress
@@ -34,6 +34,8 @@ def verify(directory: Path, workers: int) -> int:
     """Check all of a dataset and print each problem; returns the exit status, 0 where it is sound, else 1."""
     manifest = load_manifest(directory)
     problems = list(misplaced_files(directory, manifest))
+    if not (directory / "report.html").is_file():
+        note(f"{directory / 'report.html'} is missing; the command that made the shards writes it again")
     tasks = [
         CheckTask(directory / part["name"], [contig["name"] for contig in part["contigs"]], part["name"], split, shard)
         for part in manifest["species"]
@@ -56,7 +58,8 @@ def verify(directory: Path, workers: int) -> int:
 
 
 def misplaced_files(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """Species whose own part differs from the manifest, and tars that no manifest names."""
+    """Species whose own part differs from the manifest, and tars and indexes that it does not name."""
+    listed = set()
     for part in manifest["species"]:
         folder = directory / part["name"]
         try:
@@ -64,10 +67,11 @@ def misplaced_files(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
                 yield f"{folder / 'species.json'}: differs from the manifest"
         except UserError as error:
             yield str(error)
-        listed = {shard["name"] for stored in part["splits"].values() for shard in stored["shards"]}
-        for path in sorted(folder.glob("*.tar")):
-            if path.name not in listed:
-                yield f"{path}: is not in the manifest"
+        tars = [folder / shard["name"] for shard in shard_rows(part)]
+        listed |= {*tars, *map(index_path, tars)}
+    for pattern in ("*.tar", "*.index.npz", "*/*.tar", "*/*.index.npz"):
+        for path in sorted(set(directory.glob(pattern)) - listed):
+            yield f"{path}: is not in the manifest; move it elsewhere"
 
 
 def check_shard(task: CheckTask) -> tuple[list[str], np.ndarray]:

@@ -233,6 +233,11 @@ DAMAGE = {
     lambda out: (out / "s" / "train-000001.index.npz").unlink(): r"train-000001\.index\.npz: is missing",
     lambda out: (out / "s" / "species.json").write_text("{}"): r"species\.json: differs from the manifest",
     lambda out: shutil.copy(out / "s" / "train-000000.tar", out / "s" / "train-000099.tar"): r"000099.*not in the man",
+    lambda out: shutil.copy(out / "s" / "train-000000.index.npz", out / "s" / "train-000099.index.npz"): (
+        r"s/train-000099\.index\.npz: is not in the manifest"
+    ),
+    lambda out: shutil.copytree(out / "s", out / "t"): r"t/train-000000\.tar: is not in the manifest",
+    lambda out: shutil.copy(out / "s" / "train-000000.tar", out / "x.tar"): r"/x\.tar: is not in the manifest",
 }
 
 
@@ -243,6 +248,12 @@ def test_verify_names_the_damage(dataset: Path, damage, capsys: pytest.CaptureFi
         shard("--verify", dataset, "--workers", 1)
     lines = capsys.readouterr().err
     assert re.search(DAMAGE[damage], lines), lines
+
+
+def test_verify_says_that_the_report_is_missing(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    (dataset / "report.html").unlink()
+    assert "sound" in shard("--verify", dataset, "--workers", 1)
+    assert re.search(r"note: .*report\.html is missing", capsys.readouterr().err)
 
 
 def test_verify_refuses_a_changed_manifest(dataset: Path) -> None:
