@@ -5,7 +5,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def locked(directory: Path) -> Iterator[None]:
                 _remove_leftovers(directory)
                 yield
         except BaseException:
+            with suppress(OSError):
+                _remove_leftovers(directory)
             if made and [path.name for path in directory.iterdir()] == [LOCK]:  # nothing has come of it
                 (directory / LOCK).unlink()
                 directory.rmdir()

@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -257,7 +256,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        run_command(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the command again to continue")
+    run_command(main, interrupted="interrupted; run the same command again to go on")

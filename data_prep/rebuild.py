@@ -45,7 +45,10 @@ def rebuild_species(folder: Path) -> None:
     contents: dict[Path, TarContent] = {}
     with Progress(f"indexing {folder.name}", sum(tar.stat().st_size for tar in tars)) as progress:
         for tar in tars:
-            contents[tar] = read_tar(tar, contig_rows)
+            try:
+                contents[tar] = read_tar(tar, contig_rows)
+            except UserError as error:
+                raise UserError(f"{error}; restore the tar, or shard the genome again") from None
             progress.add(tar.stat().st_size)
     if part is not None:
         _require_recorded(folder, part, contents)

@@ -5,12 +5,11 @@ python data_prep/shard_genome.py --verify shards
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from caduceus.errors import UserError, run_command
-from data_prep.arguments import Parser, local_path
+from data_prep.arguments import Parser, count, local_path
 from data_prep.merge import merge
 from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
 from data_prep.plan import SpeciesRequest
@@ -63,9 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--assembly", metavar="A", help="name of the assembly")
     parser.add_argument("--out", type=local_path, metavar="DIR", help="directory of the dataset")
     parser.add_argument("--add", action="store_true", help="add to a dataset of other species in --out")
-    parser.add_argument(
-        "--workers", type=_count, default=available_cores(), metavar="N", help="processes (%(default)s)"
-    )
+    parser.add_argument("--workers", type=count, default=available_cores(), metavar="N", help="processes (%(default)s)")
     parser.add_argument(
         "--cache-dir",
         type=local_path,
@@ -163,15 +160,5 @@ def requests_from(args: argparse.Namespace) -> list[SpeciesRequest]:
     return [SpeciesRequest(args.species, fasta, args.assembly or "", options, cache_dir=args.cache_dir)]
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
 if __name__ == "__main__":
-    try:
-        run_command(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+    run_command(main, interrupted="interrupted; run the same command again to go on")

@@ -41,7 +41,11 @@ def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: b
         require_space(out, [directories[i] for i in todo], plans)
         with locked(out):
             check_species(out, [request.name for request in requests], add)
-            write_species([directories[i] for i in todo], plans, pool)
+            try:
+                write_species([directories[i] for i in todo], plans, pool)
+            except BaseException:
+                pool.abort()  # before the lock is gone, and what the processes were writing with it
+                raise
             for directory, request in zip(directories, requests, strict=True):
                 directory.update_weight(partial(weight, request))
             return write_manifest(out)

@@ -174,6 +174,55 @@ def test_a_full_disk_is_a_clean_error_and_resumable(fasta: Path, undisturbed: Pa
     assert tree_digest(out) == tree_digest(undisturbed)
 
 
+def test_a_run_that_fails_leaves_nothing_half_written(fasta: Path, tmp_path: Path, monkeypatch) -> None:
+    from data_prep import sharding
+
+    out = tmp_path / "out"
+
+    def fail(directories, plans, pool) -> None:
+        directories[0].begin()
+        (directories[0].path / ".train-000000.tar.1.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sharding, "write_species", fail)
+    with pytest.raises(KeyboardInterrupt):
+        shard("--fasta", fasta, "--species", "s", "--out", out, *OPTIONS, "--workers", 1)
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    big = write_fasta(tmp_path / "big.fa", {"chr1": "ACGT" * 5_000_000, "chr2": "ACGT" * 1000})
+    process = subprocess.Popen(command(big, tmp_path / "out", "--workers", "1"), stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("s/.*.tmp")):
+        time.sleep(0.001)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (130, "interrupted; run the same command again to go on\n")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+ADVICE = {
+    ("--workers", "x"): "--workers: must be a whole number of at least 1, got x",
+    ("--shard-bytes", "hello"): "--shard-bytes: 'hello' is not a size; write it like",
+}
+
+
+@pytest.mark.parametrize("option", ADVICE)
+def test_mistakes_name_their_option(fasta: Path, tmp_path: Path, option: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match=ADVICE[option]):
+        shard("--fasta", fasta, "--species", "s", "--out", tmp_path / "out", *option)
+
+
+def test_a_damaged_tar_is_not_indexed(dataset: Path) -> None:
+    cut_tar(dataset)
+    with pytest.raises(
+        UserError, match=r"train-000001\.tar: ends within .*; restore the tar, or shard the genome again"
+    ):
+        shard("--rebuild-index", dataset)
+
+
 def test_too_little_room_is_told_before_anything_is_written(fasta: Path, tmp_path: Path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
