@@ -105,7 +105,8 @@ class SpeciesDirectory:
         lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
         write_atomically(self._journal, "".join(lines).encode())
         if self._part.exists():
-            note(f"{self.path}: {len(rows) - len(finished)} shards are missing or damaged and are written again")
+            lost = len(rows) - len(finished)
+            note(f"{self.path}: {lost} of {len(rows)} shards are missing or damaged; writing them again")
             self._part.unlink()
         return finished
 

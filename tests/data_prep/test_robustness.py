@@ -145,7 +145,7 @@ def test_the_same_command_restores_what_was_lost(
     shard(*arguments)
     assert tree_digest(dataset) == tree_digest(undisturbed)
     assert [path.name for path in dataset.rglob(".*")] == [".lock"]
-    assert re.search(r"/s: \d+ shards are missing or damaged and are written again", capsys.readouterr().err)
+    assert re.search(r"/s: \d+ of \d+ shards are missing or damaged; writing", capsys.readouterr().err)
 
 
 def test_a_second_run_into_the_directory_refuses(fasta: Path, dataset: Path) -> None:
