@@ -15,14 +15,17 @@ class NodeError(UserError):
     """
 
 
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command line's `main` and exit with its status; a `UserError` becomes one line and status 2."""
+def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> None:
+    """Run a command line's `main` and exit with its status; a `UserError` becomes one line and status 2.
+
+    `interrupted` is said after Ctrl-C.
+    """
     try:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         status = 130
     sys.exit(status or 0)

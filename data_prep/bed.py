@@ -29,7 +29,9 @@ def read_bed(path: Path) -> list[BedRow]:
         try:
             contig, start, end = fields[0], int(fields[1]), int(fields[2])
         except (IndexError, ValueError):
-            raise UserError(f"{path}:{number}: not a BED line (contig, start, end): {line[:60]!r}") from None
+            raise UserError(
+                f"{path}:{number}: not a BED line: {line[:60]!r}; write contig, start and end, separated by tabs"
+            ) from None
         if not 0 <= start < end:
             raise UserError(f"{path}:{number}: start {start} and end {end} are no interval; starts count from 0")
         rows.append(BedRow(number, contig, start, end, fields[3].strip() if len(fields) > 3 else None))

@@ -91,6 +91,8 @@ def scan(bases: np.ndarray, start: int) -> Scan:
 
 def join_scans(pieces: list[Scan]) -> Scan:
     """The scan of a contig from the scans of its pieces; runs that cross a border become one."""
+    if len(pieces) == 1:
+        return pieces[0]
     total = sum((piece.composition for piece in pieces), Composition())
     non_acgt = union(np.concatenate([EMPTY, *(piece.non_acgt for piece in pieces)]))
     return Scan(total, non_acgt, union(np.concatenate([EMPTY, *(piece.n_runs for piece in pieces)])))

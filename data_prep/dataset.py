@@ -4,13 +4,14 @@ import errno
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from caduceus.data.shards import build_manifest, dump_json, fingerprint, index_path, load_manifest, write_atomically
 from caduceus.errors import UserError
+from data_prep.files import is_open_as, note, sha256_of
 from data_prep.report import write_report
 
 LOCK = ".lock"
@@ -33,6 +34,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Make the directory where it is absent, and keep other runs out of it; a killed run's lock is gone with it."""
+    made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open("ab")
@@ -47,9 +49,19 @@ def locked(directory: Path) -> Iterator[None]:
             raise UserError(
                 f"{directory}: its file system has no locks ({error.strerror}); shard to a local disk and copy"
             ) from None
-        with writing(directory):
-            _remove_leftovers(directory)
-            yield
+        if not is_open_as(file, directory / LOCK):  # a run that failed has removed it since
+            raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out")
+        try:
+            with writing(directory):
+                _remove_leftovers(directory)
+                yield
+        except BaseException:
+            with suppress(OSError):
+                _remove_leftovers(directory)
+            if made and [path.name for path in directory.iterdir()] == [LOCK]:  # nothing has come of it
+                (directory / LOCK).unlink()
+                directory.rmdir()
+            raise
 
 
 def refuse_if_locked(directory: Path) -> None:
@@ -63,7 +75,7 @@ class SpeciesDirectory:
     """OUT/SPECIES, from its first shard to its `species.json`.
 
     While unfinished it holds a journal: what is being made (the identity), then one line per finished shard, so that
-    a run that was killed goes on with what is missing.
+    a run that was killed goes on with what is missing. A species that has lost shards is unfinished again.
     """
 
     def __init__(self, dataset: Path, identity: dict[str, Any]) -> None:
@@ -74,8 +86,9 @@ class SpeciesDirectory:
     def finished(self) -> bool:
         """Whether the species is complete; one of another genome or other options is a `UserError`."""
         if self._part.exists():
-            self._require_same(part_identity(read_part(self._part)), "holds")
-            return True
+            part = read_part(self._part)
+            self._require_same(part_identity(part), "holds")
+            return not damaged_shards(self.path, part)
         if self._journal.exists():
             self._require_same(_read_journal(self._journal)[0], "was begun with")
         return False
@@ -83,12 +96,29 @@ class SpeciesDirectory:
     def begin(self) -> dict[str, dict[str, Any]]:
         """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
         self.path.mkdir(exist_ok=True)
-        rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
-        finished = {row["name"]: row for row in rows if self._present(row)}
+        if self._part.exists():
+            rows = shard_rows(read_part(self._part))
+        else:
+            rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
+        finished = {row["name"]: row for row in rows if is_whole(self.path, row)}
         # Written anew: a line that a kill cut short must not spoil the next one.
         lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
         write_atomically(self._journal, "".join(lines).encode())
+        if self._part.exists():
+            lost = len(rows) - len(finished)
+            note(f"{self.path}: {lost} of {len(rows)} shards are missing or damaged; writing them again")
+            self._part.unlink()
         return finished
+
+    def update_weight(self, weight: Callable[[dict[str, Any]], float]) -> None:
+        """Bring a finished species to the weights asked for now, on which its shards do not depend.
+
+        `weight` gives its share in the mixture from its report.
+        """
+        part = read_part(self._part)
+        if part["plan"] != self.identity["plan"]:
+            changed = {**part, "plan": self.identity["plan"], "weight": weight(part["report"])}
+            write_atomically(self._part, dump_json(changed))
 
     def record(self, shard: dict[str, Any]) -> None:
         """Note a shard as finished."""
@@ -100,20 +130,35 @@ class SpeciesDirectory:
         write_atomically(self._part, dump_json(part))
         self._journal.unlink()
 
-    def _present(self, row: dict[str, Any]) -> bool:
-        tar = self.path / row["name"]
-        return tar.is_file() and tar.stat().st_size == row["bytes"] and index_path(tar).is_file()
-
     def _require_same(self, found: dict[str, Any], how: str) -> None:
-        if found == self.identity:
+        was, now = _of_shards(found), _of_shards(self.identity)
+        if was == now:
             return
-        was, now = _flat(found), _flat(self.identity)
         key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
         raise UserError(
             f"{self.path}: {how} {key} {was.get(key)!r}, but now it is {now.get(key)!r} "
-            f"(fingerprints {fingerprint(found)[:12]} and {fingerprint(self.identity)[:12]}); "
+            f"(fingerprints {fingerprint(was)[:12]} and {fingerprint(now)[:12]}); "
             f"choose another --out, or delete {self.path}"
         )
+
+
+def shard_rows(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a part of a manifest says of each of its shards."""
+    return [shard for split in part["splits"].values() for shard in split["shards"]]
+
+
+def is_whole(folder: Path, row: dict[str, Any]) -> bool:
+    """Whether a shard is there, by its tar's size and its index's sha256: to hash all tars is --verify's work."""
+    tar = folder / row["name"]
+    index = index_path(tar)
+    if not tar.is_file() or tar.stat().st_size != row["bytes"] or not index.is_file():
+        return False
+    return sha256_of(index) == row["index_sha256"]
+
+
+def damaged_shards(folder: Path, part: dict[str, Any]) -> list[str]:
+    """Names of a species' shards that are missing or not whole."""
+    return [row["name"] for row in shard_rows(part) if not is_whole(folder, row)]
 
 
 def part_identity(part: dict[str, Any]) -> dict[str, Any]:
@@ -186,5 +231,7 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {**{key: value for key, value in values.items() if key != "plan"}, **values["plan"]}
+def _of_shards(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of an identity decides the bytes of the shards, without nesting."""
+    flat = {**identity, **identity["plan"]}
+    return {key: value for key, value in flat.items() if key not in ("plan", "weight", "weight_exponent")}

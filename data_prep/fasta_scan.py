@@ -90,7 +90,7 @@ class FastaScanner:
         for pattern, kind in _LOOKS_LIKE:
             if pattern.match(piece):
                 raise UserError(f"{self._path}: not a FASTA (it looks like {kind}); convert or download it again")
-        raise UserError(f"{self._path}: not a FASTA: line 1 does not begin with '>'")
+        raise UserError(f"{self._path}: not a FASTA: line 1 does not begin with '>'; give a FASTA or a .2bit file")
 
     def _take(self, piece: bytes) -> None:
         at = 0

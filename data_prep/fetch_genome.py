@@ -1,11 +1,9 @@
 """Download a genome with resume, checksum and progress: `python data_prep/fetch_genome.py NAME|URL --out DIR`."""
 
-import argparse
 import fcntl
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +14,8 @@ from urllib.parse import unquote, urlsplit
 from caduceus.data.remote import failure_reason
 from caduceus.data.shards import write_atomically
 from caduceus.errors import UserError, run_command
-from data_prep.files import note
+from data_prep.arguments import Parser, is_url, local_path
+from data_prep.files import is_open_as, note
 from data_prep.progress import Progress
 from data_prep.registry import GenomeSpec, registry_names, resolve_genome
 
@@ -60,13 +59,21 @@ def fetch(url: str, directory: str | Path, sha256: str | None = None, md5: str |
     return target
 
 
+def fetch_cached(url: str, cache_dir: Path) -> Path:
+    """The file behind a URL, downloaded once into the cache directory.
+
+    Each address has a folder of its own there: other addresses may end in the same name.
+    """
+    return fetch(url, cache_dir / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16])
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """The partial file, opened to append, for this process alone; a second process waits. Removed where empty."""
     while True:
         with path.open("ab") as partial:
             fcntl.flock(partial, fcntl.LOCK_EX)
-            if not _is_open_as(partial, path):
+            if not is_open_as(partial, path):
                 continue  # whoever had the lock has given this file its final name, or removed it
             try:
                 yield partial
@@ -76,13 +83,6 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 if not path.exists():
                     _version_path(partial).unlink(missing_ok=True)
             return
-
-
-def _is_open_as(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def fetch_genome(genome: GenomeSpec, directory: str | Path) -> Path:
@@ -227,13 +227,13 @@ def _digest(path: Path, algorithm: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Download a genome into a folder.")
+    parser = Parser(description="Download a genome into a folder.")
     parser.add_argument("genome", metavar="NAME|URL", help=f"one of {', '.join(registry_names())}, or an address")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that takes the file")
+    parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder that takes the file")
     parser.add_argument("--sha256", help="expected sha256 of the file")
     parser.add_argument("--md5", help="expected md5 of the file")
     options = parser.parse_args()
-    if "://" in options.genome:
+    if is_url(options.genome):
         path = fetch(options.genome, options.out, options.sha256, options.md5)
     else:
         genome = resolve_genome(options.genome)
@@ -244,7 +244,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        run_command(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the command again to continue")
+    run_command(main, interrupted="interrupted; run the same command again to go on")

@@ -7,13 +7,14 @@ from typing import Any
 
 from caduceus.data.shards import index_path, load_manifest
 from caduceus.errors import UserError
-from data_prep.dataset import check_species, locked, read_part, write_manifest
+from data_prep.dataset import check_species, damaged_shards, locked, read_part, shard_rows, write_manifest
 
 
-def merge(sources: list[Path], out: Path) -> dict[str, Any]:
+def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
     """Bring the species of complete datasets together in `out`; returns its manifest.
 
-    Equals making them in one run. Species that `out` holds already stay; one that is there in another form is refused.
+    Equals making them in one run. With `add`, other species that `out` holds already stay beside them; a species that
+    is there in another form is refused.
     """
     origins: dict[str, Path] = {}
     for source in sources:
@@ -21,13 +22,15 @@ def merge(sources: list[Path], out: Path) -> dict[str, Any]:
             folder = source / part["name"]
             other = origins.setdefault(part["name"], folder)
             _require_equal(part, other)
-    check_species(out, list(origins), add=True)
+            _require_whole(part, folder)
+    check_species(out, list(origins), add)
     for name in origins:
         if (out / name / "species.json").exists():
             _require_equal(read_part(origins[name] / "species.json"), out / name)
     with locked(out):
         for name, folder in origins.items():
-            if not (out / name / "species.json").exists():
+            part_path = out / name / "species.json"
+            if not part_path.exists() or damaged_shards(out / name, read_part(part_path)):
                 _bring(folder, out / name)
         return write_manifest(out)
 
@@ -37,9 +40,19 @@ def _require_equal(part: dict[str, Any], folder: Path) -> None:
         raise UserError(f"species {part['name']}: {folder} holds another version of it; merge one of them")
 
 
+def _require_whole(part: dict[str, Any], folder: Path) -> None:
+    damaged = damaged_shards(folder, part)
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise UserError(
+            f"{folder / damaged[0]}{more}: missing or not whole, tar or index; run the command that made it again, "
+            "which restores it, then merge"
+        )
+
+
 def _bring(source: Path, target: Path) -> None:
     part = read_part(source / "species.json")
-    names = [shard["name"] for split in part["splits"].values() for shard in split["shards"]]
+    names = [row["name"] for row in shard_rows(part)]
     staging = target.with_name(f".{target.name}.tmp")
     try:
         staging.mkdir()
@@ -51,8 +64,9 @@ def _bring(source: Path, target: Path) -> None:
             shutil.rmtree(target)
         staging.rename(target)
     except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"{target}: cannot be written ({error.strerror}); run the same command again") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -42,7 +42,9 @@ class PlanOptions:
     intervals: str | None = None
     """A BED file of the regions to use; its fourth column, if any, names the split."""
     interval_mode: str = "tile"
-    """tile: rows are cut into windows; exact: a row is a window; extend: a row's end is moved to start + window."""
+    """tile: rows are cut into windows; exact: a row is a window; extend: a row's end is moved to start + window, and
+    the whole inward at its contig's end (with the default window, the rule of the published training sets, which crop
+    these windows later). No row may be longer than the window in the last two."""
     exclude_bed: tuple[str, ...] = ()
     """BED files of regions to leave out."""
     split_block: int | None = None
@@ -140,11 +142,11 @@ def option_name(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `256MB` (decimal), `64KiB` (binary) or a plain number."""
+def parse_size(text: str, option: str) -> int:
+    """Bytes of an option's `256MB` (decimal), `64KiB` (binary) or a plain number."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
-        raise UserError(f"'{text}' is not a size; write it like 256MB, 64KiB or 1000000")
+        raise UserError(f"{option}: '{text}' is not a size; write it like 256MB, 64KiB or 1000000")
     number, unit = float(match[1]), (match[2] or "").lower()
     base = 1024 if unit.endswith("i") else 1000
     return int(number * base ** " kmgt".index(unit[:1] or " "))
@@ -164,7 +166,7 @@ def _convert(key: str, value: Any, default: Any) -> Any:
             raise UserError(f"{option_name(key)}: must be a list, got {value!r}")
         return tuple(str(name) for name in names)
     if key == "shard_bytes":
-        return parse_size(str(value))
+        return parse_size(str(value), option_name(key))
     kind = _OPTIONAL.get(key, type(default))
     if kind is float and type(value) is int:
         return float(value)

@@ -14,11 +14,10 @@ from data_prep.aliases import AliasTable, read_aliases
 from data_prep.composition import Composition, Scan
 from data_prep.contigs import Selection, select_contigs
 from data_prep.genome import Genome
-from data_prep.intervals import size
 from data_prep.options import PlanOptions
 from data_prep.regions import Regions, build_regions
-from data_prep.tar_format import END, SampleJson, member_size
-from data_prep.windows import DROPPED, ContigWindows, contig_windows, footprint, hash_rows
+from data_prep.tar_format import END, SampleJson, json_sizes, member_size
+from data_prep.windows import GenomeWindows, cut_windows, hash_rows
 
 _KEY_NAME_CHARACTERS = 24
 _SHUFFLE, _STRAND = 1, 2  # what a hash is for
@@ -87,12 +86,15 @@ def plan_species(request: SpeciesRequest, genome: Genome, scans: Mapping[str, Sc
     aliases = read_aliases(Path(options.aliases)) if options.aliases else AliasTable()
     selection = select_contigs(genome.contigs, genome.descriptions, options, aliases)
     regions = build_regions(selection, options)
-    planned = [
-        contig_windows(row, length, regions.splits[name], regions.excluded[name], scans[name], options)
-        for row, (name, length) in enumerate(selection.used.items())
-    ]
-    windows = np.concatenate([contig.windows for contig in planned])
-    _require_windows(windows, selection, regions, planned, options)
+    planned = cut_windows(
+        list(selection.used.values()),
+        [regions.splits[name] for name in selection.used],
+        [regions.excluded[name] for name in selection.used],
+        [scans[name] for name in selection.used],
+        options,
+    )
+    windows = planned.windows
+    _require_windows(selection, regions, planned, options)
     strands = choose_strands(windows, options)
     keys = contig_keys(selection.used)
     return SpeciesPlan(
@@ -145,52 +147,48 @@ def cut_shards(
 def _tar_bytes(request: SpeciesRequest, split: str, contigs: list[str], windows: np.ndarray) -> np.ndarray:
     """Bytes of each window's sample on one strand, (n,) int64."""
     start, end, pad = (windows[key].astype(np.int64) for key in ("start", "end", "pad"))
-    json_bytes = np.empty(len(windows), dtype=np.int64)
-    for contig in np.unique(windows["contig"]):
-        of_contig = windows["contig"] == contig
-        text = SampleJson(request.name, request.assembly, contigs[contig], split)
-        json_bytes[of_contig] = text.size(start[of_contig], end[of_contig], pad[of_contig])
+    used, number = np.unique(windows["contig"], return_inverse=True)
+    fixed = [SampleJson(request.name, request.assembly, contigs[row], split).fixed_bytes for row in used]
+    json_bytes = json_sizes(np.array(fixed, dtype=np.int64)[number], start, end, pad)
     return member_size(end - start + pad) + member_size(json_bytes)
 
 
 def contig_keys(contigs: Mapping[str, int]) -> list[str]:
     """A short name for keys per contig, unique within the species: letters, digits and '_' only."""
     taken: set[str] = set()
+    copies: dict[str, int] = {}
     keys = []
     for name in contigs:
         base = key = re.sub(r"[^A-Za-z0-9_]", "_", name)[:_KEY_NAME_CHARACTERS]
-        copies = 1
         while key in taken:
-            copies += 1
-            key = f"{base}_{copies}"
+            copies[base] = copies.get(base, 1) + 1
+            key = f"{base}_{copies[base]}"
         taken.add(key)
         keys.append(key)
     return keys
 
 
-def report(
-    selection: Selection, regions: Regions, scans: Mapping[str, Scan], planned: list[ContigWindows]
-) -> dict[str, Any]:
+def report(selection: Selection, regions: Regions, scans: Mapping[str, Scan], planned: GenomeWindows) -> dict[str, Any]:
     """Where every base of the genome file went: `kept` and all of `dropped` add up to `bases`."""
     total = sum((scan.composition for scan in scans.values()), Composition())
-    dropped = {reason: sum(contig.dropped[reason] for contig in planned) for reason in DROPPED}
+    dropped = dict(planned.dropped)
     dropped["left_out_contigs"] = sum(sum(contigs.values()) for contigs in selection.left_out.values())
-    splits = {}
-    for number, split in enumerate(SPLITS):
-        of_split = [contig.windows[contig.windows["split"] == number] for contig in planned]
-        bases = sum(size(footprint(table)) for table in of_split)
-        splits[split] = {"windows": sum(map(len, of_split)), "bases": bases}
+    counts = np.bincount(planned.windows["split"], minlength=len(SPLITS)).tolist()
+    splits = {
+        split: {"windows": windows, "bases": planned.split_bases[split]}
+        for split, windows in zip(SPLITS, counts, strict=True)
+    }
     return {
         "bases": total.bases,
         "acgt": total.acgt,
         "n": total.n,
         "lower": total.lower,
         "gc": total.gc,
-        "kept": sum(contig.kept for contig in planned),
+        "kept": planned.kept,
         "dropped": dropped,
-        "low_acgt_windows": sum(contig.low_acgt_windows for contig in planned),
+        "low_acgt_windows": planned.low_acgt_windows,
         "splits": splits,
-        "leakage": {key: sum(contig.leaked[key] for contig in planned) for key in ("valid", "test", "either")},
+        "leakage": planned.leaked,
         "notes": regions.notes,
         "left_out": {
             kind: {"contigs": len(contigs), "bases": sum(contigs.values()), "names": list(contigs)[:20]}
@@ -199,11 +197,9 @@ def report(
     }
 
 
-def _require_windows(
-    windows: np.ndarray, selection: Selection, regions: Regions, planned: list[ContigWindows], options: PlanOptions
-) -> None:
-    if len(windows) == 0:
-        poor = sum(contig.low_acgt_windows for contig in planned)
+def _require_windows(selection: Selection, regions: Regions, planned: GenomeWindows, options: PlanOptions) -> None:
+    if len(planned.windows) == 0:
+        poor = planned.low_acgt_windows
         if poor:
             raise UserError(f"all {poor:,} windows have less than {options.min_acgt:.0%} ACGT; lower --min-acgt")
         longest = max(selection.used.values())
@@ -214,5 +210,5 @@ def _require_windows(
     for number, split in enumerate(SPLITS):
         fraction = {"valid": options.valid_fraction, "test": options.test_fraction}.get(split, 0)
         asked = fraction or any(len(of_contig.get(split, ())) for of_contig in regions.splits.values())
-        if asked and not (windows["split"] == number).any():
+        if asked and not (planned.windows["split"] == number).any():
             raise UserError(f"the {split} split gives no window; choose other contigs, intervals or blocks for it")

@@ -10,8 +10,9 @@ import numpy as np
 from caduceus.data.shards import dump_json, index_path, write_atomically
 from caduceus.errors import UserError
 from data_prep.dataset import locked, read_part, write_manifest
+from data_prep.files import sha256_of
 from data_prep.progress import Progress
-from data_prep.tar_index import TarContent, read_tar, sha256_of
+from data_prep.tar_index import TarContent, read_tar
 
 
 def rebuild_index(directory: Path) -> dict[str, Any]:
@@ -44,7 +45,10 @@ def rebuild_species(folder: Path) -> None:
     contents: dict[Path, TarContent] = {}
     with Progress(f"indexing {folder.name}", sum(tar.stat().st_size for tar in tars)) as progress:
         for tar in tars:
-            contents[tar] = read_tar(tar, contig_rows)
+            try:
+                contents[tar] = read_tar(tar, contig_rows)
+            except UserError as error:
+                raise UserError(f"{error}; restore the tar, or shard the genome again") from None
             progress.add(tar.stat().st_size)
     if part is not None:
         _require_recorded(folder, part, contents)
@@ -67,7 +71,8 @@ def _require_recorded(folder: Path, part: dict[str, Any], contents: dict[Path, T
 def _part_of_tars(species: str, contig_rows: dict[str, int], contents: dict[Path, TarContent]) -> dict[str, Any]:
     first = next(text for content in contents.values() for text in content.descriptions)
     stored = np.concatenate([content.windows for content in contents.values()])
-    ends = [int(stored["end"][stored["contig"] == row].max()) for row in contig_rows.values()]
+    ends = np.zeros(len(contig_rows), dtype=np.uint64)
+    np.maximum.at(ends, stored["contig"], stored["end"])
     splits: dict[str, Any] = {}
     for tar, content in contents.items():
         for text in content.descriptions:
@@ -91,7 +96,7 @@ def _part_of_tars(species: str, contig_rows: dict[str, int], contents: dict[Path
         "assembly": first["assembly"],
         "file": None,
         "sha256": None,
-        "contigs": [{"name": name, "length": end} for name, end in zip(contig_rows, ends, strict=True)],
+        "contigs": [{"name": name, "length": end} for name, end in zip(contig_rows, ends.tolist(), strict=True)],
         "plan": {"strands": _strands(stored)},
         "splits": splits,
         "report": None,

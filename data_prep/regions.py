@@ -84,6 +84,11 @@ def interval_regions(
                     f"{path}:{row.line}: ends at {row.end:,}, beyond {name} with {selection.used[name]:,} bases; "
                     "is it for another assembly?"
                 )
+            if options.interval_mode != "tile" and row.end - row.start > options.window:
+                raise UserError(
+                    f"{path}:{row.line}: has {row.end - row.start:,} bases, and no window is longer than --window "
+                    f"{options.window:,}; raise that, or cut rows with --interval-mode tile"
+                )
     named = [row for row in rows if row.name is not None]
     if not named:
         bounds = {name: _bounds(of_contig) for name, of_contig in by_contig.items()}

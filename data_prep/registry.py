@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
+from data_prep.arguments import is_url
 
 REGISTRY = Path(__file__).resolve().parent.parent / "configs" / "genome"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -92,8 +93,15 @@ def resolve_genome(name: str) -> GenomeSpec:
 
 
 def _find(name: str) -> Path:
-    if name.endswith((".yaml", ".yml")) or "/" in name:
+    if is_url(name):
+        raise UserError(f"{name}: is an address; a genome is named, or described by a YAML file on this computer")
+    if name.endswith((".yaml", ".yml")):
         return Path(name)
+    if "/" in name or Path(name).is_file():
+        raise UserError(
+            f"{name}: is neither a name of the registry nor a YAML file; a FASTA or .2bit file on this computer needs "
+            "no download and goes to --fasta of shard_genome.py"
+        )
     path = REGISTRY / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"'{name}' is no genome of the registry; known are {', '.join(registry_names())}")
@@ -117,6 +125,10 @@ def _convert(key: str, value: Any, kind: Any, path: Path) -> Any:
     if kind == tuple[str, ...] and (isinstance(value, list) or scalar):
         return tuple(str(item) for item in (value if isinstance(value, list) else [value]))
     if kind == Path | None and isinstance(value, str):
+        if is_url(value):
+            raise UserError(
+                f"{path}: key '{key}' takes a local file, got {value}; the genome's address goes into 'urls'"
+            )
         return path.parent / Path(value).expanduser()
     if kind in (str, str | None) and scalar:
         return str(value)

@@ -48,8 +48,10 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); 
 def write_report(directory: Path, manifest: dict[str, Any]) -> None:
     """Write `report.html` beside the manifest that is about to be written."""
     species = manifest["species"]
+    names = ", ".join(part["name"] for part in species[:4]) + (", …" if len(species) > 4 else "")
+    title = f"Shards of {escape(names)}"
     parts = [
-        f"<h1>{escape(directory.resolve().name)}</h1>",
+        f"<h1>{title}</h1>",
         f"<p>{len(species)} species, fingerprint {manifest['fingerprint'][:16]}</p>",
         "<h2>Species</h2>",
         _species_table(species),
@@ -63,7 +65,7 @@ def write_report(directory: Path, manifest: dict[str, Any]) -> None:
         _legend(),
         *(_ideogram(directory / part["name"], part, opened=len(species) <= 8) for part in species),
     ]
-    head = f'<meta charset="utf-8"><title>{escape(directory.resolve().name)}</title><style>{_STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     body = "\n".join(parts)
     write_atomically(
         directory / "report.html",
@@ -124,24 +126,25 @@ def _leakage_table(species: list[dict[str, Any]]) -> str:
 def _fate_bar(part: dict[str, Any]) -> str:
     report = part["report"]
     kept = [(split, report["splits"][split]["bases"]) for split in SPLITS]
-    shares = [*kept, ("dropped", sum(report["dropped"].values()))]
-    total = max(sum(bases for _, bases in shares), 1)
-    position, boxes = 0.0, []
+    shares = [(name, bases) for name, bases in (*kept, ("dropped", sum(report["dropped"].values()))) if bases]
+    total = report["bases"]
+    one_row = sum(bases for _, bases in shares) == total  # splits that overlap stand one below the other
+    left, top, boxes = 0.0, 2, []
     for name, bases in shares:
         width = (_WIDTH - _LABEL) * bases / total
-        title = f"<title>{name}: {bases:,} bp, {percent(bases, total)}</title>"
-        if bases:
-            boxes.append(_box(_LABEL + position, 2, width, _ROW, name, title))
-        position += width
+        title = f"<title>{name}: {bases:,} bp, {percent(bases, total)} of the genome</title>"
+        boxes.append(_box(_LABEL + left, top, width, _ROW, name, title))
+        left, top = (left + width, top) if one_row else (left, top + _ROW)
     label = _text(part["name"], 0, 13)
-    return f'<svg viewBox="0 0 {_WIDTH} {_ROW + 4}" role="img">{label}{"".join(boxes)}</svg>'
+    height = _ROW * (1 if one_row else len(shares)) + 4
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{label}{"".join(boxes)}</svg>'
 
 
 def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
     contigs = sorted(enumerate(part["contigs"]), key=lambda item: -item[1]["length"])
     shown = sorted(contigs[:_SHOWN_CONTIGS])
     longest = contigs[0][1]["length"]
-    covered = {split: _covered(folder, part, split) for split in SPLITS}
+    covered = {split: split_coverage(folder, part, split, [number for number, _ in shown]) for split in SPLITS}
     rows = []
     for line, (number, contig) in enumerate(shown):
         top = line * (_ROW + 4) + 2
@@ -157,15 +160,29 @@ def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
     return f"<details{' open' if opened else ''}><summary>{escape(part['name'])}</summary>{svg}{more}</details>"
 
 
-def _covered(folder: Path, part: dict[str, Any], split: str) -> dict[int, np.ndarray]:
-    """Contig number -> the bases of the split's windows, as a set."""
+def split_coverage(folder: Path, part: dict[str, Any], split: str, contigs: list[int]) -> dict[int, np.ndarray]:
+    """Contig number -> the bases of the split's windows, as a set, for some of the contigs."""
     shards = part["splits"].get(split, {}).get("shards", [])
-    samples = [ShardIndex.load(index_path(folder / shard["name"])).samples for shard in shards]
-    if not samples:
-        return {}
-    table = np.concatenate(samples)
-    bounds = np.stack([table["start"], table["start"] + table["length"]], axis=1).astype(np.int64)
-    return {int(contig): union(bounds[table["contig"] == contig]) for contig in np.unique(table["contig"])}
+    tables = []
+    for shard in shards:
+        index = ShardIndex.load(index_path(folder / shard["name"]))
+        start, length = (index.samples[key].astype(np.int64) for key in ("start", "length"))
+        if part["plan"].get("tail") == "pad":
+            length -= _padding(index)
+        table = np.stack([index.samples["contig"], start, start + length], axis=1)
+        tables.append(table[np.isin(table[:, 0], contigs)])
+    table = np.concatenate([np.empty((0, 3), dtype=np.int64), *tables])
+    return {int(contig): union(table[table[:, 0] == contig, 1:]) for contig in np.unique(table[:, 0])}
+
+
+def _padding(index: ShardIndex) -> np.ndarray:
+    """Length of the run of non-ACGT bases that ends each window, (n,): the padding where it is long enough to see."""
+    samples, runs = index.samples, index.runs
+    owner = samples[runs["sample"]]
+    ends = np.where(owner["strand"] == 0, runs["start"] + runs["length"] == owner["length"], runs["start"] == 0)
+    padding = np.zeros(len(samples), dtype=np.int64)
+    padding[runs["sample"][ends]] = runs["length"][ends]
+    return padding
 
 
 def _pieces(intervals: np.ndarray | None, scale: float, top: int, split: str) -> Iterator[str]:

@@ -5,19 +5,18 @@ python data_prep/shard_genome.py --verify shards
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from caduceus.errors import UserError, run_command
+from data_prep.arguments import Parser, count, local_path
 from data_prep.merge import merge
-from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions
+from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
 from data_prep.plan import SpeciesRequest
 from data_prep.rebuild import rebuild_index
 from data_prep.registry import resolve_genome
 from data_prep.sharding import make_dataset
-from data_prep.species_file import read_species_file, request_for_genome
+from data_prep.species_file import fetch_files, genome_file, read_species_file, request_for_genome
 from data_prep.summary import print_summary
 from data_prep.verify import verify
 from data_prep.workers import available_cores
@@ -26,6 +25,7 @@ from data_prep.workers import available_cores
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     args = build_parser().parse_args(arguments)
+    refuse_unused(args)
     if args.verify is not None:
         return verify(args.verify, args.workers)
     if args.rebuild_index is not None:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out is None:
         raise UserError("--out is missing: the directory that the shards go to")
     if args.merge is not None:
-        manifest = merge(args.merge, args.out)
+        manifest = merge(args.merge, args.out, args.add)
     else:
         manifest = make_dataset(requests_from(args), args.out, args.workers, args.add)
     print_summary(manifest, args.out)
@@ -43,26 +43,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the plan have no default here: `PlanOptions` knows them."""
-    parser = _Parser(
+    parser = Parser(
         description="Cut genomes into windows and write them as WebDataset shards.",
-        epilog="A run that was stopped goes on when the same command is given again.",
+        epilog="A run that was stopped goes on when the same command is given again. Files may be http, https, ftp or "
+        "s3 addresses; they are downloaded once, into the cache directory.",
     )
     source = parser.add_argument_group("what to do: one of")
     kind = source.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--fasta", type=Path, help="genome: FASTA (plain, gzip, bgzip) or .2bit; needs --species")
+    kind.add_argument(
+        "--fasta", metavar="FILE|URL", help="genome: FASTA (plain, gzip, bgzip) or .2bit; needs --species"
+    )
     kind.add_argument("--genome", metavar="NAME", help="a genome of configs/genome/, downloaded if need be")
-    kind.add_argument("--genomes", type=Path, metavar="YAML", help="several species and their options in one file")
-    kind.add_argument("--verify", type=Path, metavar="DIR", help="check a dataset byte for byte")
-    kind.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="bring datasets together in --out")
-    kind.add_argument("--rebuild-index", type=Path, metavar="DIR", help="make the indexes of a dataset's tars anew")
+    kind.add_argument("--genomes", type=local_path, metavar="YAML", help="several species and their options")
+    kind.add_argument("--verify", type=local_path, metavar="DIR", help="check a dataset byte for byte")
+    kind.add_argument("--merge", type=local_path, nargs="+", metavar="DIR", help="bring datasets together in --out")
+    kind.add_argument("--rebuild-index", type=local_path, metavar="DIR", help="make the indexes of its tars anew")
     parser.add_argument("--species", metavar="NAME", help="name of the species, and of its folder")
     parser.add_argument("--assembly", metavar="A", help="name of the assembly")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="directory of the dataset")
-    parser.add_argument("--add", action="store_true", help="add to the species that --out holds already")
+    parser.add_argument("--out", type=local_path, metavar="DIR", help="directory of the dataset")
+    parser.add_argument("--add", action="store_true", help="add to a dataset of other species in --out")
+    parser.add_argument("--workers", type=count, default=available_cores(), metavar="N", help="processes (%(default)s)")
     parser.add_argument(
-        "--workers", type=_count, default=available_cores(), metavar="N", help="processes (%(default)s)"
+        "--cache-dir",
+        type=local_path,
+        metavar="DIR",
+        help="where downloads and unpacked genomes are kept (~/.cache/caduceus/genomes)",
     )
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where unpacked genomes and tables are kept")
     add_plan_options(parser.add_argument_group("plan (decides the bytes; same plan, same bytes)"))
     return parser
 
@@ -77,8 +83,12 @@ def add_plan_options(group: Any) -> None:
         "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
         "include": (str, "RE", "use the contigs whose whole name matches, instead of the default rules"),
         "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
-        "aliases": (str, "FILE", "table of contig names, or an NCBI assembly report"),
-        "intervals": (str, "BED", "regions to use; a fourth column names the split; 'registry': the published ones"),
+        "aliases": (str, "FILE|URL", "table of contig names, or an NCBI assembly report"),
+        "intervals": (
+            str,
+            "BED|URL",
+            "regions to use, split by column 4 if there is one; 'registry': the published ones",
+        ),
         "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
         "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
         "test_fraction": (float, "F", "share of the blocks that are test (0)"),
@@ -92,12 +102,16 @@ def add_plan_options(group: Any) -> None:
     group.add_argument("--strands", choices=STRANDS, help="which strands are stored (both)", default=argparse.SUPPRESS)
     group.add_argument("--tail", choices=TAILS, help="the end of a segment (short)", default=argparse.SUPPRESS)
     group.add_argument(
-        "--interval-mode", choices=INTERVAL_MODES, help="what a row of --intervals is (tile)", default=argparse.SUPPRESS
+        "--interval-mode",
+        choices=INTERVAL_MODES,
+        help="a row of --intervals is cut into windows (tile), is a window (exact), or is extended to --window "
+        "bases and moved inward at the end of its contig (extend); in the last two none may be longer than --window",
+        default=argparse.SUPPRESS,
     )
     group.add_argument(
         "--exclude-bed",
         nargs="+",
-        metavar="BED",
+        metavar="BED|URL",
         help="regions to leave out; 'registry': the genome's blacklist",
         default=argparse.SUPPRESS,
     )
@@ -117,6 +131,18 @@ def add_plan_options(group: Any) -> None:
         )
 
 
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect on what is to be done."""
+    used = {"verify": set(), "rebuild_index": set(), "merge": {"out", "add"}}
+    task = next((name for name in used if getattr(args, name) is not None), None)
+    if task is None:
+        return
+    for key, value in vars(args).items():
+        given = key in PlanOptions.__dataclass_fields__ or value not in (None, False)
+        if given and key not in used[task] | {task, "workers"}:
+            raise UserError(f"{option_name(key)}: has no effect with {option_name(task)}; leave it out")
+
+
 def requests_from(args: argparse.Namespace) -> list[SpeciesRequest]:
     """The species that the command line asks for."""
     given = {key: value for key, value in vars(args).items() if key in PlanOptions.__dataclass_fields__}
@@ -129,24 +155,10 @@ def requests_from(args: argparse.Namespace) -> list[SpeciesRequest]:
         return [request_for_genome(spec, given, name=args.species, assembly=args.assembly, cache_dir=args.cache_dir)]
     if not args.species:
         raise UserError("--species is missing: the name of the species, and of its folder in --out")
-    options = PlanOptions.from_values(given)
-    return [SpeciesRequest(args.species, args.fasta, args.assembly or "", options, cache_dir=args.cache_dir)]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+    options = fetch_files(PlanOptions.from_values(given), args.cache_dir)
+    fasta = genome_file(args.fasta, args.cache_dir)
+    return [SpeciesRequest(args.species, fasta, args.assembly or "", options, cache_dir=args.cache_dir)]
 
 
 if __name__ == "__main__":
-    try:
-        run_command(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")
+    run_command(main, interrupted="interrupted; run the same command again to go on")

@@ -6,6 +6,7 @@ Nothing is written, not even the directory, before all genomes have been read an
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,13 @@ def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: b
         require_space(out, [directories[i] for i in todo], plans)
         with locked(out):
             check_species(out, [request.name for request in requests], add)
-            write_species([directories[i] for i in todo], plans, pool)
+            try:
+                write_species([directories[i] for i in todo], plans, pool)
+            except BaseException:
+                pool.abort()  # before the lock is gone, and what the processes were writing with it
+                raise
+            for directory, request in zip(directories, requests, strict=True):
+                directory.update_weight(partial(weight, request))
             return write_manifest(out)
 
 
@@ -67,11 +74,13 @@ def plan_all(requests: list[SpeciesRequest], genomes: list[Genome], pool: Worker
         for (contig, _, _), piece in zip(task.pieces, scanned[number], strict=True):
             pieces[task.species][contig].append(piece)
     plans = []
-    for request, genome, parts in zip(requests, genomes, pieces, strict=True):
-        try:
-            plans.append(plan_species(request, genome, {name: join_scans(parts[name]) for name in genome.contigs}))
-        except UserError as error:
-            raise UserError(f"species {request.name} ({request.fasta}): {error}") from None
+    with Progress("planning", sum(len(genome.contigs) for genome in genomes), "contigs") as progress:
+        for request, genome, parts in zip(requests, genomes, pieces, strict=True):
+            try:
+                plans.append(plan_species(request, genome, {name: join_scans(parts[name]) for name in genome.contigs}))
+            except UserError as error:
+                raise UserError(f"species {request.name} ({request.fasta}): {error}") from None
+            progress.add(len(genome.contigs))
     return plans
 
 
@@ -81,7 +90,8 @@ def require_space(out: Path, directories: list["SpeciesDirectory"], plans: list[
     for directory, plan in zip(directories, plans, strict=True):
         for shard in plan.shards:
             tar = directory.path / shard.name
-            needed += 0 if tar.exists() else shard.size + _SPARE_BYTES
+            whole = tar.exists() and tar.stat().st_size == shard.size
+            needed += 0 if whole else shard.size + _SPARE_BYTES
     existing = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -122,7 +132,7 @@ def species_part(plan: SpeciesPlan, directory: SpeciesDirectory, shards: dict[st
     described = {key: value for key, value in directory.identity.items() if key != "species"}
     return {
         "name": plan.request.name,
-        "weight": weight(plan),
+        "weight": weight(plan.request, plan.report),
         **described,
         "contigs": [{"name": name, "length": length} for name, length in plan.contigs.items()],
         "splits": splits,
@@ -130,11 +140,11 @@ def species_part(plan: SpeciesPlan, directory: SpeciesDirectory, shards: dict[st
     }
 
 
-def weight(plan: SpeciesPlan) -> float:
+def weight(request: SpeciesRequest, report: dict[str, Any]) -> float:
     """The species' share in the mixture; a species without a train split counts by all it keeps."""
-    exponent = plan.request.weight_exponent
-    bases = plan.report["splits"]["train"]["bases"] or plan.report["kept"]
-    return plan.request.weight * (1.0 if exponent is None else float(bases) ** exponent)
+    exponent = request.weight_exponent
+    bases = report["splits"]["train"]["bases"] or report["kept"]
+    return request.weight * (1.0 if exponent is None else float(bases) ** exponent)
 
 
 @dataclass(frozen=True)

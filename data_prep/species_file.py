@@ -8,19 +8,21 @@ species:
     weight: 2               # multiplies (default 1)
   - name: dog               # or any file
     assembly: canFam4
-    fasta: canFam4.fa.gz    # from this file's folder; ${oc.env:SCRATCH} names an environment variable
+    fasta: canFam4.fa.gz    # or an address; from this file's folder; ${oc.env:SCRATCH} names an environment variable
     valid_contigs: [chr38]  # any option of the plan
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
-from data_prep.fetch_genome import fetch, fetch_genome
+from data_prep.arguments import is_url
+from data_prep.fetch_genome import fetch_cached, fetch_genome
 from data_prep.genome import default_cache_dir
 from data_prep.options import PlanOptions
 from data_prep.plan import SpeciesRequest
@@ -75,26 +77,44 @@ def request_for_genome(
         "test_contigs": spec.test_contigs,
         "aliases": str(spec.aliases) if spec.aliases else None,
     }
-    folder = cache_dir or default_cache_dir()
     values = {**{key: value for key, value in own.items() if value}, **given}
     if values.get("intervals") == REGISTRY_FILE:
-        values |= {"intervals": _fetch_entry(spec, "intervals", folder), "valid_contigs": (), "test_contigs": ()}
-    if REGISTRY_FILE in values.get("exclude_bed", ()):
-        values["exclude_bed"] = [
-            _fetch_entry(spec, "blacklist", folder) if path == REGISTRY_FILE else path for path in values["exclude_bed"]
-        ]
+        values |= {"intervals": _registry_file(spec, "intervals"), "valid_contigs": (), "test_contigs": ()}
     options = PlanOptions.from_values(values)
-    fasta = fetch_genome(spec, folder)
+    blacklists = [_registry_file(spec, "blacklist") if path == REGISTRY_FILE else path for path in options.exclude_bed]
+    options = fetch_files(replace(options, exclude_bed=tuple(blacklists)), cache_dir)
+    fasta = fetch_genome(spec, cache_dir or default_cache_dir())
     return SpeciesRequest(
         name or spec.name, fasta, assembly or spec.assembly, options, weight, weight_exponent, cache_dir
     )
 
 
-def _fetch_entry(spec: GenomeSpec, key: str, folder: Path) -> str:
-    address = getattr(spec, key)
-    if address is None:
+def fetch_files(options: PlanOptions, cache_dir: Path | None) -> PlanOptions:
+    """The same options with local files in place of addresses."""
+    return replace(
+        options,
+        aliases=_local(options.aliases, cache_dir),
+        intervals=_local(options.intervals, cache_dir),
+        exclude_bed=tuple(_local(path, cache_dir) for path in options.exclude_bed),
+    )
+
+
+def genome_file(place: str, cache_dir: Path | None) -> Path:
+    """The local file of a genome that is given by a path or an address."""
+    return Path(_local(place, cache_dir))
+
+
+def _local(place: str | None, cache_dir: Path | None) -> str | None:
+    if place is None or not is_url(place):
+        return place
+    return str(fetch_cached(place, cache_dir or default_cache_dir()))
+
+
+def _registry_file(spec: GenomeSpec, key: str) -> str:
+    place = getattr(spec, key)
+    if place is None:
         raise UserError(f"{spec.name}: the registry knows no {key} for this genome; give a BED file")
-    return str(fetch(address, folder))
+    return place
 
 
 def _request(
@@ -126,10 +146,9 @@ def _request(
         )
     if name is None or fasta is None:
         raise UserError("needs the keys 'name' and 'fasta', or 'genome'")
-    path = folder / Path(fasta).expanduser()
-    return SpeciesRequest(
-        name, path, assembly or "", PlanOptions.from_values(options), float(weight), exponent, cache_dir
-    )
+    plan = fetch_files(PlanOptions.from_values(options), cache_dir)
+    path = genome_file(_place(fasta, folder), cache_dir)
+    return SpeciesRequest(name, path, assembly or "", plan, float(weight), exponent, cache_dir)
 
 
 def _from_folder(options: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -145,7 +164,7 @@ def _from_folder(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _place(path: Any, folder: Path) -> str:
-    return path if path == REGISTRY_FILE else str(folder / Path(str(path)).expanduser())
+    return path if path == REGISTRY_FILE or is_url(str(path)) else str(folder / Path(str(path)).expanduser())
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -42,11 +42,16 @@ class SampleJson:
         suffix = f', "pad": {pad}}}\n' if pad else "}\n"
         return f'{self._prefix}, "start": {start}, "end": {end}, "strand": "{strand}"{suffix}'.encode()
 
-    def size(self, start: np.ndarray, end: np.ndarray, pad: np.ndarray) -> np.ndarray:
-        """Bytes of `encode` for each row, (n,) int64."""
-        fixed = len(self.encode(0, 0, "+", 0)) - 2
-        padded = np.where(pad > 0, len(', "pad": ') + decimal_digits(pad), 0)
-        return fixed + decimal_digits(start) + decimal_digits(end) + padded
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of `encode` beside the digits of start and end, and beside the padding."""
+        return len(self.encode(0, 0, "+", 0)) - 2
+
+
+def json_sizes(fixed: np.ndarray, start: np.ndarray, end: np.ndarray, pad: np.ndarray) -> np.ndarray:
+    """Bytes of `SampleJson.encode` for each row, whose `fixed_bytes` are given, (n,) int64."""
+    padded = np.where(pad > 0, len(', "pad": ') + decimal_digits(pad), 0)
+    return fixed + decimal_digits(start) + decimal_digits(end) + padded
 
 
 def decimal_digits(values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """A tar alone -> its index: walks the members, checks their form, and measures the bases."""
 
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from data_prep.composition import composition
 from data_prep.runs import listed_runs, run_table
 from data_prep.tar_format import BLOCK, END, member_header
 
-_CHUNK = 1 << 22
 STORED_DTYPE = np.dtype([("contig", "<u4"), ("start", "<u8"), ("end", "<u8"), ("strand", "u1")])
 NO_WINDOWS = np.empty(0, dtype=STORED_DTYPE)
 
@@ -63,15 +61,6 @@ def read_tar(path: Path, contig_rows: Mapping[str, int]) -> TarContent:
             descriptions.append(description)
     index = ShardIndex(np.array(samples, dtype=SAMPLE_DTYPE), np.concatenate([run_table(0, listed_runs(b"")), *runs]))
     return TarContent(index, np.array(windows, dtype=STORED_DTYPE), keys, descriptions)
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_member(file: BinaryIO, path: Path) -> tuple[str, bytes] | None:

@@ -92,7 +92,9 @@ class TwoBitReader:
         for number in range(count):
             end_of_name = at + 1 + index[at] if at < len(index) else len(index)
             if end_of_name + offset_size > len(index):
-                raise UserError(f"{self._file.path}: truncated in the index, at contig {number + 1} of {count}")
+                raise UserError(
+                    f"{self._file.path}: truncated in the index, at contig {number + 1} of {count}; download it again"
+                )
             name = index[at + 1 : end_of_name].decode("utf-8", "replace")
             if not name or not name.isprintable() or "\ufffd" in name:
                 raise UserError(f"{self._file.path}: contig {number + 1} has no readable name; the file is damaged")
@@ -112,7 +114,7 @@ class TwoBitReader:
             length, n_blocks, n_blocks_at, mask_blocks, mask_blocks_at, packed_at=mask_blocks_at + 8 * mask_blocks + 4
         )
         if record.packed_at + (length + 3) // 4 > self._file.size:
-            raise UserError(f"{self._file.path}: truncated in contig {name!r}")
+            raise UserError(f"{self._file.path}: truncated in contig {name!r}; download it again")
         self._read_blocks(name, n_blocks_at, n_blocks, length)
         self._read_blocks(name, mask_blocks_at, mask_blocks, length)
         return record
@@ -139,7 +141,7 @@ class TwoBitReader:
 
     def _pread(self, offset: int, count: int, what: str) -> bytes:
         if offset + count > self._file.size:
-            raise UserError(f"{self._file.path}: truncated in {what}")
+            raise UserError(f"{self._file.path}: truncated in {what}; download it again")
         return self._file.pread(offset, count)
 
     def __getstate__(self) -> dict:

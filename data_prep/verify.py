@@ -10,10 +10,12 @@ import numpy as np
 
 from caduceus.data.shards import SAMPLE_DTYPE, SPLITS, ShardIndex, index_path, load_manifest
 from caduceus.errors import UserError
-from data_prep.dataset import read_part
+from data_prep.dataset import read_part, shard_rows
+from data_prep.files import note, sha256_of
 from data_prep.intervals import size, union
+from data_prep.line import GenomeLine
 from data_prep.progress import Progress
-from data_prep.tar_index import NO_WINDOWS, TarContent, read_tar, sha256_of
+from data_prep.tar_index import NO_WINDOWS, TarContent, read_tar
 from data_prep.workers import Workers
 
 
@@ -32,6 +34,8 @@ def verify(directory: Path, workers: int) -> int:
     """Check all of a dataset and print each problem; returns the exit status, 0 where it is sound, else 1."""
     manifest = load_manifest(directory)
     problems = list(misplaced_files(directory, manifest))
+    if not (directory / "report.html").is_file():
+        note(f"{directory / 'report.html'} is missing; the command that made the shards writes it again")
     tasks = [
         CheckTask(directory / part["name"], [contig["name"] for contig in part["contigs"]], part["name"], split, shard)
         for part in manifest["species"]
@@ -54,7 +58,8 @@ def verify(directory: Path, workers: int) -> int:
 
 
 def misplaced_files(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """Species whose own part differs from the manifest, and tars that no manifest names."""
+    """Species whose own part differs from the manifest, and tars and indexes that it does not name."""
+    listed = set()
     for part in manifest["species"]:
         folder = directory / part["name"]
         try:
@@ -62,10 +67,11 @@ def misplaced_files(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
                 yield f"{folder / 'species.json'}: differs from the manifest"
         except UserError as error:
             yield str(error)
-        listed = {shard["name"] for stored in part["splits"].values() for shard in stored["shards"]}
-        for path in sorted(folder.glob("*.tar")):
-            if path.name not in listed:
-                yield f"{path}: is not in the manifest"
+        tars = [folder / shard["name"] for shard in shard_rows(part)]
+        listed |= {*tars, *map(index_path, tars)}
+    for pattern in ("*.tar", "*.index.npz", "*/*.tar", "*/*.index.npz"):
+        for path in sorted(set(directory.glob(pattern)) - listed):
+            yield f"{path}: is not in the manifest; move it elsewhere"
 
 
 def check_shard(task: CheckTask) -> tuple[list[str], np.ndarray]:
@@ -130,6 +136,7 @@ def coverage_problems(manifest: dict[str, Any], tasks: list[CheckTask], tables: 
             where = f"{part['name']} {split}"
             if (stored["end"] > lengths[stored["contig"]]).any():
                 yield f"{where}: windows reach beyond their contigs"
+                continue
             planned = part["report"]["splits"][split]
             windows = np.unique(stored[["contig", "start", "end"]])
             if len(windows) != planned["windows"]:
@@ -138,12 +145,13 @@ def coverage_problems(manifest: dict[str, Any], tasks: list[CheckTask], tables: 
                 yield f"{where}: a window stands twice"
             if part["plan"]["strands"] == "both" and len(stored) != 2 * len(windows):
                 yield f"{where}: a window lacks a strand"
-            bases = covered_bases(windows)
+            bases = covered_bases(windows, lengths)
             if bases != planned["bases"]:
                 yield f"{where}: covers {bases:,} bases instead of the {planned['bases']:,} planned"
 
 
-def covered_bases(windows: np.ndarray) -> int:
-    """Bases of the genome that lie in at least one window."""
-    contigs = (windows[windows["contig"] == contig] for contig in np.unique(windows["contig"]))
-    return sum(size(union(np.stack([table["start"], table["end"]], axis=1).astype(np.int64))) for table in contigs)
+def covered_bases(windows: np.ndarray, lengths: np.ndarray) -> int:
+    """Bases of the genome, with contigs of these lengths, that lie in at least one window."""
+    offsets = GenomeLine(lengths).starts[windows["contig"]]
+    bounds = np.stack([windows["start"], windows["end"]], axis=1).astype(np.int64)
+    return size(union(bounds + offsets[:, None]))

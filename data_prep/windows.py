@@ -1,13 +1,14 @@
-"""Regions of a contig -> windows: which stretches become samples, and why the rest does not."""
+"""Regions of the contigs -> windows: which stretches become samples, and why the rest does not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from caduceus.data.shards import SPLITS
 from data_prep.composition import Scan
-from data_prep.intervals import EMPTY, complement, covered, difference, intersection, size, union
+from data_prep.intervals import EMPTY, covered, difference, intersection, size, union
+from data_prep.line import GenomeLine
 from data_prep.options import PlanOptions
 
 WINDOW_DTYPE = np.dtype(
@@ -24,17 +25,18 @@ DROPPED = ("excluded", "gap", "outside_intervals", "leakage", "low_acgt", "betwe
 
 
 @dataclass(frozen=True)
-class ContigWindows:
-    """The windows of one contig (WINDOW_DTYPE, sorted), and where its bases went.
+class GenomeWindows:
+    """The windows of the used contigs (WINDOW_DTYPE, sorted), and where the bases of these contigs went.
 
-    `kept` and each of `dropped` (keys DROPPED) count bases once; together they are the contig. `low_acgt_windows`
-    counts the windows that `--min-acgt` left out. `leaked`: bases of train windows that lie in valid or test windows,
-    by split and in `either`.
+    `kept` and each of `dropped` (keys DROPPED) count bases once; together they are the contigs. `split_bases` counts
+    the bases of each split once. `low_acgt_windows` counts the windows that `--min-acgt` left out. `leaked`: bases of
+    train windows that lie in valid or test windows, by split and in `either`.
     """
 
     windows: np.ndarray
     kept: int
     dropped: dict[str, int]
+    split_bases: dict[str, int]
     low_acgt_windows: int
     leaked: dict[str, int]
 
@@ -50,30 +52,36 @@ class _Candidates:
     segment_ends: np.ndarray
 
 
-def contig_windows(
-    row: int,
-    length: int,
-    regions: Mapping[str, np.ndarray],
-    excluded: np.ndarray,
-    scan: Scan,
+def cut_windows(
+    lengths: Sequence[int],
+    regions: Sequence[Mapping[str, np.ndarray]],
+    excluded: Sequence[np.ndarray],
+    scans: Sequence[Scan],
     options: PlanOptions,
-) -> ContigWindows:
-    """Windows of contig number `row`. `regions` are each split's intervals, (n, 2), `excluded` a set of bases."""
-    if length < options.min_window:  # nothing to weigh; a draft assembly has many of these
-        return _too_short(length)
+) -> GenomeWindows:
+    """Windows of contigs, each with its length, its splits' intervals (n, 2), its excluded set and its scan.
+
+    All contigs are cut at once: a draft assembly has too many of them to go one by one.
+    """
+    usable = [row for row, length in enumerate(lengths) if length >= options.min_window]
+    line = GenomeLine([lengths[row] for row in usable])
+    present = [split for split in SPLITS if any(split in of_contig for of_contig in regions)]
+    rows = {split: line.place([regions[row].get(split, EMPTY) for row in usable]) for split in present}
+    removed = line.place([excluded[row] for row in usable])
     if options.interval_mode == "tile":
-        candidates = _tile_regions(regions, excluded, scan, options)
+        n_runs = line.place([scans[row].n_runs for row in usable])
+        candidates = _tile_regions(rows, removed, n_runs, options)
     else:
-        candidates = _windows_of_rows(length, regions, excluded, options)
-    windows = np.sort(_table(row, candidates.windows), order=("start", "end", "split"))
-    rich = enough_acgt(windows, scan, options.min_acgt)
+        candidates = _windows_of_rows(line, rows, removed, options)
+    windows = _table(candidates.windows)
+    rich = enough_acgt(windows, line.place([scans[row].non_acgt for row in usable]), options.min_acgt)
     kept = footprint(windows[rich])
-    rest = complement(kept, length)
+    rest = difference(line.contigs, kept)
     dropped = dict.fromkeys(DROPPED, 0)
     for reason, bases in (
-        ("excluded", excluded),
+        ("excluded", removed),
         ("gap", candidates.gaps),
-        ("outside_intervals", complement(candidates.asked_for, length)),
+        ("outside_intervals", difference(line.contigs, candidates.asked_for)),
         ("leakage", candidates.leakage),
         ("low_acgt", footprint(windows[~rich])),
     ):
@@ -82,12 +90,16 @@ def contig_windows(
     at_end = np.isin(rest[:, 1], candidates.segment_ends) | (options.step <= options.window)
     dropped["between_windows"] = size(rest[~at_end])
     dropped["tail" if options.tail == "drop" else "short"] = size(rest[at_end])
-    return ContigWindows(windows[rich], size(kept), dropped, int((~rich).sum()), leaked_bases(windows[rich]))
-
-
-def _too_short(length: int) -> ContigWindows:
-    dropped = dict.fromkeys(DROPPED, 0) | {"short": length}
-    return ContigWindows(np.empty(0, dtype=WINDOW_DTYPE), 0, dropped, 0, {"valid": 0, "test": 0, "either": 0})
+    dropped["short"] += sum(lengths) - int(line.lengths.sum())
+    bases_of = {split: footprint(windows[rich & (windows["split"] == n)]) for n, split in enumerate(SPLITS)}
+    return GenomeWindows(
+        windows=_on_contigs(windows[rich], line, np.array(usable, dtype=np.int64)),
+        kept=size(kept),
+        dropped=dropped,
+        split_bases={split: size(bases) for split, bases in bases_of.items()},
+        low_acgt_windows=int((~rich).sum()),
+        leaked=leaked_bases(bases_of),
+    )
 
 
 def tile(segments: np.ndarray, options: PlanOptions) -> np.ndarray:
@@ -107,39 +119,38 @@ def tile(segments: np.ndarray, options: PlanOptions) -> np.ndarray:
     return windows[windows[:, 1] - windows[:, 0] >= options.min_window]
 
 
-def extend(rows: np.ndarray, length: int, window: int) -> np.ndarray:
-    """Move each row's end to start + window, and the whole inward where that is beyond the contig, (n, 2).
+def extend(rows: np.ndarray, contigs: np.ndarray, window: int) -> np.ndarray:
+    """Move each row's end to start + window, and the whole inward where that is beyond its contig, (n, 2).
 
     The rule of the published training sets (Avsec et al. 2021; Nguyen et al. 2023, arXiv:2306.15794), with 2^20 as
     window. A contig shorter than the window gives all of itself.
     """
-    start = np.maximum(np.minimum(rows[:, 0], length - window), 0)
-    return np.stack([start, np.minimum(start + window, length)], axis=1)
+    start = np.maximum(np.minimum(rows[:, 0], contigs[:, 1] - window), contigs[:, 0])
+    return np.stack([start, np.minimum(start + window, contigs[:, 1])], axis=1)
 
 
-def enough_acgt(windows: np.ndarray, scan: Scan, min_acgt: float) -> np.ndarray:
+def enough_acgt(windows: np.ndarray, non_acgt: np.ndarray, min_acgt: float) -> np.ndarray:
     """Which windows have at least this share of ACGT among their own bases (padding aside), (n,) bool."""
     start, end = windows["start"].astype(np.int64), windows["end"].astype(np.int64)
-    return (end - start) - covered(start, end, scan.non_acgt) >= min_acgt * (end - start)
+    return (end - start) - covered(start, end, non_acgt) >= min_acgt * (end - start)
 
 
 def footprint(windows: np.ndarray) -> np.ndarray:
-    """The set of bases that lie in at least one of the windows (WINDOW_DTYPE), which are of one contig."""
+    """The set of bases that lie in at least one of the windows (WINDOW_DTYPE), all on one line."""
     return union(np.stack([windows["start"], windows["end"]], axis=1).astype(np.int64))
 
 
-def leaked_bases(windows: np.ndarray) -> dict[str, int]:
-    """Bases of one contig's train windows that also lie in its valid windows, test windows, or either."""
-    train, valid, test = (footprint(windows[windows["split"] == number]) for number in range(len(SPLITS)))
-    either = union(np.concatenate([valid, test]))
-    held_out = {"valid": valid, "test": test, "either": either}
-    return {name: size(intersection(train, bases)) for name, bases in held_out.items()}
+def leaked_bases(bases_of: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Bases of train that also lie in valid, test, or either; `bases_of` holds each split's set."""
+    valid, test = bases_of["valid"], bases_of["test"]
+    held_out = {"valid": valid, "test": test, "either": union(np.concatenate([valid, test]))}
+    return {name: size(intersection(bases_of["train"], bases)) for name, bases in held_out.items()}
 
 
 def _tile_regions(
-    regions: Mapping[str, np.ndarray], excluded: np.ndarray, scan: Scan, options: PlanOptions
+    regions: Mapping[str, np.ndarray], excluded: np.ndarray, n_runs: np.ndarray, options: PlanOptions
 ) -> _Candidates:
-    gaps = EMPTY if options.cut_gaps == 0 else scan.n_runs[np.diff(scan.n_runs)[:, 0] >= options.cut_gaps]
+    gaps = EMPTY if options.cut_gaps == 0 else n_runs[np.diff(n_runs)[:, 0] >= options.cut_gaps]
     asked = {split: union(rows) for split, rows in regions.items()}
     segments = {split: difference(difference(rows, excluded), gaps) for split, rows in asked.items()}
     leakage = EMPTY
@@ -151,39 +162,51 @@ def _tile_regions(
         asked_for=union(np.concatenate([EMPTY, *asked.values()])),
         gaps=gaps,
         leakage=intersection(leakage, asked.get("train", EMPTY)),
-        segment_ends=np.concatenate([pieces[:, 1] for pieces in segments.values()]),
+        segment_ends=np.concatenate([EMPTY[:, 1], *(pieces[:, 1] for pieces in segments.values())]),
     )
 
 
 def _windows_of_rows(
-    length: int, regions: Mapping[str, np.ndarray], excluded: np.ndarray, options: PlanOptions
+    line: GenomeLine, regions: Mapping[str, np.ndarray], excluded: np.ndarray, options: PlanOptions
 ) -> _Candidates:
     """Each row, as it is or extended, is a window; what is excluded or leaks is cut out of it."""
-    rows = {
-        split: np.unique(extend(rows, length, options.window) if options.interval_mode == "extend" else rows, axis=0)
-        for split, rows in regions.items()
-    }
+    rows = dict(regions)
+    if options.interval_mode == "extend":
+        contigs = line.contigs
+        rows = {s: extend(r, contigs[line.contig_of(r[:, 0])], options.window) for s, r in regions.items()}
     leakage = EMPTY
     if options.leakage_forbidden and "train" in rows:
         leakage = union(np.concatenate([EMPTY, *(rows[split] for split in rows if split != "train")]))
     windows = {}
     for split, of_split in rows.items():
         removed = union(np.concatenate([excluded, leakage])) if split == "train" else excluded
-        pieces = np.unique(intersection(of_split, complement(removed, length)), axis=0)
+        pieces = np.unique(intersection(of_split, difference(line.contigs, removed)), axis=0)
         pieces = pieces[pieces[:, 1] - pieces[:, 0] >= options.min_window]
         windows[split] = np.concatenate([pieces, np.zeros((len(pieces), 1), dtype=np.int64)], axis=1)
     asked_for = union(np.concatenate([EMPTY, *rows.values()]))
     return _Candidates(windows, asked_for, gaps=EMPTY, leakage=leakage, segment_ends=asked_for[:, 1])
 
 
-def _table(row: int, windows: Mapping[str, np.ndarray]) -> np.ndarray:
+def _table(windows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Windows on the line as a sorted table (WINDOW_DTYPE)."""
     tables = [np.empty(0, dtype=WINDOW_DTYPE)]
     for split, of_split in windows.items():
         table = np.zeros(len(of_split), dtype=WINDOW_DTYPE)
-        table["contig"], table["split"] = row, SPLITS.index(split)
+        table["split"] = SPLITS.index(split)
         table["start"], table["end"], table["pad"] = of_split.T
         tables.append(table)
-    return np.concatenate(tables)
+    table = np.concatenate(tables)
+    return table[np.lexsort([table[key] for key in ("pad", "split", "end", "start")])]
+
+
+def _on_contigs(windows: np.ndarray, line: GenomeLine, rows: np.ndarray) -> np.ndarray:
+    """The windows with rows of the contig table, and with places on their contigs instead of the line."""
+    number = line.contig_of(windows["start"].astype(np.int64))
+    placed = windows.copy()
+    placed["contig"] = rows[number]
+    placed["start"] -= line.starts[number].astype(np.uint64)
+    placed["end"] -= line.starts[number].astype(np.uint64)
+    return placed
 
 
 def _tails(start: np.ndarray, end: np.ndarray, full: np.ndarray, options: PlanOptions) -> np.ndarray:

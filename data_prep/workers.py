@@ -52,16 +52,22 @@ class Workers:
                 yield waiting.pop(future), future.result()
             submit(len(done))
 
+    def abort(self) -> None:
+        """End the processes in the middle of what they do, and wait until they are gone."""
+        if self._pool is not None:
+            for process in list(self._pool._processes.values()):
+                process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
     def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._pool is None:
-            return
-        if kind is not None:  # what runs now is of no use to anybody; temporary files go with the next run
-            for process in list(self._pool._processes.values()):
-                process.terminate()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if kind is not None:  # what runs now is of no use to anybody
+            self.abort()
+        elif self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def available_cores() -> int:

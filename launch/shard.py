@@ -48,7 +48,7 @@ class MergeTask:
     out: Path
 
     def __call__(self) -> None:
-        print_summary(merge(list(self.parts), self.out), self.out)
+        print_summary(merge(list(self.parts), self.out, add=True), self.out)
         shutil.rmtree(work_folder(self.out) / "parts")
 
 

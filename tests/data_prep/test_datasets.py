@@ -1,6 +1,8 @@
 """Regions, splits, several species, adding, merging and rebuilding, through the command."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from caduceus.data.shards import load_manifest
 from caduceus.errors import UserError
+from data_prep import sharding
+from data_prep.report import split_coverage
 from tests.data_prep.genomes import (
     random_bases,
     read_fasta,
@@ -54,13 +58,14 @@ def windows_of(directory: Path) -> set[tuple[str, str, int, int]]:
 
 def test_rows_of_a_bed_file_are_the_windows(shards, tmp_path: Path) -> None:
     bed = tmp_path / "rows.bed"
+    exact = ("--interval-mode", "exact", "--window", 800)
     bed.write_text("track name=x\n#c\nchr1\t10\t110\ttrain\n1\t50\t150\tvalid\nchr2\t0\t800\ttest\nchr9\t0\t5\ttrain\n")
-    out, part = shards("--intervals", bed, "--interval-mode", "exact", "--no-forbid-leakage")
+    out, part = shards("--intervals", bed, *exact, "--no-forbid-leakage")
     assert windows_of(out) == {("train", "chr1", 10, 110), ("valid", "chr1", 50, 150), ("test", "chr2", 0, 800)}
     assert part["report"]["leakage"] == {"valid": 60, "test": 0, "either": 60}
     assert part["report"]["notes"] == ["--intervals: 1 of 4 rows are on contigs that are not used: chr9"]
     assert part["report"]["dropped"]["outside_intervals"] == 4000 + 2500 - 140 - 800
-    out, part = shards("--intervals", bed, "--interval-mode", "exact")
+    out, part = shards("--intervals", bed, *exact)
     assert windows_of(out) == {("train", "chr1", 10, 50), ("valid", "chr1", 50, 150), ("test", "chr2", 0, 800)}
     assert part["report"]["leakage"]["either"] == 0
     out, _ = shards("--intervals", bed)
@@ -77,6 +82,17 @@ def test_extended_rows_leak_unless_told_not_to(shards, tmp_path: Path) -> None:
     out, part = shards("--intervals", bed, "--interval-mode", "extend", "--forbid-leakage")
     assert windows_of(out) == {("train", "chr1", 0, 100), ("valid", "chr1", 100, 600), ("train", "chr1", 3500, 4000)}
     assert part["report"]["leakage"]["either"] == 0
+
+
+@pytest.mark.parametrize("mode", ["exact", "extend"])
+def test_rows_longer_than_the_window_are_not_shortened_unasked(shards, tmp_path: Path, mode: str) -> None:
+    bed = tmp_path / "rows.bed"
+    bed.write_text("chr1\t0\t500\nchr1\t500\t1001\n")
+    refusal = r"rows\.bed:2: has 501 bases, and no window is longer than --window 500; raise that, or cut rows"
+    with pytest.raises(UserError, match=refusal):
+        shards("--intervals", bed, "--interval-mode", mode)
+    out, _ = shards("--intervals", bed, "--min-window", 1)
+    assert windows_of(out) == {("train", "chr1", 0, 500), ("train", "chr1", 500, 1000), ("train", "chr1", 1000, 1001)}
 
 
 def test_excluded_regions_are_in_no_window(shards, tmp_path: Path) -> None:
@@ -162,15 +178,83 @@ def test_added_or_merged_species_equal_one_run(genomes: Path, tmp_path: Path) ->
         shard("--genomes", single, "--out", tmp_path / f"node{number}", "--workers", 1)
     nodes = [tmp_path / f"node{number}" for number in (2, 0, 1)]
     shard("--merge", *nodes, "--out", merged)
-    assert names_aside(tree_digest(added)) == names_aside(tree_digest(merged)) == names_aside(tree_digest(together))
+    assert tree_digest(added) == tree_digest(merged) == tree_digest(together)
     assert "sound" in shard("--verify", merged)
     shard("--merge", *nodes, "--out", merged)  # a second time changes nothing
-    assert names_aside(tree_digest(merged)) == names_aside(tree_digest(together))
+    assert tree_digest(merged) == tree_digest(together)
 
 
-def names_aside(digest: dict[str, str]) -> dict[str, str]:
-    """The report's heading is the directory's name."""
-    return {name: value for name, value in digest.items() if name != "report.html"}
+def test_another_weight_needs_no_other_shards(genomes: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    shard("--genomes", write_yaml(genomes), "--out", out, "--workers", 1)
+    other = genomes / "other.yaml"
+    other.write_text(YAML.format(weights="bases^0.5").replace("weight: 2", "weight: 3"))
+    shard("--genomes", other, "--out", tmp_path / "anew", "--workers", 1)
+    monkeypatch.setattr(sharding, "write_shard", None)
+    shard("--genomes", other, "--out", out, "--workers", 1)
+    assert tree_digest(out) == tree_digest(tmp_path / "anew")
+
+
+MERGE_DAMAGE = {
+    "short tar": lambda folder: os.truncate(folder / "train-000000.tar", 1000),
+    "lost tar": lambda folder: (folder / "train-000000.tar").unlink(),
+    "lost index": lambda folder: (folder / "train-000000.index.npz").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", MERGE_DAMAGE)
+def test_damaged_datasets_are_not_merged(shards, tmp_path: Path, damage: str) -> None:
+    (fly, _), (worm, _) = shards(), shards(species="worm")
+    MERGE_DAMAGE[damage](worm / "worm")
+    with pytest.raises(UserError, match=r"worm/train-000000\.tar: missing or not whole.*then merge"):
+        shard("--merge", fly, worm, "--out", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_fails_leaves_nothing_and_one_again_restores(shards, tmp_path: Path, monkeypatch) -> None:
+    fly, _ = shards()
+    merged = tmp_path / "merged"
+
+    def fail(*_) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fail)
+        patch.setattr(shutil, "copyfile", fail)
+        with pytest.raises(UserError, match="cannot be written"):
+            shard("--merge", fly, "--out", merged)
+    assert not merged.exists()
+    shard("--merge", fly, "--out", merged)
+    (merged / "fly" / "train-000000.tar").unlink()
+    shard("--merge", fly, "--out", merged)
+    assert tree_digest(merged) == tree_digest(fly)
+
+
+def test_merging_into_another_dataset_needs_add(shards) -> None:
+    (fly, _), (worm, _) = shards(), shards(species="worm")
+    with pytest.raises(UserError, match=r"holds another dataset \(species fly\).*--add"):
+        shard("--merge", worm, "--out", fly)
+    shard("--merge", worm, "--out", fly, "--add")
+    assert [part["name"] for part in load_manifest(fly)["species"]] == ["fly", "worm"]
+
+
+@pytest.mark.parametrize(
+    ("task", "option"),
+    [
+        ("--merge", ("--window", 100)),
+        ("--merge", ("--no-forbid-leakage",)),
+        ("--verify", ("--seed", 0)),
+        ("--verify", ("--out", "x")),
+        ("--rebuild-index", ("--species", "fly")),
+    ],
+)
+def test_options_without_effect_are_refused(shards, tmp_path: Path, task: str, option: tuple) -> None:
+    out, _ = shards()
+    target = ("--out", tmp_path / "merged") if task == "--merge" else ()
+    name = option[0].replace("--no-", "--")
+    with pytest.raises(UserError, match=f"^{name}: has no effect with {task}; leave it out$"):
+        shard(task, out, *target, *option)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_another_species_is_not_added_unasked(genomes: Path, shards) -> None:
@@ -214,6 +298,23 @@ def test_report_is_self_contained(shards) -> None:
     assert "http" not in html and "<script" not in html and "<link" not in html
     for text in ("fly", "chr1", "chr2", f"{part['report']['bases']:,}", "mitochondrion"):
         assert text in html
+
+
+def test_report_gives_shares_of_the_genome_where_splits_overlap(shards, tmp_path: Path) -> None:
+    bed = tmp_path / "rows.bed"
+    bed.write_text("chr1\t0\t100\ttrain\nchr1\t100\t200\tvalid\n")
+    out, part = shards("--intervals", bed, "--interval-mode", "extend")
+    assert part["report"]["splits"]["valid"]["bases"] == 500
+    html = (out / "report.html").read_text()
+    assert f"<title>valid: 500 bp, {500 / part['report']['bases']:.1%} of the genome</title>".replace("%", " %") in html
+
+
+def test_report_draws_no_padding(shards) -> None:
+    """worm's chr2 has 700 bases, of which its windows of 500 hold 1,000."""
+    out, part = shards("--tail", "pad", "--cut-gaps", 0, species="worm")
+    for number, length in enumerate((3000, 700)):
+        (drawn,) = split_coverage(out / "worm", part, "train", [number])[number]
+        assert length - 16 < drawn[1] <= length, "runs below 16 are not listed, and not to be seen"
 
 
 @pytest.mark.slow

@@ -121,6 +121,33 @@ def test_leftovers_of_a_kill_at_the_very_end_are_removed(fasta: Path, undisturbe
     assert [path.name for path in dataset.rglob(".*")] == [".lock"]
 
 
+LOSSES = {
+    "tar": lambda folder: (folder / "train-000001.tar").unlink(),
+    "short tar": lambda folder: os.truncate(folder / "train-000001.tar", 1000),
+    "index": lambda folder: (folder / "valid-000000.index.npz").unlink(),
+    "short index": lambda folder: os.truncate(folder / "valid-000000.index.npz", 100),
+    "all": lambda folder: [path.unlink() for path in folder.glob("*.tar")],
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_same_command_restores_what_was_lost(
+    fasta: Path, undisturbed: Path, dataset: Path, loss: str, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    from data_prep import sharding
+
+    arguments = ("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS, "--workers", 1)
+    LOSSES[loss](dataset / "s")
+    with monkeypatch.context() as patch:  # killed before the first shard is written
+        patch.setattr(sharding, "write_shard", lambda task: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            shard(*arguments)
+    shard(*arguments)
+    assert tree_digest(dataset) == tree_digest(undisturbed)
+    assert [path.name for path in dataset.rglob(".*")] == [".lock"]
+    assert re.search(r"/s: \d+ of \d+ shards are missing or damaged; writing", capsys.readouterr().err)
+
+
 def test_a_second_run_into_the_directory_refuses(fasta: Path, dataset: Path) -> None:
     with (dataset / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -145,6 +172,55 @@ def test_a_full_disk_is_a_clean_error_and_resumable(fasta: Path, undisturbed: Pa
     assert not list(out.rglob("*.tar")) and not list(out.rglob("*.tmp")) and not (out / "manifest.json").exists()
     shard("--fasta", fasta, "--species", "s", "--out", out, *OPTIONS, "--workers", 1)
     assert tree_digest(out) == tree_digest(undisturbed)
+
+
+def test_a_run_that_fails_leaves_nothing_half_written(fasta: Path, tmp_path: Path, monkeypatch) -> None:
+    from data_prep import sharding
+
+    out = tmp_path / "out"
+
+    def fail(directories, plans, pool) -> None:
+        directories[0].begin()
+        (directories[0].path / ".train-000000.tar.1.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sharding, "write_species", fail)
+    with pytest.raises(KeyboardInterrupt):
+        shard("--fasta", fasta, "--species", "s", "--out", out, *OPTIONS, "--workers", 1)
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    big = write_fasta(tmp_path / "big.fa", {"chr1": "ACGT" * 5_000_000, "chr2": "ACGT" * 1000})
+    process = subprocess.Popen(command(big, tmp_path / "out", "--workers", "1"), stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").glob("s/.*.tmp")):
+        time.sleep(0.001)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (130, "interrupted; run the same command again to go on\n")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+ADVICE = {
+    ("--workers", "x"): "--workers: must be a whole number of at least 1, got x",
+    ("--shard-bytes", "hello"): "--shard-bytes: 'hello' is not a size; write it like",
+}
+
+
+@pytest.mark.parametrize("option", ADVICE)
+def test_mistakes_name_their_option(fasta: Path, tmp_path: Path, option: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match=ADVICE[option]):
+        shard("--fasta", fasta, "--species", "s", "--out", tmp_path / "out", *option)
+
+
+def test_a_damaged_tar_is_not_indexed(dataset: Path) -> None:
+    cut_tar(dataset)
+    with pytest.raises(
+        UserError, match=r"train-000001\.tar: ends within .*; restore the tar, or shard the genome again"
+    ):
+        shard("--rebuild-index", dataset)
 
 
 def test_too_little_room_is_told_before_anything_is_written(fasta: Path, tmp_path: Path, monkeypatch) -> None:
@@ -206,6 +282,11 @@ DAMAGE = {
     lambda out: (out / "s" / "train-000001.index.npz").unlink(): r"train-000001\.index\.npz: is missing",
     lambda out: (out / "s" / "species.json").write_text("{}"): r"species\.json: differs from the manifest",
     lambda out: shutil.copy(out / "s" / "train-000000.tar", out / "s" / "train-000099.tar"): r"000099.*not in the man",
+    lambda out: shutil.copy(out / "s" / "train-000000.index.npz", out / "s" / "train-000099.index.npz"): (
+        r"s/train-000099\.index\.npz: is not in the manifest"
+    ),
+    lambda out: shutil.copytree(out / "s", out / "t"): r"t/train-000000\.tar: is not in the manifest",
+    lambda out: shutil.copy(out / "s" / "train-000000.tar", out / "x.tar"): r"/x\.tar: is not in the manifest",
 }
 
 
@@ -216,6 +297,12 @@ def test_verify_names_the_damage(dataset: Path, damage, capsys: pytest.CaptureFi
         shard("--verify", dataset, "--workers", 1)
     lines = capsys.readouterr().err
     assert re.search(DAMAGE[damage], lines), lines
+
+
+def test_verify_says_that_the_report_is_missing(dataset: Path, capsys: pytest.CaptureFixture) -> None:
+    (dataset / "report.html").unlink()
+    assert "sound" in shard("--verify", dataset, "--workers", 1)
+    assert re.search(r"note: .*report\.html is missing", capsys.readouterr().err)
 
 
 def test_verify_refuses_a_changed_manifest(dataset: Path) -> None:

@@ -1,5 +1,8 @@
 """Interval sets and windows against plain definitions that go base by base."""
 
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +12,8 @@ from caduceus.data.shards import SPLITS
 from data_prep.composition import Composition, Scan, composition, join_scans, runs_where, scan
 from data_prep.intervals import EMPTY, complement, covered, difference, intersection, size, union
 from data_prep.options import PlanOptions
-from data_prep.windows import contig_windows, extend, tile
+from data_prep.plan import SpeciesRequest, plan_species
+from data_prep.windows import cut_windows, extend, tile
 
 LENGTH = 60
 interval_lists = st.lists(st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted), max_size=8)
@@ -111,10 +115,11 @@ def test_every_base_of_a_contig_is_accounted_for(
         for split, rows in (("train", train), ("valid", valid))
     }
     blacklist = union(np.minimum(array(excluded), length))
-    found = contig_windows(3, length, regions, blacklist, scan(np.frombuffer(text.encode(), np.uint8), 0), options)
+    scanned = scan(np.frombuffer(text.encode(), np.uint8), 0)
+    found = cut_windows([length], [regions], [blacklist], [scanned], options)
     rows = {split: set() for split in SPLITS}
     for contig, start, end, pad, split in found.windows.tolist():
-        assert contig == 3 and 0 <= start < end <= length and options.min_window <= end - start
+        assert contig == 0 and 0 <= start < end <= length and options.min_window <= end - start
         assert end - start + pad <= max(window, max((e - s for s, e in regions[SPLITS[split]].tolist()), default=0))
         own = text[start:end].upper()
         assert sum(base in "ACGT" for base in own) >= min_acgt * len(own)
@@ -132,6 +137,53 @@ def test_every_base_of_a_contig_is_accounted_for(
             assert sum(end - start for start, end in rows[split]) == len(covered_by[split]), "each base in one window"
 
 
+@given(
+    texts=st.lists(st.text("ACGTNNNNNR", min_size=1, max_size=LENGTH), min_size=1, max_size=4),
+    data=st.data(),
+    mode=st.sampled_from(["tile", "exact", "extend"]),
+    tail=st.sampled_from(["short", "inward", "drop", "pad"]),
+    window=st.integers(1, 20),
+    stride=st.none() | st.integers(1, 30),
+    shortest=st.integers(1, 8),
+    cut_gaps=st.integers(0, 6),
+)
+def test_contigs_together_are_cut_as_each_alone(texts, data, mode, tail, window, stride, shortest, cut_gaps) -> None:
+    options = PlanOptions(
+        window=window, stride=stride if mode == "tile" else None, tail=tail, min_window=min(shortest, window),
+        cut_gaps=cut_gaps, intervals="a.bed", interval_mode=mode,
+    )  # fmt: skip
+    contigs = []
+    for text in texts:
+        rows = [array(data.draw(interval_lists)) for _ in range(3)]
+        rows = [np.minimum(of_split, len(text)) for of_split in rows]
+        train, valid, excluded = (of_split[of_split[:, 0] < of_split[:, 1]] for of_split in rows)
+        scanned = scan(np.frombuffer(text.encode(), np.uint8), 0)
+        contigs.append((len(text), {"train": train, "valid": valid}, union(excluded), scanned))
+    together = cut_windows(*map(list, zip(*contigs, strict=True)), options)
+    alone = [cut_windows(*([value] for value in contig), options) for contig in contigs]
+    for row, of_contig in enumerate(alone):
+        of_contig.windows["contig"] = row
+    assert together.windows.tolist() == [window for found in alone for window in found.windows.tolist()]
+    assert (together.kept, together.low_acgt_windows) == (
+        sum(found.kept for found in alone),
+        sum(found.low_acgt_windows for found in alone),
+    )
+    for counts in ("dropped", "split_bases", "leaked"):
+        each = [getattr(found, counts) for found in alone]
+        assert getattr(together, counts) == {key: sum(count[key] for count in each) for key in each[0]}
+
+
+def test_a_draft_genome_is_planned_in_seconds(tmp_path) -> None:
+    names = [f"a_contig_name_of_more_than_24_letters_{number}" for number in range(30_000)]
+    genome = SimpleNamespace(contigs=dict.fromkeys(names, 1500), descriptions={}, path=tmp_path, sha256="")
+    scans = dict.fromkeys(names, Scan(Composition(bases=1500, at=1500), EMPTY, EMPTY))
+    started = time.process_time()
+    plan = plan_species(SpeciesRequest("s", tmp_path, "", PlanOptions()), genome, scans)
+    assert time.process_time() - started < 10, "one contig after another takes minutes"
+    assert plan.report["splits"]["train"] == {"windows": 30_000, "bases": 45_000_000}
+    assert len(set(plan.contig_keys)) == 30_000
+
+
 def published_interval(start: int, contig_length: int, longest: int = 2**20) -> tuple[int, int]:
     """The interval rule of the published hg38 data set, for crops of the full length, in its own order of steps."""
     end = start + longest
@@ -147,8 +199,9 @@ def test_extend_is_the_published_rule() -> None:
         starts = np.sort(rng.integers(0, max(length - 131_072, 1), size=2000))
         rows = np.stack([starts, starts + 131_072], axis=1)
         expected = [published_interval(start, length) for start in starts.tolist()]
-        assert list(map(tuple, extend(rows, length, 2**20).tolist())) == expected
-    assert extend(np.array([[5, 10]]), 700, 2**20).tolist() == [[0, 700]]
+        contigs = np.tile([0, length], (len(rows), 1))
+        assert list(map(tuple, extend(rows, contigs, 2**20).tolist())) == expected
+    assert extend(np.array([[5, 10]]), np.array([[0, 700]]), 2**20).tolist() == [[0, 700]]
 
 
 HG38_LENGTHS = (
@@ -162,16 +215,16 @@ def test_extend_mode_on_an_hg38_sized_table_gives_the_published_set() -> None:
     """As many rows of 131,072 bp as the published BED has, over the 24 chromosomes, clustered so that many overlap."""
     rng = np.random.default_rng(2)
     options = PlanOptions(intervals="hg38.bed", interval_mode="extend")
-    found, expected = set(), set()
+    regions, scans, expected = [], [], set()
     for row, length in enumerate(HG38_LENGTHS):
         number = round(34_021 * length / sum(HG38_LENGTHS))
         starts = np.sort(rng.integers(0, (length - 131_072) // 4096, number) * 4096)
         starts[-1] = length - 131_072
-        rows = np.stack([starts, starts + 131_072], axis=1)
-        all_bases = Scan(Composition(bases=length, at=length), EMPTY, EMPTY)
-        windows = contig_windows(row, length, {"train": rows}, EMPTY, all_bases, options).windows
-        found |= set(zip(windows["contig"].tolist(), windows["start"].tolist(), windows["end"].tolist(), strict=True))
+        regions.append({"train": np.stack([starts, starts + 131_072], axis=1)})
+        scans.append(Scan(Composition(bases=length, at=length), EMPTY, EMPTY))
         expected |= {(row, *published_interval(start, length)) for start in starts.tolist()}
+    windows = cut_windows(HG38_LENGTHS, regions, [EMPTY] * len(HG38_LENGTHS), scans, options).windows
+    found = set(zip(windows["contig"].tolist(), windows["start"].tolist(), windows["end"].tolist(), strict=True))
     assert len(expected) > 30_000
     assert found == expected
 
@@ -180,6 +233,6 @@ def test_extend_mode_on_an_hg38_sized_table_gives_the_published_set() -> None:
 def test_rows_that_become_the_same_window_stand_once(mode: str) -> None:
     options = PlanOptions(window=50, min_window=1, intervals="a.bed", interval_mode=mode)
     rows = array([[80, 90], [80, 90], [85, 95]])
-    found = contig_windows(0, 100, {"train": rows}, array([]), scan(np.full(100, ord("A"), np.uint8), 0), options)
+    found = cut_windows([100], [{"train": rows}], [EMPTY], [scan(np.full(100, ord("A"), np.uint8), 0)], options)
     expected = [(80, 90), (85, 95)] if mode == "exact" else [(50, 100)]
     assert list(zip(found.windows["start"].tolist(), found.windows["end"].tolist(), strict=True)) == expected
