@@ -11,6 +11,7 @@ import pytest
 def s3_bucket(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes | Path]) -> Iterator[str]:
     """The URL of a bucket that holds `files` by their keys; this process's environment points s3fs at it."""
     boto3 = pytest.importorskip("boto3")
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -20,6 +21,7 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes | Path]) -
         settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}
         for name, value in (settings | {"DEFAULT_REGION": "us-east-1"}).items():
             monkeypatch.setenv(f"AWS_{name}", value)
+        s3fs.S3FileSystem.clear_instance_cache()  # one made before has other settings
         client = boto3.client("s3")
         client.create_bucket(Bucket="genomes")
         for key, content in files.items():

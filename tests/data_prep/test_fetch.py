@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import http.server
-import importlib
 import multiprocessing
 import socket
 import subprocess
@@ -190,7 +189,7 @@ def test_unknown_scheme_and_missing_package(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="unknown kind of address 'gopher'"):
         fetch("gopher://host/x.fa", tmp_path)
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed, nor found before
-    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(UserError, match="pip install s3fs"):
         fetch("s3://bucket/x.fa", tmp_path)
 
