@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -21,7 +22,9 @@ def s3_bucket(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes | Path]) -
         settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret"}
         for name, value in (settings | {"DEFAULT_REGION": "us-east-1"}).items():
             monkeypatch.setenv(f"AWS_{name}", value)
-        s3fs.S3FileSystem.clear_instance_cache()  # one made before has other settings
+        # What earlier tests of this process left: a client with other settings, and their buckets.
+        s3fs.S3FileSystem.clear_instance_cache()
+        urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
         client = boto3.client("s3")
         client.create_bucket(Bucket="genomes")
         for key, content in files.items():
