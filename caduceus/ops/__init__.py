@@ -109,7 +109,7 @@ def selective_scan(
             *(t[None, None] for t in (B, C)),
             *(None if t is None else t[None] for t in (D, z, dt_bias)),
         )
-        return scan_over_ranks(_sliced_scan(module), operands, softplus, reverse, context)[0]
+        return scan_over_ranks(_sliced_scan(module), operands, softplus, reverse, context).squeeze(0)
     y, state = module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, initial_state)
     return (y, state) if return_final_state else y
 
@@ -138,7 +138,7 @@ def causal_conv1d(
     def convolve(x: Tensor) -> Tensor:
         return module.causal_conv1d(x[0], weight, bias, activation, reverse)[None, None]
 
-    return conv_over_ranks(convolve, x[None], 1, weight.shape[1] - 1, reverse, False, context)[0, 0]
+    return conv_over_ranks(convolve, x[None], 1, weight.shape[1] - 1, reverse, False, context).squeeze((0, 1))
 
 
 def bidirectional_conv1d(

@@ -13,7 +13,7 @@ from caduceus.ops.cpu.arrays import copied, flattened, lead, run_kernel
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool) -> Tensor:
     """As `naive.causal_conv1d`: x (B, L, E), weight (E, K), bias (E,) -> (B, L, E) in x's type."""
     x, weight, bias = (lead(t, 1) for t in (x, weight, bias))
-    return _conv_in_one_type(x, weight, bias, activation == "silu", reverse)[0, 0]
+    return _conv_in_one_type(x, weight, bias, activation == "silu", reverse).squeeze((0, 1))
 
 
 def bidirectional_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ def selective_scan(
     u, dt, B, C, initial_state = (lead(t, 2) for t in (u, dt, B, C, initial_state))
     A, D, z, dt_bias = (lead(t, 1) for t in (A, D, z, dt_bias))
     y, state = _scan_in_one_type(u, dt, A, B, C, D, z, dt_bias, initial_state, softplus, reverse)
-    return y[0], state[0, 0]
+    return y.squeeze(0), state.squeeze((0, 1))
 
 
 def bidirectional_scan(

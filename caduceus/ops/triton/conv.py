@@ -34,7 +34,7 @@ def bidirectional_conv1d(
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool) -> Tensor:
     """`caduceus.ops.causal_conv1d`: x (B, L, E) -> (B, L, E)."""
     bias = None if bias is None else bias[None]
-    return bidirectional_conv1d(x[None], weight[None], bias, activation=activation, reverse=reverse)[0, 0]
+    return bidirectional_conv1d(x[None], weight[None], bias, activation=activation, reverse=reverse).squeeze((0, 1))
 
 
 @torch.library.custom_op("caduceus::triton_conv_forward", mutates_args=())

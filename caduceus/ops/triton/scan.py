@@ -95,7 +95,7 @@ def selective_scan(
         None if initial_state is None else initial_state[None, None],
         reverse=reverse,
     )
-    return y[0], final_state[0, 0]
+    return y.squeeze(0), final_state.squeeze((0, 1))
 
 
 @torch.library.custom_op("caduceus::triton_scan_forward", mutates_args=())
