@@ -94,7 +94,7 @@ class SlicedScan:
         gradient = np.empty((directions, streams, batch, A.shape[2], channels), rates.dtype)
         run_kernel(
             backward_kernels.initial_state_gradient,
-            _scan_items(dy),
+            _scan_items(dy, _block(channels)),
             (*tensors, rates, bias),
             strides,
             (self.softplus, z is not None, self.reverse, length),
@@ -127,13 +127,14 @@ def _scan(u, dt, A, B, C, D, z, dt_bias, initial_state, softplus, reverse, keep)
     states = torch.zeros_like(final) if initial_state is None else initial_state
     states, final = _states_first(states), _states_first(final)
     tensors, strides = zip(*(flattened(t) for t in (u, dt, B, C, u[0] if z is None else z, y)), strict=True)
+    block = _forward_block(y)
     run_kernel(
         kernels.scan_forward,
-        _scan_items(y),
+        _scan_items(y, block),
         (*tensors[:5], *_scan_parameters(A, D, dt_bias), states),
         strides,
         (softplus, z is not None, reverse, keep, y.shape[2]),
-        _block(y.shape[3]),
+        block,
         tensors[5],
         final,
         kept.numpy(),
@@ -175,7 +176,7 @@ def _scan_backward(grad, grad_final, kept, u, dt, A, B, C, D, z, dt_bias, softpl
     tensors, strides = zip(*(flattened(t) for t in inputs), strict=True)
     run_kernel(
         backward_kernels.scan_backward,
-        _scan_items(grad),
+        _scan_items(grad, _block(channels)),
         (*tensors[:6], *_scan_parameters(A, D, dt_bias), _states_first(grad_final)),
         strides,
         (softplus, z is not None, reverse, length),
@@ -215,15 +216,23 @@ def _scan_gradients(ctx, grad, grad_final, _):
 _scan.register_autograd(_scan_gradients, setup_context=_save_scan)
 
 
-def _block(channels: int) -> int:
+def _block(channels: int, most: int = kernels.BLOCK) -> int:
     """Channels per item: as even as whole lanes allow, so that the last block is not nearly empty."""
-    blocks = math.ceil(channels / kernels.BLOCK)
+    blocks = math.ceil(channels / most)
     return math.ceil(channels / blocks / kernels.LANES) * kernels.LANES
 
 
-def _scan_items(y: Tensor) -> int:
+def _forward_block(y: Tensor) -> int:
+    """As wide as leaves work for every thread. A channel's results do not depend on those beside it; sums over
+    channels in the backward pass do, and so its block depends on no number of threads."""
     streams, batch, _, channels = y.shape
-    return streams * batch * math.ceil(channels / _block(channels))
+    parts = math.ceil(torch.get_num_threads() / max(1, streams * batch))
+    return _block(channels, max(kernels.LANES, min(kernels.FORWARD_BLOCK, math.ceil(channels / parts))))
+
+
+def _scan_items(y: Tensor, block: int) -> int:
+    streams, batch, _, channels = y.shape
+    return streams * batch * math.ceil(channels / block)
 
 
 def _scan_parameters(A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> tuple[np.ndarray, ...]:

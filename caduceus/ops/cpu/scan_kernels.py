@@ -26,8 +26,10 @@ from numba.extending import intrinsic, overload
 
 CHUNK = 16
 """Tokens between kept states. The backward pass recomputes the states of one chunk at a time."""
-BLOCK = 128
-"""Most channels per item of the scan."""
+BLOCK = 256
+"""Most channels per item of the backward pass: wide rows are fast, narrow ones share out the work."""
+FORWARD_BLOCK = 512
+"""Most channels per item of the forward pass."""
 LANES = 32
 """Scratch rows are whole multiples of this, so that odd channel counts leave no scalar remainder in the hot loops."""
 GROUP = 4
