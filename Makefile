@@ -37,4 +37,7 @@ bench: $(VENV)/installed
 	$(PY) benchmarks/cpu_step.py
 	$(PY) benchmarks/sharding.py
 	$(PY) benchmarks/loader.py
+	$(PY) benchmarks/context.py
+	$(PY) benchmarks/checkpointing.py
+	$(PY) benchmarks/distributed_table.py
 	$(PY) benchmarks/gpu_step.py
