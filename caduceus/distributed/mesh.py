@@ -121,7 +121,7 @@ def joined(config: Config) -> Iterator[Ranks]:
     check_layout(config, world)
     device = choose_device(config.run.device)
     make_deterministic(config.train.deterministic)
-    if world == 1:
+    if world == 1 and config.parallel.strategy in ("auto", "single"):
         yield Ranks(0, 1, 1, device)
         return
     if dist.is_initialized():
@@ -130,10 +130,13 @@ def joined(config: Config) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         _set_nccl_defaults(config.run.dir)
+    # One process may have been started without any address to meet at.
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(minutes=config.train.stall_minutes) + COLLECTIVE_MARGIN,
         device_id=device if device.type == "cuda" else None,
+        **alone,
     )
     try:
         yield Ranks(rank, world, config.parallel.context, device)
