@@ -406,7 +406,7 @@ def _check(config: Config) -> None:
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
-            raise UserError(f"{key}: choose one of {', '.join(choices)}; got '{value(key)}'")
+            raise UserError(f"{key}: choose one of {', '.join(map(str, choices))}; got '{value(key)}'")
     for key, least in _AT_LEAST.items():
         if value(key) < least:
             raise UserError(f"{key}: must be at least {least}, got {value(key)}")

@@ -45,6 +45,7 @@ def test_a_saved_configuration_loads_as_itself(preset: Path, tmp_path: Path) -> 
         ("model.vocab_size=13", "model.vocab_size"),
         ("model.bidirectional_strategy=mean", "model.bidirectional_strategy"),
         ("train.precision=fp8", "train.precision"),
+        ("parallel.zero_stage=5", "parallel.zero_stage: choose one of 0, 1, 2, 3"),
         ("data.mask_prob=1.5", "data.mask_prob"),
         ("data.random_token_prob=0.3", "data.random_token_prob"),
         ("data.objective=next_base", "data.objective"),
