@@ -21,6 +21,8 @@ from caduceus.errors import UserError
 
 COLLECTIVE_MARGIN = timedelta(minutes=10)
 """A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
+FOR_EVER = timedelta(days=365)
+"""Of a collective, where a step may take any time; the libraries know no other for ever."""
 FLIGHT_RECORDS = "2000"
 """Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
 
@@ -134,7 +136,7 @@ def joined(config: Config) -> Iterator[Ranks]:
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=config.train.stall_minutes) + COLLECTIVE_MARGIN,
+        timeout=_collective_timeout(config.train.stall_minutes),
         device_id=device if device.type == "cuda" else None,
         **alone,
     )
@@ -142,6 +144,12 @@ def joined(config: Config) -> Iterator[Ranks]:
         yield Ranks(rank, world, config.parallel.context, device)
     finally:
         dist.destroy_process_group()
+
+
+def _collective_timeout(stall_minutes: float) -> timedelta:
+    if not 0 < stall_minutes < FOR_EVER / timedelta(minutes=1):
+        return FOR_EVER
+    return timedelta(minutes=stall_minutes) + COLLECTIVE_MARGIN
 
 
 def _set_nccl_defaults(run_directory: str) -> None:
