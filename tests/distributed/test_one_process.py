@@ -24,7 +24,7 @@ def train_alone(config: Config) -> list[float]:
     environment = {name: value for name, value in os.environ.items() if name not in absent} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "caduceus.train", "--config", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 and "Grad strides" not in result.stderr, result.stderr
     return [row["loss"] for row in RunDirectory(config.run.dir).metrics()]
 
 
