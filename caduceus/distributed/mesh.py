@@ -31,10 +31,12 @@ class Ranks:
     """This process among the processes of the run.
 
     rank, world: of this process and of all; data_rank, data_world: who draws which samples; context_rank, context:
-    which slice of a sample; device: where this process computes.
+    which slice of a sample; device: where this process computes; timeout: of collectives in groups of some ranks.
     """
 
-    def __init__(self, rank: int, world: int, context: int, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, world: int, context: int, device: torch.device, timeout: timedelta | None = None
+    ) -> None:
         self.rank = rank
         self.world = world
         self.context = context
@@ -42,6 +44,7 @@ class Ranks:
         self.data_rank = rank // context
         self.data_world = world // context
         self.device = device
+        self.timeout = timeout
         self.context_group = self._make_context_group()
 
     @property
@@ -109,7 +112,7 @@ class Ranks:
         if self.context == 1:
             return None
         groups = [list(range(first, first + self.context)) for first in range(0, self.world, self.context)]
-        group, _ = dist.new_subgroups_by_enumeration(groups)
+        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)
         return ContextGroup(group, self.context_rank, self.context)
 
 
@@ -126,8 +129,9 @@ def joined(config: Config) -> Iterator[Ranks]:
     if world == 1 and config.parallel.strategy in ("auto", "single"):
         yield Ranks(0, 1, 1, device)
         return
+    timeout = _collective_timeout(config.train.stall_minutes)
     if dist.is_initialized():
-        yield Ranks(rank, world, config.parallel.context, device)
+        yield Ranks(rank, world, config.parallel.context, device, timeout)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -136,12 +140,12 @@ def joined(config: Config) -> Iterator[Ranks]:
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=_collective_timeout(config.train.stall_minutes),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
         **alone,
     )
     try:
-        yield Ranks(rank, world, config.parallel.context, device)
+        yield Ranks(rank, world, config.parallel.context, device, timeout)
     finally:
         dist.destroy_process_group()
 
