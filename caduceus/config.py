@@ -68,6 +68,8 @@ class CaduceusConfig:
         for key in ("d_model", "n_layer", "d_state", "d_conv", "expand", "pad_vocab_size_multiple"):
             if getattr(self, key) < 1:
                 raise UserError(f"model.{key}: must be at least 1, got {getattr(self, key)}")
+        if not 0 < self.norm_epsilon < math.inf:
+            raise UserError(f"model.norm_epsilon: must be a positive number, got {self.norm_epsilon}")
         if self.vocab_size != VOCAB_SIZE:
             raise UserError(f"model.vocab_size: the DNA alphabet has {VOCAB_SIZE} tokens, got {self.vocab_size}")
         if self.bidirectional_strategy not in ("add", "ew_multiply"):
@@ -266,6 +268,7 @@ _AT_LEAST = {
     "train.lr": 0,
     "train.min_lr": 0,
     "train.weight_decay": 0,
+    "train.seed": 0,
     "parallel.shard": 0,
     "parallel.context": 1,
     "valid.every": 0,
@@ -406,7 +409,18 @@ def _check(config: Config) -> None:
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
-            raise UserError(f"{key}: choose one of {', '.join(choices)}; got '{value(key)}'")
+            raise UserError(f"{key}: choose one of {', '.join(map(str, choices))}; got '{value(key)}'")
+    known = {
+        f"{section}.{name}": content
+        for section, names in config_to_dict(config).items()
+        for name, content in names.items()
+    }
+    for key, content in known.items():
+        if isinstance(content, float) and not math.isfinite(content):
+            raise UserError(f"{key}: must be a finite number, got {content}")
+    for key in config.run.allow_change:
+        if key not in known:
+            raise UserError(f"run.allow_change: there is no key '{key}'; give keys such as train.steps")
     for key, least in _AT_LEAST.items():
         if value(key) < least:
             raise UserError(f"{key}: must be at least {least}, got {value(key)}")
@@ -430,6 +444,8 @@ def _check(config: Config) -> None:
         )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"train.betas: expected two numbers in [0, 1), got {train.betas}")
+    if train.spike_factor and train.spike_factor <= 1:
+        raise UserError(f"train.spike_factor: must be 0 (off) or above 1, got {train.spike_factor}")
     if train.warmup_steps is not None and not 0 <= train.warmup_steps <= train.steps:
         raise UserError(
             f"train.warmup_steps: must lie between 0 and train.steps {train.steps}, got {train.warmup_steps}"

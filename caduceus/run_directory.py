@@ -4,6 +4,7 @@ config.yaml          resolved configuration            provenance.json   what ra
 metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/
 checkpoints/step-00001000/COMPLETE                     marker, written last: sizes and sha256 of the checkpoint's files
 checkpoints/latest                                     link to the newest complete checkpoint
+checkpoints/damaged-step-00002000                      set aside by a start that found it damaged; counts for nothing
 """
 
 import fcntl
@@ -68,8 +69,8 @@ class Checkpoint:
     path: Path
     step: int
 
-    def damage(self) -> str | None:
-        """What is wrong with the files, by size and sha256, or None."""
+    def damage(self, contents: bool = True) -> str | None:
+        """What is wrong with the files, by size and, of their `contents`, by sha256; None where they are whole."""
         try:
             files = json.loads((self.path / MARKER).read_text())["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -80,8 +81,8 @@ class Checkpoint:
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        found = _sha256_of_all([self.path / name for name in files])
-        for (name, expected), digest in zip(files.items(), found, strict=True):
+        found = _sha256_of_all([self.path / name for name in files] if contents else [])
+        for (name, expected), digest in zip(files.items(), found, strict=contents):
             if digest != expected["sha256"]:
                 return f"{name} does not match its sha256"
         return None
@@ -218,6 +219,24 @@ class RunDirectory:
             _log.warning("%s: damaged checkpoint passed over: %s", checkpoint.path, damage)
         return None
 
+    def set_aside_damaged_checkpoints(self) -> Checkpoint | None:
+        """Rename the damaged checkpoints after the newest valid one, which is returned: the run goes on from there.
+
+        Under their own names they would count as the newest, and valid ones would be removed for them.
+        """
+        newest = self.newest_valid_checkpoint()
+        for checkpoint in self.checkpoints():
+            if newest is None or checkpoint.step > newest.step:
+                aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                checkpoint.path.rename(aside)
+                _log.warning("%s: set aside as %s", checkpoint.path, aside.name)
+        if newest is None:
+            (self.checkpoints_path / "latest").unlink(missing_ok=True)
+        else:
+            self._link_latest(newest.path)
+        return newest
+
     def complete_checkpoint(self, written: Path, step: int, facts: dict[str, Any]) -> Checkpoint:
         """Turn a fully written directory into the checkpoint of `step`: marker, rename, `latest`.
 
@@ -235,10 +254,7 @@ class RunDirectory:
         if final.exists():
             self._remove(final)
         written.rename(final)
-        link = self.checkpoints_path / f".latest.{os.getpid()}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(self.checkpoints_path / "latest")
+        self._link_latest(final)
         _fsync(self.checkpoints_path)
         return Checkpoint(final, step)
 
@@ -252,6 +268,12 @@ class RunDirectory:
         for checkpoint in self.checkpoints()[:-keep] if keep else []:
             if not keep_every or checkpoint.step % keep_every:
                 self._remove(checkpoint.path)
+
+    def _link_latest(self, checkpoint: Path) -> None:
+        link = self.checkpoints_path / f".latest.{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.name)
+        link.replace(self.checkpoints_path / "latest")
 
     def _remove(self, checkpoint: Path) -> None:
         # Under its own name, a kill would leave a checkpoint that is there in part.

@@ -80,9 +80,9 @@ def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
 
 
 def newest_step(run: RunDirectory) -> int:
-    """Step of the newest complete checkpoint; 0 where there is none."""
-    checkpoints = run.checkpoints()
-    return checkpoints[-1].step if checkpoints else 0
+    """Step of the newest checkpoint whose files have their sizes; 0 where there is none."""
+    whole = (checkpoint.step for checkpoint in reversed(run.checkpoints()) if not checkpoint.damage(contents=False))
+    return next(whole, 0)
 
 
 def _rows(run: RunDirectory) -> list[dict[str, Any]]:

@@ -56,6 +56,31 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(run: RunDirectory, caplog
     assert str(newer) in caplog.text and named in caplog.text
 
 
+def test_damaged_checkpoints_set_aside_cost_no_valid_one(run: RunDirectory, caplog) -> None:
+    _, valid, damaged = (write_checkpoint(run, step) for step in (10, 20, 30))
+    (damaged / "weights").write_bytes(b"short")
+    assert run.set_aside_damaged_checkpoints().path == valid
+    assert f"{damaged}: set aside as damaged-step-00000030" in caplog.text
+    assert (run.checkpoints_path / "latest").resolve() == valid.resolve()
+    saved = write_checkpoint(run, 21)
+    run.remove_old_checkpoints(keep=1)
+    assert [checkpoint.path for checkpoint in run.checkpoints()] == [saved]
+    assert (run.checkpoints_path / "latest").resolve() == saved.resolve()
+    (write_checkpoint(run, 30) / "weights").write_bytes(b"damaged again")
+    assert run.set_aside_damaged_checkpoints().path == saved
+    names = sorted(path.name for path in run.checkpoints_path.iterdir())
+    assert names == ["damaged-step-00000030", "latest", "step-00000021"]
+
+
+def test_sizes_tell_a_truncated_checkpoint_without_reading_it(run: RunDirectory) -> None:
+    path = write_checkpoint(run, 1)
+    (path / "weights").write_bytes(bytes(4096))
+    (checkpoint,) = run.checkpoints()
+    assert checkpoint.damage(contents=False) is None and "sha256" in checkpoint.damage()
+    (path / "weights").write_bytes(b"short")
+    assert "5 bytes instead of 4096" in checkpoint.damage(contents=False)
+
+
 def test_a_directory_without_its_marker_does_not_count(run: RunDirectory) -> None:
     older, newer = write_checkpoint(run, 1), write_checkpoint(run, 2)
     (newer / MARKER).unlink()

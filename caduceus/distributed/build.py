@@ -17,6 +17,9 @@ from caduceus.distributed.strategy import Single
 
 _STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpeed}
 
+_KEYS = {"fsdp": ("shard", "cpu_offload"), "deepspeed": ("zero_stage", "deepspeed_config", "cpu_offload")}
+"""Keys of `parallel.` that some strategies take and others have no use for."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -29,6 +32,8 @@ def build_strategy(config: Config, ranks: Ranks) -> Single:
         reason = _choose(config.parallel, sum(parameter.numel() for parameter in model.parameters()), ranks.world)
         if ranks.is_main:
             _log.info("parallel.strategy: auto chose '%s' (%s)", config.parallel.strategy, reason)
+    if ranks.is_main and (unused := _unused_keys(config.parallel)):
+        _log.warning("%s: without effect under parallel.strategy=%s", ", ".join(unused), config.parallel.strategy)
     return _STRATEGIES[config.parallel.strategy](config, ranks, model)
 
 
@@ -41,6 +46,13 @@ def build_model(config: Config) -> CaduceusForMaskedLM:
         for block in model.blocks:
             block.compile()
     return model.train()
+
+
+def _unused_keys(parallel: ParallelConfig) -> list[str]:
+    """Keys that were set, but that the strategy has no use for."""
+    used, default = _KEYS.get(parallel.strategy, ()), ParallelConfig()
+    names = dict.fromkeys(name for keys in _KEYS.values() for name in keys if name not in used)
+    return [f"parallel.{name}" for name in names if getattr(parallel, name) != getattr(default, name)]
 
 
 def _choose(parallel: ParallelConfig, parameters: int, world: int) -> str:

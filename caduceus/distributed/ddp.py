@@ -1,6 +1,7 @@
 """Data parallelism with a whole model on every rank."""
 
 import contextlib
+import warnings
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ class DDP(Single):
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
         model = super().wrap(config, model)
+        if config.model.dt_rank == 1:  # of a dimension of one, all strides mean the same memory
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 

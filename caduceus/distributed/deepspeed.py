@@ -182,6 +182,7 @@ class DeepSpeed(Single):
 def _import_deepspeed(device: torch.device) -> ModuleType:
     """The package, told which device to use, quiet, and with no kernel of its own to be compiled."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # one process may have been started without a launcher
     try:
         import deepspeed
     except ImportError:

@@ -30,6 +30,9 @@ _FOREIGN = (
     "zero_optimization.zenflow",
 )
 """Keys that would change the model, the order of the data, or how gradients add up."""
+_OFFLOADED = ("offload_optimizer", "offload_param")
+_SECTIONS = ("zero_optimization", *(f"zero_optimization.{part}" for part in _OFFLOADED), "bf16", "fp16")
+"""Keys whose values are objects, and are looked into."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,16 +40,17 @@ _log = logging.getLogger(__name__)
 def engine_options(config: Config, data_world: int, parameters: int) -> dict[str, Any]:
     """Options for `deepspeed.initialize` with so many parameters on `data_world` data-parallel ranks.
 
-    Raises `UserError` for a key of the user's file that contradicts the run's configuration.
+    Raises `UserError` as `user_options` does.
     """
     train, parallel = config.train, config.parallel
-    if train.precision == "fp64":
-        raise UserError("train.precision: DeepSpeed computes in fp32 or bf16, not in fp64; use ddp or fsdp")
+    options = user_options(config, data_world)
+    if replaced := [section for section in _REPLACED if section in options]:
+        _log.warning(
+            "parallel.deepspeed_config: '%s' of %s left out; train.* decides the optimizer and the learning rate",
+            "' and '".join(replaced),
+            parallel.deepspeed_config,
+        )
     decided = _decided(config, data_world)
-    options = {}
-    if parallel.deepspeed_config is not None:
-        options = _read(parallel.deepspeed_config)
-        _check(options, parallel.deepspeed_config, decided)
     # The batch follows from its parts; DeepSpeed would count the ranks that share a sequence as well.
     for key in (*_REPLACED, "train_batch_size", "bf16", "fp16"):
         options.pop(key, None)
@@ -72,6 +76,21 @@ def engine_options(config: Config, data_world: int, parameters: int) -> dict[str
         },
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def user_options(config: Config, data_world: int) -> dict[str, Any]:
+    """The options of the user's file, none without one.
+
+    Raises `UserError` for what DeepSpeed cannot do, and for a key that contradicts the run's configuration.
+    """
+    if config.train.precision == "fp64":
+        raise UserError("train.precision: DeepSpeed computes in fp32 or bf16, not in fp64; use ddp or fsdp")
+    path = config.parallel.deepspeed_config
+    if path is None:
+        return {}
+    options = _read(path)
+    _check(options, path, _decided(config, data_world))
+    return options
 
 
 def _decided(config: Config, data_world: int) -> dict[str, tuple[Any, str]]:
@@ -107,6 +126,13 @@ def _without_undecided(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(options: dict[str, Any], path: str, decided: dict[str, tuple[Any, str]]) -> None:
+    for section in _SECTIONS:
+        parent, _, name = section.rpartition(".")
+        holder = _lookup(options, parent) or {} if parent else options
+        if name in holder and not isinstance(holder[name], dict):
+            raise UserError(
+                f"parallel.deepspeed_config: {path} sets {section} to {json.dumps(holder[name])}; it takes an object"
+            )
     for key, (value, deciding) in decided.items():
         given = _lookup(options, key)
         if given is not None and given != value:
@@ -120,18 +146,12 @@ def _check(options: dict[str, Any], path: str, decided: dict[str, tuple[Any, str
                 f"parallel.deepspeed_config: {path} sets {key}, which would change the run's model, data or loss; "
                 "leave it out"
             )
-    for part in ("offload_optimizer", "offload_param"):
+    for part in _OFFLOADED:
         if _lookup(options, f"zero_optimization.{part}.device") == "nvme":
             raise UserError(
                 f"parallel.deepspeed_config: {path} sets zero_optimization.{part}.device to nvme; clipping needs the "
                 "gradients in memory: use cpu"
             )
-    if replaced := [section for section in _REPLACED if section in options]:
-        _log.warning(
-            "parallel.deepspeed_config: '%s' of %s left out; train.* decides the optimizer and the learning rate",
-            "' and '".join(replaced),
-            path,
-        )
 
 
 def _lookup(options: dict[str, Any], key: str) -> Any:

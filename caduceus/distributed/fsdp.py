@@ -9,6 +9,7 @@ import contextlib
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from caduceus.config import Config
@@ -50,4 +51,8 @@ def sharding_mesh(ranks: Ranks, shard: int) -> DeviceMesh:
     if shard == ranks.world:
         return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
     shape = (ranks.world // shard, shard)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    if ranks.timeout is not None:
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(ranks.timeout, group)  # a mesh gives its groups the library's own
+    return mesh

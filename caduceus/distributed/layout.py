@@ -1,6 +1,7 @@
 """Which arrangements of ranks and memory a run can take. Imports no torch: the launcher asks before it submits."""
 
 from caduceus.config import Config
+from caduceus.distributed.deepspeed_config import user_options
 from caduceus.errors import UserError
 
 LARGEST_REPLICATED_MODEL = 500_000_000
@@ -30,6 +31,8 @@ def check_layout(config: Config, world: int) -> None:
         )
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
+    if parallel.strategy == "deepspeed":
+        user_options(config, data_world)
 
 
 def blocks_to_recompute(least: int, added: int, free: int, layers: int) -> int:

@@ -21,6 +21,8 @@ from caduceus.errors import UserError
 
 COLLECTIVE_MARGIN = timedelta(minutes=10)
 """A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
+FOR_EVER = timedelta(days=365)
+"""Of a collective, where a step may take any time; the libraries know no other for ever."""
 FLIGHT_RECORDS = "2000"
 """Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
 
@@ -29,10 +31,12 @@ class Ranks:
     """This process among the processes of the run.
 
     rank, world: of this process and of all; data_rank, data_world: who draws which samples; context_rank, context:
-    which slice of a sample; device: where this process computes.
+    which slice of a sample; device: where this process computes; timeout: of collectives in groups of some ranks.
     """
 
-    def __init__(self, rank: int, world: int, context: int, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, world: int, context: int, device: torch.device, timeout: timedelta | None = None
+    ) -> None:
         self.rank = rank
         self.world = world
         self.context = context
@@ -40,6 +44,7 @@ class Ranks:
         self.data_rank = rank // context
         self.data_world = world // context
         self.device = device
+        self.timeout = timeout
         self.context_group = self._make_context_group()
 
     @property
@@ -107,7 +112,7 @@ class Ranks:
         if self.context == 1:
             return None
         groups = [list(range(first, first + self.context)) for first in range(0, self.world, self.context)]
-        group, _ = dist.new_subgroups_by_enumeration(groups)
+        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)
         return ContextGroup(group, self.context_rank, self.context)
 
 
@@ -121,24 +126,34 @@ def joined(config: Config) -> Iterator[Ranks]:
     check_layout(config, world)
     device = choose_device(config.run.device)
     make_deterministic(config.train.deterministic)
-    if world == 1:
+    if world == 1 and config.parallel.strategy in ("auto", "single"):
         yield Ranks(0, 1, 1, device)
         return
+    timeout = _collective_timeout(config.train.stall_minutes)
     if dist.is_initialized():
-        yield Ranks(rank, world, config.parallel.context, device)
+        yield Ranks(rank, world, config.parallel.context, device, timeout)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
         _set_nccl_defaults(config.run.dir)
+    # One process may have been started without any address to meet at.
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=config.train.stall_minutes) + COLLECTIVE_MARGIN,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
+        **alone,
     )
     try:
-        yield Ranks(rank, world, config.parallel.context, device)
+        yield Ranks(rank, world, config.parallel.context, device, timeout)
     finally:
         dist.destroy_process_group()
+
+
+def _collective_timeout(stall_minutes: float) -> timedelta:
+    if not 0 < stall_minutes < FOR_EVER / timedelta(minutes=1):
+        return FOR_EVER
+    return timedelta(minutes=stall_minutes) + COLLECTIVE_MARGIN
 
 
 def _set_nccl_defaults(run_directory: str) -> None:

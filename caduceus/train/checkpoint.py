@@ -96,7 +96,7 @@ class Checkpoints:
 
     def resume(self, loader: TrainLoader) -> Progress | None:
         """Restore the newest valid checkpoint, the loader's position included; None where there is none."""
-        checkpoint = self._ranks.broadcast(self._run.newest_valid_checkpoint() if self._ranks.is_main else None)
+        checkpoint = self._ranks.broadcast(self._run.set_aside_damaged_checkpoints() if self._ranks.is_main else None)
         if checkpoint is None:
             return None
         progress = load_checkpoint(checkpoint, self._strategy)

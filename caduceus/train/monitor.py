@@ -9,14 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from caduceus.config import Config, config_to_dict
+from caduceus.config import Config
 from caduceus.run_directory import RunDirectory
+from caduceus.train.wandb_run import WandbRun
 
 _QUIET_SECONDS = 30.0
 """Pause between progress lines when nobody watches a terminal."""
 _TERMINAL_SECONDS = 0.2
-_WANDB_TIMEOUT = 60.0
-"""Seconds that W&B has to answer, on nodes that may have no network, before the run goes on offline."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,9 +41,8 @@ class Monitor:
         self._last_line = 0.0
         self._started = time.monotonic()
         self._first_step: int | None = None
-        self._wandb = _start_wandb(config, run, wandb_id)
-        if self._wandb is not None:
-            self.wandb_id = self._wandb.id
+        self._wandb = WandbRun(config, run, wandb_id)
+        self.wandb_id = self._wandb.id
 
     def __enter__(self) -> "Monitor":
         return self
@@ -55,8 +53,7 @@ class Monitor:
         self._file.close()
         if self._terminal:
             self._console.print()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=1 if exception[0] else 0)
+        self._wandb.finish(exit_code=1 if exception[0] else 0)
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Record a training row and show progress now and then."""
@@ -97,8 +94,7 @@ class Monitor:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:  # a full disk: the next checkpoint ends the run, unless there is room again by then
             _log.warning("%s: %s; its last rows wait in memory", self._file.name, error.strerror)
-        if self._wandb is not None:
-            self._wandb.log(row)
+        self._wandb.log(row)
 
     def _progress_line(self, row: dict[str, Any]) -> str:
         steps, done = self._config.train.steps, row["step"]
@@ -114,39 +110,6 @@ class Monitor:
         self._console.print(
             f"\r\x1b[2K{line}" if self._terminal else line, end="\n" if stay or not self._terminal else ""
         )
-
-
-def _start_wandb(config: Config, run: RunDirectory, wandb_id: str | None) -> Any:
-    mode = config.wandb.mode
-    if mode == "disabled":
-        return None
-    import wandb
-
-    if mode == "auto":
-        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        if mode == "offline":
-            _log.info("wandb: not logged in, so the run is kept offline in %s/wandb; `wandb sync` sends it", run.path)
-    settings = {
-        "id": wandb_id,
-        "resume": "allow",
-        "name": config.run.name,
-        "project": config.wandb.project,
-        "entity": config.wandb.entity,
-        "group": config.wandb.group,
-        "tags": config.wandb.tags,
-        "dir": run.path,
-        "config": config_to_dict(config),
-        "settings": wandb.Settings(silent=True, init_timeout=_WANDB_TIMEOUT),
-    }
-    try:
-        wandb_run = wandb.init(mode=mode, **settings)
-    except wandb.errors.CommError as error:
-        _log.warning("wandb: no answer (%s); the run is kept offline and `wandb sync` sends it later", error)
-        wandb_run = wandb.init(mode="offline", **settings)
-    # A resumed run makes some steps again: their rows count by `step`, not by the order in which they arrive.
-    wandb_run.define_metric("step")
-    wandb_run.define_metric("*", step_metric="step")
-    return wandb_run
 
 
 def _clock(seconds: float) -> str:

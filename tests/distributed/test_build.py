@@ -92,3 +92,18 @@ def test_auto_says_what_it_chose_and_leaves_the_configuration(caplog: pytest.Log
         build_strategy(automatic, Ranks(0, 1, 1, CPU))
     assert "auto chose 'single' (one process)" in caplog.text
     assert automatic.parallel.strategy == "auto"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "named"),
+    [
+        ({"strategy": "single", "deepspeed_config": "ds.json", "shard": 1}, ["shard", "deepspeed_config"]),
+        ({"strategy": "auto", "cpu_offload": True, "zero_stage": 3}, ["cpu_offload", "zero_stage"]),
+        ({"strategy": "single"}, []),
+    ],
+)
+def test_keys_without_effect_are_named(parallel: dict, named: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    build_strategy(config(parallel=parallel), Ranks(0, 1, 1, CPU))
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    keys = ", ".join(f"parallel.{name}" for name in named)
+    assert warnings == ([f"{keys}: without effect under parallel.strategy=single"] if named else [])

@@ -9,6 +9,7 @@ import pytest
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.deepspeed_config import engine_options
+from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 
 DATA_WORLD, PARAMETERS = 2, 1000
@@ -68,12 +69,23 @@ def test_what_a_file_says_beyond_is_kept_and_what_it_leaves_open_is_ours(tmp_pat
         ({"data_efficiency": {"enabled": True}}, "data_efficiency"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "nvme"),
+        ({"zero_optimization": [1]}, "ds.json sets zero_optimization to [1]"),
+        ({"zero_optimization": None}, "zero_optimization to null"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "zero_optimization.offload_param"),
+        ({"bf16": True}, "bf16"),
     ],
 )
 def test_a_file_that_contradicts_is_refused_by_its_key(tmp_path: Path, theirs: dict, named: str) -> None:
     with pytest.raises(UserError, match=r"parallel\.deepspeed_config") as refusal:
         options_of(tmp_path / "ds.json", theirs)
     assert named in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_file_is_checked_with_the_layout_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": [1]}')
+    check_layout(config(tmp_path / "ds.json", strategy="ddp"), DATA_WORLD)
+    with pytest.raises(UserError, match=r"ds\.json sets zero_optimization"):
+        check_layout(config(tmp_path / "ds.json", strategy="deepspeed"), DATA_WORLD)
 
 
 def test_optimizer_and_schedule_of_a_file_give_way_with_a_line(

@@ -34,7 +34,16 @@ def run(tmp_path) -> RunDirectory:
 def add_checkpoint(run: RunDirectory, step: int) -> None:
     path = run.checkpoint_path(step)
     path.mkdir()
-    (path / MARKER).write_text("{}")
+    (path / "weights").write_bytes(bytes(8))
+    (path / MARKER).write_text(json.dumps({"files": {"weights": {"bytes": 8}}}))
+
+
+def test_a_truncated_checkpoint_is_no_progress(run):
+    add_checkpoint(run, 50)
+    add_checkpoint(run, 100)
+    assert history.newest_step(run) == 100
+    (run.checkpoint_path(100) / "weights").write_bytes(bytes(4))
+    assert history.newest_step(run) == 50
 
 
 def add_attempt(run: RunDirectory, restart: int, reason: str | None, start: int, end: int, job: str = "7") -> None:

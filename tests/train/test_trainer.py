@@ -167,6 +167,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, c
     weights.write_bytes(content[:-1] if how == "truncated" else content)
     assert train(damaged) == 0
     assert str(newest) in caplog.text and told in caplog.text
+    assert newest.with_name(f"damaged-{newest.name}").is_dir()
     assert numbers(damaged.run.dir) == numbers(whole.run.dir)
 
 

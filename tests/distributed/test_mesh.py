@@ -1,0 +1,38 @@
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from caduceus.config import Config
+from caduceus.distributed.fsdp import sharding_mesh
+from caduceus.distributed.mesh import COLLECTIVE_MARGIN, FOR_EVER, joined
+from tests.distributed.layouts import Layout, config_of
+from tests.distributed.ranks import on_ranks
+
+
+@pytest.mark.parametrize(
+    ("minutes", "timeout"), [(2, timedelta(minutes=2) + COLLECTIVE_MARGIN), (0, FOR_EVER), (1e300, FOR_EVER)]
+)
+def test_a_collective_may_take_longer_than_a_step(tmp_path: Path, minutes: float, timeout: timedelta) -> None:
+    config = config_of(Layout("", 1, {"strategy": "ddp"}), tmp_path, tmp_path / "run", stall_minutes=minutes)
+    with joined(config):
+        assert timeout_of(dist.group.WORLD) == timeout
+
+
+@pytest.mark.slow
+def test_so_may_one_of_some_of_the_ranks(tmp_path: Path) -> None:
+    layout = Layout("", 4, {"strategy": "fsdp", "context": 2, "shard": 2})
+    config = config_of(layout, tmp_path, tmp_path / "run", stall_minutes=60)
+    assert on_ranks(4, timeouts_of_groups, config) == [[timedelta(minutes=60) + COLLECTIVE_MARGIN] * 3] * 4
+
+
+def timeouts_of_groups(rank: int, config: Config) -> list[timedelta]:
+    with joined(config) as ranks:
+        groups = [ranks.context_group.group, *sharding_mesh(ranks, config.parallel.shard).get_all_groups()]
+        return [timeout_of(group) for group in groups]
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
