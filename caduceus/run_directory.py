@@ -112,6 +112,7 @@ class RunDirectory:
         self.provenance_path = self.path / "provenance.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.logs_path = self.path / "logs"
+        self.stop_path = self.path / "STOP"
         self._lock_path = self.path / ".lock"
         self._lock: IO[str] | None = None
         self._claim: str | None = None
@@ -149,7 +150,7 @@ class RunDirectory:
         return run
 
     def keep_config(self, config: Config) -> None:
-        """Make `config` the run's own. Of a resumed run, to be done once its checkpoint has been loaded with it."""
+        """Make `config` the run's own: by the process that trains, once it has loaded its checkpoint, and for a job."""
         save_config(config, self.config_path)
 
     def config(self) -> Config:

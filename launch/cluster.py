@@ -104,8 +104,35 @@ def load_cluster(name: str, options: dict[str, Any]) -> Cluster:
         known = ", ".join(key.name for key in fields(Cluster))
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: {error.full_key or 'value'}: {reason}; known keys: {known}") from None
-    _check(cluster)
+    check_cluster(cluster)
     return cluster
+
+
+def check_cluster(cluster: Cluster) -> None:
+    """Raise `UserError` naming the key where a request cannot be meant."""
+    if cluster.executor not in EXECUTORS:
+        raise UserError(f"executor: choose one of {', '.join(EXECUTORS)}; got '{cluster.executor}'")
+    if cluster.gpu_request not in ("gpus-per-node", "gres", "none"):
+        raise UserError(f"gpu_request: choose gpus-per-node, gres or none; got '{cluster.gpu_request}'")
+    least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 0}
+    least |= {"chain": 1, "max_failures": 1}
+    for key, smallest in least.items():
+        value = getattr(cluster, key)
+        if value is not None and value < smallest:
+            raise UserError(f"{key}: must be at least {smallest}, got {value}")
+    if cluster.gpus_per_node and cluster.processes_per_node > cluster.gpus_per_node:
+        raise UserError(
+            f"tasks_per_node: {cluster.processes_per_node} processes cannot share a node's {cluster.gpus_per_node} GPUs"
+        )
+    if cluster.executor == "local" and cluster.nodes > 1:
+        raise UserError(f"nodes: this machine is one, not {cluster.nodes}; for more processes use --tasks-per-node")
+    if cluster.executor == "debug" and cluster.world > 1:
+        raise UserError(f"nodes: debug runs in this one process, not in {cluster.world}; use --cluster local")
+    if cluster.minutes * 60 <= cluster.signal_seconds:
+        raise UserError(
+            f"time: of {cluster.minutes} minutes nothing is left after the {cluster.signal_seconds} s that are kept "
+            "for the last checkpoint; raise the time or lower signal_seconds"
+        )
 
 
 def parse_time(text: str) -> int:
@@ -210,29 +237,3 @@ def _last_line(text: str) -> str:
     return (
         lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ") if lines else "no reason given"
     )
-
-
-def _check(cluster: Cluster) -> None:
-    if cluster.executor not in EXECUTORS:
-        raise UserError(f"executor: choose one of {', '.join(EXECUTORS)}; got '{cluster.executor}'")
-    if cluster.gpu_request not in ("gpus-per-node", "gres", "none"):
-        raise UserError(f"gpu_request: choose gpus-per-node, gres or none; got '{cluster.gpu_request}'")
-    least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 0}
-    least |= {"chain": 1, "max_failures": 1}
-    for key, smallest in least.items():
-        value = getattr(cluster, key)
-        if value is not None and value < smallest:
-            raise UserError(f"{key}: must be at least {smallest}, got {value}")
-    if cluster.gpus_per_node and cluster.processes_per_node > cluster.gpus_per_node:
-        raise UserError(
-            f"tasks_per_node: {cluster.processes_per_node} processes cannot share a node's {cluster.gpus_per_node} GPUs"
-        )
-    if cluster.executor == "local" and cluster.nodes > 1:
-        raise UserError(f"nodes: this machine is one, not {cluster.nodes}; for more processes use --tasks-per-node")
-    if cluster.executor == "debug" and cluster.world > 1:
-        raise UserError(f"nodes: debug runs in this one process, not in {cluster.world}; use --cluster local")
-    if cluster.minutes * 60 <= cluster.signal_seconds:
-        raise UserError(
-            f"time: of {cluster.minutes} minutes nothing is left after the {cluster.signal_seconds} s that are kept "
-            "for the last checkpoint; raise the time or lower signal_seconds"
-        )

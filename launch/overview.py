@@ -70,7 +70,7 @@ def overview(run: RunDirectory) -> Overview:
 
 def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> tuple[str, str | None, list[str]]:
     """State, why, and the jobs that are alive."""
-    stop = (run.path / "STOP").exists()
+    stop = run.stop_path.exists()
     submitted = submissions(run)
     jobs = live_jobs(run)
     if jobs:

@@ -75,7 +75,7 @@ def why_ended(run: RunDirectory, status: int, job: SlurmJob, bad_nodes: list[str
     """The reason of an end, as the run's history names it; `status` is srun's, which is 0 after a stop with a save."""
     if newest_step(run) >= run.config().train.steps:
         return history.COMPLETE
-    if (run.path / "STOP").exists():
+    if run.stop_path.exists():
         return history.STOPPED if status == 0 else history.FAILED
     if job.state != "RUNNING":
         return history.TIME_LIMIT if job.reason == "TimeLimit" else history.TAKEN

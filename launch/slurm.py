@@ -20,6 +20,7 @@ from launch.local import run_here
 from launch.logs import log_path
 from launch.options import add_request_options, requested_cluster
 from launch.plan import plan
+from launch.preparation import prepared
 from launch.submission import REPOSITORY, run_executor, submit
 from launch.sweep import run_sweep
 
@@ -43,15 +44,15 @@ def main() -> int:
 def check_and_start(config: Config, cluster: Cluster) -> int:
     """Start a run, or go on with it, unless something is seen to be wrong with it; returns the exit status."""
     refuse_bad_request(config, cluster)
-    run = RunDirectory.create_or_resume(config)
-    run.release()
-    (run.path / "STOP").unlink(missing_ok=True)
-    print(f"plan:          {described_plan(config, cluster)}\nrun directory: {run.path}", flush=True)
+    path = Path(config.run.dir)
+    print(f"plan:          {described_plan(config, cluster)}\nrun directory: {path}", flush=True)
     if cluster.executor == "debug":
+        RunDirectory(path).stop_path.unlink(missing_ok=True)
         return train(config)
-    if cluster.executor == "local":
-        return run_here(cluster, run)
-    jobs = submit(cluster, run, config.run.name)
+    with prepared([config], path) as [run]:
+        if cluster.executor == "local":
+            return run_here(cluster, run)
+        jobs = submit(cluster, run, config.run.name)
     print(f"job:           {' '.join(jobs)}\nlog:           {log_path(run.logs_path, jobs[0])}")
     print(f"W&B:           {wandb_place(config.wandb)}")
     print(f"next:          python launch/runs.py status {run.path}   (or logs -f, stop, cancel, resume)")

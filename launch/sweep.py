@@ -5,10 +5,10 @@ from pathlib import Path
 
 from caduceus.config import Config, load_config
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
 from launch.checks import refuse_bad_request, refuse_impossible_layout
 from launch.cluster import Cluster
 from launch.local import run_here
+from launch.preparation import prepared
 from launch.submission import run_executor, submit_array
 
 
@@ -24,19 +24,14 @@ def run_sweep(path: Path, overrides: list[str], sweep: list[str], cluster: Clust
         if cluster.executor == "slurm":
             print(run_executor(cluster, folder.absolute(), folder.name, array=True).script())
         return 0
-    runs = []
-    for config in configs:
-        run = RunDirectory.create_or_resume(config)
-        run.release()
-        (run.path / "STOP").unlink(missing_ok=True)
-        runs.append(run)
-    print(f"sweep:         {len(runs)} runs in {folder}", flush=True)
+    print(f"sweep:         {len(configs)} runs in {folder}", flush=True)
     statuses = [0]
-    if cluster.executor == "slurm":
-        jobs = submit_array(cluster, folder, runs, folder.name)
-        print(f"jobs:          {' '.join(jobs)}")
-    else:
-        statuses = [run_here(cluster, run) for run in runs]
+    with prepared(configs, folder) as runs:
+        if cluster.executor == "slurm":
+            jobs = submit_array(cluster, folder, runs, folder.name)
+            print(f"jobs:          {' '.join(jobs)}")
+        else:
+            statuses = [run_here(cluster, run) for run in runs]
     print(f"table:         python launch/runs.py list {folder}")
     return max(statuses)
 

@@ -1,7 +1,6 @@
 """The command line: what it prints without submitting, and what it refuses."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,40 +9,9 @@ import pytest
 
 from caduceus.config import load_config
 from caduceus.errors import UserError
-from launch import slurm
 from launch.submission import REPOSITORY
 
 GOLDEN = Path(__file__).parent / "h100x8_64_nodes.sh"
-
-
-@pytest.fixture
-def launch(monkeypatch, tmp_path):
-    """Run the command in an empty directory, on a machine without SLURM."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "git").symlink_to(shutil.which("git"))
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["slurm.py", *arguments])
-        return slurm.main()
-
-    return run
-
-
-@pytest.fixture
-def small_config(tmp_path, small_shards) -> str:
-    path = tmp_path / "small.yaml"
-    path.write_text(
-        "model: {d_model: 16, n_layer: 2, d_state: 4, rcps: true}\n"
-        f"data: {{path: {small_shards}, seq_len: 128, workers: 0}}\n"
-        "train: {steps: 4, global_batch: 8, micro_batch: 2}\n"
-        "valid: {every: 0}\n"
-        "checkpoint: {every: 2}\n"
-        "run: {device: cpu}\n"
-        "wandb: {mode: disabled}\n"
-    )
-    return str(path)
 
 
 def test_dry_run_of_64_nodes_of_8_gpus(launch, capsys, tmp_path):
