@@ -36,7 +36,8 @@ class TrainTask:
         first_host = job.hostnames[0] if on_slurm else "127.0.0.1"
         restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         attempt = (int(job.raw_job_id), restart)
-        os.environ.update(rendezvous(job.global_rank, job.local_rank, job.num_tasks, first_host, *attempt))
+        ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
+        os.environ.update(rendezvous(*ranks, first_host, *attempt))
         for name, value in node_defaults(os.environ).items():
             os.environ.setdefault(name, value)
         run = RunDirectory.open(self.run_dir)
@@ -81,7 +82,7 @@ def take_over(run: RunDirectory, job: str) -> None:
 
 
 def rendezvous(
-    rank: int, local_rank: int, world: int, first_host: str, job_number: int, restart: int
+    rank: int, local_rank: int, world: int, local_world: int, first_host: str, job_number: int, restart: int
 ) -> dict[str, str]:
     """The variables that torchrun would set.
 
@@ -92,6 +93,7 @@ def rendezvous(
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(local_world),
         "MASTER_ADDR": first_host,
         "MASTER_PORT": str(FIRST_PORT + (job_number + RESTART_STRIDE * restart) % PORTS),
     }

@@ -1,22 +1,42 @@
+import os
 from pathlib import Path
 
-from launch.job import FIRST_PORT, PORTS, rendezvous
+from caduceus.config import Config, RunConfig
+from caduceus.run_directory import RunDirectory
+from launch.job import FIRST_PORT, PORTS, TrainTask, rendezvous
 from launch.node import node_defaults
 
 
 def test_rendezvous_of_64_nodes_of_8():
-    last = rendezvous(rank=511, local_rank=7, world=512, first_host="gpu001", job_number=4_294_901_759, restart=0)
+    ranks = {"rank": 511, "local_rank": 7, "world": 512, "local_world": 8}
+    last = rendezvous(**ranks, first_host="gpu001", job_number=4_294_901_759, restart=0)
     assert last == {
         "RANK": "511",
         "LOCAL_RANK": "7",
         "WORLD_SIZE": "512",
+        "LOCAL_WORLD_SIZE": "8",
         "MASTER_ADDR": "gpu001",
         "MASTER_PORT": "11759",
     }
 
 
+def test_each_task_knows_how_many_share_its_node(monkeypatch, tmp_path):
+    slurm = {"JOB_ID": "7", "PROCID": "5", "LOCALID": "1", "NTASKS": "8", "JOB_NUM_NODES": "2", "NODEID": "1"}
+    for name, value in (slurm | {"JOB_NODELIST": "n[0-1]"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setattr("submitit.JobEnvironment.hostnames", ["n0", "n1"])
+    monkeypatch.setattr("launch.job.check_node", lambda *_, **__: None)
+    monkeypatch.setattr("launch.job.train", lambda config: int(os.environ["LOCAL_WORLD_SIZE"]))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    RunDirectory.create_or_resume(Config(run=RunConfig(dir=str(tmp_path), name="run", device="cpu"))).release()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "environ", dict(os.environ))
+        assert TrainTask(str(tmp_path))() == 4
+
+
 def port(job: int, restart: int) -> int:
-    return int(rendezvous(0, 0, 2, "a", job, restart)["MASTER_PORT"])
+    return int(rendezvous(0, 0, 2, 1, "a", job, restart)["MASTER_PORT"])
 
 
 def test_ports_keep_clear_of_the_ephemeral_range_of_neighbouring_jobs_and_of_earlier_attempts():
