@@ -277,11 +277,15 @@ class RunDirectory:
 
     def write_provenance(self, facts: dict[str, Any]) -> None:
         """Add this start to provenance.json: code, packages, host and the given facts."""
+        starts = [*self.starts(), {**provenance(), **facts}]
+        write_atomically(self.provenance_path, dump_json({"starts": starts}))
+
+    def starts(self) -> list[dict[str, Any]]:
+        """What provenance.json tells of each time that training began."""
         try:
-            starts = json.loads(self.provenance_path.read_text())["starts"]
+            return json.loads(self.provenance_path.read_text())["starts"]
         except (OSError, ValueError, KeyError):
-            starts = []
-        write_atomically(self.provenance_path, dump_json({"starts": [*starts, {**provenance(), **facts}]}))
+            return []
 
     def _refuse_other_config(self, config: Config) -> None:
         before, now = config_to_dict(self.config()), config_to_dict(config)

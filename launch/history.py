@@ -2,6 +2,7 @@
 
 start     a job's processes are up: nodes, and the step of the checkpoint that they go on from
 bad node  a node that failed its checks, and why
+refused   a rank saw, before training began, a mistake that is the user's to mend
 end       the processes have ended: reason, newest checkpoint's step, and the error if there was one
 gave up   after too many failures the run does not go on by itself
 """
@@ -34,6 +35,7 @@ class Attempt:
     reason: str | None = None
     error: str | None = None
     gave_up: bool = False
+    refused: bool = False
     bad_nodes: list[str] = field(default_factory=list)
 
 
@@ -54,6 +56,8 @@ def attempts(run: RunDirectory) -> list[Attempt]:
             attempt.started, attempt.nodes, attempt.step = row["time"], row["nodes"], row["step"]
         elif row["event"] == "bad node":
             attempt.bad_nodes.append(row["node"])
+        elif row["event"] == "refused":
+            attempt.refused = True
         elif row["event"] == "end":
             attempt.ended, attempt.reason, attempt.step = row["time"], row["reason"], row["step"]
             attempt.error = row["error"]

@@ -47,6 +47,7 @@ class TrainTask:
             nodes = os.environ["SLURM_JOB_NODELIST"] if on_slurm else job.hostname
             step = history.newest_step(run)
             history.record(run, "start", job.job_id, restart, nodes=nodes, tasks=job.num_tasks, step=step)
+        starts = run.starts()
         try:
             config = run.config()
             config.run.dir = self.run_dir
@@ -56,6 +57,8 @@ class TrainTask:
             if isinstance(error, NodeError) and on_slurm:
                 node = os.environ["SLURMD_NODENAME"]
                 history.record(run, "bad node", job.job_id, restart, node=node, why=str(error))
+            elif run.starts() == starts:
+                history.record(run, "refused", job.job_id, restart)
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 

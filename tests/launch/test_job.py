@@ -1,8 +1,12 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from caduceus.config import Config, RunConfig
+from caduceus.errors import UserError
 from caduceus.run_directory import RunDirectory
+from launch.history import attempts
 from launch.job import FIRST_PORT, PORTS, TrainTask, rendezvous
 from launch.node import node_defaults
 
@@ -20,19 +24,37 @@ def test_rendezvous_of_64_nodes_of_8():
     }
 
 
-def test_each_task_knows_how_many_share_its_node(monkeypatch, tmp_path):
+@pytest.fixture
+def task(monkeypatch, tmp_path) -> TrainTask:
+    """The sixth of eight tasks on two nodes; it changes neither this process's environment nor its signal handlers."""
     slurm = {"JOB_ID": "7", "PROCID": "5", "LOCALID": "1", "NTASKS": "8", "JOB_NUM_NODES": "2", "NODEID": "1"}
-    for name, value in (slurm | {"JOB_NODELIST": "n[0-1]"}).items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    environment = {f"SLURM_{name}": value for name, value in (slurm | {"JOB_NODELIST": "n[0-1]"}).items()}
+    monkeypatch.setattr(os, "environ", dict(os.environ) | environment | {"SUBMITIT_EXECUTOR": "slurm"})
     monkeypatch.setattr("submitit.JobEnvironment.hostnames", ["n0", "n1"])
     monkeypatch.setattr("launch.job.check_node", lambda *_, **__: None)
-    monkeypatch.setattr("launch.job.train", lambda config: int(os.environ["LOCAL_WORLD_SIZE"]))
     monkeypatch.setattr("signal.signal", lambda *_: None)
     RunDirectory.create_or_resume(Config(run=RunConfig(dir=str(tmp_path), name="run", device="cpu"))).release()
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "environ", dict(os.environ))
-        assert TrainTask(str(tmp_path))() == 4
+    return TrainTask(str(tmp_path))
+
+
+def test_each_task_knows_how_many_share_its_node(task, monkeypatch):
+    monkeypatch.setattr("launch.job.train", lambda config: int(os.environ["LOCAL_WORLD_SIZE"]))
+    assert task() == 4
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_mistake_seen_before_training_is_noted(task, monkeypatch, trained):
+    run = RunDirectory(task.run_dir)
+
+    def train(config: Config) -> int:
+        if trained:
+            run.write_provenance({})
+        raise UserError("parallel.strategy: single runs on one process")
+
+    monkeypatch.setattr("launch.job.train", train)
+    with pytest.raises(SystemExit, match="2"):
+        task()
+    assert [attempt.refused for attempt in attempts(run)] == ([] if trained else [True])
 
 
 def port(job: int, restart: int) -> int:
