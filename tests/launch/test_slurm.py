@@ -1,6 +1,8 @@
 """The command line: what it prints without submitting, and what it refuses."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,29 @@ def test_dry_run_of_64_nodes_of_8_gpus(launch, capsys, tmp_path):
     assert "would be refused: no SLURM on this machine" in printed.err
     assert "would be refused: shards/hg38: no complete shard dataset here" in printed.err
     assert not (tmp_path / "runs").exists(), "a dry run leaves nothing behind"
+
+
+def test_the_first_command_of_the_readme(launch, capsys, monkeypatch):
+    readme = (REPOSITORY / "README.md").read_text()
+    command = re.search(r"\$ python launch/slurm\.py (--nodes.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(REPOSITORY)
+    assert launch("--dry-run", *shlex.split(command[1].replace("\\\n", " "))) == 0
+    assert "64 ranks with 1 sequence a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "way_on"),
+    [
+        ([], r"parallel\.context=8 fits"),
+        (["train.global_batch=16"], r"parallel\.context=4 fits"),
+        (["train.micro_batch=2"], r"parallel\.context=16 fits"),
+        (["train.global_batch=8", "train.micro_batch=8"], r"parallel\.context=64 fits"),
+        (["data.seq_len=131071"], r"no parallel\.context fits: change the number of ranks or train\.micro_batch"),
+    ],
+)
+def test_more_ranks_than_sequences_are_refused_with_a_way_on(launch, arguments, way_on):
+    with pytest.raises(UserError, match=rf"global_batch: \d+ is not a multiple .*; {way_on}$"):
+        launch("--nodes", "8", "--cluster", "h100x8", "--dry-run", *arguments)
 
 
 @pytest.mark.parametrize(
