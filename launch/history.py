@@ -10,6 +10,7 @@ gave up   after too many failures the run does not go on by itself
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from caduceus.run_directory import RunDirectory
@@ -17,7 +18,7 @@ from caduceus.run_directory import RunDirectory
 COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
 LOST = "lost"
-"""Of an attempt that left no end: its node died, or everything was killed at once."""
+"""Of an attempt that left no end: its node died, it was requeued by hand, or everything was killed at once."""
 
 
 @dataclass
@@ -49,11 +50,13 @@ def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) 
 def attempts(run: RunDirectory) -> list[Attempt]:
     """All attempts of a run, oldest first. All but the newest have a reason for their end."""
     found: dict[tuple[str, int], Attempt] = {}
+    began: dict[tuple[str, int], int] = {}
     for row in _rows(run):
         key = (row["job"], row["restart"])
         attempt = found.setdefault(key, Attempt(*key))
         if row["event"] == "start":
             attempt.started, attempt.nodes, attempt.step = row["time"], row["nodes"], row["step"]
+            began[key] = row["step"]
         elif row["event"] == "bad node":
             attempt.bad_nodes.append(row["node"])
         elif row["event"] == "refused":
@@ -64,22 +67,25 @@ def attempts(run: RunDirectory) -> list[Attempt]:
         else:
             attempt.gave_up = True
     in_order = list(found.values())
-    for attempt in in_order[:-1]:
-        attempt.reason = attempt.reason or LOST
+    for attempt, after in pairwise(in_order):
+        if attempt.reason is None:
+            attempt.reason = LOST
+            attempt.step = began.get((after.job, after.restart), attempt.step)
     return in_order
 
 
 def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
     """How many of the newest attempts of these jobs failed one after the other with no new checkpoint between them.
 
-    Bad nodes count as well: where every node is bad, it is not the nodes. Time limits and preemption count neither way.
+    Bad nodes count as well: where every node is bad, it is not the nodes. Time limits, preemption and attempts that
+    left no end, as after a requeue by hand, count neither way.
     """
     failures, step = 0, None
     for attempt in reversed([attempt for attempt in attempts(run) if attempt.job in jobs]):
         if step is not None and attempt.step != step:
             break
         step = attempt.step
-        failures += attempt.reason in (FAILED, BAD_NODE, LOST)
+        failures += attempt.reason in (FAILED, BAD_NODE)
     return failures
 
 

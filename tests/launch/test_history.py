@@ -51,7 +51,9 @@ def add_attempt(run: RunDirectory, restart: int, reason: str | None, start: int,
         ([("failed", 0, 0), ("failed", 0, 50), ("failed", 50, 50)], 2),  # a new checkpoint starts the count again
         ([("failed", 0, 50), ("time limit", 50, 50), ("failed", 50, 50)], 2),  # a time limit is no fault
         ([("failed", 50, 50), ("time limit", 50, 60), ("failed", 60, 60)], 1),
-        ([(None, 50, 50), ("failed", 50, 50)], 2),  # a node that died left no end
+        ([(None, 50, 50), ("failed", 50, 50)], 1),  # requeued by hand, or its node died: no end is known
+        ([("failed", 0, 0), (None, 0, 0), (None, 0, 0), ("failed", 0, 0)], 2),
+        ([("failed", 0, 0), (None, 0, 0), ("failed", 50, 50)], 1),  # what is lost may have saved before
         ([("bad node", 0, 0), ("preempted", 0, 0), ("failed", 0, 0)], 2),
     ],
 )
@@ -68,6 +70,12 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(run):
         file.write('{"event": "st\n')
     add_attempt(run, 1, None, 0, 0)
     assert [attempt.reason for attempt in attempts(run)] == ["failed", None]
+
+
+def test_a_lost_attempt_ended_with_the_checkpoint_that_the_next_one_found(run):
+    add_attempt(run, 0, None, 0, 0)
+    add_attempt(run, 1, "time limit", 50, 70)
+    assert [(attempt.reason, attempt.step) for attempt in attempts(run)] == [("lost", 50), ("time limit", 70)]
 
 
 @pytest.mark.parametrize(
