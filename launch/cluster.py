@@ -183,7 +183,7 @@ def slurm_complaint(cluster: Cluster) -> str | None:
     try:
         rows = [line.split("|") for line in _sinfo("%R|%G|%D|%a")]
     except subprocess.CalledProcessError as error:
-        return f"SLURM does not answer ({_last_line(error.stderr)}); to run on this machine use --cluster local"
+        return f"SLURM does not answer ({last_line(error.stderr)}); to run on this machine use --cluster local"
     names = sorted({row[0] for row in rows})
     if cluster.partition is not None:
         for wanted in cluster.partition.split(","):
@@ -202,7 +202,7 @@ def test_submission(script: Path) -> str | None:
     result = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True)
     if result.returncode == 0:
         return None
-    return f"SLURM refuses the job: {_last_line(result.stderr)}"
+    return f"SLURM refuses the job: {last_line(result.stderr)}"
 
 
 def is_live(job: str) -> bool:
@@ -232,7 +232,8 @@ def _gpus_of(gres: str, kind: str | None) -> int:
     return sum(int(count) for its_kind, count in found if kind is None or its_kind == kind)
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """What a command of SLURM said last, without its prefixes."""
     lines = text.strip().splitlines()
     return (
         lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ") if lines else "no reason given"

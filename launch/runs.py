@@ -17,9 +17,9 @@ from launch import local_jobs
 from launch.cluster import Cluster, check_cluster
 from launch.history import Attempt
 from launch.logs import follow, log_path
-from launch.overview import WAITING, Overview, overview
+from launch.overview import UNKNOWN, WAITING, Overview, overview
 from launch.slurm import check_and_start
-from launch.submission import submissions
+from launch.submission import live_jobs, submissions
 from launch.table import table
 
 _ASK_SECONDS = 5.0
@@ -175,6 +175,7 @@ def cancel(run: RunDirectory) -> None:
     """End a run at once."""
     now = _live(run)
     if not now.jobs:
+        live_jobs(run)  # says so where it is SLURM that does not answer
         raise UserError(f"{run.path}: runs as a process of this machine, not as a job; end it where it was started")
     if submissions(run)[-1].executor == "local":
         local_jobs.kill(now.jobs[0])
@@ -185,7 +186,7 @@ def cancel(run: RunDirectory) -> None:
 
 def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
     """Submit a run again as it was submitted last, perhaps on another number of nodes or with settings changed."""
-    now = overview(run)
+    now = _known(run)
     if now.live:
         raise UserError(f"{run.path}: is {now.state} (job {' '.join(now.jobs) or 'of this machine'}); stop it first")
     if now.state == "complete":
@@ -224,9 +225,16 @@ def _told(attempt: Attempt) -> str:
 
 
 def _live(run: RunDirectory) -> Overview:
-    now = overview(run)
+    now = _known(run)
     if not now.live:
         raise UserError(f"{run.path}: neither runs nor waits; it is {now.state}")
+    return now
+
+
+def _known(run: RunDirectory) -> Overview:
+    now = overview(run)
+    if now.state == UNKNOWN:
+        raise UserError(f"{run.path}: {now.why}")
     return now
 
 
