@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="what to train")
     parser.add_argument("--dry-run", action="store_true", help="print batch script and configuration, submit nothing")
-    values = "a run for each combination of these values, as a job array"
+    values = "a run for each combination of these values, as a job array; one value is the same for all runs"
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2,…", help=values)
     add_request_options(parser, default="slurm")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the config's")
