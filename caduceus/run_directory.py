@@ -6,6 +6,7 @@ checkpoints/step-00001000/COMPLETE                     marker, written last: siz
 checkpoints/latest                                     link to the newest complete checkpoint
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -261,13 +262,14 @@ class RunDirectory:
         shutil.rmtree(doomed)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; a last line cut off by a kill is left out."""
+        """All rows of metrics.jsonl; a line cut off by a kill or a full disk is left out."""
         if not self.metrics_path.exists():
             return []
         rows = []
         for line in self.metrics_path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
-                rows.append(json.loads(line))
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
         return rows
 
     def truncate_metrics(self, step: int) -> None:

@@ -5,7 +5,9 @@ Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it 
 """
 
 import argparse
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -29,6 +31,8 @@ _ASK_SECONDS = 5.0
 def main() -> int:
     """Do what the command line asks for; returns the exit status."""
     arguments = parse_arguments()
+    if arguments.action in ("list", "status", "logs"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     if arguments.action == "list":
         print(summary(find_runs(arguments.directory)))
         return 0
@@ -91,7 +95,12 @@ def summary(runs: list[RunDirectory]) -> str:
     heads = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "starts"]
     rows = []
     for run in runs:
-        now = overview(run)
+        try:
+            now = overview(run)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            rows.append([str(run.path), "unreadable", *"-" * (len(heads) - 2)])
+            continue
         rows.append(
             [
                 str(run.path),

@@ -156,8 +156,14 @@ def live_jobs(run: RunDirectory) -> dict[str, tuple[str, str]]:
 def submissions(run: RunDirectory) -> list[Submission]:
     """Every submission of a run, oldest first."""
     path = run.path / "submissions.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); mend it, or move it "
+            "away where none of its jobs is alive"
+        ) from None
 
 
 def record(run: RunDirectory, submission: Submission) -> None:
