@@ -1,5 +1,6 @@
 """Where a run goes and what it asks for: presets in configs/cluster/, and the sbatch parameters that follow."""
 
+import math
 import re
 import shlex
 import shutil
@@ -181,19 +182,24 @@ def slurm_complaint(cluster: Cluster) -> str | None:
     if shutil.which("sbatch") is None:
         return "no SLURM on this machine (sbatch not found); to run here use --cluster local"
     try:
-        rows = [line.split("|") for line in _sinfo("%R|%G|%D|%a")]
+        rows = [line.split("|") for line in _sinfo("%P|%G|%l")]
     except subprocess.CalledProcessError as error:
         return f"SLURM does not answer ({last_line(error.stderr)}); to run on this machine use --cluster local"
-    names = sorted({row[0] for row in rows})
+    names = sorted({name.removesuffix("*") for name, _, _ in rows})
+    chosen = [row for row in rows if row[0].endswith("*")]
     if cluster.partition is not None:
         for wanted in cluster.partition.split(","):
             if wanted not in names:
                 return f"partition: no partition '{wanted}' here; choose one of {', '.join(names)}"
-        rows = [row for row in rows if row[0] in cluster.partition.split(",")]
-    most = max((_gpus_of(gres, cluster.gpu_type) for _, gres, _, _ in rows), default=0)
+        rows = chosen = [row for row in rows if row[0].removesuffix("*") in cluster.partition.split(",")]
+    most = max((_gpus_of(gres, cluster.gpu_type) for _, gres, _ in rows), default=0)
     if cluster.gpus_per_node > most and cluster.gpu_request != "none":
         kind = f"{cluster.gpu_type} GPUs" if cluster.gpu_type else "GPUs"
         return f"gpus_per_node: {cluster.gpus_per_node} {kind} asked for, but a node has at most {most}"
+    limits = [(_limit(limit), limit) for _, _, limit in chosen]
+    # A quality of service may lift the partition's limit.
+    if limits and cluster.qos is None and cluster.minutes > max(limits)[0]:
+        return f"time: {cluster.time} asked for, but the partition's limit is {max(limits)[1]}"
     return None
 
 
@@ -224,6 +230,11 @@ def _setup_lines(cluster: Cluster) -> list[str]:
 def _sinfo(columns: str) -> list[str]:
     command = ["sinfo", "--noheader", f"--format={columns}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def _limit(text: str) -> float:
+    """Minutes of a partition's limit as sinfo prints it."""
+    return parse_time(text) if text[:1].isdigit() else math.inf
 
 
 def _gpus_of(gres: str, kind: str | None) -> int:

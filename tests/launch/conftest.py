@@ -48,7 +48,7 @@ class FakeSlurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.answer("sinfo", "echo 'main|(null)|4|up'")
+        self.answer("sinfo", "echo 'main*|(null)|infinite'")
         self.answer("squeue", "exit 0")
         self.answer("srun", "exit 0")
         self.answer("sbatch", 'case "$*" in *--test-only*) exit 0;; esac; echo "Submitted batch job 7"')
