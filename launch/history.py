@@ -2,7 +2,7 @@
 
 start     a job's processes are up: nodes, and the step of the checkpoint that they go on from
 bad node  a node that failed its checks, and why
-refused   a rank saw, before training began, a mistake that is the user's to mend
+refused   a rank saw, before the first step, a mistake that is the user's to mend
 end       the processes have ended: reason, newest checkpoint's step, and the error if there was one
 gave up   after too many failures the run does not go on by itself
 """

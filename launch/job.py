@@ -18,6 +18,9 @@ from launch.node import check_node, node_defaults
 FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral range, which starts at 32768
 RESTART_STRIDE = 7919  # shares no factor with PORTS, and keeps clear of the next jobs' ports
 
+_NOT_ITS_OWN = ("another rank failed", "rank ", "run.dir: another process")
+"""How mistakes begin that a rank tells of others: these may have met with a bad node or a fault that passes."""
+
 
 @dataclass(frozen=True)
 class TrainTask:
@@ -41,13 +44,12 @@ class TrainTask:
         for name, value in node_defaults(os.environ).items():
             os.environ.setdefault(name, value)
         run = RunDirectory.open(self.run_dir)
+        step, starts = history.newest_step(run), len(run.starts())
         if job.global_rank == 0:
             if on_slurm:
                 take_over(run, job.raw_job_id)
             nodes = os.environ["SLURM_JOB_NODELIST"] if on_slurm else job.hostname
-            step = history.newest_step(run)
             history.record(run, "start", job.job_id, restart, nodes=nodes, tasks=job.num_tasks, step=step)
-        starts = run.starts()
         try:
             config = run.config()
             config.run.dir = self.run_dir
@@ -57,7 +59,7 @@ class TrainTask:
             if isinstance(error, NodeError) and on_slurm:
                 node = os.environ["SLURMD_NODENAME"]
                 history.record(run, "bad node", job.job_id, restart, node=node, why=str(error))
-            elif run.starts() == starts:
+            elif not _has_trained(run, starts, step) and not str(error).startswith(_NOT_ITS_OWN):
                 history.record(run, "refused", job.job_id, restart)
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
@@ -71,6 +73,12 @@ def train(config: Config) -> int:
     set_up_logging()
     logging.getLogger("submitit").propagate = False  # it prints its messages by itself
     return trainer.train(config)
+
+
+def _has_trained(run: RunDirectory, starts: int, step: int) -> bool:
+    """Whether a run that had been started so often, and goes on from `step`, has made a step since."""
+    rows = run.metrics()  # what earlier starts left after `step` goes before a new start is written down
+    return len(run.starts()) > starts and bool(rows) and rows[-1]["step"] > step
 
 
 def take_over(run: RunDirectory, job: str) -> None:

@@ -122,6 +122,7 @@ def raised(error: str) -> str:
             "n1: task 1: Killed",
         ),
         (["", raised(LOST)], LOST),
+        (["error: another rank failed; its own message says why\n", raised("ValueError: 3")], "ValueError: 3"),
         (
             ["error: of an earlier start\nStarting with JobEnvironment(…)\n" + raised("KeyError: 1")],
             "KeyError: 1",

@@ -42,19 +42,29 @@ def test_each_task_knows_how_many_share_its_node(task, monkeypatch):
     assert task() == 4
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_mistake_seen_before_training_is_noted(task, monkeypatch, trained):
+@pytest.mark.parametrize(
+    ("trained", "mistake", "noted"),
+    [
+        (None, "parallel.strategy: single runs on one process", [True]),
+        (False, "ops.backend: 'triton' needs an NVIDIA GPU", [True]),
+        (True, "train.max_skipped_steps: loss is not finite", []),
+        (None, "another rank failed; its own message says why", []),
+        (None, "rank 3 on n1: /dev/shm has 64 MB", []),
+    ],
+)
+def test_a_rank_s_own_mistake_before_the_first_step_is_noted(task, monkeypatch, trained, mistake, noted):
     run = RunDirectory(task.run_dir)
 
     def train(config: Config) -> int:
-        if trained:
+        if trained is not None:
             run.write_provenance({})
-        raise UserError("parallel.strategy: single runs on one process")
+            run.metrics_path.write_text('{"step": 1}\n' * trained)
+        raise UserError(mistake)
 
     monkeypatch.setattr("launch.job.train", train)
     with pytest.raises(SystemExit, match="2"):
         task()
-    assert [attempt.refused for attempt in attempts(run)] == ([] if trained else [True])
+    assert [attempt.refused for attempt in attempts(run)] == noted
 
 
 def port(job: int, restart: int) -> int:
