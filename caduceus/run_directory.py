@@ -7,6 +7,7 @@ checkpoints/latest                                     link to the newest comple
 checkpoints/damaged-step-00002000                      set aside by a start that found it damaged; counts for nothing
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -113,6 +114,7 @@ class RunDirectory:
         self.provenance_path = self.path / "provenance.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.logs_path = self.path / "logs"
+        self.stop_path = self.path / "STOP"
         self._lock_path = self.path / ".lock"
         self._lock: IO[str] | None = None
         self._claim: str | None = None
@@ -150,7 +152,7 @@ class RunDirectory:
         return run
 
     def keep_config(self, config: Config) -> None:
-        """Make `config` the run's own. Of a resumed run, to be done once its checkpoint has been loaded with it."""
+        """Make `config` the run's own: by the process that trains, once it has loaded its checkpoint, and for a job."""
         save_config(config, self.config_path)
 
     def config(self) -> Config:
@@ -282,13 +284,14 @@ class RunDirectory:
         shutil.rmtree(doomed)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; a last line cut off by a kill is left out."""
+        """All rows of metrics.jsonl; a line cut off by a kill or a full disk is left out."""
         if not self.metrics_path.exists():
             return []
         rows = []
         for line in self.metrics_path.read_bytes().splitlines(keepends=True):
             if line.endswith(b"\n"):
-                rows.append(json.loads(line))
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
         return rows
 
     def truncate_metrics(self, step: int) -> None:
@@ -298,11 +301,15 @@ class RunDirectory:
 
     def write_provenance(self, facts: dict[str, Any]) -> None:
         """Add this start to provenance.json: code, packages, host and the given facts."""
+        starts = [*self.starts(), {**provenance(), **facts}]
+        write_atomically(self.provenance_path, dump_json({"starts": starts}))
+
+    def starts(self) -> list[dict[str, Any]]:
+        """What provenance.json tells of each time that training began."""
         try:
-            starts = json.loads(self.provenance_path.read_text())["starts"]
+            return json.loads(self.provenance_path.read_text())["starts"]
         except (OSError, ValueError, KeyError):
-            starts = []
-        write_atomically(self.provenance_path, dump_json({"starts": [*starts, {**provenance(), **facts}]}))
+            return []
 
     def _refuse_other_config(self, config: Config) -> None:
         before, now = config_to_dict(self.config()), config_to_dict(config)

@@ -1,5 +1,6 @@
 """Where a run goes and what it asks for: presets in configs/cluster/, and the sbatch parameters that follow."""
 
+import math
 import re
 import shlex
 import shutil
@@ -104,8 +105,35 @@ def load_cluster(name: str, options: dict[str, Any]) -> Cluster:
         known = ", ".join(key.name for key in fields(Cluster))
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: {error.full_key or 'value'}: {reason}; known keys: {known}") from None
-    _check(cluster)
+    check_cluster(cluster)
     return cluster
+
+
+def check_cluster(cluster: Cluster) -> None:
+    """Raise `UserError` naming the key where a request cannot be meant."""
+    if cluster.executor not in EXECUTORS:
+        raise UserError(f"executor: choose one of {', '.join(EXECUTORS)}; got '{cluster.executor}'")
+    if cluster.gpu_request not in ("gpus-per-node", "gres", "none"):
+        raise UserError(f"gpu_request: choose gpus-per-node, gres or none; got '{cluster.gpu_request}'")
+    least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 0}
+    least |= {"chain": 1, "max_failures": 1}
+    for key, smallest in least.items():
+        value = getattr(cluster, key)
+        if value is not None and value < smallest:
+            raise UserError(f"{key}: must be at least {smallest}, got {value}")
+    if cluster.gpus_per_node and cluster.processes_per_node > cluster.gpus_per_node:
+        raise UserError(
+            f"tasks_per_node: {cluster.processes_per_node} processes cannot share a node's {cluster.gpus_per_node} GPUs"
+        )
+    if cluster.executor == "local" and cluster.nodes > 1:
+        raise UserError(f"nodes: this machine is one, not {cluster.nodes}; for more processes use --tasks-per-node")
+    if cluster.executor == "debug" and cluster.world > 1:
+        raise UserError(f"nodes: debug runs in this one process, not in {cluster.world}; use --cluster local")
+    if cluster.minutes * 60 <= cluster.signal_seconds:
+        raise UserError(
+            f"time: of {cluster.minutes} minutes nothing is left after the {cluster.signal_seconds} s that are kept "
+            "for the last checkpoint; raise the time or lower signal_seconds"
+        )
 
 
 def parse_time(text: str) -> int:
@@ -154,19 +182,24 @@ def slurm_complaint(cluster: Cluster) -> str | None:
     if shutil.which("sbatch") is None:
         return "no SLURM on this machine (sbatch not found); to run here use --cluster local"
     try:
-        rows = [line.split("|") for line in _sinfo("%R|%G|%D|%a")]
+        rows = [line.split("|") for line in _sinfo("%P|%G|%l")]
     except subprocess.CalledProcessError as error:
-        return f"SLURM does not answer ({_last_line(error.stderr)}); to run on this machine use --cluster local"
-    names = sorted({row[0] for row in rows})
+        return f"SLURM does not answer ({last_line(error.stderr)}); to run on this machine use --cluster local"
+    names = sorted({name.removesuffix("*") for name, _, _ in rows})
+    chosen = [row for row in rows if row[0].endswith("*")]
     if cluster.partition is not None:
         for wanted in cluster.partition.split(","):
             if wanted not in names:
                 return f"partition: no partition '{wanted}' here; choose one of {', '.join(names)}"
-        rows = [row for row in rows if row[0] in cluster.partition.split(",")]
-    most = max((_gpus_of(gres, cluster.gpu_type) for _, gres, _, _ in rows), default=0)
+        rows = chosen = [row for row in rows if row[0].removesuffix("*") in cluster.partition.split(",")]
+    most = max((_gpus_of(gres, cluster.gpu_type) for _, gres, _ in rows), default=0)
     if cluster.gpus_per_node > most and cluster.gpu_request != "none":
         kind = f"{cluster.gpu_type} GPUs" if cluster.gpu_type else "GPUs"
         return f"gpus_per_node: {cluster.gpus_per_node} {kind} asked for, but a node has at most {most}"
+    limits = [(_limit(limit), limit) for _, _, limit in chosen]
+    # A quality of service may lift the partition's limit.
+    if limits and cluster.qos is None and cluster.minutes > max(limits)[0]:
+        return f"time: {cluster.time} asked for, but the partition's limit is {max(limits)[1]}"
     return None
 
 
@@ -175,7 +208,7 @@ def test_submission(script: Path) -> str | None:
     result = subprocess.run(["sbatch", "--test-only", str(script)], capture_output=True, text=True)
     if result.returncode == 0:
         return None
-    return f"SLURM refuses the job: {_last_line(result.stderr)}"
+    return f"SLURM refuses the job: {last_line(result.stderr)}"
 
 
 def is_live(job: str) -> bool:
@@ -199,40 +232,20 @@ def _sinfo(columns: str) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+def _limit(text: str) -> float:
+    """Minutes of a partition's limit as sinfo prints it."""
+    return parse_time(text) if text[:1].isdigit() else math.inf
+
+
 def _gpus_of(gres: str, kind: str | None) -> int:
     """GPUs in a node's generic resources, such as `gpu:h100:8(S:0-1),nvme:1`."""
     found = re.findall(r"(?:^|,)gpu(?::([^:,()]+))?:(\d+)", gres)
     return sum(int(count) for its_kind, count in found if kind is None or its_kind == kind)
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """What a command of SLURM said last, without its prefixes."""
     lines = text.strip().splitlines()
     return (
         lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ") if lines else "no reason given"
     )
-
-
-def _check(cluster: Cluster) -> None:
-    if cluster.executor not in EXECUTORS:
-        raise UserError(f"executor: choose one of {', '.join(EXECUTORS)}; got '{cluster.executor}'")
-    if cluster.gpu_request not in ("gpus-per-node", "gres", "none"):
-        raise UserError(f"gpu_request: choose gpus-per-node, gres or none; got '{cluster.gpu_request}'")
-    least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 0}
-    least |= {"chain": 1, "max_failures": 1}
-    for key, smallest in least.items():
-        value = getattr(cluster, key)
-        if value is not None and value < smallest:
-            raise UserError(f"{key}: must be at least {smallest}, got {value}")
-    if cluster.gpus_per_node and cluster.processes_per_node > cluster.gpus_per_node:
-        raise UserError(
-            f"tasks_per_node: {cluster.processes_per_node} processes cannot share a node's {cluster.gpus_per_node} GPUs"
-        )
-    if cluster.executor == "local" and cluster.nodes > 1:
-        raise UserError(f"nodes: this machine is one, not {cluster.nodes}; for more processes use --tasks-per-node")
-    if cluster.executor == "debug" and cluster.world > 1:
-        raise UserError(f"nodes: debug runs in this one process, not in {cluster.world}; use --cluster local")
-    if cluster.minutes * 60 <= cluster.signal_seconds:
-        raise UserError(
-            f"time: of {cluster.minutes} minutes nothing is left after the {cluster.signal_seconds} s that are kept "
-            "for the last checkpoint; raise the time or lower signal_seconds"
-        )

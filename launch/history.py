@@ -2,6 +2,7 @@
 
 start     a job's processes are up: nodes, and the step of the checkpoint that they go on from
 bad node  a node that failed its checks, and why
+refused   a rank saw, before the first step, a mistake that is the user's to mend
 end       the processes have ended: reason, newest checkpoint's step, and the error if there was one
 gave up   after too many failures the run does not go on by itself
 """
@@ -9,6 +10,7 @@ gave up   after too many failures the run does not go on by itself
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from caduceus.run_directory import RunDirectory
@@ -16,7 +18,7 @@ from caduceus.run_directory import RunDirectory
 COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
 LOST = "lost"
-"""Of an attempt that left no end: its node died, or everything was killed at once."""
+"""Of an attempt that left no end: its node died, it was requeued by hand, or everything was killed at once."""
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Attempt:
     reason: str | None = None
     error: str | None = None
     gave_up: bool = False
+    refused: bool = False
     bad_nodes: list[str] = field(default_factory=list)
 
 
@@ -47,35 +50,42 @@ def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) 
 def attempts(run: RunDirectory) -> list[Attempt]:
     """All attempts of a run, oldest first. All but the newest have a reason for their end."""
     found: dict[tuple[str, int], Attempt] = {}
+    began: dict[tuple[str, int], int] = {}
     for row in _rows(run):
         key = (row["job"], row["restart"])
         attempt = found.setdefault(key, Attempt(*key))
         if row["event"] == "start":
             attempt.started, attempt.nodes, attempt.step = row["time"], row["nodes"], row["step"]
+            began[key] = row["step"]
         elif row["event"] == "bad node":
             attempt.bad_nodes.append(row["node"])
+        elif row["event"] == "refused":
+            attempt.refused = True
         elif row["event"] == "end":
             attempt.ended, attempt.reason, attempt.step = row["time"], row["reason"], row["step"]
             attempt.error = row["error"]
         else:
             attempt.gave_up = True
     in_order = list(found.values())
-    for attempt in in_order[:-1]:
-        attempt.reason = attempt.reason or LOST
+    for attempt, after in pairwise(in_order):
+        if attempt.reason is None:
+            attempt.reason = LOST
+            attempt.step = began.get((after.job, after.restart), attempt.step)
     return in_order
 
 
 def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
     """How many of the newest attempts of these jobs failed one after the other with no new checkpoint between them.
 
-    Bad nodes count as well: where every node is bad, it is not the nodes. Time limits and preemption count neither way.
+    Bad nodes count as well: where every node is bad, it is not the nodes. Time limits, preemption and attempts that
+    left no end, as after a requeue by hand, count neither way.
     """
     failures, step = 0, None
     for attempt in reversed([attempt for attempt in attempts(run) if attempt.job in jobs]):
         if step is not None and attempt.step != step:
             break
         step = attempt.step
-        failures += attempt.reason in (FAILED, BAD_NODE, LOST)
+        failures += attempt.reason in (FAILED, BAD_NODE)
     return failures
 
 

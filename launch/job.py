@@ -18,6 +18,9 @@ from launch.node import check_node, node_defaults
 FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral range, which starts at 32768
 RESTART_STRIDE = 7919  # shares no factor with PORTS, and keeps clear of the next jobs' ports
 
+_NOT_ITS_OWN = ("another rank failed", "rank ", "run.dir: another process")
+"""How mistakes begin that a rank tells of others: these may have met with a bad node or a fault that passes."""
+
 
 @dataclass(frozen=True)
 class TrainTask:
@@ -36,15 +39,16 @@ class TrainTask:
         first_host = job.hostnames[0] if on_slurm else "127.0.0.1"
         restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         attempt = (int(job.raw_job_id), restart)
-        os.environ.update(rendezvous(job.global_rank, job.local_rank, job.num_tasks, first_host, *attempt))
+        ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
+        os.environ.update(rendezvous(*ranks, first_host, *attempt))
         for name, value in node_defaults(os.environ).items():
             os.environ.setdefault(name, value)
         run = RunDirectory.open(self.run_dir)
+        step, starts = history.newest_step(run), len(run.starts())
         if job.global_rank == 0:
             if on_slurm:
                 take_over(run, job.raw_job_id)
             nodes = os.environ["SLURM_JOB_NODELIST"] if on_slurm else job.hostname
-            step = history.newest_step(run)
             history.record(run, "start", job.job_id, restart, nodes=nodes, tasks=job.num_tasks, step=step)
         try:
             config = run.config()
@@ -55,6 +59,8 @@ class TrainTask:
             if isinstance(error, NodeError) and on_slurm:
                 node = os.environ["SLURMD_NODENAME"]
                 history.record(run, "bad node", job.job_id, restart, node=node, why=str(error))
+            elif not _has_trained(run, starts, step) and not str(error).startswith(_NOT_ITS_OWN):
+                history.record(run, "refused", job.job_id, restart)
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
@@ -69,6 +75,12 @@ def train(config: Config) -> int:
     return trainer.train(config)
 
 
+def _has_trained(run: RunDirectory, starts: int, step: int) -> bool:
+    """Whether a run that had been started so often, and goes on from `step`, has made a step since."""
+    rows = run.metrics()  # what earlier starts left after `step` goes before a new start is written down
+    return len(run.starts()) > starts and bool(rows) and rows[-1]["step"] > step
+
+
 def take_over(run: RunDirectory, job: str) -> None:
     """Shut out an earlier attempt: where a slurmd has died, its processes live on, and SLURM knows nothing of them."""
     holder = run.holder()
@@ -81,7 +93,7 @@ def take_over(run: RunDirectory, job: str) -> None:
 
 
 def rendezvous(
-    rank: int, local_rank: int, world: int, first_host: str, job_number: int, restart: int
+    rank: int, local_rank: int, world: int, local_world: int, first_host: str, job_number: int, restart: int
 ) -> dict[str, str]:
     """The variables that torchrun would set.
 
@@ -92,6 +104,7 @@ def rendezvous(
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(local_world),
         "MASTER_ADDR": first_host,
         "MASTER_PORT": str(FIRST_PORT + (job_number + RESTART_STRIDE * restart) % PORTS),
     }

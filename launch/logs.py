@@ -25,7 +25,9 @@ def last_error(logs: Path, job: str) -> str | None:
     mistakes, exceptions, killed, consequences = [], [], [], []
     for path in sorted(logs.glob(f"{job}_*_log.out")):
         lines = _tail(path).splitlines()
-        mistakes += [line for line in lines if line.startswith("error: ")]
+        for line in lines:
+            if line.startswith("error: "):
+                (consequences if _CONSEQUENCE.match(line.removeprefix("error: ")) else mistakes).append(line)
         killed += [line for line in lines if line.startswith("srun: error: ") and "Terminating" not in line]
         for line in _exceptions(lines):
             (consequences if _CONSEQUENCE.search(line) else exceptions).append(line)

@@ -1,6 +1,5 @@
 """How a run stands, from its directory and, where there is one, SLURM. Imports no torch."""
 
-import shutil
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -9,9 +8,9 @@ from caduceus.run_directory import RunDirectory
 from launch import history, local_jobs
 from launch.history import Attempt, attempts, newest_step
 from launch.logs import last_error
-from launch.submission import Submission, live_jobs, submissions
+from launch.submission import SlurmSilentError, Submission, live_jobs, submissions
 
-RUNNING, STOPPING, WAITING = "running", "stopping", "waiting"
+RUNNING, STOPPING, WAITING, UNKNOWN = "running", "stopping", "waiting", "unknown"
 _RECENT_ROWS = 50
 _IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 """States of a job, as squeue names them, in which it has no nodes and may get some."""
@@ -22,9 +21,9 @@ class Overview:
     """How a run stands. What is not known is None."""
 
     state: str
-    """running, stopping, waiting, complete, stopped, failed, given up, cancelled, interrupted, lost or new."""
+    """running, stopping, waiting, complete, stopped, failed, given up, cancelled, interrupted, lost, new or unknown."""
     why: str | None
-    """SLURM's reason to let it wait, or the error that ended it."""
+    """SLURM's reason to let it wait, the error that ended it, or why the state is unknown."""
     jobs: list[str]
     """Jobs that run or wait."""
     step: int
@@ -45,7 +44,7 @@ class Overview:
 
 
 def overview(run: RunDirectory) -> Overview:
-    """Look at a run; SLURM may have forgotten its jobs, or be absent."""
+    """Look at a run; SLURM may have forgotten its jobs, or not answer."""
     rows, config, found = run.metrics(), run.config(), attempts(run)
     training = [row for row in rows if "loss" in row]
     validations = [row["valid_loss"] for row in rows if "valid_loss" in row]
@@ -70,9 +69,12 @@ def overview(run: RunDirectory) -> Overview:
 
 def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> tuple[str, str | None, list[str]]:
     """State, why, and the jobs that are alive."""
-    stop = (run.path / "STOP").exists()
+    stop = run.stop_path.exists()
     submitted = submissions(run)
-    jobs = live_jobs(run)
+    try:
+        jobs, silence = live_jobs(run), None
+    except SlurmSilentError as error:
+        jobs, silence = {}, str(error)
     if jobs:
         waiting = all(state in _IN_QUEUE for state, _ in jobs.values())
         reason = next(iter(jobs.values()))[1] if waiting else None
@@ -83,6 +85,8 @@ def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> 
         return (STOPPING if stop else RUNNING), None, []
     if newest_step(run) >= steps:
         return "complete", None, []
+    if silence and not (found and (found[-1].gave_up or found[-1].reason == history.STOPPED)):
+        return UNKNOWN, silence, []
     if found:
         return _how_it_ended(found[-1], submitted, stop)
     if stop:
@@ -101,7 +105,5 @@ def _how_it_ended(last: Attempt, submitted: list[Submission], stop: bool) -> tup
         return "cancelled", None, []
     if last.reason is not None:
         return "interrupted", last.reason, []
-    if submitted and submitted[-1].executor == "slurm" and shutil.which("squeue") is None:
-        return "lost", "no SLURM here to ask for its job", []
     error = last_error(submitted[-1].logs, last.job) if submitted else None
     return ("failed", error, []) if error else ("lost", f"job {last.job} is gone and left no reason", [])

@@ -1,7 +1,8 @@
 """python -m launch.requeue RUN STATUS: the last line of a batch script, when its srun has ended with STATUS.
 
 Writes down how the processes ended, and puts the job back into SLURM's queue where the run is to go on by itself. A run
-that fails again and again without a new checkpoint in between is given up.
+that fails again and again without a new checkpoint in between is given up, and one with a mistake that only its user
+can mend at once.
 """
 
 import os
@@ -52,10 +53,13 @@ def main() -> int:
     error = last_error(submission.logs, job) if reason in (history.FAILED, history.BAD_NODE) else None
     history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
     failures = history.failures_without_progress(run, submission.jobs)
-    gave_up = reason in (history.FAILED, history.BAD_NODE) and failures >= submission.request["max_failures"]
+    refused = reason == history.FAILED and this is not None and this.refused
+    too_often = reason in (history.FAILED, history.BAD_NODE) and failures >= submission.request["max_failures"]
+    gave_up = refused or too_often
     if gave_up:
         history.record(run, "gave up", job, restart)
-        print(f"given up after {failures} failures without a new checkpoint; the last one: {error}", flush=True)
+        why = "for a mistake" if refused else f"after {failures} failures without a new checkpoint; the last one"
+        print(f"given up {why}: {error}", flush=True)
     if reason in (history.COMPLETE, history.STOPPED) or gave_up:
         cancel([later for later in submission.jobs if later != job])
         return int(gave_up)
@@ -75,7 +79,7 @@ def why_ended(run: RunDirectory, status: int, job: SlurmJob, bad_nodes: list[str
     """The reason of an end, as the run's history names it; `status` is srun's, which is 0 after a stop with a save."""
     if newest_step(run) >= run.config().train.steps:
         return history.COMPLETE
-    if (run.path / "STOP").exists():
+    if run.stop_path.exists():
         return history.STOPPED if status == 0 else history.FAILED
     if job.state != "RUNNING":
         return history.TIME_LIMIT if job.reason == "TimeLimit" else history.TAKEN

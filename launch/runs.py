@@ -1,23 +1,27 @@
-"""python launch/runs.py list [DIR] | status RUN | logs RUN [--rank R] [-f] | stop RUN | cancel RUN | resume RUN
+"""python launch/runs.py list [DIR] | status RUN | logs RUN [--rank R] [-f] | stop RUN | cancel RUN
+                       resume RUN [--nodes M] [key.path=value …]
 
 Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it tells what SLURM has forgotten.
 """
 
 import argparse
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
 from caduceus.run_directory import RunDirectory
 from launch import local_jobs
-from launch.cluster import Cluster
+from launch.cluster import Cluster, check_cluster
 from launch.history import Attempt
 from launch.logs import follow, log_path
-from launch.overview import WAITING, Overview, overview
+from launch.overview import UNKNOWN, WAITING, Overview, overview
 from launch.slurm import check_and_start
-from launch.submission import submissions
+from launch.submission import live_jobs, submissions
 from launch.table import table
 
 _ASK_SECONDS = 5.0
@@ -27,6 +31,8 @@ _ASK_SECONDS = 5.0
 def main() -> int:
     """Do what the command line asks for; returns the exit status."""
     arguments = parse_arguments()
+    if arguments.action in ("list", "status", "logs"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     if arguments.action == "list":
         print(summary(find_runs(arguments.directory)))
         return 0
@@ -40,7 +46,7 @@ def main() -> int:
     elif arguments.action == "cancel":
         cancel(run)
     else:
-        return resume(run, arguments.nodes)
+        return resume(run, arguments.nodes, arguments.overrides)
     return 0
 
 
@@ -56,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
         "logs": "the newest log of a rank",
         "stop": "save a checkpoint, end, and stay so until resumed",
         "cancel": "end at once; what came after the newest checkpoint is lost",
-        "resume": "submit again as before",
+        "resume": "submit again as before, or with another number of nodes or other settings",
     }
     added = {name: actions.add_parser(name, help=text) for name, text in texts.items()}
     for action in added.values():
@@ -64,7 +70,15 @@ def parse_arguments() -> argparse.Namespace:
     added["logs"].add_argument("--rank", type=int, default=0, metavar="R", help="(0)")
     added["logs"].add_argument("-f", "--follow", action="store_true", help="show what is added, while the run lives")
     added["resume"].add_argument("--nodes", type=int, metavar="M", help="on another number of nodes")
-    return parser.parse_args()
+    settings = "settings to change, such as train.micro_batch=2"
+    added["resume"].add_argument("overrides", nargs="*", metavar="key.path=value", help=settings)
+    # Of subcommands argparse takes positional arguments only before the first option.
+    arguments, further = parser.parse_known_args()
+    if further and (arguments.action != "resume" or any(text.startswith("-") for text in further)):
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    if further:
+        arguments.overrides += further
+    return arguments
 
 
 def find_runs(directory: Path) -> list[RunDirectory]:
@@ -81,7 +95,12 @@ def summary(runs: list[RunDirectory]) -> str:
     heads = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "starts"]
     rows = []
     for run in runs:
-        now = overview(run)
+        try:
+            now = overview(run)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            rows.append([str(run.path), "unreadable", *"-" * (len(heads) - 2)])
+            continue
         rows.append(
             [
                 str(run.path),
@@ -152,7 +171,7 @@ def show_log(run: RunDirectory, rank: int, following: bool) -> None:
 def stop(run: RunDirectory) -> None:
     """Let a run save and end; one that waits is taken out of the queue."""
     now = _live(run)
-    (run.path / "STOP").touch()
+    run.stop_path.touch()
     if now.state == WAITING:
         _scancel(now.jobs)
         print(f"{run.path}: taken out of the queue")
@@ -165,6 +184,7 @@ def cancel(run: RunDirectory) -> None:
     """End a run at once."""
     now = _live(run)
     if not now.jobs:
+        live_jobs(run)  # says so where it is SLURM that does not answer
         raise UserError(f"{run.path}: runs as a process of this machine, not as a job; end it where it was started")
     if submissions(run)[-1].executor == "local":
         local_jobs.kill(now.jobs[0])
@@ -173,9 +193,9 @@ def cancel(run: RunDirectory) -> None:
     print(f"{run.path}: cancelled at step {now.step:,}; its newest checkpoint is of step {now.checkpoint:,}")
 
 
-def resume(run: RunDirectory, nodes: int | None) -> int:
-    """Submit a run again as it was submitted last, perhaps on another number of nodes."""
-    now = overview(run)
+def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
+    """Submit a run again as it was submitted last, perhaps on another number of nodes or with settings changed."""
+    now = _known(run)
     if now.live:
         raise UserError(f"{run.path}: is {now.state} (job {' '.join(now.jobs) or 'of this machine'}); stop it first")
     if now.state == "complete":
@@ -185,9 +205,14 @@ def resume(run: RunDirectory, nodes: int | None) -> int:
         raise UserError(f"{run.path}: was not started by launch/slurm.py; start it again as it was started")
     keys = {field.name for field in fields(Cluster)}
     cluster = Cluster(**{key: value for key, value in submitted[-1].request.items() if key in keys})
-    config = run.config()
+    if nodes is not None:
+        cluster = replace(cluster, nodes=nodes)
+        check_cluster(cluster)
+    if any(setting.startswith("run.dir=") for setting in overrides):
+        raise UserError("run.dir: a run is resumed where it is; move the directory, or start another run")
+    config = load_config(run.config_path, overrides)
     config.run.dir = str(run.path)
-    return check_and_start(config, replace(cluster, nodes=nodes or cluster.nodes))
+    return check_and_start(config, cluster)
 
 
 def duration(seconds: float) -> str:
@@ -209,9 +234,16 @@ def _told(attempt: Attempt) -> str:
 
 
 def _live(run: RunDirectory) -> Overview:
-    now = overview(run)
+    now = _known(run)
     if not now.live:
         raise UserError(f"{run.path}: neither runs nor waits; it is {now.state}")
+    return now
+
+
+def _known(run: RunDirectory) -> Overview:
+    now = overview(run)
+    if now.state == UNKNOWN:
+        raise UserError(f"{run.path}: {now.why}")
     return now
 
 

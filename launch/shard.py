@@ -56,8 +56,11 @@ def main() -> int:
     """Submit the jobs, or do them here; returns the exit status."""
     arguments = parse_arguments()
     cluster = requested_cluster(arguments)
+    if cluster.chain > 1:
+        raise UserError("chain: is for training runs; after a failure the same sharding command goes on")
     requests = read_species_file(arguments.genomes, {}, arguments.cache_dir)
     requests = [replace(request, fasta=request.fasta.absolute()) for request in requests]
+    refuse_missing_files(requests)
     out = arguments.out.absolute()
     parts = work_folder(out) / "parts"
     tasks = [ShardTask(request, parts / request.name, cluster.cpus_per_task) for request in requests]
@@ -81,6 +84,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where genomes are kept, seen by all nodes")
     add_request_options(parser, default="cpu")
     return parser.parse_args()
+
+
+def refuse_missing_files(requests: list[SpeciesRequest]) -> None:
+    """Raise `UserError` for the first file that a job would look for in vain."""
+    for request in requests:
+        options = request.options
+        for path in (request.fasta, options.aliases, options.intervals, *options.exclude_bed):
+            if path is not None and not Path(path).is_file():
+                raise UserError(f"{request.name}: {path}: no such file")
 
 
 def submit(cluster: Cluster, tasks: list[ShardTask], end: MergeTask) -> None:

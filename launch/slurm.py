@@ -20,6 +20,7 @@ from launch.local import run_here
 from launch.logs import log_path
 from launch.options import add_request_options, requested_cluster
 from launch.plan import plan
+from launch.preparation import prepared
 from launch.submission import REPOSITORY, run_executor, submit
 from launch.sweep import run_sweep
 
@@ -43,15 +44,15 @@ def main() -> int:
 def check_and_start(config: Config, cluster: Cluster) -> int:
     """Start a run, or go on with it, unless something is seen to be wrong with it; returns the exit status."""
     refuse_bad_request(config, cluster)
-    run = RunDirectory.create_or_resume(config)
-    run.release()
-    (run.path / "STOP").unlink(missing_ok=True)
-    print(f"plan:          {described_plan(config, cluster)}\nrun directory: {run.path}", flush=True)
+    path = Path(config.run.dir)
+    print(f"plan:          {described_plan(config, cluster)}\nrun directory: {path}", flush=True)
     if cluster.executor == "debug":
+        RunDirectory(path).stop_path.unlink(missing_ok=True)
         return train(config)
-    if cluster.executor == "local":
-        return run_here(cluster, run)
-    jobs = submit(cluster, run, config.run.name)
+    with prepared([config], path) as [run]:
+        if cluster.executor == "local":
+            return run_here(cluster, run)
+        jobs = submit(cluster, run, config.run.name)
     print(f"job:           {' '.join(jobs)}\nlog:           {log_path(run.logs_path, jobs[0])}")
     print(f"W&B:           {wandb_place(config.wandb)}")
     print(f"next:          python launch/runs.py status {run.path}   (or logs -f, stop, cancel, resume)")
@@ -65,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="what to train")
     parser.add_argument("--dry-run", action="store_true", help="print batch script and configuration, submit nothing")
-    values = "a run for each combination of these values, as a job array"
+    values = "a run for each combination of these values, as a job array; one value is the same for all runs"
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2,…", help=values)
     add_request_options(parser, default="slurm")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the config's")

@@ -16,11 +16,15 @@ import submitit
 from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
 from caduceus.run_directory import CODE_VERSION, RunDirectory, code_version, provenance
-from launch.cluster import Cluster, sbatch_parameters, test_submission
+from launch.cluster import Cluster, last_line, sbatch_parameters, test_submission
 from launch.job import TrainTask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("caduceus", "data_prep", "launch")
+
+
+class SlurmSilentError(UserError):
+    """SLURM does not tell what has become of its jobs."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +128,24 @@ def submitted(submit: Callable[[], Any]) -> Any:
 
 
 def live_jobs(run: RunDirectory) -> dict[str, tuple[str, str]]:
-    """{job: (state, reason)} of the SLURM jobs that wait for, or train in, a run directory."""
+    """{job: (state, reason)} of the SLURM jobs that wait for, or train in, a run directory.
+
+    Raises `SlurmSilentError` where there may be such jobs and SLURM does not tell.
+    """
     jobs = [job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs]
-    if not jobs or shutil.which("squeue") is None:
+    if not jobs:
         return {}
+    if shutil.which("squeue") is None:
+        raise SlurmSilentError("SLURM does not answer (no squeue on this machine)")
     columns = "%A|%F_%K|%T|%r"
     numbers = ",".join(sorted({job.split("_")[0] for job in jobs}))
     command = ["squeue", "--noheader", "--array", f"--jobs={numbers}", f"--format={columns}"]
-    found = {}
+    result = subprocess.run(command, capture_output=True, text=True)
     # squeue fails for a job that SLURM has forgotten, which is then not alive.
-    for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines():
+    if result.returncode and "Invalid job id" not in result.stderr:
+        raise SlurmSilentError(f"SLURM does not answer ({last_line(result.stderr)})")
+    found = {}
+    for line in result.stdout.splitlines():
         number, of_array, state, reason = line.split("|")
         job = of_array if of_array in jobs else number
         if job in jobs:
@@ -144,8 +156,14 @@ def live_jobs(run: RunDirectory) -> dict[str, tuple[str, str]]:
 def submissions(run: RunDirectory) -> list[Submission]:
     """Every submission of a run, oldest first."""
     path = run.path / "submissions.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); mend it, or move it "
+            "away where none of its jobs is alive"
+        ) from None
 
 
 def record(run: RunDirectory, submission: Submission) -> None:

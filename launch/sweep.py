@@ -1,15 +1,19 @@
 """A run for each combination of some settings: one job array, one run directory each."""
 
+import re
 from itertools import product
 from pathlib import Path
 
 from caduceus.config import Config, load_config
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
 from launch.checks import refuse_bad_request, refuse_impossible_layout
 from launch.cluster import Cluster
 from launch.local import run_here
+from launch.preparation import prepared
 from launch.submission import run_executor, submit_array
+
+_COMMA = re.compile(r",(?![^\[]*\])")
+"""A comma outside of a list such as train.betas=[0.9,0.95]."""
 
 
 def run_sweep(path: Path, overrides: list[str], sweep: list[str], cluster: Cluster, dry_run: bool) -> int:
@@ -24,36 +28,42 @@ def run_sweep(path: Path, overrides: list[str], sweep: list[str], cluster: Clust
         if cluster.executor == "slurm":
             print(run_executor(cluster, folder.absolute(), folder.name, array=True).script())
         return 0
-    runs = []
-    for config in configs:
-        run = RunDirectory.create_or_resume(config)
-        run.release()
-        (run.path / "STOP").unlink(missing_ok=True)
-        runs.append(run)
-    print(f"sweep:         {len(runs)} runs in {folder}", flush=True)
+    print(f"sweep:         {len(configs)} runs in {folder}", flush=True)
     statuses = [0]
-    if cluster.executor == "slurm":
-        jobs = submit_array(cluster, folder, runs, folder.name)
-        print(f"jobs:          {' '.join(jobs)}")
-    else:
-        statuses = [run_here(cluster, run) for run in runs]
+    with prepared(configs, folder) as runs:
+        if cluster.executor == "slurm":
+            jobs = submit_array(cluster, folder, runs, folder.name)
+            print(f"jobs:          {' '.join(jobs)}")
+        else:
+            statuses = [run_here(cluster, run) for run in runs]
     print(f"table:         python launch/runs.py list {folder}")
     return max(statuses)
 
 
 def sweep_configs(path: Path, overrides: list[str], sweep: list[str]) -> tuple[Path, list[Config]]:
-    """The sweep's folder, and the configuration of each run, named after the values that make it differ."""
-    axes = []
+    """The sweep's folder, and the configuration of each run, named after the values that make it differ.
+
+    A setting with one value is the same for all runs, as it would be before --sweep.
+    """
+    axes, fixed = [], list(overrides)
     for text in sweep:
-        key, equals, values = text.partition("=")
-        if not key or not equals or not all(values.split(",")):
+        key, equals, listed = text.partition("=")
+        values = _COMMA.split(listed)
+        if not key or not equals or not all(values):
             raise UserError(f"--sweep {text}: expected KEY=VALUE,VALUE,…, such as train.lr=1e-3,8e-3")
-        axes.append([f"{key}={value}" for value in values.split(",")])
-    base = load_config(path, overrides)
+        if len(values) == 1:
+            fixed.append(text)
+        elif key in ("run.dir", "run.name"):
+            raise UserError(f"--sweep {text}: runs are named after their other settings; give {key} one value")
+        else:
+            axes.append([f"{key}={value}" for value in values])
+    if not axes:
+        raise UserError("--sweep: no setting has several values, such as train.lr=1e-3,8e-3")
+    base = load_config(path, fixed)
     folder = Path(f"{base.run.dir}-sweep")
     configs = []
     for point in product(*axes):
-        config = load_config(path, [*overrides, *point])
+        config = load_config(path, [*fixed, *point])
         name = ",".join(setting.split("=")[0].split(".")[-1] + "=" + setting.split("=")[1] for setting in point)
         config.run.dir = str(folder / name.replace("/", "_"))
         config.run.name = f"{base.run.name}-{name}"

@@ -15,24 +15,40 @@ def check_layout(config: Config, world: int) -> None:
     parallel, train = config.parallel, config.train
     if world % parallel.context:
         raise UserError(f"parallel.context: {parallel.context} does not divide the {world} ranks")
-    width, rest = divmod(config.data.seq_len, parallel.context)
-    if rest or width < config.model.d_conv - 1:
+    if not _cuts_sequences(config, parallel.context):
         raise UserError(
             f"parallel.context: {parallel.context} does not cut data.seq_len {config.data.seq_len} into equal slices "
             f"of at least model.d_conv - 1 = {config.model.d_conv - 1} bases"
         )
     if parallel.shard and world % parallel.shard:
         raise UserError(f"parallel.shard: {parallel.shard} does not divide the {world} ranks")
-    data_world = world // parallel.context
-    if train.global_batch % (train.micro_batch * data_world):
+    if not _shares_batch(config, world, parallel.context):
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
-            f"{data_world} data-parallel ranks (parallel.context ranks share a sequence and count as one)"
+            f"{world // parallel.context} data-parallel ranks (parallel.context ranks share a sequence and count as "
+            f"one); {_way_on(config, world)}"
         )
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
     if parallel.strategy == "deepspeed":
         user_options(config, data_world)
+
+
+def _cuts_sequences(config: Config, context: int) -> bool:
+    width, rest = divmod(config.data.seq_len, context)
+    return not rest and width >= config.model.d_conv - 1
+
+
+def _shares_batch(config: Config, world: int, context: int) -> bool:
+    return config.train.global_batch % (config.train.micro_batch * (world // context)) == 0
+
+
+def _way_on(config: Config, world: int) -> str:
+    """What to change so that the global batch can be shared out."""
+    for context in range(1, world + 1):
+        if world % context == 0 and _cuts_sequences(config, context) and _shares_batch(config, world, context):
+            return f"parallel.context={context} fits"
+    return "no parallel.context fits: change the number of ranks or train.micro_batch"
 
 
 def blocks_to_recompute(least: int, added: int, free: int, layers: int) -> int:

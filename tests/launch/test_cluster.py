@@ -1,7 +1,7 @@
 import pytest
 
 from caduceus.errors import UserError
-from launch.cluster import PRESETS, _gpus_of, load_cluster, parse_time, sbatch_parameters
+from launch.cluster import PRESETS, _gpus_of, load_cluster, parse_time, sbatch_parameters, slurm_complaint
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,24 @@ def test_gpus_are_asked_for_in_the_cluster_s_form(request_form, kind, key, value
 def test_values_of_the_environment_are_quoted_for_the_shell():
     cluster = load_cluster("cpu", {"env": {"NAME": "a b; c"}, "cpus_per_task": None})
     assert sbatch_parameters(cluster, "run")["setup"] == ["export NAME='a b; c'"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"time": "1-0"}, None),
+        ({"time": "2-0"}, "time: 2-0 asked for, but the partition's limit is 1-00:00:00"),
+        ({"time": "2-0", "partition": "long"}, None),
+        ({"time": "2-0", "partition": "main,long"}, None),
+        ({"time": "45", "partition": "short"}, "time: 45 asked for, but the partition's limit is 30:00"),
+        ({"time": "2-0", "qos": "week"}, None),
+        ({"partition": "gpu"}, "partition: no partition 'gpu' here; choose one of long, main, short"),
+    ],
+)
+def test_a_job_that_no_partition_of_its_own_would_run(fake_slurm, options, complaint):
+    rows = ["main*|(null)|1-00:00:00", "main*|gpu:2|1-00:00:00", "long|(null)|infinite", "short|(null)|30:00"]
+    fake_slurm.answer("sinfo", "\n".join(f"echo '{row}'" for row in rows))
+    assert slurm_complaint(load_cluster("cpu", options)) == complaint
 
 
 def test_gpus_are_counted_in_what_sinfo_prints():

@@ -1,12 +1,11 @@
 """What is remembered of starts and ends, and what is told of it, without any SLURM."""
 
 import json
-import shutil
 
 import pytest
 
 from caduceus.config import Config, save_config
-from caduceus.errors import NodeError
+from caduceus.errors import NodeError, UserError
 from caduceus.run_directory import MARKER, RunDirectory
 from launch import history
 from launch.history import attempts, failures_without_progress, record
@@ -60,7 +59,9 @@ def add_attempt(run: RunDirectory, restart: int, reason: str | None, start: int,
         ([("failed", 0, 0), ("failed", 0, 50), ("failed", 50, 50)], 2),  # a new checkpoint starts the count again
         ([("failed", 0, 50), ("time limit", 50, 50), ("failed", 50, 50)], 2),  # a time limit is no fault
         ([("failed", 50, 50), ("time limit", 50, 60), ("failed", 60, 60)], 1),
-        ([(None, 50, 50), ("failed", 50, 50)], 2),  # a node that died left no end
+        ([(None, 50, 50), ("failed", 50, 50)], 1),  # requeued by hand, or its node died: no end is known
+        ([("failed", 0, 0), (None, 0, 0), (None, 0, 0), ("failed", 0, 0)], 2),
+        ([("failed", 0, 0), (None, 0, 0), ("failed", 50, 50)], 1),  # what is lost may have saved before
         ([("bad node", 0, 0), ("preempted", 0, 0), ("failed", 0, 0)], 2),
     ],
 )
@@ -77,6 +78,12 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(run):
         file.write('{"event": "st\n')
     add_attempt(run, 1, None, 0, 0)
     assert [attempt.reason for attempt in attempts(run)] == ["failed", None]
+
+
+def test_a_lost_attempt_ended_with_the_checkpoint_that_the_next_one_found(run):
+    add_attempt(run, 0, None, 0, 0)
+    add_attempt(run, 1, "time limit", 50, 70)
+    assert [(attempt.reason, attempt.step) for attempt in attempts(run)] == [("lost", 50), ("time limit", 70)]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +131,7 @@ def raised(error: str) -> str:
             "n1: task 1: Killed",
         ),
         (["", raised(LOST)], LOST),
+        (["error: another rank failed; its own message says why\n", raised("ValueError: 3")], "ValueError: 3"),
         (
             ["error: of an earlier start\nStarting with JobEnvironment(…)\n" + raised("KeyError: 1")],
             "KeyError: 1",
@@ -137,25 +145,41 @@ def test_the_error_that_says_most(run, logs, error):
 
 
 @pytest.mark.parametrize(
-    ("events", "state"),
+    ("events", "state", "in_silence"),
     [
-        ([], "new"),
-        ([("end", {"reason": "failed"})], "failed"),
-        ([("end", {"reason": "failed"}), ("gave up", {})], "given up"),
-        ([("end", {"reason": "stopped"})], "stopped"),
-        ([("end", {"reason": "ended by SLURM"})], "cancelled"),
-        ([("end", {"reason": "signal"})], "interrupted"),
-        ([("start", {"nodes": "n0"})], "lost"),
+        ([], "new", "unknown"),
+        ([("end", {"reason": "failed"})], "failed", "unknown"),
+        ([("end", {"reason": "failed"}), ("gave up", {})], "given up", "given up"),
+        ([("end", {"reason": "stopped"})], "stopped", "stopped"),
+        ([("end", {"reason": "ended by SLURM"})], "cancelled", "unknown"),
+        ([("end", {"reason": "signal"})], "interrupted", "unknown"),
+        ([("start", {"nodes": "n0"})], "lost", "unknown"),
     ],
 )
-def test_states_are_told_from_the_directory_alone(run, monkeypatch, events, state):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+def test_states_of_a_run_whose_job_is_gone_or_of_which_slurm_does_not_tell(run, fake_slurm, events, state, in_silence):
     record_submission(run, Submission(run.path, ["7"], "slurm", run.logs_path, {}))
     for event, facts in events:
         record(run, event, "7", 0, **{"step": 0, "error": None, **facts})
-    assert overview(run).state == state
+    forgotten = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    silent = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    for answer, expected in ((forgotten, state), (silent, in_silence)):
+        fake_slurm.answer("squeue", answer)
+        assert overview(run).state == expected
     add_checkpoint(run, 100)
     assert overview(run).state == "complete"
+
+
+@pytest.mark.parametrize("squeue", ["echo 'Unable to contact slurm controller' >&2; exit 1", None])
+@pytest.mark.parametrize("action", ["stop", "cancel", "resume"])
+def test_runs_are_not_steered_while_slurm_does_not_answer(run, fake_slurm, steer, action, squeue):
+    record_submission(run, Submission(run.path, ["7"], "slurm", run.logs_path, {}))
+    if squeue:
+        fake_slurm.answer("squeue", squeue)
+    else:
+        (fake_slurm.folder / "squeue").unlink()
+    with pytest.raises(UserError, match=r"SLURM does not answer \((Unable to contact|no squeue on this machine)"):
+        steer(action, str(run.path))
+    assert not run.stop_path.exists()
 
 
 def test_numbers_of_a_run(run):

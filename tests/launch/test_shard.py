@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from caduceus.errors import UserError
+from launch import shard
 from tests.conftest import REPOSITORY, write_random_fasta
 
 
@@ -42,6 +44,25 @@ def shard_apart(species: Path, out: Path, *request: str) -> str:
     done = subprocess.run([*command, *request], env=dict(os.environ), capture_output=True, text=True, cwd=out.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("species", "request_", "message"),
+    [
+        ("{name: dog, fasta: dog.fa}", [], r"dog: .*/dog\.fa: no such file"),
+        ("{name: dog, fasta: a.fa, intervals: dog.bed}", [], r"dog: .*dog\.bed: no such file"),
+        ("{name: dog, fasta: a.fa}", ["--chain", "3"], "chain: is for training runs"),
+    ],
+)
+def test_what_jobs_would_fail_for_is_refused_before(fake_slurm, monkeypatch, tmp_path, species, request_, message):
+    write_random_fasta(tmp_path / "a.fa", 1, {"chr1": 3000})
+    path = tmp_path / "species.yaml"
+    path.write_text(f"species:\n- {species}\n")
+    command = ["shard.py", "--genomes", str(path), "--out", str(tmp_path / "out"), *request_]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match=message):
+        shard.main()
+    assert not fake_slurm.asked("sbatch") and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

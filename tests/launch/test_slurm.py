@@ -1,7 +1,8 @@
 """The command line: what it prints without submitting, and what it refuses."""
 
 import json
-import shutil
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,40 +11,9 @@ import pytest
 
 from caduceus.config import load_config
 from caduceus.errors import UserError
-from launch import slurm
 from launch.submission import REPOSITORY
 
 GOLDEN = Path(__file__).parent / "h100x8_64_nodes.sh"
-
-
-@pytest.fixture
-def launch(monkeypatch, tmp_path):
-    """Run the command in an empty directory, on a machine without SLURM."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "git").symlink_to(shutil.which("git"))
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["slurm.py", *arguments])
-        return slurm.main()
-
-    return run
-
-
-@pytest.fixture
-def small_config(tmp_path, small_shards) -> str:
-    path = tmp_path / "small.yaml"
-    path.write_text(
-        "model: {d_model: 16, n_layer: 2, d_state: 4, rcps: true}\n"
-        f"data: {{path: {small_shards}, seq_len: 128, workers: 0}}\n"
-        "train: {steps: 4, global_batch: 8, micro_batch: 2}\n"
-        "valid: {every: 0}\n"
-        "checkpoint: {every: 2}\n"
-        "run: {device: cpu}\n"
-        "wandb: {mode: disabled}\n"
-    )
-    return str(path)
 
 
 def test_dry_run_of_64_nodes_of_8_gpus(launch, capsys, tmp_path):
@@ -61,6 +31,29 @@ def test_dry_run_of_64_nodes_of_8_gpus(launch, capsys, tmp_path):
     assert "would be refused: no SLURM on this machine" in printed.err
     assert "would be refused: shards/hg38: no complete shard dataset here" in printed.err
     assert not (tmp_path / "runs").exists(), "a dry run leaves nothing behind"
+
+
+def test_the_first_command_of_the_readme(launch, capsys, monkeypatch):
+    readme = (REPOSITORY / "README.md").read_text()
+    command = re.search(r"\$ python launch/slurm\.py (--nodes.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(REPOSITORY)
+    assert launch("--dry-run", *shlex.split(command[1].replace("\\\n", " "))) == 0
+    assert "64 ranks with 1 sequence a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "way_on"),
+    [
+        ([], r"parallel\.context=8 fits"),
+        (["train.global_batch=16"], r"parallel\.context=4 fits"),
+        (["train.micro_batch=2"], r"parallel\.context=16 fits"),
+        (["train.global_batch=8", "train.micro_batch=8"], r"parallel\.context=64 fits"),
+        (["data.seq_len=131071"], r"no parallel\.context fits: change the number of ranks or train\.micro_batch"),
+    ],
+)
+def test_more_ranks_than_sequences_are_refused_with_a_way_on(launch, arguments, way_on):
+    with pytest.raises(UserError, match=rf"global_batch: \d+ is not a multiple .*; {way_on}$"):
+        launch("--nodes", "8", "--cluster", "h100x8", "--dry-run", *arguments)
 
 
 @pytest.mark.parametrize(

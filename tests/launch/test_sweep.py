@@ -23,12 +23,25 @@ def test_every_combination_is_a_run_named_after_it(config):
     assert {(config.train.steps, config.wandb.group) for config in configs} == {(3, "small-sweep")}
 
 
+def test_one_value_is_the_same_for_all_runs(config):
+    sweep = ["train.betas=[0.9,0.95],[0.9,0.99]", "train.lr=1e-3", "run.dir=there", "run.allow_change=[train.lr]"]
+    folder, configs = sweep_configs(config, [], sweep)
+    assert str(folder) == "there-sweep"
+    assert [(config.run.name, config.train.betas, config.train.lr) for config in configs] == [
+        ("small-betas=[0.9,0.95]", [0.9, 0.95], 1e-3),
+        ("small-betas=[0.9,0.99]", [0.9, 0.99], 1e-3),
+    ]
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
         (["train.lr"], "expected KEY=VALUE"),
         (["train.lr=1e-3,"], "expected KEY=VALUE"),
         (["train.lr=1e-3,1e-3"], "the same name"),
+        (["run.dir=a,b"], r"--sweep run\.dir=a,b: runs are named after their other settings; give run\.dir one value"),
+        (["run.name=a,b"], "give run.name one value"),
+        (["train.lr=1e-3"], "no setting has several values"),
         (["train.rate=1,2"], "unknown key 'train.rate'"),
     ],
 )

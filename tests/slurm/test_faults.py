@@ -83,6 +83,15 @@ def a_run_that_fails_at_the_same_step_is_given_up(on: Setting) -> None:
     assert "state       given up: train.max_skipped_steps: loss" in runs(on.directory, "status", run)
 
 
+def a_mistake_is_not_repeated(on: Setting) -> None:
+    run = on.directory / "run"
+    job = job_of(on.launch(*REQUEST, "--nodes", "2", f"run.dir={run}", "ops.backend=triton"))
+    assert wait_for_end(on.cluster, job) == "FAILED"
+    [only] = attempts(RunDirectory(run))
+    assert only.gave_up and "ops.backend: 'triton'" in only.error
+    assert "state       given up: ops.backend: 'triton'" in runs(on.directory, "status", run)
+
+
 def a_bad_node_is_left_out(on: Setting) -> None:
     run = on.directory / "run"
     prolog = on.directory / "prolog.sh"
@@ -104,6 +113,7 @@ SCENARIOS = [
     the_time_limit,
     signal_requeue_and_a_killed_rank,
     a_run_that_fails_at_the_same_step_is_given_up,
+    a_mistake_is_not_repeated,
 ]
 
 

@@ -40,7 +40,7 @@ def newest_job(run: Path) -> str:
 def a_run_is_steered_through_all_its_states(on: Setting) -> None:
     directory = on.directory
     run = directory / "runs" / "small"
-    waiting = on.launch(*REQUEST, "--nodes", "2", "--sbatch", "hold")
+    waiting = on.launch(*REQUEST, "--nodes", "2", "--sbatch", "hold", "train.micro_batch=2")
     assert f"python launch/runs.py status {Path('runs/small')}" in waiting.stdout
     assert "state       waiting: JobHeldUser" in runs(directory, "status", "runs/small")
     assert "the run waits to start" in refused(directory, "logs", "runs/small")
@@ -68,7 +68,7 @@ def a_run_is_steered_through_all_its_states(on: Setting) -> None:
     stopped_at = overview(RunDirectory(run))
     assert 0 < stopped_at.step == stopped_at.checkpoint < STEPS
 
-    job = go_on("--nodes", "4")
+    job = go_on("--nodes", "4", "train.micro_batch=1")
     assert wait_until_training(run, 2).nodes == "n[0-3]"
     with held(run):
         assert "cancelled at step" in runs(directory, "cancel", "runs/small")

@@ -1,0 +1,76 @@
+"""What a submission leaves in a run directory: all of it, or nothing."""
+
+import pytest
+
+from caduceus.errors import UserError
+from caduceus.run_directory import RunDirectory
+from launch.submission import submissions
+
+REQUEST = ("--cluster", "cpu")
+REFUSAL = "echo 'sbatch: error: Memory specification can not be satisfied' >&2; exit 1"
+ACCEPTS_TESTS_ONLY = 'case "$*" in *--test-only*) exit 0;; esac; ' + REFUSAL
+
+
+@pytest.fixture
+def run(launch, fake_slurm, small_config) -> RunDirectory:
+    """A run submitted on one node, whose job is over."""
+    assert launch("--config", small_config, *REQUEST, "run.dir=run") == 0
+    return RunDirectory("run")
+
+
+def test_the_job_gets_the_changed_settings(run, launch, small_config):
+    changed = ["train.micro_batch=1", "checkpoint.every=1", "train.lr=1e-3", "run.allow_change=[train.lr]"]
+    assert launch("--config", small_config, *REQUEST, "--nodes", "2", "run.dir=run", *changed) == 0
+    config = run.config()
+    assert (config.train.micro_batch, config.checkpoint.every, config.train.lr) == (1, 1, 1e-3)
+
+
+def test_resuming_changes_settings_and_nodes(run, steer):
+    assert steer("resume", "run", "--nodes", "2", "train.micro_batch=1", "parallel.context=2") == 0
+    assert (run.config().train.micro_batch, run.config().parallel.context) == (1, 2)
+    assert submissions(run)[-1].request["nodes"] == 2
+    with pytest.raises(UserError, match=r"holds a run with train\.lr=0\.008, not 0\.001"):
+        steer("resume", "run", "train.lr=1e-3")
+    assert len(submissions(run)) == 2
+
+
+@pytest.mark.parametrize("refusal", [REFUSAL, ACCEPTS_TESTS_ONLY])
+def test_a_refused_submission_changes_nothing(run, launch, fake_slurm, small_config, refusal):
+    run.stop_path.touch()
+    before = run.config_path.read_text()
+    fake_slurm.answer("sbatch", refusal)
+    with pytest.raises(UserError, match="Memory specification"):
+        launch("--config", small_config, *REQUEST, "run.dir=run", "train.micro_batch=1")
+    assert run.config_path.read_text() == before and run.stop_path.exists()
+
+
+@pytest.mark.parametrize("refusal", [REFUSAL, ACCEPTS_TESTS_ONLY])
+@pytest.mark.parametrize("sweep", [[], ["--sweep", "train.lr=1e-3,8e-3"]])
+def test_a_refused_new_run_leaves_no_directory(launch, fake_slurm, small_config, tmp_path, refusal, sweep):
+    fake_slurm.answer("sbatch", refusal)
+    with pytest.raises(UserError, match="Memory specification"):
+        launch("--config", small_config, *REQUEST, "run.dir=run", *sweep)
+    assert not list(tmp_path.glob("run*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "-1"], "nodes: must be at least 1, got -1"),
+        (["--nodes", "0"], "nodes: must be at least 1, got 0"),
+        (["--nodes", "2", "train.micro_batch=8"], "is not a multiple of"),
+        (["run.dir=other"], "run.dir: a run is resumed where it is"),
+    ],
+)
+def test_a_run_is_not_resumed_by_a_request_that_cannot_be_meant(run, steer, fake_slurm, arguments, message):
+    with pytest.raises(UserError, match=message):
+        steer("resume", "run", *arguments)
+    assert len(submissions(run)) == len(fake_slurm.asked("sbatch")) == 1
+
+
+def test_a_run_of_this_machine_is_not_resumed_on_several_nodes(run, steer, fake_slurm):
+    fake_slurm.answer("ps", "exit 1")
+    path = run.path / "submissions.json"
+    path.write_text(path.read_text().replace('"slurm"', '"local"'))
+    with pytest.raises(UserError, match="nodes: this machine is one, not 2"):
+        steer("resume", "run", "--nodes", "2")
