@@ -31,7 +31,7 @@ def check_layout(config: Config, world: int) -> None:
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
     if parallel.strategy == "deepspeed":
-        user_options(config, data_world)
+        user_options(config, world // parallel.context)
 
 
 def _cuts_sequences(config: Config, context: int) -> bool:
