@@ -192,7 +192,12 @@ def test_a_run_that_fails_leaves_nothing_half_written(fasta: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     big = write_fasta(tmp_path / "big.fa", {"chr1": "ACGT" * 5_000_000, "chr2": "ACGT" * 1000})
-    process = subprocess.Popen(command(big, tmp_path / "out", "--workers", "1"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(big, tmp_path / "out", "--workers", "1"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not list((tmp_path / "out").glob("s/.*.tmp")):
         time.sleep(0.001)
         assert process.poll() is None
