@@ -153,7 +153,8 @@ class TrainConfig:
     """A step that takes longer has hung: every rank writes its stacks to the run's logs and ends. 0 waits for ever."""
     seed: int = 0
     precision: str = "fp32"
-    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics)."""
+    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics; on a
+    GPU by the slow ops.backend=naive)."""
     deterministic: bool = False
     """The same bits in every run on the same layout and machines, at some cost of speed on GPUs."""
     compile: bool = False
@@ -438,6 +439,8 @@ def _check(config: Config) -> None:
             "data.objective: next_base needs model.bidirectional=false and model.rcps=false; "
             "otherwise the model sees the base that it is to predict"
         )
+    if train.precision == "fp64" and config.ops.backend in ("triton", "mamba_ssm"):
+        raise UserError(f"train.precision: ops.backend={config.ops.backend} does not compute in fp64; use naive or cpu")
     if train.global_batch % train.micro_batch:
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"
