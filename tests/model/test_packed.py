@@ -8,7 +8,8 @@ from tests.model.packed import KINDS, check_packed_rows
 @pytest.mark.parametrize("backend", ["naive", "cpu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_rows_give_what_each_sequence_gives_alone(kind, backend):
-    check_packed_rows(kind, backend, torch.float64, 1e-11, n_layer=2)  # rounding of 1e-16, in sums of some hundred terms
+    # Rounding of 1e-16, in sums of some hundred terms, through two layers.
+    check_packed_rows(kind, backend, torch.float64, 1e-11, n_layer=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

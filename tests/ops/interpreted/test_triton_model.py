@@ -7,7 +7,9 @@ from caduceus import ops
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.ops.triton import scan as triton_scan
 from tests.model.golden import NAMES, load_golden, relative_error
+from tests.model.packed import check_packed_rows
 
 # The published code's own rounding, in fp32, sums in another order: the same bounds as for the other backends.
 VALUES, GRADIENTS = 5e-6, 2e-5
@@ -57,6 +59,13 @@ def train(backend: str, steps: int = 50) -> torch.Tensor:
         optimizer.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ph", "ph_untied", "ps", "ps_unidirectional"])
+def test_packed_and_padded_rows_give_what_each_sequence_gives_alone(kind, monkeypatch):
+    monkeypatch.setattr(triton_scan, "chunk_length", lambda u: 8)  # rows have 13 positions, so cross a chunk's border
+    check_packed_rows(kind, "triton", torch.float32, GRADIENTS, n_layer=1)
 
 
 @pytest.mark.slow
