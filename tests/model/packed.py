@@ -7,6 +7,7 @@ from caduceus.alphabet import IGNORE_LABEL
 
 KINDS = {
     "ph": {},
+    "ph_layernorm": {"rms_norm": False},
     "ph_untied": {"bidirectional_weight_tie": False},
     "ph_multiply": {"bidirectional_strategy": "ew_multiply"},
     "mamba": {"bidirectional": False},
