@@ -12,7 +12,7 @@ from launch.submission import SlurmSilentError, Submission, live_jobs, submissio
 
 RUNNING, STOPPING, WAITING, UNKNOWN = "running", "stopping", "waiting", "unknown"
 _RECENT_ROWS = 50
-_IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 """States of a job, as squeue names them, in which it has no nodes and may get some."""
 
 
@@ -76,7 +76,7 @@ def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> 
     except SlurmSilentError as error:
         jobs, silence = {}, str(error)
     if jobs:
-        waiting = all(state in _IN_QUEUE for state, _ in jobs.values())
+        waiting = all(state in IN_QUEUE for state, _ in jobs.values())
         reason = next(iter(jobs.values()))[1] if waiting else None
         return (WAITING if waiting else STOPPING if stop else RUNNING), reason, list(jobs)
     if submitted and submitted[-1].executor == "local" and local_jobs.is_running(submitted[-1].jobs[0]):

@@ -104,7 +104,7 @@ class Cluster:
         if pid is None:
             raise ClusterError(f"{name} is not running")
         os.kill(pid, signal.SIGKILL)
-        _wait(lambda: self.pid_of(name) is None, f"{name} to die", seconds=5)
+        _wait(lambda: self.pid_of(name) is None, f"{name} to die", seconds=60)
 
     def kill_node(self, node: str) -> None:
         """What a power cut does to a node: its slurmd and all that runs on it are gone at once."""
@@ -127,7 +127,7 @@ class Cluster:
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").split("\n")
         return dict(line.split() for line in lines if line)
 
-    def wait_until_idle(self, seconds: float = 60) -> None:
+    def wait_until_idle(self, seconds: float = 300) -> None:
         """Wait until all nodes are idle."""
         _wait(lambda: set(self.node_states().values()) == {"idle"}, "four idle nodes", seconds)
 
@@ -218,7 +218,7 @@ class Cluster:
                 raise ClusterError(result.stderr.splitlines()[0])
             return shows in result.stdout
 
-        _wait(answers, f"{daemon}; see {self.directory}/log", seconds=30)
+        _wait(answers, f"{daemon}; see {self.directory}/log", seconds=300)
 
     def _job_processes(self, node: str | None = None) -> list[int]:
         """Step daemons and, after them, job processes of this cluster (of one node), known by their environment.
