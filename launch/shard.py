@@ -14,6 +14,7 @@ from typing import Any
 
 import submitit
 
+from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
 from data_prep.merge import merge
 from data_prep.plan import SpeciesRequest
@@ -76,7 +77,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python launch/shard.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--genomes", type=Path, required=True, metavar="YAML", help="the species and how to cut them")
