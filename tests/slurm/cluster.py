@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ PACKAGES = {
 }
 HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# slurm cluster in "
+FIRST_PORT, LAST_PORT = 30000, 32767
 LONGEST_DIRECTORY = 60  # a Unix socket's path has at most 107 bytes, and SLURM makes sockets below the directory
 
 SLURM_CONF = Path(__file__).with_name("slurm.conf.in")
@@ -314,11 +316,15 @@ def _edit_hosts(keep: Callable[[str], bool], more: list[str] | None = None) -> N
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for bound in sockets:
-            bound.bind(("127.0.0.1", 0))
-        return sorted(bound.getsockname()[1] for bound in sockets)
+    """Ports that no connection is given before the daemons take them: below the ephemeral ones, above those of runs."""
+    free = []
+    for port in random.sample(range(FIRST_PORT, LAST_PORT + 1), LAST_PORT - FIRST_PORT + 1):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            free.append(port)
+        if len(free) == count:
+            return sorted(free)
+    raise ClusterError(f"fewer than {count} of the ports {FIRST_PORT} to {LAST_PORT} are free")
 
 
 def _start_time(pid: int) -> str | None:
