@@ -50,7 +50,7 @@ class Cluster:
     max_failures: int = 3
     """Failures in a row without a new checkpoint between them after which the run is given up."""
     signal_seconds: int = 120
-    """How long before the time limit the run is told to save and stop."""
+    """How long before the time limit the run is told to save and stop. Raise it where a checkpoint takes longer."""
     python: str | None = None
     """Command that starts Python in the job, such as `apptainer exec --nv image.sif python`; null is this Python."""
     setup: list[str] = field(default_factory=list)

@@ -56,7 +56,8 @@ def test_a_run_whose_job_is_gone_is_lost(run, steer, fake_slurm, monkeypatch, ca
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     holder = RunDirectory.create_or_resume(run.config()) if lives_on else None
     steer("status", str(run.path))
-    state = f"state       lost: job 12 {ended}; last sign of life: {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(1e9))}"
+    last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1e9))
+    state = f"state       lost: job 12 {ended}; last sign of life: {last}"
     if holder:
         state += f"; process {os.getpid()} of SLURM job 12 on {socket.gethostname()} lives on: end it, or resume"
         holder.release()

@@ -85,6 +85,29 @@ def the_time_limit(on: Setting) -> None:
     assert_undisturbed(run, on.undisturbed)
 
 
+def a_save_that_outlasts_the_time_limit(on: Setting) -> None:
+    """On a disk whose fsync takes an hour while there is a file `slow`."""
+    preset, slow = on.directory / "slow-disk.yaml", on.directory / "slow"
+    request = "executor: slurm\ncpus_per_task: 1\nmem: 500M\ntime: '60'\nsignal_seconds: 5\n"
+    preset.write_text(f"{request}env: {{PYTHONPATH: {on.directory}}}\n")
+    (on.directory / "sitecustomize.py").write_text(
+        "import os, time\nfsync = os.fsync\n"
+        f"os.fsync = lambda file: (time.sleep(3600 * os.path.exists({str(slow)!r})), fsync(file))[1]\n"
+    )
+    run = on.directory / "run"
+    job = job_of(on.launch("--cluster", preset, "--nodes", "2", f"run.dir={run}"))
+    wait_until_training(run, 1)
+    slow.touch()
+    limit_to_this_minute(on, job)
+    give_an_hour_once_requeued(on, job)
+    slow.unlink()
+    assert wait_for_end(on.cluster, job) == "COMPLETED"
+    first, last = attempts(RunDirectory(run))
+    assert (first.reason, last.reason) == (history.UNSAVED, history.COMPLETE)
+    assert first.step < STEPS and "signal_seconds: 5 s are too short for a checkpoint" in first.error
+    assert_undisturbed(run, on.undisturbed)
+
+
 def a_run_that_fails_at_the_same_step_is_given_up(on: Setting) -> None:
     run = on.directory / "run"
     diverging = ["train.lr=1e30", "train.warmup_steps=0", "train.max_skipped_steps=0", "checkpoint.every=100"]
@@ -130,6 +153,7 @@ def a_bad_node_is_left_out(on: Setting) -> None:
 SCENARIOS = [
     a_bad_node_is_left_out,
     the_time_limit,
+    a_save_that_outlasts_the_time_limit,
     signal_requeue_and_a_killed_rank,
     a_run_that_fails_at_the_same_step_is_given_up,
     a_mistake_is_not_repeated,
