@@ -213,4 +213,4 @@ def train(config: Config, directory: Path) -> subprocess.CompletedProcess:
     config.valid.every = 0
     save_config(config, directory / "config.yaml")
     command = [sys.executable, "-m", "caduceus.train", "--config", str(directory / "config.yaml")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)

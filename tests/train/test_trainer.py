@@ -115,7 +115,7 @@ def test_a_process_that_was_frozen_while_another_took_over_leaves_no_trace(small
     run.shut_out_holder()
     assert train(frozen) == 0
     process.send_signal(signal.SIGCONT)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode != 0 and "was taken over by another process" in message
     assert numbers(frozen.run.dir) == numbers(undisturbed.run.dir)
     assert run.checkpoints()[-1].step == 30 and run.checkpoints()[-1].damage() is None
@@ -135,7 +135,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(small_run: SmallRun
         (run.path / "STOP").touch()
     else:
         process.send_signal(getattr(signal, how))
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode == EXIT_REQUEUE, message
     stopped_after = run.checkpoints()[-1].step
     assert [row["step"] for row in run.metrics()] == list(range(1, stopped_after + 1))
