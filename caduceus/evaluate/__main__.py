@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 
+from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.data.shards import SPLITS
 from caduceus.errors import UserError, run_command
@@ -11,7 +12,7 @@ from caduceus.errors import UserError, run_command
 
 def main() -> int:
     """Parse the command line, evaluate, and print one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m caduceus.evaluate", description="What a trained model is worth.")
+    parser = Parser(prog="python -m caduceus.evaluate", description="What a trained model is worth.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="heldout")
     heldout = commands.add_parser("heldout", help="loss on held-out sequences, per species, in nats per labelled base")
     source = heldout.add_mutually_exclusive_group(required=True)

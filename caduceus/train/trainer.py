@@ -40,7 +40,8 @@ def train(config: Config) -> int:
             "positions": ranks.positions(config.data.seq_len),
             "device": ranks.device,
         }
-        loader = build_loader(config, "train", **part)
+        peers = ranks.context_group
+        loader = build_loader(config, "train", **part, largest_of_peers=peers and peers.maximum)
         validation = build_validation(config, **part) if config.valid.every else None
         run = _open_run(config, ranks)
         try:
