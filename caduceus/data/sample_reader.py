@@ -26,12 +26,12 @@ _SUBSTITUTES = 10
 
 
 class SampleReader:
-    """Reads samples, or the slice `positions` of each, for peers that share a sequence. Safe to pickle and to fork.
+    """Reads samples, or the slice `positions` of each. Safe to pickle and to fork.
 
     With `data.check_crc`, a window's crc32 is checked when it is first read from. What cannot be read soundly is
     retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. Damage found by the crc32 is
     found by all ranks and workers, so they replace the same samples. A failing disk, or a byte that is no base, may be
-    met by one of the peers that share a sequence alone: there it is a `UserError` too.
+    met by one alone of the ranks that read the same samples (`shared`): there it is a `UserError` too.
     """
 
     def __init__(
@@ -40,11 +40,12 @@ class SampleReader:
         data: DataConfig,
         positions: tuple[int, int] | None = None,
         substitute: Callable[[int, int], np.ndarray] | None = None,
+        shared: bool = False,
     ) -> None:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._sliced = positions not in (None, (0, data.seq_len))
+        self._shared = shared
         self._tokenizer = Tokenizer(data, positions)
         self._substitute = substitute
         self._sound = np.full(len(self._crops.windows), not data.check_crc)
@@ -163,13 +164,13 @@ class SampleReader:
                 time.sleep(wait)
         if problem is _CRC_MISMATCH:
             self._damaged_windows.add(window)
-        elif self._sliced:
+        elif self._shared:
             raise UserError(f"{self._place(sample[0])}: {problem}")
         return problem
 
     def _condemn(self, samples: np.ndarray) -> None:
         """Never again take crops that hold bytes that are no bases."""
-        if self._sliced or self._substitute is None:
+        if self._shared or self._substitute is None:
             raise UserError(f"{self._place(samples[0])}: {_NO_BASES}; restore the shard or shard again")
         self._invalid_crops.update(zip(samples["window"].tolist(), samples["begin"].tolist(), strict=True))
 

@@ -31,7 +31,8 @@ class ShardSamples:
         both_strands = resolve_strands(config) == "both"
         self._dataset = open_dataset(data, split)
         self._order = TrainingOrder(self._dataset, seed, both_strands, data.shuffle_block)
-        self._reader = SampleReader(self._dataset, data, positions, self._order.substitute)
+        shared = config.parallel.strands > 1 or positions not in (None, (0, data.seq_len))
+        self._reader = SampleReader(self._dataset, data, positions, self._order.substitute, shared)
 
     def log(self) -> None:
         log_dataset(self._dataset, self._order.mixture.counts)

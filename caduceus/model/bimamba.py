@@ -25,13 +25,12 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
 
 
-def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int) -> Tensor:
-    """`weight` for either stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
+def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int, streams: int) -> Tensor:
+    """`weight` for each stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
 
     A stream that is held channel-flipped meets weights flipped along D instead, so activations never are.
     """
-    copies = [weight, weight.flip(dim)]
-    return torch.stack(copies if mirrored_stream == 1 else copies[::-1])
+    return torch.stack([weight.flip(dim) if stream == mirrored_stream else weight for stream in range(streams)])
 
 
 class BiMamba(nn.Module):
@@ -39,7 +38,7 @@ class BiMamba(nn.Module):
 
     Parameters of direction d (0 left-to-right, 1 right-to-left) are stacked on a leading axis. The `mirrored_stream`
     runs as the reverse complement: it has the directions exchanged, and with `mirror_channels` also D flipped at entry
-    and exit, which its projections absorb.
+    and exit, which its projections absorb. With one stream, `mirrored_stream` 1 means that it is not this one.
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class BiMamba(nn.Module):
 
     def _project_in(self, hidden: Tensor, projection: int, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x and z, (S, B, L, E) each. Two products instead of one give two contiguous results."""
-        weight = self._for_streams(self.in_proj[projection], -1)
+        weight = self._for_streams(self.in_proj[projection], -1, hidden.shape[0])
         x_weight, z_weight = weight.chunk(2, dim=1)
         x = project(hidden, x_weight)
         if pad_mask is not None:
@@ -177,10 +176,12 @@ class BiMamba(nn.Module):
         return dt, B, C
 
     def _project_out(self, y: Tensor, projection: int) -> Tensor:
-        return project(y, self._for_streams(self.out_proj[projection], 0))
+        return project(y, self._for_streams(self.out_proj[projection], 0, y.shape[0]))
 
-    def _for_streams(self, weight: Tensor, dim: int) -> Tensor:
-        return with_mirrored_channels(weight, dim, self.mirrored_stream) if self.mirror_channels else weight[None]
+    def _for_streams(self, weight: Tensor, dim: int, streams: int) -> Tensor:
+        if not self.mirror_channels:
+            return weight[None]
+        return with_mirrored_channels(weight, dim, self.mirrored_stream, streams)
 
 
 def _negative_exp(A_log: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""A strand on each of two ranks gives what one rank with both gives, forward and backward."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from caduceus import CaduceusConfig, CaduceusForMaskedLM
+from caduceus.alphabet import IGNORE_LABEL
+from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.strands import StrandGroup
+from tests.distributed.ranks import on_ranks
+
+LENGTH = 48
+MODELS = {
+    "even layers": {"n_layer": 2},
+    "odd layers": {"n_layer": 3},
+    "unfused": {"fused_add_norm": False},
+    "untied": {"bidirectional_weight_tie": False},
+    "multiply": {"bidirectional_strategy": "ew_multiply"},
+    "unidirectional": {"bidirectional": False},
+    "unidirectional, unfused": {"bidirectional": False, "fused_add_norm": False},
+    "layer norm": {"rms_norm": False},
+}
+BACKENDS = ("naive", "cpu")
+
+
+def outcome(model_keys: dict, backend: str, share: float, ranks: Ranks | None = None) -> dict[str, Tensor]:
+    """Logits, sums and gradients of a model whose labels are that share of the bases; of this rank's part of it."""
+    torch.manual_seed(0)
+    config = CaduceusConfig(**{"d_model": 8, "n_layer": 2, "d_state": 4, "rcps": True, **model_keys})
+    model = CaduceusForMaskedLM(config, backend=backend, strands=ranks and ranks.strand_group).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    positions = slice(*(ranks.positions(LENGTH) if ranks else (0, LENGTH)))
+    model.share_sequences(ranks and ranks.context_group)
+    input_ids = torch.randint(7, 11, (2, LENGTH))
+    labels = torch.where(torch.rand(2, LENGTH) < share, input_ids, IGNORE_LABEL)[:, positions]
+    weights = torch.rand(2, LENGTH, dtype=torch.float64)[:, positions]
+    output = model(input_ids[:, positions], labels, weights)
+    output.loss_sum.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    sums = {"loss_sum": output.loss_sum.detach(), "weight_sum": output.weight_sum}
+    return {"logits": output.logits.detach(), "loss": output.loss.detach(), **sums, **gradients}
+
+
+def all_models(rank: int, context: int) -> dict[tuple[str, str, float], dict[str, Tensor]]:
+    ranks = Ranks(rank, dist.get_world_size(), context, torch.device("cpu"), strands=2)
+    return {key: outcome(MODELS[key[0]], *key[1:], ranks) for key in cases()}
+
+
+def cases() -> list[tuple[str, str, float]]:
+    return [*itertools.product(MODELS, BACKENDS, [0.5]), ("even layers", "cpu", 0.0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", [1, 2])
+def test_strands_on_ranks_equal_both_on_one(context: int) -> None:
+    found = on_ranks(2 * context, all_models, context)
+    for key in cases():
+        name, _, share = key
+        whole = outcome(MODELS[name], "naive", share)
+        ranks = [rank[key] for rank in found]
+        # Slices are neighbours, and both strands have the same logits and losses, to the bit.
+        first, second = ranks[:context], ranks[context:]
+        for one, other in zip(first, second, strict=True):
+            assert all(torch.equal(one[part], other[part]) for part in ("logits", "loss", "loss_sum", "weight_sum"))
+        logits, loss = torch.cat([rank["logits"] for rank in first], dim=1), whole.pop("loss")
+        # fp64 rounding through the layers.
+        torch.testing.assert_close(logits, whole.pop("logits"), rtol=1e-11, atol=1e-12)
+        if context == 1:
+            torch.testing.assert_close(first[0]["loss"], loss, rtol=1e-12, atol=0)
+        for part, expected in whole.items():
+            total = sum(rank[part] for rank in ranks)
+            torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-11, msg=lambda m, at=key: f"{at}: {m}")
+
+
+def test_hidden_states_of_one_strand_are_not_taken_for_those_of_both() -> None:
+    config = CaduceusConfig(d_model=8, n_layer=2, d_state=4, rcps=True)
+    model = CaduceusForMaskedLM(config, strands=StrandGroup(None, 0, 2))
+    with pytest.raises(ValueError, match=r"output_hidden_states: .* one of the two strands"):
+        model(torch.full((1, 8), 7), output_hidden_states=True)
