@@ -88,7 +88,7 @@ class BiMamba(nn.Module):
         if config.bidirectional:
             jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
         else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
-            jointly = self.mirrored_stream == 1
+            jointly = self.mirrored_stream == 1 and not self._has_strand_apart(hidden)
         mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
         return mix(hidden, pad_mask)
 
@@ -99,12 +99,22 @@ class BiMamba(nn.Module):
         parameters = self.conv_weight, self.conv_bias, self.x_proj, self.dt_proj, self.dt_bias, self.A_log, self.D
         if self.mirrored_stream == 0:
             parameters = [parameter.flip(0) for parameter in parameters]
+        elif self._has_strand_apart(hidden):
+            parameters = [parameter.clone() for parameter in parameters]
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = parameters
         u = bidirectional_conv1d(x, conv_weight, conv_bias, context=self.context, backend=self.backend)
         dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
         scan_inputs = u, dt, _negative_exp(A_log), B, C, D, z, dt_bias
         y = bidirectional_scan(*scan_inputs, context=self.context, backend=self.backend)
         return self._project_out(y, 0)
+
+    def _has_strand_apart(self, hidden: Tensor) -> bool:
+        """Whether the other strand is on another rank.
+
+        Gradients must then be ready in the same order on both, as DeepSpeed adds them up in the order in which they
+        come: so both take the same operators, whatever their role.
+        """
+        return self.config.rcps and hidden.shape[0] == 1
 
     def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None) -> Tensor:
         """Directions with projections of their own, or joined by multiplication."""

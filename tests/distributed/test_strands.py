@@ -27,8 +27,10 @@ MODELS = {
 BACKENDS = ("naive", "cpu")
 
 
-def outcome(model_keys: dict, backend: str, share: float, ranks: Ranks | None = None) -> dict[str, Tensor]:
-    """Logits, sums and gradients of a model whose labels are that share of the bases; of this rank's part of it."""
+def outcome(
+    model_keys: dict, backend: str, share: float, ranks: Ranks | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Logits, sums and gradients of a model whose labels are that share of the bases, and the gradients' order."""
     torch.manual_seed(0)
     config = CaduceusConfig(**{"d_model": 8, "n_layer": 2, "d_state": 4, "rcps": True, **model_keys})
     model = CaduceusForMaskedLM(config, backend=backend, strands=ranks and ranks.strand_group).double()
@@ -40,14 +42,18 @@ def outcome(model_keys: dict, backend: str, share: float, ranks: Ranks | None = 
     input_ids = torch.randint(7, 11, (2, LENGTH))
     labels = torch.where(torch.rand(2, LENGTH) < share, input_ids, IGNORE_LABEL)[:, positions]
     weights = torch.rand(2, LENGTH, dtype=torch.float64)[:, positions]
+    order: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     output = model(input_ids[:, positions], labels, weights)
     output.loss_sum.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     sums = {"loss_sum": output.loss_sum.detach(), "weight_sum": output.weight_sum}
-    return {"logits": output.logits.detach(), "loss": output.loss.detach(), **sums, **gradients}
+    values = {"logits": output.logits.detach(), "loss": output.loss.detach(), **sums, **gradients}
+    return values, order
 
 
-def all_models(rank: int, context: int) -> dict[tuple[str, str, float], dict[str, Tensor]]:
+def all_models(rank: int, context: int) -> dict[tuple[str, str, float], tuple[dict[str, Tensor], list[str]]]:
     ranks = Ranks(rank, dist.get_world_size(), context, torch.device("cpu"), strands=2)
     return {key: outcome(MODELS[key[0]], *key[1:], ranks) for key in cases()}
 
@@ -62,8 +68,9 @@ def test_strands_on_ranks_equal_both_on_one(context: int) -> None:
     found = on_ranks(2 * context, all_models, context)
     for key in cases():
         name, _, share = key
-        whole = outcome(MODELS[name], "naive", share)
-        ranks = [rank[key] for rank in found]
+        whole, _ = outcome(MODELS[name], "naive", share)
+        ranks, orders = zip(*(rank[key] for rank in found), strict=True)
+        assert all(order == orders[0] for order in orders)  # in which DeepSpeed adds them up
         # Slices are neighbours, and both strands have the same logits and losses, to the bit.
         first, second = ranks[:context], ranks[context:]
         for one, other in zip(first, second, strict=True):
