@@ -1,7 +1,10 @@
 """A strand on each of two ranks gives what one rank with both gives, forward and backward."""
 
 import itertools
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,9 +12,16 @@ from torch import Tensor
 
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.alphabet import IGNORE_LABEL
+from caduceus.config import Config
+from caduceus.data import ShardedGenome
+from caduceus.data.loader import build_validation
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strands import StrandGroup
+from caduceus.evaluate.heldout import held_out_loss
+from caduceus.model.hub import load_trained
+from tests.distributed.layouts import Layout, config_of, train_all
 from tests.distributed.ranks import on_ranks
+from tests.train.conftest import numbers
 
 LENGTH = 48
 MODELS = {
@@ -90,3 +100,38 @@ def test_hidden_states_of_one_strand_are_not_taken_for_those_of_both() -> None:
     model = CaduceusForMaskedLM(config, strands=StrandGroup(None, 0, 2))
     with pytest.raises(ValueError, match=r"output_hidden_states: .* one of the two strands"):
         model(torch.full((1, 8), 7), output_hidden_states=True)
+
+
+@pytest.fixture
+def damaged_shards(small_shards: Path, tmp_path: Path) -> Path:
+    """A copy in which the bases of one window in three are not those of the index's crc32."""
+    copy = Path(shutil.copytree(small_shards, tmp_path / "shards"))
+    table = ShardedGenome(copy).table("small", "train")
+    for window in table.windows[::3]:
+        path, offset = table.shards[window["shard"]].path, int(window["offset"]) + 5
+        bases = np.memmap(path, np.uint8, "r+", offset, (1,))
+        bases[0] = ord("A") if bases[0] in b"Cc" else ord("C")
+        bases.flush()
+    return copy
+
+
+@pytest.mark.slow
+def test_a_run_counts_validates_and_ends_as_on_one_rank(damaged_shards: Path, tmp_path: Path) -> None:
+    def config(name: str, world: int, **parallel: object) -> Config:
+        run = config_of(Layout("", world, parallel), damaged_shards, tmp_path / name, 2, steps=4, precision="fp64")
+        run.valid.every, run.valid.samples = 2, 5
+        return run
+
+    alone, shared = config("alone", 1, strategy="single"), config("shared", 2, strategy="ddp", strands=2)
+    train_all(1, [alone])
+    train_all(2, [shared])
+    rows, expected = (numbers(run.run.dir) for run in (shared, alone))
+    assert expected[-2]["substituted_samples"] > 4 and "valid_loss/small" in expected[-1]
+    assert rows == [pytest.approx(row, rel=1e-9) for row in expected]
+    weights, expected_weights = (load_trained(run.run.dir).state_dict() for run in (shared, alone))
+    for name, tensor in expected_weights.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-9, atol=1e-9)
+    model, batches = load_trained(shared.run.dir).double(), build_validation(shared)
+    assert held_out_loss(model, batches, torch.device("cpu")) == {
+        name: pytest.approx(rows[-1][name], rel=1e-6) for name in ("valid_loss", "valid_loss/small")
+    }
