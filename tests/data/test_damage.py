@@ -150,9 +150,12 @@ def test_a_lasting_read_error_is_replaced_and_then_fatal(configure: Callable[...
     failing_reads["failures"] = 10**9
     with pytest.raises(UserError, match="neither could 10 other crops be read"):
         take(build_loader(configure()), 20)
-    failing_reads["failures"] = 3
-    with pytest.raises(UserError, match="Input/output error"):
-        take(build_loader(configure(), positions=(0, 128)), 20)
+    strand_of_two = configure()
+    strand_of_two.parallel.strands = 2
+    for config, positions in ((configure(), (0, 128)), (strand_of_two, (0, 256))):
+        failing_reads["failures"] = 3
+        with pytest.raises(UserError, match="Input/output error"):
+            take(build_loader(config, positions=positions), 20)
 
 
 def test_validation_refuses_damage(configure: Callable[..., Config], shards: Path, tmp_path: Path) -> None:
