@@ -55,8 +55,7 @@ LAYOUTS = [
     Layout("ZeRO 1, 2 x context 2", 4, {"strategy": "deepspeed", "zero_stage": 1, "context": 2}),
     Layout("ZeRO 2, 2 x context 2", 4, {"strategy": "deepspeed", "zero_stage": 2, "context": 2}),
     Layout("ZeRO 3, 2 x context 2", 4, {"strategy": "deepspeed", "zero_stage": 3, "context": 2}),
-    Layout("strands 2 x context 2", 4, {"strategy": "ddp", "strands": 2, "context": 2}),
-    Layout("FSDP 2 x 2 hybrid x strands 2", 4, {"strategy": "fsdp", "shard": 2, "strands": 2}),
+    Layout("FSDP 2 x 2 hybrid, strands 2 x context 2", 4, {"strategy": "fsdp", "shard": 2, "strands": 2, "context": 2}),
     Layout("ZeRO 2, 2 x strands 2", 4, {"strategy": "deepspeed", "zero_stage": 2, "strands": 2}),
 ]
 

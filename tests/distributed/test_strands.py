@@ -1,6 +1,5 @@
 """A strand on each of two ranks gives what one rank with both gives, forward and backward."""
 
-import itertools
 import shutil
 from pathlib import Path
 
@@ -34,15 +33,17 @@ MODELS = {
     "unidirectional, unfused": {"bidirectional": False, "fused_add_norm": False},
     "layer norm": {"rms_norm": False},
 }
-BACKENDS = ("naive", "cpu")
+CASES = [*((name, 0.5) for name in MODELS), ("even layers", 0.0)]
+"""Models, and the share of the bases that are labelled."""
+IN_SLICES = [("even layers", 0.5), ("odd layers", 0.5), ("unidirectional", 0.5)]
 
 
 def outcome(
-    model_keys: dict, backend: str, share: float, ranks: Ranks | None = None
+    name: str, share: float, backend: str = "naive", ranks: Ranks | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Logits, sums and gradients of a model whose labels are that share of the bases, and the gradients' order."""
+    """Logits, sums and gradients of this rank's part of a pass, and the order in which the gradients were ready."""
     torch.manual_seed(0)
-    config = CaduceusConfig(**{"d_model": 8, "n_layer": 2, "d_state": 4, "rcps": True, **model_keys})
+    config = CaduceusConfig(**{"d_model": 8, "n_layer": 2, "d_state": 4, "rcps": True, **MODELS[name]})
     model = CaduceusForMaskedLM(config, backend=backend, strands=ranks and ranks.strand_group).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,33 +54,28 @@ def outcome(
     labels = torch.where(torch.rand(2, LENGTH) < share, input_ids, IGNORE_LABEL)[:, positions]
     weights = torch.rand(2, LENGTH, dtype=torch.float64)[:, positions]
     order: list[str] = []
-    for name, parameter in model.named_parameters():
-        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    for path, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, path=path: order.append(path))
     output = model(input_ids[:, positions], labels, weights)
     output.loss_sum.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {path: parameter.grad for path, parameter in model.named_parameters()}
     sums = {"loss_sum": output.loss_sum.detach(), "weight_sum": output.weight_sum}
     values = {"logits": output.logits.detach(), "loss": output.loss.detach(), **sums, **gradients}
     return values, order
 
 
-def all_models(rank: int, context: int) -> dict[tuple[str, str, float], tuple[dict[str, Tensor], list[str]]]:
+def all_outcomes(rank: int, context: int, cases: list) -> list[tuple[dict[str, Tensor], list[str]]]:
     ranks = Ranks(rank, dist.get_world_size(), context, torch.device("cpu"), strands=2)
-    return {key: outcome(MODELS[key[0]], *key[1:], ranks) for key in cases()}
-
-
-def cases() -> list[tuple[str, str, float]]:
-    return [*itertools.product(MODELS, BACKENDS, [0.5]), ("even layers", "cpu", 0.0)]
+    return [outcome(*case, "cpu", ranks) for case in cases]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", [1, 2])
-def test_strands_on_ranks_equal_both_on_one(context: int) -> None:
-    found = on_ranks(2 * context, all_models, context)
-    for key in cases():
-        name, _, share = key
-        whole, _ = outcome(MODELS[name], "naive", share)
-        ranks, orders = zip(*(rank[key] for rank in found), strict=True)
+@pytest.mark.parametrize(("context", "cases"), [(1, CASES), (2, IN_SLICES)])
+def test_strands_on_ranks_equal_both_on_one(context: int, cases: list) -> None:
+    found = on_ranks(2 * context, all_outcomes, context, cases)
+    for case, of_ranks in zip(cases, zip(*found, strict=True), strict=True):
+        whole, _ = outcome(*case)
+        ranks, orders = zip(*of_ranks, strict=True)
         assert all(order == orders[0] for order in orders)  # in which DeepSpeed adds them up
         # Slices are neighbours, and both strands have the same logits and losses, to the bit.
         first, second = ranks[:context], ranks[context:]
@@ -92,7 +88,7 @@ def test_strands_on_ranks_equal_both_on_one(context: int) -> None:
             torch.testing.assert_close(first[0]["loss"], loss, rtol=1e-12, atol=0)
         for part, expected in whole.items():
             total = sum(rank[part] for rank in ranks)
-            torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-11, msg=lambda m, at=key: f"{at}: {m}")
+            torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-11, msg=lambda m, at=case: f"{at}: {m}")
 
 
 def test_hidden_states_of_one_strand_are_not_taken_for_those_of_both() -> None:
