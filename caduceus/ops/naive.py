@@ -3,6 +3,8 @@
 Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams (strands: 1 or 2).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,17 +123,23 @@ def add_norm(
 
 
 def head_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor | None,
+    ignore_label: int,
+    add_up: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> tuple[Tensor, Tensor]:
     """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens, in at least fp32.
 
-    The logits of a token are the sum over streams of hidden (S, …, D) · weight (S, V, D).
+    The logits of a token are the sum over streams of hidden (S, …, D) · weight (S, V, D). `add_up` adds to the logits
+    (labelled tokens, V) of these streams those of others.
     """
     compute = torch.promote_types(hidden.dtype, torch.float32)
     labelled = labels.flatten() != ignore_label
     rows = hidden.flatten(1, -2)[:, labelled].to(compute)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = torch.einsum("smd,svd->mv", rows, weight.to(compute))
-    losses = F.cross_entropy(logits, labels.flatten()[labelled], reduction="none")
+    losses = F.cross_entropy(add_up(logits), labels.flatten()[labelled], reduction="none")
     weights = torch.ones_like(losses) if loss_weights is None else loss_weights.flatten()[labelled].to(compute)
     return (losses * weights).sum(), weights.sum()
