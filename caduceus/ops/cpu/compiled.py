@@ -1,6 +1,7 @@
 """How the kernels of the CPU backend are compiled."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 import numba
@@ -26,10 +27,8 @@ def jit(fastmath):
 
     def decorate(function):
         compiled = numba.njit(function, nogil=True, fastmath=fastmath, error_model="numpy", boundscheck=False)
-        try:
+        with suppress(RuntimeError):  # neither this directory nor the user's cache directory can be written
             compiled._cache = _Cache(function)
-        except RuntimeError:  # neither this directory nor the user's cache directory can be written
-            pass
         return compiled
 
     return decorate

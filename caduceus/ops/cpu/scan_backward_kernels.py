@@ -9,6 +9,7 @@ from caduceus.ops.cpu.compiled import jit, leaf
 from caduceus.ops.cpu.scan_kernels import (
     CHUNK,
     GROUP,
+    aligned_zeros,
     chunk_tokens,
     load_rows,
     offset,
@@ -91,41 +92,38 @@ def _add_halves(sums, at, vector):
 
 
 @jit(EXACT)
-def _retreat(
-    tokens, states, step, inflow, gy, rates, h, adjoint, Bs, Cs, past, decay, y, g_rates, g_input, g_step, gBs, gCs
-):
+def _retreat(tokens, states, step, inflow, gy, rates, h, adjoint, Bs, Cs, tape, y, g_rates, g_input, g_step, gBs, gCs):
     """Recompute the states over a chunk, two at a time, then carry their adjoint back through it.
 
     step, inflow, gy, y and g_input, g_step (their gradients) (CHUNK, W); rates, h (before the chunk), adjoint (of the
     state after the chunk; becomes that of h), g_rates (N padded, W); Bs, Cs (CHUNK, N padded); gBs, gCs
-    (CHUNK, N padded, W / 2). past and decay (CHUNK, 2, W) are scratch. y and all gradients are added to.
+    (N padded, CHUNK, W / 2). tape (CHUNK, 4, W) is scratch. y and all gradients are added to.
     """
     leaf()
-    padded = Bs.shape[1]
     for n in range(0, states, 2):
         at0, at1 = n * LANES, (n + 1) * LANES
         a0, a1, h0, h1 = load(rates, at0), load(rates, at1), load(h, at0), load(h, at1)
         for i in range(tokens):
-            row, even, odd = i * LANES, 2 * i * LANES, (2 * i + 1) * LANES
+            row, taped = i * LANES, 4 * i * LANES
             x, v, g = load(step, row), load(inflow, row), load(gy, row)
             e0, e1 = exp2(x * a0), exp2(x * a1)
-            store(past, even, h0)
-            store(past, odd, h1)
-            store(decay, even, e0)
-            store(decay, odd, e1)
+            store(tape, taped, h0)
+            store(tape, taped + LANES, h1)
+            store(tape, taped + 2 * LANES, e0)
+            store(tape, taped + 3 * LANES, e1)
             h0, h1 = h0 * e0 + v * Bs[i, n], h1 * e1 + v * Bs[i, n + 1]
             store(y, row, load(y, row) + (h0 * Cs[i, n] + h1 * Cs[i, n + 1]))
-            _add_halves(gCs, (i * padded + n) * HALF, g * h0)
-            _add_halves(gCs, (i * padded + n + 1) * HALF, g * h1)
+            _add_halves(gCs, (n * CHUNK + i) * HALF, g * h0)
+            _add_halves(gCs, ((n + 1) * CHUNK + i) * HALF, g * h1)
         d0, d1, ga0, ga1 = load(adjoint, at0), load(adjoint, at1), load(g_rates, at0), load(g_rates, at1)
         for i in range(tokens - 1, -1, -1):
-            row, even, odd = i * LANES, 2 * i * LANES, (2 * i + 1) * LANES
+            row, taped = i * LANES, 4 * i * LANES
             x, v, g = load(step, row), load(inflow, row), load(gy, row)
             g0, g1 = d0 + g * Cs[i, n], d1 + g * Cs[i, n + 1]
-            _add_halves(gBs, (i * padded + n) * HALF, g0 * v)
-            _add_halves(gBs, (i * padded + n + 1) * HALF, g1 * v)
-            d0, d1 = g0 * load(decay, even), g1 * load(decay, odd)
-            k0, k1 = d0 * load(past, even), d1 * load(past, odd)
+            _add_halves(gBs, (n * CHUNK + i) * HALF, g0 * v)
+            _add_halves(gBs, ((n + 1) * CHUNK + i) * HALF, g1 * v)
+            d0, d1 = g0 * load(tape, taped + 2 * LANES), g1 * load(tape, taped + 3 * LANES)
+            k0, k1 = d0 * load(tape, taped), d1 * load(tape, taped + LANES)
             ga0, ga1 = ga0 + k0 * x, ga1 + k1 * x
             store(g_input, row, load(g_input, row) + (g0 * Bs[i, n] + g1 * Bs[i, n + 1]))
             store(g_step, row, load(g_step, row) + (k0 * a0 + k1 * a1))
@@ -139,7 +137,7 @@ def _retreat(
 def _input_gradients(
     tokens, tensors, at, pitch, count, D, lo, step, slope, gy, g_input, g_step, gD, g_bias
 ):  # fmt: skip
-    """Gradients of a chunk's u and dt, and of D and the bias (W), from those of step · u and of the decay's exponent."""
+    """Gradients of a chunk's u and dt, and of D and the bias (W), from those of step · u and of the exponent."""
     leaf()
     u, gu, gdt = tensors
     D_lanes, D_sum, bias_sum = read(D, lo, count), load(gD, 0), load(g_bias, 0)
@@ -171,11 +169,11 @@ def _gate_input_gradient(tokens, gate_slope, y, gz, gz_at, gz_pitch, count, firs
 
 
 @jit(EXACT)
-def _totals(sums, states, row):
-    """Sum over channels: sums (N padded, W / 2) into row (N)."""
+def _totals(sums, states, i, row):
+    """Sum over channels for a chunk's token i: sums (N padded, CHUNK, W / 2) into row (N)."""
     leaf()
     for n in range(states):
-        row[n] = total(load_half(sums, n * HALF))
+        row[n] = total(load_half(sums, (n * CHUNK + i) * HALF))
 
 
 @jit(EXACT)
@@ -189,17 +187,19 @@ def scan_backward(first, last, tensors, strides, flags, block, kept, grads, sums
     directions, _, batch, states, channels = g_final.shape
     blocks, groups = (channels + block - 1) // block, block // LANES
     padded = (states + GROUP - 1) // GROUP * GROUP
-    kind, chunk_rows = kept.dtype, (CHUNK, LANES)
-    step, slope, inflow = np.zeros(chunk_rows, kind), np.zeros(chunk_rows, kind), np.zeros(chunk_rows, kind)
-    y, gy, gate_slope = np.zeros(chunk_rows, kind), np.zeros(chunk_rows, kind), np.zeros(chunk_rows, kind)
-    g_input, g_step = np.zeros(chunk_rows, kind), np.zeros(chunk_rows, kind)
-    past, decay = np.zeros((CHUNK, 2, LANES), kind), np.zeros((CHUNK, 2, LANES), kind)
-    per_state = (groups, padded, LANES)
-    a, adjoint, g_rates = np.zeros(per_state, kind), np.zeros(per_state, kind), np.zeros(per_state, kind)
-    h = np.zeros((1, padded, LANES), kind)
-    D_sums, bias_sums = np.zeros((groups, 1, LANES), kind), np.zeros((groups, 1, LANES), kind)
+    kind = kept.dtype
+    rows, tape = aligned_zeros((8, CHUNK, LANES), kind), aligned_zeros((CHUNK, 4, LANES), kind)
+    step, slope, inflow, y, gy, gate_slope = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    g_input, g_step = rows[6], rows[7]
+    h, per_state = aligned_zeros((1, padded, LANES), kind), (groups, padded, LANES)
+    a, adjoint, g_rates = (
+        aligned_zeros(per_state, kind),
+        aligned_zeros(per_state, kind),
+        aligned_zeros(per_state, kind),
+    )
+    D_sums, bias_sums = aligned_zeros((groups, 1, LANES), kind), aligned_zeros((groups, 1, LANES), kind)
     Bs, Cs = np.zeros((CHUNK, padded), kind), np.zeros((CHUNK, padded), kind)
-    gBs, gCs = np.zeros((CHUNK, padded, HALF), kind), np.zeros((CHUNK, padded, HALF), kind)
+    gBs, gCs = aligned_zeros((padded, CHUNK, HALF), kind), aligned_zeros((padded, CHUNK, HALF), kind)
     for item in range(first, last):
         s, b, lo = item // (batch * blocks), item // blocks % batch, item % blocks * block
         hi = min(lo + block, channels)
@@ -230,7 +230,7 @@ def scan_backward(first, last, tensors, strides, flags, block, kept, grads, sums
                     )  # fmt: skip
                     _inflows(tokens, u, u_at + e, u_pitch, count, D[d], e, step, inflow, y, g_input, g_step)
                     _retreat(
-                        tokens, states, step, inflow, gy, a[k], h[0], adjoint[k], Bs, Cs, past, decay, y, g_rates[k],
+                        tokens, states, step, inflow, gy, a[k], h[0], adjoint[k], Bs, Cs, tape, y, g_rates[k],
                         g_input, g_step, gBs, gCs,
                     )  # fmt: skip
                     _input_gradients(
@@ -242,8 +242,8 @@ def scan_backward(first, last, tensors, strides, flags, block, kept, grads, sums
                             tokens, gate_slope, y, gz, gz_at + e, sign * gz_s[3], count, d == 0
                         )  # fmt: skip
                 for i in range(tokens):
-                    _totals(gBs[i], states, gB[item % blocks, d, s, b, t + sign * i])
-                    _totals(gCs[i], states, gC[item % blocks, d, s, b, t + sign * i])
+                    _totals(gBs, states, i, gB[item % blocks, d, s, b, t + sign * i])
+                    _totals(gCs, states, i, gC[item % blocks, d, s, b, t + sign * i])
             rows_of_vectors(g_rates, gA[d, s, b], lo, hi)
             rows_of_vectors(D_sums, gD[d, s, b : b + 1], lo, hi)
             rows_of_vectors(bias_sums, g_bias[d, s, b : b + 1], lo, hi)
@@ -279,11 +279,10 @@ def initial_state_gradient(first, last, tensors, strides, flags, block, g_initia
     directions, _, batch, states, channels = g_initial.shape
     blocks, groups = (channels + block - 1) // block, block // LANES
     padded = (states + GROUP - 1) // GROUP * GROUP
-    kind, chunk_rows = g_initial.dtype, (CHUNK, LANES)
-    step, slope = np.zeros(chunk_rows, kind), np.zeros(chunk_rows, kind)
-    gy, gate_slope = np.zeros(chunk_rows, kind), np.zeros(chunk_rows, kind)
-    a, adjoint = np.zeros((groups, padded, LANES), kind), np.zeros((groups, padded, LANES), kind)
-    Cs = np.zeros((CHUNK, padded), kind)
+    kind, per_state = g_initial.dtype, (groups, padded, LANES)
+    rows = aligned_zeros((4, CHUNK, LANES), kind)
+    step, slope, gy, gate_slope = rows[0], rows[1], rows[2], rows[3]
+    a, adjoint, Cs = aligned_zeros(per_state, kind), aligned_zeros(per_state, kind), np.zeros((CHUNK, padded), kind)
     for item in range(first, last):
         s, b, lo = item // (batch * blocks), item // blocks % batch, item % blocks * block
         hi = min(lo + block, channels)

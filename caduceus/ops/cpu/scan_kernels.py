@@ -13,7 +13,6 @@ Tensors come as a flat array over their memory with the strides of all axes but 
 Shapes: P parameter directions, S streams, B batch, L length, E channels, N states. W is LANES.
 """
 
-
 import numpy as np
 
 from caduceus.ops.cpu.compiled import jit, leaf
@@ -27,6 +26,17 @@ FORWARD_BLOCK = 512
 """Most channels per item of the forward pass."""
 GROUP = 4
 """States are padded to whole multiples of this, the most that a hot loop takes at once."""
+
+
+@jit(EXACT)
+def aligned_zeros(shape, kind):
+    """Scratch that begins with a cache line: loads and stores across two lines cost twice as much."""
+    size = 1
+    for extent in shape:
+        size *= extent
+    flat = np.zeros(size + 16, kind)
+    first = -np.int64(flat.ctypes.data) % 64 // flat.itemsize
+    return flat[first : first + size].reshape(shape)
 
 
 @jit(EXACT)
@@ -148,8 +158,10 @@ def scan_forward(first, last, tensors, strides, flags, block, out, final, kept):
     blocks = (channels + block - 1) // block
     padded = (states + GROUP - 1) // GROUP * GROUP
     kind = out.dtype
-    step, inflow, y = np.zeros((CHUNK, LANES), kind), np.zeros((CHUNK, LANES), kind), np.zeros((CHUNK, LANES), kind)
-    a, h = np.zeros((block // LANES, padded, LANES), kind), np.zeros((block // LANES, padded, LANES), kind)
+    rows = aligned_zeros((3, CHUNK, LANES), kind)
+    step, inflow, y = rows[0], rows[1], rows[2]
+    per_state = (block // LANES, padded, LANES)
+    a, h = aligned_zeros(per_state, kind), aligned_zeros(per_state, kind)
     Bs, Cs = np.zeros((CHUNK, padded), kind), np.zeros((CHUNK, padded), kind)
     for item in range(first, last):
         s, b, lo = item // (batch * blocks), item // blocks % batch, item % blocks * block
