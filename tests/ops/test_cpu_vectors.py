@@ -90,10 +90,9 @@ def test_exp2(dtype, apply):
     last = np.finfo(dtype).maxexp
     x = np.concatenate([np.linspace(2 - last, last - 1e-3, 999), np.linspace(-1, 1, 999)]).astype(dtype)
     np.testing.assert_allclose(apply(vectors.exp2, x), np.exp2(x), rtol=ROUNDINGS[dtype], atol=0)
-    x = np.array([0, -0.0, -1, 5, 1 - last, -last, -1e9, -np.inf, last, last + 40.5], dtype)
-    expected = np.array([1, 1, 0.5, 32, 0, 0, 0, 0, np.inf, np.inf])
-    actual = apply(vectors.exp2, x)
-    assert np.array_equal(actual[:-1], expected[:-1])
+    x = np.array([0, -0.0, -1, 5, 1 - last, -last, -1e9, -np.inf, last], dtype)
+    expected = np.array([1, 1, 0.5, 32, 0, 0, 0, 0, np.inf])
+    assert np.array_equal(apply(vectors.exp2, x), expected)
     assert np.isnan(apply(vectors.exp2, np.array([np.nan], dtype))).all()
 
 

@@ -152,8 +152,8 @@ def _function(emit: Callable[[_Value], _Value], what: str):
 
 exp2 = _function(
     _exp2,
-    """2^x to 2e-7 (float64: 4e-16) relative; exactly 1 at 0; exactly 0 from -127 (-1023) down; infinite from 128 (1024)
-    up to where the exponent wraps, twice that; NaN stays NaN.""",
+    """2^x for x <= 128 (float64: 1024), where it is infinite, to 2e-7 (1e-15) relative; exactly 1 at 0 and exactly 0
+    from -127 (-1023) down; NaN stays NaN.""",
 )
 softplus = _function(_softplus, "log(1 + e^x); exactly 0 for x < -88 (float64: -710).")
 sigmoid = _function(_sigmoid, "1 / (1 + e^-x); exactly 0 for x < -89 (float64: -710).")
