@@ -154,7 +154,8 @@ class TrainConfig:
     """A step that takes longer has hung: every rank writes its stacks to the run's logs and ends. 0 waits for ever."""
     seed: int = 0
     precision: str = "fp32"
-    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics)."""
+    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics; on a
+    GPU by the slow ops.backend=naive)."""
     deterministic: bool = False
     """The same bits in every run on the same layout and machines, at some cost of speed on GPUs."""
     compile: bool = False

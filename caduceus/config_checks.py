@@ -82,6 +82,8 @@ def refuse_impossible_values(config: "Config", values: dict[str, Any]) -> None:
             "data.random_token_prob: together with data.mask_token_prob it must not exceed 1, "
             f"got {data.random_token_prob} + {data.mask_token_prob}"
         )
+    if train.precision == "fp64" and config.ops.backend in ("triton", "mamba_ssm"):
+        raise UserError(f"train.precision: ops.backend={config.ops.backend} does not compute in fp64; use naive or cpu")
     if data.objective == "next_base" and (config.model.bidirectional or config.model.rcps):
         raise UserError(
             "data.objective: next_base needs model.bidirectional=false and model.rcps=false; "

@@ -34,6 +34,7 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     from caduceus.distributed.mesh import choose_device
     from caduceus.evaluate.heldout import held_out_loss
     from caduceus.model.hub import load_published, load_trained, run_of
+    from caduceus.ops import check_backend
 
     if arguments.config is None and arguments.run is None:
         raise UserError(
@@ -43,6 +44,8 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     device = choose_device(config.run.device)
     model = load_trained(arguments.run) if arguments.run else load_published(arguments.export)
     config.model = model.config  # decides which strands a sample may show
+    dtype = next(model.parameters()).dtype
+    check_backend(model.backend, device, dtype, config.model.d_state, config.model.d_conv)
     batches = build_validation(config, arguments.split, device=device)
     return held_out_loss(model.to(device), batches, device, config.train.precision)
 

@@ -82,17 +82,18 @@ class BiMamba(nn.Module):
         self.D.fill_(1)
         uniform(self.out_proj, (config.d_inner * config.n_layer) ** -0.5)
 
-    def forward(self, hidden: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        """hidden (S, B, L, D), pad_mask (B, L) bool, true where a position is only padding of the batch."""
+    def forward(self, hidden: Tensor, pad_mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+        """hidden (S, B, L, D), pad_mask (B, L) bool, true where a position is only padding of the batch; starts (B, L)
+        bool, true where a packed sequence begins: nothing crosses its border in either direction."""
         config = self.config
         if config.bidirectional:
             jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
         else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
             jointly = self.mirrored_stream == 1 and not self._has_strand_apart(hidden)
         mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
-        return mix(hidden, pad_mask)
+        return mix(hidden, pad_mask, starts)
 
-    def _mix_directions_jointly(self, hidden: Tensor, pad_mask: Tensor | None) -> Tensor:
+    def _mix_directions_jointly(self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
         """Both directions share x, z and the out projection: projections and pointwise maps commute with flips."""
         x, z = self._project_in(hidden, 0, pad_mask)
         # The ops exchange the directions of stream 1. Where stream 0 is the mirrored one, exchange the parameters.
@@ -102,10 +103,10 @@ class BiMamba(nn.Module):
         elif self._has_strand_apart(hidden):
             parameters = [parameter.clone() for parameter in parameters]
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = parameters
-        u = bidirectional_conv1d(x, conv_weight, conv_bias, context=self.context, backend=self.backend)
+        where = {"context": self.context, "starts": starts, "backend": self.backend}
+        u = bidirectional_conv1d(x, conv_weight, conv_bias, **where)
         dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
-        scan_inputs = u, dt, _negative_exp(A_log), B, C, D, z, dt_bias
-        y = bidirectional_scan(*scan_inputs, context=self.context, backend=self.backend)
+        y = bidirectional_scan(u, dt, _negative_exp(A_log), B, C, D, z, dt_bias, **where)
         return self._project_out(y, 0)
 
     def _has_strand_apart(self, hidden: Tensor) -> bool:
@@ -116,31 +117,23 @@ class BiMamba(nn.Module):
         """
         return self.config.rcps and hidden.shape[0] == 1
 
-    def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None) -> Tensor:
+    def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
         """Directions with projections of their own, or joined by multiplication."""
         directions = range(2 if self.config.bidirectional else 1)
-        outputs = [self._mix_direction(hidden, direction, pad_mask) for direction in directions]
+        outputs = [self._mix_direction(hidden, direction, pad_mask, starts) for direction in directions]
         if len(outputs) == 1:
             return outputs[0]
         forward, backward = outputs
         return forward + backward if self.config.bidirectional_strategy == "add" else forward * backward
 
-    def _mix_direction(self, hidden: Tensor, direction: int, pad_mask: Tensor | None) -> Tensor:
+    def _mix_direction(self, hidden: Tensor, direction: int, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
         projection = direction % self.in_proj.shape[0]
         x, z = self._project_in(hidden, projection, pad_mask)
         reverse = [(direction == 1) != (stream == self.mirrored_stream) for stream in range(hidden.shape[0])]
+        where = {"context": self.context, "starts": starts, "backend": self.backend}
+        conv_weight, conv_bias = self.conv_weight[direction], self.conv_bias[direction]
         u = torch.stack(
-            [
-                causal_conv1d(
-                    x[s],
-                    self.conv_weight[direction],
-                    self.conv_bias[direction],
-                    reverse=reverse[s],
-                    context=self.context,
-                    backend=self.backend,
-                )
-                for s in range(len(reverse))
-            ]
+            [causal_conv1d(x[s], conv_weight, conv_bias, reverse=reverse[s], **where) for s in range(len(reverse))]
         )
         x_proj, dt_proj = self.x_proj[direction, None], self.dt_proj[direction, None]
         dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
@@ -157,8 +150,7 @@ class BiMamba(nn.Module):
                     z[s],
                     self.dt_bias[direction],
                     reverse=reverse[s],
-                    context=self.context,
-                    backend=self.backend,
+                    **where,
                 )
                 for s in range(len(reverse))
             ]

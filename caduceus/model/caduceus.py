@@ -90,11 +90,15 @@ class Block(nn.Module):
         self.mixer.init_weights(generator)
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None = None, pad_mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        residual: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(mixer(norm(residual + hidden)), residual + hidden), (S, B, L, D) each; the next block adds them."""
         normed, residual = self.norm(hidden, residual)
-        return self.mixer(normed, pad_mask), residual
+        return self.mixer(normed, pad_mask, starts), residual
 
 
 class CaduceusForMaskedLM(nn.Module):
@@ -154,13 +158,19 @@ class CaduceusForMaskedLM(nn.Module):
         output_hidden_states: bool = False,
         pad_mask: Tensor | None = None,
         return_logits: bool = True,
+        starts: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Predict every base, and the loss of the labelled ones where `labels` are given.
 
-        input_ids (B, L) int64; labels (B, L) int64, `IGNORE_LABEL` where nothing is to be predicted; loss_weights
-        (B, L) of the labelled bases. pad_mask (B, L) bool is true at positions that are only padding of the batch:
-        results at all other positions are those of the unpadded sequences. (A [PAD] token stands for N and is an
-        ordinary input.) With `return_logits` false the head runs at labelled positions only and `.logits` is None.
+        input_ids (B, L) int64; labels (B, L) int64, `IGNORE_LABEL` where nothing is to be predicted (others outside the
+        vocabulary: see `head_cross_entropy`); loss_weights (B, L) of the labelled bases. pad_mask (B, L) bool is true
+        at positions that are only padding of the batch: results at all other positions are those of the unpadded
+        sequences. (A [PAD] token stands for N and is an ordinary input.) starts (B, L) bool is true at the first
+        positions of sequences that are packed into a row: results are those of each by itself. With `return_logits`
+        false the head runs at labelled positions only and `.logits` is None.
+
+        Packed sequences may not be shared between ranks: a `ValueError`. All backends but triton run them one after
+        another and read `starts` for that, which breaks a compiled graph.
         """
         if output_hidden_states and self.strands is not None:
             raise ValueError("output_hidden_states: this rank has one of the two strands alone")
@@ -170,9 +180,9 @@ class CaduceusForMaskedLM(nn.Module):
             if number <= self.checkpoint_blocks and torch.is_grad_enabled():
                 if residual is not None:  # a block would keep both for its backward pass; of their sum it keeps one
                     hidden, residual = (residual + hidden).to(residual.dtype), None
-                hidden, residual = checkpoint(block, hidden, residual, pad_mask, use_reentrant=False)
+                hidden, residual = checkpoint(block, hidden, residual, pad_mask, starts, use_reentrant=False)
             else:
-                hidden, residual = block(hidden, residual, pad_mask)
+                hidden, residual = block(hidden, residual, pad_mask, starts)
             if output_hidden_states and number < len(self.blocks):
                 first = 1 - block.mixer.mirrored_stream if self.config.fused_add_norm else 0
                 hidden_states.append(self._published_layout(hidden, first))

@@ -16,6 +16,7 @@ from caduceus.config import Config, config_to_dict
 from caduceus.data.shards import dump_json
 from caduceus.distributed.strategy import Single
 from caduceus.errors import NodeError, UserError
+from caduceus.ops import check_backend
 from caduceus.run_directory import RunDirectory
 from caduceus.train import memory
 from caduceus.train.recomputation import run_micro_batch, too_large
@@ -40,6 +41,12 @@ class Report:
     code_and_config: tuple[str, str]
     disk: str | None
     shared_memory: str | None
+
+
+def check_model(config: Config, device: torch.device) -> None:
+    """Raises `UserError` where `ops.backend` cannot run the model here; comes before shards are opened."""
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    check_backend(config.ops.backend, device, dtype, config.model.d_state, config.model.d_conv)
 
 
 def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> None:

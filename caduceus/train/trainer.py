@@ -15,7 +15,7 @@ from caduceus.train.checkpoint import Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.monitor import Monitor
 from caduceus.train.preemption import EXIT_REQUEUE, StopRequest
-from caduceus.train.preflight import check_before_start, check_gpu_memory
+from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
 from caduceus.train.watchdog import Watchdog
@@ -31,6 +31,7 @@ def train(config: Config) -> int:
     """
     started = time.monotonic()
     with joined(config) as ranks:
+        check_model(config, ranks.device)
         if ranks.device.type == "cpu":
             keep_freed_memory()
         part = {
