@@ -175,12 +175,20 @@ class ParallelConfig:
     node."""
     context: int = 1
     """Ranks that share a sequence, each with a slice of it."""
+    strands: int = 1
+    """2: of every sequence, or slice of one, one rank computes the forward strand and another one the reverse
+    complement. For model.rcps=true; halves a rank's work and activations, and only logits go from one to the other."""
     zero_stage: int = 1
     """deepspeed: what ranks divide among them. 0 nothing, 1 optimizer state, 2 gradients as well, 3 parameters too."""
     deepspeed_config: str | None = None
     """deepspeed: a JSON file of its options. What train.* and parallel.* decide may not contradict it."""
     cpu_offload: bool = False
     """fsdp, deepspeed: keep optimizer state, and parameters where they are sharded, in host memory between uses."""
+
+    @property
+    def ranks_per_sample(self) -> int:
+        """Ranks that share a sample, and count as one data-parallel rank."""
+        return self.context * self.strands
 
 
 @dataclass

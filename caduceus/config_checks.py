@@ -16,6 +16,7 @@ _CHOICES = {
     "train.precision": ("fp32", "bf16", "fp64"),
     "train.activation_checkpointing": ("none", "block", "auto"),
     "parallel.strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
+    "parallel.strands": (1, 2),
     "parallel.zero_stage": (0, 1, 2, 3),
     "run.device": ("auto", "cpu", "cuda"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
@@ -87,6 +88,10 @@ def refuse_impossible_values(config: "Config", values: dict[str, Any]) -> None:
         raise UserError(
             "data.objective: next_base needs model.bidirectional=false and model.rcps=false; "
             "otherwise the model sees the base that it is to predict"
+        )
+    if config.parallel.strands > 1 and not config.model.rcps:
+        raise UserError(
+            "parallel.strands: 2 needs model.rcps=true, whose two strands are computed apart; use parallel.context"
         )
     if train.global_batch % train.micro_batch:
         raise UserError(

@@ -27,11 +27,11 @@ SUBSTITUTES = 10
 
 
 class SampleReader:
-    """Reads samples, or the slice `positions` of each, for peers that share a sequence. Safe to pickle and to fork.
+    """Reads samples, or the slice `positions` of each. Safe to pickle and to fork.
 
     With `data.check_crc`, a window's crc32 is checked when it is first read from. What cannot be read soundly is
     retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that
-    is no base, may be met by one of the peers that share a sequence alone: they have to agree on the crops to take.
+    is no base, may be met by one alone of the peers that share a sample: they have to agree on the crops to take.
     """
 
     def __init__(

@@ -35,11 +35,6 @@ class ContextGroup:
             halos.append(gathered[neighbour % self.size, g] * inside)
         return torch.stack(halos)
 
-    def maximum(self, values: Tensor) -> Tensor:
-        """Elementwise maximum over the ranks of the group, in place; on the CPU without a word to the GPU."""
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        return values
-
     def all_gather(self, part: Tensor) -> Tensor:
         """(…) of each rank -> (R, …) on all of them, outside of autograd."""
         return _gathered(part, self.group)

@@ -25,13 +25,12 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
 
 
-def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int) -> Tensor:
-    """`weight` for either stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
+def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int, streams: int) -> Tensor:
+    """`weight` for each stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
 
     A stream that is held channel-flipped meets weights flipped along D instead, so activations never are.
     """
-    copies = [weight, weight.flip(dim)]
-    return torch.stack(copies if mirrored_stream == 1 else copies[::-1])
+    return torch.stack([weight.flip(dim) if stream == mirrored_stream else weight for stream in range(streams)])
 
 
 class BiMamba(nn.Module):
@@ -39,7 +38,7 @@ class BiMamba(nn.Module):
 
     Parameters of direction d (0 left-to-right, 1 right-to-left) are stacked on a leading axis. The `mirrored_stream`
     runs as the reverse complement: it has the directions exchanged, and with `mirror_channels` also D flipped at entry
-    and exit, which its projections absorb.
+    and exit, which its projections absorb. With one stream, `mirrored_stream` 1 means that it is not this one.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class BiMamba(nn.Module):
         if config.bidirectional:
             jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
         else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
-            jointly = self.mirrored_stream == 1
+            jointly = self.mirrored_stream == 1 and not self._has_strand_apart(hidden)
         mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
         return mix(hidden, pad_mask, starts)
 
@@ -101,12 +100,22 @@ class BiMamba(nn.Module):
         parameters = self.conv_weight, self.conv_bias, self.x_proj, self.dt_proj, self.dt_bias, self.A_log, self.D
         if self.mirrored_stream == 0:
             parameters = [parameter.flip(0) for parameter in parameters]
+        elif self._has_strand_apart(hidden):
+            parameters = [parameter.clone() for parameter in parameters]
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = parameters
         where = {"context": self.context, "starts": starts, "backend": self.backend}
         u = bidirectional_conv1d(x, conv_weight, conv_bias, **where)
         dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
         y = bidirectional_scan(u, dt, _negative_exp(A_log), B, C, D, z, dt_bias, **where)
         return self._project_out(y, 0)
+
+    def _has_strand_apart(self, hidden: Tensor) -> bool:
+        """Whether the other strand is on another rank.
+
+        Gradients must then be ready in the same order on both, as DeepSpeed adds them up in the order in which they
+        come: so both take the same operators, whatever their role.
+        """
+        return self.config.rcps and hidden.shape[0] == 1
 
     def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
         """Directions with projections of their own, or joined by multiplication."""
@@ -150,7 +159,7 @@ class BiMamba(nn.Module):
 
     def _project_in(self, hidden: Tensor, projection: int, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x and z, (S, B, L, E) each. Two products instead of one give two contiguous results."""
-        weight = self._for_streams(self.in_proj[projection], -1)
+        weight = self._for_streams(self.in_proj[projection], -1, hidden.shape[0])
         x_weight, z_weight = weight.chunk(2, dim=1)
         x = project(hidden, x_weight)
         if pad_mask is not None:
@@ -169,10 +178,12 @@ class BiMamba(nn.Module):
         return dt, B, C
 
     def _project_out(self, y: Tensor, projection: int) -> Tensor:
-        return project(y, self._for_streams(self.out_proj[projection], 0))
+        return project(y, self._for_streams(self.out_proj[projection], 0, y.shape[0]))
 
-    def _for_streams(self, weight: Tensor, dim: int) -> Tensor:
-        return with_mirrored_channels(weight, dim, self.mirrored_stream) if self.mirror_channels else weight[None]
+    def _for_streams(self, weight: Tensor, dim: int, streams: int) -> Tensor:
+        if not self.mirror_channels:
+            return weight[None]
+        return with_mirrored_channels(weight, dim, self.mirrored_stream, streams)
 
 
 def _negative_exp(A_log: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from caduceus.ops import naive
 from caduceus.ops.operands import check_conv, check_head, check_norm, check_scan
 from caduceus.ops.packed import run_apart
 from caduceus.ops.runs import conv_by_runs, scan_by_runs
-from caduceus.ops.split import Context, SlicedScan, conv_over_ranks, scan_over_ranks
+from caduceus.ops.split import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
 
 BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
 PAD_DT = -1e4
@@ -287,16 +287,21 @@ def head_cross_entropy(
     loss_weights: Tensor | None = None,
     *,
     ignore_label: int,
+    strands: Strands | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens; logits exist only there.
 
     hidden (S, B, L, D) and the head weight (S, V, D): streams are summed into the logits. labels (B, L), `ignore_label`
-    where nothing is labelled; loss_weights (B, L), by default 1. Both sums are 0 where no token is labelled. Any other
-    label outside 0 … V - 1 is a `ValueError` on a CPU, where the loss is `naive`'s; otherwise, as nothing waits for a
-    GPU to see it, the loss and its gradients are NaN.
+    where nothing is labelled; loss_weights (B, L), by default 1. Both sums are 0 where no token is labelled. With
+    `strands`, S is 1, the other stream is on another rank, which has the same labels, and each gets half of both sums.
+    Any other label outside 0 … V - 1 is a `ValueError` on a CPU, where the loss is `naive`'s; otherwise, as nothing
+    waits for a GPU to see it, the loss and its gradients are NaN.
     """
     check_head(hidden, weight, labels, loss_weights)
+    if strands is not None:
+        sums = naive.head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label, strands.sum)
+        return sums[0] / strands.size, sums[1] / strands.size
     module = _module(backend, hidden)
     head_cross_entropy = getattr(module, "head_cross_entropy", naive.head_cross_entropy)
     return head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label)

@@ -3,6 +3,8 @@
 Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams (strands: 1 or 2).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,12 +123,18 @@ def add_norm(
 
 
 def head_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor | None,
+    ignore_label: int,
+    add_up: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> tuple[Tensor, Tensor]:
     """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens, in at least fp32.
 
-    The logits of a token are the sum over streams of hidden (S, …, D) · weight (S, V, D). A label outside 0 … V - 1
-    that is not `ignore_label` is a `ValueError` on a CPU; elsewhere, where to look would be to wait, the loss is NaN.
+    The logits of a token are the sum over streams of hidden (S, …, D) · weight (S, V, D). `add_up` adds to the logits
+    (labelled tokens, V) of these streams those of others. A label outside 0 … V - 1 that is not `ignore_label` is a
+    `ValueError` on a CPU; elsewhere, where to look would be to wait, the loss is NaN.
     """
     compute = torch.promote_types(hidden.dtype, torch.float32)
     labelled = labels.flatten() != ignore_label
@@ -138,6 +146,7 @@ def head_cross_entropy(
     if targets.device.type == "cpu" and not known.all():
         wrong = targets[~known][0].item()
         raise ValueError(f"labels: {wrong} is neither below the vocabulary's {weight.shape[1]} nor ignored")
-    losses = F.cross_entropy(logits, targets.where(known, 0), reduction="none") * torch.where(known, 1, torch.nan)
+    losses = F.cross_entropy(add_up(logits), targets.where(known, 0), reduction="none")
+    losses = losses * torch.where(known, 1, torch.nan)
     weights = torch.ones_like(losses) if loss_weights is None else loss_weights.flatten()[labelled].to(compute)
     return (losses * weights).sum(), weights.sum()

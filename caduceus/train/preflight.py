@@ -127,6 +127,8 @@ def _try_collectives(strategy: Single) -> None:
     groups = {"all ranks": None} if ranks.world > 1 else {}
     if ranks.context_group is not None:
         groups["the ranks that share a sequence"] = ranks.context_group.group
+    if ranks.strand_group is not None:
+        groups["the ranks that share its strands"] = ranks.strand_group.group
     for mesh in {parameter.device_mesh for parameter in strategy.model.parameters() if isinstance(parameter, DTensor)}:
         for name in mesh.mesh_dim_names:
             groups[f"the ranks that {name} parameters"] = mesh.get_group(name)

@@ -40,8 +40,8 @@ def train(config: Config) -> int:
             "positions": ranks.positions(config.data.seq_len),
             "device": ranks.device,
         }
-        peers = ranks.context_group
-        loader = build_loader(config, "train", **part, largest_of_peers=peers and peers.maximum)
+        peers = ranks.largest_of_peers if ranks.shares_samples else None
+        loader = build_loader(config, "train", **part, largest_of_peers=peers)
         validation = build_validation(config, **part) if config.valid.every else None
         run = _open_run(config, ranks)
         try:

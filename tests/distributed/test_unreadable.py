@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader, sample_reader
 from caduceus.data.reader import ShardFiles
-from caduceus.distributed.context import ContextGroup
+from caduceus.distributed.mesh import Ranks
 from caduceus.errors import UserError
 from tests.distributed.layouts import Layout, config_of, train_all
 from tests.distributed.ranks import on_ranks
@@ -23,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 SINGLE = Layout("single", 1, {"strategy": "single"})
 CONTEXT = Layout("context 2", 2, {"strategy": "ddp", "context": 2})
+STRANDS = Layout("context 2 x strands 2", 4, {"strategy": "ddp", "context": 2, "strands": 2})
 BOTH = Layout("DDP 2 x context 2", 4, {"strategy": "ddp", "context": 2})
 TAKEN = 40
 """Micro-batches that the loaders are compared over."""
@@ -57,7 +57,7 @@ def changed(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return copy
 
 
-@pytest.mark.parametrize(("damage", "layouts"), [("damaged", [CONTEXT, BOTH]), ("changed", [CONTEXT])])
+@pytest.mark.parametrize(("damage", "layouts"), [("damaged", [BOTH, STRANDS]), ("changed", [CONTEXT])])
 def test_training_on_damaged_shards_is_that_of_one_rank(
     damage: str, layouts: list[Layout], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -96,7 +96,7 @@ def take_with_a_failing_disk(rank: int, config: Config, share: int, failing: boo
         patch.setattr(ShardFiles, "read_into", fail_on_bad_bytes)
         patch.setattr(sample_reader, "READ_WAITS", (0.0, 0.0))
         width = config.data.seq_len // share
-        peers = ContextGroup(dist.new_group(), rank, share).maximum if share > 1 else None
+        peers = Ranks(rank, share, share, torch.device("cpu")).largest_of_peers if share > 1 else None
         loader = build_loader(config, positions=(rank * width, (rank + 1) * width), largest_of_peers=peers)
         try:
             batches = list(itertools.islice(loader, TAKEN))
