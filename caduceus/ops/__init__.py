@@ -37,12 +37,12 @@ def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype
 
     Raises `UserError` for an unknown backend and for one that cannot run here.
     """
-    device_type = torch.device(device).type
+    device_type, double = torch.device(device).type, dtype == torch.float64
     if backend == "auto":
-        return _auto_backend(device_type, dtype)
+        return _auto_backend(device_type, double)
     if backend not in BACKENDS:
         raise UserError(f"ops.backend: choose one of auto, {', '.join(BACKENDS)}; got '{backend}'")
-    if reason := _unusable(backend, device_type, dtype):
+    if reason := _unusable(backend, device_type, double):
         raise UserError(f"ops.backend: '{backend}' {reason}")
     return backend
 
@@ -60,17 +60,17 @@ def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, 
 
 
 @cache
-def _auto_backend(device_type: str, dtype: torch.dtype) -> str:
+def _auto_backend(device_type: str, double: bool) -> str:
     chosen = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "naive")
-    if reason := _unusable(chosen, device_type, dtype):
+    if reason := _unusable(chosen, device_type, double):
         _log.warning("ops.backend: auto fell back to the slow 'naive' on '%s': '%s' %s", device_type, chosen, reason)
         return "naive"
     _log.info("ops.backend: auto chose '%s' on device '%s'", chosen, device_type)
     return chosen
 
 
-def _unusable(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot compute in a type on a kind of device, and what to do; None where it can."""
+def _unusable(backend: str, device_type: str, double: bool) -> str | None:
+    """Why a backend cannot run on a kind of device, in float64 if `double`, and what to do; None where it can."""
     if backend == "cpu" and device_type != "cpu":
         return f"runs on the CPU only, not on '{device_type}': choose triton, or run.device=cpu"
     if backend == "triton":
@@ -86,7 +86,7 @@ def _unusable(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
             return f"needs an NVIDIA GPU, not '{device_type}': choose cpu"
         if reason := mamba_ssm.missing():
             return f"{reason}: {mamba_ssm.INSTALL}"
-    if backend in ("triton", "mamba_ssm") and dtype == torch.float64:
+    if backend in ("triton", "mamba_ssm") and double:
         return "does not compute in float64: choose naive, or train.precision=fp32"
     return None
 

@@ -32,6 +32,8 @@ MODELS = {
     "unidirectional": {"bidirectional": False},
     "unidirectional, unfused": {"bidirectional": False, "fused_add_norm": False},
     "layer norm": {"rms_norm": False},
+    "packed": {},
+    "packed, unidirectional": {"bidirectional": False},
 }
 CASES = [*((name, 0.5) for name in MODELS), ("even layers", 0.0)]
 """Models, and the share of the bases that are labelled."""
@@ -56,7 +58,9 @@ def outcome(
     order: list[str] = []
     for path, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, path=path: order.append(path))
-    output = model(input_ids[:, positions], labels, weights)
+    starts = torch.zeros(2, LENGTH, dtype=torch.bool)
+    starts[0, 20] = starts[1, 5] = starts[1, 33] = True
+    output = model(input_ids[:, positions], labels, weights, starts=starts if name.startswith("packed") else None)
     output.loss_sum.backward()
     gradients = {path: parameter.grad for path, parameter in model.named_parameters()}
     sums = {"loss_sum": output.loss_sum.detach(), "weight_sum": output.weight_sum}

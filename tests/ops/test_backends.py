@@ -28,7 +28,7 @@ def test_auto_picks_the_fast_one_and_says_so(device, backend, caplog, monkeypatc
     without(monkeypatch, "nothing")
     with caplog.at_level(logging.INFO, logger="caduceus.ops"):
         assert ops.resolve_backend("auto", device) == backend
-        assert ops.resolve_backend("auto", device) == backend
+        assert ops.resolve_backend("auto", device, torch.bfloat16) == backend
     assert [record.getMessage() for record in caplog.records] == [
         f"ops.backend: auto chose '{backend}' on device '{device}'"
     ]
