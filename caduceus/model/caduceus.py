@@ -43,6 +43,17 @@ class MaskedLMOutput(NamedTuple):
     """Sum of the weights of labelled bases; their number where no weights are given."""
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The type that products with a tensor on this device are computed in: autocast's, or the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def residual_dtype(config: CaduceusConfig, weight: Tensor) -> torch.dtype:
+    """Of the residual in a model with such weights: at least fp32, or without `residual_in_fp32` as products are."""
+    return torch.promote_types(weight.dtype, torch.float32) if config.residual_in_fp32 else product_dtype(weight)
+
+
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over D of residual + x, (S, B, L, D), in at least fp32. Mirrored channels as in `BiMamba`.
 
@@ -66,10 +77,10 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Without a residual the sum is x itself."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         weight, bias = (None if vector is None else self._for_streams(vector) for vector in (self.weight, self.bias))
-        return add_norm(x, residual, weight, bias, eps=self.eps, out_dtype=dtype, backend=self.backend)
+        return add_norm(
+            x, residual, weight, bias, eps=self.eps, out_dtype=product_dtype(self.weight), backend=self.backend
+        )
 
     def _for_streams(self, vector: Tensor) -> Tensor:
         return with_mirrored_channels(vector, 0, self.mirrored_stream) if self.mirror_channels else vector
@@ -208,9 +219,7 @@ class CaduceusForMaskedLM(nn.Module):
         else:
             input_ids = input_ids[None]
         embedded = F.embedding(input_ids, table)
-        if self.config.residual_in_fp32:
-            embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
-        return embedded
+        return embedded.to(residual_dtype(self.config, embedded))
 
     def _head(self) -> Tensor:
         """The head of each stream, (S, V, D): what it predicts is a base of the forward strand."""
