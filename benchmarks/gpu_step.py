@@ -69,7 +69,12 @@ def main() -> None:
     if reason:
         print(
             f"mamba_ssm {reason}: the last two columns compare STRUCTURES on our own kernels ({backend}), "
-            f"not with the published code. To have it:\n{mamba_ssm.INSTALL}\n"
+            "not with the published code"
+        )
+        print(
+            f"({mamba_ssm.INSTALL})\n"
+            if options.device == "cuda"
+            else "and exp2 was interpreted: shares mean nothing\n"
         )
     peer = f"our {backend} kernels" if reason else "mamba_ssm"
     print(
@@ -217,8 +222,8 @@ def roofline_seconds(config: CaduceusConfig, recomputed: int, ceilings: dict) ->
 
     Per token and layer, forward + backward, S strands and two directions: products of the projections (3 x forward);
     one exp per state, direction and strand in each pass; bf16 activations, and the residual in its own type, read and
-    written by projections, convolution, scan, norm and residual once each in forward and twice in backward. A recomputed
-    block adds one more forward.
+    written by projections, convolution, scan, norm and residual once each in forward and twice in backward. A
+    recomputed block adds one more forward.
     """
     D, E, N, R, S = config.d_model, config.d_inner, config.d_state, config.dt_rank, 2 if config.rcps else 1
     forward_products = 2 * S * (D * 2 * E + E * D + 2 * (E * (R + 2 * N) + R * E))
