@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from caduceus.ops.triton import conv_kernels as kernels
-from caduceus.ops.triton.device import as_rows, device_of, require_float
+from caduceus.ops.triton.device import LAUNCH, as_rows, device_of, require_float
 
 TOKENS, CHANNELS = 16, 64
 """Tile of a program; see `_channels`."""
@@ -136,6 +136,6 @@ def _arguments(x, weight, bias, halo, starts, silu, reverse) -> tuple[tuple, tup
     # What is absent is never read; the kernels still want a pointer.
     tensors = rows, weight, *(x if t is None else t for t in (bias, halo, starts))
     tensors = (rows, *(t if t is x else t.contiguous() for t in tensors[1:]))
-    options = {"K": K, "TOKENS": TOKENS, "BLOCK": _channels(x, halo), "SILU": silu, "num_warps": 4}
+    options = {"K": K, "TOKENS": TOKENS, "BLOCK": _channels(x, halo), "SILU": silu, **LAUNCH}
     options |= {"HAS_BIAS": bias is not None, "HAS_HALO": halo is not None, "HAS_STARTS": starts is not None}
     return tensors, (P, S, batch, length, E, int(reverse), *rows.stride()[:2]), options

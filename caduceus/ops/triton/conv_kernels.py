@@ -7,6 +7,8 @@ halo, the K - 1 inputs that precede the sequence in that direction, or are zero.
 import triton
 import triton.language as tl
 
+from caduceus.ops.triton.device import SIZES
+
 
 @triton.jit
 def _tap(x_ptr, halo_ptr, positions, L, E, x_token, e, mask, K: tl.constexpr, HAS_HALO: tl.constexpr):
@@ -62,7 +64,7 @@ def _preactivation(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_forward_kernel(
     x_ptr,
     w_ptr,
@@ -113,7 +115,7 @@ def conv_forward_kernel(
         tl.store(at, y.to(out_ptr.dtype.element_ty), mask=(t < L)[:, None] & mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_backward_kernel(
     x_ptr,
     w_ptr,

@@ -7,6 +7,18 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WARPS = 4
+LAUNCH = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+"""Options of every launch. One stage: loops that add to what is in memory must not have their loads moved ahead of the
+stores of the turn before, and the kernels hide latency by other means. Products and sums fuse whatever Triton's default.
+"""
+SIZES = (
+    *("P", "S", "batch", "L", "n_chunks", "chunk_size", "reverse", "descending", "item0", "blocks"),
+    *("rows", "stream_rows", "tokens", "V", "ignore"),
+)
+"""Arguments whose value no kernel is compiled for: nothing in an inner loop depends on it."""
+SIZES_AND_STRIDES = (*SIZES, "E", *(f"{t}_{of}" for t in ("u", "dt", "B", "C", "z") for of in ("row", "token")))
+"""For kernels of one channel per thread, which gain nothing from a divisor of a stride."""
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
