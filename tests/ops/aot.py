@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
-from caduceus.ops.triton import conv, cross_entropy, norm, scan
+from caduceus.ops.triton import conv, cross_entropy, device, norm, scan
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,7 +69,7 @@ def compiling(capability: int, names: tuple[str, ...] = ()) -> Iterator[dict[str
 
     launch = JITFunction.run
     triton.runtime.driver.set_active(Target(capability))
-    for module in (scan, norm, cross_entropy):
+    for module in (device, norm, cross_entropy):
         module.multiprocessors = lambda device: MULTIPROCESSORS
     for operation in LAUNCHERS:
         operation.register_fake(operation._init_fn)
@@ -125,7 +125,7 @@ def train_packed(config: CaduceusConfig, length: int, element: str) -> None:
     u = backend.bidirectional_conv1d(
         leaf(1, 1, length, E), leaf(P, E, K, dtype=torch.float32), vectors["conv_bias"], starts
     )
-    rank, B, C = leaf(P, 1, 1, length, config.dt_rank + 2 * N).split([config.dt_rank, N, N], dim=-1)
+    _, B, C = leaf(P, 1, 1, length, config.dt_rank + 2 * N).split([config.dt_rank, N, N], dim=-1)
     A, z = leaf(P, E, N, dtype=torch.float32), leaf(1, 1, length, E)
     y = backend.bidirectional_scan(u, leaf(*u.shape), A, B, C, vectors["D"], z, vectors["dt_bias"], starts)
     y.sum().backward()

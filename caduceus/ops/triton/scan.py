@@ -11,7 +11,7 @@ from torch import Tensor
 
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
-from caduceus.ops.triton.device import LAUNCH, WARPS, as_rows, device_of, multiprocessors, require_float
+from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, chunk_length, device_of, require_float
 
 MAX_STATES = 64
 """A thread holds all states of its channel: up to 64 they fit in its registers, and no kernel spills."""
@@ -21,8 +21,6 @@ GROUP = 2
 """States of which the backward pass sums the gradients of B and C over channels in one product."""
 REPLAY_BYTES = 2**28
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments."""
-CHANNELS = 32 * WARPS
-"""Channels of a program: one per thread."""
 
 
 def scan_with_states(
@@ -49,7 +47,7 @@ def scan_with_states(
     if A.shape[-1] > MAX_STATES:
         raise ValueError(f"A: the triton backend has up to {MAX_STATES} states, got {A.shape[-1]}")
     if chunk is None:
-        chunk = chunk_length(u)
+        chunk = chunk_of(u)
     if chunk % PIECE:
         raise ValueError(f"chunk: must be a multiple of {PIECE}, got {chunk}")
     y, final_state, _, _ = scan_forward(u, dt, A, B, C, D, z, dt_bias, initial_state, starts, softplus, reverse, chunk)
@@ -195,15 +193,9 @@ def _backward(ctx, dy, dfinal_state, _dstates, _dsum_dt):
 scan_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def chunk_length(u: Tensor) -> int:
-    """Long, so that few states are kept, but short enough that the chunks of a small batch fill the GPU."""
+def chunk_of(u: Tensor) -> int:
     _, streams, batch, length, channels = u.shape
-    programs = streams * batch * triton.cdiv(channels, CHANNELS)
-    enough = 8 * multiprocessors(u.device)
-    for chunk in (256, 128, 64):
-        if programs * triton.cdiv(length, chunk) >= enough:
-            return chunk
-    return 32
+    return chunk_length(streams * batch, length, channels, u.device)
 
 
 class ScanKernels:
@@ -225,7 +217,7 @@ class ScanKernels:
         self.z = self.u if z is None else as_rows(z)
         self.D, self.bias = (self.u if t is None else t.contiguous() for t in (D, dt_bias))
         self.starts = self.u if starts is None else starts.contiguous().view(torch.uint8)
-        self.block = CHANNELS if u.is_cuda else max(16, triton.next_power_of_2(min(self.E, CHANNELS)))
+        self.block = channel_block(u)
         self.blocks = triton.cdiv(self.E, self.block)
         self.options = {"N": self.N, "BLOCK": self.block, "SOFTPLUS": softplus, **LAUNCH}
         self.options |= {"HAS_BIAS": dt_bias is not None, "HAS_STARTS": starts is not None}

@@ -168,7 +168,7 @@ def scan_replay_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
-    """Forward again, from item0 on: dz, and `kept` (P, items, chunk_size / T, N, E), the states before every T-th token."""
+    """Forward again, from item0 on: dz, and the states before every T-th token, kept (P, items, chunk_size / T, N, E)."""
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0)
     item = item0 + local
@@ -346,8 +346,8 @@ def scan_backward_kernel(
     """All gradients but dz, of the items from item0 on; a program takes one chunk of one row.
 
     The chunk is taken in pieces of T tokens from the end, one state after the other: the T states that follow from a
-    kept one fit in registers. The sums over channels of GROUP states are taken together. `adjoint` holds the running adjoint, and the sums go to dA (P, items, N, E), dD and
-    dbias (P, items, E) and dpieces (channel blocks, P, items, chunk_size / T, N, 2 T).
+    kept one fit in registers. `adjoint` holds the running adjoint, and the sums go to dA (P, items, N, E), dD and
+    dbias (P, items, E), and dpieces (channel blocks, P, items, chunk_size / T, N, 2 T), those of GROUP states at once.
     """
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0) // P

@@ -1,6 +1,6 @@
 """Kernels of the selective scan: one thread per channel, its N states in registers, time cut into chunks.
 
-A *row* is one (direction, stream, batch element). Every row is cut into chunks of chunk_size tokens, which run in parallel:
+A *row* is one (direction, stream, batch element). It is cut into chunks of chunk_size tokens, which run in parallel:
 
     forward   chunk_state    each chunk from a zero state: its end state and the sum of its dt
               chunk_carry    across chunks: decay over a chunk is exp(A · sum dt), so this is one step per chunk
