@@ -5,6 +5,8 @@ logits exist only in registers. Streams are summed into the logits before the so
 import triton
 import triton.language as tl
 
+from caduceus.ops.triton.device import SIZES
+
 
 @triton.jit
 def _logits(
@@ -23,7 +25,7 @@ def _logits(
     return tl.where((v < V)[None, :], logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cross_entropy_forward_kernel(
     hidden_ptr,
     weight_ptr,
@@ -63,7 +65,7 @@ def cross_entropy_forward_kernel(
     tl.store(sums_ptr + 1, tl.sum(weights, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cross_entropy_backward_kernel(
     hidden_ptr,
     weight_ptr,
