@@ -40,4 +40,6 @@ bench: $(VENV)/installed
 	$(PY) benchmarks/context.py
 	$(PY) benchmarks/checkpointing.py
 	$(PY) benchmarks/distributed_table.py
+	$(PY) benchmarks/memory.py
+	$(PY) benchmarks/gpu_correctness.py
 	$(PY) benchmarks/gpu_step.py

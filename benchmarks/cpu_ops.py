@@ -5,7 +5,7 @@
 One sequence in fp32, with skip, gate and dt bias. All run in turns in one process and the best time of each counts. The
 slow ones take a shorter sequence; longer ones do not raise their rate (the backward pass of a time loop in autograd
 takes time quadratic in the length). Peers, where installed: the scan of transformers' Mamba in plain PyTorch, and
-the same with mambapy's parallel scan.
+the same with mambapy's parallel scan: `pip install -e '.[hub,dev]'` brings both, and `make bench` installs them.
 """
 
 import argparse

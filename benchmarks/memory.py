@@ -1,65 +1,241 @@
-"""What a block keeps for its backward pass on a GPU: bytes per token and layer, and what whole models then need.
+"""What training keeps in memory: of a block, by name, and of whole steps, counted and measured.
 
-    python benchmarks/memory.py [--d-model 256] [--layers 16] [--length 131072]
+    python benchmarks/memory.py [--d-model 256] [--layers 16] [--lengths 32768 131072 1048576] [--gib 80]
+        [--cpu-layers 4] [--cpu-length 2048]
 
-Needs no GPU and no memory: the real model runs on fake tensors, with the Triton backend's own shapes, in bf16 autocast;
-every tensor that autograd saves is counted once by its storage. Beside it stands what the tensor's axes multiply to.
+Counted: the real model and the launch code of the Triton backend run, forward and backward, on fake tensors, as for an
+H100 under bf16 autocast. It is the most bytes of tensors that live at a time, so with the gradients and the scratch
+memory of the block that the backward pass is in, plus weights and AdamW's moments. Measured, where there is a GPU: the
+most that torch's allocator held in such a step. On the CPU smaller steps of the `cpu` backend in fp32 are counted in
+the same way, on real tensors, and measured as resident memory: VmHWM in a process of its own, less what it had before.
+`auto` recomputes as few blocks as fit into --gib, on the CPU into half of what they take when none is.
 """
 
 import argparse
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # lets the Triton backend stand on the CPU; its kernels are not run here
+import contextlib
+import datetime
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from gpu import CommandLine, device_name, positive
+from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
 
 from caduceus.config import CaduceusConfig
-from caduceus.model.caduceus import CaduceusForMaskedLM
-from caduceus.train.memory import kept_tensors, stored_bytes
+from caduceus.distributed.layout import blocks_to_recompute
+from caduceus.model import bimamba
+from caduceus.model.caduceus import CaduceusForMaskedLM, residual_dtype
+from caduceus.ops.triton import conv, cross_entropy, device, norm, scan
+from caduceus.train.memory import TensorBytes, kept_tensors, peak_bytes, stored_bytes
+
+MODELS = {"Caduceus-Ph": False, "Caduceus-PS": True}
+MULTIPROCESSORS = 132
+"""Of an H100."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--d-model", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--length", type=int, default=131_072)
-    options = parser.parse_args()
-    for name, rcps in (("Caduceus-Ph", False), ("Caduceus-PS", True)):
+    parser = CommandLine(__doc__)
+    for name, default in (("d-model", 256), ("layers", 16), ("gib", 80), ("cpu-layers", 4), ("cpu-length", 2048)):
+        parser.add_argument(f"--{name}", type=positive, default=default)
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[32_768, 131_072, 1_048_576])
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.set_defaults(device="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_or_leave()
+    if options.measure:
+        print(measure_on_cpu(*json.loads(options.measure)))
+        return
+    print(f"{datetime.date.today()} · {device_name(options.device)} · torch {torch.__version__}\n")
+    for name, rcps in MODELS.items():
+        print_block(name, CaduceusConfig(d_model=options.d_model, rcps=rcps))
+    print("| model | layers | backend | length | recomputed blocks | GiB, counted | GiB, measured |")
+    print("|---|---|---|---|---|---|---|")
+    for name, rcps in MODELS.items():
         config = CaduceusConfig(d_model=options.d_model, n_layer=options.layers, rcps=rcps)
-        print_block(name, config, options.length)
+        for length in options.lengths:
+            print_steps(name, config, "triton", length, options.gib * 2**30, options.device == "cuda")
+    for name, rcps in MODELS.items():
+        config = CaduceusConfig(d_model=options.d_model, n_layer=options.cpu_layers, rcps=rcps)
+        print_steps(name, config, "cpu", options.cpu_length, None, True)
 
 
-def print_block(name: str, config: CaduceusConfig, length: int) -> None:
-    saved = saved_by_a_block(config, length)
+def print_block(name: str, config: CaduceusConfig) -> None:
+    length = 131_072
+    kept = kept_by_a_block(config, length)
     print(f"{name}, d_model {config.d_model}, d_inner {config.d_inner}, {config.d_state} states, bf16\n")
-    print("| kept by a block | type | elements per token | bytes per token |\n|---|---|---|---|")
-    for tensor in saved:
-        axes, dtype = "·".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")
-        print(f"| {axes} | {dtype} | {tensor.numel() / length:,.1f} | {stored_bytes(tensor) / length:,.1f} |")
-    per_token = sum(stored_bytes(tensor) for tensor in saved) / length
-    residual = (2 if config.rcps else 1) * config.d_model * 4
-    print(
-        f"| all | | | {per_token:,.0f} |\n\n| length | GiB, all blocks kept | GiB, with checkpointing |\n|---|---|---|"
-    )
-    for bases in (1024, 32_768, 131_072, 1_048_576):
-        kept = bases * config.n_layer * per_token / 2**30
-        checkpointed = bases * (config.n_layer * residual + per_token) / 2**30
-        print(f"| {bases:,} | {kept:,.1f} | {checkpointed:,.1f} |")
-    print("\nActivations alone: the backward pass of one block adds its gradients and scratch on top.\n")
+    print("| kept by a block | type | bytes per token |\n|---|---|---|")
+    for label, dtype, count in sorted(kept, key=lambda row: -row[2]):
+        print(f"| {label} | {dtype} | {count / length:,.1f} |")
+    print(f"| all | | {sum(count for *_, count in kept) / length:,.0f} |\n")
 
 
-def saved_by_a_block(config: CaduceusConfig, length: int) -> list[Tensor]:
-    """Tensors that autograd keeps of the sequence in one block, one per storage, largest first."""
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+def kept_by_a_block(config: CaduceusConfig, length: int) -> list[tuple[str, str, int]]:
+    """(name, type, bytes) of what autograd keeps of the sequence in one block, one row per storage.
+
+    What has as many bytes at twice the length is made of weights.
+    """
+    short, long = (named_kept_tensors(config, n) for n in (length, 2 * length))
+    return [row for row, twice in zip(short, long, strict=True) if twice[2] > row[2]]
+
+
+def named_kept_tensors(config: CaduceusConfig, length: int) -> list[tuple[str, str, int]]:
+    names: dict[int, str] = {}
+
+    def note(label: str, tensor: Tensor) -> None:
+        names.setdefault(tensor.untyped_storage()._cdata, label)
+
+    def noting(op: Callable, inputs: tuple[str, ...], output: str) -> Callable:
+        def run(*args, **kwargs) -> Tensor:
+            for label, tensor in zip(inputs, args, strict=False):
+                if label:
+                    note(label, tensor)
+            result = op(*args, **kwargs)
+            note(output, result)
+            return result
+
+        return run
+
+    convolve = noting(bimamba.bidirectional_conv1d, ("x, the convolution's input",), "u, the convolution's output")
+    scan_names = ("", "dt", "", "B, C and what dt is projected from", "", "", "z, the gate")
+    scanned = noting(bimamba.bidirectional_scan, scan_names, "y, the scan's output")
+    with (
+        on_fake_gpu(),
+        torch.autocast("cpu", torch.bfloat16),
+        patch.object(bimamba, "bidirectional_conv1d", convolve),
+        patch.object(bimamba, "bidirectional_scan", scanned),
+    ):
         block = CaduceusForMaskedLM(config, backend="triton").blocks[0]
         shape = (2 if config.rcps else 1, 1, length, config.d_model)
-        residual = torch.empty(shape, requires_grad=True)
+        residual = torch.empty(shape, dtype=residual_dtype(config, block.norm.weight), requires_grad=True)
         hidden = torch.empty(shape, requires_grad=True, dtype=torch.bfloat16)
+
+        def note_norm(_module: nn.Module, _inputs: tuple, results: tuple[Tensor, Tensor]) -> None:
+            note("the norm's output", results[0])
+            note("residual", results[1])
+
+        block.norm.register_forward_hook(note_norm)
         kept = kept_tensors(block, hidden, residual)
-    # What is smaller is made of parameters, whatever the length.
-    return sorted((tensor for tensor in kept if tensor.numel() >= length), key=stored_bytes, reverse=True)
+        return [
+            (
+                names.get(tensor.untyped_storage()._cdata, "states and step sums at the borders of chunks"),
+                str(tensor.dtype).removeprefix("torch."),
+                stored_bytes(tensor),
+            )
+            for tensor in kept
+        ]
+
+
+def print_steps(name: str, config: CaduceusConfig, backend: str, length: int, free: int | None, measured: bool) -> None:
+    """Rows for none, all and `auto`-many recomputed blocks."""
+    layers = config.n_layer
+    none, block, least = (counted(config, backend, length, recomputed) for recomputed in (0, layers, layers - 1))
+    added = (none - least) // max(1, layers - 1)
+    auto = blocks_to_recompute(least, added, none // 2 if free is None else free, layers)
+    for mode, recomputed, peak in (("none", 0, none), ("auto", auto, None), ("block", layers, block)):
+        peak = counted(config, backend, length, recomputed) if peak is None else peak
+        found = measure(config, backend, length, recomputed) if measured else None
+        cells = f"{mode}: {recomputed} of {layers} | {peak / 2**30:,.2f}"
+        told = "-" if found is None else f"{found / 2**30:,.2f}" if isinstance(found, int) else found
+        print(f"| {name} | {layers} | {backend} | {length:,} | {cells} | {told} |", flush=True)
+
+
+def counted(config: CaduceusConfig, backend: str, length: int, recomputed: int) -> int:
+    with on_fake_gpu() if backend == "triton" else contextlib.nullcontext():
+        model = CaduceusForMaskedLM(config, backend=backend, checkpoint_blocks=recomputed)
+        with TensorBytesWithScratch() as live:
+            forward_and_backward(model, length, backend == "triton")
+        return live.peak + weight_and_moment_bytes(model)
+
+
+def measure(config: CaduceusConfig, backend: str, length: int, recomputed: int) -> int | str:
+    if backend == "cpu":
+        asked = json.dumps([config.d_model, config.n_layer, config.rcps, length, recomputed])
+        command = [sys.executable, __file__, "--device", "cpu", "--measure", asked]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    try:
+        with torch.device("cuda"):
+            model = CaduceusForMaskedLM(config, backend=backend, checkpoint_blocks=recomputed)
+            forward_and_backward(model, 256, True)
+            model.zero_grad()
+            gpu = torch.device("cuda")
+            return peak_bytes(gpu, partial(forward_and_backward, model, length, True)) + weight_and_moment_bytes(model)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    finally:
+        model = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure_on_cpu(d_model: int, layers: int, rcps: bool, length: int, recomputed: int) -> int:
+    """In a process of its own: memory that was freed, but not given back, would be used again unseen."""
+    model = CaduceusForMaskedLM(CaduceusConfig(d_model=d_model, n_layer=layers, rcps=rcps), "cpu", recomputed)
+    forward_and_backward(model, 8, False)  # loads the kernels
+    model.zero_grad()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = resident("VmRSS")
+    forward_and_backward(model, length, False)
+    return resident("VmHWM") - before + weight_and_moment_bytes(model)
+
+
+def resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+
+def forward_and_backward(model: CaduceusForMaskedLM, length: int, bf16: bool) -> None:
+    """Of one sequence, all bases of which are labelled."""
+    tokens = torch.full((1, length), 7, device=model.embedding.weight.device)
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
+        loss = model(tokens, tokens, return_logits=False).loss
+    loss.backward()
+
+
+def weight_and_moment_bytes(model: CaduceusForMaskedLM) -> int:
+    return 3 * sum(parameter.nbytes for parameter in model.parameters())
+
+
+class TensorBytesWithScratch(TensorBytes):
+    """Looks into the launch code of the Triton ops, which one operator each would hide."""
+
+    bodies = MappingProxyType(
+        {
+            op._opoverload: op._init_fn
+            for module in (scan, conv, norm, cross_entropy)
+            for op in vars(module).values()
+            if isinstance(op, CustomOpDef)
+        }
+    )
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in self.bodies:
+            with self:
+                return self.bodies[function](*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+@contextlib.contextmanager
+def on_fake_gpu() -> Iterator[None]:
+    """Tensors without memory, on which launches allocate as for an H100 and start no kernel."""
+    with contextlib.ExitStack() as stack:
+        for kind in (JITFunction, InterpretedFunction):
+            stack.enter_context(patch.object(kind, "run", lambda *_, **__: None))
+        for module in (device, norm, cross_entropy):
+            stack.enter_context(patch.object(module, "multiprocessors", lambda _: MULTIPROCESSORS))
+        stack.enter_context(FakeTensorMode())
+        yield
 
 
 if __name__ == "__main__":

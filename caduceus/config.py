@@ -45,7 +45,9 @@ class CaduceusConfig:
     rms_norm: bool = True
     """RMSNorm; False is LayerNorm."""
     norm_epsilon: float = 1e-5
-    residual_in_fp32: bool = False
+    residual_in_fp32: bool = True
+    """Sum the blocks' outputs in fp32; False in the type of products, bf16 with `train.precision: bf16`, which keeps
+    less memory and rounds every sum. (Published training was in fp32 either way: its embeddings are.)"""
     fused_add_norm: bool = True
     """With rcps, the block form: True swaps the strands in every block, as the published checkpoints were trained;
     False is the paper's equation. Without rcps both are the same function."""

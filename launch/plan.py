@@ -1,7 +1,8 @@
 """How long a step takes and how much memory it needs, before anything runs: an estimate for one H100 per rank.
 
 Throughput of the flip-free model scales with width and depth from 0.65 microseconds per base for 256 channels and 16
-layers, twice that for both strands. Memory is what autograd keeps of each block, plus weights, gradients and Adam.
+layers, twice that for both strands. Memory is what autograd keeps of each block and what the backward pass of one
+needs besides, plus weights, gradients and Adam.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ BYTES_PER_CHANNEL = 36
 """Kept per base, layer and model channel for the backward pass, in bf16, as benchmarks/memory.py counts."""
 BYTES_PER_RESIDUAL = 4
 """The residual stream in fp32: all that block checkpointing keeps of a layer."""
+SCRATCH_PER_CHANNEL, SCRATCH = 25, 2**29
+"""Gradients and scratch memory of the block that the backward pass is in: by base and model channel, and at any length."""
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and Adam's two moments in fp32."""
 GPU_BYTES = 80_000_000_000
@@ -55,7 +58,7 @@ def plan(config: Config, world: int) -> Plan:
     sharing = (parallel.shard or world) if shares else 1
     channels = bases * streams * model.d_model
     kept, residual, layers = BYTES_PER_CHANNEL * channels, BYTES_PER_RESIDUAL * channels, model.n_layer
-    fixed = BYTES_PER_PARAMETER * parameters // sharing
+    fixed = BYTES_PER_PARAMETER * parameters // sharing + SCRATCH_PER_CHANNEL * channels + SCRATCH
     recomputed = {"none": 0, "block": layers}.get(train.activation_checkpointing)
     if recomputed is None:
         least = fixed + (layers - 1) * residual + kept

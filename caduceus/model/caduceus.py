@@ -43,6 +43,17 @@ class MaskedLMOutput(NamedTuple):
     """Sum of the weights of labelled bases; their number where no weights are given."""
 
 
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The type that products with a tensor on this device are computed in: autocast's, or the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def residual_dtype(config: CaduceusConfig, weight: Tensor) -> torch.dtype:
+    """Of the residual in a model with such weights: at least fp32, or without `residual_in_fp32` as products are."""
+    return torch.promote_types(weight.dtype, torch.float32) if config.residual_in_fp32 else product_dtype(weight)
+
+
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over D of residual + x, (S, B, L, D), in at least fp32. Mirrored channels as in `BiMamba`.
 
@@ -66,9 +77,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Without a residual the sum is x itself."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        streams = x.shape[0]
+        streams, dtype = x.shape[0], product_dtype(self.weight)
         weight, bias = (None if v is None else self._for_streams(v, streams) for v in (self.weight, self.bias))
         return add_norm(x, residual, weight, bias, eps=self.eps, out_dtype=dtype, backend=self.backend)
 
@@ -230,9 +239,7 @@ class CaduceusForMaskedLM(nn.Module):
         table, size = self.embedding.weight, self.config.padded_vocab_size
         tables = torch.cat([self._for_complement(table) if stream == 1 else table for stream in self.streams])
         embedded = F.embedding(torch.stack([input_ids + row * size for row in range(len(self.streams))]), tables)
-        if self.config.residual_in_fp32:
-            embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
-        return embedded
+        return embedded.to(residual_dtype(self.config, embedded))
 
     def _head(self) -> Tensor:
         """The head of each stream, (S, V, D): what it predicts is a base of the forward strand."""

@@ -36,7 +36,7 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with _TensorBytes() as count:
+    with TensorBytes() as count:
         run()
     return count.peak
 
@@ -69,7 +69,7 @@ def moment_bytes_to_come(strategy: Single) -> int:
     return 2 * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
 
 
-class _TensorBytes(TorchDispatchMode):
+class TensorBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operators make within; `peak` is the most that lived at a time."""
 
     def __init__(self) -> None:

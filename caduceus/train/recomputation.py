@@ -15,6 +15,7 @@ from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.evaluate.heldout import autocast
+from caduceus.model.caduceus import residual_dtype
 from caduceus.train import memory
 
 _log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def bytes_added_by_keeping_a_block(config: Config, ranks: Ranks) -> int:
     shape = (len(model.streams), *micro_batch_shape(config), config.model.d_model)
     with autocast(ranks.device, config.train.precision):
         with torch.no_grad():
-            hidden, residual = block(torch.zeros(shape, dtype=dtype, device=ranks.device))
+            start = torch.zeros(shape, dtype=dtype, device=ranks.device)
+            hidden, residual = block(start.to(residual_dtype(config.model, start)))
         kept = memory.kept_tensors(block, hidden.requires_grad_(), residual.requires_grad_())
     return sum(map(memory.stored_bytes, kept)) - residual.nbytes
 

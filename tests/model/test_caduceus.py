@@ -180,6 +180,25 @@ def test_bf16_autocast_stays_close_and_keeps_fp32_where_it_matters(rcps, backend
         assert (gradient - expected[name]).norm() < 0.1 * expected[name].norm(), name
 
 
+@pytest.mark.parametrize("checkpoint_blocks", [0, 2])
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
+def test_the_residual_is_summed_in_the_type_that_is_asked_for(residual_in_fp32, checkpoint_blocks):
+    config = CaduceusConfig(rcps=True, residual_in_fp32=residual_in_fp32, **{**SMALL, "d_model": 32})
+    model, input_ids = build(config, torch.float32), tokens()
+    model.checkpoint_blocks = checkpoint_blocks
+    exact = model(input_ids).logits
+    sums = []
+    for norm in (*(block.norm for block in model.blocks), model.norm_f):
+        norm.register_forward_pre_hook(
+            lambda _, inputs: sums.append((inputs[0] if inputs[1] is None else inputs[1]).dtype)
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(input_ids).logits
+    assert sums == [torch.float32 if residual_in_fp32 else torch.bfloat16] * (config.n_layer + 1)
+    # As with the other roundings to bf16 in these two blocks.
+    torch.testing.assert_close(logits, exact, rtol=0, atol=0.03 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("residual_in_fp32", [True, False])
 def test_bf16_parameters_run(residual_in_fp32):
     config = CaduceusConfig(rcps=True, residual_in_fp32=residual_in_fp32, **SMALL)

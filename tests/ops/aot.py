@@ -1,66 +1,163 @@
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what ptxas made of them.
 
-Run as a program in a process of its own (Triton must not be interpreting), with compute capability, element type,
-number of states and, unless it is to be all, names of kernels: prints one JSON object per kernel.
+Run as a program in a process of its own with compute capability, element type and, unless it is to be all, names of
+launches: prints one JSON object per compiled kernel. What is compiled is what the package's own launch code asks for:
+models and ops run forward and backward on fake tensors, and where Triton would launch a kernel it only compiles it,
+with the types, divisors and constants that Triton itself derives from the arguments.
 """
 
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import triton
+import yaml
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from caduceus.ops.triton import conv_kernels, cross_entropy_kernels, norm_kernels, scan_backward_kernels, scan_kernels
+from caduceus.config import CaduceusConfig
+from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.ops import triton as backend
+from caduceus.ops.triton import conv, cross_entropy, device, norm, scan
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-IN_FP32 = {"A_ptr", "D_ptr", "bias_ptr", "w_ptr", "weight_ptr", "state_ptr", "sum_dt_ptr", "first_ptr", "last_ptr"} | {
-    f"{name}_ptr"
-    for name in ("adjoint", "kept", "dA", "dB", "dC", "dD", "dbias", "dw", "dweight", "sums", "dloss", "loss_weight")
-}
-PACKED = " of packed sequences"
-SHARED = " of sequences shared by ranks"
-INTEGER = {"starts_ptr": "*u8", "label_ptr": "*i64", "eps": "fp32"}
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MULTIPROCESSORS = 132  # of an H100
+GIANT = 2**23
+"""A sequence whose offsets pass 2^31 in every tensor."""
 
 
-def compile_kernel(kernel, constants: dict, capability: int, element: str):
-    """As a launch with 16-byte aligned tensors and channel counts that are multiples of 16 compiles it."""
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = INTEGER.get(name, "*fp32" if name in IN_FP32 else f"*{element}")
-        else:
-            signature[name] = INTEGER.get(name, "i32")
-        if name.endswith(("_ptr", "_row", "_token")) or name in ("E", "D"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+class Target:
+    """What Triton asks of a driver in order to compile, for a GPU of a compute capability."""
+
+    def __init__(self, capability: int) -> None:
+        self.get_current_device = self.get_current_stream = lambda *_: capability
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+
+
+class Pointer:
+    """A tensor as Triton specialises on it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        offset = tensor.storage_offset() * tensor.element_size()
+        self.data_ptr = lambda: offset
+
+
+@contextlib.contextmanager
+def compiling(capability: int, names: tuple[str, ...] = ()) -> Iterator[dict[str, list]]:
+    """Launches compile instead. Gives kernels by name without `_kernel`, each compiled kernel once."""
+    found: dict[str, list] = {}
+
+    def run(kernel, *arguments, grid, warmup, **options):
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        if names and name not in names:
+            return
+        arguments = [Pointer(a) if isinstance(a, Tensor) else a for a in arguments]
+        compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
+        if all(compiled is not other for other in found.setdefault(name, [])):
+            found[name].append(compiled)
+
+    launch = JITFunction.run
+    triton.runtime.driver.set_active(Target(capability))
+    for module in (device, norm, cross_entropy):
+        module.multiprocessors = lambda device: MULTIPROCESSORS
+    for operation in LAUNCHERS:
+        operation.register_fake(operation._init_fn)
+    os.environ["TRITON_INTERPRET"] = "1"  # lets the ops take tensors that are not on a GPU; read before, by the kernels
+    JITFunction.run = run
+    try:
+        with FakeTensorMode():
+            yield found
+    finally:
+        JITFunction.run = launch
+        del os.environ["TRITON_INTERPRET"]
+
+
+LAUNCHERS = (
+    *(scan.scan_forward, scan.scan_backward, conv.conv_forward, conv.conv_backward),
+    *(norm.add_norm_forward, norm.add_norm_backward),
+    *(cross_entropy.cross_entropy_forward, cross_entropy.cross_entropy_backward),
+)
+
+
+class SharedSequence:
+    """A context of two ranks whose exchanges only have the right shapes."""
+
+    rank, size = 0, 2
+
+    def halo(self, runs: list[Tensor], width: int, reverse: list[bool]) -> Tensor:
+        return torch.stack([x[:, :width] for x in runs])
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        return torch.stack([part, part])
+
+
+def train(config: CaduceusConfig, batch: int, length: int, element: str, shared: bool = False) -> None:
+    """A step of pre-training: masked bases with weights."""
+    model = CaduceusForMaskedLM(config, backend="triton")
+    if shared:
+        model.share_sequences(SharedSequence())
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=element == "bf16"):
+        loss = model(ids, labels=ids, loss_weights=torch.ones(batch, length), return_logits=False).loss
+    loss.backward()
+
+
+def train_packed(config: CaduceusConfig, length: int, element: str) -> None:
+    """The ops that know of several sequences in one, as a mixer calls them."""
+    P, E, N, K = 2, config.d_inner, config.d_state, config.d_conv
+
+    def leaf(*shape: int, dtype: torch.dtype = ELEMENTS[element]) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    starts = torch.zeros(1, length, dtype=torch.bool)
+    vectors = {name: leaf(P, E, dtype=torch.float32) for name in ("conv_bias", "D", "dt_bias")}
+    u = backend.bidirectional_conv1d(
+        leaf(1, 1, length, E), leaf(P, E, K, dtype=torch.float32), vectors["conv_bias"], starts
+    )
+    _, B, C = leaf(P, 1, 1, length, config.dt_rank + 2 * N).split([config.dt_rank, N, N], dim=-1)
+    A, z = leaf(P, E, N, dtype=torch.float32), leaf(1, 1, length, E)
+    y = backend.bidirectional_scan(u, leaf(*u.shape), A, B, C, vectors["D"], z, vectors["dt_bias"], starts)
+    y.sum().backward()
 
 
 def resources(compiled) -> dict:
     """Registers, stack and shared bytes, and spilling instructions."""
+    listing = disassembled(compiled)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-
-        def dump(option: str) -> str:
-            return subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage")).groups()
-        instructions = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", dump("-sass"), re.MULTILINE)
+        command = [BINARIES / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "registers": int(registers),
         "stack": int(stack),
         "shared": compiled.metadata.shared,
-        "local_memory": sum(name in ("LDL", "STL") for name in instructions),
-        "instructions": len(instructions),
+        "local_memory": sum(name.startswith(("LDL", "STL")) for _, name, _ in listing),
+        "instructions": len(listing),
+        "fused": compiled.metadata.enable_fp_fusion,
         "narrow_products": narrow_products(compiled.asm["ttir"]),
     }
+
+
+def disassembled(compiled) -> list[tuple[int, str, str]]:
+    """The machine code: address, operation with its modifiers, operands."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [BINARIES / "cuobjdump", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9.]+)([^;]*);", text, re.MULTILINE)
+    return [(int(address, 16), name, operands) for address, name, operands in lines]
 
 
 def narrow_products(ttir: str) -> list[str]:
@@ -86,53 +183,41 @@ def narrow_products(ttir: str) -> list[str]:
     return found
 
 
-def scan_constants(states: int, element: str) -> dict[str, tuple]:
-    tile = {"N": states, "CHUNK": 256, "BLOCK": 128, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_STARTS": False}
-    gate, piece = {"HAS_Z": True}, {"T": 8}
-    skip = gate | {"HAS_D": True}
-    total = {"LOG_COLUMNS": 4, "IN_FP32": element == "fp32"}
-    kernels = {
-        "chunk_state": (scan_kernels.chunk_state_kernel, tile),
-        "chunk_carry": (scan_kernels.chunk_carry_kernel, {"N": states, "BLOCK": 128, "AHEAD": 8, "HAS_FIRST": False}),
-        "scan_forward": (scan_kernels.scan_forward_kernel, tile | skip),
-        "chunk_adjoint": (scan_backward_kernels.chunk_adjoint_kernel, tile | gate),
-        "scan_replay": (scan_backward_kernels.scan_replay_kernel, tile | skip | piece),
-        "scan_backward": (scan_backward_kernels.scan_backward_kernel, tile | skip | piece | total),
-    }
-    packed = {
-        f"{name}{PACKED}": (kernels[name][0], kernels[name][1] | {"HAS_STARTS": True})
-        for name in ("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay")
-    }
-    carry, constants = kernels["chunk_carry"]
-    return kernels | packed | {f"chunk_carry{SHARED}": (carry, constants | {"HAS_FIRST": True})}
+def published_models() -> dict[str, CaduceusConfig]:
+    """Of configs/model, by name, with two layers: a first block and one like all others."""
+    files = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
+    return {f.stem: CaduceusConfig(**yaml.safe_load(f.read_text())["model"] | {"n_layer": 2}) for f in files}
 
 
-def other_constants(element: str) -> dict[str, tuple]:
-    conv = {"K": 4, "TOKENS": 16, "BLOCK": 64, "SILU": True, "HAS_BIAS": True, "HAS_HALO": False, "HAS_STARTS": False}
-    shared = conv | {"HAS_HALO": True, "BLOCK": 32 if element == "fp32" else 64}
-    norm = {"ROWS": 8, "BLOCK": 256, "LAYER_NORM": False}
-    entropy = {"ROWS": 32, "VB": 16, "DB": 64, "HAS_WEIGHTS": True}
-    return {
-        "conv_forward": (conv_kernels.conv_forward_kernel, conv),
-        "conv_backward": (conv_kernels.conv_backward_kernel, conv | {"OF_HALO": False}),
-        f"conv_forward{SHARED}": (conv_kernels.conv_forward_kernel, shared),
-        f"conv_backward{SHARED}": (conv_kernels.conv_backward_kernel, shared | {"OF_HALO": False}),
-        f"conv_backward of the halo{SHARED}": (conv_kernels.conv_backward_kernel, shared | {"OF_HALO": True}),
-        "add_norm_forward": (norm_kernels.add_norm_forward_kernel, norm | {"HAS_RESIDUAL": True}),
-        "add_norm_backward": (norm_kernels.add_norm_backward_kernel, norm | {"HAS_DTOTAL": True}),
-        "cross_entropy_forward": (cross_entropy_kernels.cross_entropy_forward_kernel, entropy),
-        "cross_entropy_backward": (cross_entropy_kernels.cross_entropy_backward_kernel, entropy),
-    }
+def launch_all(element: str) -> None:
+    """All that the published models launch, on a sequence alone, sequences in a batch, and one shared by ranks."""
+    for name, config in published_models().items():
+        short = "1k" in name or "tiny" in name
+        train(config, 128 if short else 1, 1024 if short else 131_072, element)
+        train(config, 1, 16_384, element, shared=True)
+
+
+def launch_rest(element: str) -> None:
+    """A packed sequence, and one so long that strides pass 2^31."""
+    config = CaduceusConfig(d_model=256, n_layer=2)
+    train_packed(config, 131_072, element)
+    train(config, 2, GIANT, element)
+
+
+def launch_scan(element: str, states: int) -> None:
+    train(CaduceusConfig(d_model=256, n_layer=2, d_state=states), 1, 131_072, element)
 
 
 def main() -> None:
-    capability, element, states, *names = sys.argv[1:]
-    capability, states = int(capability), int(states)
-    kernels = scan_constants(states, element) | other_constants(element)
-    for name in names or kernels:
-        kernel, constants = kernels[name]
-        compiled = compile_kernel(kernel, constants, capability, element)
-        print(json.dumps({"kernel": name} | resources(compiled)), flush=True)
+    capability, element, what, *names = sys.argv[1:]
+    with compiling(int(capability), tuple(names)) as found:
+        if what.isdecimal():
+            launch_scan(element, int(what))
+        else:
+            {"published": launch_all, "rest": launch_rest}[what](element)
+    for name, kernels in found.items():
+        for compiled in kernels:
+            print(json.dumps({"kernel": name} | resources(compiled)), flush=True)
 
 
 if __name__ == "__main__":

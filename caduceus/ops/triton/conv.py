@@ -8,10 +8,12 @@ import triton
 from torch import Tensor
 
 from caduceus.ops.triton import conv_kernels as kernels
-from caduceus.ops.triton.device import as_rows, device_of, require_float
+from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, chunk_length, device_of, require_float
 
 TOKENS, CHANNELS = 16, 64
-"""Tile of a program; see `_channels`."""
+"""Tile of a forward program; half as many channels where rows are not aligned, which takes more registers."""
+STEPS = 4
+"""Tokens that a backward program unrolls."""
 
 
 def bidirectional_conv1d(
@@ -56,9 +58,16 @@ def conv_forward(
 ) -> Tensor:
     P, (S, batch, length, E) = len(weight), x.shape
     out = x.new_empty(P, S, batch, length, E)
-    operands, sizes, options = _arguments(x, weight, bias, halo, starts, silu, reverse)
+    operands, sizes, options = _arguments(x, weight, bias, halo, starts, silu)
+    channels = CHANNELS if E % 16 == 0 else CHANNELS // 2
+    grid = S * batch * triton.cdiv(length, TOKENS), triton.cdiv(E, channels)
     with device_of(x):
-        kernels.conv_forward_kernel[_grid(x, halo)](*operands, out, *sizes, **options)
+        kernels.conv_forward_kernel[grid](
+            *(*operands, out, *sizes, int(reverse), *operands[0].stride()[:2]),
+            **options,
+            TOKENS=TOKENS,
+            BLOCK=channels,
+        )
     return out
 
 
@@ -81,21 +90,28 @@ def conv_backward(
     """Gradients of x, weight, bias and halo; empty for what is not given."""
     dy = dy.contiguous()
     P, E, K = weight.shape
-    S, batch = x.shape[:2]
+    S, batch, length, _ = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    grid = _grid(x, halo)
-    items = grid[0]
+    block = channel_block(x)
+    blocks = triton.cdiv(E, block)
+    chunk = chunk_length(S * batch, length, E, x.device)
+    chunks = triton.cdiv(length, chunk)
+    items = S * batch * chunks
     dw = x.new_empty(items, P, K, E, dtype=torch.float32)
     dbias = x.new_empty(items, P, E, dtype=torch.float32)
-    operands, sizes, options = _arguments(x, weight, bias, halo, starts, silu, reverse)
+    operands, sizes, options = _arguments(x, weight, bias, halo, starts, silu)
+    strides = operands[0].stride()[:2]
+    options |= {"BLOCK": block, "STEPS": STEPS}
     with device_of(x):
-        kernels.conv_backward_kernel[grid](*operands, dy, dx, dw, dbias, *sizes, **options, OF_HALO=False)
+        kernels.conv_backward_kernel[(items, blocks)](
+            *(*operands, dy, dx, dw, dbias, *sizes, chunks, chunk, int(reverse), *strides), **options, OF_HALO=False
+        )
         if halo is None:
             dhalo = x.new_empty(0)
         else:
             dhalo = torch.empty(halo.shape, dtype=halo.dtype, device=x.device)
-            kernels.conv_backward_kernel[S * batch, grid[1]](
-                *operands, dy, dhalo, dw, dbias, *sizes, **options, OF_HALO=True
+            kernels.conv_backward_kernel[(2 * S * batch, blocks)](
+                *(*operands, dy, dhalo, dw, dbias, *sizes, 2, K - 1, int(reverse), *strides), **options, OF_HALO=True
             )
     dw = dw.sum(0).flip(1).transpose(1, 2).to(weight.dtype).contiguous()
     return dx, dw, x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype), dhalo
@@ -123,18 +139,8 @@ def _backward(ctx, dy):
 conv_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _channels(x: Tensor, halo: Tensor | None) -> int:
-    """Of a tile. In fp32 with a halo, which is loaded beside x, the backward kernel has no registers for more."""
-    return CHANNELS // 2 if halo is not None and x.dtype == torch.float32 else CHANNELS
-
-
-def _grid(x: Tensor, halo: Tensor | None) -> tuple[int, int]:
-    S, batch, length, E = x.shape
-    return S * batch * triton.cdiv(length, TOKENS), triton.cdiv(E, _channels(x, halo))
-
-
-def _arguments(x, weight, bias, halo, starts, silu, reverse) -> tuple[tuple, tuple, dict]:
-    """(tensors, sizes and strides, compile-time options) of both kernels."""
+def _arguments(x, weight, bias, halo, starts, silu) -> tuple[tuple, tuple, dict]:
+    """(tensors, sizes, compile-time options) of both kernels."""
     P, E, K = weight.shape
     S, batch, length, _ = x.shape
     if K > TOKENS:
@@ -143,6 +149,6 @@ def _arguments(x, weight, bias, halo, starts, silu, reverse) -> tuple[tuple, tup
     # What is absent is never read; the kernels still want a pointer.
     tensors = rows, weight, *(x if t is None else t for t in (bias, halo, starts))
     tensors = (rows, *(t if t is x else t.contiguous() for t in tensors[1:]))
-    options = {"K": K, "TOKENS": TOKENS, "BLOCK": _channels(x, halo), "SILU": silu, "num_warps": 4}
+    options = {"K": K, "SILU": silu, **LAUNCH}
     options |= {"HAS_BIAS": bias is not None, "HAS_HALO": halo is not None, "HAS_STARTS": starts is not None}
-    return tensors, (P, S, batch, length, E, int(reverse), *rows.stride()[:2]), options
+    return tensors, (P, S, batch, length, E), options

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from caduceus.ops.triton import cross_entropy_kernels as kernels
-from caduceus.ops.triton.device import device_of, multiprocessors, require_float
+from caduceus.ops.triton.device import LAUNCH, device_of, multiprocessors, require_float
 
 ROWS, CHANNELS = 32, 64
 """Tile of a program."""
@@ -72,6 +72,6 @@ def _arguments(hidden, weight, labels, loss_weights, ignore_label) -> tuple[int,
     tokens = labels.numel()
     programs = max(1, min(triton.cdiv(tokens, ROWS), 4 * multiprocessors(hidden.device)))
     tensors = (hidden, weight, labels, labels if loss_weights is None else loss_weights)
-    options = {"ROWS": ROWS, "VB": max(16, triton.next_power_of_2(V)), "DB": CHANNELS, "num_warps": 4}
+    options = {"ROWS": ROWS, "VB": max(16, triton.next_power_of_2(V)), "DB": CHANNELS, **LAUNCH}
     options["HAS_WEIGHTS"] = loss_weights is not None
     return programs, tuple(t.contiguous() for t in tensors), (S, tokens, D, V, ignore_label), options

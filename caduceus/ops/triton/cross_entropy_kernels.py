@@ -6,6 +6,8 @@ ignored nor in the vocabulary, loss and gradients are NaN.
 import triton
 import triton.language as tl
 
+from caduceus.ops.triton.device import SIZES
+
 
 @triton.jit
 def _logits(
@@ -24,7 +26,7 @@ def _logits(
     return tl.where((v < V)[None, :], logits, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cross_entropy_forward_kernel(
     hidden_ptr,
     weight_ptr,
@@ -65,7 +67,7 @@ def cross_entropy_forward_kernel(
     tl.store(sums_ptr + 1, tl.sum(weights, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def cross_entropy_backward_kernel(
     hidden_ptr,
     weight_ptr,

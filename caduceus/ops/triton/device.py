@@ -4,9 +4,24 @@ import contextlib
 from functools import cache
 
 import torch
+import triton
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WARPS = 4
+CHANNELS = 32 * WARPS
+"""Channels of a program whose threads take one channel each, and so meet what they stored themselves."""
+LAUNCH = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+"""Options of every launch. One stage: a loop that adds to what is in memory must not have its loads moved ahead of the
+stores of the turn before. Products and sums fuse, whatever Triton's default is.
+"""
+SIZES = (
+    *("P", "S", "batch", "L", "n_chunks", "chunk_size", "reverse", "descending", "item0", "blocks"),
+    *("rows", "stream_rows", "tokens", "V", "ignore"),
+)
+"""Arguments whose value no kernel is compiled for: nothing in an inner loop depends on it."""
+SIZES_AND_STRIDES = (*SIZES, "E", *(f"{t}_{of}" for t in ("u", "dt", "B", "C", "z", "x") for of in ("row", "token")))
+"""For kernels of one channel per thread, which gain nothing from a divisor of a stride."""
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -18,6 +33,22 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 where Triton's interpreter runs on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def chunk_length(runs: int, length: int, channels: int, device: torch.device) -> int:
+    """Tokens that a program takes of each of `runs` sequences: many, so that few states and partial sums are kept, but
+    not so many that the chunks of a small batch leave the GPU empty."""
+    programs = runs * triton.cdiv(channels, CHANNELS)
+    enough = 8 * multiprocessors(device)
+    for chunk in (256, 128, 64):
+        if programs * triton.cdiv(length, chunk) >= enough:
+            return chunk
+    return 32
+
+
+def channel_block(x: Tensor) -> int:
+    """Channels of a program with one channel per thread; the interpreter's are no larger than x."""
+    return CHANNELS if x.is_cuda else max(16, triton.next_power_of_2(min(x.shape[-1], CHANNELS)))
 
 
 def require_float(tensor: Tensor, name: str) -> None:

@@ -5,7 +5,7 @@ import triton
 from torch import Tensor
 
 from caduceus.ops.triton import norm_kernels as kernels
-from caduceus.ops.triton.device import device_of, multiprocessors, require_float
+from caduceus.ops.triton.device import LAUNCH, device_of, multiprocessors, require_float
 
 
 def add_norm(
@@ -26,7 +26,7 @@ def add_norm_forward(
     residual = None if residual is None else residual.contiguous()
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     total = x.new_empty(0) if residual is None else torch.empty_like(residual)
-    rows, stream_rows, weight_stream, D, options = _sizes(x, weight)
+    rows, stream_rows, D, options = _sizes(x, weight)
     grid = (triton.cdiv(rows, options["ROWS"]),)
     with device_of(x):
         kernels.add_norm_forward_kernel[grid](
@@ -39,7 +39,6 @@ def add_norm_forward(
             rows,
             stream_rows,
             D,
-            weight_stream,
             eps,
             HAS_RESIDUAL=residual is not None,
             LAYER_NORM=bias is not None,
@@ -61,7 +60,7 @@ def add_norm_backward(
     """(gradient of x and of the residual, of the weight, of the bias); the first in the sum's type."""
     total = total.contiguous()
     dsum = torch.empty_like(total)
-    _, stream_rows, weight_stream, D, options = _sizes(total, weight)
+    _, stream_rows, D, options = _sizes(total, weight)
     streams = total.numel() // D // stream_rows
     programs = min(triton.cdiv(stream_rows, options["ROWS"]), 4 * multiprocessors(total.device))
     dweight, dbias = (total.new_empty(streams, programs, D, dtype=torch.float32) for _ in range(2))
@@ -76,7 +75,6 @@ def add_norm_backward(
             dbias,
             stream_rows,
             D,
-            weight_stream,
             eps,
             HAS_DTOTAL=dtotal is not None,
             LAYER_NORM=layer_norm,
@@ -111,11 +109,10 @@ def _backward(ctx, dout, dtotal):
 add_norm_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int, int, dict]:
-    """(rows, rows that share a weight, stride between the streams' weights, D, compile-time options)."""
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int, int, dict]:
+    """(rows, rows that share a weight, D, compile-time options)."""
     D = x.shape[-1]
     rows = x.numel() // D
     block = triton.next_power_of_2(D)
-    per_stream = weight.ndim == 2
-    options = {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4}
-    return rows, rows // len(x) if per_stream else rows, D if per_stream else 0, D, options
+    options = {"ROWS": max(1, 2048 // block), "BLOCK": block, **LAUNCH}
+    return rows, rows // len(x) if weight.ndim == 2 else rows, D, options

@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from caduceus.ops.triton.device import SIZES
 
-@triton.jit
+
+@triton.jit(do_not_specialize=SIZES)
 def add_norm_forward_kernel(
     x_ptr,
     residual_ptr,
@@ -15,14 +17,13 @@ def add_norm_forward_kernel(
     rows,
     stream_rows,
     D,
-    weight_stream,
     eps,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     LAYER_NORM: tl.constexpr,
 ):
-    """total = residual + x and out = norm(total), (rows, D); stream s of the rows has weights at s · weight_stream."""
+    """total = residual + x and out = norm(total), (rows, D); every stream_rows rows share a weight (D,)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < D)[None, :]
@@ -37,14 +38,14 @@ def add_norm_forward_kernel(
         mean = tl.sum(total, axis=1) / D
         total = tl.where(mask, total - mean[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(total * total, axis=1) / D + eps)
-    own = (row // stream_rows)[:, None] * weight_stream + column[None, :]
+    own = (row // stream_rows)[:, None] * D + column[None, :]
     out = total * scale[:, None] * tl.load(weight_ptr + own, mask=mask, other=0.0).to(tl.float32)
     if LAYER_NORM:
         out += tl.load(bias_ptr + own, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def add_norm_backward_kernel(
     total_ptr,
     weight_ptr,
@@ -55,7 +56,6 @@ def add_norm_backward_kernel(
     dbias_ptr,
     stream_rows,
     D,
-    weight_stream,
     eps,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -68,7 +68,7 @@ def add_norm_backward_kernel(
     stream = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
-    w = tl.load(weight_ptr + stream * weight_stream + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + stream * D + column, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
     for tile in range(program, tl.cdiv(stream_rows, ROWS), programs):

@@ -3,23 +3,24 @@
 Shapes: P parameter directions, S streams, B batch, L length, E inner channels, N states.
 """
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
-from caduceus.ops.triton.device import as_rows, device_of, multiprocessors, require_float
+from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, chunk_length, device_of, require_float
 
 MAX_STATES = 64
 """A thread holds all states of its channel: up to 64 they fit in its registers, and no kernel spills."""
 PIECE = 8
 """Tokens whose states the backward pass holds in registers at once."""
+GROUP = 2
+"""States of which the backward pass sums the gradients of B and C over channels in one product."""
 REPLAY_BYTES = 2**28
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments."""
-WARPS = 4
-CHANNELS = 32 * WARPS
-"""Channels of a program: one per thread."""
 
 
 def scan_with_states(
@@ -46,7 +47,7 @@ def scan_with_states(
     if A.shape[-1] > MAX_STATES:
         raise ValueError(f"A: the triton backend has up to {MAX_STATES} states, got {A.shape[-1]}")
     if chunk is None:
-        chunk = chunk_length(u)
+        chunk = chunk_of(u)
     if chunk % PIECE:
         raise ValueError(f"chunk: must be a multiple of {PIECE}, got {chunk}")
     y, final_state, _, _ = scan_forward(u, dt, A, B, C, D, z, dt_bias, initial_state, starts, softplus, reverse, chunk)
@@ -194,15 +195,9 @@ def _backward(ctx, dy, dfinal_state, _dstates, _dsum_dt):
 scan_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def chunk_length(u: Tensor) -> int:
-    """Long, so that few states are kept, but short enough that the chunks of a small batch fill the GPU."""
+def chunk_of(u: Tensor) -> int:
     _, streams, batch, length, channels = u.shape
-    programs = streams * batch * triton.cdiv(channels, CHANNELS)
-    enough = 8 * multiprocessors(u.device)
-    for chunk in (256, 128, 64):
-        if programs * triton.cdiv(length, chunk) >= enough:
-            return chunk
-    return 32
+    return chunk_length(streams * batch, length, channels, u.device)
 
 
 class ScanKernels:
@@ -215,17 +210,20 @@ class ScanKernels:
         self.chunk, self.n_chunks = chunk, triton.cdiv(self.length, chunk)
         self.reverse = int(reverse)
         self.given = (u, dt, A, B, C, D, z, dt_bias)
-        self.u, self.dt, self.B, self.C = (as_rows(t) for t in (u, dt, B, C))
+        self.u, self.dt = as_rows(u), as_rows(dt)
+        # Every thread reads all of B and C: converted once, and contiguous, so that a load can take two numbers.
+        self.B, self.C = (t.flatten(0, -3).float().contiguous() for t in (B, C))
         # States in front of channels: neighbouring threads read neighbouring addresses. exp2 wants the factor log2(e).
         self.A = (A.float() * kernels.LOG2E.value).transpose(-1, -2).contiguous()
         # What is absent is never read; the kernels still want a pointer.
         self.z = self.u if z is None else as_rows(z)
         self.D, self.bias = (self.u if t is None else t.contiguous() for t in (D, dt_bias))
         self.starts = self.u if starts is None else starts.contiguous().view(torch.uint8)
-        self.block = CHANNELS if u.is_cuda else max(16, triton.next_power_of_2(min(self.E, CHANNELS)))
+        self.block = channel_block(u)
         self.blocks = triton.cdiv(self.E, self.block)
-        self.options = {"N": self.N, "CHUNK": chunk, "BLOCK": self.block, "SOFTPLUS": softplus, "num_warps": WARPS}
+        self.options = {"N": self.N, "BLOCK": self.block, "SOFTPLUS": softplus, **LAUNCH}
         self.options |= {"HAS_BIAS": dt_bias is not None, "HAS_STARTS": starts is not None}
+        self.tile = {"N": self.N, "BLOCK": triton.next_power_of_2(self.N), "T": PIECE, **LAUNCH}
         self.has_D, self.has_z = D is not None, z is not None
 
     def chunk_states(self) -> tuple[Tensor, Tensor]:
@@ -291,20 +289,23 @@ class ScanKernels:
         dz = self.z.new_empty(self.S * self.batch, self.length, self.E) if self.has_z else self.u
         dA = self._fp32(self.P, self.N, self.E).zero_()
         dD, dbias = (self._fp32(self.P, self.E).zero_() for _ in range(2))
-        dB, dC = (self._fp32(self.blocks, self.rows, self.length, self.N) for _ in range(2))
+        dB, dC = (t.new_empty(self.rows, self.length, self.N) for t in (self.given[3], self.given[4]))
         items = self.S * self.batch * self.n_chunks
         bytes_per_item = 4 * self.P * (self.chunk // PIECE) * self.N * self.E
         segment = max(1, REPLAY_BYTES // bytes_per_item)
         for item in range(0, items, segment):
             count = min(segment, items - item)
             kept = self._replay(item, count, dy, states, dz)
+            pieces = self._fp32(self.P, count, self.chunk // PIECE, self.N, 2 * PIECE)
+            dpieces = self._fp32(self.blocks, *pieces.shape)
             sum_A, sum_D, sum_bias = (self._fp32(self.P, count, *shape, self.E) for shape in ((self.N,), (), ()))
-            sums = (du, ddt, sum_A.zero_(), dB, dC, sum_D, sum_bias)
-            self._reverse(item, count, dy, adjoints, kept, sums)
+            self._gather(item, count, pieces)
+            self._reverse(item, count, dy, adjoints, kept, pieces, (du, ddt, sum_A.zero_(), dpieces, sum_D, sum_bias))
+            self._scatter(item, count, dpieces, dB, dC)
             dA += sum_A.sum(1)
             dD += sum_D.sum(1)
             dbias += sum_bias.sum(1)
-        found = (du, ddt, dA.transpose(-1, -2), dB.sum(0), dC.sum(0), dD, dz, dbias)
+        found = (du, ddt, dA.transpose(-1, -2), dB, dC, dD, dz, dbias)
         return tuple(_in_the_form_of(t, g) for t, g in zip(self.given, found, strict=True))
 
     def _replay(self, item: int, count: int, dy: Tensor, states: Tensor, dz: Tensor) -> Tensor:
@@ -328,21 +329,44 @@ class ScanKernels:
             )
         return kept
 
-    def _reverse(self, item: int, count: int, dy: Tensor, adjoints: Tensor, kept: Tensor, sums: tuple) -> None:
+    def _gather(self, item: int, count: int, pieces: Tensor) -> None:
+        with device_of(self.u):
+            backward_kernels.gather_pieces_kernel[(self.P * count, self.chunk // PIECE)](
+                self.B, self.C, pieces, item, self.P, *self._sizes_of_pieces(), *_strides(self.B, self.C), **self.tile
+            )
+
+    def _scatter(self, item: int, count: int, dpieces: Tensor, dB: Tensor, dC: Tensor) -> None:
+        with device_of(self.u):
+            backward_kernels.scatter_pieces_kernel[(self.P * count, self.chunk // PIECE)](
+                dpieces, dB, dC, self.blocks, item, self.P, *self._sizes_of_pieces(), **self.tile
+            )
+
+    def _reverse(
+        self, item: int, count: int, dy: Tensor, adjoints: Tensor, kept: Tensor, pieces: Tensor, sums: tuple
+    ) -> None:
+        group = math.gcd(self.N, GROUP)
         with device_of(self.u):
             backward_kernels.scan_backward_kernel[(self.P * count, self.blocks)](
-                *self._operands(),
+                self.u,
+                self.dt,
+                self.A,
+                self.D,
+                self.z,
+                self.bias,
+                self.starts,
                 dy,
                 adjoints,
                 kept,
+                pieces,
                 *sums,
                 item,
                 self.P,
                 *self._sizes(),
-                *_strides(self.u, self.dt, self.B, self.C, self.z),
+                *_strides(self.u, self.dt, self.z),
                 T=PIECE,
-                LOG_COLUMNS=(2 * PIECE).bit_length() - 1,
-                IN_FP32=self.B.dtype == torch.float32,
+                GROUP=group,
+                LOG_COLUMNS=(2 * PIECE * group).bit_length() - 1,
+                IN_FP32=self.u.dtype == torch.float32,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
                 **self.options,
@@ -374,7 +398,7 @@ class ScanKernels:
                 BLOCK=block,
                 AHEAD=8,
                 HAS_FIRST=has_first,
-                num_warps=WARPS,
+                **LAUNCH,
             )
         return last.transpose(-1, -2)
 
@@ -382,7 +406,10 @@ class ScanKernels:
         return self.u, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias, self.starts
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.S, self.batch, self.length, self.E, self.n_chunks, self.reverse
+        return self.S, self.batch, self.length, self.E, self.n_chunks, self.chunk, self.reverse
+
+    def _sizes_of_pieces(self) -> tuple[int, ...]:
+        return self.S, self.batch, self.length, self.n_chunks, self.chunk, self.reverse
 
     def _per_chunk(self, *middle: int) -> Tensor:
         return self._fp32(self.rows, self.n_chunks, *middle, self.E)

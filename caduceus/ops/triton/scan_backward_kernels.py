@@ -3,24 +3,43 @@
 backward  chunk_adjoint  each chunk with a zero end adjoint: the adjoint of its initial state
           chunk_carry    the same recurrence over chunks, in the opposite order
           scan_replay    each chunk forward again: dz, and every T-th state
+          gather_pieces  B and C as scan_backward takes them
           scan_backward  each chunk with its true states and adjoint: the other gradients
+          scatter_pieces dB and dC to where they belong
 """
 
 import triton
 import triton.language as tl
 
+from caduceus.ops.triton.device import SIZES_AND_STRIDES
 from caduceus.ops.triton.scan_kernels import (
     LOG2E,
     advance,
+    load_floats,
     load_vectors,
     project,
-    sigmoid_and_softplus,
     silu,
     step_size,
     store_vectors,
     time_of_decay,
     zeros,
 )
+
+
+@triton.jit
+def _piece(local, piece, item0, P, S, batch, L, n_chunks, chunk_size, reverse, T: tl.constexpr):
+    """(row, positions of a piece's T tokens, which of them there are) for an item of scan_backward."""
+    n_items = tl.num_programs(0) // P
+    d = local // n_items
+    item = item0 + local % n_items
+    chunk, sb = item % n_chunks, item // n_chunks
+    b, s = sb % batch, sb // batch
+    rev = (d + s + reverse) % 2
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size)
+    k = piece * T + tl.arange(0, T)
+    t = begin + tl.where(rev == 1, length - 1 - k, k)
+    return d * S * batch + s * batch + b, t, k < length
 
 
 @triton.jit
@@ -35,7 +54,7 @@ def stack(vectors, LOG_COUNT: tl.constexpr, BLOCK: tl.constexpr):
     return vectors[0]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
 def chunk_adjoint_kernel(
     dt_ptr,
     A_ptr,
@@ -50,6 +69,7 @@ def chunk_adjoint_kernel(
     L,
     E,
     n_chunks,
+    chunk_size,
     reverse,
     dt_row,
     dt_token,
@@ -58,7 +78,6 @@ def chunk_adjoint_kernel(
     z_row,
     z_token,
     N: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -73,8 +92,8 @@ def chunk_adjoint_kernel(
     rev = (d + s + reverse) % 2
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = e < E
-    begin = chunk * CHUNK
-    length = tl.minimum(L - begin, CHUNK).to(tl.int32)
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     # Against the scan's direction: from the last step taken to the first.
     t = tl.where(rev == 1, begin, begin + length - 1)
     step = (2 * rev - 1).to(tl.int32)
@@ -93,10 +112,10 @@ def chunk_adjoint_kernel(
         dy = tl.load(dout_ptr, mask=mask, other=0.0).to(tl.float32)
         if HAS_Z:
             dy *= silu(tl.load(z_ptr, mask=mask, other=0.0).to(tl.float32))
+        C = load_floats(C_ptr, N)
         earlier = ()
         for n in tl.static_range(N):
-            C = tl.load(C_ptr + n).to(tl.float32)
-            earlier = earlier + (tl.exp2(decay_time * A[n]) * (adjoint[n] + dy * C),)
+            earlier = earlier + (tl.exp2(decay_time * A[n]) * (adjoint[n] + dy * C[n]),)
         adjoint = earlier
         t += step
         dt_ptr += step * dt_token
@@ -106,7 +125,7 @@ def chunk_adjoint_kernel(
     store_vectors(adjoint_ptr + item * N * E + e, E, adjoint, mask, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
 def scan_replay_kernel(
     u_ptr,
     dt_ptr,
@@ -128,6 +147,7 @@ def scan_replay_kernel(
     L,
     E,
     n_chunks,
+    chunk_size,
     reverse,
     u_row,
     u_token,
@@ -140,7 +160,6 @@ def scan_replay_kernel(
     z_row,
     z_token,
     N: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     T: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -149,7 +168,7 @@ def scan_replay_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
-    """Forward again, from item0 on: dz, and `kept` (P, items, CHUNK / T, N, E), the states before every T-th token."""
+    """Forward again, from item0 on: dz, and the states before every T-th token, kept (P, items, chunk_size / T, N, E)."""
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0)
     item = item0 + local
@@ -157,8 +176,8 @@ def scan_replay_kernel(
     b, s = sb % batch, sb // batch
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = e < E
-    begin = chunk * CHUNK
-    length = tl.minimum(L - begin, CHUNK).to(tl.int32)
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     starts_ptr += b * L
     for d in range(P):
         row = d * S * batch + sb
@@ -169,7 +188,7 @@ def scan_replay_kernel(
         bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
         D = tl.load(D_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_D else 0.0
         h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
-        kept_at = kept_ptr + (d * n_items + local) * (CHUNK // T) * N * E + e
+        kept_at = kept_ptr + (d * n_items + local) * (chunk_size // T) * N * E + e
         u_at = u_ptr + row * u_row + t * u_token + e
         dt_at = dt_ptr + row * dt_row + t * dt_token + e
         B_at = B_ptr + row * B_row + t * B_token
@@ -204,13 +223,85 @@ def scan_replay_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
+def gather_pieces_kernel(
+    B_ptr,
+    C_ptr,
+    pieces_ptr,
+    item0,
+    P,
+    S,
+    batch,
+    L,
+    n_chunks,
+    chunk_size,
+    reverse,
+    B_row,
+    B_token,
+    C_row,
+    C_token,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+):
+    """pieces (P, items, chunk_size / T, N, 2 T): B, then C of T tokens in the order in which they are taken.
+
+    So scan_backward finds what it needs for a state in one place. Zero for what lies past the end of a chunk.
+    """
+    local = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    row, t, valid = _piece(local, piece, item0, P, S, batch, L, n_chunks, chunk_size, reverse, T)
+    n = tl.arange(0, BLOCK)
+    use = valid[None, :] & (n < N)[:, None]
+    B = tl.load(B_ptr + row * B_row + t[None, :] * B_token + n[:, None], mask=use, other=0.0)
+    C = tl.load(C_ptr + row * C_row + t[None, :] * C_token + n[:, None], mask=use, other=0.0)
+    at = pieces_ptr + ((local * (chunk_size // T) + piece) * N + n[:, None]) * 2 * T + tl.arange(0, T)[None, :]
+    tl.store(at, B, mask=tl.broadcast_to((n < N)[:, None], [BLOCK, T]))
+    tl.store(at + T, C, mask=tl.broadcast_to((n < N)[:, None], [BLOCK, T]))
+
+
+@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
+def scatter_pieces_kernel(
+    dpieces_ptr,
+    dB_ptr,
+    dC_ptr,
+    blocks,
+    item0,
+    P,
+    S,
+    batch,
+    L,
+    n_chunks,
+    chunk_size,
+    reverse,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+):
+    """dB and dC (rows, L, N), the sums of `dpieces` (blocks, P, items, chunk_size / T, N, 2 T) over channel blocks."""
+    local = tl.program_id(0).to(tl.int64)
+    piece = tl.program_id(1)
+    row, t, valid = _piece(local, piece, item0, P, S, batch, L, n_chunks, chunk_size, reverse, T)
+    n = tl.arange(0, BLOCK)
+    use = valid[None, :] & (n < N)[:, None]
+    pieces = chunk_size // T
+    at = dpieces_ptr + ((local * pieces + piece) * N + n[:, None]) * 2 * T + tl.arange(0, T)[None, :]
+    dB = tl.zeros([BLOCK, T], tl.float32)
+    dC = tl.zeros([BLOCK, T], tl.float32)
+    for _ in range(blocks):
+        dB += tl.load(at, mask=use, other=0.0)
+        dC += tl.load(at + T, mask=use, other=0.0)
+        at += tl.num_programs(0).to(tl.int64) * pieces * N * 2 * T
+    out = (row * L + t)[None, :] * N + n[:, None]
+    tl.store(dB_ptr + out, dB.to(dB_ptr.dtype.element_ty), mask=use)
+    tl.store(dC_ptr + out, dC.to(dC_ptr.dtype.element_ty), mask=use)
+
+
+@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
 def scan_backward_kernel(
     u_ptr,
     dt_ptr,
     A_ptr,
-    B_ptr,
-    C_ptr,
     D_ptr,
     z_ptr,
     bias_ptr,
@@ -218,11 +309,11 @@ def scan_backward_kernel(
     dout_ptr,
     adjoint_ptr,
     kept_ptr,
+    pieces_ptr,
     du_ptr,
     ddt_ptr,
     dA_ptr,
-    dB_ptr,
-    dC_ptr,
+    dpieces_ptr,
     dD_ptr,
     dbias_ptr,
     item0,
@@ -232,21 +323,18 @@ def scan_backward_kernel(
     L,
     E,
     n_chunks,
+    chunk_size,
     reverse,
     u_row,
     u_token,
     dt_row,
     dt_token,
-    B_row,
-    B_token,
-    C_row,
-    C_token,
     z_row,
     z_token,
     N: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     T: tl.constexpr,
+    GROUP: tl.constexpr,
     LOG_COLUMNS: tl.constexpr,
     IN_FP32: tl.constexpr,
     SOFTPLUS: tl.constexpr,
@@ -259,7 +347,7 @@ def scan_backward_kernel(
 
     The chunk is taken in pieces of T tokens from the end, one state after the other: the T states that follow from a
     kept one fit in registers. `adjoint` holds the running adjoint, and the sums go to dA (P, items, N, E), dD and
-    dbias (P, items, E), dB and dC (channel blocks, rows, L, N).
+    dbias (P, items, E), and dpieces (channel blocks, P, items, chunk_size / T, N, 2 T), those of GROUP states at once.
     """
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0) // P
@@ -271,8 +359,8 @@ def scan_backward_kernel(
     rev = (d + s + reverse) % 2
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = e < E
-    begin = chunk * CHUNK
-    length = tl.minimum(L - begin, CHUNK).to(tl.int32)
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     first = tl.where(rev == 1, begin + length - 1, begin)
     # Bases in int64; steps within a chunk fit in int32, which saves registers.
     step = (1 - 2 * rev).to(tl.int32)
@@ -281,79 +369,98 @@ def scan_backward_kernel(
     A_at = A_ptr + d * N * E
     u_at = u_ptr + row * u_row + first * u_token
     dt_at = dt_ptr + row * dt_row + first * dt_token
-    B_at = B_ptr + row * B_row + first * B_token
-    C_at = C_ptr + row * C_row + first * C_token
     z_at = z_ptr + sb * z_row + first * z_token
     dout_at = dout_ptr + (sb * L + first) * E
     starts_at = starts_ptr + b * L
-    kept_at = kept_ptr + local * (CHUNK // T) * N * E
+    kept_at = kept_ptr + local * (chunk_size // T) * N * E
     adjoint_at = adjoint_ptr + (row * n_chunks + chunk) * N * E
     du_at = du_ptr + (row * L + first) * E
     ddt_at = ddt_ptr + (row * L + first) * E
     dA_at = dA_ptr + local * N * E
-    dBC_at = ((tl.program_id(1) * P * S * batch + row) * L + first) * N
+    pieces = chunk_size // T
+    pieces_at = pieces_ptr + local * pieces * N * 2 * T
+    dpieces_at = dpieces_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + local) * pieces * N * 2 * T
 
     sum_dD = tl.zeros([BLOCK], tl.float32)
     sum_dbias = tl.zeros([BLOCK], tl.float32)
     n_pieces = (length + T - 1) // T
     for piece in range(n_pieces):
         k0 = (n_pieces - 1 - piece) * T
-        # Tokens past the end repeat the last one with dt = dy = 0, and so change nothing.
-        tokens = ()
+        # Tokens past the end have u = dt = dy = 0, and so change nothing.
         decay_times = ()
         dtus = ()
         dys = ()
+        u_k = u_at + k0 * step * u_token + e
+        dt_k = dt_at + k0 * step * dt_token + e
+        z_k = z_at + k0 * step * z_token + e
+        dout_k = dout_at + k0 * step * E + e
         for i in tl.static_range(T):
-            k = tl.minimum(k0 + i, length - 1) * step
-            u = tl.load(u_at + k * u_token + e, mask=mask, other=0.0).to(tl.float32)
-            dt = step_size(tl.load(dt_at + k * dt_token + e, mask=mask, other=0.0), bias, SOFTPLUS)
-            dy = tl.load(dout_at + k * E + e, mask=mask, other=0.0).to(tl.float32)
+            valid = e < tl.where(k0 + i < length, E, 0)
+            u = tl.load(u_k, mask=valid, other=0.0).to(tl.float32)
+            dt = step_size(tl.load(dt_k, mask=valid, other=0.0), bias, SOFTPLUS)
+            dy = tl.load(dout_k, mask=valid, other=0.0).to(tl.float32)
             if HAS_Z:
-                dy *= silu(tl.load(z_at + k * z_token + e, mask=mask, other=0.0).to(tl.float32))
-            decay_time = time_of_decay(dt, starts_at, first + k + rev, L, HAS_STARTS)
-            tokens = tokens + (k,)
+                dy *= silu(tl.load(z_k, mask=valid, other=0.0).to(tl.float32))
+            position = first + tl.minimum(k0 + i, length - 1) * step + rev
+            decay_time = time_of_decay(dt, starts_at, position, L, HAS_STARTS)
             decay_times = decay_times + (tl.where(k0 + i < length, decay_time, 0.0),)
-            dtus = dtus + (tl.where(k0 + i < length, dt * u, 0.0),)
-            dys = dys + (tl.where(k0 + i < length, dy, 0.0),)
+            dtus = dtus + (dt * u,)
+            dys = dys + (dy,)
+            u_k += step * u_token
+            dt_k += step * dt_token
+            z_k += step * z_token
+            dout_k += step * E
         ddtus = zeros(T, BLOCK)  # gradient of dt u: sum over states of adjoint · B
         dlogs = zeros(T, BLOCK)  # gradient of dt through the decay: sum of adjoint · exp(dt A) h · A
-        for n in range(N):
-            A_n = tl.load(A_at + n * E + e, mask=mask, other=0.0)
-            h_n = tl.load(kept_at + ((k0 // T) * N + n) * E + e, mask=mask, other=0.0)
-            adjoint = tl.load(adjoint_at + n * E + e, mask=mask, other=0.0)
-            dA_n = tl.load(dA_at + n * E + e, mask=mask, other=0.0)
-            Bs = ()
-            decays = ()
-            decayed = ()
-            states = ()
-            for i in tl.static_range(T):
-                B_n = tl.load(B_at + tokens[i] * B_token + n).to(tl.float32)
-                decay = tl.exp2(decay_times[i] * A_n)
-                before = decay * h_n
-                h_n = before + dtus[i] * B_n
-                Bs = Bs + (B_n,)
-                decays = decays + (decay,)
-                decayed = decayed + (before,)
-                states = states + (h_n,)
-            dBs = ()
-            dCs = ()
-            more_ddtus = ()
-            more_dlogs = ()
-            for i in tl.static_range(T - 1, -1, -1):
-                adjoint += dys[i] * tl.load(C_at + tokens[i] * C_token + n).to(tl.float32)
-                dlog = adjoint * decayed[i]
-                dA_n += dlog * decay_times[i]
-                dBs = (adjoint * dtus[i],) + dBs
-                dCs = (dys[i] * states[i],) + dCs
-                more_ddtus = (ddtus[i] + adjoint * Bs[i],) + more_ddtus
-                more_dlogs = (dlogs[i] + dlog * A_n,) + more_dlogs
-                adjoint *= decays[i]
-            ddtus = more_ddtus
-            dlogs = more_dlogs
-            tl.store(adjoint_at + n * E + e, adjoint, mask=mask)
-            tl.store(dA_at + n * E + e, dA_n, mask=mask)
+        A_n = A_at + e
+        kept_n = kept_at + k0 // T * N * E + e
+        adjoint_n = adjoint_at + e
+        dA_n = dA_at + e
+        pieces_n = pieces_at + k0 // T * N * 2 * T
+        sums_n = dpieces_at + k0 // T * N * 2 * T + tl.arange(0, GROUP * 2 * T)
+        for _ in range(N // GROUP):
+            columns = ()
+            for _ in tl.static_range(GROUP):
+                A = tl.load(A_n, mask=mask, other=0.0)
+                h = tl.load(kept_n, mask=mask, other=0.0)
+                adjoint = tl.load(adjoint_n, mask=mask, other=0.0)
+                dA = tl.load(dA_n, mask=mask, other=0.0)
+                BC = load_floats(pieces_n, 2 * T)
+                decays = ()
+                decayed = ()
+                states = ()
+                for i in tl.static_range(T):
+                    decay = tl.exp2(decay_times[i] * A)
+                    before = decay * h
+                    h = before + dtus[i] * BC[i]
+                    decays = decays + (decay,)
+                    decayed = decayed + (before,)
+                    states = states + (h,)
+                dBs = ()
+                dCs = ()
+                more_ddtus = ()
+                more_dlogs = ()
+                for i in tl.static_range(T - 1, -1, -1):
+                    adjoint += dys[i] * BC[T + i]
+                    dlog = adjoint * decayed[i]
+                    dA += dlog * decay_times[i]
+                    dBs = (adjoint * dtus[i],) + dBs
+                    dCs = (dys[i] * states[i],) + dCs
+                    more_ddtus = (ddtus[i] + adjoint * BC[i],) + more_ddtus
+                    more_dlogs = (dlogs[i] + dlog * A,) + more_dlogs
+                    adjoint *= decays[i]
+                ddtus = more_ddtus
+                dlogs = more_dlogs
+                tl.store(adjoint_n, adjoint, mask=mask)
+                tl.store(dA_n, dA, mask=mask)
+                columns = columns + dBs + dCs
+                A_n += E
+                kept_n += E
+                adjoint_n += E
+                dA_n += E
+                pieces_n += 2 * T
             # The sum over channels as ones · tile on the tensor cores: far fewer instructions than shuffles.
-            tile = stack(dBs + dCs, LOG_COLUMNS, BLOCK)
+            tile = stack(columns, LOG_COLUMNS, BLOCK)
             ones = tl.full([16, BLOCK], 1.0, tl.float32)
             if IN_FP32:
                 # The 11 leading bits of TF32, then the rest: as exact as the three passes of tf32x3, one of which is
@@ -364,27 +471,28 @@ def scan_backward_kernel(
             else:
                 # One TF32 pass rounds less than the 16-bit gradient that follows it.
                 sums = tl.dot(ones, tile, input_precision="tf32")
-            column = tl.arange(0, 2 * T)
-            place = k0 + column % T
-            at = dBC_at + place * step * N + n
-            at = tl.broadcast_to(at[None, :], [16, 2 * T])
-            use = (tl.arange(0, 16) == 0)[:, None] & (place < length)[None, :]
-            tl.store(dB_ptr + at, sums, mask=use & (column < T)[None, :])
-            tl.store(dC_ptr + at, sums, mask=use & (column >= T)[None, :])
+            at = tl.broadcast_to(sums_n[None, :], sums.shape)
+            tl.store(at, sums, mask=tl.broadcast_to((tl.arange(0, 16) == 0)[:, None], sums.shape))
+            sums_n += GROUP * 2 * T
+        u_k = u_at + k0 * step * u_token + e
+        dt_k = dt_at + k0 * step * dt_token + e
+        out_k = k0 * step * E + e
         for i in tl.static_range(T):
-            k = tokens[i]
             valid = e < tl.where(k0 + i < length, E, 0)
-            u = tl.load(u_at + k * u_token + e, mask=mask, other=0.0).to(tl.float32)
-            x = tl.load(dt_at + k * dt_token + e, mask=mask, other=0.0).to(tl.float32) + bias
+            u = tl.load(u_k, mask=valid, other=0.0).to(tl.float32)
+            x = tl.load(dt_k, mask=valid, other=0.0).to(tl.float32) + bias
             ddt = ddtus[i] * u + dlogs[i] * (1 / LOG2E)
+            dt = decay_times[i]
+            if HAS_STARTS:
+                dt = step_size(x, 0.0, SOFTPLUS)
             if SOFTPLUS:
-                slope, dt = sigmoid_and_softplus(x)
-                ddt *= slope
-            else:
-                dt = x
+                ddt *= 1.0 / (1.0 + tl.exp2(x * -LOG2E))
             sum_dbias += tl.where(valid, ddt, 0.0)
             sum_dD += dys[i] * u
-            tl.store(du_at + k * E + e, (ddtus[i] * dt + D * dys[i]).to(du_ptr.dtype.element_ty), mask=valid)
-            tl.store(ddt_at + k * E + e, ddt.to(ddt_ptr.dtype.element_ty), mask=valid)
+            tl.store(du_at + out_k, (ddtus[i] * dt + D * dys[i]).to(du_ptr.dtype.element_ty), mask=valid)
+            tl.store(ddt_at + out_k, ddt.to(ddt_ptr.dtype.element_ty), mask=valid)
+            u_k += step * u_token
+            dt_k += step * dt_token
+            out_k += step * E
     tl.store(dD_ptr + local * E + e, sum_dD, mask=mask)
     tl.store(dbias_ptr + local * E + e, sum_dbias, mask=mask)

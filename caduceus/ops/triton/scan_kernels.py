@@ -1,6 +1,6 @@
 """Kernels of the selective scan: one thread per channel, its N states in registers, time cut into chunks.
 
-A *row* is one (direction, stream, batch element). Every row is cut into chunks of CHUNK tokens that run in parallel:
+A *row* is one (direction, stream, batch element). It is cut into chunks of chunk_size tokens, which run in parallel:
 
     forward   chunk_state    each chunk from a zero state: its end state and the sum of its dt
               chunk_carry    across chunks: decay over a chunk is exp(A · sum dt), so this is one step per chunk
@@ -13,6 +13,8 @@ no atomics, the same bits every run.
 
 import triton
 import triton.language as tl
+
+from caduceus.ops.triton.device import SIZES_AND_STRIDES
 
 LOG2E = tl.constexpr(1.4426950408889634)
 RESET_DT = tl.constexpr(1e30)
@@ -76,22 +78,40 @@ def zeros(N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_floats(ptr, COUNT: tl.constexpr):
+    """COUNT adjacent fp32 numbers, the same for all threads; two to a load where COUNT is even."""
+    numbers = ()
+    if COUNT % 2 == 0:
+        pairs = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+        for i in tl.static_range(COUNT // 2):
+            pair = tl.load(pairs + i)
+            numbers = numbers + (pair.to(tl.int32).to(tl.float32, bitcast=True),)
+            numbers = numbers + ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
+    else:
+        for i in tl.static_range(COUNT):
+            numbers = numbers + (tl.load(ptr + i),)
+    return numbers
+
+
+@triton.jit
 def advance(h, A, decay_time, dtu, B_ptr, N: tl.constexpr):
     """h <- exp(dt A) h + dt u B, for all N states; A carries the factor log2(e)."""
+    B = load_floats(B_ptr, N)
     advanced = ()
     for n in tl.static_range(N):
-        advanced = advanced + (tl.exp2(decay_time * A[n]) * h[n] + dtu * tl.load(B_ptr + n).to(tl.float32),)
+        advanced = advanced + (tl.exp2(decay_time * A[n]) * h[n] + dtu * B[n],)
     return advanced
 
 
 @triton.jit
 def project(h, C_ptr, y, N: tl.constexpr):
+    C = load_floats(C_ptr, N)
     for n in tl.static_range(N):
-        y += h[n] * tl.load(C_ptr + n).to(tl.float32)
+        y += h[n] * C[n]
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
 def chunk_state_kernel(
     u_ptr,
     dt_ptr,
@@ -106,6 +126,7 @@ def chunk_state_kernel(
     L,
     E,
     n_chunks,
+    chunk_size,
     reverse,
     u_row,
     u_token,
@@ -114,7 +135,6 @@ def chunk_state_kernel(
     B_row,
     B_token,
     N: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -127,8 +147,8 @@ def chunk_state_kernel(
     rev = (d + s + reverse) % 2
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = e < E
-    begin = chunk * CHUNK
-    length = tl.minimum(L - begin, CHUNK).to(tl.int32)
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     t = tl.where(rev == 1, begin + length - 1, begin)
     # A step times a token's stride fits in int32, which saves registers; so in the other kernels.
     step = (1 - 2 * rev).to(tl.int32)
@@ -155,7 +175,7 @@ def chunk_state_kernel(
     tl.store(sum_dt_ptr + item * E + e, sum_dt, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
 def chunk_carry_kernel(
     state_ptr,
     sum_dt_ptr,
@@ -204,7 +224,7 @@ def chunk_carry_kernel(
     tl.store(last_ptr + row * N * E + j, carry, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
 def scan_forward_kernel(
     u_ptr,
     dt_ptr,
@@ -223,6 +243,7 @@ def scan_forward_kernel(
     L,
     E,
     n_chunks,
+    chunk_size,
     reverse,
     u_row,
     u_token,
@@ -235,7 +256,6 @@ def scan_forward_kernel(
     z_row,
     z_token,
     N: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
@@ -253,8 +273,8 @@ def scan_forward_kernel(
     b, s = sb % batch, sb // batch
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = e < E
-    begin = chunk * CHUNK
-    length = tl.minimum(L - begin, CHUNK).to(tl.int32)
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     starts_ptr += b * L
     for d in range(P):
         row = d * S * batch + sb
