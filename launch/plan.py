@@ -15,8 +15,8 @@ BYTES_PER_CHANNEL = 36
 """Kept per base, layer and model channel for the backward pass, in bf16, as benchmarks/memory.py counts."""
 BYTES_PER_RESIDUAL = 4
 """The residual stream in fp32: all that block checkpointing keeps of a layer."""
-SCRATCH_PER_CHANNEL, SCRATCH = 25, 2**29
-"""Gradients and scratch memory of the block that the backward pass is in: by base and model channel, and at any length."""
+SCRATCH_PER_CHANNEL, SCRATCH = 24, 2**29
+"""Gradients and scratch memory of the block that the backward pass is in: by base and model channel, and besides."""
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and Adam's two moments in fp32."""
 GPU_BYTES = 80_000_000_000
