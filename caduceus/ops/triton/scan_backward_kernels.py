@@ -168,7 +168,7 @@ def scan_replay_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
-    """Forward again, from item0 on: dz, and the states before every T-th token, kept (P, items, chunk_size / T, N, E)."""
+    """Forward again, from item0 on: dz, and kept (P, items, chunk_size / T, N, E), the states before T-th tokens."""
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0)
     item = item0 + local
