@@ -41,7 +41,7 @@ pytestmark = [
 
 
 def compiled(capability: int, element: str, launches: str, kernels: tuple[str, ...] = ()) -> list[dict]:
-    command = [sys.executable, "-W", "error::UserWarning:triton", str(PROGRAM), str(capability), element, launches]
+    command = [sys.executable, "-W", "error::UserWarning:triton.knobs", str(PROGRAM), str(capability), element, launches]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_") or k == "TRITON_CACHE_DIR"}
     result = subprocess.run([*command, *kernels], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
