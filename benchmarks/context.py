@@ -1,4 +1,4 @@
-"""Forward and backward pass of one sequence, whole and shared by the ranks of a context group: time, and bytes sent.
+"""Forward and backward pass of one sequence, whole and shared by ranks, by slices and by strands: time, and bytes sent.
 
     python benchmarks/context.py [--seq-len 65536] [--d-model 64] [--n-layer 2] [--ranks 1 2 4] [--repeats 5]
 
@@ -9,8 +9,8 @@ Bytes are what a rank puts into collectives in one pass, counted where they are 
 Caduceus-PS takes 4 runs (two streams in two directions) of 4 bytes each for B · E · (N + 1) numbers of the scan and
 B · E · (K - 1) of the convolution; on the way back B · E · N, and for each of the R ranks B · E · (K - 1).
 
-The last row is what two ranks would reach if each had one strand of the whole sequence instead of both strands of half
-of it: strands meet only in the loss, whose exchange is left out.
+In the last row two ranks have one strand each of the whole sequence (`parallel.strands`), instead of both strands of
+half of it. They exchange the logits of the labelled bases, 16 numbers each, and nothing on the way back.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,6 +31,7 @@ from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.distributed.context import ContextGroup
+from caduceus.distributed.strands import StrandGroup
 from tests.distributed.ranks import on_ranks
 
 RUNS = 4
@@ -61,8 +61,10 @@ def main() -> None:
         kilobytes = [forward, expected[0], backward, expected[1]]
         cells = " | ".join(f"{count / 1e3:,.1f}" for count in kilobytes)
         print(f"| {ranks} | {seconds:.2f} | {alone / seconds:.2f} | {cells} |", flush=True)
-    seconds = max(on_ranks(2, measure_strand, config, options.seq_len, options.repeats))[0]
-    print(f"| 2, a strand each | {seconds:.2f} | {alone / seconds:.2f} | | | | |")
+    seconds, forward, backward = max(on_ranks(2, measure_strand, config, options.seq_len, options.repeats))
+    expected = 4 * config.padded_vocab_size * int(batch(options.seq_len)[1].ne(IGNORE_LABEL).sum())
+    cells = f"{forward / 1e3:,.1f} | {expected / 1e3:,.1f} | {backward / 1e3:,.1f} | 0.0"
+    print(f"| 2, a strand each | {seconds:.2f} | {alone / seconds:.2f} | {cells} |")
 
 
 def by_formula(config: CaduceusConfig, ranks: int) -> tuple[int, int]:
@@ -83,14 +85,23 @@ def measure(rank: int, config: CaduceusConfig, seq_len: int, repeats: int) -> tu
 
 
 def measure_strand(rank: int, config: CaduceusConfig, seq_len: int, repeats: int) -> tuple[float, int, int]:
-    """The same for a rank that has one strand of the whole sequence, which is what one stream costs."""
-    return timed(CaduceusForMaskedLM(replace(config, rcps=False)), seq_len, repeats)
+    """The same for a rank that has one strand of the whole sequence."""
+    torch.manual_seed(0)
+    model = CaduceusForMaskedLM(config, strands=StrandGroup(dist.group.WORLD, rank, 2))
+    return timed(model, seq_len, repeats)
+
+
+def batch(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bases and labels (1, L), the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(7, 11, (1, length), generator=generator)
+    labelled = torch.rand(input_ids.shape, generator=generator) < 0.15
+    return input_ids, torch.where(labelled, input_ids, IGNORE_LABEL)
 
 
 def timed(model: CaduceusForMaskedLM, length: int, repeats: int) -> tuple[float, int, int]:
     keep_freed_memory()
-    input_ids = torch.randint(7, 11, (1, length))
-    labels = torch.where(torch.rand(input_ids.shape) < 0.15, input_ids, IGNORE_LABEL)
+    input_ids, labels = batch(length)
 
     def forward() -> torch.Tensor:
         return model(input_ids, labels, return_logits=False).loss_sum
@@ -108,9 +119,9 @@ def timed(model: CaduceusForMaskedLM, length: int, repeats: int) -> tuple[float,
 
 
 def count_bytes(run: Callable[[], None]) -> int:
-    """What this rank gives to the collectives of `ContextGroup` in `run`."""
+    """What this rank gives to the collectives of `ContextGroup` and `StrandGroup` in `run`."""
     given = 0
-    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+    all_gather, reduce_scatter, all_reduce = dist.all_gather, dist.reduce_scatter, dist.all_reduce
 
     def counted_all_gather(parts: list[torch.Tensor], part: torch.Tensor, **options: object) -> None:
         nonlocal given
@@ -122,11 +133,17 @@ def count_bytes(run: Callable[[], None]) -> int:
         given += sum(part.nbytes for part in parts)
         reduce_scatter(own, parts, **options)
 
+    def counted_all_reduce(tensor: torch.Tensor, **options: object) -> None:
+        nonlocal given
+        given += tensor.nbytes
+        all_reduce(tensor, **options)
+
     dist.all_gather, dist.reduce_scatter = counted_all_gather, counted_reduce_scatter
+    dist.all_reduce = counted_all_reduce
     try:
         run()
     finally:
-        dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+        dist.all_gather, dist.reduce_scatter, dist.all_reduce = all_gather, reduce_scatter, all_reduce
     return given
 
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.alphabet import VOCAB_SIZE
+from caduceus.config_checks import refuse_impossible_values
 from caduceus.errors import UserError
 
 
@@ -153,7 +154,8 @@ class TrainConfig:
     """A step that takes longer has hung: every rank writes its stacks to the run's logs and ends. 0 waits for ever."""
     seed: int = 0
     precision: str = "fp32"
-    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics)."""
+    """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics; on a
+    GPU by the slow ops.backend=naive)."""
     deterministic: bool = False
     """The same bits in every run on the same layout and machines, at some cost of speed on GPUs."""
     compile: bool = False
@@ -173,12 +175,20 @@ class ParallelConfig:
     node."""
     context: int = 1
     """Ranks that share a sequence, each with a slice of it."""
+    strands: int = 1
+    """2: of every sequence, or slice of one, one rank computes the forward strand and another one the reverse
+    complement. For model.rcps=true; halves a rank's work and activations, and only logits go from one to the other."""
     zero_stage: int = 1
     """deepspeed: what ranks divide among them. 0 nothing, 1 optimizer state, 2 gradients as well, 3 parameters too."""
     deepspeed_config: str | None = None
     """deepspeed: a JSON file of its options. What train.* and parallel.* decide may not contradict it."""
     cpu_offload: bool = False
     """fsdp, deepspeed: keep optimizer state, and parameters where they are sharded, in host memory between uses."""
+
+    @property
+    def ranks_per_sample(self) -> int:
+        """Ranks that share a sample, and count as one data-parallel rank."""
+        return self.context * self.strands
 
 
 @dataclass
@@ -238,53 +248,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-
-
-_CHOICES = {
-    "ops.backend": ("auto", "naive", "cpu", "triton", "mamba_ssm"),
-    "data.mode": ("shards", "stream"),
-    "data.strands": ("auto", "both", "forward"),
-    "data.objective": ("mlm", "next_base"),
-    "train.precision": ("fp32", "bf16", "fp64"),
-    "train.activation_checkpointing": ("none", "block", "auto"),
-    "parallel.strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
-    "parallel.zero_stage": (0, 1, 2, 3),
-    "run.device": ("auto", "cpu", "cuda"),
-    "wandb.mode": ("auto", "online", "offline", "disabled"),
-}
-_AT_LEAST = {
-    "data.seq_len": 1,
-    "data.workers": 0,
-    "data.shuffle_block": 0,
-    "data.cache_bytes": 0,
-    "data.max_substituted": 0,
-    "train.steps": 1,
-    "train.global_batch": 1,
-    "train.micro_batch": 1,
-    "train.clip_norm": 0,
-    "train.max_skipped_steps": 0,
-    "train.spike_factor": 0,
-    "train.stall_minutes": 0,
-    "train.lr": 0,
-    "train.min_lr": 0,
-    "train.weight_decay": 0,
-    "train.seed": 0,
-    "parallel.shard": 0,
-    "parallel.context": 1,
-    "valid.every": 0,
-    "valid.samples": 1,
-    "checkpoint.every": 1,
-    "checkpoint.keep": 0,
-    "checkpoint.keep_every": 0,
-    "run.time_budget_minutes": 0,
-}
-_SHARES = (
-    "data.mask_prob",
-    "data.mask_token_prob",
-    "data.random_token_prob",
-    "data.repeat_weight",
-    "data.min_acgt",
-)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -363,7 +326,7 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
-    _check(config)
+    refuse_impossible_values(config, _flat(config))
     return config
 
 
@@ -398,57 +361,11 @@ def _key(attribute: str) -> str:
     return attribute.removesuffix("_")
 
 
+def _flat(config: Config) -> dict[str, Any]:
+    """Every key, as `section.key`, with its value."""
+    sections = config_to_dict(config).items()
+    return {f"{section}.{name}": value for section, keys in sections for name, value in keys.items()}
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split("\n    full_key")[0].split())
-
-
-def _check(config: Config) -> None:
-    def value(key: str) -> Any:
-        section, name = key.split(".")
-        return getattr(getattr(config, section), name)
-
-    for key, choices in _CHOICES.items():
-        if value(key) not in choices:
-            raise UserError(f"{key}: choose one of {', '.join(map(str, choices))}; got '{value(key)}'")
-    known = {
-        f"{section}.{name}": content
-        for section, names in config_to_dict(config).items()
-        for name, content in names.items()
-    }
-    for key, content in known.items():
-        if isinstance(content, float) and not math.isfinite(content):
-            raise UserError(f"{key}: must be a finite number, got {content}")
-    for key in config.run.allow_change:
-        if key not in known:
-            raise UserError(f"run.allow_change: there is no key '{key}'; give keys such as train.steps")
-    for key, least in _AT_LEAST.items():
-        if value(key) < least:
-            raise UserError(f"{key}: must be at least {least}, got {value(key)}")
-    for key in _SHARES:
-        if not 0 <= value(key) <= 1:
-            raise UserError(f"{key}: must lie between 0 and 1, got {value(key)}")
-    data, train = config.data, config.train
-    if data.mask_token_prob + data.random_token_prob > 1:
-        raise UserError(
-            "data.random_token_prob: together with data.mask_token_prob it must not exceed 1, "
-            f"got {data.random_token_prob} + {data.mask_token_prob}"
-        )
-    if data.objective == "next_base" and (config.model.bidirectional or config.model.rcps):
-        raise UserError(
-            "data.objective: next_base needs model.bidirectional=false and model.rcps=false; "
-            "otherwise the model sees the base that it is to predict"
-        )
-    if train.global_batch % train.micro_batch:
-        raise UserError(
-            f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"
-        )
-    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
-        raise UserError(f"train.betas: expected two numbers in [0, 1), got {train.betas}")
-    if train.spike_factor and train.spike_factor <= 1:
-        raise UserError(f"train.spike_factor: must be 0 (off) or above 1, got {train.spike_factor}")
-    if train.warmup_steps is not None and not 0 <= train.warmup_steps <= train.steps:
-        raise UserError(
-            f"train.warmup_steps: must lie between 0 and train.steps {train.steps}, got {train.warmup_steps}"
-        )
-    if train.min_lr > train.lr:
-        raise UserError(f"train.min_lr: {train.min_lr} is above train.lr {train.lr}")

@@ -226,8 +226,10 @@ class RunDirectory:
 
         Under their own names they would count as the newest, and valid ones would be removed for them.
         """
-        newest = self.newest_valid_checkpoint()
-        for checkpoint in self.checkpoints():
+        newest, found = self.newest_valid_checkpoint(), self.checkpoints()
+        if found and newest is None:
+            _log.warning("%s: no checkpoint is whole: the run starts again from its beginning", self.checkpoints_path)
+        for checkpoint in found:
             if newest is None or checkpoint.step > newest.step:
                 aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -263,13 +265,17 @@ class RunDirectory:
     def remove_old_checkpoints(self, keep: int, keep_every: int = 0) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
-        Those of steps that `keep_every` divides stay for good (0: none).
+        Those of steps that `keep_every` divides stay for good (0: none). Of damaged ones that were set aside, as many
+        stay as of the others.
         """
         for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
             shutil.rmtree(leftover)
         for checkpoint in self.checkpoints()[:-keep] if keep else []:
             if not keep_every or checkpoint.step % keep_every:
                 self._remove(checkpoint.path)
+        for damaged in sorted(self.checkpoints_path.glob("damaged-step-*"))[:-keep] if keep else []:
+            shutil.rmtree(damaged)
+            _log.warning("%s: removed, as checkpoint.keep=%d newer damaged ones are kept", damaged, keep)
 
     def _link_latest(self, checkpoint: Path) -> None:
         link = self.checkpoints_path / f".latest.{os.getpid()}"

@@ -1,17 +1,7 @@
-"""What the command lines of this package have in common: errors of one line, and types of arguments."""
+"""Types of arguments that the command lines of this package have in common."""
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
-
-from caduceus.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def is_url(text: str) -> bool:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from caduceus.arguments import Parser
 from caduceus.data.remote import failure_reason
 from caduceus.data.shards import write_atomically
 from caduceus.errors import UserError, run_command
-from data_prep.arguments import Parser, is_url, local_path
+from data_prep.arguments import is_url, local_path
 from data_prep.files import is_open_as, note
 from data_prep.progress import Progress
 from data_prep.registry import GenomeSpec, registry_names, resolve_genome

@@ -8,8 +8,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
-from data_prep.arguments import Parser, count, local_path
+from data_prep.arguments import count, local_path
 from data_prep.merge import merge
 from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
 from data_prep.plan import SpeciesRequest

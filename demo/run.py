@@ -4,7 +4,6 @@ Every step is a command that a user would type, printed before it runs. What is 
 demo goes on when it is started again.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
 from caduceus.run_directory import RunDirectory
 from demo.baselines import COMPOSITION, NO_CONTEXT, score_baselines
@@ -41,7 +41,7 @@ console = Console(highlight=False)
 
 def main() -> int:
     """Run all steps; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m demo.run", description="Train a small Caduceus on fruit-fly genomes and show what it learnt."
     )
     parser.add_argument("--out", default="demo/out", metavar="DIR", help="where everything goes (%(default)s)")

@@ -50,7 +50,7 @@ class Cluster:
     max_failures: int = 3
     """Failures in a row without a new checkpoint between them after which the run is given up."""
     signal_seconds: int = 120
-    """How long before the time limit the run is told to save and stop."""
+    """How long before the time limit the run is told to save and stop. Raise it where a checkpoint takes longer."""
     python: str | None = None
     """Command that starts Python in the job, such as `apptainer exec --nv image.sif python`; null is this Python."""
     setup: list[str] = field(default_factory=list)
@@ -213,9 +213,24 @@ def test_submission(script: Path) -> str | None:
 
 def is_live(job: str) -> bool:
     """Whether a job waits or runs; of a job that SLURM does not speak of, for want of an answer, it does."""
+    if shutil.which("squeue") is None:
+        return True
     result = subprocess.run(["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True)
     forgotten = "Invalid job id" in result.stderr
     return bool(result.stdout) or (result.returncode != 0 and not forgotten)
+
+
+def end_of(job: str) -> str:
+    """What SLURM tells of a job that neither waits nor runs, in words that follow the job's name."""
+    for command in (
+        ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"],
+        ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State"],
+    ):
+        if shutil.which(command[0]):
+            told = subprocess.run(command, capture_output=True, text=True).stdout.split()
+            if told and told[0] not in ("RUNNING", "PENDING"):  # accounting may not know of the end
+                return f"ended as {told[0]}"
+    return "is no longer known to SLURM"
 
 
 def _setup_lines(cluster: Cluster) -> list[str]:

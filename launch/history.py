@@ -17,8 +17,11 @@ from caduceus.run_directory import RunDirectory
 
 COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
+UNSAVED = "time limit before the last save was done"
 LOST = "lost"
 """Of an attempt that left no end: its node died, it was requeued by hand, or everything was killed at once."""
+FAILURES = (FAILED, BAD_NODE, UNSAVED)
+"""What makes a run be given up when it comes again and again without a new checkpoint in between."""
 
 
 @dataclass
@@ -77,7 +80,8 @@ def attempts(run: RunDirectory) -> list[Attempt]:
 def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
     """How many of the newest attempts of these jobs failed one after the other with no new checkpoint between them.
 
-    Bad nodes count as well: where every node is bad, it is not the nodes. Time limits, preemption and attempts that
+    Bad nodes count as well: where every node is bad, it is not the nodes. So do saves that take longer than the time
+    that is kept for them. Other time limits, preemption and attempts that
     left no end, as after a requeue by hand, count neither way.
     """
     failures, step = 0, None
@@ -85,7 +89,7 @@ def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
         if step is not None and attempt.step != step:
             break
         step = attempt.step
-        failures += attempt.reason in (FAILED, BAD_NODE)
+        failures += attempt.reason in FAILURES
     return failures
 
 

@@ -6,13 +6,15 @@ from statistics import median
 
 from caduceus.run_directory import RunDirectory
 from launch import history, local_jobs
+from launch.cluster import end_of, is_live
 from launch.history import Attempt, attempts, newest_step
 from launch.logs import last_error
 from launch.submission import SlurmSilentError, Submission, live_jobs, submissions
 
-RUNNING, STOPPING, WAITING, UNKNOWN = "running", "stopping", "waiting", "unknown"
+RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
 _RECENT_ROWS = 50
-_IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+_State = tuple[str, str | None, list[str]]
+IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 """States of a job, as squeue names them, in which it has no nodes and may get some."""
 
 
@@ -23,7 +25,7 @@ class Overview:
     state: str
     """running, stopping, waiting, complete, stopped, failed, given up, cancelled, interrupted, lost, new or unknown."""
     why: str | None
-    """SLURM's reason to let it wait, the error that ended it, or why the state is unknown."""
+    """SLURM's reason to let it wait, the error that ended it, how it was lost, or why the state is unknown."""
     jobs: list[str]
     """Jobs that run or wait."""
     step: int
@@ -67,7 +69,7 @@ def overview(run: RunDirectory) -> Overview:
     )
 
 
-def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> tuple[str, str | None, list[str]]:
+def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> _State:
     """State, why, and the jobs that are alive."""
     stop = run.stop_path.exists()
     submitted = submissions(run)
@@ -76,25 +78,28 @@ def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> 
     except SlurmSilentError as error:
         jobs, silence = {}, str(error)
     if jobs:
-        waiting = all(state in _IN_QUEUE for state, _ in jobs.values())
+        waiting = all(state in IN_QUEUE for state, _ in jobs.values())
         reason = next(iter(jobs.values()))[1] if waiting else None
         return (WAITING if waiting else STOPPING if stop else RUNNING), reason, list(jobs)
     if submitted and submitted[-1].executor == "local" and local_jobs.is_running(submitted[-1].jobs[0]):
         return (STOPPING if stop else RUNNING), None, submitted[-1].jobs
     if run.is_in_use():
-        return (STOPPING if stop else RUNNING), None, []
+        holder = run.holder()
+        if holder is None or holder.slurm_job is None or is_live(holder.slurm_job):
+            return (STOPPING if stop else RUNNING), None, []
+        return LOST, f"{_signs_of_life(run, holder.slurm_job, submitted)}; {holder} lives on: end it, or resume", []
     if newest_step(run) >= steps:
         return "complete", None, []
     if silence and not (found and (found[-1].gave_up or found[-1].reason == history.STOPPED)):
         return UNKNOWN, silence, []
     if found:
-        return _how_it_ended(found[-1], submitted, stop)
+        return _how_it_ended(run, found[-1], submitted, stop)
     if stop:
         return "stopped", None, []
     return ("interrupted" if begun else "new"), None, []
 
 
-def _how_it_ended(last: Attempt, submitted: list[Submission], stop: bool) -> tuple[str, str | None, list[str]]:
+def _how_it_ended(run: RunDirectory, last: Attempt, submitted: list[Submission], stop: bool) -> _State:
     if last.gave_up:
         return "given up", last.error, []
     if last.reason == history.FAILED:
@@ -106,4 +111,12 @@ def _how_it_ended(last: Attempt, submitted: list[Submission], stop: bool) -> tup
     if last.reason is not None:
         return "interrupted", last.reason, []
     error = last_error(submitted[-1].logs, last.job) if submitted else None
-    return ("failed", error, []) if error else ("lost", f"job {last.job} is gone and left no reason", [])
+    return ("failed", error, []) if error else (LOST, _signs_of_life(run, last.job, submitted), [])
+
+
+def _signs_of_life(run: RunDirectory, job: str, submitted: list[Submission]) -> str:
+    """What SLURM says of a job that left no end, and when its processes last wrote something."""
+    logs = [path for entry in submitted for path in entry.logs.glob(f"{job}_*_log.out")]
+    written = [path.stat().st_mtime for path in (run.metrics_path, *logs) if path.exists()]
+    last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(written))) if written else "none"
+    return f"job {job} {end_of(job)}; last sign of life: {last}"

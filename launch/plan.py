@@ -26,7 +26,7 @@ class Plan:
 
     world: int
     sequences: int
-    """Sequences of a global batch that a rank (with its context peers) computes, in micro-batches."""
+    """Sequences of a global batch that a rank (with those that share them) computes, in micro-batches."""
     bases: int
     """Bases in memory at a time."""
     parameters: int
@@ -44,8 +44,8 @@ class Plan:
 def plan(config: Config, world: int) -> Plan:
     """Estimate a run on `world` ranks, whose layout has been checked."""
     model, parallel, train = config.model, config.parallel, config.train
-    streams = 2 if model.rcps else 1
-    sequences = train.global_batch // (world // parallel.context)
+    streams = (2 if model.rcps else 1) // parallel.strands
+    sequences = train.global_batch // (world // parallel.ranks_per_sample)
     bases_per_sequence = config.data.seq_len // parallel.context
     bases = bases_per_sequence * train.micro_batch
     parameters = parameter_count(model)

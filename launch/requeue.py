@@ -1,4 +1,6 @@
 """python -m launch.requeue RUN STATUS: the last line of a batch script, when its srun has ended with STATUS.
+python -m launch.requeue RUN TERM: what it does on SIGTERM. If that is the time limit, the processes are still at their
+last save, and SLURM kills them and the script when KillWait is over; the job has to go back into the queue before.
 
 Writes down how the processes ended, and puts the job back into SLURM's queue where the run is to go on by itself. A run
 that fails again and again without a new checkpoint in between is given up, and one with a mistake that only its user
@@ -40,21 +42,32 @@ class SlurmJob:
 
 def main() -> int:
     """Settle the job that this process belongs to; returns the batch script's exit status."""
-    run, status = RunDirectory.open(sys.argv[1]), int(sys.argv[2])
+    run, status = RunDirectory.open(sys.argv[1]), None if sys.argv[2] == "TERM" else int(sys.argv[2])
     job, restart = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
     submission = next(entry for entry in reversed(submissions(run)) if job in entry.jobs)
+    this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
+    if this is not None and this.ended is not None:  # settled on SIGTERM, and KillWait was long enough for the save
+        reason = history.TIME_LIMIT if newest_step(run) > this.step else this.reason
+        error = this.error if reason == this.reason else None
+        history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
+        return 1
     slurm_job = ask_slurm(job)
     if slurm_job.restarts != restart:
         # This node's slurmd had died: SLURM has started the job anew on others, and the run is that attempt's.
         return 1
-    this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
     bad_nodes = this.bad_nodes if this else []
-    reason = why_ended(run, status, slurm_job, bad_nodes, submission.request["signal_seconds"])
-    error = last_error(submission.logs, job) if reason in (history.FAILED, history.BAD_NODE) else None
+    signal_seconds = submission.request["signal_seconds"]
+    if status is not None:
+        reason = why_ended(run, status, slurm_job, bad_nodes, signal_seconds)
+        error = last_error(submission.logs, job) if reason in (history.FAILED, history.BAD_NODE) else None
+    elif must_go_on_unsaved(run, slurm_job):
+        reason, error = history.UNSAVED, f"signal_seconds: {signal_seconds} s are too short for a checkpoint; raise it"
+    else:
+        return 0
     history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
     failures = history.failures_without_progress(run, submission.jobs)
     refused = reason == history.FAILED and this is not None and this.refused
-    too_often = reason in (history.FAILED, history.BAD_NODE) and failures >= submission.request["max_failures"]
+    too_often = reason in history.FAILURES and failures >= submission.request["max_failures"]
     gave_up = refused or too_often
     if gave_up:
         history.record(run, "gave up", job, restart)
@@ -89,6 +102,12 @@ def why_ended(run: RunDirectory, status: int, job: SlurmJob, bad_nodes: list[str
         return history.PREEMPTED
     near_the_end = job.seconds_left <= signal_seconds + EARLIEST_SIGNAL_SECONDS
     return history.TIME_LIMIT if near_the_end else history.SIGNAL
+
+
+def must_go_on_unsaved(run: RunDirectory, job: SlurmJob) -> bool:
+    """Whether it is a time limit that ends a job whose processes have not ended yet, and the run is to go on."""
+    at_its_limit = job.state != "RUNNING" and job.reason == "TimeLimit"
+    return at_its_limit and not run.stop_path.exists() and newest_step(run) < run.config().train.steps
 
 
 def go_on(job: str, submission: Submission, slurm_job: SlurmJob, reason: str, bad_nodes: list[str]) -> None:

@@ -12,6 +12,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
 from caduceus.run_directory import RunDirectory
@@ -51,7 +52,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python launch/runs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     actions = parser.add_subparsers(dest="action", required=True)

@@ -1,12 +1,14 @@
 """python launch/shard.py --genomes configs/genome/NAME.yaml --out DIR [--cluster PRESET] [--time …] …
 
 Shards many genomes as a job array, one species per task, and brings them together in one dataset at the end. The bytes
-are those of data_prep/shard_genome.py on one machine. A command that was stopped goes on when given again.
+are those of data_prep/shard_genome.py on one machine. A command that was stopped goes on when given again; species that
+the dataset holds already are not done again.
 
 The genomes are found, and fetched where need be, before anything is submitted: compute nodes may have no network.
 """
 
 import argparse
+import contextlib
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +16,12 @@ from typing import Any
 
 import submitit
 
+from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
+from data_prep.dataset import SpeciesDirectory
 from data_prep.merge import merge
-from data_prep.plan import SpeciesRequest
+from data_prep.plan import SpeciesRequest, identity
+from data_prep.shard_writer import reopen_genome
 from data_prep.sharding import make_dataset
 from data_prep.species_file import read_species_file
 from data_prep.summary import print_summary
@@ -45,11 +50,20 @@ class MergeTask:
     """Brings the datasets of the species together, and removes what is then not needed."""
 
     parts: tuple[Path, ...]
+    """Of the species that the dataset does not hold yet."""
     out: Path
+    requests: tuple[SpeciesRequest, ...]
+    """Of all its species: those that it held before may have been given other weights."""
 
     def __call__(self) -> None:
-        print_summary(merge(list(self.parts), self.out, add=True), self.out)
-        shutil.rmtree(work_folder(self.out) / "parts")
+        if self.parts:
+            merge(list(self.parts), self.out, add=True)
+        print_summary(make_dataset(list(self.requests), self.out, workers=1, add=True), self.out)
+        parts = work_folder(self.out) / "parts"
+        for request in self.requests:
+            shutil.rmtree(parts / request.name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where jobs make further species of this dataset
+            parts.rmdir()
 
 
 def main() -> int:
@@ -63,8 +77,14 @@ def main() -> int:
     refuse_missing_files(requests)
     out = arguments.out.absolute()
     parts = work_folder(out) / "parts"
-    tasks = [ShardTask(request, parts / request.name, cluster.cpus_per_task) for request in requests]
-    end = MergeTask(tuple(task.out for task in tasks), out)
+    missing = [request for request in requests if not is_held(request, out)]
+    tasks = [ShardTask(request, parts / request.name, cluster.cpus_per_task) for request in missing]
+    end = MergeTask(tuple(task.out for task in tasks), out, tuple(requests))
+    if len(missing) < len(requests):
+        print(f"{arguments.out}: holds {len(requests) - len(missing)} of {len(requests)} species already", flush=True)
+    if not tasks:
+        end()
+        return 0
     if cluster.executor == "slurm":
         submit(cluster, tasks, end)
         return 0
@@ -76,7 +96,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python launch/shard.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--genomes", type=Path, required=True, metavar="YAML", help="the species and how to cut them")
@@ -93,6 +113,14 @@ def refuse_missing_files(requests: list[SpeciesRequest]) -> None:
         for path in (request.fasta, options.aliases, options.intervals, *options.exclude_bed):
             if path is not None and not Path(path).is_file():
                 raise UserError(f"{request.name}: {path}: no such file")
+
+
+def is_held(request: SpeciesRequest, out: Path) -> bool:
+    """Whether a dataset holds a species, whole; a species of another genome or other options is a `UserError`."""
+    if not (out / request.name / "species.json").exists():
+        return False
+    genome = reopen_genome(request.fasta, request.cache_dir)
+    return SpeciesDirectory(out, identity(request, genome)).finished()
 
 
 def submit(cluster: Cluster, tasks: list[ShardTask], end: MergeTask) -> None:

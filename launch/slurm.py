@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from caduceus.arguments import Parser
 from caduceus.config import Config, WandbConfig, config_to_dict, load_config
 from caduceus.errors import run_command
 from caduceus.run_directory import RunDirectory
@@ -61,7 +62,7 @@ def check_and_start(config: Config, cluster: Cluster) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; what was not given of the request is None."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="what to train")

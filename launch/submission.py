@@ -90,16 +90,19 @@ def run_executor(cluster: Cluster, folder: Path, job_name: str, array: bool = Fa
     executor = SlurmExecutor(folder / "logs", python=cluster.python)
     parameters = sbatch_parameters(cluster, job_name)
     listed = '"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" ' + shlex.quote(str(folder / "runs.txt")) + ')"'
+    settle = f'{shlex.quote(sys.executable)} -m launch.requeue "$RUN"'
     parameters["setup"] += [
         pythonpath(folder),
         f"RUN={listed if array else shlex.quote(str(folder))}",
         '[ -e "$RUN/STOP" ] && exit',
-        "trap : TERM  # on SIGTERM the shell stays until the processes have ended, for the last lines",
+        f"trap '{settle} TERM' TERM  # the time may be up while the processes still save",
+        'srun() { command srun "$@" & while wait $!; s=$?; kill -0 $! 2>/dev/null; do :; done; return $s; }'
+        "  # traps need wait",
     ]
     parameters["teardown"] = [
         "status=$?",
         "trap '' TERM",
-        f'{shlex.quote(sys.executable)} -m launch.requeue "$RUN" $status',
+        f"{settle} $status",
     ]
     executor.update_parameters(**parameters)
     return executor

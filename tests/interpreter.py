@@ -14,7 +14,7 @@ INTERPRETED = Path(__file__).parent / "ops" / "interpreted"
 def run_interpreted(selection: str, path: Path = INTERPRETED) -> None:
     """`selection` is pytest's marker expression."""
     if find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install 'caduceus[cuda]'")
+        pytest.skip("triton is not installed: pip install triton")
     command = [sys.executable, "-m", "pytest", str(path), "-m", selection, "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -122,3 +122,10 @@ def test_the_key_async_is_a_word_of_python_and_still_a_key(tmp_path: Path) -> No
         load_config(tmp_path / "run.yaml", ["checkpoint.async=maybe"])
     with pytest.raises(UserError, match=r"unknown key 'checkpoint\.async_'; known here: .*async"):
         load_config(tmp_path / "run.yaml", ["checkpoint.async_=true"])
+
+
+@pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
+def test_double_precision_is_refused_for_backends_without_it(preset: Path, backend: str) -> None:
+    with pytest.raises(UserError, match=rf"^train\.precision: ops\.backend={backend} does not .* fp64; use naive"):
+        load_config(preset, [f"ops.backend={backend}", "train.precision=fp64"])
+    assert load_config(preset, ["train.precision=fp64"]).ops.backend == "auto"

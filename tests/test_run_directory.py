@@ -72,6 +72,20 @@ def test_damaged_checkpoints_set_aside_cost_no_valid_one(run: RunDirectory, capl
     assert names == ["damaged-step-00000030", "latest", "step-00000021"]
 
 
+def test_of_damaged_checkpoints_set_aside_as_many_are_kept_as_of_others(run: RunDirectory, caplog) -> None:
+    for step in (10, 20, 30, 40):
+        (write_checkpoint(run, step) / "weights").write_bytes(b"short")
+        assert run.set_aside_damaged_checkpoints() is None
+        assert "no checkpoint is whole: the run starts again from its beginning" in caplog.text
+    write_checkpoint(run, 5)
+    run.remove_old_checkpoints(keep=0)
+    assert len(list(run.checkpoints_path.glob("damaged-*"))) == 4
+    run.remove_old_checkpoints(keep=2)
+    names = sorted(path.name for path in run.checkpoints_path.iterdir())
+    assert names == ["damaged-step-00000030", "damaged-step-00000040", "latest", "step-00000005"]
+    assert "damaged-step-00000020: removed, as checkpoint.keep=2 newer damaged ones are kept" in caplog.text
+
+
 def test_sizes_tell_a_truncated_checkpoint_without_reading_it(run: RunDirectory) -> None:
     path = write_checkpoint(run, 1)
     (path / "weights").write_bytes(bytes(4096))

@@ -26,6 +26,8 @@ class Batch:
     """(B,) int64 sample numbers, on the CPU; `FILLER` for a row without a sample."""
     substituted: tuple[str, ...] = ()
     """A line for each sample that could not be read and that another crop stands for."""
+    choices: torch.Tensor | None = None
+    """(B,) int64 on the CPU, which crop was taken for each sample: 0 its own, n its n-th substitute."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, tokens as int64 (workers hand them over as bytes)."""
@@ -36,6 +38,7 @@ class Batch:
             None if weights is None else weights.to(device, non_blocking=True),
             self.g,
             self.substituted,
+            self.choices,
         )
 
     def pin_memory(self) -> "Batch":
@@ -51,7 +54,8 @@ class Batch:
 def to_batch(arrays: SampleArrays) -> Batch:
     weights = None if arrays.loss_weights is None else torch.from_numpy(arrays.loss_weights)
     input_ids, labels, g = (torch.from_numpy(array) for array in (arrays.input_ids, arrays.labels, arrays.g))
-    return Batch(input_ids, labels, weights, g, arrays.substituted)
+    choices = None if arrays.choices is None else torch.from_numpy(arrays.choices)
+    return Batch(input_ids, labels, weights, g, arrays.substituted, choices)
 
 
 @dataclass(frozen=True)

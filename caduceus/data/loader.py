@@ -5,7 +5,7 @@ import logging
 import math
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
 from caduceus.data.dataset import open_dataset
-from caduceus.data.sample_reader import SampleReader
+from caduceus.data.sample_reader import SUBSTITUTES, SampleReader
 from caduceus.data.samples import resolve_strands, validation_samples
 from caduceus.data.shard_samples import ShardSamples
 from caduceus.data.shards import fingerprint
@@ -26,6 +26,8 @@ from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_NONE_LEFT = SUBSTITUTES + 1
+"""Stands for a choice of crop where none could be read."""
 _ORDER_KEYS = (
     "mode",
     "seq_len",
@@ -48,7 +50,12 @@ class TrainLoader:
     """
 
     def __init__(
-        self, config: Config, samples: ShardSamples | StreamSamples, schedule: RankSchedule, device: torch.device | str
+        self,
+        config: Config,
+        samples: ShardSamples | StreamSamples,
+        schedule: RankSchedule,
+        device: torch.device | str,
+        largest_of_peers: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.seed = config.train.seed
         self.global_batch = schedule.global_batch
@@ -68,6 +75,7 @@ class TrainLoader:
         self._workers = config.data.workers
         self._max_substituted = config.data.max_substituted
         self._device = torch.device(device)
+        self._largest_of_peers = largest_of_peers
         self._handed_out = 0
         if schedule.rank == 0:
             samples.log()
@@ -110,11 +118,35 @@ class TrainLoader:
             worker_init_fn=_start_worker,
         )
         for batch in batches:
+            if self._largest_of_peers is not None:
+                batch = self._agreed(batch)
             if isinstance(batch, UserError):
                 raise batch
             self._count_substituted(batch)
             self._handed_out += 1
             yield batch.to(self._device)
+
+    def _agreed(self, batch: Batch | UserError) -> Batch | UserError:
+        """The micro-batch with the crops that all ranks which share its sequences can read.
+
+        Each proposes the first crop of each sample that it can read itself. Whoever is behind the others reads again
+        from the farthest proposal on, until all are the same: the first crop that every one of them can read, which is
+        what one rank that read the whole would take. Where all can read, it costs one exchange of a few numbers.
+        """
+        numbers = self._schedule.samples(np.array([self._handed_out]))[0]
+        while True:
+            failed = isinstance(batch, UserError)
+            own = torch.full((len(numbers),), _NONE_LEFT) if failed else batch.choices
+            farthest, negated_nearest = self._largest_of_peers(torch.stack([own, -own]))
+            if farthest.max() == _NONE_LEFT:
+                return batch if failed else UserError("another rank that shares the sequence failed; it says why")
+            if torch.equal(farthest, -negated_nearest):
+                return batch
+            if not torch.equal(own, farthest):
+                try:
+                    batch = self._samples.read(numbers, farthest.numpy())
+                except UserError as error:
+                    batch = error
 
     def _count_substituted(self, batch: Batch) -> None:
         for line in batch.substituted:
@@ -172,16 +204,19 @@ def build_loader(
     micro_batch: int | None = None,
     positions: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
+    largest_of_peers: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> TrainLoader:
     """The training batches of data-parallel rank `rank` of `world`, beginning after `start` samples of all ranks.
 
     `micro_batch` defaults to `train.micro_batch`. `positions` (first, end) is the slice of every sequence that this
-    rank reads; default the whole. The batches come on `device`. Raises `UserError` for shards or keys that do not fit.
+    rank reads; default the whole. The batches come on `device`. Ranks that read slices of the same sequences must take
+    the same crops, also where one of them cannot read its slice: `largest_of_peers` gives the elementwise maximum over
+    them of an int64 tensor on the CPU. Raises `UserError` for shards or keys that do not fit.
     """
     schedule = RankSchedule(config.train.global_batch, micro_batch or config.train.micro_batch, rank, world)
     stream = config.data.mode == "stream"
     samples = StreamSamples(config, positions) if stream else ShardSamples(config, split, positions)
-    loader = TrainLoader(config, samples, schedule, device)
+    loader = TrainLoader(config, samples, schedule, device, None if stream else largest_of_peers)
     loader.seek(start)
     return loader
 

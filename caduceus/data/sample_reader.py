@@ -21,17 +21,17 @@ READ_WAITS = (0.1, 0.5)
 _FINAL_ERRORS = (UnavailableError, FileNotFoundError, PermissionError)
 _CRC_MISMATCH = "its crc32 is not the index's"
 _NO_BASES = "bytes that are no bases"
-_SUBSTITUTES = 10
+_UNREAD_BY_A_PEER = "not all ranks that share it could read it"
+SUBSTITUTES = 10
 """Crops tried in place of one that cannot be read."""
 
 
 class SampleReader:
-    """Reads samples, or the slice `positions` of each, for peers that share a sequence. Safe to pickle and to fork.
+    """Reads samples, or the slice `positions` of each. Safe to pickle and to fork.
 
     With `data.check_crc`, a window's crc32 is checked when it is first read from. What cannot be read soundly is
-    retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. Damage found by the crc32 is
-    found by all ranks and workers, so they replace the same samples. A failing disk, or a byte that is no base, may be
-    met by one of the peers that share a sequence alone: there it is a `UserError` too.
+    retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that
+    is no base, may be met by one alone of the peers that share a sample: they have to agree on the crops to take.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class SampleReader:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._sliced = positions not in (None, (0, data.seq_len))
         self._tokenizer = Tokenizer(data, positions)
         self._substitute = substitute
         self._sound = np.full(len(self._crops.windows), not data.check_crc)
@@ -52,14 +51,19 @@ class SampleReader:
         self._invalid_crops: set[tuple[int, int]] = set()
         self._prefetcher: Prefetcher | None = None
 
-    def read(self, samples: np.ndarray) -> SampleArrays:
-        """Tokens of samples (B,) SAMPLE_DTYPE."""
+    def read(self, samples: np.ndarray, least: np.ndarray | None = None) -> SampleArrays:
+        """Tokens of samples (B,) SAMPLE_DTYPE.
+
+        `least` (B,): the first crop of each that is tried, 0 its own, n its n-th substitute; default its own.
+        """
+        if least is None:
+            least = np.zeros(len(samples), np.int64)
         while True:
-            taken, bases, notes = self._read_bases(samples)
+            taken, choices, bases, notes = self._read_bases(samples, least)
             mirrored = taken["strand"] != self._crops.windows["strand"][taken["window"]]
             arrays, invalid = self._tokenizer.tokens(bases, mirrored, taken)
             if not invalid.any():
-                return replace(arrays, substituted=notes)
+                return replace(arrays, substituted=notes, choices=choices)
             self._condemn(taken[invalid > 0])
 
     def prefetch(self, samples: np.ndarray) -> None:
@@ -96,12 +100,14 @@ class SampleReader:
             "strand": STRAND_SYMBOLS[sample["strand"]],
         }
 
-    def _read_bases(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-        """The samples taken, their stored bases (B, n) uint8, and a line for each that is a substitute."""
+    def _read_bases(
+        self, samples: np.ndarray, least: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+        """The samples taken, which choices (B,) they are, their bases (B, n) uint8, a line for each substitute."""
         bases = np.empty((len(samples), self._tokenizer.end - self._tokenizer.first), np.uint8)
-        taken, notes = samples, []
+        taken, choices, notes = samples, least, []
         shards, offsets = self._stored_places(samples)
-        sound = self._sound[samples["window"]].tolist()
+        sound = (self._sound[samples["window"]] & (least == 0)).tolist()
         for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
             if sound[row] and not self._invalid_crops:
                 try:
@@ -109,12 +115,12 @@ class SampleReader:
                     continue
                 except OSError:
                     pass
-            sample, note = self._read_carefully(samples[row : row + 1], bases[row])
+            sample, choice, note = self._read_carefully(samples[row : row + 1], bases[row], int(least[row]))
             if note:
-                taken = samples.copy() if taken is samples else taken
-                taken[row] = sample[0]
+                taken, choices = (samples.copy(), least.copy()) if taken is samples else (taken, choices)
+                taken[row], choices[row] = sample[0], choice
                 notes.append(note)
-        return taken, bases, tuple(notes)
+        return taken, choices, bases, tuple(notes)
 
     def _stored_places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard (B,) of each sample, and the offset (B,) in it of the stored bases that hold the slice."""
@@ -126,19 +132,20 @@ class SampleReader:
         stored = np.where(windows["strand"] == 1, mirrored, forward)
         return windows["shard"], windows["offset"].astype(np.int64) + stored
 
-    def _read_carefully(self, sample: np.ndarray, buffer: np.ndarray) -> tuple[np.ndarray, str | None]:
-        """Fill `buffer` with a sample (1,) or what stands for it; the sample taken, and a line if it is another."""
-        problem = self._try_to_read(sample, buffer)
+    def _read_carefully(self, sample: np.ndarray, buffer: np.ndarray, least: int) -> tuple[np.ndarray, int, str | None]:
+        """Fill `buffer` with a sample (1,) or what stands for it; what was taken, which choice, a line if another."""
+        problem = self._try_to_read(sample, buffer) if least == 0 else _UNREAD_BY_A_PEER
         if problem is None:
-            return sample, None
+            return sample, 0, None
         place = self._place(sample[0])
         if self._substitute is None:
             raise UserError(f"{place}: {problem}; restore the shard or shard again")
-        for attempt in range(_SUBSTITUTES):
-            other = self._substitute(int(sample["g"][0]), attempt)
+        g = int(sample["g"][0])
+        for choice in range(max(1, least), SUBSTITUTES + 1):
+            other = self._substitute(g, choice - 1)
             if self._try_to_read(other, buffer) is None:
-                return other, f"sample {sample['g'][0]}: {place}: {problem}; took {self._place(other[0])} instead"
-        raise UserError(f"{place}: {problem}; neither could {_SUBSTITUTES} other crops be read; restore the shards")
+                return other, choice, f"sample {g}: {place}: {problem}; took {self._place(other[0])} instead"
+        raise UserError(f"{place}: {problem}; neither could {SUBSTITUTES} other crops be read; restore the shards")
 
     def _try_to_read(self, sample: np.ndarray, buffer: np.ndarray) -> str | None:
         """Fill `buffer` from a sound window, with retries; otherwise what is wrong."""
@@ -163,13 +170,11 @@ class SampleReader:
                 time.sleep(wait)
         if problem is _CRC_MISMATCH:
             self._damaged_windows.add(window)
-        elif self._sliced:
-            raise UserError(f"{self._place(sample[0])}: {problem}")
         return problem
 
     def _condemn(self, samples: np.ndarray) -> None:
         """Never again take crops that hold bytes that are no bases."""
-        if self._sliced or self._substitute is None:
+        if self._substitute is None:
             raise UserError(f"{self._place(samples[0])}: {_NO_BASES}; restore the shard or shard again")
         self._invalid_crops.update(zip(samples["window"].tolist(), samples["begin"].tolist(), strict=True))
 

@@ -49,6 +49,10 @@ class ShardSamples:
     def describe(self, g: int) -> dict[str, Any]:
         return self._reader.describe(self._order.locate(np.array([g]))[0])
 
+    def read(self, numbers: np.ndarray, least: np.ndarray) -> Batch:
+        """Samples (B,), of which peers that share them could not read the crops before the `least` (B,) of each."""
+        return to_batch(self._reader.read(self._order.locate(numbers), least))
+
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
         """A rank's micro-batches from number `first` on, for ever; each worker yields every n-th of them."""
         return _MicroBatches(self._order, self._reader, schedule, first)

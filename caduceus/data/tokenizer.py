@@ -22,6 +22,8 @@ class SampleArrays:
     """(B,) int64 sample numbers."""
     substituted: tuple[str, ...] = ()
     """A line for each sample that could not be read and what stands for it."""
+    choices: np.ndarray | None = None
+    """(B,) int64, the crop taken for each sample: 0 its own, n its n-th substitute; None where there is no choice."""
 
 
 class Tokenizer:

@@ -13,6 +13,7 @@ from caduceus.distributed.deepspeed import DeepSpeed
 from caduceus.distributed.fsdp import FSDP
 from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL
 from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.strands import StrandGroup
 from caduceus.distributed.strategy import Single
 
 _STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpeed}
@@ -25,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 def build_strategy(config: Config, ranks: Ranks) -> Single:
     """The strategy of `parallel.strategy` around a freshly initialised model."""
-    model = build_model(config)
+    model = build_model(config, ranks.strand_group)
     model.share_sequences(ranks.context_group)
     if config.parallel.strategy == "auto":
         config = copy.deepcopy(config)
@@ -37,11 +38,11 @@ def build_strategy(config: Config, ranks: Ranks) -> Single:
     return _STRATEGIES[config.parallel.strategy](config, ranks, model)
 
 
-def build_model(config: Config) -> CaduceusForMaskedLM:
+def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusForMaskedLM:
     """The model of the run on the meta device: a strategy gives it weights, and places them."""
     checkpoint_blocks = config.model.n_layer if config.train.activation_checkpointing == "block" else 0
     with torch.device("meta"):
-        model = CaduceusForMaskedLM(config.model, backend=config.ops.backend, checkpoint_blocks=checkpoint_blocks)
+        model = CaduceusForMaskedLM(config.model, config.ops.backend, checkpoint_blocks, strands)
     if config.train.compile:
         for block in model.blocks:
             block.compile()

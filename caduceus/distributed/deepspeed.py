@@ -7,14 +7,11 @@ learning rate, clipping, precision and batches. A DeepSpeed JSON of the user's m
 import contextlib
 import functools
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +20,7 @@ from torch import nn
 from caduceus.config import Config
 from caduceus.data.shards import dump_json
 from caduceus.distributed.deepspeed_config import engine_options
+from caduceus.distributed.deepspeed_schema import import_deepspeed
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
@@ -43,7 +41,13 @@ class DeepSpeed(Single):
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         options = engine_options(config, ranks.data_world, parameters)
-        deepspeed = _import_deepspeed(ranks.device)
+        try:
+            deepspeed = import_deepspeed(ranks.device.type)
+        except ImportError:
+            raise UserError(
+                "parallel.strategy: deepspeed is not installed; "
+                "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
+            ) from None
         self.ranks = ranks
         self.zero_stage = config.parallel.zero_stage
         if self.zero_stage == 3:
@@ -177,20 +181,3 @@ class DeepSpeed(Single):
                 if self.ranks.is_main:
                     weights[name] = parameter.detach().cpu().clone()
         return weights
-
-
-def _import_deepspeed(device: torch.device) -> ModuleType:
-    """The package, told which device to use, quiet, and with no kernel of its own to be compiled."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # one process may have been started without a launcher
-    try:
-        import deepspeed
-    except ImportError:
-        raise UserError(
-            "parallel.strategy: deepspeed is not installed; DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
-        ) from None
-    deepspeed.logger.setLevel("WARNING")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names that it calls
-    # On CPU it would compile collectives of its own at the first start, which needs a compiler; gloo has them.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

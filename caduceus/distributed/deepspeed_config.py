@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.config import Config
+from caduceus.distributed.deepspeed_schema import refuse_what_deepspeed_would
 from caduceus.errors import UserError
 
 LARGEST_BUCKET = 500_000_000
@@ -31,7 +32,7 @@ _FOREIGN = (
 )
 """Keys that would change the model, the order of the data, or how gradients add up."""
 _OFFLOADED = ("offload_optimizer", "offload_param")
-_SECTIONS = ("zero_optimization", *(f"zero_optimization.{part}" for part in _OFFLOADED), "bf16", "fp16")
+_SECTIONS = ("zero_optimization", *(f"zero_optimization.{part}" for part in _OFFLOADED), "bf16", "bfloat16", "fp16")
 """Keys whose values are objects, and are looked into."""
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def engine_options(config: Config, data_world: int, parameters: int) -> dict[str
         )
     decided = _decided(config, data_world)
     # The batch follows from its parts; DeepSpeed would count the ranks that share a sequence as well.
-    for key in (*_REPLACED, "train_batch_size", "bf16", "fp16"):
+    for key in (*_REPLACED, "train_batch_size", "bf16", "bfloat16", "fp16"):
         options.pop(key, None)
     zero = options.setdefault("zero_optimization", {})
     zero["stage"] = parallel.zero_stage
@@ -81,7 +82,8 @@ def engine_options(config: Config, data_world: int, parameters: int) -> dict[str
 def user_options(config: Config, data_world: int) -> dict[str, Any]:
     """The options of the user's file, none without one.
 
-    Raises `UserError` for what DeepSpeed cannot do, and for a key that contradicts the run's configuration.
+    Raises `UserError` for what DeepSpeed cannot do, for a key that contradicts the run's configuration, and for one
+    that the installed DeepSpeed does not know or whose value it does not take.
     """
     if config.train.precision == "fp64":
         raise UserError("train.precision: DeepSpeed computes in fp32 or bf16, not in fp64; use ddp or fsdp")
@@ -90,6 +92,8 @@ def user_options(config: Config, data_world: int) -> dict[str, Any]:
         return {}
     options = _read(path)
     _check(options, path, _decided(config, data_world))
+    zero = {**options.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
+    refuse_what_deepspeed_would({**options, "zero_optimization": zero}, path, config.run.device)
     return options
 
 
@@ -105,6 +109,7 @@ def _decided(config: Config, data_world: int) -> dict[str, tuple[Any, str]]:
         "gradient_clipping": (train.clip_norm, "train.clip_norm"),
         "zero_optimization.stage": (config.parallel.zero_stage, "parallel.zero_stage"),
         "bf16.enabled": (bf16, "train.precision"),
+        "bfloat16.enabled": (bf16, "train.precision"),
         "fp16.enabled": (False, "train.precision"),
         "torch_autocast.enabled": (bf16, "train.precision"),
     }

@@ -15,6 +15,11 @@ def check_layout(config: Config, world: int) -> None:
     parallel, train = config.parallel, config.train
     if world % parallel.context:
         raise UserError(f"parallel.context: {parallel.context} does not divide the {world} ranks")
+    if world % parallel.ranks_per_sample:
+        raise UserError(
+            f"parallel.strands: {parallel.strands} x parallel.context {parallel.context} ranks share a sequence, which "
+            f"does not divide the number of ranks, {world}"
+        )
     if not _cuts_sequences(config, parallel.context):
         raise UserError(
             f"parallel.context: {parallel.context} does not cut data.seq_len {config.data.seq_len} into equal slices "
@@ -22,16 +27,16 @@ def check_layout(config: Config, world: int) -> None:
         )
     if parallel.shard and world % parallel.shard:
         raise UserError(f"parallel.shard: {parallel.shard} does not divide the {world} ranks")
-    if not _shares_batch(config, world, parallel.context):
+    if not _shares_batch(config, world, parallel.ranks_per_sample):
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
-            f"{world // parallel.context} data-parallel ranks (parallel.context ranks share a sequence and count as "
-            f"one); {_way_on(config, world)}"
+            f"{world // parallel.ranks_per_sample} data-parallel ranks (parallel.context x parallel.strands ranks "
+            f"share a sequence and count as one); {_way_on(config, world)}"
         )
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
     if parallel.strategy == "deepspeed":
-        user_options(config, world // parallel.context)
+        user_options(config, world // parallel.ranks_per_sample)
 
 
 def _cuts_sequences(config: Config, context: int) -> bool:
@@ -39,15 +44,20 @@ def _cuts_sequences(config: Config, context: int) -> bool:
     return not rest and width >= config.model.d_conv - 1
 
 
-def _shares_batch(config: Config, world: int, context: int) -> bool:
-    return config.train.global_batch % (config.train.micro_batch * (world // context)) == 0
+def _shares_batch(config: Config, world: int, ranks_per_sample: int) -> bool:
+    return config.train.global_batch % (config.train.micro_batch * (world // ranks_per_sample)) == 0
 
 
 def _way_on(config: Config, world: int) -> str:
-    """What to change so that the global batch can be shared out."""
-    for context in range(1, world + 1):
-        if world % context == 0 and _cuts_sequences(config, context) and _shares_batch(config, world, context):
-            return f"parallel.context={context} fits"
+    """What to change so that the global batch can be shared out; rather strands than slices, which cost more."""
+    for shared in range(1, world + 1):
+        if world % shared or not _shares_batch(config, world, shared):
+            continue
+        for strands in (2, 1) if config.model.rcps else (1,):
+            context, rest = divmod(shared, strands)
+            if not rest and _cuts_sequences(config, context):
+                keys = f"parallel.strands={strands} " if config.model.rcps else ""
+                return f"{keys}parallel.context={context} fits"
     return "no parallel.context fits: change the number of ranks or train.micro_batch"
 
 

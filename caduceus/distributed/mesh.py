@@ -1,8 +1,9 @@
 """The ranks of a run: how they find each other, how they are arranged, and what they agree on.
 
-World = data-parallel ranks x context. Ranks that share a sequence (`parallel.context`) are neighbours, so that they
-sit on one node; ranks that share parameters (`parallel.shard`) are neighbours as well. Gradients are summed over the
-whole world, so the two arrangements are independent of each other.
+World = data-parallel ranks x strands x context. Ranks with slices of one strand (`parallel.context`) are neighbours, as
+they exchange states in every layer. Next to them are those with the other strand (`parallel.strands`), with which they
+exchange logits once per micro-batch; so all ranks of a sample sit on one node. Ranks that share parameters
+(`parallel.shard`) are neighbours as well. Gradients are summed over the whole world, so it does not matter which.
 """
 
 import os
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from caduceus.config import Config
 from caduceus.distributed.context import ContextGroup
 from caduceus.distributed.layout import check_layout
+from caduceus.distributed.strands import StrandGroup
 from caduceus.errors import UserError
 
 COLLECTIVE_MARGIN = timedelta(minutes=10)
@@ -31,21 +33,32 @@ class Ranks:
     """This process among the processes of the run.
 
     rank, world: of this process and of all; data_rank, data_world: who draws which samples; context_rank, context:
-    which slice of a sample; device: where this process computes; timeout: of collectives in groups of some ranks.
+    which slice of a sample; strand_rank, strands: which strand of it, or with one all that the model has; device: where
+    this process computes; timeout: of collectives in groups of some ranks.
     """
 
     def __init__(
-        self, rank: int, world: int, context: int, device: torch.device, timeout: timedelta | None = None
+        self,
+        rank: int,
+        world: int,
+        context: int,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        strands: int = 1,
     ) -> None:
         self.rank = rank
         self.world = world
         self.context = context
+        self.strands = strands
         self.context_rank = rank % context
-        self.data_rank = rank // context
-        self.data_world = world // context
+        self.strand_rank = rank // context % strands
+        self.data_rank = rank // (context * strands)
+        self.data_world = world // (context * strands)
         self.device = device
         self.timeout = timeout
         self.context_group = self._make_context_group()
+        self.strand_group = self._make_strand_group()
+        self._sample_group = self._make_sample_group()
 
     @property
     def is_main(self) -> bool:
@@ -70,6 +83,16 @@ class Ranks:
         tensor = torch.tensor(value, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return int(tensor)
+
+    @property
+    def shares_samples(self) -> bool:
+        """Whether other ranks compute other slices or strands of this rank's samples: its peers."""
+        return self._sample_group is not None
+
+    def largest_of_peers(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum over this rank and its peers, in place; on the CPU without a word to the GPU."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._sample_group)
+        return values
 
     def gather(self, numbers: list[float]) -> torch.Tensor:
         """(n,) numbers of each rank -> (world, n) float64 on the CPU, the same on all ranks."""
@@ -115,6 +138,26 @@ class Ranks:
         group, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)
         return ContextGroup(group, self.context_rank, self.context)
 
+    def _make_strand_group(self) -> StrandGroup | None:
+        if self.strands == 1:
+            return None
+        shared = self.strands * self.context
+        groups = [
+            list(range(sample + slice_, sample + shared, self.context))
+            for sample in range(0, self.world, shared)
+            for slice_ in range(self.context)
+        ]
+        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)
+        return StrandGroup(group, self.strand_rank, self.strands)
+
+    def _make_sample_group(self) -> dist.ProcessGroup | None:
+        if self.strand_group is None or self.context_group is None:
+            of_one_kind = self.strand_group or self.context_group
+            return of_one_kind and of_one_kind.group
+        shared = self.strands * self.context
+        groups = [list(range(first, first + shared)) for first in range(0, self.world, shared)]
+        return dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)[0]
+
 
 @contextmanager
 def joined(config: Config) -> Iterator[Ranks]:
@@ -131,7 +174,7 @@ def joined(config: Config) -> Iterator[Ranks]:
         return
     timeout = _collective_timeout(config.train.stall_minutes)
     if dist.is_initialized():
-        yield Ranks(rank, world, config.parallel.context, device, timeout)
+        yield Ranks(rank, world, config.parallel.context, device, timeout, config.parallel.strands)
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -145,7 +188,7 @@ def joined(config: Config) -> Iterator[Ranks]:
         **alone,
     )
     try:
-        yield Ranks(rank, world, config.parallel.context, device, timeout)
+        yield Ranks(rank, world, config.parallel.context, device, timeout, config.parallel.strands)
     finally:
         dist.destroy_process_group()
 

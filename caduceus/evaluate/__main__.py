@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 
+from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.data.shards import SPLITS
 from caduceus.errors import UserError, run_command
@@ -11,7 +12,7 @@ from caduceus.errors import UserError, run_command
 
 def main() -> int:
     """Parse the command line, evaluate, and print one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m caduceus.evaluate", description="What a trained model is worth.")
+    parser = Parser(prog="python -m caduceus.evaluate", description="What a trained model is worth.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="heldout")
     heldout = commands.add_parser("heldout", help="loss on held-out sequences, per species, in nats per labelled base")
     source = heldout.add_mutually_exclusive_group(required=True)
@@ -33,6 +34,7 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     from caduceus.distributed.mesh import choose_device
     from caduceus.evaluate.heldout import held_out_loss
     from caduceus.model.hub import load_published, load_trained, run_of
+    from caduceus.ops import check_backend
 
     if arguments.config is None and arguments.run is None:
         raise UserError(
@@ -42,6 +44,8 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     device = choose_device(config.run.device)
     model = load_trained(arguments.run) if arguments.run else load_published(arguments.export)
     config.model = model.config  # decides which strands a sample may show
+    dtype = next(model.parameters()).dtype
+    check_backend(model.backend, device, dtype, config.model.d_state, config.model.d_conv)
     batches = build_validation(config, arguments.split, device=device)
     return held_out_loss(model.to(device), batches, device, config.train.precision)
 

@@ -25,13 +25,12 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
 
 
-def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int) -> Tensor:
-    """`weight` for either stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
+def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int, streams: int) -> Tensor:
+    """`weight` for each stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
 
     A stream that is held channel-flipped meets weights flipped along D instead, so activations never are.
     """
-    copies = [weight, weight.flip(dim)]
-    return torch.stack(copies if mirrored_stream == 1 else copies[::-1])
+    return torch.stack([weight.flip(dim) if stream == mirrored_stream else weight for stream in range(streams)])
 
 
 class BiMamba(nn.Module):
@@ -39,7 +38,7 @@ class BiMamba(nn.Module):
 
     Parameters of direction d (0 left-to-right, 1 right-to-left) are stacked on a leading axis. The `mirrored_stream`
     runs as the reverse complement: it has the directions exchanged, and with `mirror_channels` also D flipped at entry
-    and exit, which its projections absorb.
+    and exit, which its projections absorb. With one stream, `mirrored_stream` 1 means that it is not this one.
     """
 
     def __init__(
@@ -83,55 +82,58 @@ class BiMamba(nn.Module):
         self.D.fill_(1)
         uniform(self.out_proj, (config.d_inner * config.n_layer) ** -0.5)
 
-    def forward(self, hidden: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        """hidden (S, B, L, D), pad_mask (B, L) bool, true where a position is only padding of the batch."""
+    def forward(self, hidden: Tensor, pad_mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+        """hidden (S, B, L, D), pad_mask (B, L) bool, true where a position is only padding of the batch; starts (B, L)
+        bool, true where a packed sequence begins: nothing crosses its border in either direction."""
         config = self.config
         if config.bidirectional:
             jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
         else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
-            jointly = self.mirrored_stream == 1
+            jointly = self.mirrored_stream == 1 and not self._has_strand_apart(hidden)
         mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
-        return mix(hidden, pad_mask)
+        return mix(hidden, pad_mask, starts)
 
-    def _mix_directions_jointly(self, hidden: Tensor, pad_mask: Tensor | None) -> Tensor:
+    def _mix_directions_jointly(self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
         """Both directions share x, z and the out projection: projections and pointwise maps commute with flips."""
         x, z = self._project_in(hidden, 0, pad_mask)
         # The ops exchange the directions of stream 1. Where stream 0 is the mirrored one, exchange the parameters.
         parameters = self.conv_weight, self.conv_bias, self.x_proj, self.dt_proj, self.dt_bias, self.A_log, self.D
         if self.mirrored_stream == 0:
             parameters = [parameter.flip(0) for parameter in parameters]
+        elif self._has_strand_apart(hidden):
+            parameters = [parameter.clone() for parameter in parameters]
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = parameters
-        u = bidirectional_conv1d(x, conv_weight, conv_bias, context=self.context, backend=self.backend)
+        where = {"context": self.context, "starts": starts, "backend": self.backend}
+        u = bidirectional_conv1d(x, conv_weight, conv_bias, **where)
         dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
-        scan_inputs = u, dt, _negative_exp(A_log), B, C, D, z, dt_bias
-        y = bidirectional_scan(*scan_inputs, context=self.context, backend=self.backend)
+        y = bidirectional_scan(u, dt, _negative_exp(A_log), B, C, D, z, dt_bias, **where)
         return self._project_out(y, 0)
 
-    def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None) -> Tensor:
+    def _has_strand_apart(self, hidden: Tensor) -> bool:
+        """Whether the other strand is on another rank.
+
+        Gradients must then be ready in the same order on both, as DeepSpeed adds them up in the order in which they
+        come: so both take the same operators, whatever their role.
+        """
+        return self.config.rcps and hidden.shape[0] == 1
+
+    def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
         """Directions with projections of their own, or joined by multiplication."""
         directions = range(2 if self.config.bidirectional else 1)
-        outputs = [self._mix_direction(hidden, direction, pad_mask) for direction in directions]
+        outputs = [self._mix_direction(hidden, direction, pad_mask, starts) for direction in directions]
         if len(outputs) == 1:
             return outputs[0]
         forward, backward = outputs
         return forward + backward if self.config.bidirectional_strategy == "add" else forward * backward
 
-    def _mix_direction(self, hidden: Tensor, direction: int, pad_mask: Tensor | None) -> Tensor:
+    def _mix_direction(self, hidden: Tensor, direction: int, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
         projection = direction % self.in_proj.shape[0]
         x, z = self._project_in(hidden, projection, pad_mask)
         reverse = [(direction == 1) != (stream == self.mirrored_stream) for stream in range(hidden.shape[0])]
+        where = {"context": self.context, "starts": starts, "backend": self.backend}
+        conv_weight, conv_bias = self.conv_weight[direction], self.conv_bias[direction]
         u = torch.stack(
-            [
-                causal_conv1d(
-                    x[s],
-                    self.conv_weight[direction],
-                    self.conv_bias[direction],
-                    reverse=reverse[s],
-                    context=self.context,
-                    backend=self.backend,
-                )
-                for s in range(len(reverse))
-            ]
+            [causal_conv1d(x[s], conv_weight, conv_bias, reverse=reverse[s], **where) for s in range(len(reverse))]
         )
         x_proj, dt_proj = self.x_proj[direction, None], self.dt_proj[direction, None]
         dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
@@ -148,8 +150,7 @@ class BiMamba(nn.Module):
                     z[s],
                     self.dt_bias[direction],
                     reverse=reverse[s],
-                    context=self.context,
-                    backend=self.backend,
+                    **where,
                 )
                 for s in range(len(reverse))
             ]
@@ -158,7 +159,7 @@ class BiMamba(nn.Module):
 
     def _project_in(self, hidden: Tensor, projection: int, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x and z, (S, B, L, E) each. Two products instead of one give two contiguous results."""
-        weight = self._for_streams(self.in_proj[projection], -1)
+        weight = self._for_streams(self.in_proj[projection], -1, hidden.shape[0])
         x_weight, z_weight = weight.chunk(2, dim=1)
         x = project(hidden, x_weight)
         if pad_mask is not None:
@@ -177,10 +178,12 @@ class BiMamba(nn.Module):
         return dt, B, C
 
     def _project_out(self, y: Tensor, projection: int) -> Tensor:
-        return project(y, self._for_streams(self.out_proj[projection], 0))
+        return project(y, self._for_streams(self.out_proj[projection], 0, y.shape[0]))
 
-    def _for_streams(self, weight: Tensor, dim: int) -> Tensor:
-        return with_mirrored_channels(weight, dim, self.mirrored_stream) if self.mirror_channels else weight[None]
+    def _for_streams(self, weight: Tensor, dim: int, streams: int) -> Tensor:
+        if not self.mirror_channels:
+            return weight[None]
+        return with_mirrored_channels(weight, dim, self.mirrored_stream, streams)
 
 
 def _negative_exp(A_log: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from caduceus.alphabet import IGNORE_LABEL, complement_map
 from caduceus.config import CaduceusConfig
 from caduceus.model.bimamba import BiMamba, project, with_mirrored_channels
-from caduceus.ops import Context, add_norm, head_cross_entropy
+from caduceus.ops import Context, Strands, add_norm, head_cross_entropy
 
 
 class MaskedLMOutput(NamedTuple):
@@ -68,11 +68,12 @@ class Norm(nn.Module):
         """Without a residual the sum is x itself."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        weight, bias = (None if vector is None else self._for_streams(vector) for vector in (self.weight, self.bias))
+        streams = x.shape[0]
+        weight, bias = (None if v is None else self._for_streams(v, streams) for v in (self.weight, self.bias))
         return add_norm(x, residual, weight, bias, eps=self.eps, out_dtype=dtype, backend=self.backend)
 
-    def _for_streams(self, vector: Tensor) -> Tensor:
-        return with_mirrored_channels(vector, 0, self.mirrored_stream) if self.mirror_channels else vector
+    def _for_streams(self, vector: Tensor, streams: int) -> Tensor:
+        return with_mirrored_channels(vector, 0, self.mirrored_stream, streams) if self.mirror_channels else vector
 
 
 class Block(nn.Module):
@@ -89,11 +90,15 @@ class Block(nn.Module):
         self.mixer.init_weights(generator)
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None = None, pad_mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        residual: Tensor | None = None,
+        pad_mask: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(mixer(norm(residual + hidden)), residual + hidden), (S, B, L, D) each; the next block adds them."""
         normed, residual = self.norm(hidden, residual)
-        return self.mixer(normed, pad_mask), residual
+        return self.mixer(normed, pad_mask, starts), residual
 
 
 class CaduceusForMaskedLM(nn.Module):
@@ -102,15 +107,28 @@ class CaduceusForMaskedLM(nn.Module):
     `backend` names the implementation of the ops (see `caduceus.ops`). Of the first `checkpoint_blocks` blocks
     the backward pass recomputes the activations instead of keeping them. (The first, because it comes to them last,
     when those of all others are freed.)
+
+    With `strands`, this rank has one of the two streams of a Caduceus-PS, S = 1. They meet in the logits: `.logits` and
+    `.loss` are those of both, `.loss_sum`, from which gradients are to be taken, and `.weight_sum` this rank's half.
+    Hidden states are not to be had.
     """
 
-    def __init__(self, config: CaduceusConfig, backend: str = "auto", checkpoint_blocks: int = 0) -> None:
+    def __init__(
+        self,
+        config: CaduceusConfig,
+        backend: str = "auto",
+        checkpoint_blocks: int = 0,
+        strands: Strands | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.strands = strands
+        self.streams = range(2 if config.rcps else 1) if strands is None else range(strands.rank, strands.rank + 1)
         self.backend = backend
         self.checkpoint_blocks = checkpoint_blocks
         swaps_strands = config.rcps and config.fused_add_norm
-        mirrored = [layer % 2 if swaps_strands else 1 for layer in range(config.n_layer)]
+        # Counted from the first stream that is here.
+        mirrored = [((layer if swaps_strands else 1) - self.streams[0]) % 2 for layer in range(config.n_layer)]
         table = torch.empty(config.padded_vocab_size, config.d_model)
         self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.register_buffer("complement", torch.empty(config.padded_vocab_size, dtype=torch.long), persistent=False)
@@ -140,23 +158,31 @@ class CaduceusForMaskedLM(nn.Module):
         output_hidden_states: bool = False,
         pad_mask: Tensor | None = None,
         return_logits: bool = True,
+        starts: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Predict every base, and the loss of the labelled ones where `labels` are given.
 
-        input_ids (B, L) int64; labels (B, L) int64, `IGNORE_LABEL` where nothing is to be predicted; loss_weights
-        (B, L) of the labelled bases. pad_mask (B, L) bool is true at positions that are only padding of the batch:
-        results at all other positions are those of the unpadded sequences. (A [PAD] token stands for N and is an
-        ordinary input.) With `return_logits` false the head runs at labelled positions only and `.logits` is None.
+        input_ids (B, L) int64; labels (B, L) int64, `IGNORE_LABEL` where nothing is to be predicted (others outside the
+        vocabulary: see `head_cross_entropy`); loss_weights (B, L) of the labelled bases. pad_mask (B, L) bool is true
+        at positions that are only padding of the batch: results at all other positions are those of the unpadded
+        sequences. (A [PAD] token stands for N and is an ordinary input.) starts (B, L) bool is true at the first
+        positions of sequences that are packed into a row: results are those of each by itself. With `return_logits`
+        false the head runs at labelled positions only and `.logits` is None.
+
+        Packed sequences may not be shared between ranks: a `ValueError`. All backends but triton run them one after
+        another and read `starts` for that, which breaks a compiled graph.
         """
+        if output_hidden_states and self.strands is not None:
+            raise ValueError("output_hidden_states: this rank has one of the two strands alone")
         hidden, residual = self._embed(input_ids), None
         hidden_states = [self._published_layout(hidden, first=0)] if output_hidden_states else None
         for number, block in enumerate(self.blocks, start=1):
             if number <= self.checkpoint_blocks and torch.is_grad_enabled():
                 if residual is not None:  # a block would keep both for its backward pass; of their sum it keeps one
                     hidden, residual = (residual + hidden).to(residual.dtype), None
-                hidden, residual = checkpoint(block, hidden, residual, pad_mask, use_reentrant=False)
+                hidden, residual = checkpoint(block, hidden, residual, pad_mask, starts, use_reentrant=False)
             else:
-                hidden, residual = block(hidden, residual, pad_mask)
+                hidden, residual = block(hidden, residual, pad_mask, starts)
             if output_hidden_states and number < len(self.blocks):
                 first = 1 - block.mixer.mirrored_stream if self.config.fused_add_norm else 0
                 hidden_states.append(self._published_layout(hidden, first))
@@ -167,11 +193,11 @@ class CaduceusForMaskedLM(nn.Module):
             hidden_states = tuple(hidden_states)
 
         head = self._head()
-        logits = _logits(normed, head) if return_logits else None
+        logits = self._logits(normed, head) if return_logits else None
         if labels is None:
             return MaskedLMOutput(logits=logits, hidden_states=hidden_states)
         loss_sum, weight_sum = head_cross_entropy(
-            normed, head, labels, loss_weights, ignore_label=IGNORE_LABEL, backend=self.backend
+            normed, head, labels, loss_weights, ignore_label=IGNORE_LABEL, strands=self.strands, backend=self.backend
         )
         loss = loss_sum / torch.where(weight_sum > 0, weight_sum, 1)
         return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum)
@@ -201,25 +227,24 @@ class CaduceusForMaskedLM(nn.Module):
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """The streams (S, B, L, D): the bases, and for Caduceus-PS their complements."""
-        table = self.embedding.weight
-        if self.config.rcps:
-            table = torch.cat([table, self._for_complement(table)])
-            input_ids = torch.stack([input_ids, input_ids + self.config.padded_vocab_size])
-        else:
-            input_ids = input_ids[None]
-        embedded = F.embedding(input_ids, table)
+        table, size = self.embedding.weight, self.config.padded_vocab_size
+        tables = torch.cat([self._for_complement(table) if stream == 1 else table for stream in self.streams])
+        embedded = F.embedding(torch.stack([input_ids + row * size for row in range(len(self.streams))]), tables)
         if self.config.residual_in_fp32:
             embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
         return embedded
 
     def _head(self) -> Tensor:
         """The head of each stream, (S, V, D): what it predicts is a base of the forward strand."""
-        table = self.embedding.weight
-        if not self.config.rcps:
-            return table[None]
-        pair = [table, self._for_complement(table)]
-        forward_is_first = not self.config.fused_add_norm or self.norm_f.mirrored_stream == 1
-        return torch.stack(pair if forward_is_first else pair[::-1])
+        table, mirrored = self.embedding.weight, self.norm_f.mirrored_stream
+        streams = range(len(self.streams))
+        return torch.stack([self._for_complement(table) if stream == mirrored else table for stream in streams])
+
+    def _logits(self, normed: Tensor, head: Tensor) -> Tensor:
+        """normed (S, B, L, D), head (S, V, D) -> logits (B, L, V), in at least fp32 over both strands."""
+        logits = project(normed, head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(0)
+        return logits if self.strands is None else self.strands.sum(logits)
 
     def _for_complement(self, table: Tensor) -> Tensor:
         """Rows of the complementary tokens, channel-flipped where the block form holds the second strand so."""
@@ -232,9 +257,3 @@ class CaduceusForMaskedLM(nn.Module):
             return streams[0]
         second = streams[1 - first]
         return torch.cat([streams[first], second if self.config.fused_add_norm else second.flip(-1)], dim=-1)
-
-
-def _logits(normed: Tensor, head: Tensor) -> Tensor:
-    """normed (S, B, L, D), head (S, V, D) -> logits (B, L, V), in at least fp32 over both strands."""
-    logits = project(normed, head)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(0)

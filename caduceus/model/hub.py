@@ -9,7 +9,6 @@ layout of the repository kuleshov-group/caduceus, which `transformers` loads thr
 `import` writes `config.yaml` (the `model:` section) and `model.safetensors` (our own names); `export` reads them.
 """
 
-import argparse
 import json
 import os
 import pickle
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.data.shards import dump_json
 from caduceus.errors import UserError, run_command
@@ -137,9 +137,7 @@ def save_imported(model: CaduceusForMaskedLM, directory: str | Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m caduceus.model.hub", description="Published Caduceus checkpoints, in and out."
-    )
+    parser = Parser(prog="python -m caduceus.model.hub", description="Published Caduceus checkpoints, in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a trained model as a published checkpoint")
     export.add_argument("--run", required=True, metavar="RUN_DIR_OR_CHECKPOINT", dest="source")

@@ -2,6 +2,9 @@
 
 Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams (strands: 1 or 2). Direction d
 runs left-to-right (0) or right-to-left (1); direction is an argument, never a flipped copy.
+
+Operands of another shape, type or device than stated are a `ValueError` or `TypeError`. All backends but `naive` give
+first derivatives only: a second one is a `RuntimeError`. An empty sequence (L = 0) has empty results.
 """
 
 import logging
@@ -17,9 +20,10 @@ from torch import Tensor
 
 from caduceus.errors import UserError
 from caduceus.ops import naive
+from caduceus.ops.operands import check_conv, check_head, check_norm, check_scan
 from caduceus.ops.packed import run_apart
 from caduceus.ops.runs import conv_by_runs, scan_by_runs
-from caduceus.ops.split import Context, SlicedScan, conv_over_ranks, scan_over_ranks
+from caduceus.ops.split import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
 
 BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
 PAD_DT = -1e4
@@ -28,46 +32,62 @@ PAD_DT = -1e4
 _log = logging.getLogger(__name__)
 
 
-def resolve_backend(backend: str, device: torch.device | str) -> str:
-    """The backend that runs on `device`; `auto` picks the fastest there is. Says once which and why.
+def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that computes in `dtype` on `device`; `auto` picks the fastest there is. Says once which and why.
 
     Raises `UserError` for an unknown backend and for one that cannot run here.
     """
-    device_type = torch.device(device).type
+    device_type, double = torch.device(device).type, dtype == torch.float64
     if backend == "auto":
-        return _auto_backend(device_type)
+        return _auto_backend(device_type, double)
     if backend not in BACKENDS:
         raise UserError(f"ops.backend: choose one of auto, {', '.join(BACKENDS)}; got '{backend}'")
-    if reason := _unusable(backend, device_type):
+    if reason := _unusable(backend, device_type, double):
         raise UserError(f"ops.backend: '{backend}' {reason}")
     return backend
 
 
+def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, d_state: int, d_conv: int) -> None:
+    """Raises `UserError` where the backend that `backend` stands for cannot run a model of these sizes."""
+    name = resolve_backend(backend, device, dtype)
+    supported = getattr(import_module(f"caduceus.ops.{name}"), "SUPPORTED", {})
+    for key, value in (("d_state", d_state), ("d_conv", d_conv)):
+        if key in supported and value not in supported[key]:
+            least, most = supported[key][0], supported[key][-1]
+            raise UserError(
+                f"model.{key}: ops.backend '{name}' takes {least} to {most}, got {value}; 'naive' takes any, slowly"
+            )
+
+
 @cache
-def _auto_backend(device_type: str) -> str:
+def _auto_backend(device_type: str, double: bool) -> str:
     chosen = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "naive")
-    if reason := _unusable(chosen, device_type):
+    if reason := _unusable(chosen, device_type, double):
         _log.warning("ops.backend: auto fell back to the slow 'naive' on '%s': '%s' %s", device_type, chosen, reason)
         return "naive"
     _log.info("ops.backend: auto chose '%s' on device '%s'", chosen, device_type)
     return chosen
 
 
-def _unusable(backend: str, device_type: str) -> str | None:
-    """Why a backend cannot run on a kind of device, and what to do; None where it can."""
+def _unusable(backend: str, device_type: str, double: bool) -> str | None:
+    """Why a backend cannot run on a kind of device, in float64 if `double`, and what to do; None where it can."""
     if backend == "cpu" and device_type != "cpu":
         return f"runs on the CPU only, not on '{device_type}': choose triton, or run.device=cpu"
     if backend == "triton":
         if find_spec("triton") is None:
-            return "needs the package triton: pip install 'caduceus[cuda]'"
+            return "needs the package triton: pip install triton"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if device_type != "cuda" and not (device_type == "cpu" and interpreted):
             return f"needs an NVIDIA GPU, not '{device_type}': choose cpu (TRITON_INTERPRET=1 runs it there, slowly)"
     if backend == "mamba_ssm":
         from caduceus.ops import mamba_ssm
 
+        if device_type != "cuda":
+            return f"needs an NVIDIA GPU, not '{device_type}': choose cpu"
         if reason := mamba_ssm.missing():
             return f"{reason}: {mamba_ssm.INSTALL}"
+    if backend in ("triton", "mamba_ssm") and double:
+        return "does not compute in float64: choose naive, or train.precision=fp32"
     return None
 
 
@@ -86,6 +106,7 @@ def selective_scan(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     context: Context | None = None,
+    starts: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective state-space scan (Gu and Dao 2023, arXiv:2312.00752) in one direction.
@@ -95,11 +116,26 @@ def selective_scan(
     u, dt, z (B, L, E); A (E, N), negative; B, C (B, L, N); D, dt_bias (E,); initial_state (B, E, N).
     Returns y (B, L, E), and with `return_final_state` also the state (B, E, N) after the last step taken, which is
     differentiable. With `reverse` the first step taken is position L - 1. With a `context` the sequence goes on over
-    its ranks: L is this rank's slice, and the states come from and go to the neighbours.
+    its ranks: L is this rank's slice, and the states come from and go to the neighbours. `starts` (B, L) bool marks the
+    first positions of packed sequences: no state crosses one. Neither goes with a state to begin from or to return.
     """
-    module = _module(backend, u.device.type)
+    check_scan(u, dt, A, B, C, D, z, dt_bias, initial_state, starts)
+    module = _module(backend, u)
+    has_states = initial_state is not None or return_final_state
+    if starts is not None:
+        _refuse_context(context)
+        if has_states:
+            raise ValueError("starts: packed sequences take no initial_state and give no final one")
+        if _is_triton(module):
+            return module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, None, starts)[0]
+
+        def scan_alone(b: int, t: slice) -> Tensor:
+            runs = [None if tensor is None else tensor[b, None, t] for tensor in (u, dt, B, C, z)]
+            return module.selective_scan(*runs[:2], A, *runs[2:4], D, runs[4], dt_bias, softplus, reverse, None)[0]
+
+        return run_apart(starts, scan_alone)
     if context is not None:
-        if initial_state is not None or return_final_state:
+        if has_states:
             raise ValueError(
                 "a context carries the states between ranks; it takes no initial_state and gives no final one"
             )
@@ -122,16 +158,24 @@ def causal_conv1d(
     activation: str | None = "silu",
     reverse: bool = False,
     context: Context | None = None,
+    starts: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Depth-wise causal convolution with optional silu. x (B, L, E), weight (E, K), bias (E,) -> (B, L, E).
 
     With `reverse`, position t sees t … t + K - 1. The last tap meets the position itself in both directions. With a
-    `context` the sequence goes on over its ranks.
+    `context` the sequence goes on over its ranks. `starts` (B, L) bool marks the first positions of packed sequences:
+    no tap crosses one.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation: choose None or 'silu', got {activation!r}")
-    module = _module(backend, x.device.type)
+    check_conv(x, weight, bias, starts)
+    module = _module(backend, x)
+    if starts is not None:
+        _refuse_context(context)
+        if _is_triton(module):
+            return module.causal_conv1d(x, weight, bias, activation, reverse, starts)
+        return run_apart(starts, lambda b, t: module.causal_conv1d(x[b, None, t], weight, bias, activation, reverse))
     if context is None:
         return module.causal_conv1d(x, weight, bias, activation, reverse)
 
@@ -157,11 +201,11 @@ def bidirectional_conv1d(
     directions exchanged. Returns (P, S, B, L, E). With a `context` the sequence goes on over its ranks. `starts` (B, L)
     bool marks the first positions of packed sequences: no tap crosses one.
     """
-    module = _module(backend, x.device.type)
+    check_conv(x, weight, bias, starts, parameters="P", streams="S")
+    module = _module(backend, x)
     if starts is not None:
-        if context is not None:
-            raise ValueError("starts: packed sequences cannot be shared between ranks")
-        if module.__name__ == "caduceus.ops.triton":
+        _refuse_context(context)
+        if _is_triton(module):
             return module.bidirectional_conv1d(x, weight, bias, starts)
         return run_apart(starts, lambda b, t: bidirectional_conv1d(x[:, b, None, t], weight, bias, backend=backend))
     if hasattr(module, "bidirectional_conv1d"):
@@ -170,8 +214,7 @@ def bidirectional_conv1d(
         convolve = partial(conv_by_runs, module.causal_conv1d, weight=weight, bias=bias)
     if context is None:
         return convolve(x)
-    takes_halo = module.__name__ == "caduceus.ops.triton"
-    return conv_over_ranks(convolve, x, weight.shape[0], weight.shape[2] - 1, False, takes_halo, context)
+    return conv_over_ranks(convolve, x, weight.shape[0], weight.shape[2] - 1, False, _is_triton(module), context)
 
 
 def bidirectional_scan(
@@ -196,11 +239,11 @@ def bidirectional_scan(
     sequence goes on over its ranks.
     `starts` (B, L) bool marks the first positions of packed sequences: no state crosses one, in either direction.
     """
-    module = _module(backend, u.device.type)
+    check_scan(u, dt, A, B, C, D, z, dt_bias, None, starts, parameters="P", streams="S")
+    module = _module(backend, u)
     if starts is not None:
-        if context is not None:
-            raise ValueError("starts: packed sequences cannot be shared between ranks")
-        if module.__name__ == "caduceus.ops.triton":
+        _refuse_context(context)
+        if _is_triton(module):
             return module.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, starts)
 
         def scan_alone(b: int, t: slice) -> Tensor:
@@ -232,7 +275,8 @@ def add_norm(
     x, residual (S, B, L, D); weight, bias (D,), or (S, D) for a stream each. The norm has `out_dtype`, by default x's,
     the sum has the residual's type. Without a residual the sum is x itself.
     """
-    add_norm = getattr(_module(backend, x.device.type), "add_norm", naive.add_norm)
+    check_norm(x, residual, weight, bias)
+    add_norm = getattr(_module(backend, x), "add_norm", naive.add_norm)
     return add_norm(x, residual, weight, bias, eps, out_dtype or x.dtype)
 
 
@@ -243,14 +287,22 @@ def head_cross_entropy(
     loss_weights: Tensor | None = None,
     *,
     ignore_label: int,
+    strands: Strands | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens; logits exist only there.
 
     hidden (S, B, L, D) and the head weight (S, V, D): streams are summed into the logits. labels (B, L), `ignore_label`
-    where nothing is labelled; loss_weights (B, L), by default 1. Both sums are 0 where no token is labelled.
+    where nothing is labelled; loss_weights (B, L), by default 1. Both sums are 0 where no token is labelled. With
+    `strands`, S is 1, the other stream is on another rank, which has the same labels, and each gets half of both sums.
+    Any other label outside 0 … V - 1 is a `ValueError` on a CPU, where the loss is `naive`'s; otherwise, as nothing
+    waits for a GPU to see it, the loss and its gradients are NaN.
     """
-    module = _module(backend, hidden.device.type)
+    check_head(hidden, weight, labels, loss_weights)
+    if strands is not None:
+        sums = naive.head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label, strands.sum)
+        return sums[0] / strands.size, sums[1] / strands.size
+    module = _module(backend, hidden)
     head_cross_entropy = getattr(module, "head_cross_entropy", naive.head_cross_entropy)
     return head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label)
 
@@ -262,12 +314,22 @@ def _sliced_scan(module: ModuleType) -> type[SlicedScan]:
     return module.SlicedScan
 
 
-def _module(backend: str, device_type: str) -> ModuleType:
-    return sys.modules[_load(backend, device_type)]
+def _refuse_context(context: Context | None) -> None:
+    if context is not None:
+        raise ValueError("starts: packed sequences cannot be shared between ranks (parallel.context)")
+
+
+def _is_triton(module: ModuleType) -> bool:
+    """Whether a backend's kernels take `starts` and halos."""
+    return module.__name__ == "caduceus.ops.triton"
+
+
+def _module(backend: str, tensor: Tensor) -> ModuleType:
+    return sys.modules[_load(backend, tensor.device.type, tensor.dtype)]
 
 
 @torch.compiler.assume_constant_result  # choosing and logging are not for a compiled graph
-def _load(backend: str, device_type: str) -> str:
-    name = f"caduceus.ops.{resolve_backend(backend, device_type)}"
+def _load(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    name = f"caduceus.ops.{resolve_backend(backend, device_type, dtype)}"
     import_module(name)
     return name

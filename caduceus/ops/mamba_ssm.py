@@ -13,9 +13,13 @@ from torch import Tensor
 from caduceus.errors import UserError
 
 INSTALL = (
-    "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "
-    "pip install --no-build-isolation 'mamba-ssm>=2.2' 'causal-conv1d>=1.4'"
+    "pip install einops transformers ninja packaging setuptools wheel && "
+    "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE "
+    "pip install --no-build-isolation --no-deps 'mamba-ssm>=2.2' 'causal-conv1d>=1.4'"
 )
+"""Built here, with Mamba-1, against the torch that is here, which the packages' own requirements might replace."""
+SUPPORTED = {"d_state": range(1, 257), "d_conv": range(2, 5)}
+"""Sizes of a model that the kernels take."""
 _CHUNK = 2048
 """Tokens per state that mamba-ssm's kernel keeps."""
 
@@ -27,8 +31,8 @@ def missing() -> str | None:
     for name in ("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface", "causal_conv1d"):
         try:
             import_module(name)
-        except ImportError as error:
-            return f"needs {name} ({' '.join(str(error).split())})"
+        except Exception as error:  # a library built for another torch or driver may raise anything
+            return f"needs {name} ({type(error).__name__}: {' '.join(str(error).split())})"
     return None
 
 

@@ -3,6 +3,8 @@
 Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams (strands: 1 or 2).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,7 @@ def selective_scan(
     for t in reversed(range(u.shape[1])) if reverse else range(u.shape[1]):
         h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
         ys[t] = torch.einsum("ben,bn->be", h, C[:, t])
-    y = torch.stack(ys, dim=1)
+    y = torch.stack(ys, dim=1) if ys else u
     if D is not None:
         y = y + D.to(compute) * u
     if z is not None:
@@ -121,17 +123,30 @@ def add_norm(
 
 
 def head_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor | None,
+    ignore_label: int,
+    add_up: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> tuple[Tensor, Tensor]:
     """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens, in at least fp32.
 
-    The logits of a token are the sum over streams of hidden (S, …, D) · weight (S, V, D).
+    The logits of a token are the sum over streams of hidden (S, …, D) · weight (S, V, D). `add_up` adds to the logits
+    (labelled tokens, V) of these streams those of others. A label outside 0 … V - 1 that is not `ignore_label` is a
+    `ValueError` on a CPU; elsewhere, where to look would be to wait, the loss is NaN.
     """
     compute = torch.promote_types(hidden.dtype, torch.float32)
     labelled = labels.flatten() != ignore_label
     rows = hidden.flatten(1, -2)[:, labelled].to(compute)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = torch.einsum("smd,svd->mv", rows, weight.to(compute))
-    losses = F.cross_entropy(logits, labels.flatten()[labelled], reduction="none")
+    targets = labels.flatten()[labelled].long()
+    known = (targets >= 0) & (targets < weight.shape[1])
+    if targets.device.type == "cpu" and not known.all():
+        wrong = targets[~known][0].item()
+        raise ValueError(f"labels: {wrong} is neither below the vocabulary's {weight.shape[1]} nor ignored")
+    losses = F.cross_entropy(add_up(logits), targets.where(known, 0), reduction="none")
+    losses = losses * torch.where(known, 1, torch.nan)
     weights = torch.ones_like(losses) if loss_weights is None else loss_weights.flatten()[labelled].to(compute)
     return (losses * weights).sum(), weights.sum()

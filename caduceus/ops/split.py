@@ -1,10 +1,10 @@
-"""Scan and convolution where the sequence is cut into slices over the ranks of a context group, exactly.
+"""Ops over ranks that share a sequence, exactly: scan and convolution of slices of it, and what strands need.
 
 The convolution needs the K - 1 inputs beside a slice. The scan needs the state in which it enters the slice, and its
 gradient the adjoint that comes back from the slices after it. Every rank runs its slice from zero, all gather where
 that ends, each folds what the slices before it (on the way back: after it) do to a state, and then runs its slice for
 real. A slice multiplies a state by exp(A dt_1) exp(A dt_2) … = exp(A sum dt), so what is gathered does not depend on
-its length.
+its length. Strands on ranks of their own meet in the logits alone.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,17 @@ class Context(Protocol):
 
     def all_gather(self, part: Tensor) -> Tensor:
         """(…) of each rank -> (R, …) on all of them, outside of autograd."""
+
+
+class Strands(Protocol):
+    """What head and model need of two ranks with a stream each (see `caduceus.distributed.strands`)."""
+
+    rank: int
+    """The stream that is here."""
+    size: int
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Sum over the ranks, differentiable where each goes on to an equal share of one loss."""
 
 
 class SlicedScan(Protocol):

@@ -1,16 +1,16 @@
 """python -m caduceus.train --config configs/pretrain/NAME.yaml [key.path=value …]"""
 
-import argparse
 import logging
 import warnings
 
+from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import run_command
 
 
 def main() -> int:
     """Parse the command line and train; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m caduceus.train", description="Pre-train Caduceus.")
+    parser = Parser(prog="python -m caduceus.train", description="Pre-train Caduceus.")
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="configuration, such as configs/pretrain/*.yaml"
     )

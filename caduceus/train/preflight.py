@@ -16,6 +16,7 @@ from caduceus.config import Config, config_to_dict
 from caduceus.data.shards import dump_json
 from caduceus.distributed.strategy import Single
 from caduceus.errors import NodeError, UserError
+from caduceus.ops import check_backend
 from caduceus.run_directory import RunDirectory
 from caduceus.train import memory
 from caduceus.train.recomputation import run_micro_batch, too_large
@@ -40,6 +41,12 @@ class Report:
     code_and_config: tuple[str, str]
     disk: str | None
     shared_memory: str | None
+
+
+def check_model(config: Config, device: torch.device) -> None:
+    """Raises `UserError` where `ops.backend` cannot run the model here; comes before shards are opened."""
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    check_backend(config.ops.backend, device, dtype, config.model.d_state, config.model.d_conv)
 
 
 def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> None:
@@ -120,6 +127,8 @@ def _try_collectives(strategy: Single) -> None:
     groups = {"all ranks": None} if ranks.world > 1 else {}
     if ranks.context_group is not None:
         groups["the ranks that share a sequence"] = ranks.context_group.group
+    if ranks.strand_group is not None:
+        groups["the ranks that share its strands"] = ranks.strand_group.group
     for mesh in {parameter.device_mesh for parameter in strategy.model.parameters() if isinstance(parameter, DTensor)}:
         for name in mesh.mesh_dim_names:
             groups[f"the ranks that {name} parameters"] = mesh.get_group(name)

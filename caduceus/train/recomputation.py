@@ -54,13 +54,14 @@ def recompute_to_fit(config: Config, strategy: Single) -> None:
 def bytes_added_by_keeping_a_block(config: Config, ranks: Ranks) -> int:
     """Bytes that a block keeps of a micro-batch, less those of the input that recomputing it takes."""
     with torch.device("meta"):
-        model = CaduceusForMaskedLM(dataclasses.replace(config.model, n_layer=1), backend=config.ops.backend)
+        small = dataclasses.replace(config.model, n_layer=1)
+        model = CaduceusForMaskedLM(small, backend=config.ops.backend, strands=ranks.strand_group)
     model.share_sequences(ranks.context_group)
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     block = model.blocks[0].to_empty(device=ranks.device).to(dtype)
     for parameter in block.parameters():
         torch.nn.init.zeros_(parameter)
-    shape = (2 if config.model.rcps else 1, *micro_batch_shape(config), config.model.d_model)
+    shape = (len(model.streams), *micro_batch_shape(config), config.model.d_model)
     with autocast(ranks.device, config.train.precision):
         with torch.no_grad():
             hidden, residual = block(torch.zeros(shape, dtype=dtype, device=ranks.device))

@@ -32,7 +32,8 @@ def training_step(
     clock = StepClock(ranks.device)
     micro_batches = [next(batches) for _ in range(loader.per_step)]
     clock.lap("data")
-    weight = ranks.sum(torch.stack([_label_weight(batch) for batch in micro_batches]).sum()).item() or 1.0
+    weight = torch.stack([_label_weight(batch) for batch in micro_batches]).sum() / ranks.strands  # each has all labels
+    weight = ranks.sum(weight).item() or 1.0
     clock.lap("communication")
     shares = []
     for number, batch in enumerate(micro_batches, start=1):

@@ -15,7 +15,7 @@ from caduceus.train.checkpoint import Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.monitor import Monitor
 from caduceus.train.preemption import EXIT_REQUEUE, StopRequest
-from caduceus.train.preflight import check_before_start, check_gpu_memory
+from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
 from caduceus.train.watchdog import Watchdog
@@ -31,6 +31,7 @@ def train(config: Config) -> int:
     """
     started = time.monotonic()
     with joined(config) as ranks:
+        check_model(config, ranks.device)
         if ranks.device.type == "cpu":
             keep_freed_memory()
         part = {
@@ -39,7 +40,8 @@ def train(config: Config) -> int:
             "positions": ranks.positions(config.data.seq_len),
             "device": ranks.device,
         }
-        loader = build_loader(config, "train", **part)
+        peers = ranks.largest_of_peers if ranks.shares_samples else None
+        loader = build_loader(config, "train", **part, largest_of_peers=peers)
         validation = build_validation(config, **part) if config.valid.every else None
         run = _open_run(config, ranks)
         try:

@@ -110,8 +110,6 @@ def test_without_crc_bytes_that_are_no_bases_are_found(configure: Callable[..., 
         }
         assert named == holding  # the crop alone, so that workers agree which samples are replaced
     assert loader.substituted
-    with pytest.raises(UserError, match=r"worm c:256-512: bytes that are no bases"):
-        take(build_loader(configure(**settings), positions=(0, 128)), 60)
 
 
 @pytest.fixture
@@ -150,9 +148,6 @@ def test_a_lasting_read_error_is_replaced_and_then_fatal(configure: Callable[...
     failing_reads["failures"] = 10**9
     with pytest.raises(UserError, match="neither could 10 other crops be read"):
         take(build_loader(configure()), 20)
-    failing_reads["failures"] = 3
-    with pytest.raises(UserError, match="Input/output error"):
-        take(build_loader(configure(), positions=(0, 128)), 20)
 
 
 def test_validation_refuses_damage(configure: Callable[..., Config], shards: Path, tmp_path: Path) -> None:

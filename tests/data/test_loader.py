@@ -352,5 +352,5 @@ raise RuntimeError("the training went wrong")
 def test_a_training_that_fails_ends_with_its_workers(configure: Callable[..., Config], tmp_path: Path) -> None:
     save_config(configure(workers=2), tmp_path / "config.yaml")
     command = [sys.executable, "-c", FAILING_TRAINING, str(tmp_path / "config.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "the training went wrong" in result.stderr

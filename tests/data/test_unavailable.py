@@ -71,8 +71,6 @@ def test_an_absent_shard_is_asked_for_once_and_its_samples_replaced_at_once(
     with pytest.raises(UserError, match=rf"data\.max_substituted: 4 samples .*{ABSENT}: .*{status}") as error:
         take(build_loader(configure(path=server.url, cache_dir=str(tmp_path / "other"), max_substituted=3)), 20)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=f"{ABSENT}: .*{status}"):
-        take(build_loader(configure(path=server.url, cache_dir=str(tmp_path / "cache")), positions=(0, 128)), 20)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -215,4 +213,4 @@ def train(config: Config, directory: Path) -> subprocess.CompletedProcess:
     config.valid.every = 0
     save_config(config, directory / "config.yaml")
     command = [sys.executable, "-m", "caduceus.train", "--config", str(directory / "config.yaml")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)

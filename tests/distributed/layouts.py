@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def data_world(self) -> int:
-        return self.world // self.parallel.get("context", 1)
+        return self.world // (self.parallel.get("context", 1) * self.parallel.get("strands", 1))
 
     @property
     def computes_fp64(self) -> bool:
@@ -46,6 +46,7 @@ LAYOUTS = [
     Layout("ZeRO 2, 2 ranks", 2, {"strategy": "deepspeed", "zero_stage": 2}),
     Layout("ZeRO 3, 2 ranks", 2, {"strategy": "deepspeed", "zero_stage": 3}),
     Layout("context 2", 2, {"strategy": "ddp", "context": 2}),
+    Layout("strands 2", 2, {"strategy": "ddp", "strands": 2}),
     Layout("DDP 4", 4, {"strategy": "ddp"}),
     Layout("FSDP 2 x 2 hybrid", 4, {"strategy": "fsdp", "shard": 2}),
     Layout("context 4", 4, {"strategy": "ddp", "context": 4}),
@@ -54,6 +55,8 @@ LAYOUTS = [
     Layout("ZeRO 1, 2 x context 2", 4, {"strategy": "deepspeed", "zero_stage": 1, "context": 2}),
     Layout("ZeRO 2, 2 x context 2", 4, {"strategy": "deepspeed", "zero_stage": 2, "context": 2}),
     Layout("ZeRO 3, 2 x context 2", 4, {"strategy": "deepspeed", "zero_stage": 3, "context": 2}),
+    Layout("FSDP 2 x 2 hybrid, strands 2 x context 2", 4, {"strategy": "fsdp", "shard": 2, "strands": 2, "context": 2}),
+    Layout("ZeRO 2, 2 x strands 2", 4, {"strategy": "deepspeed", "zero_stage": 2, "strands": 2}),
 ]
 
 

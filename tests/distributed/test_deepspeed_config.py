@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +111,66 @@ def test_files_that_are_none_and_double_precision_are_refused(tmp_path: Path) ->
     double.train.precision = "fp64"
     with pytest.raises(UserError, match=r"train\.precision"):
         engine_options(double, DATA_WORLD, PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "named"),
+    [
+        ({"zero_optimization": {"overlap_com": True}}, "zero_optimization.overlap_com, which .* overlap_comm,"),
+        ({"zero_optimization": {"overlap_comm": "maybe"}}, 'zero_optimization.overlap_comm to "maybe": .*boolean'),
+        ({"zero_optimization": {"reduce_bucket_size": "5 MB"}}, "zero_optimization.reduce_bucket_size .* integer"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "offload_optimizer.device .*'none', 'cpu'"),
+        ({"zero_optimization": {"offload_param": {"pinned": 1}}}, "zero_optimization.offload_param takes .*pin_memory"),
+        ({"bf16": {"enable": True}}, r"bf16\.enable, which .*; bf16 takes .*enabled"),
+        ({"fp16": {"loss_scale": "big"}}, r"fp16\.loss_scale .* number"),
+        ({"activation_checkpointing": {"cpu_checkpoint": True}}, "activation_checkpointing takes .*cpu_checkpointing"),
+        ({"activation_checkpointing": {"profile": "on"}}, "activation_checkpointing.profile .* true or false"),
+        ({"activation_checkpointing": True}, "activation_checkpointing to true"),
+        ({"comms_logger": {"prof_op": []}}, "comms_logger.prof_op, .* prof_ops"),
+        ({"comms_logger": [1]}, r"comms_logger to \[1\]"),
+        ({"timers": {"throughput": {"on": True}}}, "timers.throughput takes enabled, synchronized"),
+        ({"wandb": {"name": "x"}}, r"wandb\.name"),
+        ({"prescale_gradients": "yes"}, "prescale_gradients .* true or false"),
+        ({"communication_data_type": "fp8"}, "communication_data_type .*'bf16'"),
+        ({"zero_optimisation": {"overlap_comm": True}}, "zero_optimisation, which .*zero_optimization"),
+        ({"compile": {"deepcompile": 7}}, "compile.deepcompile"),
+    ],
+)
+def test_mistakes_inside_its_sections_are_named_with_what_deepspeed_takes(
+    tmp_path: Path, theirs: dict, named: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^parallel\.deepspeed_config: .*ds\.json sets .*{named}") as refusal:
+        options_of(tmp_path / "ds.json", theirs)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_deepspeed_takes_is_taken_and_the_environment_left_alone(tmp_path: Path) -> None:
+    theirs = {
+        "steps_per_print": 100,
+        "wall_clock_breakdown": True,
+        "zero_allow_untested_optimizer": True,
+        "activation_checkpointing": {"partition_activations": True, "number_checkpoints": 4},
+        "flops_profiler": {"enabled": True, "profile_step": 3},
+        "comms_logger": {"enabled": False, "prof_ops": ["all_reduce"]},
+        "bf16": {"enabled": True, "check_grad_overflow": False},
+        "zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": "auto"}, "sub_group_size": 1e9},
+        "tensorboard": {"enabled": False, "output_path": "logs"},
+        "checkpoint": {"tag_validation": "Ignore"},
+    }
+    before = dict(os.environ)
+    options = options_of(tmp_path / "ds.json", theirs, zero_stage=2)
+    assert options["activation_checkpointing"] == theirs["activation_checkpointing"]
+    assert dict(os.environ) == before
+
+
+def test_a_mistake_ends_the_command_before_its_processes_meet(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"overlap_com": true}}')
+    (tmp_path / "run.yaml").write_text(f"run: {{dir: {tmp_path / 'run'}, device: cpu}}\ndata: {{path: none}}\n")
+    settings = ["parallel.strategy=deepspeed", f"parallel.deepspeed_config={tmp_path / 'ds.json'}"]
+    settings += ["train.micro_batch=4"]
+    command = [sys.executable, "-m", "caduceus.train", "--config", str(tmp_path / "run.yaml"), *settings]
+    alone = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}  # the other process never comes
+    result = subprocess.run(command, capture_output=True, text=True, env=alone, timeout=120)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "zero_optimization.overlap_com" in result.stderr
+    assert not (tmp_path / "run").exists()

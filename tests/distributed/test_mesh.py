@@ -23,14 +23,15 @@ def test_a_collective_may_take_longer_than_a_step(tmp_path: Path, minutes: float
 
 @pytest.mark.slow
 def test_so_may_one_of_some_of_the_ranks(tmp_path: Path) -> None:
-    layout = Layout("", 4, {"strategy": "fsdp", "context": 2, "shard": 2})
+    layout = Layout("", 4, {"strategy": "fsdp", "context": 2, "strands": 2, "shard": 2})
     config = config_of(layout, tmp_path, tmp_path / "run", stall_minutes=60)
-    assert on_ranks(4, timeouts_of_groups, config) == [[timedelta(minutes=60) + COLLECTIVE_MARGIN] * 3] * 4
+    assert on_ranks(4, timeouts_of_groups, config) == [[timedelta(minutes=60) + COLLECTIVE_MARGIN] * 4] * 4
 
 
 def timeouts_of_groups(rank: int, config: Config) -> list[timedelta]:
     with joined(config) as ranks:
-        groups = [ranks.context_group.group, *sharding_mesh(ranks, config.parallel.shard).get_all_groups()]
+        shared = [ranks.context_group.group, ranks.strand_group.group]
+        groups = [*shared, *sharding_mesh(ranks, config.parallel.shard).get_all_groups()]
         return [timeout_of(group) for group in groups]
 
 

@@ -18,6 +18,7 @@ STRATEGIES = {
     "ZeRO 2": {"strategy": "deepspeed", "zero_stage": 2},
     "ZeRO 3": {"strategy": "deepspeed", "zero_stage": 3},
     "context": {"strategy": "ddp", "context": 2},
+    "strands": {"strategy": "ddp", "strands": 2},
 }
 # Reduced in another order, or computed by fused kernels: fp32 rounding over a few steps.
 CLOSE = 1e-5

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 SINGLE = Layout("single", 1, {"strategy": "single"})
 ZERO = [Layout(f"ZeRO {stage}", 2, {"strategy": "deepspeed", "zero_stage": stage}) for stage in range(4)]
 ON_TWO = [layout for layout in LAYOUTS if layout.world == 2]
-MOVES = ["single", "DDP 2", "FSDP 2", "context 2", "single"]
+MOVES = ["single", "DDP 2", "FSDP 2", "strands 2", "context 2", "single"]
 LEG, SAMPLES_A_STEP = 10, 8
 TOLERANCES = {"fp32": 1e-4, "fp64": 1e-9}
 
@@ -74,13 +74,13 @@ def observed(plan: Plan) -> dict[str, list[Observed]]:
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_the_same_run_through_five_layouts(plan: Plan, observed: dict, precision: str) -> None:
+def test_the_same_run_through_all_layouts(plan: Plan, observed: dict, precision: str) -> None:
     for number, name in enumerate(MOVES):
         ranks = observed[f"moved-{precision} until {LEG * (number + 1)}"]
         per_leg = LEG * SAMPLES_A_STEP
         expected = list(range(number * per_leg, (number + 1) * per_leg))
-        if name == "context 2":
-            assert all(rank.samples == expected for rank in ranks)  # every rank reads its slice of every sample
+        if name in ("strands 2", "context 2"):
+            assert all(rank.samples == expected for rank in ranks)  # every rank has a part of every sample
         else:
             assert sorted(sample for rank in ranks for sample in rank.samples) == expected
     losses, undisturbed = plan.losses(f"moved-{precision}"), plan.losses(f"undisturbed-{precision}")

@@ -32,7 +32,8 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export PYTHONPATH=/home/lab/runs/ph-131k/code${PYTHONPATH:+:$PYTHONPATH}
 RUN=/home/lab/runs/ph-131k
 [ -e "$RUN/STOP" ] && exit
-trap : TERM  # on SIGTERM the shell stays until the processes have ended, for the last lines
+trap 'python -m launch.requeue "$RUN" TERM' TERM  # the time may be up while the processes still save
+srun() { command srun "$@" & while wait $!; s=$?; kill -0 $! 2>/dev/null; do :; done; return $s; }  # traps need wait
 
 # command
 export SUBMITIT_EXECUTOR=slurm

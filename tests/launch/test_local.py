@@ -11,7 +11,7 @@ import pytest
 from caduceus.run_directory import RunDirectory
 from launch.overview import overview
 from tests.conftest import REPOSITORY
-from tests.slurm.runs import command, held, process_of, wait_until_training, write_config
+from tests.slurm.runs import PATIENCE, command, held, process_of, wait_until_training, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ def test_a_local_job_is_interrupted_killed_and_cancelled(small_shards, tmp_path)
     wait_until_training(run, 1)
     assert overview(RunDirectory(run)).state == "running"
     os.killpg(job.pid, signal.SIGINT)
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode == 75 and "stopping after this step" in output
     stopped = overview(RunDirectory(run))
     assert (stopped.state, stopped.checkpoint) == ("stopped", stopped.step)
@@ -44,13 +44,13 @@ def test_a_local_job_is_interrupted_killed_and_cancelled(small_shards, tmp_path)
     wait_until_training(run, 2)
     with held(run, rank=0):  # it would see by itself that the other rank is gone
         os.kill(process_of(run, rank=1), signal.SIGKILL)
-        output, _ = job.communicate(timeout=60)
+        output, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode == 1 and "rank 1 ended with status -9" in output
     assert overview(RunDirectory(run)).state == "failed"
 
     job = start(tmp_path, config)
     wait_until_training(run, 3)
     assert command("runs", tmp_path, "cancel", "run").returncode == 0
-    job.communicate(timeout=60)
+    job.communicate(timeout=PATIENCE)
     assert job.returncode == 1
     assert not overview(RunDirectory(run)).live

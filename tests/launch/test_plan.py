@@ -21,10 +21,11 @@ def test_parameters_are_counted_as_the_model_has_them(keys):
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def published(seq_len: int, **train):
+def published(seq_len: int, rcps: bool = False, strands: int = 1, **train):
     return config_from_dict(
         {
-            "model": {"d_model": 256, "n_layer": 16},
+            "model": {"d_model": 256, "n_layer": 16, "rcps": rcps},
+            "parallel": {"strands": strands},
             "data": {"seq_len": seq_len},
             "train": {"global_batch": 2**20 // seq_len * 8, "micro_batch": 1, **train},
         }
@@ -54,3 +55,13 @@ def test_time_follows_the_work_of_a_rank():
     one = plan(published(2**17), 8)
     assert one.sequences == 8 and one.step_seconds == pytest.approx(8 * 2**17 * 0.65e-6)
     assert plan(published(2**17), 16).step_seconds == pytest.approx(one.step_seconds / 2)
+
+
+def test_a_strand_takes_half_of_the_time_and_of_the_activations_of_both():
+    keys = ({}, {"rcps": True}, {"rcps": True, "strands": 2})
+    one, both, apart = (plan(published(2**17, **its), 8) for its in keys)
+    # Ranks in pairs have twice as many sequences each.
+    assert apart.sequences == 2 * both.sequences and apart.bases == both.bases
+    assert both.step_seconds == pytest.approx(2 * one.step_seconds)
+    assert apart.step_seconds == pytest.approx(both.step_seconds)
+    assert apart.memory_bytes == one.memory_bytes < 0.6 * both.memory_bytes

@@ -8,6 +8,7 @@ from caduceus.config import Config, RunConfig
 from caduceus.run_directory import RunDirectory
 from launch import history, requeue
 from launch.submission import Submission, record
+from tests.launch.test_history import add_checkpoint
 
 SHOWN = "JobId=7 JobState=RUNNING Reason=None EndTime=Unknown ExcNodeList=(null) Restarts=0"
 
@@ -25,7 +26,7 @@ def run(tmp_path, monkeypatch, fake_slurm) -> RunDirectory:
     return run
 
 
-def ended(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, status: int) -> int:
+def ended(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, status: int | str) -> int:
     monkeypatch.setattr(sys, "argv", ["requeue", str(run.path), str(status)])
     return requeue.main()
 
@@ -39,3 +40,38 @@ def test_a_mistake_of_the_user_does_not_go_back_into_the_queue(run, monkeypatch,
     assert ("requeue 7" in fake_slurm.asked("scontrol")) is not refused
     assert history.attempts(run)[-1].gave_up is refused
     assert ("given up for a mistake: parallel.strategy: single" in capsys.readouterr().out) is refused
+
+
+TIMED_OUT = SHOWN.replace("RUNNING Reason=None", "TIMEOUT Reason=TimeLimit")
+
+
+def test_a_job_whose_time_is_up_before_its_save_goes_back_into_the_queue(run, monkeypatch, fake_slurm):
+    assert ended(run, monkeypatch, "TERM") == 0  # the beginning of a preemption's grace time, or an scancel
+    assert history.attempts(run)[-1].reason is None
+    fake_slurm.answer("scontrol", f"echo '{TIMED_OUT}'")
+    ended(run, monkeypatch, "TERM")
+    assert fake_slurm.asked("scontrol").count("requeue 7") == 1
+    assert history.attempts(run)[-1].reason == history.UNSAVED
+    ended(run, monkeypatch, 143)  # KillWait was not long enough for the save, but for the processes to end
+    assert history.attempts(run)[-1].reason == history.UNSAVED
+    add_checkpoint(run, 5)
+    ended(run, monkeypatch, 0)  # it was long enough
+    [only] = history.attempts(run)
+    assert (only.reason, only.step, only.error) == (history.TIME_LIMIT, 5, None)
+    assert fake_slurm.asked("scontrol").count("requeue 7") == 1, "once is enough"
+
+
+@pytest.mark.parametrize(("file", "reason"), [("STOP", None), ("attempts.jsonl", history.UNSAVED)])
+def test_a_stopped_run_and_one_whose_saves_never_fit_do_not_go_back(run, monkeypatch, fake_slurm, file, reason, capsys):
+    (run.path / file).touch()
+    for restart in range(3):
+        shown = TIMED_OUT.replace("Restarts=0", f"Restarts={restart}")
+        fake_slurm.answer("scontrol", f"echo '{shown}'")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        history.record(run, "start", "7", restart, nodes="n0", tasks=1, step=0)
+        ended(run, monkeypatch, "TERM")
+    last = history.attempts(run)[-1]
+    assert (last.reason, last.gave_up) == (reason, reason is not None)
+    assert fake_slurm.asked("scontrol").count("requeue 7") == (2 if reason else 0)
+    told = "given up after 3 failures without a new checkpoint; the last one: signal_seconds: 120 s are too short"
+    assert (told in capsys.readouterr().out) is (reason is not None)

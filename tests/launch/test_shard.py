@@ -34,6 +34,11 @@ def contents(dataset: Path) -> dict[str, bytes]:
     }
 
 
+def times(dataset: Path) -> dict[str, int]:
+    """When each file of a dataset was written."""
+    return {name: (dataset / name).stat().st_mtime_ns for name in contents(dataset)}
+
+
 def shard_together(species: Path, out: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "data_prep" / "shard_genome.py"), "--genomes", str(species)]
     subprocess.run([*command, "--workers", "1", "--out", str(out)], check=True, capture_output=True)
@@ -71,7 +76,49 @@ def test_on_this_machine_and_again(tmp_path):
     together, apart = tmp_path / "together" / "data", tmp_path / "apart" / "data"
     apart.parent.mkdir()
     shard_together(species, together)
-    for _ in range(2):
-        shard_apart(species, apart, "--cluster", "local")
-        assert contents(apart) == contents(together)
-        assert not (apart / ".jobs" / "parts").exists()
+    assert "already" not in shard_apart(species, apart, "--cluster", "local")
+    assert contents(apart) == contents(together)
+    assert not (apart / ".jobs" / "parts").exists()
+    made = times(apart)
+    assert "data: holds 2 of 2 species already\n" in shard_apart(species, apart, "--cluster", "local")
+    assert times(apart) == made
+
+
+@pytest.mark.slow
+def test_what_the_dataset_holds_is_not_submitted_again(fake_slurm, monkeypatch, tmp_path, capsys):
+    species, out = write_species(tmp_path), tmp_path / "out"
+    shard_together(species, out)
+    made = times(out)
+    monkeypatch.setattr(sys, "argv", ["shard.py", "--genomes", str(species), "--out", str(out), "--cluster", "cpu"])
+    assert shard.main() == 0
+    assert "out: holds 2 of 2 species already\n" in capsys.readouterr().out
+    assert not fake_slurm.asked("sbatch") and times(out) == made
+
+    whole, text = contents(out), species.read_text()
+    species.write_text(text.replace("window: 2048", "window: 1024"))
+    with pytest.raises(UserError, match=r"out/first: holds window 2048, but now it is 1024 .*choose another --out"):
+        shard.main()
+    species.write_text(text.replace("bases^0.5", "bases"))  # decides none of the shards
+    assert shard.main() == 0
+    weighted = tmp_path / "weighted"
+    shard_together(species, weighted)
+    assert contents(out) == contents(weighted) != whole
+    assert not fake_slurm.asked("sbatch")
+
+    write_random_fasta(tmp_path / "c.fa", 3, {"chr1": 4000})
+    next((out / "second").glob("*.tar")).unlink()
+    species.write_text(species.read_text() + "- {name: third, fasta: c.fa}\n")
+    assert shard.main() == 0
+    assert "out: holds 1 of 3 species already\nspecies:       2, " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_species_is_added_to_those_that_are_there(tmp_path):
+    species = write_species(tmp_path)
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    shard_together(species, apart)
+    write_random_fasta(tmp_path / "c.fa", 3, {"chr1": 4000})
+    species.write_text(species.read_text() + "- {name: third, fasta: c.fa}\n")
+    shard_together(species, together)
+    assert "third (1 of 1)" in shard_apart(species, apart, "--cluster", "local")
+    assert contents(apart) == contents(together)

@@ -28,7 +28,7 @@ def test_auto_picks_the_fast_one_and_says_so(device, backend, caplog, monkeypatc
     without(monkeypatch, "nothing")
     with caplog.at_level(logging.INFO, logger="caduceus.ops"):
         assert ops.resolve_backend("auto", device) == backend
-        assert ops.resolve_backend("auto", device) == backend
+        assert ops.resolve_backend("auto", device, torch.bfloat16) == backend
     assert [record.getMessage() for record in caplog.records] == [
         f"ops.backend: auto chose '{backend}' on device '{device}'"
     ]
@@ -48,7 +48,7 @@ def test_auto_warns_where_it_falls_back(caplog, monkeypatch):
         ("abacus", "cpu", "choose one of auto, naive, cpu, triton, mamba_ssm"),
         ("triton", "cpu", "needs an NVIDIA GPU"),
         ("cpu", "cuda", "runs on the CPU only"),
-        ("mamba_ssm", "cpu", "MAMBA_FORCE_BUILD=TRUE pip install"),
+        ("mamba_ssm", "cpu", "needs an NVIDIA GPU, not 'cpu'"),
     ],
 )
 def test_a_forced_backend_that_cannot_run_is_one_clear_line(backend, device, says, monkeypatch):
@@ -61,8 +61,34 @@ def test_a_forced_backend_that_cannot_run_is_one_clear_line(backend, device, say
 
 def test_a_forced_triton_names_its_install_command(monkeypatch):
     without(monkeypatch, "triton")
-    with pytest.raises(UserError, match=r"pip install 'caduceus\[cuda\]'"):
+    with pytest.raises(UserError, match=r"pip install triton$"):
         ops.resolve_backend("triton", "cuda")
+
+
+def test_float64_on_a_gpu_falls_back_to_the_definition_or_is_refused(caplog, monkeypatch):
+    without(monkeypatch, "nothing")
+    assert ops.resolve_backend("auto", "cpu", torch.float64) == "cpu"
+    assert ops.resolve_backend("auto", "cuda", torch.float64) == "naive"
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "'triton' does not compute in float64" in record.getMessage()
+    assert ops.resolve_backend("auto", "cuda", torch.bfloat16) == "triton"
+    with pytest.raises(UserError, match=r"^ops\.backend: 'triton' does not compute in float64: choose naive"):
+        ops.resolve_backend("triton", "cuda", torch.float64)
+
+
+def test_a_model_that_a_backend_cannot_run_is_one_clear_line(monkeypatch):
+    pytest.importorskip("triton")
+    for sizes in ((64, 16), (1, 1)):
+        ops.check_backend("auto", "cuda", torch.float32, *sizes)
+    with pytest.raises(UserError, match=r"^model\.d_state: ops\.backend 'triton' takes 1 to 64, got 65"):
+        ops.check_backend("auto", "cuda", torch.float32, 65, 4)
+    with pytest.raises(UserError, match=r"^model\.d_conv: ops\.backend 'triton' takes 1 to 16, got 17"):
+        ops.check_backend("triton", "cuda", torch.float32, 16, 17)
+    ops.check_backend("naive", "cuda", torch.float64, 65, 17)
+    ops.check_backend("cpu", "cpu", torch.float64, 65, 17)
+    monkeypatch.setattr(mamba_ssm, "missing", lambda: None)
+    with pytest.raises(UserError, match=r"^model\.d_conv: ops\.backend 'mamba_ssm' takes 2 to 4, got 5"):
+        ops.check_backend("mamba_ssm", "cuda", torch.float32, 16, 5)
 
 
 def test_mamba_ssm_without_its_extension_is_absent(monkeypatch):
@@ -72,8 +98,25 @@ def test_mamba_ssm_without_its_extension_is_absent(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
     assert "selective_scan_cuda" in mamba_ssm.missing()
+    with pytest.raises(UserError, match=r"pip install --no-build-isolation --no-deps 'mamba-ssm"):
+        ops.resolve_backend("mamba_ssm", "cuda")
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", ModuleType("selective_scan_cuda"))
     assert mamba_ssm.missing() is None
+    assert ops.resolve_backend("mamba_ssm", "cuda") == "mamba_ssm"
+    with pytest.raises(UserError, match="needs an NVIDIA GPU, not 'cpu'"):
+        ops.resolve_backend("mamba_ssm", "cpu")
+
+
+@pytest.mark.parametrize("error", [OSError("libcudart.so.12: cannot open"), RuntimeError("no driver"), AttributeError])
+def test_mamba_ssm_built_for_another_machine_is_absent(error, monkeypatch):
+    def broken(name: str) -> ModuleType:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mamba_ssm, "import_module", broken)
+    assert mamba_ssm.missing().startswith("needs selective_scan_cuda (")
+    with pytest.raises(UserError, match="pip install"):
+        ops.resolve_backend("mamba_ssm", "cuda")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from caduceus.ops import PAD_DT, naive
+from caduceus.ops import PAD_DT, head_cross_entropy, naive
 from tests.ops.cases import make_scan
 
 
@@ -80,3 +80,14 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert final.dtype == torch.float32
     assert torch.equal(y, exact.to(dtype))
     assert torch.equal(final, state)
+
+
+def test_a_label_outside_the_vocabulary_is_refused_unless_it_is_the_ignored_one():
+    hidden, weight = torch.randn(1, 1, 3, 5), torch.randn(1, 16, 5)
+    for label in (-100, 16):
+        labels = torch.tensor([[7, label, 4]])
+        for backend in ("naive", "cpu"):
+            with pytest.raises(ValueError, match=rf"^labels: {label} is neither .* 16 nor ignored"):
+                head_cross_entropy(hidden, weight, labels, ignore_label=4, backend=backend)
+        loss, total = head_cross_entropy(hidden, weight, labels, ignore_label=label, backend="naive")
+        assert loss.isfinite() and total == 2

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ PACKAGES = {
 }
 HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# slurm cluster in "
+FIRST_PORT, LAST_PORT = 30000, 32767
 LONGEST_DIRECTORY = 60  # a Unix socket's path has at most 107 bytes, and SLURM makes sockets below the directory
 
 SLURM_CONF = Path(__file__).with_name("slurm.conf.in")
@@ -104,7 +106,7 @@ class Cluster:
         if pid is None:
             raise ClusterError(f"{name} is not running")
         os.kill(pid, signal.SIGKILL)
-        _wait(lambda: self.pid_of(name) is None, f"{name} to die", seconds=5)
+        _wait(lambda: self.pid_of(name) is None, f"{name} to die", seconds=60)
 
     def kill_node(self, node: str) -> None:
         """What a power cut does to a node: its slurmd and all that runs on it are gone at once."""
@@ -127,7 +129,7 @@ class Cluster:
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T").split("\n")
         return dict(line.split() for line in lines if line)
 
-    def wait_until_idle(self, seconds: float = 60) -> None:
+    def wait_until_idle(self, seconds: float = 300) -> None:
         """Wait until all nodes are idle."""
         _wait(lambda: set(self.node_states().values()) == {"idle"}, "four idle nodes", seconds)
 
@@ -218,7 +220,7 @@ class Cluster:
                 raise ClusterError(result.stderr.splitlines()[0])
             return shows in result.stdout
 
-        _wait(answers, f"{daemon}; see {self.directory}/log", seconds=30)
+        _wait(answers, f"{daemon}; see {self.directory}/log", seconds=300)
 
     def _job_processes(self, node: str | None = None) -> list[int]:
         """Step daemons and, after them, job processes of this cluster (of one node), known by their environment.
@@ -314,11 +316,15 @@ def _edit_hosts(keep: Callable[[str], bool], more: list[str] | None = None) -> N
 
 
 def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for bound in sockets:
-            bound.bind(("127.0.0.1", 0))
-        return sorted(bound.getsockname()[1] for bound in sockets)
+    """Ports that no connection is given before the daemons take them: below the ephemeral ones, above those of runs."""
+    free = []
+    for port in random.sample(range(FIRST_PORT, LAST_PORT + 1), LAST_PORT - FIRST_PORT + 1):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            free.append(port)
+        if len(free) == count:
+            return sorted(free)
+    raise ClusterError(f"fewer than {count} of the ports {FIRST_PORT} to {LAST_PORT} are free")
 
 
 def _start_time(pid: int) -> str | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -18,7 +19,11 @@ from launch.history import Attempt, attempts
 from tests.conftest import REPOSITORY
 from tests.slurm.cluster import Cluster
 
+T = TypeVar("T")
+
 STEPS = 40
+PATIENCE = 300
+"""Seconds after which a test waits in vain: a busy machine needs a minute to start a few processes with torch."""
 ENDLESS = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED")
 REQUEST = ["--cluster", "cpu", "--cpus-per-task", "1", "--mem", "500M"]
 
@@ -56,7 +61,7 @@ def command(script: str, directory: Path, *arguments: object, **environment: str
     """Run launch/SCRIPT.py in a directory."""
     line = [sys.executable, str(REPOSITORY / "launch" / f"{script}.py"), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(line, cwd=directory, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(line, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def launch(directory: Path, *arguments: object) -> subprocess.CompletedProcess:
@@ -76,24 +81,27 @@ def job_of(result: subprocess.CompletedProcess) -> str:
     return result.stdout.split("job:")[1].split()[0]
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    wait_until(condition, bool, what)
+
+
+def wait_until(ask: Callable[[], T], enough: Callable[[T], object], what: str) -> T:
+    """Ask again and again until an answer is enough, and return it; in vain, the test fails with the last answer."""
+    deadline = time.monotonic() + PATIENCE
+    while not enough(answer := ask()):
+        assert time.monotonic() < deadline, f"waited {PATIENCE} s in vain for {what}; at last: {answer!r}"
         time.sleep(0.2)
+    return answer
+
+
+def state_of(cluster: Cluster, job: str) -> str:
+    """The state of a job as squeue gives it; empty where SLURM has forgotten it."""
+    return cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
 
 def wait_for_end(cluster: Cluster, job: str) -> str:
     """The state in which a job ended."""
-    state = ""
-
-    def ended() -> bool:
-        nonlocal state
-        state = cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
-        return bool(state) and state not in ENDLESS
-
-    wait_for(ended, f"the end of job {job}", seconds=180)
-    return state
+    return wait_until(lambda: state_of(cluster, job), lambda state: state and state not in ENDLESS, f"job {job} to end")
 
 
 def wait_until_training(run: Path, start: int) -> Attempt:

@@ -10,7 +10,7 @@ import pytest
 from caduceus.run_directory import RunDirectory
 from launch import history
 from launch.history import attempts
-from launch.overview import WAITING, overview
+from launch.overview import IN_QUEUE, WAITING, overview
 from tests.slurm.runs import (
     REQUEST,
     STEPS,
@@ -25,8 +25,10 @@ from tests.slurm.runs import (
     process_of,
     reasons,
     runs,
+    state_of,
     wait_for,
     wait_for_end,
+    wait_until,
     wait_until_training,
 )
 
@@ -52,22 +54,57 @@ def signal_requeue_and_a_killed_rank(on: Setting) -> None:
     assert_undisturbed(run, on.undisturbed)
 
 
+def limit_to_this_minute(on: Setting, job: str) -> None:
+    """Let a job's time end with the minute that it is in, however long its processes took to start."""
+    minutes = on.cluster.run("squeue", "--noheader", f"--jobs={job}", "--Format=TimeUsed").strip().split(":")[-2]
+    on.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(minutes) + 1}")
+
+
+def give_an_hour_once_requeued(on: Setting, job: str) -> None:
+    wait_until(lambda: state_of(on.cluster, job), IN_QUEUE.__contains__, "the job to go back into the queue")
+    on.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+
 def the_time_limit(on: Setting) -> None:
-    preset = on.directory / "one-minute.yaml"
-    preset.write_text("executor: slurm\ncpus_per_task: 1\nmem: 500M\ntime: '1'\nsignal_seconds: 10\n")
+    preset = on.directory / "in-time.yaml"
+    preset.write_text("executor: slurm\ncpus_per_task: 1\nmem: 500M\ntime: '60'\nsignal_seconds: 30\n")
     run = on.directory / "run"
     job = job_of(on.launch("--cluster", preset, "--nodes", "2", f"run.dir={run}"))
     wait_until_training(run, 1)
     log = run / "logs" / f"{job}_0_log.out"
     with held(run) as rank:  # so that the run is not over before its time is up
         assert last_step(run) < STEPS
+        limit_to_this_minute(on, job)
         wait_for(
-            lambda: has_pending_signal(rank, signal.SIGUSR2) or "SIGUSR2" in log.read_text(),
+            lambda: "SIGUSR2" in log.read_text() or has_pending_signal(rank, signal.SIGUSR2),
             "SLURM's signal before the time limit",
         )
-    wait_until_training(run, 2)
+    give_an_hour_once_requeued(on, job)
     assert wait_for_end(on.cluster, job) == "COMPLETED"
-    assert set(reasons(run)[:-1]) == {history.TIME_LIMIT} and reasons(run)[-1] == history.COMPLETE
+    assert reasons(run) == [history.TIME_LIMIT, history.COMPLETE]
+    assert_undisturbed(run, on.undisturbed)
+
+
+def a_save_that_outlasts_the_time_limit(on: Setting) -> None:
+    """On a disk whose fsync takes an hour while there is a file `slow`."""
+    preset, slow = on.directory / "slow-disk.yaml", on.directory / "slow"
+    request = "executor: slurm\ncpus_per_task: 1\nmem: 500M\ntime: '60'\nsignal_seconds: 5\n"
+    preset.write_text(f"{request}env: {{PYTHONPATH: {on.directory}}}\n")
+    (on.directory / "sitecustomize.py").write_text(
+        "import os, time\nfsync = os.fsync\n"
+        f"os.fsync = lambda file: (time.sleep(3600 * os.path.exists({str(slow)!r})), fsync(file))[1]\n"
+    )
+    run = on.directory / "run"
+    job = job_of(on.launch("--cluster", preset, "--nodes", "2", f"run.dir={run}"))
+    wait_until_training(run, 1)
+    slow.touch()
+    limit_to_this_minute(on, job)
+    give_an_hour_once_requeued(on, job)
+    slow.unlink()
+    assert wait_for_end(on.cluster, job) == "COMPLETED"
+    first, last = attempts(RunDirectory(run))
+    assert (first.reason, last.reason) == (history.UNSAVED, history.COMPLETE)
+    assert first.step < STEPS and "signal_seconds: 5 s are too short for a checkpoint" in first.error
     assert_undisturbed(run, on.undisturbed)
 
 
@@ -116,6 +153,7 @@ def a_bad_node_is_left_out(on: Setting) -> None:
 SCENARIOS = [
     a_bad_node_is_left_out,
     the_time_limit,
+    a_save_that_outlasts_the_time_limit,
     signal_requeue_and_a_killed_rank,
     a_run_that_fails_at_the_same_step_is_given_up,
     a_mistake_is_not_repeated,

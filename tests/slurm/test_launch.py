@@ -27,12 +27,13 @@ def config(tmp_path, small_shards) -> Path:
 
 
 def test_runs_on_several_nodes_equal_the_single_process(slurm_cluster, config, tmp_path):
+    # First, so that the CPU kernels are compiled once, and the jobs get them with the code.
+    assert launch(tmp_path, "--config", config, "--cluster", "debug", "run.dir=alone").returncode == 0
     request = ["--config", config, *REQUEST]
     two = launch(tmp_path, *request, "--nodes", "2", "--tasks-per-node", "2", "run.dir=two")
     again = launch(tmp_path, *request, "--nodes", "2", "--tasks-per-node", "2", "run.dir=two")
     assert again.returncode == 2 and f"two is in use by job {job_of(two)}" in again.stderr
     four = launch(tmp_path, *request, "--nodes", "4", "run.dir=four")
-    assert launch(tmp_path, "--config", config, "--cluster", "debug", "run.dir=alone").returncode == 0
     for job, run in ((job_of(two), "two"), (job_of(four), "four")):
         assert wait_for_end(slurm_cluster, job) == "COMPLETED"
         # fp32: sums over ranks in another order differ in the last bits.

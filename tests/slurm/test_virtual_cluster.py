@@ -9,6 +9,7 @@ import pytest
 import submitit
 
 from tests.slurm.cluster import HOSTS, NODES, Cluster, why_impossible
+from tests.slurm.runs import state_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -18,19 +19,12 @@ def submit(cluster: Cluster, script: str, *options: str) -> str:
     return cluster.run("sbatch", "--parsable", "--output=/dev/null", *options, "--wrap", script).strip()
 
 
-def job_state(cluster: Cluster, job: str) -> str:
-    return cluster.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
-
-
-def wait_for(condition, seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
-
-
 def lines(path: Path) -> list[str]:
     return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def wait_for_lines(path: Path, *wanted: str) -> None:
+    wait_until(lambda: lines(path), list(wanted).__eq__, f"{list(wanted)} in {path}")
 
 
 def test_nodes_are_idle_and_offer_what_was_declared(slurm_cluster):
@@ -51,36 +45,39 @@ def test_submitit_runs_torch_distributed_on_two_nodes(slurm_cluster, tmp_path):
         torch.distributed.init_process_group("gloo")
         total = torch.tensor([2.0 ** torch.distributed.get_rank()])
         torch.distributed.all_reduce(total)
+        torch.distributed.destroy_process_group()  # without it, a rank now and then aborts on its way out
         return total.item(), os.environ["SLURMD_NODENAME"]
 
     executor = submitit.SlurmExecutor(tmp_path)
-    executor.update_parameters(nodes=2, ntasks_per_node=2, time=2)
+    executor.update_parameters(nodes=2, ntasks_per_node=2, time=10)
     job = executor.submit(sum_of_ranks)
     results = job.results()
     assert [total for total, _ in results] == [2.0**4 - 1] * 4
     assert len({node for _, node in results}) == 2
-    wait_for(lambda: "COMPLETED" in slurm_cluster.run("sacct", "-nXj", job.job_id, "--format=State"))
+    assert wait_for_end(slurm_cluster, job.job_id) == "COMPLETED"
+    accounted = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job.job_id}", "--format=State"]
+    wait_until(lambda: slurm_cluster.run(*accounted).strip(), "COMPLETED".__eq__, "the job's end in accounting")
 
 
 def test_requeued_job_runs_again(slurm_cluster, tmp_path):
     log = tmp_path / "log"
-    job = submit(slurm_cluster, f"echo ${{SLURM_RESTART_COUNT:-0}} >>{log}; [ $SLURM_RESTART_COUNT ] || sleep 100")
-    wait_for(lambda: lines(log) == ["0"])
+    job = submit(slurm_cluster, f"echo ${{SLURM_RESTART_COUNT:-0}} >>{log}; [ $SLURM_RESTART_COUNT ] || sleep 1000")
+    wait_for_lines(log, "0")
     slurm_cluster.run("scontrol", "requeue", job)
-    wait_for(lambda: lines(log) == ["0", "1"])
-    wait_for(lambda: job_state(slurm_cluster, job) == "COMPLETED")
+    wait_for_lines(log, "0", "1")
+    assert wait_for_end(slurm_cluster, job) == "COMPLETED"
 
 
 def test_killed_node_goes_down_its_job_moves_and_it_comes_back(slurm_cluster, tmp_path):
     log = tmp_path / "log"
-    job = submit(slurm_cluster, f"echo $SLURMD_NODENAME >>{log}; [ $SLURM_RESTART_COUNT ] || sleep 100")
-    wait_for(lambda: len(lines(log)) == 1)
-    [first] = lines(log)
+    job = submit(slurm_cluster, f"echo $SLURMD_NODENAME >>{log}; [ $SLURM_RESTART_COUNT ] || sleep 1000")
+    [first] = wait_until(lambda: lines(log), len, "the job's start")
     slurm_cluster.kill_node(first)
-    wait_for(lambda: slurm_cluster.node_states()[first].startswith("down"))
-    wait_for(lambda: len(lines(log)) == 2)
-    assert lines(log)[1] != first
-    wait_for(lambda: job_state(slurm_cluster, job) == "COMPLETED")
+    wait_until(
+        lambda: slurm_cluster.node_states()[first], lambda state: state.startswith("down"), "the node to be down"
+    )
+    assert wait_until(lambda: lines(log), lambda nodes: len(nodes) == 2, "the job's second start")[1] != first
+    assert wait_for_end(slurm_cluster, job) == "COMPLETED"
     slurm_cluster.start_node(first)
     slurm_cluster.wait_until_idle()
 
@@ -88,22 +85,26 @@ def test_killed_node_goes_down_its_job_moves_and_it_comes_back(slurm_cluster, tm
 def test_jobs_survive_a_restart_of_the_controller(slurm_cluster, tmp_path):
     log, go_on = tmp_path / "log", tmp_path / "go_on"
     job = submit(slurm_cluster, f"echo begin >>{log}; until [ -e {go_on} ]; do sleep 0.1; done; echo end >>{log}")
-    wait_for(lambda: lines(log) == ["begin"])
-    time.sleep(6)  # the controller writes changes to disk within 5 s; kill -9 loses what it has not written
+    wait_for_lines(log, "begin")
+    # The controller writes changes to disk every few seconds; kill -9 loses what it has not written.
+    before = time.time_ns()
+    slurm_cluster.run("scontrol", "update", f"JobId={job}", "Comment=a change")
+    written = slurm_cluster.directory / "state" / "job_state"
+    wait_until(lambda: written.stat().st_mtime_ns, lambda mtime: mtime > before, f"a newer {written}")
     slurm_cluster.kill("slurmctld")
     slurm_cluster.start_controller()
-    assert job_state(slurm_cluster, job) == "RUNNING"
+    assert state_of(slurm_cluster, job) == "RUNNING"
     go_on.touch()
-    wait_for(lambda: job_state(slurm_cluster, job) == "COMPLETED")
+    assert wait_for_end(slurm_cluster, job) == "COMPLETED"
     assert lines(log) == ["begin", "end"]
 
 
 def test_an_urgent_job_preempts_with_the_job_s_own_signal(slurm_cluster, tmp_path):
     log = tmp_path / "log"
-    script = f"""trap 'echo signal >>{log}; exit 0' USR2; echo begin >>{log}; sleep 100 & wait"""
+    script = f"""trap 'echo signal >>{log}; exit 0' USR2; echo begin >>{log}; sleep 1000 & wait"""
     submit(slurm_cluster, script, "--nodes=4", "--exclusive", "--signal=B:USR2@30")
-    wait_for(lambda: lines(log) == ["begin"])
-    slurm_cluster.run("srun", "--partition=urgent", "--immediate=30", "true")
+    wait_for_lines(log, "begin")
+    slurm_cluster.run("srun", "--partition=urgent", "--immediate=300", "true")
     assert lines(log)[:2] == ["begin", "signal"]
 
 
@@ -121,7 +122,7 @@ def test_stop_leaves_nothing_behind_and_start_mends_a_crash(tmp_path_factory):
     cluster.start()
     assert cluster.run("srun", "hostname")
     assert not set(old.values()) & {cluster.pid_of(name) for name in old}
-    submit(cluster, "sleep 100")
+    submit(cluster, "sleep 1000")
     cluster.stop()
     cluster.stop()
     assert HOSTS.read_text() == hosts

@@ -9,6 +9,7 @@ import pytest
 
 from caduceus.config import Config
 from caduceus.errors import UserError
+from caduceus.ops import cpu
 from caduceus.train import preflight, trainer
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import SmallRun
@@ -30,6 +31,16 @@ def test_without_workers_shared_memory_does_not_matter(small_run: SmallRun, monk
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0) if "shm" in str(path) else usage(path))
     assert trainer.train(small_run.config("run", data={"workers": 0}, train={"steps": 1})) == 0
+
+
+def test_a_backend_that_cannot_run_the_model_is_told_before_shards_are_opened(small_run: SmallRun, monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    nowhere = {"path": "/nowhere"}
+    with pytest.raises(UserError, match=r"^ops\.backend: 'triton' needs an NVIDIA GPU, not 'cpu'"):
+        trainer.train(small_run.config("run", ops={"backend": "triton"}, data=nowhere))
+    monkeypatch.setattr(cpu, "SUPPORTED", {"d_state": range(1, 3)}, raising=False)
+    with pytest.raises(UserError, match=r"^model\.d_state: ops\.backend 'cpu' takes 1 to 2, got 3"):
+        trainer.train(small_run.config("run", ops={"backend": "cpu"}, model={"d_state": 3}, data=nowhere))
 
 
 DIFFERENCES = {"clock": "clock is +3600 s", "code": "caduceus code", "config": "configuration"}

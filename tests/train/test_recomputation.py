@@ -90,6 +90,7 @@ PARALLEL = {
     "DDP": {"strategy": "ddp"},
     "FSDP": {"strategy": "fsdp"},
     "context": {"strategy": "ddp", "context": 2},
+    "strands": {"strategy": "ddp", "strands": 2},
     "ZeRO 1": {"strategy": "deepspeed", "zero_stage": 1},
     "ZeRO 3": {"strategy": "deepspeed", "zero_stage": 3},
 }

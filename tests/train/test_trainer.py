@@ -115,7 +115,7 @@ def test_a_process_that_was_frozen_while_another_took_over_leaves_no_trace(small
     run.shut_out_holder()
     assert train(frozen) == 0
     process.send_signal(signal.SIGCONT)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode != 0 and "was taken over by another process" in message
     assert numbers(frozen.run.dir) == numbers(undisturbed.run.dir)
     assert run.checkpoints()[-1].step == 30 and run.checkpoints()[-1].damage() is None
@@ -135,7 +135,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(small_run: SmallRun
         (run.path / "STOP").touch()
     else:
         process.send_signal(getattr(signal, how))
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode == EXIT_REQUEUE, message
     stopped_after = run.checkpoints()[-1].step
     assert [row["step"] for row in run.metrics()] == list(range(1, stopped_after + 1))
@@ -161,14 +161,54 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, c
     train(whole)
     train(damaged)
     newest = RunDirectory(damaged.run.dir).checkpoints()[-1].path
-    weights = newest / "__0_0.distcp"
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content[:-1] if how == "truncated" else content)
+    damage(newest, how)
     assert train(damaged) == 0
     assert str(newest) in caplog.text and told in caplog.text
     assert newest.with_name(f"damaged-{newest.name}").is_dir()
     assert numbers(damaged.run.dir) == numbers(whole.run.dir)
+
+
+@pytest.mark.parametrize("how", ["bit flipped", "truncated"])
+def test_where_the_only_checkpoint_is_damaged_the_run_starts_again(small_run: SmallRun, caplog, how: str) -> None:
+    checkpoint = {"every": 2, "keep": 1}
+    whole, damaged = (
+        small_run.config(name, train={"steps": 6}, checkpoint=checkpoint) for name in ("whole", "damaged")
+    )
+    train(whole)
+    run = RunDirectory(damaged.run.dir)
+    for start in range(3):  # each in a run directory where an earlier one is set aside
+        damaged.train.steps, damaged.run.allow_change = 2 * start + 2, ["train.steps"]
+        assert train(damaged) == 0
+        (only,) = run.checkpoints()
+        damage(only.path, how)
+    caplog.clear()
+    damaged.train.steps = 6
+    assert train(damaged) == 0
+    assert "no checkpoint is whole: the run starts again from its beginning" in caplog.text
+    assert numbers(run.path) == numbers(whole.run.dir)
+    names = sorted(path.name for path in run.checkpoints_path.iterdir())
+    assert names == ["damaged-step-00000006", "latest", "step-00000006"]
+    assert run.checkpoints()[0].damage() is None
+
+
+def test_where_the_newest_of_two_is_damaged_the_other_stays_until_there_is_a_new_one(small_run: SmallRun) -> None:
+    config = small_run.config("run", train={"steps": 4}, checkpoint={"every": 2, "keep": 2})
+    train(config)
+    run = RunDirectory(config.run.dir)
+    older, newest = run.checkpoints()
+    damage(newest.path, "truncated")
+    config.checkpoint.keep, config.run.time_budget_minutes = 1, 1e-6  # up after one step
+    assert train(config) == EXIT_REQUEUE
+    (saved,) = run.checkpoints()  # only now has the older one gone
+    assert saved.step == older.step + 1 and saved.damage() is None
+    assert newest.path.with_name(f"damaged-{newest.path.name}").is_dir()
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    weights = checkpoint / "__0_0.distcp"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content[:-1] if how == "truncated" else content)
 
 
 def test_a_checkpoint_of_another_model_or_dataset_is_refused(small_run: SmallRun, tmp_path: Path) -> None:

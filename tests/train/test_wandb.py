@@ -46,7 +46,7 @@ def service_processes(parent: int) -> list[int]:
 
 def test_a_run_survives_its_service_and_resumes_the_same_wandb_run(small_run: SmallRun, config: Config) -> None:
     process = start_and_kill_the_service(small_run, config)
-    message = process.communicate(timeout=120)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode == 0, message
     run = RunDirectory(config.run.dir)
     assert [row["step"] for row in run.metrics() if "loss" in row] == list(range(1, STEPS + 1))
@@ -54,7 +54,7 @@ def test_a_run_survives_its_service_and_resumes_the_same_wandb_run(small_run: Sm
     assert "Traceback" not in message
     config.train.steps, config.run.allow_change = STEPS + 2, ["train.steps"]
     process = small_run.start(config)
-    message = process.communicate(timeout=120)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode == 0, message
     directories = list((run.path / "wandb").glob("offline-run-*"))
     assert len(directories) == 2
@@ -64,7 +64,7 @@ def test_a_run_survives_its_service_and_resumes_the_same_wandb_run(small_run: Sm
 def test_a_stop_signal_that_also_ends_the_service_still_saves(small_run: SmallRun, config: Config) -> None:
     process = start_and_kill_the_service(small_run, config)
     process.send_signal(signal.SIGTERM)
-    message = process.communicate(timeout=120)[1]
+    message = process.communicate(timeout=300)[1]
     assert process.returncode == EXIT_REQUEUE, message
     run = RunDirectory(config.run.dir)
     (checkpoint,) = run.checkpoints()

@@ -5,7 +5,9 @@ Shapes: P parameter directions, S streams, B batch, L length, E channels, K conv
 
 import numpy as np
 
-from caduceus.ops.cpu.scan_kernels import EXACT, jit, leaf, offset, sigmoid
+from caduceus.ops.cpu.compiled import jit, leaf
+from caduceus.ops.cpu.scan_kernels import offset
+from caduceus.ops.cpu.vectors import EXACT, sigmoid
 
 CHUNK = 256
 """Tokens per item."""

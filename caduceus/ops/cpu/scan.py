@@ -10,6 +10,7 @@ from torch import Tensor
 from caduceus.ops.cpu import scan_backward_kernels as backward_kernels
 from caduceus.ops.cpu import scan_kernels as kernels
 from caduceus.ops.cpu.arrays import copied, flattened, lead, run_kernel
+from caduceus.ops.cpu.vectors import LANES
 
 
 def selective_scan(
@@ -219,7 +220,7 @@ _scan.register_autograd(_scan_gradients, setup_context=_save_scan)
 def _block(channels: int, most: int = kernels.BLOCK) -> int:
     """Channels per item: as even as whole lanes allow, so that the last block is not nearly empty."""
     blocks = math.ceil(channels / most)
-    return math.ceil(channels / blocks / kernels.LANES) * kernels.LANES
+    return math.ceil(channels / blocks / LANES) * LANES
 
 
 def _forward_block(y: Tensor) -> int:
@@ -227,7 +228,7 @@ def _forward_block(y: Tensor) -> int:
     channels in the backward pass do, and so its block depends on no number of threads."""
     streams, batch, _, channels = y.shape
     parts = math.ceil(torch.get_num_threads() / max(1, streams * batch))
-    return _block(channels, max(kernels.LANES, min(kernels.FORWARD_BLOCK, math.ceil(channels / parts))))
+    return _block(channels, max(LANES, min(kernels.FORWARD_BLOCK, math.ceil(channels / parts))))
 
 
 def _scan_items(y: Tensor, block: int) -> int:

@@ -1,12 +1,13 @@
 """The ops in Triton, for NVIDIA GPUs; with TRITON_INTERPRET=1 they run, slowly, on CPU tensors."""
 
-from caduceus.ops.triton.conv import bidirectional_conv1d, causal_conv1d
+from caduceus.ops.triton.conv import TOKENS, bidirectional_conv1d, causal_conv1d
 from caduceus.ops.triton.cross_entropy import head_cross_entropy
 from caduceus.ops.triton.norm import add_norm
-from caduceus.ops.triton.scan import bidirectional_scan, scan_with_states, selective_scan
+from caduceus.ops.triton.scan import MAX_STATES, bidirectional_scan, scan_with_states, selective_scan
 from caduceus.ops.triton.sliced_scan import SlicedScan
 
 __all__ = [
+    "SUPPORTED",
     "SlicedScan",
     "add_norm",
     "bidirectional_conv1d",
@@ -16,3 +17,6 @@ __all__ = [
     "scan_with_states",
     "selective_scan",
 ]
+
+SUPPORTED = {"d_state": range(1, MAX_STATES + 1), "d_conv": range(1, TOKENS + 1)}
+"""Sizes of a model that the kernels take."""

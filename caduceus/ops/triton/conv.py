@@ -33,10 +33,17 @@ def bidirectional_conv1d(
     return conv_forward(x, weight, bias, halo, starts, activation == "silu", reverse)
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool) -> Tensor:
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    reverse: bool,
+    starts: Tensor | None = None,
+) -> Tensor:
     """`caduceus.ops.causal_conv1d`: x (B, L, E) -> (B, L, E)."""
     bias = None if bias is None else bias[None]
-    return bidirectional_conv1d(x[None], weight[None], bias, activation=activation, reverse=reverse).squeeze((0, 1))
+    return bidirectional_conv1d(x[None], weight[None], bias, starts, None, activation, reverse).squeeze((0, 1))
 
 
 @torch.library.custom_op("caduceus::triton_conv_forward", mutates_args=())

@@ -1,5 +1,6 @@
 """Kernels of head + cross-entropy. A program takes tiles of ROWS tokens and skips those without a labelled base, so
-logits exist only in registers. Streams are summed into the logits before the softmax.
+logits exist only in registers. Streams are summed into the logits before the softmax. Of a label that is neither
+ignored nor in the vocabulary, loss and gradients are NaN.
 """
 
 import triton
@@ -55,6 +56,7 @@ def cross_entropy_forward_kernel(
             top = tl.max(logits, axis=1)
             normaliser = top + tl.log(tl.sum(tl.exp(logits - top[:, None]), axis=1))
             own = tl.sum(tl.where(v[None, :] == label[:, None], logits, 0.0), axis=1)
+            own = tl.where(use & ((label < 0) | (label >= V)), float("nan"), own)
             weight = use.to(tl.float32)
             if HAS_WEIGHTS:
                 weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
@@ -101,6 +103,7 @@ def cross_entropy_backward_kernel(
             if HAS_WEIGHTS:
                 weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
             onehot = (v[None, :] == label[:, None]).to(tl.float32)
+            weight = tl.where(use & ((label < 0) | (label >= V)), float("nan"), weight)
             dlogits = weight[:, None] * (e / tl.sum(e, axis=1)[:, None] - onehot)
         for s in range(S):
             for start in range(0, D, DB):

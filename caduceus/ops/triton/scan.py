@@ -82,6 +82,7 @@ def selective_scan(
     softplus: bool,
     reverse: bool,
     initial_state: Tensor | None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(y (B, L, E), final state (B, E, N)) of `caduceus.ops.selective_scan`."""
     y, final_state = scan_with_states(
@@ -95,7 +96,8 @@ def selective_scan(
         None if dt_bias is None else dt_bias[None],
         softplus,
         None if initial_state is None else initial_state[None, None],
-        reverse=reverse,
+        starts,
+        reverse,
     )
     return y.squeeze(0), final_state.squeeze((0, 1))
 

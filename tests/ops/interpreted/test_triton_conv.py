@@ -146,6 +146,15 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.mark.slow
 def test_composes_with_torch():
-    o = make_operands(2, 1, 1, 5, 3, 4, halo=True)
-    arguments = tuple(o[n].float().requires_grad_() for n in NAMES)
-    torch.library.opcheck(triton_conv.conv_forward, (*arguments, None, True, False))
+    starts = torch.tensor([[False, False, True, False, False]])
+    halo = [o.float() for o in make_operands(2, 1, 1, 5, 3, 4, halo=True).values()]
+    for given in ((*halo, None), (*halo[:2], None, None, starts)):
+        dy = torch.randn(2, 1, 1, 5, 3)
+        torch.library.opcheck(triton_conv.conv_backward, (dy, *given, True, False))
+        for leaf in given[:4]:
+            if leaf is not None:
+                leaf.requires_grad_()
+        torch.library.opcheck(triton_conv.conv_forward, (*given, True, False))
+        for leaf in given[:4]:
+            if leaf is not None:
+                leaf.requires_grad_(False)

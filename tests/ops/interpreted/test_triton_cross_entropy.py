@@ -43,6 +43,41 @@ def test_nothing_labelled_is_zero_with_zero_gradient():
     compare(2, 35, 8, weighted=False, labelled=0.0)
 
 
+@pytest.mark.parametrize("label", [-100, 16, 2**40])
+def test_a_label_outside_the_vocabulary_makes_the_loss_and_its_gradients_nan(label):
+    hidden, weight = torch.randn(1, 1, 3, 8, requires_grad=True), torch.randn(1, 16, 8, requires_grad=True)
+    loss, total = ops.head_cross_entropy(
+        hidden, weight, torch.tensor([[7, label, IGNORE]]), ignore_label=IGNORE, backend="triton"
+    )
+    to_hidden, to_weight = torch.autograd.grad(loss, [hidden, weight])
+    assert loss.isnan() and total == 2
+    assert to_hidden[0, 0].isnan().all(1).tolist() == [False, True, False]
+    assert to_weight.isnan().all()
+
+
+def test_an_ignored_label_may_lie_outside_the_vocabulary():
+    results = []
+    torch.manual_seed(0)
+    operands = torch.randn(1, 1, 3, 8), torch.randn(1, 16, 8)
+    for ignore in (IGNORE, -100):
+        leaves = [t.clone().requires_grad_() for t in operands]
+        loss, _ = ops.head_cross_entropy(*leaves, torch.tensor([[7, ignore, 9]]), ignore_label=ignore, backend="triton")
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+def test_two_runs_give_the_same_bits():
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, requires_grad=True) for s in ((2, 1, 70, 65), (2, 16, 65))]
+    labels = torch.randint(7, 11, (1, 70))
+    results = []
+    for _ in range(2):
+        loss, _ = ops.head_cross_entropy(*leaves, labels, ignore_label=IGNORE, backend="triton")
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision(dtype):
@@ -50,8 +85,12 @@ def test_half_precision(dtype):
 
 
 @pytest.mark.slow
-def test_composes_with_torch():
-    from caduceus.ops.triton.cross_entropy import cross_entropy_forward
+@pytest.mark.parametrize("loss_weights", [None, torch.rand(1, 5)])
+def test_composes_with_torch(loss_weights):
+    from caduceus.ops.triton.cross_entropy import cross_entropy_backward, cross_entropy_forward
 
-    hidden, weight = torch.randn(1, 5, 8, requires_grad=True), torch.randn(1, 16, 8, requires_grad=True)
-    torch.library.opcheck(cross_entropy_forward, (hidden, weight, torch.full((5,), 7), None, IGNORE))
+    tensors = torch.randn(1, 1, 5, 8), torch.randn(1, 16, 8), torch.full((1, 5), 7), loss_weights
+    torch.library.opcheck(cross_entropy_backward, (torch.ones(()), *tensors, IGNORE))
+    for leaf in tensors[:2]:
+        leaf.requires_grad_()
+    torch.library.opcheck(cross_entropy_forward, (*tensors, IGNORE))

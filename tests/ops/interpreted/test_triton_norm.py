@@ -59,8 +59,27 @@ def test_half_precision(dtype, residual_in_fp32):
 
 
 @pytest.mark.slow
-def test_composes_with_torch():
-    from caduceus.ops.triton.norm import add_norm_forward
+def test_two_runs_give_the_same_bits():
+    torch.manual_seed(0)
+    leaves = [torch.randn(s, requires_grad=True) for s in ((2, 1, 37, 70), (2, 1, 37, 70), (2, 70), (2, 70))]
+    results = []
+    for _ in range(2):
+        out, total = ops.add_norm(*leaves, eps=1e-5, backend="triton")
+        results.append([out, total, *torch.autograd.grad(out.sin().sum() + total.cos().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
-    x, residual, weight = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 5), (2, 3, 5), (5,)))
-    torch.library.opcheck(add_norm_forward, (x, residual, weight, None, 1e-5, torch.float32))
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_composes_with_torch(has_residual, layer_norm):
+    from caduceus.ops.triton.norm import add_norm_backward, add_norm_forward
+
+    x, residual, weight, bias = (torch.randn(shape) for shape in ((2, 1, 3, 5), (2, 1, 3, 5), (2, 5), (2, 5)))
+    dtotal = torch.randn_like(x) if has_residual else None
+    torch.library.opcheck(add_norm_backward, (torch.randn_like(x), dtotal, x, weight, layer_norm, 1e-5))
+    given = x, residual if has_residual else None, weight, bias if layer_norm else None
+    for leaf in given:
+        if leaf is not None:
+            leaf.requires_grad_()
+    torch.library.opcheck(add_norm_forward, (*given, 1e-5, torch.float32))

@@ -246,9 +246,13 @@ def test_composes_with_torch():
     o = make_operands(2, 1, 1, 6, 3, 2)
     arguments = tuple(o[name].float().requires_grad_() for name in NAMES[:-1])
     torch.library.opcheck(triton_scan.scan_forward, (*arguments, None, None, True, False, 8))
-    with torch.no_grad():
-        y, _, states, sum_dt = triton_scan.scan_forward(*arguments, None, None, True, False, 8)
-        torch.library.opcheck(triton_scan.scan_backward, (y, None, *arguments, None, states, sum_dt, True, False, 8))
+    starts = torch.tensor([[False, False, True, False, False, False]])
+    initial = o["initial_state"].float()
+    for absent, state, begins in (((), None, None), (("D", "z", "dt_bias"), initial, starts)):
+        given = [None if name in absent else o[name].float() for name in NAMES[:-1]]
+        y, final, states, sum_dt = triton_scan.scan_forward(*given, state, begins, True, False, 8)
+        dfinal = None if state is None else final
+        torch.library.opcheck(triton_scan.scan_backward, (y, dfinal, *given, begins, states, sum_dt, True, False, 8))
 
 
 def test_refuses_what_it_cannot_run():

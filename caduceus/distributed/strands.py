@@ -1,0 +1,38 @@
+"""Strand parallelism: two ranks share a sequence of Caduceus-PS, each with one strand of it, exactly.
+
+The streams of the strands meet in the logits alone. So all that the ranks exchange is the logits at labelled bases,
+once per micro-batch, and nothing on the way back: from there on both compute the same, and each takes half of the loss.
+"""
+
+import torch.distributed as dist
+from torch import Tensor, autograd
+
+
+class StrandGroup:
+    """The ranks that share the strands; rank 0 has the stream of the forward strand, rank 1 that of its complement."""
+
+    def __init__(self, group: dist.ProcessGroup, rank: int, size: int) -> None:
+        self.group = group
+        self.rank = rank
+        self.size = size
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Sum over the ranks, the same bits on all of them.
+
+        Differentiable where each goes on to compute an equal share of one loss: the gradients that would have to be
+        added up are then the same on all.
+        """
+        return _Sum.apply(part, self)
+
+
+class _Sum(autograd.Function):
+    @staticmethod
+    def forward(ctx, part: Tensor, strands: StrandGroup) -> Tensor:
+        ctx.size = strands.size
+        total = part.clone()
+        dist.all_reduce(total, group=strands.group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.size, None

@@ -1,0 +1,120 @@
+"""Checks of an op's operands before a backend gets them: a kernel reads past the end of a tensor that is too small.
+
+Shapes, types and devices only: no value is read, so that a GPU need not be waited for and a compiler can follow.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+MOST_RUNS = 2
+"""Directions, and streams: one that goes right-to-left beside one that goes left-to-right."""
+
+Operand = tuple[str, Tensor | None, str]
+"""Name, tensor, and the axes that it is to have, a letter each."""
+
+
+def check_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    starts: Tensor | None,
+    *,
+    parameters: str = "",
+    streams: str = "",
+) -> None:
+    """Operands of a scan of runs with the leading axes `parameters` + `streams` + "B"."""
+    runs = parameters + streams + "B"
+    sizes = _sizes("u", u, runs + "LE")
+    sizes["N"] = A.shape[-1] if A.ndim else 0
+    _check_floats(
+        u,
+        sizes,
+        (
+            ("u", u, runs + "LE"),
+            ("dt", dt, runs + "LE"),
+            ("A", A, parameters + "EN"),
+            ("B", B, runs + "LN"),
+            ("C", C, runs + "LN"),
+            ("D", D, parameters + "E"),
+            ("z", z, streams + "BLE"),
+            ("dt_bias", dt_bias, parameters + "E"),
+            ("initial_state", initial_state, runs + "EN"),
+        ),
+    )
+    _check_starts(starts, u, sizes)
+
+
+def check_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    *,
+    parameters: str = "",
+    streams: str = "",
+) -> None:
+    """Operands of a convolution of streams with the leading axes `streams` + "B"."""
+    sizes = _sizes("x", x, streams + "BLE") | _sizes("weight", weight, parameters + "EK") | {"E": x.shape[-1]}
+    operands = (("x", x, streams + "BLE"), ("weight", weight, parameters + "EK"), ("bias", bias, parameters + "E"))
+    _check_floats(x, sizes, operands)
+    _check_starts(starts, x, sizes)
+
+
+def check_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    sizes = _sizes("x", x, "SBLD")
+    vectors = "SD" if weight.ndim == 2 else "D"
+    operands = (("x", x, "SBLD"), ("residual", residual, "SBLD"), ("weight", weight, vectors), ("bias", bias, vectors))
+    _check_floats(x, sizes, operands)
+
+
+def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None) -> None:
+    sizes = _sizes("hidden", hidden, "SBLD") | {"V": weight.shape[-2] if weight.ndim > 1 else 0}
+    operands = (("hidden", hidden, "SBLD"), ("weight", weight, "SVD"), ("loss_weights", loss_weights, "BL"))
+    _check_floats(hidden, sizes, operands)
+    _check_place("labels", labels, "BL", hidden, sizes)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels: expected int64 or int32, got {labels.dtype}")
+
+
+def _sizes(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    """The size of each of a tensor's axes, by its letter."""
+    if tensor.ndim != len(axes):
+        raise ValueError(f"{name}: expected axes ({', '.join(axes)}), got shape {tuple(tensor.shape)}")
+    sizes = dict(zip(axes, tensor.shape, strict=True))
+    for axis in "PS":
+        if sizes.get(axis, 1) > MOST_RUNS:
+            raise ValueError(f"{name}: axis {axis} has at most {MOST_RUNS} entries, got {sizes[axis]}")
+    return sizes
+
+
+def _check_floats(first: Tensor, sizes: dict[str, int], operands: Iterable[Operand]) -> None:
+    for name, tensor, axes in operands:
+        if tensor is None:
+            continue
+        _check_place(name, tensor, axes, first, sizes)
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
+
+
+def _check_starts(starts: Tensor | None, first: Tensor, sizes: dict[str, int]) -> None:
+    if starts is None:
+        return
+    _check_place("starts", starts, "BL", first, sizes)
+    if starts.dtype != torch.bool:
+        raise TypeError(f"starts: expected bool, got {starts.dtype}")
+
+
+def _check_place(name: str, tensor: Tensor, axes: str, first: Tensor, sizes: dict[str, int]) -> None:
+    expected = tuple([sizes[axis] for axis in axes])
+    if tensor.shape != expected:
+        raise ValueError(f"{name}: expected shape ({', '.join(axes)}) = {expected}, got {tuple(tensor.shape)}")
+    if tensor.device != first.device:
+        raise ValueError(f"{name}: expected on {first.device} like the other operands, got on {tensor.device}")
