@@ -7,7 +7,7 @@ from torch import Tensor
 from caduceus.ops.triton import cross_entropy_kernels as kernels
 from caduceus.ops.triton.device import LAUNCH, device_of, multiprocessors, require_float
 
-ROWS, CHANNELS = 32, 64
+ROWS, CHANNELS = 16, 32
 """Tile of a program."""
 
 

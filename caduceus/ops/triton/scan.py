@@ -11,6 +11,7 @@ from torch import Tensor
 
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
+from caduceus.ops.triton import scan_pieces_kernels as pieces_kernels
 from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, chunk_length, device_of, require_float
 
 MAX_STATES = 64
@@ -331,13 +332,13 @@ class ScanKernels:
 
     def _gather(self, item: int, count: int, pieces: Tensor) -> None:
         with device_of(self.u):
-            backward_kernels.gather_pieces_kernel[(self.P * count, self.chunk // PIECE)](
+            pieces_kernels.gather_pieces_kernel[(self.P * count, self.chunk // PIECE)](
                 self.B, self.C, pieces, item, self.P, *self._sizes_of_pieces(), *_strides(self.B, self.C), **self.tile
             )
 
     def _scatter(self, item: int, count: int, dpieces: Tensor, dB: Tensor, dC: Tensor) -> None:
         with device_of(self.u):
-            backward_kernels.scatter_pieces_kernel[(self.P * count, self.chunk // PIECE)](
+            pieces_kernels.scatter_pieces_kernel[(self.P * count, self.chunk // PIECE)](
                 dpieces, dB, dC, self.blocks, item, self.P, *self._sizes_of_pieces(), **self.tile
             )
 

@@ -74,9 +74,9 @@ def test_both_directions_and_streams_with_a_halo():
     ("P", "S", "batch", "L", "E", "K", "halo"),
     [
         (1, 1, 1, 1, 1, 1, False),  # a single everything
-        (2, 1, 2, 17, 5, 4, True),  # one token over a tile
+        (2, 1, 2, 33, 5, 4, True),  # one token over two tiles and over a chunk
         (2, 2, 1, 2, 129, 4, True),  # shorter than the filter, one channel over a block
-        (1, 2, 1, 16, 3, 3, False),  # exactly one tile; stream 1 of a uni-directional model
+        (1, 2, 1, 32, 3, 3, False),  # exactly two tiles and a chunk; stream 1 of a uni-directional model
     ],
 )
 def test_odd_sizes(P, S, batch, L, E, K, halo):
@@ -98,10 +98,10 @@ def test_without_activation_and_bias():
 @pytest.mark.slow
 @pytest.mark.parametrize("halo", [False, True])
 def test_taps_do_not_cross_a_start(halo):
-    starts = torch.zeros(2, 18, dtype=torch.bool)
-    starts[0, [2, 4, 15, 16]] = True
-    starts[1, [0, 17]] = True
-    check(make_operands(2, 1, 2, 18, 3, 4, halo), starts=starts)
+    starts = torch.zeros(2, 35, dtype=torch.bool)
+    starts[0, [2, 4, 16, 30, 33]] = True  # about the borders of tiles and, at 32, of chunks
+    starts[1, [0, 32, 34]] = True
+    check(make_operands(2, 1, 2, 35, 3, 4, halo), starts=starts)
 
 
 def results(operands: dict[str, Tensor | None], reverse: bool = False) -> list[Tensor]:
