@@ -1,4 +1,4 @@
-# plan: 512 ranks with 1 sequence a step, 16,384 bases at a time each; 7.73M parameters; unmeasured estimate for H100: 0.011 s a step, 2.5 GB
+# plan: 512 ranks with 1 sequence a step, 16,384 bases at a time each; 7.73M parameters; unmeasured estimate for H100: 0.011 s a step, 3.2 GB
 #!/bin/bash
 
 # Parameters
