@@ -81,7 +81,7 @@ def trips_of_loops(states: int) -> dict[str, list[float]]:
 
 def work_per_token(config: CaduceusConfig, streams: int) -> dict[str, float]:
     """Warps (32 channels) times rows that a token of the input occupies in each kernel."""
-    warps = config.d_inner / 32 * streams
+    warps = -(-config.d_inner // device.CHANNELS) * device.WARPS * streams
     both = dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay", "scan_backward"), 2 * warps)
     return both | {"conv_backward": warps}  # which takes both directions in one turn of its loop
 

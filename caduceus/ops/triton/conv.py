@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from caduceus.ops.triton import conv_kernels as kernels
-from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, chunk_length, device_of, require_float
+from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, device_of, require_float, tokens_per_program
 
 TOKENS, CHANNELS = 16, 64
 """Tile of a forward program; half as many channels where rows are not aligned, which takes more registers."""
@@ -94,7 +94,7 @@ def conv_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = channel_block(x)
     blocks = triton.cdiv(E, block)
-    chunk = chunk_length(S * batch, length, E, x.device)
+    chunk = tokens_per_program(S * batch, length, E, x.device)
     chunks = triton.cdiv(length, chunk)
     items = S * batch * chunks
     dw = x.new_empty(items, P, K, E, dtype=torch.float32)

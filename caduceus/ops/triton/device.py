@@ -35,7 +35,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def chunk_length(runs: int, length: int, channels: int, device: torch.device) -> int:
+def tokens_per_program(runs: int, length: int, channels: int, device: torch.device) -> int:
     """Tokens that a program takes of each of `runs` sequences: many, so that few states and partial sums are kept, but
     not so many that the chunks of a small batch leave the GPU empty."""
     programs = runs * triton.cdiv(channels, CHANNELS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
 from caduceus.ops.triton import scan_pieces_kernels as pieces_kernels
-from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, chunk_length, device_of, require_float
+from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, device_of, require_float, tokens_per_program
 
 MAX_STATES = 64
 """A thread holds all states of its channel: up to 64 they fit in its registers, and no kernel spills."""
@@ -48,7 +48,7 @@ def scan_with_states(
     if A.shape[-1] > MAX_STATES:
         raise ValueError(f"A: the triton backend has up to {MAX_STATES} states, got {A.shape[-1]}")
     if chunk is None:
-        chunk = chunk_of(u)
+        chunk = chunk_length(u)
     if chunk % PIECE:
         raise ValueError(f"chunk: must be a multiple of {PIECE}, got {chunk}")
     y, final_state, _, _ = scan_forward(u, dt, A, B, C, D, z, dt_bias, initial_state, starts, softplus, reverse, chunk)
@@ -196,9 +196,9 @@ def _backward(ctx, dy, dfinal_state, _dstates, _dsum_dt):
 scan_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def chunk_of(u: Tensor) -> int:
+def chunk_length(u: Tensor) -> int:
     _, streams, batch, length, channels = u.shape
-    return chunk_length(streams * batch, length, channels, u.device)
+    return tokens_per_program(streams * batch, length, channels, u.device)
 
 
 class ScanKernels:

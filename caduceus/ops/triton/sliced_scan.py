@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from caduceus.ops.triton.device import require_float
-from caduceus.ops.triton.scan import ScanKernels, chunk_of
+from caduceus.ops.triton.scan import ScanKernels, chunk_length
 
 
 class SlicedScan:
@@ -11,7 +11,7 @@ class SlicedScan:
 
     def __init__(self, u, dt, A, B, C, D, z, dt_bias, softplus: bool, reverse: bool) -> None:
         require_float(u, "u")
-        self._scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, None, softplus, reverse, chunk_of(u))
+        self._scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, None, softplus, reverse, chunk_length(u))
         self._given = [t is not None for t in (u, dt, A, B, C, D, z, dt_bias)]
 
     def end_state(self) -> tuple[Tensor, Tensor]:
