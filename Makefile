@@ -22,10 +22,10 @@ demo: $(VENV)/installed
 
 # Two files at a time: the tests of faults spend most of theirs waiting.
 test: $(VENV)/installed
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/installed
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -58,7 +58,7 @@ def constants(module: object, *names: str) -> Callable[[int], list[tuple[object,
 CHUNK = Tunable(
     "chunk",
     (64, 128, 256, 512, 1024),
-    lambda value: [(module, "chunk_length", lambda *_: value) for module in (scan, conv)],
+    lambda value: [(module, "tokens_per_program", lambda *_: value) for module in (scan, conv)],
 )
 WARPS = Tunable(
     "WARPS",

@@ -8,6 +8,28 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+LONGEST_FIRST = (
+    "model/test_triton.py",
+    "slurm/test_faults.py",
+    "distributed/test_strategies.py",
+    "slurm/test_operations.py",
+    "ops/test_aot.py",
+    "distributed/test_restarts.py",
+    "launch/test_local.py",
+    "distributed/test_options.py",
+    "ops/test_triton.py",
+    "slurm/test_launch.py",
+    "distributed/test_strands.py",
+    "slurm/test_virtual_cluster.py",
+    "demo/test_run.py",
+    "train/test_trainer.py",
+)
+"""Files of tests in the order of their start, two at a time: the long first, and such as wait beside such as compute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,9 @@ class SmallRun:
         path = self.directory / f"{config.run.name}.yaml"
         save_config(config, path)
         command = [sys.executable, str(RECORDING_RUN), str(path), str(consumed or os.devnull)]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        # A run in this process leaves word of its W&B service, which the other would share.
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture
