@@ -24,7 +24,7 @@ LONGEST_FIRST = (
     "demo/test_run.py",
     "train/test_trainer.py",
 )
-"""Files of tests in the order of their start, two at a time: the long first, and such as wait beside such as compute."""
+"""Files in the order of their start, two at a time: the long first, and those that wait beside those that compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
