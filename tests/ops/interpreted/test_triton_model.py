@@ -63,7 +63,9 @@ def train(backend: str, steps: int = 50) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ph_layernorm", "ph_multiply", "ph_untied", "ps", "ps_unfused", "ps_unidirectional", "ps_untied"])
+@pytest.mark.parametrize(
+    "kind", ["ph_layernorm", "ph_multiply", "ph_untied", "ps", "ps_unfused", "ps_unidirectional", "ps_untied"]
+)
 def test_packed_and_padded_rows_give_what_each_sequence_gives_alone(kind, monkeypatch):
     monkeypatch.setattr(triton_scan, "chunk_length", lambda u: 8)  # rows have 13 positions, so cross a chunk's border
     check_packed_rows(kind, "triton", torch.float32, GRADIENTS, n_layer=1)
