@@ -93,6 +93,11 @@ def refuse_impossible_values(config: "Config", values: dict[str, Any]) -> None:
         raise UserError(
             "parallel.strands: 2 needs model.rcps=true, whose two strands are computed apart; use parallel.context"
         )
+    if data.mode == "stream" and config.parallel.ranks_per_sample > 1:
+        raise UserError(
+            "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "
+            "tar, those that share its sequences would not know; use data.mode=shards"
+        )
     if train.global_batch % train.micro_batch:
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"

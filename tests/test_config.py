@@ -96,6 +96,12 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize("sharing", [["parallel.context=2"], ["parallel.strands=2", "model.rcps=true"]])
+def test_ranks_that_share_a_sequence_read_no_stream(preset: Path, sharing: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^data\.mode: stream goes with neither .*; use data\.mode=shards$"):
+        load_config(preset, ["data.mode=stream", *sharing])
+
+
 @pytest.mark.parametrize("path", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_loads_and_keeps_the_published_batch(path: Path) -> None:
     config = load_config(path)

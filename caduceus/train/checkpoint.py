@@ -74,8 +74,13 @@ class Checkpoints:
         progress.health.rewinds = 0
         # A name never used before: ranks of an earlier start may live on where nobody can reach them.
         writing = self._run.checkpoints_path / f".writing-{progress.step:08d}-{secrets.token_hex(4)}"
+        refusal = None
         if self._ranks.is_main:
-            writing.mkdir()
+            try:
+                writing.mkdir()
+            except OSError as error:
+                refusal = self._not_written(progress.step, error)
+        self._ranks.raise_together(refusal)
         writing = self._ranks.broadcast(writing)
         write = self._strategy.stage(self._group) if self._behind else self._strategy.save
         arguments = (write, writing, asdict(progress), _rng_state())
@@ -140,15 +145,24 @@ class Checkpoints:
                 write_atomically(writing / "progress.json", dump_json(progress))
                 facts = {"samples": progress["loader"]["samples_consumed"]}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
-                self._run.remove_old_checkpoints(self._config.keep, self._config.keep_every)
+                self._remove_old()
         except (OSError, RuntimeError, dcp.CheckpointException) as error:
             shutil.rmtree(writing, ignore_errors=True)
-            self._failure = UserError(
-                f"{self._run.checkpoints_path}: the checkpoint of step {progress['step']} could not be written "
-                f"({_last_line(error)}); earlier checkpoints are untouched: make room and start the same command again"
-            )
+            self._failure = self._not_written(progress["step"], error)
         except Exception as error:  # of a thread, it would be lost
             self._failure = error
+
+    def _remove_old(self) -> None:
+        try:
+            self._run.remove_old_checkpoints(self._config.keep, self._config.keep_every)
+        except OSError as error:  # costs room alone, and the next save tries again
+            _log.warning("%s: old checkpoints could not be removed (%s)", self._run.checkpoints_path, error)
+
+    def _not_written(self, step: int, error: Exception) -> UserError:
+        return UserError(
+            f"{self._run.checkpoints_path}: the checkpoint of step {step} could not be written ({_last_line(error)}); "
+            "earlier checkpoints are untouched: make room and start the same command again"
+        )
 
 
 def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:

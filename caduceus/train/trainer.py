@@ -118,6 +118,8 @@ def _open_run(config: Config, ranks: Ranks) -> RunDirectory:
             run = RunDirectory.create_or_resume(config)
         except UserError as error:
             refusal = error
+        except OSError as error:
+            refusal = UserError(f"run.dir: {run.path} cannot be written ({error}); choose another run.dir")
     ranks.raise_together(refusal)
     return run
 

@@ -129,3 +129,34 @@ def test_the_run_stops_with_a_checkpoint_when_its_time_is_up(small_run: SmallRun
     undisturbed = small_run.config("undisturbed")
     train(undisturbed)
     assert numbers(config.run.dir) == numbers(undisturbed.run.dir)
+
+
+def test_old_checkpoints_that_cannot_be_removed_cost_no_new_one(small_run: SmallRun, monkeypatch, caplog) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(RunDirectory, "remove_old_checkpoints", refuse)
+    config = small_run.config("run", checkpoint={"every": 2, "keep": 1})
+    assert train(config) == 0
+    assert len(RunDirectory(config.run.dir).checkpoints()) > 1
+    assert "old checkpoints could not be removed ([Errno 39] Directory not empty)" in caplog.text
+
+
+def test_a_checkpoint_whose_directory_cannot_be_made_is_one_line(small_run: SmallRun, monkeypatch) -> None:
+    mkdir = Path.mkdir
+
+    def fail(path: Path, *args: object, **options: object) -> None:
+        if path.name.startswith(".writing-"):
+            raise OSError(28, "No space left on device")
+        mkdir(path, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(UserError, match=r"the checkpoint of step \d+ could not be written \(.*No space left on device"):
+        train(small_run.config("run", checkpoint={"every": 2}))
+
+
+def test_a_run_directory_that_cannot_be_locked_is_one_line(small_run: SmallRun, monkeypatch) -> None:
+    config = small_run.config("run")
+    (Path(config.run.dir) / ".lock").mkdir(parents=True)  # not even root can open it to write
+    with pytest.raises(UserError, match=r"^run\.dir: .* cannot be written \(.*Is a directory"):
+        train(config)
