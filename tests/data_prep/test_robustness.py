@@ -137,8 +137,12 @@ def test_the_same_command_restores_what_was_lost(
 
     arguments = ("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS, "--workers", 1)
     LOSSES[loss](dataset / "s")
-    with monkeypatch.context() as patch:  # killed before the first shard is written
-        patch.setattr(sharding, "write_shard", lambda task: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupt(task: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # ended before the first shard is written
+        patch.setattr(sharding, "write_shard", interrupt)
         with pytest.raises(KeyboardInterrupt):
             shard(*arguments)
     shard(*arguments)
