@@ -67,10 +67,11 @@ def test_every_gradient_of_the_first_step_is_that_of_one_process(runs: dict, lay
     expected = runs["single", 1, "fp32"][2].gradients
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Relative to the largest entry of the parameter: small entries are sums that nearly cancel.
+        # Relative to the largest entry of the parameter: small entries are sums that nearly cancel. Some hundred terms
+        # in another order, each rounded by 6e-8, differ by 1e-6; which processor adds them up may double that.
         scale = gradient.abs().max().item()
         assert scale > 0
-        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=1e-6 * max(scale, 1), msg=name)
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=3e-6 * scale, msg=name)
 
 
 def test_in_double_all_steps_agree_to_rounding(runs: dict, layout: Layout) -> None:
