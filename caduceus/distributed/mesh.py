@@ -7,10 +7,11 @@ exchange logits once per micro-batch; so all ranks of a sample sit on one node. 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from caduceus.config import Config
 from caduceus.distributed.context import ContextGroup
 from caduceus.distributed.layout import check_layout
+from caduceus.distributed.rendezvous import Member, meet, refuse_strangers
 from caduceus.distributed.strands import StrandGroup
 from caduceus.errors import UserError
 
@@ -27,6 +29,9 @@ FOR_EVER = timedelta(days=365)
 """Of a collective, where a step may take any time; the libraries know no other for ever."""
 FLIGHT_RECORDS = "2000"
 """Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
+_NO_MORE = object()
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -131,6 +136,37 @@ class Ranks:
         if self.maximum(0):
             raise UserError("another rank failed; its own message says why")
 
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Around what each rank does without the others; where it fails on one, all raise, at the end of it."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.raise_together(failure)
+
+    def together(self, items: Iterable[T]) -> Iterator[T]:
+        """Items of which every rank makes as many by itself; where one fails to, all raise."""
+        iterator = iter(items)
+        while True:
+            with self.agreeing():
+                item = next(iterator, _NO_MORE)
+            if item is _NO_MORE:
+                return
+            yield item
+
+    def groups(self) -> dict[str, dist.ProcessGroup | None]:
+        """The groups of this rank by what its ranks share; None stands for all ranks."""
+        found = {"all ranks": None} if self.world > 1 else {}
+        if self.context_group is not None:
+            found["the ranks that share its strand"] = self.context_group.group
+        if self.strand_group is not None:
+            found["the ranks that share its slice"] = self.strand_group.group
+        if self._sample_group is not None:
+            found["the ranks that share its samples"] = self._sample_group
+        return found
+
     def _make_context_group(self) -> ContextGroup | None:
         if self.context == 1:
             return None
@@ -163,34 +199,54 @@ class Ranks:
 def joined(config: Config) -> Iterator[Ranks]:
     """Join the other ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
 
-    Where the process has joined them already, its group is used, and left as it is.
+    Raises `UserError` on every rank where they are not of one run, or cannot be arranged as `parallel.*` asks. Where
+    the process has joined them already, its group is used, and left as it is.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    check_layout(config, world)
-    device = choose_device(config.run.device)
     make_deterministic(config.train.deterministic)
     if world == 1 and config.parallel.strategy in ("auto", "single"):
-        yield Ranks(0, 1, 1, device)
+        check_layout(config, world)
+        yield Ranks(0, 1, 1, choose_device(config.run.device))
         return
     timeout = _collective_timeout(config.train.stall_minutes)
-    if dist.is_initialized():
-        yield Ranks(rank, world, config.parallel.context, device, timeout, config.parallel.strands)
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        _set_nccl_defaults(config.run.dir)
-    # One process may have been started without any address to meet at.
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-        **alone,
-    )
+    device, problem = None, None
+    try:
+        device = choose_device(config.run.device)
+    except UserError as error:
+        problem = str(error)
+    member = Member.here(config, device and device.type, problem)
+    joined_already = dist.is_initialized()
+    if joined_already:
+        members: list[Member | None] = [None] * world
+        dist.all_gather_object(members, member)
+    else:
+        store, members = meet(member, rank, world, timeout)
+    refuse_strangers(members, rank)
+    check_layout(config, world)
+    if not joined_already:
+        _start_collectives(config, device, store, rank, world, timeout)
     try:
         yield Ranks(rank, world, config.parallel.context, device, timeout, config.parallel.strands)
     finally:
-        dist.destroy_process_group()
+        if not joined_already:
+            dist.destroy_process_group()
+
+
+def _start_collectives(
+    config: Config, device: torch.device, store: dist.Store, rank: int, world: int, timeout: timedelta
+) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+        _set_nccl_defaults(config.run.dir)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=world,
+        device_id=device if on_gpu else None,
+    )
 
 
 def _collective_timeout(stall_minutes: float) -> timedelta:

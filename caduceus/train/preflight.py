@@ -1,6 +1,5 @@
 """Checks before the first step, so that what is wrong with a node shows in a line now, and not in hours as a hang."""
 
-import hashlib
 import os
 import shutil
 import socket
@@ -12,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from caduceus.config import Config, config_to_dict
-from caduceus.data.shards import dump_json
+from caduceus.config import Config
 from caduceus.distributed.strategy import Single
 from caduceus.errors import NodeError, UserError
 from caduceus.ops import check_backend
@@ -38,7 +36,6 @@ class Report:
 
     host: str
     clock: float
-    code_and_config: tuple[str, str]
     disk: str | None
     shared_memory: str | None
 
@@ -49,39 +46,32 @@ def check_model(config: Config, device: torch.device) -> None:
     check_backend(config.ops.backend, device, dtype, config.model.d_state, config.model.d_conv)
 
 
-def check_before_start(config: Config, run: RunDirectory, strategy: Single) -> None:
-    """Check disk, shared memory, clocks, code and configuration, and collectives, on all ranks together.
+def check_before_start(
+    config: Config, run: RunDirectory, strategy: Single, saving: dist.ProcessGroup | None = None
+) -> None:
+    """Check disk, shared memory, clocks and collectives, on all ranks together.
 
-    Raises `UserError` on every rank, with a line that names the first rank that fails, its host and what to do; on the
-    ranks whose own node is at fault it is a `NodeError`.
+    `saving`: the group over which checkpoints are agreed on. Raises `UserError` on every rank, with a line that names
+    the first rank that fails, its host and what to do; on the ranks whose own node is at fault it is a `NodeError`.
     """
     ranks = strategy.ranks
     parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
-    report = Report(
-        host=socket.gethostname(),
-        clock=time.time(),
-        code_and_config=code_and_config_hash(config),
-        disk=_disk_problem(run.path, _STATE_BYTES * parameters),
-        shared_memory=_shared_memory_problem(config),
-    )
+    with ranks.agreeing(), run.telling_of_disks():
+        report = Report(
+            host=socket.gethostname(),
+            clock=time.time(),
+            disk=_disk_problem(run.path, _STATE_BYTES * parameters),
+            shared_memory=_shared_memory_problem(config),
+        )
     reports = ranks.gather_objects(report)
     for rank, report in enumerate(reports):
         problem = report.shared_memory or _clock_problem(report, reports[0])
         if problem and rank == ranks.rank:
             raise NodeError(f"rank {rank} on {report.host}: {problem}")
-        problem = problem or report.disk or _version_problem(report, reports[0])
+        problem = problem or report.disk
         if problem:
             raise UserError(f"rank {rank} on {report.host}: {problem}")
-    _try_collectives(strategy)
-
-
-def code_and_config_hash(config: Config) -> tuple[str, str]:
-    """sha256 of the package's sources, and of the resolved configuration."""
-    code = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return code.hexdigest(), hashlib.sha256(dump_json(config_to_dict(config))).hexdigest()
+    _try_collectives(strategy, saving)
 
 
 def _disk_problem(directory: Path, needed: int) -> str | None:
@@ -113,28 +103,19 @@ def _clock_problem(report: Report, first: Report) -> str | None:
     return f"its clock is {skew:+.0f} s from that of {first.host}; set the clocks (NTP)"
 
 
-def _version_problem(report: Report, first: Report) -> str | None:
-    names = {"caduceus code": "install the same version", "configuration": "give the same file and overrides"}
-    for (name, remedy), here, there in zip(names.items(), report.code_and_config, first.code_and_config, strict=True):
-        if here != there:
-            return f"its {name} ({here[:12]}) is not that of {first.host} ({there[:12]}); {remedy} on all ranks"
-    return None
-
-
-def _try_collectives(strategy: Single) -> None:
+def _try_collectives(strategy: Single, saving: dist.ProcessGroup | None) -> None:
     """One all-reduce over every group of ranks that training uses."""
     ranks = strategy.ranks
-    groups = {"all ranks": None} if ranks.world > 1 else {}
-    if ranks.context_group is not None:
-        groups["the ranks that share a sequence"] = ranks.context_group.group
-    if ranks.strand_group is not None:
-        groups["the ranks that share its strands"] = ranks.strand_group.group
+    groups = ranks.groups()
     for mesh in {parameter.device_mesh for parameter in strategy.model.parameters() if isinstance(parameter, DTensor)}:
         for name in mesh.mesh_dim_names:
             groups[f"the ranks that {name} parameters"] = mesh.get_group(name)
-    for name, group in groups.items():
+    tried = [(name, group, ranks.device) for name, group in groups.items()]
+    if saving is not None:
+        tried.append(("all ranks, for checkpoints,", saving, torch.device("cpu")))
+    for name, group, device in tried:
         size = dist.get_world_size(group)
-        ones = torch.ones(1, device=ranks.device)
+        ones = torch.ones(1, device=device)
         dist.all_reduce(ones, group=group)
         if ones.item() != size:
             raise UserError(
@@ -151,8 +132,9 @@ def check_gpu_memory(config: Config, strategy: Single) -> None:
     run_micro_batch(config, strategy)
     peak = torch.cuda.max_memory_allocated(ranks.device) + memory.moment_bytes_to_come(strategy)
     total = torch.cuda.get_device_properties(ranks.device).total_memory
-    if peak > total:
-        raise too_large(config, ranks, f"a micro-batch and the optimizer take {_size(peak)} of its {_size(total)}")
+    with ranks.agreeing():
+        if peak > total:
+            raise too_large(config, ranks, f"a micro-batch and the optimizer take {_size(peak)} of its {_size(total)}")
     torch.cuda.reset_peak_memory_stats(ranks.device)
 
 

@@ -1,0 +1,87 @@
+"""How the processes of a run meet, and see before they compute together that they are of one run.
+
+What they tell each other goes through the store at which they meet: processes that differ in their layout, or of which
+some have no GPU, would wait for each other for ever in the first collective.
+"""
+
+import hashlib
+import json
+import socket
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from caduceus.config import Config, config_to_dict
+from caduceus.data.shards import dump_json
+from caduceus.errors import NodeError, UserError
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a process tells of itself: `device` is "cpu" or "cuda", or None with the `problem` why there is none."""
+
+    host: str
+    code: str
+    configuration: str
+    device: str | None
+    problem: str | None = None
+
+    @classmethod
+    def here(cls, config: Config, device: str | None, problem: str | None = None) -> "Member":
+        return cls(socket.gethostname(), *code_and_config_hash(config), device, problem)
+
+
+def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, list[Member]]:
+    """Wait for all ranks at MASTER_ADDR, MASTER_PORT; the store there, and what each rank tells of itself."""
+    if world == 1:  # which may have been started without any address to meet at
+        return dist.HashStore(), [member]
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
+    names = [f"member/{number}" for number in range(world)]
+    store.set(names[rank], json.dumps(asdict(member)))
+    store.wait(names, timeout)
+    members = [Member(**json.loads(text)) for text in store.multi_get(names)]
+    done = [f"met/{number}" for number in range(world)]
+    store.set(done[rank], "")
+    if rank == 0:  # whose process may hold the store: it must not end before all have read
+        store.wait(done, timeout)
+    return store, members
+
+
+def refuse_strangers(members: list[Member], rank: int) -> None:
+    """Raise on every rank if one is not of the run: other code, configuration or kind of device.
+
+    The `UserError` names the first such rank and its host; on a rank whose node lacks the GPU that other nodes have, it
+    is a `NodeError`.
+    """
+    with_gpu = any(member.device == "cuda" for member in members)
+    for number, member in enumerate(members):
+        where = f"rank {number} on {member.host}"
+        if difference := _difference(member, members[0]):
+            raise UserError(f"{where}: {difference}")
+        if with_gpu and member.device != "cuda":
+            problem = f"{where}: torch sees no GPU there, but other ranks have one; mend the node or leave it out"
+            raise NodeError(problem) if number == rank else UserError(problem)
+        if member.problem:
+            raise UserError(member.problem)
+
+
+def code_and_config_hash(config: Config) -> tuple[str, str]:
+    """sha256 of the package's sources, and of the resolved configuration."""
+    code = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return code.hexdigest(), hashlib.sha256(dump_json(config_to_dict(config))).hexdigest()
+
+
+def _difference(member: Member, first: Member) -> str | None:
+    rows = [
+        ("caduceus code", member.code, first.code, "install the same version"),
+        ("configuration", member.configuration, first.configuration, "give the same file and overrides"),
+    ]
+    for name, here, there, remedy in rows:
+        if here != there:
+            return f"its {name} ({here[:12]}) is not that of {first.host} ({there[:12]}); {remedy} on all ranks"
+    return None
