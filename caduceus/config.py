@@ -153,7 +153,8 @@ class TrainConfig:
     """A loss above this many times its running mean rewinds the run to its newest checkpoint, to go on there with the
     samples that follow the spike; 0 lets the loss spike."""
     stall_minutes: float = 15.0
-    """A step that takes longer has hung: every rank writes its stacks to the run's logs and ends. 0 waits for ever."""
+    """A step, or a batch of a validation, that takes longer has hung: every rank writes its stacks to the run's logs and
+    ends. The start and a checkpoint may take two hours. 0 waits for ever."""
     seed: int = 0
     precision: str = "fp32"
     """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics; on a

@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -135,21 +136,30 @@ class RunDirectory:
         run's numbers, unless `run.allow_change` names that key.
         """
         run = cls(config.run.dir)
-        if run.config_path.is_file():
-            run._refuse_other_config(config)
-        elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock_path.exists():
-            raise UserError(
-                f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
-            )
-        try:
+        with run.telling_of_disks():
+            if run.config_path.is_file():
+                run._refuse_other_config(config)
+            elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock_path.exists():
+                raise UserError(
+                    f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
+                )
             for directory in (run.checkpoints_path, run.logs_path):
                 directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir: {run.path} cannot be made ({error.strerror})") from None
-        run._take_lock()
-        if not run.config_path.is_file():
-            save_config(config, run.config_path)
+            run._take_lock()
+            if not run.config_path.is_file():
+                save_config(config, run.config_path)
         return run
+
+    @contextlib.contextmanager
+    def telling_of_disks(self) -> Iterator[None]:
+        """Turns a disk that fails or is full into the user's error."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {self.path} cannot be read or written ({error}); mend the disk or make room and start the "
+                "same command again, or choose another run.dir"
+            ) from None
 
     def keep_config(self, config: Config) -> None:
         """Make `config` the run's own: by the process that trains, once it has loaded its checkpoint, and for a job."""

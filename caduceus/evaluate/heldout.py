@@ -1,11 +1,12 @@
 """Loss on held-out sequences, per species."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 
+from caduceus.data.batch import Batch
 from caduceus.data.loader import ValidationLoader
 
 
@@ -16,17 +17,18 @@ def held_out_loss(
     device: torch.device,
     precision: str = "fp32",
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
+    each: Callable[[ValidationLoader], Iterable[tuple[str, Batch]]] = iter,
 ) -> dict[str, float]:
     """Cross-entropy over all labelled bases (weighted by `loss_weights` where there are any), in nats.
 
-    `add_up` adds a tensor up over the ranks that share the batches. Returns {"valid_loss": …, "valid_loss/SPECIES": …};
-    a species without a labelled base is left out.
+    `add_up` adds a tensor up over the ranks that share the batches, and `each` is what iterates over these.
+    Returns {"valid_loss": …, "valid_loss/SPECIES": …}; a species without a labelled base is left out.
     """
     training = model.training
     model.eval()
     rows = {species: row for row, species in enumerate(batches.species)}
     sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
-    for species, batch in batches:
+    for species, batch in each(batches):
         with autocast(device, precision):
             output = model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
         sums[rows[species]] += torch.stack([output.loss_sum, output.weight_sum]).double()

@@ -49,7 +49,8 @@ class Checkpoints:
     """Saves the checkpoints of a run and goes back to them, on all ranks together.
 
     With `checkpoint.async` the state is copied to host memory, and a thread writes it while training goes on. One save
-    at a time: the next one waits for it. A checkpoint counts only once the files of all ranks are on disk.
+    at a time: the next one waits for it. A checkpoint counts only once the files of all ranks are on disk. `group`: of
+    all ranks, over which they agree on saves.
     """
 
     def __init__(self, config: CheckpointConfig, run: RunDirectory, strategy: Single) -> None:
@@ -59,7 +60,7 @@ class Checkpoints:
         self._ranks = strategy.ranks
         self._behind = config.async_ and strategy.can_stage
         # Of its own, so that the thread's messages do not mix with those of training.
-        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if self._ranks.world > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if self._ranks.world > 1 else None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -74,15 +75,14 @@ class Checkpoints:
         progress.health.rewinds = 0
         # A name never used before: ranks of an earlier start may live on where nobody can reach them.
         writing = self._run.checkpoints_path / f".writing-{progress.step:08d}-{secrets.token_hex(4)}"
-        refusal = None
-        if self._ranks.is_main:
-            try:
-                writing.mkdir()
-            except OSError as error:
-                refusal = self._not_written(progress.step, error)
-        self._ranks.raise_together(refusal)
+        with self._ranks.agreeing():
+            if self._ranks.is_main:
+                try:
+                    writing.mkdir()
+                except OSError as error:
+                    raise self._not_written(progress.step, error) from None
         writing = self._ranks.broadcast(writing)
-        write = self._strategy.stage(self._group) if self._behind else self._strategy.save
+        write = self._strategy.stage(self.group) if self._behind else self._strategy.save
         arguments = (write, writing, asdict(progress), _rng_state())
         if self._behind:
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
@@ -101,7 +101,11 @@ class Checkpoints:
 
     def resume(self, loader: TrainLoader) -> Progress | None:
         """Restore the newest valid checkpoint, the loader's position included; None where there is none."""
-        checkpoint = self._ranks.broadcast(self._run.set_aside_damaged_checkpoints() if self._ranks.is_main else None)
+        checkpoint = None
+        with self._ranks.agreeing(), self._run.telling_of_disks():
+            if self._ranks.is_main:
+                checkpoint = self._run.set_aside_damaged_checkpoints()
+        checkpoint = self._ranks.broadcast(checkpoint)
         if checkpoint is None:
             return None
         progress = load_checkpoint(checkpoint, self._strategy)
@@ -171,8 +175,9 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
         strategy.load(checkpoint.path)
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
-    _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
-    values = json.loads((checkpoint.path / "progress.json").read_text())
+    with strategy.ranks.agreeing():
+        _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
+        values = json.loads((checkpoint.path / "progress.json").read_text())
     return Progress(**{**values, "health": Health(**values["health"])})
 
 

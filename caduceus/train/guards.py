@@ -72,12 +72,20 @@ class Health:
 def report_skipped_step(
     logs: Path, rank: int, loader: TrainLoader, step: int, reason: str, batches: list[Batch]
 ) -> None:
-    """Write down which samples of this rank a skipped step held: a line of JSON in logs/skipped-rank0.jsonl."""
+    """Write down which samples of this rank a skipped step held: a line of JSON in logs/skipped-rank0.jsonl.
+
+    Where that cannot be written, or where they lie cannot be read, their numbers go to the log.
+    """
     path = logs / f"skipped-rank{rank}.jsonl"
-    samples = [{"g": g, **loader.describe(g)} for batch in batches for g in batch.g.tolist()]
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, "rank": rank, "reason": reason, "samples": samples}) + "\n")
-    _log.warning("step %d skipped: %s; its samples on rank %d are in %s", step, reason, rank, path)
+    numbers = [g for batch in batches for g in batch.g.tolist()]
+    try:
+        samples = [{"g": g, **loader.describe(g)} for g in numbers]
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "rank": rank, "reason": reason, "samples": samples}) + "\n")
+        where = f"in {path}"
+    except (OSError, UserError) as error:
+        where = f"g = {numbers} ({error})"
+    _log.warning("step %d skipped: %s; its samples on rank %d are %s", step, reason, rank, where)
 
 
 @contextlib.contextmanager

@@ -30,8 +30,9 @@ def training_step(
     """
     ranks = strategy.ranks
     clock = StepClock(ranks.device)
-    micro_batches = [next(batches) for _ in range(loader.per_step)]
-    clock.lap("data")
+    with ranks.agreeing():
+        micro_batches = [next(batches) for _ in range(loader.per_step)]
+        clock.lap("data")
     weight = torch.stack([_label_weight(batch) for batch in micro_batches]).sum() / ranks.strands  # each has all labels
     weight = ranks.sum(weight).item() or 1.0
     clock.lap("communication")

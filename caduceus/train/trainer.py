@@ -8,10 +8,11 @@ from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.mesh import Ranks, joined
+from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.run_directory import RunDirectory
-from caduceus.train.checkpoint import Checkpoints, Progress
+from caduceus.train.checkpoint import SAVE_TIMEOUT, Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.monitor import Monitor
 from caduceus.train.preemption import EXIT_REQUEUE, StopRequest
@@ -31,7 +32,6 @@ def train(config: Config) -> int:
     """
     started = time.monotonic()
     with joined(config) as ranks:
-        check_model(config, ranks.device)
         if ranks.device.type == "cpu":
             keep_freed_memory()
         part = {
@@ -41,9 +41,13 @@ def train(config: Config) -> int:
             "device": ranks.device,
         }
         peers = ranks.largest_of_peers if ranks.shares_samples else None
-        loader = build_loader(config, "train", **part, largest_of_peers=peers)
-        validation = build_validation(config, **part) if config.valid.every else None
-        run = _open_run(config, ranks)
+        run = RunDirectory(config.run.dir)
+        with ranks.agreeing():
+            check_model(config, ranks.device)
+            loader = build_loader(config, "train", **part, largest_of_peers=peers)
+            validation = build_validation(config, **part) if config.valid.every else None
+            if ranks.is_main:
+                run = RunDirectory.create_or_resume(config)
         try:
             return _train(config, ranks, run, loader, validation, started)
         finally:
@@ -58,70 +62,75 @@ def _train(
     validation: ValidationLoader | None,
     started: float,
 ) -> int:
-    strategy = build_strategy(config, ranks)
-    checkpoints = Checkpoints(config.checkpoint, run, strategy)
-    progress = _resume(run, loader, checkpoints)
-    check_before_start(config, run, strategy)
-    if config.train.activation_checkpointing == "auto":
-        recompute_to_fit(config, strategy)
-    check_gpu_memory(config, strategy)
-    if ranks.is_main:
-        run.keep_config(config)
-        run.truncate_metrics(progress.step)
-        facts = {"step": progress.step, "data_fingerprint": loader.fingerprint}
-        run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
     watchdog = Watchdog(run.logs_path, ranks.rank, config.train.stall_minutes)
-    stop = StopRequest(run.path, ranks.is_main, started, 60 * config.run.time_budget_minutes)
-    with (
-        Monitor(config, run, progress.wandb_id, active=ranks.is_main) as monitor,
-        stop.listening(),
-        scheduled_garbage_collection(),
-    ):
+    with watchdog.over("the start", SAVE_TIMEOUT.total_seconds()):
+        strategy = build_strategy(config, ranks)
+        checkpoints = Checkpoints(config.checkpoint, run, strategy)
+        progress = _resume(run, loader, checkpoints)
+        check_before_start(config, run, strategy, checkpoints.group)
+        if config.train.activation_checkpointing == "auto":
+            recompute_to_fit(config, strategy)
+        check_gpu_memory(config, strategy)
+        with ranks.agreeing(), run.telling_of_disks():
+            if ranks.is_main:
+                run.keep_config(config)
+                run.truncate_metrics(progress.step)
+                facts = {"step": progress.step, "data_fingerprint": loader.fingerprint}
+                run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
+            monitor = Monitor(config, run, progress.wandb_id, active=ranks.is_main)
+            stop = StopRequest(run.path, ranks.is_main, started, 60 * config.run.time_budget_minutes)
+    with monitor, stop.listening(), scheduled_garbage_collection():
         progress.wandb_id = monitor.wandb_id
         batches = iter(loader)
         _log.info("ready to train after %.1f s", time.monotonic() - started)
         while progress.step < config.train.steps:
-            with watchdog.over(progress.step + 1):
+            with watchdog.over(f"step {progress.step + 1}"):
                 row = training_step(config, strategy, loader, batches, progress)
             monitor.log_training(row)
             collect_garbage(progress.step)
             progress.health.refuse_to_go_on(config.train, run.logs_path)
-            if progress.health.spiked and (before := checkpoints.rewind(progress, loader)):
-                progress, batches = before, iter(loader)
-                monitor.rewind(progress.step)
-                continue
+            if progress.health.spiked:
+                with watchdog.over("the rewind", SAVE_TIMEOUT.total_seconds()):
+                    before = checkpoints.rewind(progress, loader)
+                if before is not None:
+                    progress, batches = before, iter(loader)
+                    with ranks.agreeing(), run.telling_of_disks():
+                        monitor.rewind(progress.step)
+                    continue
             last = progress.step == config.train.steps
             if validation is not None and (last or progress.step % config.valid.every == 0):
-                losses = held_out_loss(strategy.model, validation, ranks.device, config.train.precision, ranks.sum)
-                monitor.log_validation({"step": progress.step, **losses})
-            wishes = ranks.gather(
-                [stop.requested and not last, stop.save_requested(), checkpoints.failed, run.is_taken_over()]
-            )
+                monitor.log_validation(_validate(config, strategy, validation, watchdog, progress.step))
+            with watchdog.over(f"the agreement after step {progress.step}"):
+                wishes = ranks.gather(
+                    [stop.requested and not last, stop.save_requested(), checkpoints.failed, run.is_taken_over()]
+                )
             stopping, saving, failed, taken_over = wishes.any(0).tolist()
             if taken_over:
                 raise UserError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
-            if last or stopping or saving or progress.step % config.checkpoint.every == 0:
-                checkpoints.save(progress)
-            if last or stopping or failed:
-                checkpoints.wait()
+            with watchdog.over(f"the checkpoint after step {progress.step}", SAVE_TIMEOUT.total_seconds()):
+                if last or stopping or saving or progress.step % config.checkpoint.every == 0:
+                    checkpoints.save(progress)
+                if last or stopping or failed:
+                    checkpoints.wait()
             if stopping:
                 _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
                 return EXIT_REQUEUE
     return 0
 
 
-def _open_run(config: Config, ranks: Ranks) -> RunDirectory:
-    """The run directory, which the main rank locks; where it is refused, all ranks end."""
-    run, refusal = RunDirectory(config.run.dir), None
-    if ranks.is_main:
-        try:
-            run = RunDirectory.create_or_resume(config)
-        except UserError as error:
-            refusal = error
-        except OSError as error:
-            refusal = UserError(f"run.dir: {run.path} cannot be written ({error}); choose another run.dir")
-    ranks.raise_together(refusal)
-    return run
+def _validate(
+    config: Config, strategy: Single, validation: ValidationLoader, watchdog: Watchdog, step: int
+) -> dict[str, float]:
+    ranks, what = strategy.ranks, f"a batch of the validation after step {step}"
+    losses = held_out_loss(
+        strategy.model,
+        validation,
+        ranks.device,
+        config.train.precision,
+        add_up=ranks.sum,
+        each=lambda batches: watchdog.over_each(what, ranks.together(batches)),
+    )
+    return {"step": step, **losses}
 
 
 def _resume(run: RunDirectory, loader: TrainLoader, checkpoints: Checkpoints) -> Progress:

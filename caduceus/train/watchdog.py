@@ -1,4 +1,4 @@
-"""Ends a process whose step hangs, and leaves behind what all its threads were doing."""
+"""Ends a process that hangs, and leaves behind what all its threads were doing."""
 
 import contextlib
 import faulthandler
@@ -6,17 +6,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 _GRACE_SECONDS = 5.0
 """From the dump to the end: the other ranks hang as well, and write their stacks before they lose their peers."""
+
+_NO_MORE = object()
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Watches the steps of one rank; each may take `minutes` (0: any time).
+    """Watches one rank: what it does may take `minutes` (0: any time).
 
     Stacks go to logs/stacks-rank0.txt, and the process ends with status 1, as it would by any other failure.
     """
@@ -25,38 +30,45 @@ class Watchdog:
         self._path = logs / f"stacks-rank{rank}.txt"
         self._rank = rank
         self._limit = 60 * minutes
-        self._step: tuple[int, float] | None = None
+        self._watched: tuple[str, float, float] | None = None
         if minutes:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     @contextlib.contextmanager
-    def over(self, step: int) -> Iterator[None]:
-        """Around a step: it has to end in time."""
-        self._step = (step, time.monotonic())
+    def over(self, what: str, at_least: float = 0.0) -> Iterator[None]:
+        """Around what has to end in time; `at_least`: seconds that it may take, if more than others."""
+        self._watched = (what, time.monotonic(), max(self._limit, at_least))
         try:
             yield
         finally:
-            self._step = None
+            self._watched = None
+
+    def over_each(self, what: str, items: Iterable[T]) -> Iterator[T]:
+        """The items; making and using each has to end in time."""
+        iterator = iter(items)
+        while True:
+            with self.over(what):
+                item = next(iterator, _NO_MORE)
+                if item is _NO_MORE:
+                    return
+                yield item
 
     def _watch(self) -> None:
         pause = min(1.0, self._limit / 10)
         while True:
             time.sleep(pause)
-            step = self._step
-            if step is not None and time.monotonic() - step[1] > self._limit:
-                self._end(step[0])
+            watched = self._watched
+            if watched is not None and time.monotonic() - watched[1] > watched[2]:
+                self._end(watched[0], watched[2] / 60)
 
-    def _end(self, step: int) -> None:
+    def _end(self, what: str, minutes: float) -> None:
         with self._path.open("a") as file:
-            file.write(f"rank {self._rank}, step {step}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
+            file.write(f"rank {self._rank}, {what}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
             file.flush()
             faulthandler.dump_traceback(file)
+        limit = f"train.stall_minutes={minutes:g}" if 60 * minutes == self._limit else f"{minutes:g} minutes"
         _log.error(
-            "rank %d: step %d has taken more than train.stall_minutes=%g; what it was doing is in %s",
-            self._rank,
-            step,
-            self._limit / 60,
-            self._path,
+            "rank %d: %s has taken more than %s; what it was doing is in %s", self._rank, what, limit, self._path
         )
         time.sleep(_GRACE_SECONDS)
         os._exit(1)

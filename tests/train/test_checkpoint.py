@@ -158,5 +158,5 @@ def test_a_checkpoint_whose_directory_cannot_be_made_is_one_line(small_run: Smal
 def test_a_run_directory_that_cannot_be_locked_is_one_line(small_run: SmallRun, monkeypatch) -> None:
     config = small_run.config("run")
     (Path(config.run.dir) / ".lock").mkdir(parents=True)  # not even root can open it to write
-    with pytest.raises(UserError, match=r"^run\.dir: .* cannot be written \(.*Is a directory"):
+    with pytest.raises(UserError, match=r"^run\.dir: .* cannot be read or written \(.*Is a directory"):
         train(config)

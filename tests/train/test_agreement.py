@@ -1,0 +1,130 @@
+"""What fails on one rank alone ends all of them: none waits for one that is gone."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from caduceus.config import Config
+from caduceus.data.loader import TrainLoader, ValidationLoader
+from caduceus.data.reader import ShardFiles
+from caduceus.distributed.mesh import Ranks
+from caduceus.errors import UserError
+from caduceus.run_directory import RunDirectory
+from caduceus.train import trainer
+from tests.distributed.ranks import on_ranks
+from tests.train.conftest import SmallRun, numbers
+
+pytestmark = pytest.mark.slow
+
+OTHER = "another rank failed; its own message says why"
+
+
+def no_space(*arguments: object, **options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def third_is_unreadable(batches: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def taken(loader: Any) -> Any:
+        for number, batch in enumerate(batches(loader), start=1):
+            if number == 3:
+                raise UserError("shard.tar: cannot be read")
+            yield batch
+
+    return taken
+
+
+FAULTS = {
+    "main's config.yaml": (0, RunDirectory, "keep_config", no_space, "cannot be read or written (.*No space left"),
+    "main's metrics": (0, RunDirectory, "truncate_metrics", no_space, "cannot be read or written (.*No space left"),
+    "main's provenance": (0, RunDirectory, "write_provenance", no_space, "cannot be read or written (.*No space left"),
+    "main's checkpoints": (
+        0,
+        RunDirectory,
+        "set_aside_damaged_checkpoints",
+        no_space,
+        "cannot be read or written (.*No space left",
+    ),
+    "a batch": (1, TrainLoader, "__iter__", third_is_unreadable(TrainLoader.__iter__), "shard.tar: cannot be read"),
+    "a batch to validate on": (
+        1,
+        ValidationLoader,
+        "__iter__",
+        third_is_unreadable(ValidationLoader.__iter__),
+        "shard.tar: cannot be read",
+    ),
+    "every read": (1, ShardFiles, "read_into", no_space, "neither could 10 other crops be read"),
+    "the model's check": (1, trainer, "check_model", no_space, "No space left"),
+}
+"""Rank, owner and name of what fails there, what takes its place, and the message of that rank."""
+
+
+def small(small_run: SmallRun, name: str, **sections: dict[str, Any]) -> Config:
+    sections = {
+        "model": {"d_model": 8, "n_layer": 1, "d_state": 2},
+        "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
+        "valid": {"every": 2, "samples": 16},
+        "data": {"seq_len": 64},
+        **sections,
+    }
+    return small_run.config(name, parallel={"strategy": "fsdp"}, **sections)
+
+
+def train_with_faults(rank: int, configs: dict[str, Config]) -> dict[str, str]:
+    messages = {}
+    for fault, (where, owner, name, replacement, _) in FAULTS.items():
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((UserError, OSError)) as failure:
+            if rank == where:
+                patch.setattr(owner, name, replacement)
+            trainer.train(configs[fault])
+        messages[fault] = str(failure.value)
+    return messages
+
+
+def test_what_one_rank_meets_alone_ends_all(small_run: SmallRun) -> None:
+    configs = {name: small(small_run, f"run {number}") for number, name in enumerate(FAULTS)}
+    for rank, messages in enumerate(on_ranks(2, train_with_faults, configs)):
+        for fault, (where, *_, told) in FAULTS.items():
+            first, _, last = (told if rank == where else OTHER).partition(".*")
+            assert first in messages[fault] and last in messages[fault], (fault, rank, messages[fault])
+
+
+def test_items_come_on_all_ranks_or_on_none() -> None:
+    assert on_ranks(2, take_together) == [([1, 2], OTHER), ([1, 2], "the third")]
+
+
+def take_together(rank: int) -> tuple[list[int], str]:
+    def items():
+        yield from (1, 2)
+        if rank == 1:
+            raise ValueError("the third")
+        yield 3
+
+    ranks, taken = Ranks(rank, 2, 1, torch.device("cpu")), []
+    with pytest.raises((UserError, ValueError)) as failure:
+        for item in ranks.together(items()):
+            taken.append(item)
+    return taken, str(failure.value)
+
+
+def test_a_skipped_step_whose_samples_cannot_be_written_down_is_told_and_skipped(
+    small_run: SmallRun, monkeypatch, caplog
+) -> None:
+    config = small_run.config("run", train={"steps": 3}, valid={"every": 0})
+    step = trainer.training_step
+
+    def poisoned(config, strategy, loader, batches, progress):
+        factor = float("nan") if progress.step == 1 else 1.0
+        strategy.backward = lambda loss: (loss * factor).backward()
+        return step(config, strategy, loader, batches, progress)
+
+    monkeypatch.setattr(trainer, "training_step", poisoned)
+    monkeypatch.setattr(TrainLoader, "describe", no_space)
+    assert trainer.train(config) == 0
+    assert [row["skipped_steps"] for row in numbers(config.run.dir)] == [0, 1, 1]
+    assert "step 2 skipped" in caplog.text
+    assert "are g = [8, 9, 10, 11, 12, 13, 14, 15] ([Errno 28] No space left on device)" in caplog.text
+    assert not list((Path(config.run.dir) / "logs").glob("skipped*"))

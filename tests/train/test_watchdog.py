@@ -1,0 +1,80 @@
+"""What hangs is found, whatever it is; and everything that a run may hang in is watched."""
+
+import logging
+import multiprocessing
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from caduceus.train import trainer, watchdog
+from caduceus.train.checkpoint import SAVE_TIMEOUT
+from caduceus.train.watchdog import Watchdog
+from tests.train.conftest import SmallRun
+
+SECONDS = 1.2
+
+
+def items_of_which_the_third_hangs() -> Iterator[int]:
+    yield from (1, 2)
+    time.sleep(60)
+
+
+def use(logs: Path, how: str) -> None:
+    watchdog._GRACE_SECONDS = 0.0
+    logging.basicConfig(filename=logs / "log", force=True)
+    watching = Watchdog(logs, 3, SECONDS / 60)
+    if how == "an item":
+        for _ in watching.over_each("a batch", items_of_which_the_third_hangs()):
+            time.sleep(0.6 * SECONDS)  # two together take longer than one may
+    elif how == "its use":
+        for _ in watching.over_each("a batch", [1]):
+            time.sleep(60)
+    elif how == "what may take longer":
+        with watching.over("a save", at_least=4 * SECONDS):
+            time.sleep(2 * SECONDS)
+    else:
+        time.sleep(2 * SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("how", "status"), [("an item", 1), ("its use", 1), ("what may take longer", 0), ("nothing watched", 0)]
+)
+def test_a_hang_ends_the_process_and_leaves_its_stacks(tmp_path: Path, how: str, status: int) -> None:
+    process = multiprocessing.get_context("fork").Process(target=use, args=(tmp_path, how))
+    process.start()
+    process.join(30)
+    assert process.exitcode == status
+    stacks = tmp_path / "stacks-rank3.txt"
+    assert stacks.exists() == bool(status)
+    if status:
+        assert stacks.read_text().startswith("rank 3, a batch, ")
+        assert ("in items_of_which_the_third_hangs" in stacks.read_text()) == (how == "an item")
+        assert "rank 3: a batch has taken more than train.stall_minutes=0.02; " in (tmp_path / "log").read_text()
+
+
+def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch) -> None:
+    watched = []
+    over = Watchdog.over
+
+    def noted(self: Watchdog, what: str, at_least: float = 0.0):
+        watched.append((what, at_least))
+        return over(self, what, at_least)
+
+    monkeypatch.setattr(Watchdog, "over", noted)
+    train, valid = {"steps": 2, "micro_batch": 8}, {"every": 2, "samples": 8}
+    assert trainer.train(small_run.config("run", train=train, valid=valid)) == 0
+    long = SAVE_TIMEOUT.total_seconds()
+    batch = ("a batch of the validation after step 2", 0.0)
+    assert watched == [
+        ("the start", long),
+        ("step 1", 0.0),
+        ("the agreement after step 1", 0.0),
+        ("the checkpoint after step 1", long),
+        ("step 2", 0.0),
+        batch,
+        batch,  # which finds that there are no more
+        ("the agreement after step 2", 0.0),
+        ("the checkpoint after step 2", long),
+    ]
