@@ -153,8 +153,8 @@ class TrainConfig:
     """A loss above this many times its running mean rewinds the run to its newest checkpoint, to go on there with the
     samples that follow the spike; 0 lets the loss spike."""
     stall_minutes: float = 15.0
-    """A step, or a batch of a validation, that takes longer has hung: every rank writes its stacks to the run's logs and
-    ends. The start and a checkpoint may take two hours. 0 waits for ever."""
+    """A step, or a batch of a validation, that takes longer has hung: every rank writes its stacks to the run's logs
+    and ends. The start and a checkpoint may take two hours. 0 waits for ever."""
     seed: int = 0
     precision: str = "fp32"
     """fp32 | bf16 (autocast; parameters and the scan's state stay fp32) | fp64 (all in double, to verify numerics; on a
@@ -176,9 +176,10 @@ class ParallelConfig:
     shard: int = 0
     """fsdp: ranks that share one copy of the parameters; 0 is all of them. Where auto chooses fsdp, 0 is those of a
     node."""
-    context: int = 1
-    """Ranks that share a sequence, each with a slice of it."""
-    strands: int = 1
+    context: int = 0
+    """Ranks that share a sequence, each with a slice of it. 0, here or for strands: as few as it takes to give every
+    rank a part of the global batch, and rather strands than slices."""
+    strands: int = 0
     """2: of every sequence, or slice of one, one rank computes the forward strand and another one the reverse
     complement. For model.rcps=true; halves a rank's work and activations, and only logits go from one to the other."""
     zero_stage: int = 1
@@ -187,11 +188,6 @@ class ParallelConfig:
     """deepspeed: a JSON file of its options. What train.* and parallel.* decide may not contradict it."""
     cpu_offload: bool = False
     """fsdp, deepspeed: keep optimizer state, and parameters where they are sharded, in host memory between uses."""
-
-    @property
-    def ranks_per_sample(self) -> int:
-        """Ranks that share a sample, and count as one data-parallel rank."""
-        return self.context * self.strands
 
 
 @dataclass

@@ -16,7 +16,7 @@ _CHOICES = {
     "train.precision": ("fp32", "bf16", "fp64"),
     "train.activation_checkpointing": ("none", "block", "auto"),
     "parallel.strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
-    "parallel.strands": (1, 2),
+    "parallel.strands": (0, 1, 2),
     "parallel.zero_stage": (0, 1, 2, 3),
     "run.device": ("auto", "cpu", "cuda"),
     "wandb.mode": ("auto", "online", "offline", "disabled"),
@@ -39,7 +39,7 @@ _AT_LEAST = {
     "train.weight_decay": 0,
     "train.seed": 0,
     "parallel.shard": 0,
-    "parallel.context": 1,
+    "parallel.context": 0,
     "valid.every": 0,
     "valid.samples": 1,
     "checkpoint.every": 1,
@@ -93,7 +93,7 @@ def refuse_impossible_values(config: "Config", values: dict[str, Any]) -> None:
         raise UserError(
             "parallel.strands: 2 needs model.rcps=true, whose two strands are computed apart; use parallel.context"
         )
-    if data.mode == "stream" and config.parallel.ranks_per_sample > 1:
+    if data.mode == "stream" and max(config.parallel.context, config.parallel.strands) > 1:
         raise UserError(
             "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "
             "tar, those that share its sequences would not know; use data.mode=shards"

@@ -8,7 +8,7 @@ needs besides, plus weights, gradients and Adam.
 from dataclasses import dataclass
 
 from caduceus.config import CaduceusConfig, Config
-from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL, blocks_to_recompute
+from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL, Sharing, blocks_to_recompute, check_layout
 
 SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
 BYTES_PER_CHANNEL = 36
@@ -28,6 +28,7 @@ class Plan:
     """An estimate for each rank of a run."""
 
     world: int
+    shared_by: Sharing
     sequences: int
     """Sequences of a global batch that a rank (with those that share them) computes, in micro-batches."""
     bases: int
@@ -39,26 +40,29 @@ class Plan:
     def describe(self, gpus: bool) -> str:
         """One line; `gpus`: with the estimate, which is for GPUs."""
         ranks = f"{self.world} rank{'s' * (self.world > 1)}"
+        if self.shared_by.ranks > 1:
+            ranks += f", {self.shared_by.ranks} to a sequence ({self.shared_by}),"
         share = f"{self.sequences} sequence{'s' * (self.sequences > 1)} a step, {self.bases:,} bases at a time"
         estimate = f"; unmeasured estimate for H100: {self.step_seconds:.2g} s a step, {self.memory_bytes / 1e9:.1f} GB"
         return f"{ranks} with {share} each; {self.parameters / 1e6:.2f}M parameters{estimate if gpus else ''}"
 
 
 def plan(config: Config, world: int) -> Plan:
-    """Estimate a run on `world` ranks, whose layout has been checked."""
+    """Estimate a run on `world` ranks; raises `UserError` for a layout that these cannot take."""
     model, parallel, train = config.model, config.parallel, config.train
-    streams = (2 if model.rcps else 1) // parallel.strands
-    sequences = train.global_batch // (world // parallel.ranks_per_sample)
-    bases_per_sequence = config.data.seq_len // parallel.context
+    sharing = check_layout(config, world)
+    streams = (2 if model.rcps else 1) // sharing.strands
+    sequences = train.global_batch // (world // sharing.ranks)
+    bases_per_sequence = config.data.seq_len // sharing.context
     bases = bases_per_sequence * train.micro_batch
     parameters = parameter_count(model)
     shares = parallel.strategy in ("fsdp", "deepspeed") or (
         parallel.strategy == "auto" and parameters > LARGEST_REPLICATED_MODEL
     )
-    sharing = (parallel.shard or world) if shares else 1
+    holders = (parallel.shard or world) if shares else 1
     channels = bases * streams * model.d_model
     kept, residual, layers = BYTES_PER_CHANNEL * channels, BYTES_PER_RESIDUAL * channels, model.n_layer
-    fixed = BYTES_PER_PARAMETER * parameters // sharing + SCRATCH_PER_CHANNEL * channels + SCRATCH
+    fixed = BYTES_PER_PARAMETER * parameters // holders + SCRATCH_PER_CHANNEL * channels + SCRATCH
     recomputed = {"none": 0, "block": layers}.get(train.activation_checkpointing)
     if recomputed is None:
         least = fixed + (layers - 1) * residual + kept
@@ -66,7 +70,7 @@ def plan(config: Config, world: int) -> Plan:
     memory = fixed + recomputed * residual + max(1, layers - recomputed) * kept
     passes = 3 * layers + recomputed  # a backward pass counts as two forward ones
     step = SECONDS_PER_BASE * model.d_model * streams * sequences * bases_per_sequence * passes / 3
-    return Plan(world, sequences, bases, parameters, step, memory)
+    return Plan(world, sharing, sequences, bases, parameters, step, memory)
 
 
 def parameter_count(model: CaduceusConfig) -> int:

@@ -1,5 +1,7 @@
 """Which arrangements of ranks and memory a run can take. Imports no torch: the launcher asks before it submits."""
 
+from dataclasses import dataclass
+
 from caduceus.config import Config
 from caduceus.distributed.deepspeed_config import user_options
 from caduceus.errors import UserError
@@ -8,35 +10,76 @@ LARGEST_REPLICATED_MODEL = 500_000_000
 """Parameters up to which every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two moments."""
 RESERVE = 0.1
 """Share of the free memory that is left alone: for fragmentation, and for what libraries take besides torch."""
+_CHANGE = "change the number of ranks or train.micro_batch"
 
 
-def check_layout(config: Config, world: int) -> None:
-    """Refuse an arrangement that `world` ranks cannot take; the message names the key."""
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks share a sample: each has one of `strands` and one of `context` slices of it."""
+
+    strands: int
+    context: int
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that share a sample, and count as one data-parallel rank."""
+        return self.strands * self.context
+
+    def __str__(self) -> str:
+        return f"parallel.strands={self.strands} parallel.context={self.context}"
+
+
+def check_layout(config: Config, world: int) -> Sharing:
+    """How `world` ranks share samples, where `parallel.strands` or `parallel.context` may be 0: as it takes.
+
+    Raises `UserError` for an arrangement that they cannot take; the message names the key.
+    """
     parallel, train = config.parallel, config.train
-    if world % parallel.context:
-        raise UserError(f"parallel.context: {parallel.context} does not divide the {world} ranks")
-    if world % parallel.ranks_per_sample:
+    asked = Sharing(parallel.strands, parallel.context)
+    sharing = _smallest_sharing(config, world, asked) or Sharing(asked.strands or 1, asked.context or 1)
+    if world % sharing.context:
+        raise UserError(f"parallel.context: {sharing.context} does not divide the {world} ranks")
+    if world % sharing.ranks:
         raise UserError(
-            f"parallel.strands: {parallel.strands} x parallel.context {parallel.context} ranks share a sequence, which "
+            f"parallel.strands: {sharing.strands} x parallel.context {sharing.context} ranks share a sequence, which "
             f"does not divide the number of ranks, {world}"
         )
-    if not _cuts_sequences(config, parallel.context):
+    if not _cuts_sequences(config, sharing.context):
         raise UserError(
-            f"parallel.context: {parallel.context} does not cut data.seq_len {config.data.seq_len} into equal slices "
+            f"parallel.context: {sharing.context} does not cut data.seq_len {config.data.seq_len} into equal slices "
             f"of at least model.d_conv - 1 = {config.model.d_conv - 1} bases"
         )
     if parallel.shard and world % parallel.shard:
         raise UserError(f"parallel.shard: {parallel.shard} does not divide the {world} ranks")
-    if not _shares_batch(config, world, parallel.ranks_per_sample):
+    if not _shares_batch(config, world, sharing.ranks):
+        fitting = _smallest_sharing(config, world, Sharing(0, 0))
+        way_on = f"{fitting} fits" if fitting else f"no parallel.context fits: {_CHANGE}"
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
-            f"{world // parallel.ranks_per_sample} data-parallel ranks (parallel.context x parallel.strands ranks "
-            f"share a sequence and count as one); {_way_on(config, world)}"
+            f"{world // sharing.ranks} data-parallel ranks (parallel.context x parallel.strands ranks share a sequence "
+            f"and count as one); {way_on}"
         )
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
     if parallel.strategy == "deepspeed":
-        user_options(config, world // parallel.ranks_per_sample)
+        user_options(config, world // sharing.ranks)
+    return sharing
+
+
+def _smallest_sharing(config: Config, world: int, asked: Sharing) -> Sharing | None:
+    """Of the arrangements that are as asked (0: any), the one of fewest ranks a sample in which each gets a part.
+
+    Strands cost less than slices, and come first.
+    """
+    can_share = config.data.mode != "stream"
+    for ranks in range(1, world + 1 if can_share else 2):
+        if world % ranks or not _shares_batch(config, world, ranks):
+            continue
+        for strands in (asked.strands,) if asked.strands else (2, 1) if config.model.rcps else (1,):
+            context, rest = divmod(ranks, strands)
+            if not rest and asked.context in (0, context) and _cuts_sequences(config, context):
+                return Sharing(strands, context)
+    return None
 
 
 def _cuts_sequences(config: Config, context: int) -> bool:
@@ -46,19 +89,6 @@ def _cuts_sequences(config: Config, context: int) -> bool:
 
 def _shares_batch(config: Config, world: int, ranks_per_sample: int) -> bool:
     return config.train.global_batch % (config.train.micro_batch * (world // ranks_per_sample)) == 0
-
-
-def _way_on(config: Config, world: int) -> str:
-    """What to change so that the global batch can be shared out; rather strands than slices, which cost more."""
-    for shared in range(1, world + 1):
-        if world % shared or not _shares_batch(config, world, shared):
-            continue
-        for strands in (2, 1) if config.model.rcps else (1,):
-            context, rest = divmod(shared, strands)
-            if not rest and _cuts_sequences(config, context):
-                keys = f"parallel.strands={strands} " if config.model.rcps else ""
-                return f"{keys}parallel.context={context} fits"
-    return "no parallel.context fits: change the number of ranks or train.micro_batch"
 
 
 def blocks_to_recompute(least: int, added: int, free: int, layers: int) -> int:

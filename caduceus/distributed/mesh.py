@@ -6,6 +6,7 @@ exchange logits once per micro-batch; so all ranks of a sample sit on one node. 
 (`parallel.shard`) are neighbours as well. Gradients are summed over the whole world, so it does not matter which.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ FLIGHT_RECORDS = "2000"
 _NO_MORE = object()
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -222,11 +225,18 @@ def joined(config: Config) -> Iterator[Ranks]:
     else:
         store, members = meet(member, rank, world, timeout)
     refuse_strangers(members, rank)
-    check_layout(config, world)
+    sharing = check_layout(config, world)
+    if rank == 0 and (sharing.strands, sharing.context) != (config.parallel.strands or 1, config.parallel.context or 1):
+        _log.info(
+            "%s: chosen, as a global batch of %d sequences gives not every one of %d ranks a part",
+            sharing,
+            config.train.global_batch,
+            world,
+        )
     if not joined_already:
         _start_collectives(config, device, store, rank, world, timeout)
     try:
-        yield Ranks(rank, world, config.parallel.context, device, timeout, config.parallel.strands)
+        yield Ranks(rank, world, sharing.context, device, timeout, sharing.strands)
     finally:
         if not joined_already:
             dist.destroy_process_group()

@@ -73,7 +73,7 @@ def measurements(config: Config, ranks: Ranks, loader: TrainLoader, clock: StepC
     alone = rows[:, _LAPS.index("data")] + rows[:, _LAPS.index("forward")]
     tokens_per_second = config.train.global_batch * config.data.seq_len / seconds
     return {
-        "substituted_samples": int(rows[:: config.parallel.ranks_per_sample, -1].sum()),  # which all count alike
+        "substituted_samples": int(rows[:: ranks.world // ranks.data_world, -1].sum()),  # which all count alike
         "tokens_per_second": tokens_per_second,
         "tokens_per_second_per_gpu": tokens_per_second / ranks.world,
         "seconds": seconds,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
+from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 from caduceus.errors import NodeError, UserError
 from caduceus.ops import check_backend
@@ -61,7 +62,7 @@ def check_before_start(
             host=socket.gethostname(),
             clock=time.time(),
             disk=_disk_problem(run.path, _STATE_BYTES * parameters),
-            shared_memory=_shared_memory_problem(config),
+            shared_memory=_shared_memory_problem(config, ranks),
         )
     reports = ranks.gather_objects(report)
     for rank, report in enumerate(reports):
@@ -81,10 +82,10 @@ def _disk_problem(directory: Path, needed: int) -> str | None:
     return f"{directory}: {_size(free)} free, but a checkpoint takes {_size(needed)}; make room or move run.dir"
 
 
-def _shared_memory_problem(config: Config) -> str | None:
+def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
     if not config.data.workers or not _SHARED_MEMORY.is_dir():
         return None
-    batch = config.train.micro_batch * config.data.seq_len // config.parallel.context * _BYTES_PER_BASE
+    batch = config.train.micro_batch * config.data.seq_len // ranks.context * _BYTES_PER_BASE
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     needed = local_ranks * config.data.workers * _BATCHES_AHEAD * batch
     free = shutil.disk_usage(_SHARED_MEMORY).free

@@ -62,7 +62,7 @@ def bytes_added_by_keeping_a_block(config: Config, ranks: Ranks) -> int:
     block = model.blocks[0].to_empty(device=ranks.device).to(dtype)
     for parameter in block.parameters():
         torch.nn.init.zeros_(parameter)
-    shape = (len(model.streams), *micro_batch_shape(config), config.model.d_model)
+    shape = (len(model.streams), *micro_batch_shape(config, ranks), config.model.d_model)
     with autocast(ranks.device, config.train.precision):
         with torch.no_grad():
             start = torch.zeros(shape, dtype=dtype, device=ranks.device)
@@ -77,7 +77,7 @@ def run_micro_batch(config: Config, strategy: Single) -> None:
     Where a step accumulates gradients it is two, since the second one finds gradients in memory.
     """
     ranks, train = strategy.ranks, config.train
-    tokens = torch.full(micro_batch_shape(config), 7, device=ranks.device)
+    tokens = torch.full(micro_batch_shape(config, ranks), 7, device=ranks.device)
     per_step = train.global_batch // (train.micro_batch * ranks.data_world)
     with refusing_what_is_too_large(config, ranks):
         for last in (False, True)[per_step == 1 :]:
@@ -88,9 +88,9 @@ def run_micro_batch(config: Config, strategy: Single) -> None:
     strategy.discard_gradients()
 
 
-def micro_batch_shape(config: Config) -> tuple[int, int]:
+def micro_batch_shape(config: Config, ranks: Ranks) -> tuple[int, int]:
     """(sequences, bases) of a micro-batch on one rank."""
-    return config.train.micro_batch, config.data.seq_len // config.parallel.context
+    return config.train.micro_batch, config.data.seq_len // ranks.context
 
 
 @contextlib.contextmanager

@@ -75,7 +75,8 @@ def _train(
             if ranks.is_main:
                 run.keep_config(config)
                 run.truncate_metrics(progress.step)
-                facts = {"step": progress.step, "data_fingerprint": loader.fingerprint}
+                layout = {"ranks": ranks.world, "strands": ranks.strands, "context": ranks.context}
+                facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
                 run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
             monitor = Monitor(config, run, progress.wandb_id, active=ranks.is_main)
             stop = StopRequest(run.path, ranks.is_main, started, 60 * config.run.time_budget_minutes)

@@ -28,6 +28,26 @@ def test_so_may_one_of_some_of_the_ranks(tmp_path: Path) -> None:
     assert on_ranks(4, timeouts_of_groups, config) == [[timedelta(minutes=60) + COLLECTIVE_MARGIN] * 4] * 4
 
 
+@pytest.mark.slow
+def test_ranks_that_would_have_no_part_of_a_batch_share_its_sequences(tmp_path: Path) -> None:
+    layout = Layout("", 4, {"strategy": "ddp", "strands": 2, "context": 2})
+    given = config_of(layout, tmp_path, tmp_path / "run")
+    given.train.global_batch = given.train.micro_batch = 1
+    left_out = config_of(layout, tmp_path, tmp_path / "run")
+    left_out.train.global_batch = left_out.train.micro_batch = 1
+    left_out.parallel.strands = left_out.parallel.context = 0
+    places = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    assert on_ranks(4, places_of, [given, left_out]) == [[place, place] for place in places]
+
+
+def places_of(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
+    found = []
+    for config in configs:
+        with joined(config) as ranks:
+            found.append((ranks.data_rank, ranks.strand_rank, ranks.context_rank))
+    return found
+
+
 def timeouts_of_groups(rank: int, config: Config) -> list[timedelta]:
     with joined(config) as ranks:
         shared = [ranks.context_group.group, ranks.strand_group.group]

@@ -38,22 +38,39 @@ def test_the_first_command_of_the_readme(launch, capsys, monkeypatch):
     command = re.search(r"\$ python launch/slurm\.py (--nodes.*?)```", readme, re.DOTALL)
     monkeypatch.chdir(REPOSITORY)
     assert launch("--dry-run", *shlex.split(command[1].replace("\\\n", " "))) == 0
-    assert "64 ranks with 1 sequence a step" in capsys.readouterr().out
+    assert (
+        "64 ranks, 8 to a sequence (parallel.strands=2 parallel.context=4), with 1 sequence a step"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sharing"),
+    [
+        ([], "64 ranks, 8 to a sequence (parallel.strands=2 parallel.context=4), with 1 sequence a step, 32,768 bases"),
+        (["train.global_batch=32"], "64 ranks, 2 to a sequence (parallel.strands=2 parallel.context=1), with 1 seq"),
+        (["train.global_batch=32", "parallel.strands=1"], "2 to a sequence (parallel.strands=1 parallel.context=2)"),
+        (["parallel.context=16"], "64 ranks, 16 to a sequence (parallel.strands=1 parallel.context=16), with 2 seq"),
+        (["model.rcps=false"], "(parallel.strands=1 parallel.context=8)"),
+        (["model.rcps=false", "train.global_batch=16"], "(parallel.strands=1 parallel.context=4)"),
+        (["model.rcps=false", "train.micro_batch=2"], "(parallel.strands=1 parallel.context=16)"),
+        (["train.global_batch=128"], "64 ranks with 2 sequences a step, 131,072 bases"),
+    ],
+)
+def test_more_ranks_than_sequences_share_them(launch, capsys, arguments, sharing):
+    assert launch("--nodes", "8", "--cluster", "h100x8", "--dry-run", *arguments) == 0
+    assert sharing in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "way_on"),
     [
-        ([], r"parallel\.strands=2 parallel\.context=4 fits"),
-        (["train.global_batch=32"], r"parallel\.strands=2 parallel\.context=1 fits"),
-        (["model.rcps=false"], r"parallel\.context=8 fits"),
-        (["model.rcps=false", "train.global_batch=16"], r"parallel\.context=4 fits"),
-        (["model.rcps=false", "train.micro_batch=2"], r"parallel\.context=16 fits"),
-        (["model.rcps=false", "train.global_batch=8", "train.micro_batch=8"], r"parallel\.context=64 fits"),
+        (["parallel.context=1"], r"parallel\.strands=2 parallel\.context=4 fits"),
+        (["parallel.context=2", "parallel.strands=1"], r"parallel\.strands=2 parallel\.context=4 fits"),
         (["data.seq_len=131071"], r"no parallel\.context fits: change the number of ranks or train\.micro_batch"),
     ],
 )
-def test_more_ranks_than_sequences_are_refused_with_a_way_on(launch, arguments, way_on):
+def test_ranks_without_a_part_are_refused_with_a_way_on(launch, arguments, way_on):
     with pytest.raises(UserError, match=rf"global_batch: \d+ is not a multiple .*; {way_on}$"):
         launch("--nodes", "8", "--cluster", "h100x8", "--dry-run", *arguments)
 
@@ -67,7 +84,7 @@ def test_more_ranks_than_sequences_are_refused_with_a_way_on(launch, arguments, 
         (["--cluster", "local", "--tasks-per-node", "4", "parallel.context=3"], "parallel.context: 3 does not divide"),
         (["--cluster", "local", "--tasks-per-node", "3", "parallel.strands=2"], "strands: 2 x .* divide .*, 3$"),
         (["parallel.strands=2", "model.rcps=false"], "parallel.strands: 2 needs model.rcps=true"),
-        (["parallel.strands=3"], "parallel.strands: choose one of 1, 2; got '3'"),
+        (["parallel.strands=3"], "parallel.strands: choose one of 0, 1, 2; got '3'"),
         (["--cluster", "local", "--setup", "module load cuda"], "a local job runs in this shell's environment"),
         (["--cluster", "cpu", "run.device=cuda"], "the job asks for no GPUs"),
         (["--cluster", "cpu", "--env", "NAME"], "--env NAME: expected NAME=VALUE"),
@@ -88,7 +105,8 @@ def test_the_plan_of_a_million_bases_on_512_gpus(launch, capsys):
     layout = ["parallel.context=8", "train.global_batch=64"]
     assert launch("--dry-run", "--config", config, "--nodes", "64", "--cluster", "h100x8", *layout) == 0
     plan = capsys.readouterr().out.splitlines()[0]
-    assert "512 ranks with 1 sequence a step, 131,072 bases at a time each; 7.73M parameters" in plan
+    assert "512 ranks, 8 to a sequence (parallel.strands=1 parallel.context=8), with 1 sequence a step" in plan
+    assert "131,072 bases at a time each; 7.73M parameters" in plan
     # 131,072 bases of 0.65 us; 256 channels and 16 layers of 36 bytes for each: all blocks fit, none is recomputed.
     assert plan.endswith("unmeasured estimate for H100: 0.085 s a step, 20.8 GB")
 
