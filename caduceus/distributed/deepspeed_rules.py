@@ -73,8 +73,9 @@ _FIXED = {
     "zero_optimization.compute_grad_norm": ((True,), "would take steps whose gradients are not finite"),
     "zero_optimization.mics_shard_size": ((-1,), _RUN),
     "zero_optimization.offload_optimizer.ratio": ((1.0,), _OPTIMIZER),
+    "zero_optimization.zero_hpz_partition_size": ((1, 0), "DeepSpeed takes where it divides the model as a whole only"),
 }
-"""Keys -> the values that the run has anyway, and what others would do."""
+"""Keys -> the values that the run has anyway, and what others would do, or why they cannot be."""
 _FIXED_IN_BF16 = {
     "torch_autocast.dtype": (_BF16, "would change the run's precision"),
     "torch_autocast.lower_precision_safe_modules": (([],), _ROUNDING),

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.deepspeed_config import engine_options
+from caduceus.distributed.deepspeed_schema import naming_its_file
 from caduceus.distributed.layout import check_layout
-from caduceus.errors import UserError
+from caduceus.errors import NodeError, UserError
+from tests.distributed.layouts import Layout, config_of, train_all
 
 DATA_WORLD, PARAMETERS = 2, 1000
 
@@ -124,6 +127,7 @@ def test_a_file_that_contradicts_is_refused_by_its_key(tmp_path: Path, theirs: d
         ("zero_optimization.offload_optimizer.super_offload", True),
         ("zero_optimization.round_robin_gradients", True),
         ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
+        ("zero_optimization.zero_hpz_partition_size", 2),
         ("zero_optimization.zero_quantized_gradients", True),
         ("zero_optimization.zero_quantized_weights", True),
         ("zero_optimization.zeropp_loco_param", {"err_beta": 0.8}),
@@ -328,3 +332,52 @@ def test_a_mistake_ends_the_command_before_its_processes_meet(tmp_path: Path) ->
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1 and "zero_optimization.overlap_com" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_on_the_engine_a_file_leaves_the_run_as_it_is_and_its_complaints_name_the_file(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    kept = {
+        "_comment": "for two nodes",
+        "amp": {"enabled": False},
+        "communication_data_type": "fp32",
+        "gradient_predivide_factor": 1.0,
+        "tensor_parallel": {"autotp_size": 0},
+        "steps_per_print": 1,
+        "zero_optimization": {"offload_optimizer": None, "contiguous_gradients": False, "reduce_scatter": False},
+    }
+    # What DeepSpeed says of these only once it builds its optimizer, and the names in what it says.
+    refused = {"allgather_bucket_size": (1, 33), "legacy_stage1": (3, True)}
+    complaints = {"allgather_bucket_size": "allgather_bucket_size", "legacy_stage1": "deprecated .*Stage 1"}
+    files = {f"kept-{stage}": (stage, kept) for stage in (1, 3)}
+    files |= {key: (stage, {"zero_optimization": {key: value}}) for key, (stage, value) in refused.items()}
+    configs = [config_of(Layout("", 2, {"strategy": "ddp"}), small_shards, tmp_path / "ddp", 2, steps=3)]
+    for name, (stage, theirs) in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(theirs))
+        parallel = {"strategy": "deepspeed", "zero_stage": stage, "deepspeed_config": str(tmp_path / f"{name}.json")}
+        configs.append(config_of(Layout("", 2, parallel), small_shards, tmp_path / name, 2, steps=3))
+    refusals = dict(zip(("ddp", *files), (ranks[0].refusal for ranks in train_all(2, configs)), strict=True))
+    losses = {
+        name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ddp", "kept-1", "kept-3")
+    }
+    assert len(losses["ddp"]) == 3
+    for name in ("kept-1", "kept-3"):
+        assert refusals[name] is None
+        assert losses[name] == pytest.approx(losses["ddp"], rel=1e-5)  # fp32 sums in another order, over three steps
+    for key, complaint in complaints.items():
+        start = rf"parallel\.deepspeed_config: DeepSpeed does not start with \S+/{key}\.json: \w+: .*{complaint}"
+        assert re.match(start, refusals[key]) and "\n" not in refusals[key]
+
+
+def test_only_complaints_about_a_file_of_the_users_become_a_line() -> None:
+    complaint = AssertionError("pre-scale\n  is not supported")
+    line = r"ds\.json: AssertionError: pre-scale is not supported$"
+    with pytest.raises(UserError, match=line) as refusal, naming_its_file("ds.json"):
+        raise complaint
+    assert refusal.value.__cause__ is complaint
+    for path, error in ((None, complaint), ("ds.json", RuntimeError("out of memory")), ("ds.json", NodeError("node1"))):
+        with pytest.raises(type(error)) as passed, naming_its_file(path):
+            raise error
+        assert passed.value is error
