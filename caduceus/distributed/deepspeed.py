@@ -20,7 +20,7 @@ from torch import nn
 from caduceus.config import Config
 from caduceus.data.shards import dump_json
 from caduceus.distributed.deepspeed_config import engine_options
-from caduceus.distributed.deepspeed_schema import import_deepspeed
+from caduceus.distributed.deepspeed_schema import import_deepspeed, naming_its_file
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
@@ -50,16 +50,19 @@ class DeepSpeed(Single):
             ) from None
         self.ranks = ranks
         self.zero_stage = config.parallel.zero_stage
+        file = config.parallel.deepspeed_config
         if self.zero_stage == 3:
-            partition = functools.partial(deepspeed.zero.Init, config_dict_or_path=options)
+            partition = naming_its_file(file)(functools.partial(deepspeed.zero.Init, config_dict_or_path=options))
             initialise(model, config.train, ranks.device, shard=lambda part: partition(module=part))
             self._whole = deepspeed.zero.GatheredParameters
         else:
             initialise(model, config.train, ranks.device)
             self._whole = contextlib.nullcontext
-        self.model, *_ = deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model, config.train), config=options, dist_init_required=False
-        )
+        optimizer = build_optimizer(model, config.train)
+        with naming_its_file(file):
+            self.model, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=options, dist_init_required=False
+            )
         self.optimizer = self.model.optimizer
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:

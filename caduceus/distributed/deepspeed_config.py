@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.config import Config
-from caduceus.distributed.deepspeed_schema import refuse_what_deepspeed_would
+from caduceus.distributed.deepspeed_rules import leave_to_the_run, lookup
+from caduceus.distributed.deepspeed_schema import REMARKS, refuse_what_deepspeed_would
 from caduceus.errors import UserError
 
 LARGEST_BUCKET = 500_000_000
@@ -15,24 +16,16 @@ _UNDECIDED = "auto"
 """Value by which DeepSpeed files written for other trainers leave a key to the trainer."""
 _REPLACED = ("optimizer", "scheduler")
 """Sections of the user's that the run's own take the place of."""
-_FOREIGN = (
-    "amp",
-    "compression_training",
-    "curriculum_learning",
-    "data_efficiency",
-    "data_parallel_size",
-    "eigenvalue",
-    "gradient_allreduce_op",
-    "gradient_predivide_factor",
-    "hybrid_engine",
-    "progressive_layer_drop",
-    "sequence_parallel_size",
-    "tensor_parallel",
-    "zero_optimization.zenflow",
+_OFFLOADED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
+"""DeepSpeed's older key -> the section that replaced it."""
+_SECTIONS = (
+    "zero_optimization",
+    *(f"zero_optimization.{part}" for part in _OFFLOADED.values()),
+    *_REPLACED,
+    "bf16",
+    "bfloat16",
+    "fp16",
 )
-"""Keys that would change the model, the order of the data, or how gradients add up."""
-_OFFLOADED = ("offload_optimizer", "offload_param")
-_SECTIONS = ("zero_optimization", *(f"zero_optimization.{part}" for part in _OFFLOADED), "bf16", "bfloat16", "fp16")
 """Keys whose values are objects, and are looked into."""
 
 _log = logging.getLogger(__name__)
@@ -53,16 +46,16 @@ def engine_options(config: Config, data_world: int, parameters: int) -> dict[str
         )
     decided = _decided(config, data_world)
     # The batch follows from its parts; DeepSpeed would count the ranks that share a sequence as well.
-    for key in (*_REPLACED, "train_batch_size", "bf16", "bfloat16", "fp16"):
+    for key in (*_REPLACED, "train_batch_size", "data_parallel_size", "bf16", "bfloat16", "fp16"):
         options.pop(key, None)
     zero = options.setdefault("zero_optimization", {})
     zero["stage"] = parallel.zero_stage
     # Stage 3 allocates a bucket whole, however small the model.
     zero.setdefault("reduce_bucket_size", min(parameters, LARGEST_BUCKET))
     if parallel.cpu_offload:
-        zero.setdefault("offload_optimizer", {"device": "cpu"})
-        if parallel.zero_stage == 3:
-            zero.setdefault("offload_param", {"device": "cpu"})
+        for old, part in _OFFLOADED.items() if parallel.zero_stage == 3 else [("cpu_offload", "offload_optimizer")]:
+            zero.pop(old, None)
+            zero.setdefault(part, {}).setdefault("device", "cpu")
     return {
         **options,
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -92,6 +85,7 @@ def user_options(config: Config, data_world: int) -> dict[str, Any]:
         return {}
     options = _read(path)
     _check(options, path, _decided(config, data_world))
+    leave_to_the_run(options, path, config.train.precision == "bf16")
     zero = {**options.get("zero_optimization", {}), "stage": config.parallel.zero_stage}
     refuse_what_deepspeed_would({**options, "zero_optimization": zero}, path, config.run.device)
     return options
@@ -102,6 +96,10 @@ def _decided(config: Config, data_world: int) -> dict[str, tuple[Any, str]]:
     train = config.train
     bf16 = train.precision == "bf16"
     accumulation = train.global_batch // (train.micro_batch * data_world)
+    offloading = {
+        "zero_optimization.cpu_offload": (True, "parallel.cpu_offload"),
+        "zero_optimization.offload_optimizer.device": ("cpu", "parallel.cpu_offload"),
+    }
     return {
         "train_batch_size": (train.global_batch, "train.global_batch"),
         "train_micro_batch_size_per_gpu": (train.micro_batch, "train.micro_batch"),
@@ -112,17 +110,28 @@ def _decided(config: Config, data_world: int) -> dict[str, tuple[Any, str]]:
         "bfloat16.enabled": (bf16, "train.precision"),
         "fp16.enabled": (False, "train.precision"),
         "torch_autocast.enabled": (bf16, "train.precision"),
+        "data_parallel_size": (data_world, "the number of ranks"),
+        **(offloading if config.parallel.cpu_offload else {}),
     }
 
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        options = json.loads(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        options = json.loads(text, object_pairs_hook=_without_repetition)
     except (OSError, ValueError) as error:
         raise UserError(f"parallel.deepspeed_config: {path} is not readable as JSON ({error})") from None
     if not isinstance(options, dict):
         raise UserError(f"parallel.deepspeed_config: {path} is not a JSON object")
-    return _without_undecided(options)
+    return _without_undecided({key: value for key, value in options.items() if not key.startswith(REMARKS)})
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands twice in an object")
+    return options
 
 
 def _without_undecided(options: dict[str, Any]) -> dict[str, Any]:
@@ -133,35 +142,23 @@ def _without_undecided(options: dict[str, Any]) -> dict[str, Any]:
 def _check(options: dict[str, Any], path: str, decided: dict[str, tuple[Any, str]]) -> None:
     for section in _SECTIONS:
         parent, _, name = section.rpartition(".")
-        holder = _lookup(options, parent) or {} if parent else options
+        holder = lookup(options, parent) or {} if parent else options
+        if holder.get(name, {}) is None and name != "zero_optimization":
+            del holder[name]  # as good as left out
         if name in holder and not isinstance(holder[name], dict):
             raise UserError(
                 f"parallel.deepspeed_config: {path} sets {section} to {json.dumps(holder[name])}; it takes an object"
             )
     for key, (value, deciding) in decided.items():
-        given = _lookup(options, key)
+        given = lookup(options, key)
         if given is not None and given != value:
             raise UserError(
                 f"parallel.deepspeed_config: {path} sets {key} to {json.dumps(given)}, but {deciding} makes it "
                 f"{json.dumps(value)}; leave {key} out, or change {deciding}"
             )
-    for key in _FOREIGN:
-        if _lookup(options, key) is not None:
-            raise UserError(
-                f"parallel.deepspeed_config: {path} sets {key}, which would change the run's model, data or loss; "
-                "leave it out"
-            )
-    for part in _OFFLOADED:
-        if _lookup(options, f"zero_optimization.{part}.device") == "nvme":
+    for part in _OFFLOADED.values():
+        if lookup(options, f"zero_optimization.{part}.device") == "nvme":
             raise UserError(
                 f"parallel.deepspeed_config: {path} sets zero_optimization.{part}.device to nvme; clipping needs the "
                 "gradients in memory: use cpu"
             )
-
-
-def _lookup(options: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        if not isinstance(options, dict) or part not in options:
-            return None
-        options = options[part]
-    return options

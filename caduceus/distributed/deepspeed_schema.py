@@ -13,10 +13,19 @@ from caduceus.errors import UserError
 
 _BATCH = {"train_micro_batch_size_per_gpu": 1}
 """The least that DeepSpeed's parser wants to be told."""
-_BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_BATCH_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "data_parallel_size",
+)
 """Keys that the run's configuration decides, and that DeepSpeed takes together only."""
 _UNCHECKED = {"activation_checkpointing": "activation_checkpointing_config", "flops_profiler": "flops_profiler_config"}
 """Sections of which DeepSpeed reads what it knows and leaves the rest, and where its parsed form has them."""
+_UNTYPED = ("checkpoint", "data_types", "torch_autocast")
+"""Sections of the same kind whose parsed form is no object of its own."""
+REMARKS = ("_", "//", "#", "comment")
+"""Beginnings of keys that say something to people, where DeepSpeed leaves keys that it does not know."""
 
 
 def import_deepspeed(device_type: str) -> ModuleType:
@@ -58,6 +67,22 @@ def refuse_what_deepspeed_would(options: dict[str, Any], path: str, device: str)
             raise UserError(f"parallel.deepspeed_config: {path}: DeepSpeed refuses it: {_one_line(problem)}")
 
 
+@contextmanager
+def naming_its_file(path: str | None) -> Iterator[None]:
+    """Of what DeepSpeed complains about within, make a `UserError` that names the file it was given, if any."""
+    try:
+        yield
+    except (UserError, RuntimeError, OSError, MemoryError):  # memory, devices and networks are no matter of the file
+        raise
+    except Exception as error:  # of many kinds, assertions among them
+        if path is None:
+            raise
+        raise UserError(
+            f"parallel.deepspeed_config: DeepSpeed does not start with {path}: {type(error).__name__}: "
+            f"{_one_line(error)}"
+        ) from error
+
+
 def _problem_of_section(key: str, value: Any, parsed: Any, known: set[str]) -> str | None:
     """What is wrong with a top-level key, as the end of a sentence; None for nothing."""
     error = _refusal({key: value})
@@ -67,15 +92,19 @@ def _problem_of_section(key: str, value: Any, parsed: Any, known: set[str]) -> s
         return f"{key}, which DeepSpeed {_version()} does not know; known here: {', '.join(sorted(known))}"
     if key in _UNCHECKED:
         return _problem_of_unchecked(key, value, vars(getattr(parsed, _UNCHECKED[key])))
+    if key in _UNTYPED:
+        asked = _Asked(value)
+        _parse({key: asked})
+        return _problem_of_unchecked(key, value, dict.fromkeys(asked.keys_asked))
     default = getattr(parsed, key, None)
     return None if _same_kind(default, value) else f"{key} to {json.dumps(value)}; it takes {_kind(default)}"
 
 
 def _problem_of_unchecked(section: str, values: Any, defaults: dict[str, Any]) -> str | None:
     for key, value in values.items() if isinstance(values, dict) else ():
-        if key not in defaults:
+        if key not in defaults and not key.startswith(REMARKS):
             return _unknown(f"{section}.{key}", defaults)
-        if not _same_kind(defaults[key], value):
+        if not _same_kind(defaults.get(key), value):
             return f"{section}.{key} to {json.dumps(value)}; it takes {_kind(defaults[key])}"
     return None if isinstance(values, dict) else f"{section} to {json.dumps(values)}; it takes an object"
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.deepspeed_config import engine_options
+from caduceus.distributed.deepspeed_schema import naming_its_file
 from caduceus.distributed.layout import check_layout
-from caduceus.errors import UserError
+from caduceus.errors import NodeError, UserError
+from tests.distributed.layouts import Layout, config_of, train_all
 
 DATA_WORLD, PARAMETERS = 2, 1000
 
@@ -51,12 +54,12 @@ def test_what_a_file_says_beyond_is_kept_and_what_it_leaves_open_is_ours(tmp_pat
         "train_micro_batch_size_per_gpu": 4,
         "gradient_clipping": 0.5,
         "bf16": {"enabled": True},
-        "communication_data_type": "fp32",
+        "seq_parallel_communication_data_type": "fp32",
         "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": "auto"},
     }
     options = options_of(tmp_path / "ds.json", theirs, zero_stage=2)
     assert options["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": PARAMETERS}
-    assert options["communication_data_type"] == "fp32"
+    assert options["seq_parallel_communication_data_type"] == "fp32"
     assert not {"bf16", "train_batch_size"} & options.keys()
 
 
@@ -82,6 +85,158 @@ def test_a_file_that_contradicts_is_refused_by_its_key(tmp_path: Path, theirs: d
     with pytest.raises(UserError, match=r"parallel\.deepspeed_config") as refusal:
         options_of(tmp_path / "ds.json", theirs)
     assert named in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("amp.enabled", True),
+        ("autotuning.enabled", True),
+        ("compression_training.weight_quantization.shared_parameters.enabled", True),
+        ("curriculum_learning.enabled", True),
+        ("eigenvalue.enabled", True),
+        ("elasticity.enabled", True),
+        ("hybrid_engine.enabled", True),
+        ("nebula.enabled", True),
+        ("progressive_layer_drop.enabled", True),
+        ("quantize_training.enabled", True),
+        ("weight_quantization.quantized_initialization.num_bits", 8),
+        ("sparse_gradients", True),
+        ("prescale_gradients", True),
+        ("gradient_predivide_factor", 2.0),
+        ("gradient_allreduce_op", "sum"),
+        ("managed_gradient_accumulation", False),
+        ("communication_data_type", "bf16"),
+        ("communication_data_type", "fp8"),
+        ("data_types.grad_accum_dtype", "bf16"),
+        ("data_types.param_dtype", "fp16"),
+        ("torch_autocast.dtype", "float16"),
+        ("torch_autocast.lower_precision_safe_modules", ["torch.nn.Linear"]),
+        ("bf16.bf16_master_weights_and_grads", True),
+        ("sequence_parallel_size", 2),
+        ("data_parallel_size", 4),
+        ("zero_force_ds_cpu_optimizer", True),
+        ("datastates_ckpt", {"host_cache_size": 16}),
+        ("checkpoint.writer", {"type": "FAST"}),
+        ("checkpoint.load_universal", True),
+        ("checkpoint.use_node_local_storage", True),
+        ("zero_optimization.compute_grad_norm", False),
+        ("zero_optimization.elastic_checkpoint", True),
+        ("zero_optimization.mics_shard_size", 2),
+        ("zero_optimization.offload_optimizer.ratio", 0.5),
+        ("zero_optimization.offload_optimizer.super_offload", True),
+        ("zero_optimization.round_robin_gradients", True),
+        ("zero_optimization.zenflow", {"topk_ratio": 0.1}),
+        ("zero_optimization.zero_hpz_partition_size", 2),
+        ("zero_optimization.zero_quantized_gradients", True),
+        ("zero_optimization.zero_quantized_weights", True),
+        ("zero_optimization.zeropp_loco_param", {"err_beta": 0.8}),
+    ],
+)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_would_change_the_run_is_refused_by_its_name(tmp_path: Path, key: str, value: Any, stage: int) -> None:
+    theirs = value
+    for part in reversed(key.split(".")):
+        theirs = {part: theirs}
+    named = key.removesuffix(".enabled").split(".shared_parameters")[0].split(".weight_quantization")[0]
+    named = named.split(".quantized_initialization")[0]
+    with pytest.raises(UserError, match=rf"^parallel\.deepspeed_config: \S+ds\.json sets {named}\b") as refusal:
+        options_of(tmp_path / "ds.json", theirs, zero_stage=stage)
+    assert "leave" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {
+            "amp": {"enabled": False, "opt_level": "O1"},
+            "compression_training": {
+                "weight_quantization": {
+                    "shared_parameters": {"enabled": False, "quantize_groups": 1},
+                    "different_groups": {"wq1": {"params": {"start_bits": 8}}},
+                }
+            },
+            "curriculum_learning": {"enabled": False},
+            "data_efficiency": {"enabled": False, "data_routing": {"random_ltd": {"enabled": True}}},
+            "eigenvalue": {"enabled": False, "max_iter": 100},
+            "hybrid_engine": {"enabled": False, "max_out_tokens": 512},
+            "nebula": {"enabled": False},
+            "progressive_layer_drop": {"enabled": False, "theta": 0.5},
+            "sparse_gradients": False,
+            "tensor_parallel": {"autotp_size": 0, "tp_overlap_comm": True},
+        },
+        {
+            "prescale_gradients": False,
+            "gradient_predivide_factor": 1.0,
+            "gradient_allreduce_op": "mean",
+            "communication_data_type": "FP32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+            "sequence_parallel_size": 1,
+            "data_parallel_size": DATA_WORLD,
+        },
+        {"optimizer": None, "scheduler": None, "bf16": None, "fp16": {"enabled": False, "loss_scale": 0}},
+        {
+            "zero_optimization": {
+                "offload_optimizer": None,
+                "offload_param": None,
+                "mics_shard_size": -1,
+                "zenflow": None,
+                "zero_quantized_weights": False,
+            }
+        },
+        {"_comment": "tuned for 8 GPUs", "comment": 1, "//": ["x"]},
+        {
+            "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {
+                "stage": "auto",
+                "reduce_bucket_size": "auto",
+                "stage3_param_persistence_threshold": "auto",
+                "offload_optimizer": "auto",
+            },
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "train_batch_size": "auto",
+            "train_micro_batch_size_per_gpu": "auto",
+        },
+    ],
+    ids=["off", "held anyway", "null", "null in ZeRO", "remarks", "auto"],
+)
+def test_what_says_no_more_than_the_run_is_as_no_file(tmp_path: Path, theirs: dict) -> None:
+    options = options_of(tmp_path / "ds.json", theirs, zero_stage=2)
+    without = engine_options(config(zero_stage=2), DATA_WORLD, PARAMETERS)
+    assert {key: value for key, value in options.items() if value != {}} == without
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_in_fp32_it_does_not_matter_how_autocast_would_be(tmp_path: Path, precision: str) -> None:
+    (tmp_path / "ds.json").write_text('{"torch_autocast": {"enabled": false, "dtype": "float16"}}')
+    configured = config(tmp_path / "ds.json")
+    configured.train.precision = precision
+    if precision == "fp32":
+        assert not engine_options(configured, DATA_WORLD, PARAMETERS)["torch_autocast"]["enabled"]
+        return
+    with pytest.raises(UserError, match=r"torch_autocast\.enabled to false"):
+        engine_options(configured, DATA_WORLD, PARAMETERS)
+
+
+def test_offloading_of_the_run_completes_that_of_a_file(tmp_path: Path) -> None:
+    theirs = {"zero_optimization": {"cpu_offload_param": True, "offload_optimizer": {"pin_memory": False}}}
+    zero = options_of(tmp_path / "ds.json", theirs, zero_stage=3, cpu_offload=True)["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+    assert zero["offload_param"] == {"device": "cpu"} and "cpu_offload_param" not in zero
+    for contradiction in ({"offload_optimizer": {"device": "none"}}, {"cpu_offload": False}):
+        with pytest.raises(UserError, match=r"parallel\.cpu_offload"):
+            options_of(tmp_path / "ds.json", {"zero_optimization": contradiction}, zero_stage=2, cpu_offload=True)
+
+
+def test_a_byte_order_mark_is_passed_over_and_a_key_that_stands_twice_refused(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"steps_per_print": 7}', encoding="utf-8-sig")
+    assert engine_options(config(tmp_path / "ds.json"), DATA_WORLD, PARAMETERS)["steps_per_print"] == 7
+    (tmp_path / "ds.json").write_text('{"steps_per_print": 7, "bf16": {}, "steps_per_print": 8}')
+    with pytest.raises(UserError, match=r"ds\.json .*steps_per_print stands twice"):
+        engine_options(config(tmp_path / "ds.json"), DATA_WORLD, PARAMETERS)
 
 
 def test_a_file_is_checked_with_the_layout_before_anything_starts(tmp_path: Path) -> None:
@@ -130,8 +285,11 @@ def test_files_that_are_none_and_double_precision_are_refused(tmp_path: Path) ->
         ({"comms_logger": [1]}, r"comms_logger to \[1\]"),
         ({"timers": {"throughput": {"on": True}}}, "timers.throughput takes enabled, synchronized"),
         ({"wandb": {"name": "x"}}, r"wandb\.name"),
-        ({"prescale_gradients": "yes"}, "prescale_gradients .* true or false"),
-        ({"communication_data_type": "fp8"}, "communication_data_type .*'bf16'"),
+        ({"disable_allgather": "yes"}, "disable_allgather .* true or false"),
+        ({"seq_parallel_communication_data_type": "fp8"}, "seq_parallel_communication_data_type .*'bf16'"),
+        ({"checkpoint": {"tag_validaton": "Ignore"}}, "checkpoint.tag_validaton, which .* tag_validation"),
+        ({"checkpoint": [1]}, r"checkpoint to \[1\]"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype, which .* grad_accum_dtype"),
         ({"zero_optimisation": {"overlap_comm": True}}, "zero_optimisation, which .*zero_optimization"),
         ({"compile": {"deepcompile": 7}}, "compile.deepcompile"),
     ],
@@ -174,3 +332,52 @@ def test_a_mistake_ends_the_command_before_its_processes_meet(tmp_path: Path) ->
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1 and "zero_optimization.overlap_com" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_on_the_engine_a_file_leaves_the_run_as_it_is_and_its_complaints_name_the_file(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    kept = {
+        "_comment": "for two nodes",
+        "amp": {"enabled": False},
+        "communication_data_type": "fp32",
+        "gradient_predivide_factor": 1.0,
+        "tensor_parallel": {"autotp_size": 0},
+        "steps_per_print": 1,
+        "zero_optimization": {"offload_optimizer": None, "contiguous_gradients": False, "reduce_scatter": False},
+    }
+    # What DeepSpeed says of these only once it builds its optimizer, and the names in what it says.
+    refused = {"allgather_bucket_size": (1, 33), "legacy_stage1": (3, True)}
+    complaints = {"allgather_bucket_size": "allgather_bucket_size", "legacy_stage1": "deprecated .*Stage 1"}
+    files = {f"kept-{stage}": (stage, kept) for stage in (1, 3)}
+    files |= {key: (stage, {"zero_optimization": {key: value}}) for key, (stage, value) in refused.items()}
+    configs = [config_of(Layout("", 2, {"strategy": "ddp"}), small_shards, tmp_path / "ddp", 2, steps=3)]
+    for name, (stage, theirs) in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(theirs))
+        parallel = {"strategy": "deepspeed", "zero_stage": stage, "deepspeed_config": str(tmp_path / f"{name}.json")}
+        configs.append(config_of(Layout("", 2, parallel), small_shards, tmp_path / name, 2, steps=3))
+    refusals = dict(zip(("ddp", *files), (ranks[0].refusal for ranks in train_all(2, configs)), strict=True))
+    losses = {
+        name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ddp", "kept-1", "kept-3")
+    }
+    assert len(losses["ddp"]) == 3
+    for name in ("kept-1", "kept-3"):
+        assert refusals[name] is None
+        assert losses[name] == pytest.approx(losses["ddp"], rel=1e-5)  # fp32 sums in another order, over three steps
+    for key, complaint in complaints.items():
+        start = rf"parallel\.deepspeed_config: DeepSpeed does not start with \S+/{key}\.json: \w+: .*{complaint}"
+        assert re.match(start, refusals[key]) and "\n" not in refusals[key]
+
+
+def test_only_complaints_about_a_file_of_the_users_become_a_line() -> None:
+    complaint = AssertionError("pre-scale\n  is not supported")
+    line = r"ds\.json: AssertionError: pre-scale is not supported$"
+    with pytest.raises(UserError, match=line) as refusal, naming_its_file("ds.json"):
+        raise complaint
+    assert refusal.value.__cause__ is complaint
+    for path, error in ((None, complaint), ("ds.json", RuntimeError("out of memory")), ("ds.json", NodeError("node1"))):
+        with pytest.raises(type(error)) as passed, naming_its_file(path):
+            raise error
+        assert passed.value is error
