@@ -1,6 +1,6 @@
 """Runs a function on several real processes joined by gloo.
 
-They are forked from a process that has imported what trainings need, which takes longer than a small training.
+They are forked from a process that has imported what they need, which takes longer than a small training.
 """
 
 import gc
@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
-_IMPORTED = ["caduceus.train.trainer", "deepspeed", "pytest", "tests.distributed.layouts"]
+_IMPORTED = "tests.distributed.imported"
 
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -31,11 +31,10 @@ def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 
 def _start_server() -> None:
-    """The process to fork from, one for all tests of this process; a module that it does not find costs time only."""
-    multiprocessing.set_forkserver_preload(_IMPORTED)
+    """The process to fork from, one for all tests of this process."""
+    multiprocessing.set_forkserver_preload([_IMPORTED])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(_REPOSITORY), prepend=os.pathsep)
-        patch.setenv("DS_ACCELERATOR", "cpu")
         multiprocessing.forkserver.ensure_running()
 
 
