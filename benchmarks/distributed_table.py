@@ -4,8 +4,9 @@
 
 A small Caduceus-PS trains on real shards (of a random genome, where no --shards are given) with one and with two
 micro-batches a step. Differences are relative, the largest over all steps; those of gradients are over all parameters
-in the first step, relative to the parameter's largest entry. Memory is that of tensors between steps, per rank, of a
-wider model. Times are those of this machine, whose cores the ranks share.
+in the first step, the norm of the difference to that of the gradient. Memory is that of tensors between steps, per
+rank, of a wider model. Times are those of this machine, whose cores the ranks share. Where a difference is larger than
+it may be, a line below the table says so, and the exit status is 1.
 """
 
 import argparse
@@ -13,11 +14,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
 
 from caduceus import CaduceusConfig
 from caduceus.config import Config
@@ -33,7 +36,7 @@ class Result:
     observed: Observed
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, help="a directory that data_prep/shard_genome.py made")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="layouts, beside one process (all)")
@@ -46,7 +49,7 @@ def main() -> None:
         results: dict[tuple, Result] = {}
         for world in sorted({layout.world for layout in layouts}):
             _train(world, [layout for layout in layouts if layout.world == world], shards, directory, options, results)
-        _print(layouts, results)
+        return 0 if _print(layouts, results) else 1
 
 
 def _train(
@@ -58,14 +61,14 @@ def _train(
     )
     for (key, config), observed in zip(plan, every, strict=True):
         rows = [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
-        losses = [row["loss"] for row in rows[: options.steps]]
+        losses = [float(row["loss"] or "nan") for row in rows[: options.steps]]
         results[key] = Result(losses, max(observed, key=lambda rank: rank.bytes_held))
 
 
 def _plan(layouts: list[Layout], shards: Path, directory: Path, steps: int) -> Iterator[tuple[tuple, Config]]:
     for layout in layouts:
         for accumulation in (1, 2):
-            for precision in ("fp32", "fp64") if layout.computes_fp64 else ("fp32",):
+            for precision in _precisions(layout):
                 path = directory / f"{layout.name}-{accumulation}-{precision}"
                 train = {"steps": steps, "precision": precision, "warmup_steps": 3}
                 yield (layout.name, accumulation, precision), config_of(layout, shards, path, accumulation, **train)
@@ -77,46 +80,77 @@ def _plan(layouts: list[Layout], shards: Path, directory: Path, steps: int) -> I
         yield (layout.name, "wide"), wide
 
 
-def _print(layouts: list[Layout], results: dict[tuple, Result]) -> None:
+def _print(layouts: list[Layout], results: dict[tuple, Result]) -> bool:
+    """Print the table and what of it is out of bounds; returns whether nothing is."""
     print(
-        "| layout | last loss, 1 and 2 micro-batches | losses, fp32 | first loss | gradients | losses, fp64 | "
-        "first step after s | resumed after s | MiB a rank |"
+        "| layout | last loss, 1 and 2 micro-batches | "
+        f"{' | '.join(column.name for column in COLUMNS)} | first step after s | resumed after s | MiB a rank |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
+    failures = []
     for layout in layouts:
         both = [results[layout.name, accumulation, "fp32"] for accumulation in (1, 2)]
-        expected = [results["single", accumulation, "fp32"] for accumulation in (1, 2)]
-        cells = [
-            layout.name,
-            "  ".join(f"{result.losses[-1]:.6f}" for result in both),
-            f"{max(_difference(ours.losses, theirs.losses) for ours, theirs in zip(both, expected, strict=True)):.0e}",
-            f"{max(_difference(o.losses[:1], t.losses[:1]) for o, t in zip(both, expected, strict=True)):.0e}",
-            f"{max(_gradient_difference(o, t) for o, t in zip(both, expected, strict=True)):.0e}",
-            _fp64_difference(layout, results),
+        cells = [layout.name, "  ".join(f"{result.losses[-1]:.6f}" for result in both)]
+        for column in COLUMNS:
+            if column.precision not in _precisions(layout):
+                cells.append("-")
+                continue
+            difference = _largest(column, layout, results)
+            cells.append(f"{difference:.1e}")
+            if not difference <= column.bound:
+                failures.append(f"FAILED: {layout.name}: {column.name}: {difference:.1e}, more than {column.bound:.0e}")
+        cells += [
             f"{both[0].observed.seconds_to_first_step:.1f}",
             f"{results[layout.name, 'resumed'].observed.seconds_to_first_step:.1f}",
             f"{results[layout.name, 'wide'].observed.bytes_held / 2**20:.1f}",
         ]
         print("| " + " | ".join(cells) + " |")
+    print("\nAt most: " + "; ".join(f"{column.name} {column.bound:.0e}" for column in COLUMNS) + ".")
+    print("\n".join(failures) or f"All {len(layouts)} layouts are within that.")
+    return not failures
 
 
-def _fp64_difference(layout: Layout, results: dict[tuple, Result]) -> str:
-    if not layout.computes_fp64:
-        return "-"
-    pairs = [(results[name, n, "fp64"].losses for name in (layout.name, "single")) for n in (1, 2)]
-    return f"{max(_difference(*pair) for pair in pairs):.0e}"
+def _precisions(layout: Layout) -> tuple[str, ...]:
+    return ("fp32", "fp64") if layout.computes_fp64 else ("fp32",)
 
 
-def _difference(losses: list[float], expected: list[float]) -> float:
-    return max(abs(loss - other) / abs(other) for loss, other in zip(losses, expected, strict=True))
+def _loss_difference(ours: Result, single: Result) -> float:
+    losses, expected = torch.tensor([ours.losses, single.losses], dtype=torch.float64)
+    return float(((losses - expected) / expected).abs().max())
 
 
-def _gradient_difference(result: Result, expected: Result) -> float:
-    gradients = result.observed.gradients
-    return max(
-        float((gradients[name] - other).abs().max() / other.abs().max())
-        for name, other in expected.observed.gradients.items()
-    )
+def _first_loss_difference(ours: Result, single: Result) -> float:
+    return abs(ours.losses[0] / single.losses[0] - 1)
+
+
+def _gradient_difference(ours: Result, single: Result) -> float:
+    gradients = ours.observed.gradients
+    differences = [(gradients[name] - other).norm() / other.norm() for name, other in single.observed.gradients.items()]
+    return float(torch.stack(differences).max())
+
+
+@dataclass
+class Column:
+    """Differences between a layout and one process: of which precision, how they are taken, how large they may be."""
+
+    name: str
+    precision: str
+    difference: Callable[[Result, Result], float]
+    bound: float
+
+
+COLUMNS = [
+    Column("losses, fp32", "fp32", _loss_difference, 1e-4),
+    Column("first loss", "fp32", _first_loss_difference, 1e-6),
+    Column("gradients", "fp32", _gradient_difference, 1e-6),
+    Column("losses, fp64", "fp64", _loss_difference, 1e-9),
+]
+
+
+def _largest(column: Column, layout: Layout, results: dict[tuple, Result]) -> float:
+    """Of the trainings with one and with two micro-batches; NaN if any is."""
+    pairs = [[results[name, n, column.precision] for name in (layout.name, "single")] for n in (1, 2)]
+    return float(torch.tensor([column.difference(*pair) for pair in pairs], dtype=torch.float64).max())
 
 
 def _random_shards(directory: Path) -> Path:
@@ -127,4 +161,4 @@ def _random_shards(directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ LONGEST_FIRST = (
     "distributed/test_restarts.py",
     "launch/test_local.py",
     "distributed/test_options.py",
+    "distributed/test_guards.py",
     "ops/test_triton.py",
     "slurm/test_launch.py",
     "distributed/test_strands.py",

@@ -1,26 +1,51 @@
-"""Runs a function on several real processes joined by gloo."""
+"""Runs a function on several real processes joined by gloo.
 
+They are forked from a process that has imported what they need, which takes longer than a small training.
+"""
+
+import gc
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_IMPORTED = "tests.distributed.imported"
+
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(rank, *arguments)` on `world` processes; what each returned, by rank."""
+    _start_server()
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(_join_and_run, (world, directory, function, arguments), nprocs=world)
+        given = world, directory, dict(os.environ), function, arguments
+        mp.start_processes(_join_and_run, given, nprocs=world, start_method="forkserver")
         return [torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _join_and_run(rank: int, world: int, directory: str, function: Callable[..., Any], arguments: tuple) -> None:
+def _start_server() -> None:
+    """The process to fork from, one for all tests of this process."""
+    multiprocessing.set_forkserver_preload([_IMPORTED])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(_REPOSITORY), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
+
+
+def _join_and_run(
+    rank: int, world: int, directory: str, environment: dict[str, str], function: Callable[..., Any], arguments: tuple
+) -> None:
+    gc.freeze()  # DeepSpeed collects garbage at every start: not among all that was imported
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world)
     torch.save(function(rank, *arguments), Path(directory) / f"{rank}.pt")
+    dist.barrier()  # one that leaves early would disturb others that are still connecting
     dist.destroy_process_group()

@@ -1,7 +1,12 @@
+import itertools
+
 import pytest
+import torch
 
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import CaduceusConfig, config_from_dict
+from caduceus.distributed.layout import check_layout
+from caduceus.distributed.mesh import Ranks
 from launch.plan import parameter_count, plan
 
 
@@ -21,11 +26,11 @@ def test_parameters_are_counted_as_the_model_has_them(keys):
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def published(seq_len: int, rcps: bool = False, strands: int = 1, **train):
+def published(seq_len: int, rcps: bool = False, strands: int = 1, context: int = 1, **train):
     return config_from_dict(
         {
             "model": {"d_model": 256, "n_layer": 16, "rcps": rcps},
-            "parallel": {"strands": strands},
+            "parallel": {"strands": strands, "context": context},
             "data": {"seq_len": seq_len},
             "train": {"global_batch": 2**20 // seq_len * 8, "micro_batch": 1, **train},
         }
@@ -65,3 +70,24 @@ def test_a_strand_takes_half_of_the_time_and_of_the_activations_of_both():
     assert both.step_seconds == pytest.approx(2 * one.step_seconds)
     assert apart.step_seconds == pytest.approx(both.step_seconds)
     assert apart.memory_bytes == one.memory_bytes < 0.6 * both.memory_bytes
+
+
+@pytest.mark.parametrize("strands", [1, 2])
+@pytest.mark.parametrize(("millions", "context"), [(1, 8), (2, 16), (4, 32), (8, 64)])
+def test_contexts_of_millions_of_bases(millions, context, strands, monkeypatch):
+    seq_len, world = millions * 2**20, context * strands
+    config = published(seq_len, rcps=strands == 2, strands=strands, context=context, global_batch=1)
+    check_layout(config, world)
+    for group in ("_make_context_group", "_make_strand_group"):
+        monkeypatch.setattr(Ranks, group, lambda ranks: None)  # which would want the other processes
+    ranks = [Ranks(rank, world, context, torch.device("cpu"), strands=strands) for rank in range(world)]
+    for strand in range(strands):
+        slices = sorted(rank.positions(seq_len) for rank in ranks if rank.strand_rank == strand)
+        assert {end - first for first, end in slices} == {2**17} and len(slices) == context
+        assert slices[0][0] == 0 and slices[-1][1] == seq_len
+        assert all(one[1] == next_one[0] for one, next_one in itertools.pairwise(slices))
+    # A GPU keeps what it keeps of a sequence that is no longer than its slice, and works as long.
+    shared, alone = plan(config, world), plan(published(2**17, global_batch=8), 8)
+    assert (shared.sequences, shared.bases) == (1, 2**17)
+    assert shared.memory_bytes == alone.memory_bytes < 0.9 * 80e9
+    assert shared.step_seconds == pytest.approx(alone.step_seconds)

@@ -111,6 +111,19 @@ def test_the_plan_of_a_million_bases_on_512_gpus(launch, capsys):
     assert plan.endswith("unmeasured estimate for H100: 0.085 s a step, 20.8 GB")
 
 
+@pytest.mark.parametrize(("millions", "nodes"), [(1, 2), (2, 4), (4, 8), (8, 16)])
+def test_the_plan_of_longer_contexts_on_more_gpus(launch, capsys, millions, nodes):
+    config = str(REPOSITORY / "configs" / "pretrain" / "ps-1m.yaml")
+    layout = [f"data.seq_len={millions * 2**20}", "parallel.strands=2", f"parallel.context={8 * millions}"]
+    assert launch("--dry-run", "--config", config, "--nodes", str(nodes), "--cluster", "h100x8", *layout) == 0
+    plan = capsys.readouterr().out.splitlines()[0]
+    assert f"{8 * nodes} ranks with 1 sequence a step, 131,072 bases at a time each; 7.73M parameters" in plan
+    assert plan.endswith("unmeasured estimate for H100: 0.085 s a step, 20.8 GB")
+    layout[-1] = f"parallel.context={16 * millions}"
+    with pytest.raises(UserError, match=r"strands: 2 x .* ranks share a sequence, which does not divide"):
+        launch("--dry-run", "--config", config, "--nodes", str(nodes), "--cluster", "h100x8", *layout)
+
+
 def test_commands_do_not_wait_for_torch():
     check = "import sys, launch.runs, launch.slurm; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY).returncode == 0

@@ -150,13 +150,16 @@ def test_a_full_disk_ends_the_run_in_a_line_and_keeps_earlier_checkpoints(runs: 
         assert numbers(config.run.dir) == undisturbed
 
 
-def test_killed_at_thirty_instants_of_saving_the_newest_checkpoint_is_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.train.checkpoint_killer", str(tmp_path / "run"), "30"]
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 30), (2, 12)])
+def test_killed_at_many_instants_of_saving_the_newest_checkpoint_is_whole(
+    tmp_path: Path, ranks: int, kills: int
+) -> None:
+    command = [sys.executable, "-m", "tests.train.checkpoint_killer", str(tmp_path / "run"), str(kills), str(ranks)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     *newest, summary = result.stdout.splitlines()
-    assert len(newest) == 30
-    assert int(summary.split()[0]) >= 15, summary
+    assert len(newest) == kills
+    assert int(summary.split()[0]) >= kills / 2, summary
 
 
 @contextlib.contextmanager
