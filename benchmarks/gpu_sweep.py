@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.ops import bidirectional_conv1d, bidirectional_scan, head_cross_entropy
-from caduceus.ops.triton import conv, cross_entropy, device, scan
+from caduceus.ops.triton import conv, cross_entropy, device, scan, scan_launches
 
 TOLERANCE = 1.6e-2
 """Most difference from the results of the constants as they are, relative to the largest value: each is rounded to bf16
@@ -74,8 +74,8 @@ TUNABLES = {
     "scan": [
         CHUNK,
         WARPS,
-        Tunable("PIECE", (4, 8, 16), constants(scan, "PIECE")),
-        Tunable("REPLAY_BYTES", tuple(2**n for n in range(23, 30)), constants(scan, "REPLAY_BYTES")),
+        Tunable("PIECE", (4, 8, 16), constants(scan_launches, "PIECE")),
+        Tunable("REPLAY_BYTES", tuple(2**n for n in range(23, 30)), constants(scan_launches, "REPLAY_BYTES")),
         STAGES,
     ],
     "convolution": [

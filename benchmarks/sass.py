@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # the tests are not installed
 from caduceus.config import CaduceusConfig
-from caduceus.ops.triton import conv, device, scan
+from caduceus.ops.triton import conv, device, scan_launches
 from tests.ops.aot import compiling, disassembled, resources, train
 
 CLASSES = {
@@ -68,7 +68,7 @@ def main() -> None:
 
 def trips_of_loops(states: int) -> dict[str, list[float]]:
     """How often a token goes through each loop of a kernel, innermost first, without the loops inside it."""
-    piece = [states / scan.GROUP / scan.PIECE, 1 / scan.PIECE]
+    piece = [states / scan_launches.GROUP / scan_launches.PIECE, 1 / scan_launches.PIECE]
     return {
         "chunk_state": [1],
         "scan_forward": [1],

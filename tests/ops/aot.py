@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
-from caduceus.ops.triton import conv, cross_entropy, device, norm, scan
+from caduceus.ops.triton import conv, cross_entropy, device, norm, scan, scan_launches
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -71,8 +71,8 @@ def compiling(capability: int, names: tuple[str, ...] = ()) -> Iterator[dict[str
     triton.runtime.driver.set_active(Target(capability))
     for module in (device, norm, cross_entropy):
         module.multiprocessors = lambda device: MULTIPROCESSORS
-    for operation in LAUNCHERS:
-        operation.register_fake(operation._init_fn)
+    for operation, launches in LAUNCHES.items():
+        operation.register_fake(launches)
     os.environ["TRITON_INTERPRET"] = "1"  # lets the ops take tensors that are not on a GPU; read before, by the kernels
     JITFunction.run = run
     try:
@@ -83,11 +83,17 @@ def compiling(capability: int, names: tuple[str, ...] = ()) -> Iterator[dict[str
         del os.environ["TRITON_INTERPRET"]
 
 
-LAUNCHERS = (
-    *(scan.scan_forward, scan.scan_backward, conv.conv_forward, conv.conv_backward),
-    *(norm.add_norm_forward, norm.add_norm_backward),
-    *(cross_entropy.cross_entropy_forward, cross_entropy.cross_entropy_backward),
-)
+LAUNCHES = {
+    scan.scan_forward: scan_launches.launch_forward,
+    scan.scan_backward: scan_launches.launch_backward,
+    conv.conv_forward: conv.launch_forward,
+    conv.conv_backward: conv.launch_backward,
+    norm.add_norm_forward: norm.launch_forward,
+    norm.add_norm_backward: norm.launch_backward,
+    cross_entropy.cross_entropy_forward: cross_entropy.launch_forward,
+    cross_entropy.cross_entropy_backward: cross_entropy.launch_backward,
+}
+"""What each operation runs."""
 
 
 class SharedSequence:
