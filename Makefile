@@ -43,3 +43,5 @@ bench: $(VENV)/installed
 	$(PY) benchmarks/memory.py
 	$(PY) benchmarks/gpu_correctness.py
 	$(PY) benchmarks/gpu_step.py
+	$(PY) benchmarks/gpu_sweep.py
+	$(PY) benchmarks/sass.py

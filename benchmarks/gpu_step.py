@@ -211,8 +211,10 @@ def measure_ceilings(device: str) -> dict[str, tuple[float, str]]:
 def measure_exp2(source: Tensor, target: Tensor, device: str) -> float:
     from exp2_kernel import BLOCK, REPEATS, exp2_kernel
 
+    from caduceus.ops.triton.device import LAUNCH
+
     programs = source.numel() // BLOCK.value if device == "cuda" else 2
-    run = lambda: exp2_kernel[(programs,)](source, target)  # noqa: E731
+    run = lambda: exp2_kernel[(programs,)](source, target, **LAUNCH)  # noqa: E731
     run()
     return programs * BLOCK.value * REPEATS.value / min(seconds(run, device) for _ in range(5))
 

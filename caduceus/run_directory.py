@@ -13,25 +13,21 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 from caduceus.config import Config, config_to_dict, load_config, save_config
 from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
+from caduceus.provenance import provenance
 
 MARKER = "COMPLETE"
-CODE_VERSION = "code_version.json"
-"""Beside the packages of a copy of the code: the git commit and uncommitted changes that it was copied from."""
 
 _log = logging.getLogger(__name__)
 
@@ -355,26 +351,6 @@ class RunDirectory:
         self._lock.flush()
 
 
-def provenance() -> dict[str, Any]:
-    """What is running: time, host, command, code version with uncommitted changes, and package versions."""
-    packages = ("caduceus", "torch", "numpy", "numba", "triton", "mamba-ssm", "deepspeed", "webdataset", "wandb")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "host": socket.gethostname(),
-        "python": platform.python_version(),
-        **code_version(),
-        "packages": {name: _version(name) for name in packages},
-    }
-
-
-def code_version() -> dict[str, str | None]:
-    """Commit and uncommitted changes of the code that runs, which may be a copy of a repository."""
-    recorded = Path(__file__).resolve().parent.parent / CODE_VERSION
-    if recorded.exists():
-        return json.loads(recorded.read_text())
-    return {"git_commit": _git("rev-parse", "HEAD"), "git_diff": _git("diff", "HEAD")}
-
-
 def sha256_of(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
@@ -387,21 +363,6 @@ def sha256_of(path: Path) -> str:
 def _sha256_of_all(paths: list[Path]) -> list[str]:
     with ThreadPoolExecutor(max_workers=8) as threads:
         return list(threads.map(sha256_of, paths))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _fsync(path: Path) -> None:

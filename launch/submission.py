@@ -15,7 +15,8 @@ import submitit
 
 from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
-from caduceus.run_directory import CODE_VERSION, RunDirectory, code_version, provenance
+from caduceus.provenance import CODE_VERSION, code_version, provenance
+from caduceus.run_directory import RunDirectory
 from launch.cluster import Cluster, last_line, sbatch_parameters, test_submission
 from launch.job import TrainTask
 

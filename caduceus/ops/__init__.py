@@ -79,6 +79,8 @@ def _unusable(backend: str, device_type: str, double: bool) -> str | None:
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         if device_type != "cuda" and not (device_type == "cpu" and interpreted):
             return f"needs an NVIDIA GPU, not '{device_type}': choose cpu (TRITON_INTERPRET=1 runs it there, slowly)"
+        if device_type == "cuda" and torch.cuda.is_available() and (reason := _cannot_launch()):
+            return f"needs a C compiler and Python's headers ({reason}): apt-get install gcc python3-dev, or set CC"
     if backend == "mamba_ssm":
         from caduceus.ops import mamba_ssm
 
@@ -88,6 +90,17 @@ def _unusable(backend: str, device_type: str, double: bool) -> str | None:
             return f"{reason}: {mamba_ssm.INSTALL}"
     if backend in ("triton", "mamba_ssm") and double:
         return "does not compute in float64: choose naive, or train.precision=fp32"
+    return None
+
+
+def _cannot_launch() -> str | None:
+    """What goes wrong where Triton, when it is first used on a machine, compiles what launches its kernels; or None."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.utils  # noqa: B018 (made when it is asked for)
+    except Exception as error:  # of the compiler, the linker or the search for either
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
 
 

@@ -1,9 +1,9 @@
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what ptxas made of them.
 
-Run as a program in a process of its own with compute capability, element type and, unless it is to be all, names of
-launches: prints one JSON object per compiled kernel. What is compiled is what the package's own launch code asks for:
-models and ops run forward and backward on fake tensors, and where Triton would launch a kernel it only compiles it,
-with the types, divisors and constants that Triton itself derives from the arguments.
+Run as a program in a process of its own with compute capabilities, joined by commas, element type, what to launch and,
+unless it is to be all, names of kernels: prints one JSON object per compiled kernel. What is compiled is what the
+package's own launch code asks for: models and ops run forward and backward on fake tensors, and where Triton would
+launch a kernel it only compiles it, with the types, divisors and constants that Triton itself finds in the arguments.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
-from caduceus.ops.triton import conv, cross_entropy, device, norm, scan
+from caduceus.ops.triton import conv, cross_entropy, device, norm, scan, scan_launches
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,25 +54,27 @@ class Pointer:
 
 
 @contextlib.contextmanager
-def compiling(capability: int, names: tuple[str, ...] = ()) -> Iterator[dict[str, list]]:
-    """Launches compile instead. Gives kernels by name without `_kernel`, each compiled kernel once."""
+def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[str, list]]:
+    """Launches compile instead, for each capability. Gives kernels by name without `_kernel`, each compiled once."""
     found: dict[str, list] = {}
+    targets = [Target(capability) for capability in capabilities]
 
     def run(kernel, *arguments, grid, warmup, **options):
         name = kernel.fn.__name__.removesuffix("_kernel")
         if names and name not in names:
             return
         arguments = [Pointer(a) if isinstance(a, Tensor) else a for a in arguments]
-        compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
-        if all(compiled is not other for other in found.setdefault(name, [])):
-            found[name].append(compiled)
+        for target in targets:
+            triton.runtime.driver.set_active(target)
+            compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
+            if all(compiled is not other for other in found.setdefault(name, [])):
+                found[name].append(compiled)
 
     launch = JITFunction.run
-    triton.runtime.driver.set_active(Target(capability))
     for module in (device, norm, cross_entropy):
         module.multiprocessors = lambda device: MULTIPROCESSORS
-    for operation in LAUNCHERS:
-        operation.register_fake(operation._init_fn)
+    for operation, launches in LAUNCHES.items():
+        operation.register_fake(launches)
     os.environ["TRITON_INTERPRET"] = "1"  # lets the ops take tensors that are not on a GPU; read before, by the kernels
     JITFunction.run = run
     try:
@@ -83,11 +85,17 @@ def compiling(capability: int, names: tuple[str, ...] = ()) -> Iterator[dict[str
         del os.environ["TRITON_INTERPRET"]
 
 
-LAUNCHERS = (
-    *(scan.scan_forward, scan.scan_backward, conv.conv_forward, conv.conv_backward),
-    *(norm.add_norm_forward, norm.add_norm_backward),
-    *(cross_entropy.cross_entropy_forward, cross_entropy.cross_entropy_backward),
-)
+LAUNCHES = {
+    scan.scan_forward: scan_launches.launch_forward,
+    scan.scan_backward: scan_launches.launch_backward,
+    conv.conv_forward: conv.launch_forward,
+    conv.conv_backward: conv.launch_backward,
+    norm.add_norm_forward: norm.launch_forward,
+    norm.add_norm_backward: norm.launch_backward,
+    cross_entropy.cross_entropy_forward: cross_entropy.launch_forward,
+    cross_entropy.cross_entropy_backward: cross_entropy.launch_backward,
+}
+"""What each operation runs."""
 
 
 class SharedSequence:
@@ -132,8 +140,7 @@ def train_packed(config: CaduceusConfig, length: int, element: str) -> None:
 
 
 def resources(compiled) -> dict:
-    """Registers, stack and shared bytes, and spilling instructions."""
-    listing = disassembled(compiled)
+    """Registers, and bytes of stack, which is where registers are spilled to, and of shared memory."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         command = [BINARIES / "cuobjdump", "--dump-resource-usage", file.name]
@@ -143,8 +150,6 @@ def resources(compiled) -> dict:
         "registers": int(registers),
         "stack": int(stack),
         "shared": compiled.metadata.shared,
-        "local_memory": sum(name.startswith(("LDL", "STL")) for _, name, _ in listing),
-        "instructions": len(listing),
         "fused": compiled.metadata.enable_fp_fusion,
         "narrow_products": narrow_products(compiled.asm["ttir"]),
     }
@@ -198,10 +203,23 @@ def launch_all(element: str) -> None:
 
 
 def launch_rest(element: str) -> None:
-    """A packed sequence, and one so long that strides pass 2^31."""
+    """A packed sequence, one so long that strides pass 2^31, and one of each, which Triton makes a constant."""
     config = CaduceusConfig(d_model=256, n_layer=2)
     train_packed(config, 131_072, element)
     train(config, 2, GIANT, element)
+    run_smallest(element)
+
+
+def run_smallest(element: str) -> None:
+    one = torch.zeros(1, 1, 1, 1, dtype=ELEMENTS[element], requires_grad=True)
+    vector = torch.ones(1, 1, requires_grad=True)
+    backend.bidirectional_conv1d(one, vector[None], vector).sum().backward()
+    backend.bidirectional_scan(
+        *(one[None],) * 2, -vector[None], *(one[None],) * 2, vector, one, vector
+    ).sum().backward()
+    normed, total = backend.add_norm(one, one, vector, vector, 1e-5, one.dtype)
+    loss, _ = backend.head_cross_entropy(normed, vector[None], torch.zeros(1, 1, dtype=torch.long), None, 4)
+    (loss + total.sum()).backward()
 
 
 def launch_scan(element: str, states: int) -> None:
@@ -209,15 +227,16 @@ def launch_scan(element: str, states: int) -> None:
 
 
 def main() -> None:
-    capability, element, what, *names = sys.argv[1:]
-    with compiling(int(capability), tuple(names)) as found:
+    capabilities, element, what, *names = sys.argv[1:]
+    with compiling(*map(int, capabilities.split(",")), names=names) as found:
         if what.isdecimal():
             launch_scan(element, int(what))
         else:
             {"published": launch_all, "rest": launch_rest}[what](element)
     for name, kernels in found.items():
         for compiled in kernels:
-            print(json.dumps({"kernel": name} | resources(compiled)), flush=True)
+            capability = compiled.metadata.target.arch
+            print(json.dumps({"kernel": name, "capability": capability} | resources(compiled)), flush=True)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,21 @@ def test_a_forced_triton_names_its_install_command(monkeypatch):
         ops.resolve_backend("triton", "cuda")
 
 
+def test_triton_without_a_compiler_for_its_launcher_is_refused_before_training(monkeypatch, tmp_path):
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    from triton.runtime import driver as drivers
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(drivers, "_active", None)
+    monkeypatch.setattr(drivers, "_default", None)
+    monkeypatch.setattr(driver, "library_dirs", list)  # this machine need not have libcuda
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match=r"^ops\.backend: 'triton' needs a C compiler .*Failed to find C compiler.*gcc"):
+        ops.resolve_backend("triton", "cuda")
+
+
 def test_float64_on_a_gpu_falls_back_to_the_definition_or_is_refused(caplog, monkeypatch):
     without(monkeypatch, "nothing")
     assert ops.resolve_backend("auto", "cpu", torch.float64) == "cpu"

@@ -46,8 +46,7 @@ def causal_conv1d(
     return bidirectional_conv1d(x[None], weight[None], bias, starts, None, activation, reverse).squeeze((0, 1))
 
 
-@torch.library.custom_op("caduceus::triton_conv_forward", mutates_args=())
-def conv_forward(
+def launch_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -71,13 +70,15 @@ def conv_forward(
     return out
 
 
+conv_forward = torch.library.custom_op("caduceus::triton_conv_forward", launch_forward, mutates_args=())
+
+
 @conv_forward.register_fake
 def _(x, weight, bias, halo, starts, silu, reverse):
     return x.new_empty(len(weight), *x.shape)
 
 
-@torch.library.custom_op("caduceus::triton_conv_backward", mutates_args=())
-def conv_backward(
+def launch_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -115,6 +116,9 @@ def conv_backward(
             )
     dw = dw.sum(0).flip(1).transpose(1, 2).to(weight.dtype).contiguous()
     return dx, dw, x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype), dhalo
+
+
+conv_backward = torch.library.custom_op("caduceus::triton_conv_backward", launch_backward, mutates_args=())
 
 
 @conv_backward.register_fake

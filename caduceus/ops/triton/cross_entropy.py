@@ -19,8 +19,7 @@ def head_cross_entropy(
     return cross_entropy_forward(hidden, weight, labels, loss_weights, ignore_label)
 
 
-@torch.library.custom_op("caduceus::triton_cross_entropy_forward", mutates_args=())
-def cross_entropy_forward(
+def launch_forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
 ) -> tuple[Tensor, Tensor]:
     programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
@@ -31,13 +30,17 @@ def cross_entropy_forward(
     return total[0].clone(), total[1].clone()
 
 
+cross_entropy_forward = torch.library.custom_op(
+    "caduceus::triton_cross_entropy_forward", launch_forward, mutates_args=()
+)
+
+
 @cross_entropy_forward.register_fake
 def _(hidden, weight, labels, loss_weights, ignore_label):
     return tuple(hidden.new_empty((), dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("caduceus::triton_cross_entropy_backward", mutates_args=())
-def cross_entropy_backward(
+def launch_backward(
     dloss: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and weight."""
@@ -47,6 +50,11 @@ def cross_entropy_backward(
     with device_of(hidden):
         kernels.cross_entropy_backward_kernel[(programs,)](*operands, dloss, dhidden, dweight, *sizes, **options)
     return dhidden, dweight.sum(0).to(weight.dtype)
+
+
+cross_entropy_backward = torch.library.custom_op(
+    "caduceus::triton_cross_entropy_backward", launch_backward, mutates_args=()
+)
 
 
 @cross_entropy_backward.register_fake

@@ -1,7 +1,6 @@
 """What the launchers ask of the device that a tensor is on."""
 
 import contextlib
-from functools import cache
 
 import torch
 import triton
@@ -29,7 +28,6 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-@cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 where Triton's interpreter runs on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -48,6 +46,9 @@ def tokens_per_program(runs: int, length: int, channels: int, device: torch.devi
 
 def channel_block(x: Tensor) -> int:
     """Channels of a program with one channel per thread; the interpreter's are no larger than x."""
+    assert CHANNELS % (32 * LAUNCH["num_warps"]) == 0, (
+        "a channel of two threads, of which one reads what the other stores"
+    )
     return CHANNELS if x.is_cuda else max(16, triton.next_power_of_2(min(x.shape[-1], CHANNELS)))
 
 

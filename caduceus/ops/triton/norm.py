@@ -17,8 +17,7 @@ def add_norm(
     return out, x if residual is None else total
 
 
-@torch.library.custom_op("caduceus::triton_add_norm_forward", mutates_args=())
-def add_norm_forward(
+def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum in the residual's type; empty where there is no residual)."""
@@ -47,21 +46,23 @@ def add_norm_forward(
     return out, total
 
 
+add_norm_forward = torch.library.custom_op("caduceus::triton_add_norm_forward", launch_forward, mutates_args=())
+
+
 @add_norm_forward.register_fake
 def _(x, residual, weight, bias, eps, out_dtype):
     total = x.new_empty(0) if residual is None else residual.new_empty(residual.shape)
     return x.new_empty(x.shape, dtype=out_dtype), total
 
 
-@torch.library.custom_op("caduceus::triton_add_norm_backward", mutates_args=())
-def add_norm_backward(
+def launch_backward(
     dout: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, layer_norm: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradient of x and of the residual, of the weight, of the bias); the first in the sum's type."""
     total = total.contiguous()
     dsum = torch.empty_like(total)
     _, stream_rows, D, options = _sizes(total, weight)
-    streams = total.numel() // D // stream_rows
+    streams = len(weight) if weight.ndim == 2 else 1
     programs = min(triton.cdiv(stream_rows, options["ROWS"]), 4 * multiprocessors(total.device))
     dweight, dbias = (total.new_empty(streams, programs, D, dtype=torch.float32) for _ in range(2))
     with device_of(total):
@@ -82,6 +83,9 @@ def add_norm_backward(
         )
     dweight, dbias = (t.sum(1).view_as(weight).to(weight.dtype) for t in (dweight, dbias))
     return dsum, dweight, dbias
+
+
+add_norm_backward = torch.library.custom_op("caduceus::triton_add_norm_backward", launch_backward, mutates_args=())
 
 
 @add_norm_backward.register_fake

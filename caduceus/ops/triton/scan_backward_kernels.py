@@ -19,23 +19,12 @@ from caduceus.ops.triton.scan_kernels import (
     load_vectors,
     project,
     silu,
+    stack,
     step_size,
     store_vectors,
     time_of_decay,
     zeros,
 )
-
-
-@triton.jit
-def stack(vectors, LOG_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """2^LOG_COUNT vectors [BLOCK] as the columns, in their order, of one tile [BLOCK, 2^LOG_COUNT]."""
-    for level in tl.static_range(LOG_COUNT):
-        joined = ()
-        for i in tl.static_range(2 ** (LOG_COUNT - 1 - level)):
-            pair = tl.join(vectors[i], vectors[i + 2 ** (LOG_COUNT - 1 - level)])
-            joined = joined + (tl.reshape(pair, [BLOCK, 2 ** (level + 1)]),)
-        vectors = joined
-    return vectors[0]
 
 
 @triton.jit(do_not_specialize=SIZES_AND_STRIDES)

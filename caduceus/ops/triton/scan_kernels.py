@@ -78,6 +78,18 @@ def zeros(N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def stack(vectors, LOG_COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """2^LOG_COUNT vectors [BLOCK] as the columns, in their order, of one tile [BLOCK, 2^LOG_COUNT]."""
+    for level in tl.static_range(LOG_COUNT):
+        joined = ()
+        for i in tl.static_range(2 ** (LOG_COUNT - 1 - level)):
+            pair = tl.join(vectors[i], vectors[i + 2 ** (LOG_COUNT - 1 - level)])
+            joined = joined + (tl.reshape(pair, [BLOCK, 2 ** (level + 1)]),)
+        vectors = joined
+    return vectors[0]
+
+
+@triton.jit
 def load_floats(ptr, COUNT: tl.constexpr):
     """COUNT adjacent fp32 numbers, the same for all threads; two to a load where COUNT is even."""
     numbers = ()

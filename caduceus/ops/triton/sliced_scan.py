@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from caduceus.ops.triton.device import require_float
-from caduceus.ops.triton.scan import ScanKernels, chunk_length
+from caduceus.ops.triton.scan import chunk_length
+from caduceus.ops.triton.scan_launches import ScanKernels
 
 
 class SlicedScan:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from caduceus.ops.triton import device, scan
+from caduceus.ops.triton import device, scan_launches
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import gpu_sweep
@@ -23,24 +23,24 @@ def sweep(monkeypatch: pytest.MonkeyPatch, options: argparse.Namespace, minutes:
     """PIECE 4 is fastest but wrong, 16 does not run; of the warps, 8 and PIECE as it is are fastest."""
 
     def run() -> list[torch.Tensor]:
-        if scan.PIECE == 16:
+        if scan_launches.PIECE == 16:
             raise ValueError("chunk: must be a multiple of 16")
-        return [torch.full((3,), 1.0 if scan.PIECE == 8 else 1.1)]
+        return [torch.full((3,), 1.0 if scan_launches.PIECE == 8 else 1.1)]
 
     def measure(run, options) -> gpu_sweep.Timing:
-        cost = scan.PIECE / device.LAUNCH["num_warps"]
+        cost = scan_launches.PIECE / device.LAUNCH["num_warps"]
         return gpu_sweep.Timing(cost, {"kernel": cost / 2})
 
     monkeypatch.setattr(gpu_sweep, "measure", measure)
-    pieces = gpu_sweep.Tunable("PIECE", (4, 8, 16), gpu_sweep.constants(scan, "PIECE"))
+    pieces = gpu_sweep.Tunable("PIECE", (4, 8, 16), gpu_sweep.constants(scan_launches, "PIECE"))
     monkeypatch.setitem(gpu_sweep.TUNABLES, "scan", [pieces, gpu_sweep.WARPS])
     gpu_sweep.sweep("scan", run, options, time.monotonic() + 60 * minutes)
 
 
 def test_the_best_of_what_is_right_is_found_and_nothing_stays_changed(monkeypatch, capsys, options):
-    before = scan.PIECE, dict(device.LAUNCH), device.WARPS, device.CHANNELS
+    before = scan_launches.PIECE, dict(device.LAUNCH), device.WARPS, device.CHANNELS
     sweep(monkeypatch, options)
-    assert (scan.PIECE, dict(device.LAUNCH), device.WARPS, device.CHANNELS) == before
+    assert (scan_launches.PIECE, dict(device.LAUNCH), device.WARPS, device.CHANNELS) == before
     told = capsys.readouterr().out
     assert "| PIECE | 4 | - | WRONG: differs by 1.0e-01 |" in told
     assert "| PIECE | 16 | - | does not run: chunk: must be a multiple of 16 |" in told

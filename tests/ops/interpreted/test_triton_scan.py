@@ -9,6 +9,7 @@ from torch import Tensor
 from caduceus import ops
 from caduceus.ops import naive
 from caduceus.ops.triton import scan as triton_scan
+from caduceus.ops.triton import scan_launches
 
 # fp32 keeps 24 bits. Values here are of order 1 and sums have at most some hundred terms, so that rounding stays well
 # below 1e-5 of the largest value; a wrong term is of order 1.
@@ -195,7 +196,7 @@ def test_chunk_and_segment_lengths_change_nothing_but_rounding(monkeypatch):
 
     whole = gradients(24)
     small = gradients(8)
-    monkeypatch.setattr(triton_scan, "REPLAY_BYTES", 1)  # every chunk is a segment of its own
+    monkeypatch.setattr(scan_launches, "REPLAY_BYTES", 1)  # every chunk is a segment of its own
     segmented = gradients(8)
     for a, b, c in zip(whole, small, segmented, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=FP32 * a.abs().max().item())
@@ -216,6 +217,18 @@ def test_strided_operands_are_read_in_place():
     joined = torch.cat([operands["B"], operands["C"]], -1)
     operands["B"], operands["C"] = joined.split([2, 2], -1)
     check(operands)
+
+
+def test_numbers_that_are_loaded_in_pairs_lie_at_even_places():
+    """A single token of B and C split off a product is contiguous where it is, which may be at an odd place."""
+    o = {n: t.float() for n, t in make_operands(1, 1, 1, 1, 3, 2).items()}
+    _, B, C = torch.cat([torch.zeros(1, 1, 1, 1, 1), o["B"], o["C"]], -1).split([1, 2, 2], -1)
+    assert B.is_contiguous() and B.storage_offset() % 2 == 1
+    given = [o["u"], o["dt"], o["A"], B, C, o["D"], o["z"], o["dt_bias"]]
+    scan = scan_launches.ScanKernels(*given, None, True, False, 8)
+    for name, tensor in (("B", scan.B), ("C", scan.C)):
+        assert tensor.data_ptr() % 8 == 0
+        assert torch.equal(tensor.flatten(), o[name].flatten())
 
 
 def far_apart(tensor: Tensor, path: Path) -> Tensor:
@@ -248,8 +261,9 @@ def test_composes_with_torch():
     torch.library.opcheck(triton_scan.scan_forward, (*arguments, None, None, True, False, 8))
     starts = torch.tensor([[False, False, True, False, False, False]])
     initial = o["initial_state"].float()
+    # In 16 bits, so that a gradient of another type than the compiler was told of shows.
     for absent, state, begins in (((), None, None), (("D", "z", "dt_bias"), initial, starts)):
-        given = [None if name in absent else o[name].float() for name in NAMES[:-1]]
+        given = [None if name in absent else o[name].bfloat16() for name in NAMES[:-1]]
         y, final, states, sum_dt = triton_scan.scan_forward(*given, state, begins, True, False, 8)
         dfinal = None if state is None else final
         torch.library.opcheck(triton_scan.scan_backward, (y, dfinal, *given, begins, states, sum_dt, True, False, 8))
