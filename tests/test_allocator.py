@@ -1,8 +1,16 @@
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+
+def _huge_pages() -> str:
+    """As in "always [madvise] never"; nothing where the system knows none."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text() if setting.exists() else "[never]"
+
 
 SCRIPT = """
 import resource
@@ -24,3 +32,19 @@ def test_freed_memory_is_used_again_without_page_faults():
     pages = 2**26 // resource.getpagesize()
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True)
     assert int(run.stdout) < pages // 100
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="of Linux")
+@pytest.mark.skipif("[never]" in _huge_pages(), reason="switched off in this system")
+def test_large_tensors_lie_in_huge_pages():
+    script = """
+import torch
+import caduceus.train.trainer
+from caduceus.allocator import keep_freed_memory
+
+keep_freed_memory()
+tensor = torch.zeros(2**24)
+print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert int(run.stdout) >= 2**15  # kB, of 2^16: the rest may find no free huge page

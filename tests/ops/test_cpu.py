@@ -124,6 +124,15 @@ def test_extreme_steps(shift):
     assert_close(actual[0] + actual[1], expected[0] + expected[1], FLOAT32)
 
 
+@pytest.mark.parametrize("output", [0, 1])
+def test_one_output_alone_has_its_gradients(output):
+    """A loss of the outputs alone, or of the last state alone."""
+    case = make_scan(1, 40, 33, 4)
+    expected = with_gradients(lambda *t: scan(naive)(*t)[output], case.tensors())
+    actual = with_gradients(lambda *t: scan(cpu)(*t)[output], case.tensors(), torch.float32)
+    assert_close(actual[1], expected[1], FLOAT32)
+
+
 def test_long_sequence():
     """Rounding does not build up over ten thousand tokens of slowly decaying states."""
     case = make_scan(1, 10_000, 8, 4, initial=False)

@@ -205,10 +205,16 @@ def _save_scan(ctx, inputs, output):
     ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, output[2])
     ctx.optional = (D is not None, z is not None, dt_bias is not None, initial_state is not None)
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # zeros for the kept states would cost as much as a tensor of inputs
+    ctx.shapes = (output[0].shape, output[1].shape)
 
 
 def _scan_gradients(ctx, grad, grad_final, _):
     *inputs, kept = ctx.saved_tensors
+    grad, grad_final = (
+        kept.new_zeros(shape) if given is None else given
+        for given, shape in zip((grad, grad_final), ctx.shapes, strict=True)
+    )
     *gradients, g_initial = _scan_backward(grad, grad_final, kept, *inputs, ctx.softplus, ctx.reverse)
     optional = [g if present else None for g, present in zip([*gradients[5:], g_initial], ctx.optional, strict=True)]
     return *gradients[:5], *optional, None, None, None

@@ -14,6 +14,7 @@ from caduceus.ops.cpu.scan_kernels import (
     load_rows,
     offset,
     prefetch_row,
+    prefetch_states,
     rows_of_vectors,
     vectors_of_rows,
 )
@@ -208,6 +209,7 @@ def scan_backward(first, last, tensors, strides, flags, block, kept, grads, sums
         for d in range(directions):
             vectors_of_rows(rates[d], lo, hi, a)
             vectors_of_rows(g_final[d, s, b], lo, hi, adjoint)
+            kept_states = kept[d, s, b].reshape(-1)
             for scratch in (g_rates, D_sums, bias_sums):
                 scratch[:] = 0
             for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
@@ -221,6 +223,7 @@ def scan_backward(first, last, tensors, strides, flags, block, kept, grads, sums
                 gCs[:] = 0
                 for e in range(lo, hi, LANES):
                     k, count = (e - lo) // LANES, hi - e
+                    prefetch_states(kept_states, chunk - 1, states, channels, e)
                     vectors_of_rows(kept[d, s, b, chunk], e, min(e + LANES, hi), h)
                     _step_sizes(
                         tokens, dt, dt_at + e, sign * dt_s[3], count, bias[d], e, has_softplus, step, slope

@@ -46,6 +46,13 @@ def prefetch_row(flat, at):
 
 
 @jit(EXACT)
+def prefetch_states(kept, chunk, states, channels, lo):
+    """Ask for a vector of channels from lo on of a chunk's states. kept is flat, of (chunks, N, E)."""
+    for n in range(states):
+        prefetch_row(kept, (chunk * states + n) * channels + lo)
+
+
+@jit(EXACT)
 def offset(strides, d, s, b, t):
     return d * strides[0] + s * strides[1] + b * strides[2] + t * strides[3]
 
@@ -171,6 +178,7 @@ def scan_forward(first, last, tensors, strides, flags, block, out, final, kept):
         for d in range(directions):
             vectors_of_rows(rates[d], lo, hi, a)
             vectors_of_rows(initial[d, s, b], lo, hi, h)
+            kept_states = kept[d, s, b].reshape(-1)
             for chunk in range((length + CHUNK - 1) // CHUNK):
                 t, sign, tokens = chunk_tokens(length, (d != s) != backward, chunk)
                 if keep:
@@ -181,6 +189,8 @@ def scan_forward(first, last, tensors, strides, flags, block, out, final, kept):
                 z_at, out_at = offset(z_s, 0, s, b, t), offset(out_s, 0, s, b, t)
                 in_pitch, out_pitch = (sign * u_s[3], sign * dt_s[3]), (sign * z_s[3], sign * out_s[3])
                 for e in range(lo, hi, LANES):
+                    if keep:
+                        prefetch_states(kept_states, chunk + 1, states, channels, e)
                     k, count = (e - lo) // LANES, hi - e
                     in_at, ends_at = (u_at + e, dt_at + e), (z_at + e, out_at + e)
                     _begin(
