@@ -10,6 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST_FIRST = (
     "model/test_triton.py",
+    "model/test_triton_golden.py",
     "slurm/test_faults.py",
     "distributed/test_strategies.py",
     "slurm/test_operations.py",

@@ -20,14 +20,16 @@ ROWS = ((5, 1, 4), (2, 11))
 """Lengths of the sequences in each row; the first row is padded to the length of the second."""
 
 
-def check_packed_rows(kind: str, backend: str, dtype: torch.dtype, tolerance: float, n_layer: int) -> None:
-    """Logits, losses and all gradients of packed rows are those of the cpu backend, in fp64, on each sequence alone."""
+def check_packed_rows(
+    kind: str, backend: str, dtype: torch.dtype, tolerance: float, n_layer: int, reference: str = "cpu"
+) -> None:
+    """Logits, losses and all gradients of packed rows are those of `reference`, in fp64, on each sequence alone."""
     config = CaduceusConfig(d_model=6, n_layer=n_layer, d_state=2, d_conv=3, **KINDS[kind])
-    generator = torch.Generator().manual_seed(0)
-    reference = CaduceusForMaskedLM(config, backend="cpu").double()
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    apart = CaduceusForMaskedLM(config, backend=reference).double()
     model = CaduceusForMaskedLM(config, backend=backend).to(dtype)
     with torch.no_grad():
-        for one, other in zip(reference.parameters(), model.parameters(), strict=True):
+        for one, other in zip(apart.parameters(), model.parameters(), strict=True):
             one.add_(0.2 * torch.randn(one.shape, generator=generator)).copy_(one.float())
             other.copy_(one)
     shape = len(ROWS), max(map(sum, ROWS))
@@ -42,7 +44,7 @@ def check_packed_rows(kind: str, backend: str, dtype: torch.dtype, tolerance: fl
             place = slice(begin, begin + length)
             labels[row, place] = torch.randint(7, 11, (length,), generator=generator)
             starts[row, begin], pad_mask[row, place] = True, False
-            alone = reference(input_ids[row, None, place], labels[row, None, place])
+            alone = apart(input_ids[row, None, place], labels[row, None, place])
             logits[row, begin] = alone.logits[0]
             loss_sum = loss_sum + alone.loss_sum
             begin += length
@@ -58,5 +60,5 @@ def check_packed_rows(kind: str, backend: str, dtype: torch.dtype, tolerance: fl
     for (row, begin), expected in logits.items():
         close(packed.logits[row, begin : begin + len(expected)], expected, f"logits from {begin} in row {row}")
     close(packed.loss_sum, loss_sum.detach(), "loss")
-    for (name, one), other in zip(reference.named_parameters(), model.parameters(), strict=True):
+    for (name, one), other in zip(apart.named_parameters(), model.parameters(), strict=True):
         close(other.grad, one.grad, name)

@@ -1,13 +1,14 @@
-"""The Triton kernels in the interpreter. For whole models, see tests/model/test_triton.py."""
+"""The Triton kernels in the interpreter. For whole models, see tests/model/test_triton*.py."""
 
 import pytest
 
 from tests.interpreter import INTERPRETED, run_interpreted
 
+OF_MODELS = ("test_triton_model.py", "test_triton_golden.py")
 SLOW = sorted(
     path.name
     for path in INTERPRETED.glob("test_*.py")
-    if path.name != "test_triton_model.py" and "pytest.mark.slow" in path.read_text()
+    if path.name not in OF_MODELS and "pytest.mark.slow" in path.read_text()
 )
 
 

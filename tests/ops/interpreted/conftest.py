@@ -1,16 +1,21 @@
-"""Tests of the Triton kernels on the CPU. Triton decides when it is imported whether it interprets, so these run in a
-process of their own with TRITON_INTERPRET=1, which tests/interpreter.py starts; elsewhere they are not collected."""
+"""Tests of the Triton kernels: on the GPU that is here, and, interpreted, on the CPU.
 
+Triton decides when it is imported whether it interprets, so for the CPU they run in a process of their own with
+TRITON_INTERPRET=1, which tests/interpreter.py starts. Without a GPU they are not collected elsewhere.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
+collect_ignore_glob = [] if INTERPRETING or torch.cuda.is_available() else ["test_*.py"]
 
 
 def quicken_interpreter() -> None:
@@ -34,6 +39,20 @@ def quicken_interpreter() -> None:
 
 if INTERPRETING:
     quicken_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[torch.device]:
+    """Where a test makes its tensors."""
+    device = torch.device("cpu" if INTERPRETING else "cuda")
+    with contextlib.nullcontext() if INTERPRETING else device:
+        yield device
+
+
+@pytest.fixture
+def reference() -> str:
+    """The backend that computes on the same device and is held to be right."""
+    return "cpu" if INTERPRETING else "naive"
 
 
 @pytest.fixture(autouse=True)

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from caduceus.ops.triton import device, scan_launches
+from caduceus.ops.triton import device as launch
+from caduceus.ops.triton import scan_launches
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import gpu_sweep
 
 
 @pytest.fixture
-def options() -> argparse.Namespace:
-    return argparse.Namespace(device="cpu", repeats=1)
+def options(device) -> argparse.Namespace:
+    return argparse.Namespace(device=device.type, repeats=1)
 
 
 def sweep(monkeypatch: pytest.MonkeyPatch, options: argparse.Namespace, minutes: float = 1) -> None:
@@ -28,7 +29,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, options: argparse.Namespace, minutes:
         return [torch.full((3,), 1.0 if scan_launches.PIECE == 8 else 1.1)]
 
     def measure(run, options) -> gpu_sweep.Timing:
-        cost = scan_launches.PIECE / device.LAUNCH["num_warps"]
+        cost = scan_launches.PIECE / launch.LAUNCH["num_warps"]
         return gpu_sweep.Timing(cost, {"kernel": cost / 2})
 
     monkeypatch.setattr(gpu_sweep, "measure", measure)
@@ -38,9 +39,9 @@ def sweep(monkeypatch: pytest.MonkeyPatch, options: argparse.Namespace, minutes:
 
 
 def test_the_best_of_what_is_right_is_found_and_nothing_stays_changed(monkeypatch, capsys, options):
-    before = scan_launches.PIECE, dict(device.LAUNCH), device.WARPS, device.CHANNELS
+    before = scan_launches.PIECE, dict(launch.LAUNCH), launch.WARPS, launch.CHANNELS
     sweep(monkeypatch, options)
-    assert (scan_launches.PIECE, dict(device.LAUNCH), device.WARPS, device.CHANNELS) == before
+    assert (scan_launches.PIECE, dict(launch.LAUNCH), launch.WARPS, launch.CHANNELS) == before
     told = capsys.readouterr().out
     assert "| PIECE | 4 | - | WRONG: differs by 1.0e-01 |" in told
     assert "| PIECE | 16 | - | does not run: chunk: must be a multiple of 16 |" in told

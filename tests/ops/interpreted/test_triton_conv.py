@@ -14,7 +14,7 @@ NAMES = ("x", "weight", "bias", "halo")
 
 
 def make_operands(P: int, S: int, batch: int, L: int, E: int, K: int, halo: bool) -> dict[str, Tensor | None]:
-    generator = torch.Generator().manual_seed(L * E + K)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(L * E + K)
     shapes = {"x": (S, batch, L, E), "weight": (P, E, K), "bias": (P, E), "halo": (P, S, batch, K - 1, E)}
     operands = {n: torch.randn(s, dtype=torch.float64, generator=generator) for n, s in shapes.items()}
     return operands if halo else operands | {"halo": None}
@@ -52,7 +52,7 @@ def check(operands, dtype=torch.float32, tolerance=FP32, starts=None, activation
     }
     reference = {n: None if t is None else t.double().requires_grad_() for n, t in rounded.items()}
     y = define(reference, starts, activation)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dy = torch.randn(y.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)).to(dtype)
     given = [n for n in NAMES if operands[n] is not None]
     expected = torch.autograd.grad(y, [reference[n] for n in given], dy.double())
     actual = {n: None if t is None else t.requires_grad_() for n, t in rounded.items()}

@@ -12,7 +12,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 def compare(
     streams: int, rows: int, D: int, layer_norm: bool, per_stream: bool, has_residual: bool, dtype, residual_dtype
 ):
-    generator = torch.Generator().manual_seed(D)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(D)
     x, residual = (torch.randn(streams, 1, rows, D, generator=generator) for _ in range(2))
     weight, bias = (torch.randn(*([streams] if per_stream else []), D, generator=generator) for _ in range(2))
     operands = {"x": x.to(dtype), "residual": residual.to(residual_dtype), "weight": weight, "bias": bias}

@@ -11,7 +11,7 @@ from tests.ops.slices import scan_in_slices
 
 @pytest.mark.parametrize(("directions", "streams", "reverse"), [(2, 2, False), (1, 1, True)])
 def test_slices_equal_the_whole(directions, streams, reverse):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)

@@ -1,0 +1,10 @@
+"""The golden files through the interpreted Triton kernels: a file of its own, which can run beside the other models."""
+
+import pytest
+
+from tests.interpreter import INTERPRETED, run_interpreted
+
+
+@pytest.mark.slow
+def test_interpreted_golden_files():
+    run_interpreted("slow", INTERPRETED / "test_triton_golden.py")
