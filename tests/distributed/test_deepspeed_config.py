@@ -121,6 +121,7 @@ def test_a_file_that_contradicts_is_refused_by_its_key(tmp_path: Path, theirs: d
         ("checkpoint.load_universal", True),
         ("checkpoint.use_node_local_storage", True),
         ("zero_optimization.compute_grad_norm", False),
+        ("zero_optimization.contiguous_gradients", False),
         ("zero_optimization.elastic_checkpoint", True),
         ("zero_optimization.mics_shard_size", 2),
         ("zero_optimization.offload_optimizer.ratio", 0.5),
@@ -345,7 +346,7 @@ def test_on_the_engine_a_file_leaves_the_run_as_it_is_and_its_complaints_name_th
         "gradient_predivide_factor": 1.0,
         "tensor_parallel": {"autotp_size": 0},
         "steps_per_print": 1,
-        "zero_optimization": {"offload_optimizer": None, "contiguous_gradients": False, "reduce_scatter": False},
+        "zero_optimization": {"offload_optimizer": None, "overlap_comm": True, "reduce_scatter": False},
     }
     # What DeepSpeed says of these only once it builds its optimizer, and the names in what it says.
     refused = {"allgather_bucket_size": (1, 33), "legacy_stage1": (3, True)}
