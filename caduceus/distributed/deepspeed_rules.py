@@ -71,6 +71,8 @@ _FIXED = {
     "sequence_parallel_size": ((1,), _RUN),
     # Only by the norm does ZeRO see that the loop discards a step.
     "zero_optimization.compute_grad_norm": ((True,), "would take steps whose gradients are not finite"),
+    # Without, DeepSpeed reduces gradients in place, also those whose elements share memory.
+    "zero_optimization.contiguous_gradients": ((True,), _GRADIENTS),
     "zero_optimization.mics_shard_size": ((-1,), _RUN),
     "zero_optimization.offload_optimizer.ratio": ((1.0,), _OPTIMIZER),
     "zero_optimization.zero_hpz_partition_size": ((1, 0), "DeepSpeed takes where it divides the model as a whole only"),
