@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+import caduceus  # isort: skip: before torch, as in training, since it sets what torch reads when imported
 import torch
 from machine import processor
 from torch import Tensor
@@ -60,7 +61,8 @@ def main() -> None:
     torch.manual_seed(0)
 
     print(f"{datetime.date.today()} · {processor()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
-    print(f"torch {torch.__version__}, {options.channels} channels, {options.states} states, fp32\n")
+    versions = f"torch {torch.__version__}, caduceus {caduceus.__version__}"
+    print(f"{versions}, {options.channels} channels, {options.states} states, fp32\n")
     print("| op | implementation | length | forward, tokens/s | × | forward + backward, tokens/s | × |")
     print("|---|---|---|---|---|---|---|")
     for op, contenders in (("scan", _scans(options)), ("convolution", _convolutions(options))):

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 
+import caduceus  # isort: skip: before torch, as in training, since it sets what torch reads when imported
 import torch
 import transformers
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
-import caduceus
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL

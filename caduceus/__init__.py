@@ -3,9 +3,15 @@
 The package is imported by torch-free tools (sharding, launching), so the names that need torch load on first use.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from caduceus.config import CaduceusConfig
+
+# After every operation libgomp has torch's other threads spin for milliseconds, on cores that the CPU kernels' own
+# threads need. It reads how long when torch is imported. Some 0.2 ms still bridge the gap to torch's next operation.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from caduceus.model.caduceus import CaduceusForMaskedLM
