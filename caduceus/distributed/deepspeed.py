@@ -92,8 +92,9 @@ class DeepSpeed(Single):
             return
         # ZeRO drops a step whose norm is not finite, and with it all that it keeps of the gradients.
         gradients = self._local_gradients()
-        for gradient in gradients:
-            gradient.fill_(float("nan"))
+        # Of gradients in host memory it took the norms in the backward pass, and looks at nothing else.
+        for tensor in [*gradients, *getattr(self.optimizer, "norm_for_param_grads", {}).values()]:
+            tensor.fill_(float("nan"))
         if gradients:
             self.model.step()
 

@@ -23,7 +23,11 @@ NAN_LOSS, NAN_GRADIENT, LEAP = 8, 16, 48
 """Samples consumed before the step that is struck: the 2nd and 3rd on one rank, the 7th on all."""
 EXECUTED = [1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9, 10]
 """Steps in their order: the 7th, three after a checkpoint, is a leap of the loss."""
-STRUCK = [layout for layout in LAYOUTS if layout.world <= 2]
+STRUCK = [
+    *(layout for layout in LAYOUTS if layout.world <= 2),
+    Layout("ZeRO 2, offloaded", 2, {"strategy": "deepspeed", "zero_stage": 2, "cpu_offload": True}),
+    Layout("ZeRO 3, offloaded", 2, {"strategy": "deepspeed", "zero_stage": 3, "cpu_offload": True}),
+]
 
 
 @dataclass
