@@ -5,7 +5,7 @@ import logging
 import math
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -117,16 +117,16 @@ class TrainLoader:
             pin_memory=self._device.type == "cuda",
             worker_init_fn=_start_worker,
         )
-        for batch in batches:
+        for batch in _until_failure(batches):
             if self._largest_of_peers is not None:
                 batch = self._agreed(batch)
-            if isinstance(batch, UserError):
+            if isinstance(batch, Exception):
                 raise batch
             self._count_substituted(batch)
             self._handed_out += 1
             yield batch.to(self._device)
 
-    def _agreed(self, batch: Batch | UserError) -> Batch | UserError:
+    def _agreed(self, batch: Batch | Exception) -> Batch | Exception:
         """The micro-batch with the crops that all ranks which share its sequences can read.
 
         Each proposes the first crop of each sample that it can read itself. Whoever is behind the others reads again
@@ -135,7 +135,7 @@ class TrainLoader:
         """
         numbers = self._schedule.samples(np.array([self._handed_out]))[0]
         while True:
-            failed = isinstance(batch, UserError)
+            failed = isinstance(batch, Exception)
             own = torch.full((len(numbers),), _NONE_LEFT) if failed else batch.choices
             farthest, negated_nearest = self._largest_of_peers(torch.stack([own, -own]))
             if farthest.max() == _NONE_LEFT:
@@ -246,6 +246,14 @@ def build_validation(
     return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 
 
+def _until_failure(batches: Iterable[Batch | UserError]) -> Iterator[Batch | Exception]:
+    """The batches, and last, where making one fails, as where a worker was killed, its exception."""
+    try:
+        yield from batches
+    except Exception as error:
+        yield error
+
+
 def _start_worker(_: int) -> None:
     keep_freed_memory()
     _leave_signals_to_the_trainer()
@@ -267,6 +275,7 @@ def _end_workers() -> None:
 
     Registered after multiprocessing's own handler, so it runs before that.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would tell of a worker that was killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

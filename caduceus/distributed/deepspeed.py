@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +22,7 @@ from torch import nn
 from caduceus.config import Config
 from caduceus.data.shards import dump_json
 from caduceus.distributed.deepspeed_config import engine_options
-from caduceus.distributed.deepspeed_schema import import_deepspeed, naming_its_file
+from caduceus.distributed.deepspeed_schema import naming_its_file, need_deepspeed
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
@@ -41,13 +43,7 @@ class DeepSpeed(Single):
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         options = engine_options(config, ranks.data_world, parameters)
-        try:
-            deepspeed = import_deepspeed(ranks.device.type)
-        except ImportError:
-            raise UserError(
-                "parallel.strategy: deepspeed is not installed; "
-                "DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
-            ) from None
+        deepspeed = need_deepspeed(ranks.device.type)
         self.ranks = ranks
         self.zero_stage = config.parallel.zero_stage
         file = config.parallel.deepspeed_config
@@ -99,11 +95,31 @@ class DeepSpeed(Single):
             self.model.step()
 
     def save(self, directory: Path) -> None:
-        self.model.save_checkpoint(directory, tag=FOLDER, save_latest=False)
+        with self._agreeing_on_files():
+            self.model.save_checkpoint(directory, tag=FOLDER, save_latest=False)
         weights = self._gather_weights()
         if self.ranks.is_main:
             save_file(weights, directory / WEIGHTS)
             (directory / FOLDER / _LAYOUT).write_bytes(dump_json({"stage": self.zero_stage, "world": self.ranks.world}))
+
+    @contextlib.contextmanager
+    def _agreeing_on_files(self) -> Iterator[None]:
+        """Around a save of DeepSpeed's, which ends in barriers: a rank whose file fails must reach them as well."""
+        writer, failures = self.model.checkpoint_engine, []
+        write = writer.save
+
+        def attempt(*arguments: Any, **options: Any) -> Any:
+            try:
+                return write(*arguments, **options)
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        writer.save = attempt
+        try:
+            yield
+        finally:
+            writer.save = write
+        self.ranks.raise_together(failures[0] if failures else None)
 
     def load(self, directory: Path) -> None:
         if not (directory / FOLDER / _LAYOUT).is_file():

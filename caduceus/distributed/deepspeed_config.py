@@ -119,7 +119,7 @@ def _read(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
         options = json.loads(text, object_pairs_hook=_without_repetition)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"parallel.deepspeed_config: {path} is not readable as JSON ({error})") from None
     if not isinstance(options, dict):
         raise UserError(f"parallel.deepspeed_config: {path} is not a JSON object")

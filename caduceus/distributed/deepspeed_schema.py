@@ -24,6 +24,8 @@ _UNCHECKED = {"activation_checkpointing": "activation_checkpointing_config", "fl
 """Sections of which DeepSpeed reads what it knows and leaves the rest, and where its parsed form has them."""
 _UNTYPED = ("checkpoint", "data_types", "torch_autocast")
 """Sections of the same kind whose parsed form is no object of its own."""
+_KINDS = {"steps_per_print": 10}
+"""Keys of which DeepSpeed's own default does not tell what it takes, with a value of that kind."""
 REMARKS = ("_", "//", "#", "comment")
 """Beginnings of keys that say something to people, where DeepSpeed leaves keys that it does not know."""
 
@@ -42,6 +44,16 @@ def import_deepspeed(device_type: str) -> ModuleType:
     # On CPU it would compile collectives of its own at the first start, which needs a compiler; gloo has them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def need_deepspeed(device_type: str) -> ModuleType:
+    """The package; raises `UserError` where it is not installed."""
+    try:
+        return import_deepspeed(device_type)
+    except ImportError:
+        raise UserError(
+            "parallel.strategy: deepspeed is not installed; DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed"
+        ) from None
 
 
 def refuse_what_deepspeed_would(options: dict[str, Any], path: str, device: str) -> None:
@@ -96,7 +108,7 @@ def _problem_of_section(key: str, value: Any, parsed: Any, known: set[str]) -> s
         asked = _Asked(value)
         _parse({key: asked})
         return _problem_of_unchecked(key, value, dict.fromkeys(asked.keys_asked))
-    default = getattr(parsed, key, None)
+    default = _KINDS.get(key, getattr(parsed, key, None))
     return None if _same_kind(default, value) else f"{key} to {json.dumps(value)}; it takes {_kind(default)}"
 
 

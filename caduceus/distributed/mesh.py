@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from caduceus.config import Config
 from caduceus.distributed.context import ContextGroup
+from caduceus.distributed.deepspeed_schema import need_deepspeed
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.rendezvous import Member, meet, refuse_strangers
 from caduceus.distributed.strands import StrandGroup
@@ -215,6 +216,9 @@ def joined(config: Config) -> Iterator[Ranks]:
     device, problem = None, None
     try:
         device = choose_device(config.run.device)
+        sharing = check_layout(config, world)
+        if config.parallel.strategy == "deepspeed":
+            need_deepspeed(device.type)
     except UserError as error:
         problem = str(error)
     member = Member.here(config, device and device.type, problem)
@@ -225,7 +229,6 @@ def joined(config: Config) -> Iterator[Ranks]:
     else:
         store, members = meet(member, rank, world, timeout)
     refuse_strangers(members, rank)
-    sharing = check_layout(config, world)
     if rank == 0 and (sharing.strands, sharing.context) != (config.parallel.strands or 1, config.parallel.context or 1):
         _log.info(
             "%s: chosen, as a global batch of %d sequences gives not every one of %d ranks a part",

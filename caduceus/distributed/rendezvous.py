@@ -4,8 +4,10 @@ What they tell each other goes through the store at which they meet: processes t
 some have no GPU, would wait for each other for ever in the first collective.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -17,10 +19,13 @@ from caduceus.config import Config, config_to_dict
 from caduceus.data.shards import dump_json
 from caduceus.errors import NodeError, UserError
 
+MEETING = timedelta(minutes=15)
+"""Ranks that are started together come within this."""
+
 
 @dataclass(frozen=True)
 class Member:
-    """What a process tells of itself: `device` is "cpu" or "cuda", or None with the `problem` why there is none."""
+    """What a process tells of itself: `device` is "cpu" or "cuda", and `problem` why it cannot take part, if so."""
 
     host: str
     code: str
@@ -34,18 +39,29 @@ class Member:
 
 
 def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, list[Member]]:
-    """Wait for all ranks at MASTER_ADDR, MASTER_PORT; the store there, and what each rank tells of itself."""
+    """Wait for all ranks at MASTER_ADDR, MASTER_PORT; the store there, and what each rank tells of itself.
+
+    Raises `UserError` where they do not all come. `timeout`: of the store from then on.
+    """
     if world == 1:  # which may have been started without any address to meet at
         return dist.HashStore(), [member]
-    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=timeout))
-    names = [f"member/{number}" for number in range(world)]
-    store.set(names[rank], json.dumps(asdict(member)))
-    store.wait(names, timeout)
-    members = [Member(**json.loads(text)) for text in store.multi_get(names)]
-    done = [f"met/{number}" for number in range(world)]
-    store.set(done[rank], "")
-    if rank == 0:  # whose process may hold the store: it must not end before all have read
-        store.wait(done, timeout)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=MEETING))
+        names = [f"member/{number}" for number in range(world)]
+        store.set(names[rank], json.dumps(asdict(member)))
+        store.wait(names, MEETING)
+        members = [Member(**json.loads(text)) for text in store.multi_get(names)]
+        done = [f"met/{number}" for number in range(world)]
+        store.set(done[rank], "")
+        if rank == 0:  # whose process may hold the store: it must not end before all have read
+            store.wait(done, MEETING)
+    except dist.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"rank {rank} on {member.host}: not all {world} ranks met at {place} within {MEETING} "
+            f"({str(error).splitlines()[0]}); see what the others say"
+        ) from None
+    store.set_timeout(timeout)
     return store, members
 
 
@@ -64,16 +80,21 @@ def refuse_strangers(members: list[Member], rank: int) -> None:
             problem = f"{where}: torch sees no GPU there, but other ranks have one; mend the node or leave it out"
             raise NodeError(problem) if number == rank else UserError(problem)
         if member.problem:
-            raise UserError(member.problem)
+            everywhere = all(other.problem == member.problem for other in members)
+            raise UserError(member.problem if everywhere else f"{where}: {member.problem}")
 
 
 def code_and_config_hash(config: Config) -> tuple[str, str]:
-    """sha256 of the package's sources, and of the resolved configuration."""
+    """sha256 of the package's sources, and of the resolved configuration with DeepSpeed's file."""
     code = hashlib.sha256()
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
         code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return code.hexdigest(), hashlib.sha256(dump_json(config_to_dict(config))).hexdigest()
+    settings = hashlib.sha256(dump_json(config_to_dict(config)))
+    if config.parallel.deepspeed_config is not None:
+        with contextlib.suppress(OSError):  # which the layout's check tells
+            settings.update(Path(config.parallel.deepspeed_config).read_bytes())
+    return code.hexdigest(), settings.hexdigest()
 
 
 def _difference(member: Member, first: Member) -> str | None:

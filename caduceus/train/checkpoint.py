@@ -150,11 +150,11 @@ class Checkpoints:
                 facts = {"samples": progress["loader"]["samples_consumed"]}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
                 self._remove_old()
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            shutil.rmtree(writing, ignore_errors=True)
-            self._failure = self._not_written(progress["step"], error)
         except Exception as error:  # of a thread, it would be lost
-            self._failure = error
+            if self._ranks.is_main:
+                shutil.rmtree(writing, ignore_errors=True)
+            of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException))
+            self._failure = self._not_written(progress["step"], error) if of_disk else error
 
     def _remove_old(self) -> None:
         try:

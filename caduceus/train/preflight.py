@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
+from caduceus.data.loader import TrainLoader
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 from caduceus.errors import NodeError, UserError
@@ -45,6 +46,17 @@ def check_model(config: Config, device: torch.device) -> None:
     """Raises `UserError` where `ops.backend` cannot run the model here; comes before shards are opened."""
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     check_backend(config.ops.backend, device, dtype, config.model.d_state, config.model.d_conv)
+
+
+def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
+    """Raise `UserError` on every rank where `data.path` holds something else on one of them than on the first."""
+    (first_host, first), *_ = reports = ranks.gather_objects((socket.gethostname(), loader.fingerprint))
+    for rank, (host, fingerprint) in enumerate(reports):
+        if fingerprint != first:
+            raise UserError(
+                f"rank {rank} on {host}: data.path leads to other shards ({fingerprint[:12]}) than on {first_host} "
+                f"({first[:12]}); give all ranks the same"
+            )
 
 
 def check_before_start(

@@ -3,6 +3,8 @@
 import logging
 import time
 
+import torch
+
 from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
@@ -16,7 +18,7 @@ from caduceus.train.checkpoint import SAVE_TIMEOUT, Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.monitor import Monitor
 from caduceus.train.preemption import EXIT_REQUEUE, StopRequest
-from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model
+from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
 from caduceus.train.watchdog import Watchdog
@@ -31,9 +33,9 @@ def train(config: Config) -> int:
     checkpoint.
     """
     started = time.monotonic()
+    if config.run.device == "cpu" or not torch.cuda.is_available():
+        keep_freed_memory()
     with joined(config) as ranks:
-        if ranks.device.type == "cpu":
-            keep_freed_memory()
         part = {
             "rank": ranks.data_rank,
             "world": ranks.data_world,
@@ -42,14 +44,17 @@ def train(config: Config) -> int:
         }
         peers = ranks.largest_of_peers if ranks.shares_samples else None
         run = RunDirectory(config.run.dir)
-        with ranks.agreeing():
-            check_model(config, ranks.device)
-            loader = build_loader(config, "train", **part, largest_of_peers=peers)
-            validation = build_validation(config, **part) if config.valid.every else None
-            if ranks.is_main:
-                run = RunDirectory.create_or_resume(config)
+        watchdog = Watchdog(run.logs_path, ranks.rank, config.train.stall_minutes)
+        with watchdog.over("the opening of the data", SAVE_TIMEOUT.total_seconds()):
+            with ranks.agreeing():
+                check_model(config, ranks.device)
+                loader = build_loader(config, "train", **part, largest_of_peers=peers)
+                validation = build_validation(config, **part) if config.valid.every else None
+                if ranks.is_main:
+                    run = RunDirectory.create_or_resume(config)
+            refuse_other_data(loader, ranks)
         try:
-            return _train(config, ranks, run, loader, validation, started)
+            return _train(config, ranks, run, watchdog, loader, validation, started)
         finally:
             run.release()
 
@@ -58,11 +63,11 @@ def _train(
     config: Config,
     ranks: Ranks,
     run: RunDirectory,
+    watchdog: Watchdog,
     loader: TrainLoader,
     validation: ValidationLoader | None,
     started: float,
 ) -> int:
-    watchdog = Watchdog(run.logs_path, ranks.rank, config.train.stall_minutes)
     with watchdog.over("the start", SAVE_TIMEOUT.total_seconds()):
         strategy = build_strategy(config, ranks)
         checkpoints = Checkpoints(config.checkpoint, run, strategy)

@@ -4,11 +4,12 @@ import contextlib
 import faulthandler
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 _GRACE_SECONDS = 5.0
 """From the dump to the end: the other ranks hang as well, and write their stacks before they lose their peers."""
@@ -60,15 +61,22 @@ class Watchdog:
             watched = self._watched
             if watched is not None and time.monotonic() - watched[1] > watched[2]:
                 self._end(watched[0], watched[2] / 60)
+                return
 
     def _end(self, what: str, minutes: float) -> None:
-        with self._path.open("a") as file:
-            file.write(f"rank {self._rank}, {what}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
+        # First of all, as what hangs may be the disk that the stacks go to.
+        threading.Timer(_GRACE_SECONDS, os._exit, (1,)).start()
+        try:
+            with self._path.open("a") as file:
+                self._dump(what, file)
+        except OSError:
+            self._dump(what, sys.stderr)
         limit = f"train.stall_minutes={minutes:g}" if 60 * minutes == self._limit else f"{minutes:g} minutes"
         _log.error(
             "rank %d: %s has taken more than %s; what it was doing is in %s", self._rank, what, limit, self._path
         )
-        time.sleep(_GRACE_SECONDS)
-        os._exit(1)
+
+    def _dump(self, what: str, file: TextIO) -> None:
+        file.write(f"rank {self._rank}, {what}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
+        file.flush()
+        faulthandler.dump_traceback(file)

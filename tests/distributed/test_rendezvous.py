@@ -5,11 +5,14 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from caduceus.config import Config, save_config
+from caduceus.distributed import rendezvous
+from caduceus.distributed.mesh import joined
 from caduceus.distributed.rendezvous import Member, code_and_config_hash, refuse_strangers
 from caduceus.errors import NodeError, UserError
 from tests.distributed.layouts import Layout, config_of
@@ -59,6 +62,35 @@ def test_where_no_rank_has_a_gpu_asking_for_one_is_the_users_mistake() -> None:
     assert [(type(refusal), str(refusal)) for refusal in refusals(blind, blind)] == [
         (UserError, "run.device: cuda was asked for")
     ] * 2
+
+
+def test_a_problem_of_one_rank_is_told_with_its_place() -> None:
+    told = "parallel.deepspeed_config: ds.json is not readable"
+    assert [str(refusal) for refusal in refusals(HERE, replace(HERE, problem=told))] == [f"rank 1 on node1: {told}"] * 2
+
+
+def test_ranks_that_do_not_all_come_are_told_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(rendezvous, "MEETING", timedelta(seconds=2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    met = rf"^rank 0 on .*: not all 2 ranks met at 127\.0\.0\.1:{port} within 0:00:02 \("
+    with pytest.raises(UserError, match=met), joined(config_of(PAIR, tmp_path, tmp_path / "run")):
+        pass
+
+
+def test_a_file_of_deepspeeds_counts_as_configuration(tmp_path: Path) -> None:
+    config = config_of(PAIR, tmp_path, tmp_path / "run")
+    config.parallel.deepspeed_config = str(tmp_path / "ds.json")
+    hashes = []
+    for content in (None, "{}", '{"a": 1}', "{}"):
+        if content is not None:
+            (tmp_path / "ds.json").write_text(content)
+        hashes.append(code_and_config_hash(config)[1])
+    assert hashes[1] == hashes[3] and len(set(hashes[1:])) == 2
 
 
 def test_the_configuration_counts_to_the_last_key(tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader
 from caduceus.data.reader import ShardFiles
+from caduceus.data.sample_reader import SampleReader
+from caduceus.data.shard_samples import ShardSamples
 from caduceus.distributed.mesh import Ranks
 from caduceus.errors import UserError
 from caduceus.run_directory import RunDirectory
@@ -21,6 +24,7 @@ from tests.train.conftest import SmallRun, numbers
 pytestmark = pytest.mark.slow
 
 OTHER = "another rank failed; its own message says why"
+PEER = "another rank that shares the sequence failed; it says why"
 
 
 def no_space(*arguments: object, **options: object) -> None:
@@ -35,6 +39,14 @@ def third_is_unreadable(batches: Callable[[Any], Any]) -> Callable[[Any], Any]:
             yield batch
 
     return taken
+
+
+def lost_worker(*arguments: object, **options: object) -> None:
+    raise RuntimeError("a worker was killed")
+
+
+def other_order(samples: ShardSamples) -> dict[str, Any]:
+    return {"elsewhere": True}
 
 
 FAULTS = {
@@ -58,6 +70,9 @@ FAULTS = {
     ),
     "every read": (1, ShardFiles, "read_into", no_space, "neither could 10 other crops be read"),
     "the model's check": (1, trainer, "check_model", no_space, "No space left"),
+    "other shards": (1, ShardSamples, "what_decides_the_order", other_order, "rank 1 on .*: data.path leads to other"),
+    "a worker": (1, SampleReader, "read", lost_worker, "a worker was killed"),
+    "DeepSpeed's file": (1, TorchCheckpointEngine, "save", no_space, "of step 3 could not be written (.*No space left"),
 }
 """Rank, owner and name of what fails there, what takes its place, and the message of that rank."""
 
@@ -70,13 +85,15 @@ def small(small_run: SmallRun, name: str, **sections: dict[str, Any]) -> Config:
         "data": {"seq_len": 64},
         **sections,
     }
-    return small_run.config(name, parallel={"strategy": "fsdp"}, **sections)
+    parallel = {"a worker": {"strategy": "ddp", "context": 2}, "DeepSpeed's file": {"strategy": "deepspeed"}}
+    run = {"dir": str(small_run.directory / f"run {list(FAULTS).index(name)}")}
+    return small_run.config(name, parallel=parallel.get(name, {"strategy": "fsdp"}), run=run, **sections)
 
 
 def train_with_faults(rank: int, configs: dict[str, Config]) -> dict[str, str]:
     messages = {}
     for fault, (where, owner, name, replacement, _) in FAULTS.items():
-        with pytest.MonkeyPatch.context() as patch, pytest.raises((UserError, OSError)) as failure:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((UserError, OSError, RuntimeError)) as failure:
             if rank == where:
                 patch.setattr(owner, name, replacement)
             trainer.train(configs[fault])
@@ -85,10 +102,11 @@ def train_with_faults(rank: int, configs: dict[str, Config]) -> dict[str, str]:
 
 
 def test_what_one_rank_meets_alone_ends_all(small_run: SmallRun) -> None:
-    configs = {name: small(small_run, f"run {number}") for number, name in enumerate(FAULTS)}
+    configs = {name: small(small_run, name) for name in FAULTS}
     for rank, messages in enumerate(on_ranks(2, train_with_faults, configs)):
         for fault, (where, *_, told) in FAULTS.items():
-            first, _, last = (told if rank == where else OTHER).partition(".*")
+            bystander = {"a worker": PEER, "other shards": told}.get(fault, OTHER)
+            first, _, last = (told if rank == where else bystander).partition(".*")
             assert first in messages[fault] and last in messages[fault], (fault, rank, messages[fault])
 
 

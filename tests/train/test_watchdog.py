@@ -22,13 +22,15 @@ def items_of_which_the_third_hangs() -> Iterator[int]:
 
 
 def use(logs: Path, how: str) -> None:
-    watchdog._GRACE_SECONDS = 0.0
+    watchdog._GRACE_SECONDS = 0.5
     logging.basicConfig(filename=logs / "log", force=True)
     watching = Watchdog(logs, 3, SECONDS / 60)
+    if how == "a failing disk":
+        watching = Watchdog(logs / "nowhere", 3, SECONDS / 60)
     if how == "an item":
         for _ in watching.over_each("a batch", items_of_which_the_third_hangs()):
             time.sleep(0.6 * SECONDS)  # two together take longer than one may
-    elif how == "its use":
+    elif how in ("its use", "a failing disk"):
         for _ in watching.over_each("a batch", [1]):
             time.sleep(60)
     elif how == "what may take longer":
@@ -39,7 +41,8 @@ def use(logs: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "status"), [("an item", 1), ("its use", 1), ("what may take longer", 0), ("nothing watched", 0)]
+    ("how", "status"),
+    [("an item", 1), ("its use", 1), ("a failing disk", 1), ("what may take longer", 0), ("nothing watched", 0)],
 )
 def test_a_hang_ends_the_process_and_leaves_its_stacks(tmp_path: Path, how: str, status: int) -> None:
     process = multiprocessing.get_context("fork").Process(target=use, args=(tmp_path, how))
@@ -47,8 +50,8 @@ def test_a_hang_ends_the_process_and_leaves_its_stacks(tmp_path: Path, how: str,
     process.join(30)
     assert process.exitcode == status
     stacks = tmp_path / "stacks-rank3.txt"
-    assert stacks.exists() == bool(status)
-    if status:
+    assert stacks.exists() == (bool(status) and how != "a failing disk")
+    if stacks.exists():
         assert stacks.read_text().startswith("rank 3, a batch, ")
         assert ("in items_of_which_the_third_hangs" in stacks.read_text()) == (how == "an item")
         assert "rank 3: a batch has taken more than train.stall_minutes=0.02; " in (tmp_path / "log").read_text()
@@ -68,6 +71,7 @@ def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch)
     long = SAVE_TIMEOUT.total_seconds()
     batch = ("a batch of the validation after step 2", 0.0)
     assert watched == [
+        ("the opening of the data", long),
         ("the start", long),
         ("step 1", 0.0),
         ("the agreement after step 1", 0.0),
