@@ -55,7 +55,7 @@ def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dis
         store.set(done[rank], "")
         if rank == 0:  # whose process may hold the store: it must not end before all have read
             store.wait(done, MEETING)
-    except dist.DistError as error:
+    except (dist.DistError, ValueError) as error:  # the latter where there is no address
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
             f"rank {rank} on {member.host}: not all {world} ranks met at {place} within {MEETING} "

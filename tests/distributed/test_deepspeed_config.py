@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -322,16 +323,25 @@ def test_what_deepspeed_takes_is_taken_and_the_environment_left_alone(tmp_path: 
     assert dict(os.environ) == before
 
 
-def test_a_mistake_ends_the_command_before_its_processes_meet(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_mistake_ends_every_process_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"overlap_com": true}}')
     (tmp_path / "run.yaml").write_text(f"run: {{dir: {tmp_path / 'run'}, device: cpu}}\ndata: {{path: none}}\n")
     settings = ["parallel.strategy=deepspeed", f"parallel.deepspeed_config={tmp_path / 'ds.json'}"]
     settings += ["train.micro_batch=4"]
     command = [sys.executable, "-m", "caduceus.train", "--config", str(tmp_path / "run.yaml"), *settings]
-    alone = os.environ | {"RANK": "0", "WORLD_SIZE": "2"}  # the other process never comes
-    result = subprocess.run(command, capture_output=True, text=True, env=alone, timeout=120)
-    assert result.returncode == 2, result.stderr
-    assert len(result.stderr.splitlines()) == 1 and "zero_optimization.overlap_com" in result.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **place, "RANK": rank})
+        for rank in ("0", "1")
+    ]
+    for process in ranks:
+        message = process.communicate(timeout=300)[1]
+        assert process.returncode == 2, message
+        assert len(message.splitlines()) == 1 and "zero_optimization.overlap_com" in message
     assert not (tmp_path / "run").exists()
 
 

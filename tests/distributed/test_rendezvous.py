@@ -82,6 +82,13 @@ def test_ranks_that_do_not_all_come_are_told_so(tmp_path: Path, monkeypatch) -> 
         pass
 
 
+def test_ranks_without_an_address_to_meet_at_are_told_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR expected"), joined(config_of(PAIR, tmp_path, tmp_path / "run")):
+        pass
+
+
 def test_a_file_of_deepspeeds_counts_as_configuration(tmp_path: Path) -> None:
     config = config_of(PAIR, tmp_path, tmp_path / "run")
     config.parallel.deepspeed_config = str(tmp_path / "ds.json")
