@@ -11,7 +11,7 @@ repository, for its golden files. `--device cpu` runs all but `far` in Triton's 
 
 import datetime
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -46,18 +46,22 @@ SCAN_BYTES_PER_FAR_ELEMENT = 22
 
 
 def main() -> None:
-    parts = {"ops": check_ops, "golden": check_golden, "bits": check_same_bits, "far": check_far_offsets}
     parser = CommandLine(__doc__)
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="parts to check (all)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to check (all)")
     options = parser.parse_or_leave()
     print(f"{datetime.date.today()} · {device_name(options.device)} · torch {torch.__version__}")
+    sys.exit(0 if all_right(dict.fromkeys(options.only), options.device) else 1)
+
+
+def all_right(parts: Iterable[str], device: str) -> bool:
+    """Print what the parts find, and whether all of it is right."""
     wrong = 0
-    for part in dict.fromkeys(options.only):
+    for part in parts:
         print(flush=True)
-        wrong += parts[part](options.device)
-        give_memory_back(options.device)
-    print(f"\n{wrong} of these are wrong" if wrong else "\nall right")
-    sys.exit(1 if wrong else 0)
+        wrong += PARTS[part](device)
+        give_memory_back(device)
+    print(f"\n{wrong} of these are wrong\n" if wrong else "\nall right\n", flush=True)
+    return not wrong
 
 
 def check_ops(device: str) -> int:
@@ -264,6 +268,8 @@ def with_gradients(run, tensors: list[Tensor], dy: Tensor) -> list[Tensor]:
     arriving[..., -dy.shape[-2] :, :] = dy
     return [y.detach(), *torch.autograd.grad(y, leaves, arriving)]
 
+
+PARTS = {"ops": check_ops, "golden": check_golden, "bits": check_same_bits, "far": check_far_offsets}
 
 if __name__ == "__main__":
     main()

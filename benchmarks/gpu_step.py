@@ -1,12 +1,13 @@
 """A whole training step on one GPU: speed, memory and the share of the measured roofline.
 
-    python benchmarks/gpu_correctness.py && python benchmarks/gpu_step.py
+    python benchmarks/gpu_step.py
         [--lengths 1024 32768 131072 1048576] [--models ph ps] [--repeats 5]
 
-bf16 autocast, fp32 parameters and states, AdamW, at least 131,072 tokens a step. Prints the device and its ceilings
-(copy, exp2, bf16 products, measured in this run), and one row per model and length: tokens/s, peak memory, blocks
-recomputed (as many as `train.activation_checkpointing: auto` takes), share of the roofline, and the published
-structure on the same card, with its blocks recomputed where it does not fit without.
+bf16 autocast, fp32 parameters and states, AdamW, at least 131,072 tokens a step. Prints the device; on a GPU, whether
+the kernels are right (all of gpu_correctness.py but its giant tensors; where they are not, it ends there with status
+1); the ceilings (copy, exp2, bf16 products, measured in this run); and one row per model and length: tokens/s, peak
+memory, blocks recomputed (as many as `train.activation_checkpointing: auto` takes), share of the roofline, and the
+published structure on the same card, with its blocks recomputed where it does not fit without.
 
 The peer is the structure alone (published_structure.py). Its norm and residual add are not fused, its mixer is not the
 one fused function that recomputes convolution and step sizes, and nothing of it is compiled: `times` and its lack of
@@ -16,8 +17,8 @@ Without a GPU it says so and exits with status 0. `--device cpu` runs the progra
 """
 
 import argparse
-import contextlib
 import datetime
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 from gpu import CommandLine, device_name, give_memory_back, positive
-from gpu_correctness import make_batch
+from gpu_correctness import all_right, make_batch
 from published_structure import PublishedStructure
 from torch import Tensor, nn
 
@@ -60,7 +61,9 @@ def main() -> None:
     options = parser.parse_or_leave()
     backend = "triton" if options.device == "cuda" else "cpu"
     name = device_name(options.device)
-    print(f"{datetime.date.today()} · {name} · torch {torch.__version__} · backend {backend}\n")
+    print(f"{datetime.date.today()} · {name} · torch {torch.__version__} · backend {backend}\n", flush=True)
+    if options.device == "cuda" and not all_right(("ops", "golden", "bits"), options.device):
+        sys.exit(1)
     ceilings = measure_ceilings(options.device)
     print("ceilings, measured: " + ", ".join(f"{k} {v / 1e9:,.0f} {u}" for k, (v, u) in ceilings.items()) + "\n")
 
@@ -104,7 +107,7 @@ def row(
     ceilings: dict,
 ) -> str:
     def rate(result: Measured | None) -> str:
-        return "out of memory" if result is None else f"{batch * length / result.seconds:,.0f}"
+        return "does not fit" if result is None else f"{batch * length / result.seconds:,.0f}"
 
     peak = recomputed = share = times = "-"
     if ours is not None:
@@ -157,14 +160,18 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], device: str) -> 
 
 
 def measure(build: Callable[[], tuple[Callable, int]], options: argparse.Namespace) -> Measured | None:
-    """None where it does not fit."""
+    """None where it does not fit, or is refused, which is then told."""
     result = step = None
-    with contextlib.suppress(torch.OutOfMemoryError, UserError):
+    try:
         step, recomputed = build()
         step()  # compiles the kernels
         reset_peak(options.device)
         best = min(seconds(step, options.device) for _ in range(options.repeats))
         result = Measured(best, peak(options.device), recomputed)
+    except torch.OutOfMemoryError:
+        pass
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
     del step
     give_memory_back(options.device)
     return result

@@ -151,6 +151,7 @@ def resources(compiled) -> dict:
         "stack": int(stack),
         "shared": compiled.metadata.shared,
         "fused": compiled.metadata.enable_fp_fusion,
+        "atomics": "atomic" in compiled.asm["ttir"],
         "narrow_products": narrow_products(compiled.asm["ttir"]),
     }
 

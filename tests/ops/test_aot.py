@@ -61,6 +61,7 @@ def check(kernels: list[dict], registers: dict[str, int]) -> None:
         assert found["shared"] <= SHARED, found
         assert found["registers"] <= registers.get(found["kernel"], 255), found
         assert not found["narrow_products"], f"has an offset that wraps at 2^31: {found}"
+        assert not found["atomics"], f"adds in whatever order threads come: {found}"
         assert found["fused"], f"multiplies and adds in two instructions: {found}"
 
 

@@ -120,7 +120,9 @@ def test_a_forced_backend_runs_in_the_interpreter():
     ("P", "S", "batch", "L", "E", "N", "chunk"),
     [
         (1, 1, 1, 1, 1, 1, 8),  # a single everything
-        (2, 1, 2, 9, 17, 3, 8),  # one token over a chunk, one channel over a block
+        (2, 1, 2, 9, 17, 3, 8),  # one token over a chunk, and channels that fill no block
+        (2, 1, 1, 3, 130, 2, 8),  # two channels over a block
+        (1, 2, 1, 73, 2, 1, 8),  # more chunks than are carried over at a time
         (1, 2, 1, 16, 4, 5, 16),  # exactly one chunk; stream 1 of a uni-directional model
         (2, 1, 1, 23, 3, 16, 8),  # the states of the published models, and a short last piece
         (2, 1, 1, 9, 2, 32, 8),
