@@ -150,7 +150,7 @@ class Checkpoints:
                 facts = {"samples": progress["loader"]["samples_consumed"]}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
                 self._remove_old()
-        except Exception as error:  # of a thread, it would be lost
+        except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
             if self._ranks.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
             of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException))

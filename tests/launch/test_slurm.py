@@ -117,7 +117,8 @@ def test_the_plan_of_longer_contexts_on_more_gpus(launch, capsys, millions, node
     layout = [f"data.seq_len={millions * 2**20}", "parallel.strands=2", f"parallel.context={8 * millions}"]
     assert launch("--dry-run", "--config", config, "--nodes", str(nodes), "--cluster", "h100x8", *layout) == 0
     plan = capsys.readouterr().out.splitlines()[0]
-    assert f"{8 * nodes} ranks with 1 sequence a step, 131,072 bases at a time each; 7.73M parameters" in plan
+    shared = f"{8 * nodes} ranks, {16 * millions} to a sequence ({' '.join(layout[1:])}), with 1 sequence a step"
+    assert f"{shared}, 131,072 bases at a time each; 7.73M parameters" in plan
     assert plan.endswith("unmeasured estimate for H100: 0.085 s a step, 20.8 GB")
     layout[-1] = f"parallel.context={16 * millions}"
     with pytest.raises(UserError, match=r"strands: 2 x .* ranks share a sequence, which does not divide"):

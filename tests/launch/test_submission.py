@@ -58,7 +58,7 @@ def test_a_refused_new_run_leaves_no_directory(launch, fake_slurm, small_config,
     [
         (["--nodes", "-1"], "nodes: must be at least 1, got -1"),
         (["--nodes", "0"], "nodes: must be at least 1, got 0"),
-        (["--nodes", "2", "train.micro_batch=8"], "is not a multiple of"),
+        (["--nodes", "2", "train.micro_batch=8", "parallel.context=1", "parallel.strands=1"], "is not a multiple of"),
         (["run.dir=other"], "run.dir: a run is resumed where it is"),
     ],
 )
