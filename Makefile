@@ -41,7 +41,7 @@ bench: $(VENV)/installed
 	$(PY) benchmarks/checkpointing.py
 	$(PY) benchmarks/distributed_table.py
 	$(PY) benchmarks/memory.py
-	$(PY) benchmarks/gpu_correctness.py
+	$(PY) benchmarks/gpu_correctness.py --only far
 	$(PY) benchmarks/gpu_step.py
 	$(PY) benchmarks/gpu_sweep.py
 	$(PY) benchmarks/sass.py

@@ -1,6 +1,7 @@
 """What fails on one rank alone ends all of them: none waits for one that is gone."""
 
 import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ PEER = "another rank that shares the sequence failed; it says why"
 
 def no_space(*arguments: object, **options: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_space_in_the_end(*arguments: object, **options: object) -> None:
+    time.sleep(2)  # by then the others wait in DeepSpeed's barrier
+    no_space()
 
 
 def third_is_unreadable(batches: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -72,7 +78,13 @@ FAULTS = {
     "the model's check": (1, trainer, "check_model", no_space, "No space left"),
     "other shards": (1, ShardSamples, "what_decides_the_order", other_order, "rank 1 on .*: data.path leads to other"),
     "a worker": (1, SampleReader, "read", lost_worker, "a worker was killed"),
-    "DeepSpeed's file": (1, TorchCheckpointEngine, "save", no_space, "of step 3 could not be written (.*No space left"),
+    "DeepSpeed's file": (
+        1,
+        TorchCheckpointEngine,
+        "save",
+        no_space_in_the_end,
+        "step 3 could not be written (.*No space",
+    ),
 }
 """Rank, owner and name of what fails there, what takes its place, and the message of that rank."""
 
