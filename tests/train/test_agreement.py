@@ -83,7 +83,7 @@ FAULTS = {
         TorchCheckpointEngine,
         "save",
         no_space_in_the_end,
-        "step 3 could not be written (.*No space",
+        "step 3 could not be written (.*No",
     ),
 }
 """Rank, owner and name of what fails there, what takes its place, and the message of that rank."""
