@@ -3,9 +3,9 @@
     python benchmarks/sass.py [--capability 90] [--element bf16] [--d-model 256] [--streams 1] [--length 131072]
 
 Compiles what a step of pre-training launches (see tests/ops/aot.py) and counts machine instructions per token and warp
-(32 channels): the inner loops, by class, times the trips that a token takes. `issue` is an estimate, NOT a measurement:
-the time per token and layer if every scheduler issued an instruction every cycle. Memory, latency and the loops'
-prologues come on top.
+(32 threads): the loops, by class, times the trips that a token takes, as the mean over the copies that there are of a
+loop for each direction. Of an `if` both sides count. `issue` is an estimate, NOT a measurement: the time per token and
+layer if every scheduler issued an instruction every cycle. Memory, latency and what is outside the loops come on top.
 """
 
 import argparse
@@ -75,23 +75,24 @@ def main() -> None:
 
 
 def trips_of_loops(states: int) -> dict[str, list[float]]:
-    """How often a token goes through each loop of a kernel, innermost first, without the loops inside it."""
-    piece = [states / scan_launches.GROUP / scan_launches.PIECE, 1 / scan_launches.PIECE]
+    """How often a token goes through the innermost loops of a kernel, and through those around them."""
+    unrolled, piece = 1 / scan_launches.UNROLL, 1 / scan_launches.PIECE
     return {
-        "chunk_state": [1],
-        "scan_forward": [1],
-        "chunk_adjoint": [1],
-        "scan_replay": [1],
-        "scan_backward": piece,
+        "chunk_state": [unrolled],
+        "scan_forward": [unrolled],
+        "chunk_adjoint": [unrolled],
+        "scan_replay": [unrolled, piece],
+        "scan_backward": [states / scan_launches.GROUP * piece, piece],
         "conv_backward": [1 / conv.STEPS],
     }
 
 
 def work_per_token(config: CaduceusConfig, streams: int) -> dict[str, float]:
-    """Warps (32 channels) times rows that a token of the input occupies in each kernel."""
+    """Warps times rows that a token of the input occupies in each kernel."""
     warps = -(-config.d_inner // device.CHANNELS) * device.WARPS * streams
-    both = dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay", "scan_backward"), 2 * warps)
-    return both | {"conv_backward": warps}  # which takes both directions in one turn of its loop
+    wide = config.d_state <= scan_launches.WIDE_STATES and warps // streams // device.WARPS % 2 == 0
+    work = dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay"), 2 * warps / (1 + wide))
+    return work | {"scan_backward": 2 * warps, "conv_backward": warps}  # which takes both directions in one turn
 
 
 def per_token_and_warp(code: list[tuple[int, str, str]], trips: list[float]) -> Counter:
@@ -100,14 +101,32 @@ def per_token_and_warp(code: list[tuple[int, str, str]], trips: list[float]) -> 
         target = operands.rpartition("0x")[2].strip()
         if name.startswith("BRA") and "0x" in operands and int(target, 16) < address:
             loops.append((int(target, 16), address))
-    loops.sort(key=lambda loop: loop[1] - loop[0])
-    counts, seen = Counter(), set()
-    for (first, last), times in zip(loops, trips, strict=False):
-        for address, name, _ in code:
-            if first <= address <= last and address not in seen:
-                seen.add(address)
-                counts[class_of(name)] += times
-    return counts
+    inner = [loop for loop in loops if not any(encloses(loop, other) for other in loops)]
+    outer = [loop for loop in loops if loop not in inner]
+    # What unrolling leaves over runs at the end of a sequence only: a fraction of the exponentials tells it.
+    own = {loop: instructions_of(code, loop, []) for loop in inner}
+    most = max(counts["MUFU"] for counts in own.values())
+    main = [counts for counts in own.values() if counts["MUFU"] > 0.75 * most]
+    around = [instructions_of(code, loop, inner) for loop in outer]
+    total: Counter = Counter()
+    for copies, times in zip((main, around), trips, strict=False):
+        for counts in copies:
+            for label, count in counts.items():
+                total[label] += count * times / len(copies)
+    return total
+
+
+def encloses(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    return loop != other and loop[0] <= other[0] and other[1] <= loop[1]
+
+
+def instructions_of(code: list[tuple[int, str, str]], loop: tuple[int, int], without: list[tuple[int, int]]) -> Counter:
+    """By class; those of the loops `without` are not counted."""
+    return Counter(
+        class_of(name)
+        for address, name, _ in code
+        if loop[0] <= address <= loop[1] and not any(first <= address <= last for first, last in without)
+    )
 
 
 def class_of(name: str) -> str:

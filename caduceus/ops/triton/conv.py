@@ -100,19 +100,20 @@ def launch_backward(
     items = S * batch * chunks
     dw = x.new_empty(items, P, K, E, dtype=torch.float32)
     dbias = x.new_empty(items, P, E, dtype=torch.float32)
-    operands, sizes, options = _arguments(x, weight, bias, halo, starts, silu)
-    strides = operands[0].stride()[:2]
-    options |= {"BLOCK": block, "STEPS": STEPS}
+    operands, _, options = _arguments(x, weight, bias, halo, starts, silu)
+    x_row, x_token = operands[0].stride()[:2]
+    options |= {"BLOCK": block, "STEPS": STEPS, "P": P, "E": E, "x_token": x_token}
+    sizes = S, batch, length
     with device_of(x):
         kernels.conv_backward_kernel[(items, blocks)](
-            *(*operands, dy, dx, dw, dbias, *sizes, chunks, chunk, int(reverse), *strides), **options, OF_HALO=False
+            *(*operands, dy, dx, dw, dbias, *sizes, chunks, chunk, int(reverse), x_row), **options, OF_HALO=False
         )
         if halo is None:
             dhalo = x.new_empty(0)
         else:
             dhalo = torch.empty(halo.shape, dtype=halo.dtype, device=x.device)
             kernels.conv_backward_kernel[(2 * S * batch, blocks)](
-                *(*operands, dy, dhalo, dw, dbias, *sizes, 2, K - 1, int(reverse), *strides), **options, OF_HALO=True
+                *(*operands, dy, dhalo, dw, dbias, *sizes, 2, K - 1, int(reverse), x_row), **options, OF_HALO=True
             )
     dw = dw.sum(0).flip(1).transpose(1, 2).to(weight.dtype).contiguous()
     return dx, dw, x.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype), dhalo

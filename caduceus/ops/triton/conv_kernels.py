@@ -7,7 +7,7 @@ halo, the K - 1 inputs that precede the sequence in that direction, or are zero.
 import triton
 import triton.language as tl
 
-from caduceus.ops.triton.device import SIZES, SIZES_AND_STRIDES
+from caduceus.ops.triton.device import SIZES
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _preactivation(
     return y
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("P", *SIZES))
 def conv_forward_kernel(
     x_ptr,
     w_ptr,
@@ -158,7 +158,7 @@ def _input(x_at, halo_ptr, position, L, E, row0, row1, e, E0, E1, K: tl.constexp
     return x
 
 
-@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
+@triton.jit(do_not_specialize=SIZES)
 def conv_backward_kernel(
     x_ptr,
     w_ptr,
@@ -169,16 +169,16 @@ def conv_backward_kernel(
     dx_ptr,
     dw_ptr,
     dbias_ptr,
-    P,
     S,
     batch,
     L,
-    E,
     n_chunks,
     chunk_size,
     reverse,
     x_row,
-    x_token,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    x_token: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
@@ -208,8 +208,8 @@ def conv_backward_kernel(
     # Which direction's parameters an order has; with a single direction one order is without, and has no channels.
     d0 = (s + reverse) % 2
     d1 = 1 - d0
-    E0 = tl.where(d0 < P, E, 0)
-    E1 = tl.where(d1 < P, E, 0)
+    E0 = E if P == 2 else tl.where(d0 < P, E, 0)
+    E1 = E if P == 2 else tl.where(d1 < P, E, 0)
     row0 = d0 * S * batch + sb
     row1 = d1 * S * batch + sb
     w0, bias0 = _weights(w_ptr, bias_ptr, d0, E, e, e < E0, K, BLOCK, HAS_BIAS)

@@ -15,12 +15,10 @@ LAUNCH = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
 stores of the turn before. Products and sums fuse, whatever Triton's default is.
 """
 SIZES = (
-    *("P", "S", "batch", "L", "n_chunks", "chunk_size", "reverse", "descending", "item0", "blocks"),
+    *("S", "batch", "L", "n_chunks", "chunk_size", "reverse", "descending", "item0", "blocks"),
     *("rows", "stream_rows", "tokens", "V", "ignore"),
 )
 """Arguments whose value no kernel is compiled for: nothing in an inner loop depends on it."""
-SIZES_AND_STRIDES = (*SIZES, "E", *(f"{t}_{of}" for t in ("u", "dt", "B", "C", "z", "x") for of in ("row", "token")))
-"""For kernels of one channel per thread, which gain nothing from a divisor of a stride."""
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -50,6 +48,13 @@ def channel_block(x: Tensor) -> int:
         "a channel of two threads, of which one reads what the other stores"
     )
     return CHANNELS if x.is_cuda else max(16, triton.next_power_of_2(min(x.shape[-1], CHANNELS)))
+
+
+def wide_channel_block(x: Tensor) -> int:
+    """Channels of a program with two channels per thread, which then loads once what both need; with one, where the
+    second would be missing too often. For kernels that read nothing back that they stored, or wait in between."""
+    block = channel_block(x)
+    return 2 * block if triton.cdiv(x.shape[-1], block) % 2 == 0 else block
 
 
 def require_float(tensor: Tensor, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Kernels of the selective scan: one thread per channel, its N states in registers, time cut into chunks.
+"""Kernels of the selective scan: a thread holds the N states of one channel, or of two; time is cut into chunks.
 
 A *row* is one (direction, stream, batch element). It is cut into chunks of chunk_size tokens, which run in parallel:
 
@@ -6,124 +6,69 @@ A *row* is one (direction, stream, batch element). It is cut into chunks of chun
               chunk_carry    across chunks: decay over a chunk is exp(A · sum dt), so this is one step per chunk
               scan_forward   each chunk from its true initial state: the outputs
 
-The way back is in scan_backward_kernels.py. Pointers advance by one token's stride, and every base offset is a product
-in int64, so no tensor is too large. Sums over channels and chunks go to per-block buffers that are added up afterwards:
-no atomics, the same bits every run.
+The way back is in scan_adjoint_kernels.py. Tensors are contiguous, and E and the direction are compiled in, so that
+what lies a few tokens on is at a constant offset. Every other offset is a product in int64, so no tensor is too large.
+Sums over channels and chunks go to per-block buffers that are added up afterwards: no atomics, the same bits every run.
 """
 
 import triton
 import triton.language as tl
 
-from caduceus.ops.triton.device import SIZES_AND_STRIDES
-
-LOG2E = tl.constexpr(1.4426950408889634)
-RESET_DT = tl.constexpr(1e30)
-"""Decay time of a step that begins a packed sequence: every negative A decays to exactly zero over it."""
-
-
-@triton.jit
-def sigmoid_and_softplus(x):
-    """Both from one exp. log1p(e) = 2 atanh(e / (2 + e)) keeps full relative precision where step sizes are small."""
-    e = tl.exp2(tl.abs(x) * -LOG2E)
-    s = e / (2.0 + e)
-    q = s * s
-    series = 2 + q * (2 / 3 + q * (2 / 5 + q * (2 / 7 + q * (2 / 9 + q * (2 / 11 + q * (2 / 13))))))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e), tl.maximum(x, 0.0) + s * series
+from caduceus.ops.triton.device import SIZES
+from caduceus.ops.triton.scan_arithmetic import (
+    advance,
+    load,
+    load_parameter,
+    load_vectors,
+    project,
+    silu,
+    step_size,
+    store_vectors,
+    time_of_decay,
+    zeros,
+)
 
 
 @triton.jit
-def step_size(dt, bias, SOFTPLUS: tl.constexpr):
-    x = dt.to(tl.float32) + bias
-    if SOFTPLUS:
-        _, x = sigmoid_and_softplus(x)
-    return x
+def _add_up_chunk(
+    u_ptr,
+    dt_ptr,
+    B_ptr,
+    starts_ptr,
+    state_ptr,
+    sum_dt_ptr,
+    A,
+    bias,
+    t,
+    length,
+    L,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    REV: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    mask,
+):
+    step: tl.constexpr = 1 - 2 * REV
+    h = zeros(N, BLOCK)
+    sum_dt = tl.zeros([BLOCK], tl.float32)
+    for _ in tl.range(length, loop_unroll_factor=UNROLL):
+        u = load(u_ptr, mask)
+        dt = step_size(load(dt_ptr, mask), bias, SOFTPLUS)
+        decay_time = time_of_decay(dt, starts_ptr, t + REV, L, HAS_STARTS)
+        h = advance(h, A, decay_time, dt * u, B_ptr, N)
+        sum_dt += decay_time
+        t += step
+        u_ptr += step * E
+        dt_ptr += step * E
+        B_ptr += step * N
+    store_vectors(state_ptr, E, h, mask, N)
+    tl.store(sum_dt_ptr, sum_dt, mask=mask)
 
 
-@triton.jit
-def silu(z):
-    return z / (1.0 + tl.exp2(z * -LOG2E))
-
-
-@triton.jit
-def time_of_decay(dt, starts_ptr, position, L, HAS_STARTS: tl.constexpr):
-    """The time that the state decays over in a step; `position` is where a start forgets the state."""
-    if HAS_STARTS:
-        dt = tl.where(tl.load(starts_ptr + position, mask=position < L, other=0) != 0, RESET_DT, dt)
-    return dt
-
-
-# The pointer advances by the stride: offsets n · stride would be computed once and wait in registers, one for each n.
-@triton.jit
-def load_vectors(ptr, stride, mask, N: tl.constexpr):
-    vectors = ()
-    for _ in tl.static_range(N):
-        vectors = vectors + (tl.load(ptr, mask=mask, other=0.0),)
-        ptr += stride
-    return vectors
-
-
-@triton.jit
-def store_vectors(ptr, stride, vectors, mask, N: tl.constexpr):
-    for n in tl.static_range(N):
-        tl.store(ptr, vectors[n], mask=mask)
-        ptr += stride
-
-
-@triton.jit
-def zeros(N: tl.constexpr, BLOCK: tl.constexpr):
-    vectors = ()
-    for _ in tl.static_range(N):
-        vectors = vectors + (tl.zeros([BLOCK], tl.float32),)
-    return vectors
-
-
-@triton.jit
-def stack(vectors, LOG_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """2^LOG_COUNT vectors [BLOCK] as the columns, in their order, of one tile [BLOCK, 2^LOG_COUNT]."""
-    for level in tl.static_range(LOG_COUNT):
-        joined = ()
-        for i in tl.static_range(2 ** (LOG_COUNT - 1 - level)):
-            pair = tl.join(vectors[i], vectors[i + 2 ** (LOG_COUNT - 1 - level)])
-            joined = joined + (tl.reshape(pair, [BLOCK, 2 ** (level + 1)]),)
-        vectors = joined
-    return vectors[0]
-
-
-@triton.jit
-def load_floats(ptr, COUNT: tl.constexpr):
-    """COUNT adjacent fp32 numbers, the same for all threads; two to a load where COUNT is even."""
-    numbers = ()
-    if COUNT % 2 == 0:
-        pairs = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
-        for i in tl.static_range(COUNT // 2):
-            pair = tl.load(pairs + i)
-            numbers = numbers + (pair.to(tl.int32).to(tl.float32, bitcast=True),)
-            numbers = numbers + ((pair >> 32).to(tl.int32).to(tl.float32, bitcast=True),)
-    else:
-        for i in tl.static_range(COUNT):
-            numbers = numbers + (tl.load(ptr + i),)
-    return numbers
-
-
-@triton.jit
-def advance(h, A, decay_time, dtu, B_ptr, N: tl.constexpr):
-    """h <- exp(dt A) h + dt u B, for all N states; A carries the factor log2(e)."""
-    B = load_floats(B_ptr, N)
-    advanced = ()
-    for n in tl.static_range(N):
-        advanced = advanced + (tl.exp2(decay_time * A[n]) * h[n] + dtu * B[n],)
-    return advanced
-
-
-@triton.jit
-def project(h, C_ptr, y, N: tl.constexpr):
-    C = load_floats(C_ptr, N)
-    for n in tl.static_range(N):
-        y += h[n] * C[n]
-    return y
-
-
-@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
+@triton.jit(do_not_specialize=SIZES)
 def chunk_state_kernel(
     u_ptr,
     dt_ptr,
@@ -136,18 +81,13 @@ def chunk_state_kernel(
     S,
     batch,
     L,
-    E,
     n_chunks,
     chunk_size,
     reverse,
-    u_row,
-    u_token,
-    dt_row,
-    dt_token,
-    B_row,
-    B_token,
+    E: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
@@ -158,36 +98,35 @@ def chunk_state_kernel(
     b, s, d = row % batch, row // batch % S, row // batch // S
     rev = (d + s + reverse) % 2
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = e < E
+    mask = None if E % BLOCK == 0 else e < E
     begin = chunk * chunk_size
     length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     t = tl.where(rev == 1, begin + length - 1, begin)
-    # A step times a token's stride fits in int32, which saves registers; so in the other kernels.
-    step = (1 - 2 * rev).to(tl.int32)
 
     A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
-    bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    u_ptr += row * u_row + t * u_token + e
-    dt_ptr += row * dt_row + t * dt_token + e
-    B_ptr += row * B_row + t * B_token
-    starts_ptr += b * L
-    h = zeros(N, BLOCK)
-    sum_dt = tl.zeros([BLOCK], tl.float32)
-    for _ in range(length):
-        u = tl.load(u_ptr, mask=mask, other=0.0).to(tl.float32)
-        dt = step_size(tl.load(dt_ptr, mask=mask, other=0.0), bias, SOFTPLUS)
-        decay_time = time_of_decay(dt, starts_ptr, t + rev, L, HAS_STARTS)
-        h = advance(h, A, decay_time, dt * u, B_ptr, N)
-        sum_dt += decay_time
-        t += step
-        u_ptr += step * u_token
-        dt_ptr += step * dt_token
-        B_ptr += step * B_token
-    store_vectors(state_ptr + item * N * E + e, E, h, mask, N)
-    tl.store(sum_dt_ptr + item * E + e, sum_dt, mask=mask)
+    bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
+    u_at = u_ptr + (row * L + t) * E + e
+    dt_at = dt_ptr + (row * L + t) * E + e
+    B_at = B_ptr + (row * L + t) * N
+    starts_at = starts_ptr + b * L
+    state_at = state_ptr + item * N * E + e
+    sum_dt_at = sum_dt_ptr + item * E + e
+    # The direction is compiled in: offsets of the tokens that a turn of the loop takes are then constants.
+    if rev == 1:
+        _add_up_chunk(
+            *(u_at, dt_at, B_at, starts_at, state_at, sum_dt_at, A, bias, t, length, L),
+            *(E, N, BLOCK, UNROLL, 1, SOFTPLUS, HAS_STARTS),
+            mask=mask,
+        )
+    else:
+        _add_up_chunk(
+            *(u_at, dt_at, B_at, starts_at, state_at, sum_dt_at, A, bias, t, length, L),
+            *(E, N, BLOCK, UNROLL, 0, SOFTPLUS, HAS_STARTS),
+            mask=mask,
+        )
 
 
-@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
+@triton.jit(do_not_specialize=SIZES)
 def chunk_carry_kernel(
     state_ptr,
     sum_dt_ptr,
@@ -196,9 +135,9 @@ def chunk_carry_kernel(
     last_ptr,
     S,
     batch,
-    E,
     n_chunks,
     descending,
+    E: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -236,7 +175,56 @@ def chunk_carry_kernel(
     tl.store(last_ptr + row * N * E + j, carry, mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
+@triton.jit
+def _scan_chunk(
+    u_ptr,
+    dt_ptr,
+    B_ptr,
+    C_ptr,
+    z_ptr,
+    starts_ptr,
+    out_ptr,
+    h,
+    A,
+    D,
+    bias,
+    e,
+    t,
+    length,
+    L,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    UNROLL: tl.constexpr,
+    REV: tl.constexpr,
+    ADDS: tl.constexpr,
+    GATES: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    mask,
+):
+    """With ADDS to what is in out; with GATES the sum is final, and gated."""
+    step: tl.constexpr = 1 - 2 * REV
+    for _ in tl.range(length, loop_unroll_factor=UNROLL):
+        u = load(u_ptr + e, mask)
+        dt = step_size(load(dt_ptr + e, mask), bias, SOFTPLUS)
+        decay_time = time_of_decay(dt, starts_ptr, t + REV, L, HAS_STARTS)
+        h = advance(h, A, decay_time, dt * u, B_ptr, N)
+        y = project(h, C_ptr, D * u, N)
+        if ADDS:
+            y += load(out_ptr + e, mask)
+        if GATES:
+            y *= silu(load(z_ptr + e, mask))
+        tl.store(out_ptr + e, y.to(out_ptr.dtype.element_ty), mask=mask)
+        t += step
+        u_ptr += step * E
+        dt_ptr += step * E
+        B_ptr += step * N
+        C_ptr += step * N
+        z_ptr += step * E
+        out_ptr += step * E
+
+
+@triton.jit(do_not_specialize=SIZES)
 def scan_forward_kernel(
     u_ptr,
     dt_ptr,
@@ -249,26 +237,17 @@ def scan_forward_kernel(
     starts_ptr,
     state_ptr,
     out_ptr,
-    P,
     S,
     batch,
     L,
-    E,
     n_chunks,
     chunk_size,
     reverse,
-    u_row,
-    u_token,
-    dt_row,
-    dt_token,
-    B_row,
-    B_token,
-    C_row,
-    C_token,
-    z_row,
-    z_token,
+    P: tl.constexpr,
+    E: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -284,41 +263,37 @@ def scan_forward_kernel(
     chunk, sb = item % n_chunks, item // n_chunks
     b, s = sb % batch, sb // batch
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = e < E
+    mask = None if E % BLOCK == 0 else e < E
     begin = chunk * chunk_size
     length = tl.minimum(L - begin, chunk_size).to(tl.int32)
-    starts_ptr += b * L
-    for d in range(P):
+    starts_at = starts_ptr + b * L
+    for d in tl.static_range(P):
         row = d * S * batch + sb
         rev = (d + s + reverse) % 2
         t = tl.where(rev == 1, begin + length - 1, begin)
-        step = (1 - 2 * rev).to(tl.int32)
         A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
-        bias = tl.load(bias_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        D = tl.load(D_ptr + d * E + e, mask=mask, other=0.0).to(tl.float32) if HAS_D else 0.0
+        bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
+        D = load_parameter(D_ptr, d, e, mask, E, HAS_D)
         h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
-        u_at = u_ptr + row * u_row + t * u_token + e
-        dt_at = dt_ptr + row * dt_row + t * dt_token + e
-        B_at = B_ptr + row * B_row + t * B_token
-        C_at = C_ptr + row * C_row + t * C_token
-        z_at = z_ptr + sb * z_row + t * z_token + e
-        out_at = out_ptr + (sb * L + t) * E + e
-        for _ in range(length):
-            u = tl.load(u_at, mask=mask, other=0.0).to(tl.float32)
-            dt = step_size(tl.load(dt_at, mask=mask, other=0.0), bias, SOFTPLUS)
-            decay_time = time_of_decay(dt, starts_ptr, t + rev, L, HAS_STARTS)
-            h = advance(h, A, decay_time, dt * u, B_at, N)
-            y = project(h, C_at, D * u, N)
-            if d > 0:
-                y += tl.load(out_at, mask=mask, other=0.0).to(tl.float32)
-            if HAS_Z and d == P - 1:
-                y *= silu(tl.load(z_at, mask=mask, other=0.0).to(tl.float32))
-            tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
-            t += step
-            u_at += step * u_token
-            dt_at += step * dt_token
-            B_at += step * B_token
-            C_at += step * C_token
-            z_at += step * z_token
-            out_at += step * E
+        u_at = u_ptr + (row * L + t) * E
+        dt_at = dt_ptr + (row * L + t) * E
+        B_at = B_ptr + (row * L + t) * N
+        C_at = C_ptr + (row * L + t) * N
+        z_at = z_ptr + (sb * L + t) * E
+        out_at = out_ptr + (sb * L + t) * E
+        if rev == 1:
+            _scan_chunk(
+                *(u_at, dt_at, B_at, C_at, z_at, starts_at, out_at, h, A, D, bias, e, t, length, L),
+                *(E, N, UNROLL),
+                *(1, d > 0, HAS_Z and d == P - 1, SOFTPLUS, HAS_STARTS),
+                mask=mask,
+            )
+        else:
+            _scan_chunk(
+                *(u_at, dt_at, B_at, C_at, z_at, starts_at, out_at, h, A, D, bias, e, t, length, L),
+                *(E, N, UNROLL),
+                *(0, d > 0, HAS_Z and d == P - 1, SOFTPLUS, HAS_STARTS),
+                mask=mask,
+            )
+        # Threads may have other channels where they load than where they store.
         tl.debug_barrier()

@@ -9,17 +9,23 @@ import torch
 import triton
 from torch import Tensor
 
+from caduceus.ops.triton import scan_adjoint_kernels as adjoint_kernels
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
 from caduceus.ops.triton import scan_pieces_kernels as pieces_kernels
-from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, device_of
+from caduceus.ops.triton.device import LAUNCH, channel_block, device_of, wide_channel_block
+from caduceus.ops.triton.scan_arithmetic import LOG2E
 
 PIECE = 8
 """Tokens whose states the backward pass holds in registers at once."""
 GROUP = 2
 """States of which the backward pass sums the gradients of B and C over channels in one product."""
-REPLAY_BYTES = 2**28
-"""Bound on the replayed states of the backward pass: a longer scan is taken in segments."""
+WIDE_STATES = 16
+"""States up to which the kernels that hold them in registers take two channels in a thread."""
+UNROLL = 2
+"""Tokens that the other kernels take in a turn of their loops."""
+REPLAY_BYTES = 2**30
+"""Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
 
 
 def launch_forward(
@@ -79,19 +85,23 @@ class ScanKernels:
         self.chunk, self.n_chunks = chunk, triton.cdiv(self.length, chunk)
         self.reverse = int(reverse)
         self.given = (u, dt, A, B, C, D, z, dt_bias)
-        self.u, self.dt = as_rows(u), as_rows(dt)
+        self.u, self.dt = u.contiguous(), dt.contiguous()
         # Every thread reads all of B and C, two numbers to a load.
-        self.B, self.C = (_in_pairs(t.flatten(0, -3).float()) for t in (B, C))
+        self.B, self.C = (_in_pairs(t.float()) for t in (B, C))
         # States in front of channels: neighbouring threads read neighbouring addresses. exp2 wants the factor log2(e).
-        self.A = (A.float() * kernels.LOG2E.value).transpose(-1, -2).contiguous()
+        self.A = (A.float() * LOG2E.value).transpose(-1, -2).contiguous()
         # What is absent is never read; the kernels still want a pointer.
-        self.z = self.u if z is None else as_rows(z)
+        self.z = self.u if z is None else z.contiguous()
         self.D, self.bias = (self.u if t is None else t.contiguous() for t in (D, dt_bias))
         self.starts = self.u if starts is None else starts.contiguous().view(torch.uint8)
         self.block = channel_block(u)
         self.blocks = triton.cdiv(self.E, self.block)
-        self.options = {"N": self.N, "BLOCK": self.block, "SOFTPLUS": softplus, **LAUNCH}
-        self.options |= {"HAS_BIAS": dt_bias is not None, "HAS_STARTS": starts is not None}
+        options = {"E": self.E, "N": self.N, "SOFTPLUS": softplus, **LAUNCH}
+        options |= {"HAS_BIAS": dt_bias is not None, "HAS_STARTS": starts is not None}
+        self.options = {"BLOCK": self.block, **options}
+        wide = wide_channel_block(u) if self.N <= WIDE_STATES else self.block
+        self.wide_options = {"BLOCK": wide, "UNROLL": UNROLL, **options}
+        self.wide_blocks = triton.cdiv(self.E, wide)
         self.tile = {"N": self.N, "BLOCK": triton.next_power_of_2(self.N), "T": PIECE, **LAUNCH}
         self.has_D, self.has_z = D is not None, z is not None
 
@@ -99,7 +109,7 @@ class ScanKernels:
         """The state in which each chunk ends if it begins with zero, and the sum of dt over it."""
         states, sum_dt = self._per_chunk(self.N), self._per_chunk()
         with device_of(self.u):
-            kernels.chunk_state_kernel[(self.rows * self.n_chunks, self.blocks)](
+            kernels.chunk_state_kernel[(self.rows * self.n_chunks, self.wide_blocks)](
                 self.u,
                 self.dt,
                 self.A,
@@ -109,8 +119,7 @@ class ScanKernels:
                 states,
                 sum_dt,
                 *self._sizes(),
-                *_strides(self.u, self.dt, self.B),
-                **self.options,
+                **self.wide_options,
             )
         return states, sum_dt
 
@@ -118,16 +127,15 @@ class ScanKernels:
         """y (S, B, L, E) from the states before every chunk."""
         out = self.u.new_empty(self.S, self.batch, self.length, self.E)
         with device_of(self.u):
-            kernels.scan_forward_kernel[(self.S * self.batch * self.n_chunks, self.blocks)](
+            kernels.scan_forward_kernel[(self.S * self.batch * self.n_chunks, self.wide_blocks)](
                 *self._operands(),
                 states,
                 out,
-                self.P,
                 *self._sizes(),
-                *_strides(self.u, self.dt, self.B, self.C, self.z),
+                P=self.P,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
-                **self.options,
+                **self.wide_options,
             )
         return out
 
@@ -135,7 +143,7 @@ class ScanKernels:
         """Adjoint of each chunk's initial state by the chunk's own outputs."""
         adjoints = self._per_chunk(self.N)
         with device_of(self.u):
-            backward_kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.blocks)](
+            adjoint_kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.wide_blocks)](
                 self.dt,
                 self.A,
                 self.C,
@@ -145,9 +153,8 @@ class ScanKernels:
                 dy.contiguous(),
                 adjoints,
                 *self._sizes(),
-                *_strides(self.dt, self.C, self.z),
                 HAS_Z=self.has_z,
-                **self.options,
+                **self.wide_options,
             )
         return adjoints
 
@@ -184,33 +191,38 @@ class ScanKernels:
         """Writes dz; the states before every PIECE-th token of chunks item … item + count - 1."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
         with device_of(self.u):
-            backward_kernels.scan_replay_kernel[(count, self.blocks)](
+            adjoint_kernels.scan_replay_kernel[(count, self.wide_blocks)](
                 *self._operands(),
                 dy,
                 states,
                 kept,
                 dz,
                 item,
-                self.P,
                 *self._sizes(),
-                *_strides(self.u, self.dt, self.B, self.C, self.z),
+                P=self.P,
                 T=PIECE,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
-                **self.options,
+                **self.wide_options,
             )
         return kept
 
     def _gather(self, item: int, count: int, pieces: Tensor) -> None:
         with device_of(self.u):
             pieces_kernels.gather_pieces_kernel[(self.P * count, self.chunk // PIECE)](
-                self.B, self.C, pieces, item, self.P, *self._sizes_of_pieces(), *_strides(self.B, self.C), **self.tile
+                self.B,
+                self.C,
+                pieces,
+                item,
+                self.P,
+                *self._sizes(),
+                **self.tile,
             )
 
     def _scatter(self, item: int, count: int, dpieces: Tensor, dB: Tensor, dC: Tensor) -> None:
         with device_of(self.u):
             pieces_kernels.scatter_pieces_kernel[(self.P * count, self.chunk // PIECE)](
-                dpieces, dB, dC, self.blocks, item, self.P, *self._sizes_of_pieces(), **self.tile
+                dpieces, dB, dC, self.blocks, item, self.P, *self._sizes(), **self.tile
             )
 
     def _reverse(
@@ -232,9 +244,8 @@ class ScanKernels:
                 pieces,
                 *sums,
                 item,
-                self.P,
                 *self._sizes(),
-                *_strides(self.u, self.dt, self.z),
+                P=self.P,
                 T=PIECE,
                 GROUP=group,
                 LOG_COLUMNS=(2 * PIECE * group).bit_length() - 1,
@@ -263,9 +274,9 @@ class ScanKernels:
                 last,
                 self.S,
                 self.batch,
-                self.E,
                 self.n_chunks,
                 self.reverse ^ int(descending),
+                E=self.E,
                 N=self.N,
                 BLOCK=block,
                 AHEAD=8,
@@ -278,9 +289,6 @@ class ScanKernels:
         return self.u, self.dt, self.A, self.B, self.C, self.D, self.z, self.bias, self.starts
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.S, self.batch, self.length, self.E, self.n_chunks, self.chunk, self.reverse
-
-    def _sizes_of_pieces(self) -> tuple[int, ...]:
         return self.S, self.batch, self.length, self.n_chunks, self.chunk, self.reverse
 
     def _per_chunk(self, *middle: int) -> Tensor:
@@ -288,11 +296,6 @@ class ScanKernels:
 
     def _fp32(self, *shape: int) -> Tensor:
         return self.u.new_empty(*shape, dtype=torch.float32)
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Row and token stride of each."""
-    return [stride for t in tensors for stride in t.stride()[:2]]
 
 
 def _in_pairs(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A piece is T tokens of a chunk in the order in which the scan takes them.
 import triton
 import triton.language as tl
 
-from caduceus.ops.triton.device import SIZES_AND_STRIDES
+from caduceus.ops.triton.device import SIZES
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _piece(local, piece, item0, P, S, batch, L, n_chunks, chunk_size, reverse, T
     return d * S * batch + s * batch + b, t, k < length
 
 
-@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
+@triton.jit(do_not_specialize=("P", *SIZES))
 def gather_pieces_kernel(
     B_ptr,
     C_ptr,
@@ -38,10 +38,6 @@ def gather_pieces_kernel(
     n_chunks,
     chunk_size,
     reverse,
-    B_row,
-    B_token,
-    C_row,
-    C_token,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     T: tl.constexpr,
@@ -55,14 +51,15 @@ def gather_pieces_kernel(
     row, t, valid = _piece(local, piece, item0, P, S, batch, L, n_chunks, chunk_size, reverse, T)
     n = tl.arange(0, BLOCK)
     use = valid[None, :] & (n < N)[:, None]
-    B = tl.load(B_ptr + row * B_row + t[None, :] * B_token + n[:, None], mask=use, other=0.0)
-    C = tl.load(C_ptr + row * C_row + t[None, :] * C_token + n[:, None], mask=use, other=0.0)
+    at = (row * L + t)[None, :] * N + n[:, None]
+    B = tl.load(B_ptr + at, mask=use, other=0.0)
+    C = tl.load(C_ptr + at, mask=use, other=0.0)
     at = pieces_ptr + ((local * (chunk_size // T) + piece) * N + n[:, None]) * 2 * T + tl.arange(0, T)[None, :]
     tl.store(at, B, mask=tl.broadcast_to((n < N)[:, None], [BLOCK, T]))
     tl.store(at + T, C, mask=tl.broadcast_to((n < N)[:, None], [BLOCK, T]))
 
 
-@triton.jit(do_not_specialize=SIZES_AND_STRIDES)
+@triton.jit(do_not_specialize=("P", *SIZES))
 def scatter_pieces_kernel(
     dpieces_ptr,
     dB_ptr,

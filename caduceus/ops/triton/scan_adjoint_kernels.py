@@ -1,0 +1,303 @@
+"""Kernels of the selective scan's backward pass, in the terms of scan_kernels.py:
+
+chunk_adjoint   each chunk with a zero end adjoint: the adjoint of its initial state
+chunk_carry     the same recurrence over chunks, in the opposite order
+scan_replay     each chunk forward again: dz, and every T-th state
+gather_pieces   B and C as scan_backward takes them
+scan_backward   each chunk with its true states and adjoint: the other gradients
+scatter_pieces  dB and dC to where they belong
+"""
+
+import triton
+import triton.language as tl
+
+from caduceus.ops.triton.device import SIZES
+from caduceus.ops.triton.scan_arithmetic import (
+    LOG2E,
+    advance,
+    load,
+    load_floats,
+    load_parameter,
+    load_vectors,
+    project,
+    silu,
+    step_size,
+    store_vectors,
+    time_of_decay,
+    zeros,
+)
+
+
+@triton.jit
+def _trace_chunk_back(
+    dt_ptr,
+    C_ptr,
+    z_ptr,
+    starts_ptr,
+    dout_ptr,
+    adjoint_ptr,
+    A,
+    bias,
+    t,
+    length,
+    L,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    REV: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    mask,
+):
+    """Against the scan's direction: from the last step taken, at t, to the first."""
+    step: tl.constexpr = 2 * REV - 1
+    adjoint = zeros(N, BLOCK)
+    for _ in tl.range(length, loop_unroll_factor=UNROLL):
+        dt = step_size(load(dt_ptr, mask), bias, SOFTPLUS)
+        decay_time = time_of_decay(dt, starts_ptr, t + REV, L, HAS_STARTS)
+        dy = load(dout_ptr, mask)
+        if HAS_Z:
+            dy *= silu(load(z_ptr, mask))
+        C = load_floats(C_ptr, N)
+        earlier = ()
+        for n in tl.static_range(N):
+            earlier = earlier + (tl.exp2(decay_time * A[n]) * (adjoint[n] + dy * C[n]),)
+        adjoint = earlier
+        t += step
+        dt_ptr += step * E
+        C_ptr += step * N
+        z_ptr += step * E
+        dout_ptr += step * E
+    store_vectors(adjoint_ptr, E, adjoint, mask, N)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def chunk_adjoint_kernel(
+    dt_ptr,
+    A_ptr,
+    C_ptr,
+    z_ptr,
+    bias_ptr,
+    starts_ptr,
+    dout_ptr,
+    adjoint_ptr,
+    S,
+    batch,
+    L,
+    n_chunks,
+    chunk_size,
+    reverse,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """Adjoint (rows, chunks, N, E) of each chunk's initial state, from the chunk's own outputs alone."""
+    item = tl.program_id(0).to(tl.int64)
+    chunk, row = item % n_chunks, item // n_chunks
+    b, s, d = row % batch, row // batch % S, row // batch // S
+    sb = s * batch + b
+    rev = (d + s + reverse) % 2
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = None if E % BLOCK == 0 else e < E
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
+    t = tl.where(rev == 1, begin, begin + length - 1)
+
+    A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
+    bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
+    dt_at = dt_ptr + (row * L + t) * E + e
+    C_at = C_ptr + (row * L + t) * N
+    z_at = z_ptr + (sb * L + t) * E + e
+    dout_at = dout_ptr + (sb * L + t) * E + e
+    starts_at = starts_ptr + b * L
+    adjoint_at = adjoint_ptr + item * N * E + e
+    if rev == 1:
+        _trace_chunk_back(
+            *(dt_at, C_at, z_at, starts_at, dout_at, adjoint_at, A, bias, t, length, L),
+            *(E, N, BLOCK, UNROLL, 1, SOFTPLUS, HAS_Z, HAS_STARTS),
+            mask=mask,
+        )
+    else:
+        _trace_chunk_back(
+            *(dt_at, C_at, z_at, starts_at, dout_at, adjoint_at, A, bias, t, length, L),
+            *(E, N, BLOCK, UNROLL, 0, SOFTPLUS, HAS_Z, HAS_STARTS),
+            mask=mask,
+        )
+
+
+@triton.jit
+def _replay_chunk(
+    u_ptr,
+    dt_ptr,
+    B_ptr,
+    C_ptr,
+    z_ptr,
+    starts_ptr,
+    dout_ptr,
+    kept_ptr,
+    dz_ptr,
+    at,
+    out_at,
+    h,
+    A,
+    D,
+    bias,
+    e,
+    t,
+    length,
+    L,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    T: tl.constexpr,
+    UNROLL: tl.constexpr,
+    REV: tl.constexpr,
+    ADDS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    mask,
+):
+    """With ADDS to what is in dz."""
+    step: tl.constexpr = 1 - 2 * REV
+    for k0 in range(0, length, T):
+        store_vectors(kept_ptr + e, E, h, mask, N)
+        kept_ptr += N * E
+        for _ in tl.range(tl.minimum(length - k0, T), loop_unroll_factor=UNROLL):
+            u = load(u_ptr + at + e, mask)
+            dt = step_size(load(dt_ptr + at + e, mask), bias, SOFTPLUS)
+            decay_time = time_of_decay(dt, starts_ptr, t + REV, L, HAS_STARTS)
+            h = advance(h, A, decay_time, dt * u, B_ptr, N)
+            if HAS_Z:
+                y = project(h, C_ptr, D * u, N)
+                z = load(z_ptr + out_at + e, mask)
+                gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+                dz = load(dout_ptr + out_at + e, mask) * y * gate * (1.0 + z * (1.0 - gate))
+                if ADDS:
+                    dz += load(dz_ptr + out_at + e, mask)
+                tl.store(dz_ptr + out_at + e, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+            t += step
+            at += step * E
+            out_at += step * E
+            B_ptr += step * N
+            C_ptr += step * N
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scan_replay_kernel(
+    u_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    starts_ptr,
+    dout_ptr,
+    state_ptr,
+    kept_ptr,
+    dz_ptr,
+    item0,
+    S,
+    batch,
+    L,
+    n_chunks,
+    chunk_size,
+    reverse,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """Forward again, from item0 on: dz, and kept (P, items, chunk_size / T, N, E), the states before T-th tokens."""
+    local = tl.program_id(0).to(tl.int64)
+    n_items = tl.num_programs(0)
+    item = item0 + local
+    chunk, sb = item % n_chunks, item // n_chunks
+    b, s = sb % batch, sb // batch
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = None if E % BLOCK == 0 else e < E
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
+    starts_at = starts_ptr + b * L
+    for d in tl.static_range(P):
+        row = d * S * batch + sb
+        rev = (d + s + reverse) % 2
+        t = tl.where(rev == 1, begin + length - 1, begin)
+        A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
+        bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
+        D = load_parameter(D_ptr, d, e, mask, E, HAS_D)
+        h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
+        kept_at = kept_ptr + (d * n_items + local) * (chunk_size // T) * N * E
+        at = (row * L + t) * E
+        out_at = (sb * L + t) * E
+        B_at = B_ptr + (row * L + t) * N
+        C_at = C_ptr + (row * L + t) * N
+        if rev == 1:
+            _replay_chunk(
+                *(
+                    u_ptr,
+                    dt_ptr,
+                    B_at,
+                    C_at,
+                    z_ptr,
+                    starts_at,
+                    dout_ptr,
+                    kept_at,
+                    dz_ptr,
+                    at,
+                    out_at,
+                    h,
+                    A,
+                    D,
+                    bias,
+                    e,
+                    t,
+                    length,
+                ),
+                *(L, E, N, T, UNROLL, 1, d > 0),
+                *(SOFTPLUS, HAS_Z, HAS_STARTS),
+                mask=mask,
+            )
+        else:
+            _replay_chunk(
+                *(
+                    u_ptr,
+                    dt_ptr,
+                    B_at,
+                    C_at,
+                    z_ptr,
+                    starts_at,
+                    dout_ptr,
+                    kept_at,
+                    dz_ptr,
+                    at,
+                    out_at,
+                    h,
+                    A,
+                    D,
+                    bias,
+                    e,
+                    t,
+                    length,
+                ),
+                *(L, E, N, T, UNROLL, 0, d > 0),
+                *(SOFTPLUS, HAS_Z, HAS_STARTS),
+                mask=mask,
+            )
+        # Threads may have other channels where they load than where they store.
+        tl.debug_barrier()
