@@ -54,22 +54,23 @@ def _trace_chunk_back(
     """Against the scan's direction: from the last step taken, at t, to the first."""
     step: tl.constexpr = 2 * REV - 1
     adjoint = zeros(N, BLOCK)
-    for _ in tl.range(length, loop_unroll_factor=UNROLL):
-        dt = step_size(load(dt_ptr, mask), bias, SOFTPLUS)
-        decay_time = time_of_decay(dt, starts_ptr, t + REV, L, HAS_STARTS)
-        dy = load(dout_ptr, mask)
-        if HAS_Z:
-            dy *= silu(load(z_ptr, mask))
-        C = load_floats(C_ptr, N)
-        earlier = ()
-        for n in tl.static_range(N):
-            earlier = earlier + (tl.exp2(decay_time * A[n]) * (adjoint[n] + dy * C[n]),)
-        adjoint = earlier
-        t += step
-        dt_ptr += step * E
-        C_ptr += step * N
-        z_ptr += step * E
-        dout_ptr += step * E
+    for _ in range(0, length, UNROLL):
+        for i in tl.static_range(UNROLL):
+            dt = step_size(load(dt_ptr + i * step * E, mask), bias, SOFTPLUS)
+            decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
+            dy = load(dout_ptr + i * step * E, mask)
+            if HAS_Z:
+                dy *= silu(load(z_ptr + i * step * E, mask))
+            C = load_floats(C_ptr + i * step * N, N)
+            earlier = ()
+            for n in tl.static_range(N):
+                earlier = earlier + (tl.exp2(decay_time * A[n]) * (adjoint[n] + dy * C[n]),)
+            adjoint = earlier
+        t += UNROLL * step
+        dt_ptr += UNROLL * step * E
+        C_ptr += UNROLL * step * N
+        z_ptr += UNROLL * step * E
+        dout_ptr += UNROLL * step * E
     store_vectors(adjoint_ptr, E, adjoint, mask, N)
 
 
@@ -169,24 +170,27 @@ def _replay_chunk(
     for k0 in range(0, length, T):
         store_vectors(kept_ptr + e, E, h, mask, N)
         kept_ptr += N * E
-        for _ in tl.range(tl.minimum(length - k0, T), loop_unroll_factor=UNROLL):
-            u = load(u_ptr + at + e, mask)
-            dt = step_size(load(dt_ptr + at + e, mask), bias, SOFTPLUS)
-            decay_time = time_of_decay(dt, starts_ptr, t + REV, L, HAS_STARTS)
-            h = advance(h, A, decay_time, dt * u, B_ptr, N)
-            if HAS_Z:
-                y = project(h, C_ptr, D * u, N)
-                z = load(z_ptr + out_at + e, mask)
-                gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
-                dz = load(dout_ptr + out_at + e, mask) * y * gate * (1.0 + z * (1.0 - gate))
-                if ADDS:
-                    dz += load(dz_ptr + out_at + e, mask)
-                tl.store(dz_ptr + out_at + e, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-            t += step
-            at += step * E
-            out_at += step * E
-            B_ptr += step * N
-            C_ptr += step * N
+        for _ in range(0, tl.minimum(length - k0, T), UNROLL):
+            for i in tl.static_range(UNROLL):
+                u = load(u_ptr + (at + i * step * E) + e, mask)
+                dt = step_size(load(dt_ptr + (at + i * step * E) + e, mask), bias, SOFTPLUS)
+                decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
+                h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
+                if HAS_Z:
+                    y = project(h, C_ptr + i * step * N, D * u, N)
+                    z = load(z_ptr + (out_at + i * step * E) + e, mask)
+                    dout = load(dout_ptr + (out_at + i * step * E) + e, mask)
+                    gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+                    dz = dout * y * gate * (1.0 + z * (1.0 - gate))
+                    dz_at = dz_ptr + (out_at + i * step * E) + e
+                    if ADDS:
+                        dz += load(dz_at, mask)
+                    tl.store(dz_at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+            t += UNROLL * step
+            at += UNROLL * step * E
+            out_at += UNROLL * step * E
+            B_ptr += UNROLL * step * N
+            C_ptr += UNROLL * step * N
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -39,29 +39,14 @@ def _sum_over_channels(columns, LOG_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _load_all(ptr, stride: tl.constexpr, e, mask, T: tl.constexpr):
+def _load_tokens(ptr, stride: tl.constexpr, count, e, mask, E: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr):
+    """T tokens of channels e, of which there are `count`, all where pieces are WHOLE; zero for the others."""
     tokens = ()
     for i in tl.static_range(T):
-        tokens = tokens + (load(ptr + i * stride + e, mask),)
-    return tokens
-
-
-@triton.jit
-def _load_first(ptr, stride: tl.constexpr, count, e, E: tl.constexpr, T: tl.constexpr):
-    tokens = ()
-    for i in tl.static_range(T):
-        tokens = tokens + (load(ptr + i * stride + e, e < tl.where(i < count, E, 0)),)
-    return tokens
-
-
-@triton.jit
-def _load_tokens(ptr, stride: tl.constexpr, count, e, mask, E: tl.constexpr, T: tl.constexpr):
-    """T tokens of channels e, of which there are `count`; zero for the others."""
-    # All but the last of a sequence are whole, and masks cost instructions and registers.
-    if count >= T:  # noqa: SIM108 (Triton has no conditional expressions of tuples)
-        tokens = _load_all(ptr, stride, e, mask, T)
-    else:
-        tokens = _load_first(ptr, stride, count, e, E, T)
+        if WHOLE:
+            tokens = tokens + (load(ptr + i * stride + e, mask),)
+        else:
+            tokens = tokens + (load(ptr + i * stride + e, e < tl.where(i < count, E, 0)),)
     return tokens
 
 
@@ -74,12 +59,13 @@ def _gated(values, gates, T: tl.constexpr):
 
 
 @triton.jit
-def _store_tokens(ptr, stride: tl.constexpr, tokens, count, e, mask, E: tl.constexpr, T: tl.constexpr):
-    if count >= T:
-        for i in tl.static_range(T):
+def _store_tokens(
+    ptr, stride: tl.constexpr, tokens, count, e, mask, E: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr
+):
+    for i in tl.static_range(T):
+        if WHOLE:
             tl.store(ptr + i * stride + e, tokens[i].to(ptr.dtype.element_ty), mask=mask)
-    else:
-        for i in tl.static_range(T):
+        else:
             use = e < tl.where(i < count, E, 0)
             tl.store(ptr + i * stride + e, tokens[i].to(ptr.dtype.element_ty), mask=use)
 
@@ -114,6 +100,7 @@ def _chunk_gradients(
     GROUP: tl.constexpr,
     LOG_COLUMNS: tl.constexpr,
     REV: tl.constexpr,
+    WHOLE: tl.constexpr,
     IN_FP32: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -132,18 +119,18 @@ def _chunk_gradients(
         k0 = (n_pieces - 1 - piece) * T
         # Tokens past the end have u = dt = dy = 0, and so change nothing.
         count = length - k0
-        dys = _load_tokens(dout_ptr + out_offset, step * E, count, e, mask, E, T)
+        dys = _load_tokens(dout_ptr + out_offset, step * E, count, e, mask, E, T, WHOLE)
         if HAS_Z:
-            dys = _gated(dys, _load_tokens(z_ptr + out_offset, step * E, count, e, mask, E, T), T)
+            dys = _gated(dys, _load_tokens(z_ptr + out_offset, step * E, count, e, mask, E, T, WHOLE), T)
         decay_times = ()
         dtus = ()
-        us = _load_tokens(u_ptr + row_offset, step * E, count, e, mask, E, T)
-        xs = _load_tokens(dt_ptr + row_offset, step * E, count, e, mask, E, T)
+        us = _load_tokens(u_ptr + row_offset, step * E, count, e, mask, E, T, WHOLE)
+        xs = _load_tokens(dt_ptr + row_offset, step * E, count, e, mask, E, T, WHOLE)
         for i in tl.static_range(T):
             dt = step_size(xs[i], bias, SOFTPLUS)
             position = first + tl.minimum(k0 + i, length - 1) * step + REV
             decay_time = time_of_decay(dt, starts_ptr, position, L, HAS_STARTS)
-            decay_times = decay_times + (tl.where(i < count, decay_time, 0.0),)
+            decay_times = decay_times + (decay_time if WHOLE else tl.where(i < count, decay_time, 0.0),)
             dtus = dtus + (dt * us[i],)
         ddtus = zeros(T, BLOCK)  # gradient of dt u: sum over states of adjoint · B
         dlogs = zeros(T, BLOCK)  # gradient of dt through the decay: sum of adjoint · exp(dt A) h · A
@@ -195,8 +182,8 @@ def _chunk_gradients(
             sums_n += GROUP * 2 * T
         dus = ()
         ddts = ()
-        us = _load_tokens(u_ptr + row_offset, step * E, count, e, mask, E, T)
-        xs = _load_tokens(dt_ptr + row_offset, step * E, count, e, mask, E, T)
+        us = _load_tokens(u_ptr + row_offset, step * E, count, e, mask, E, T, WHOLE)
+        xs = _load_tokens(dt_ptr + row_offset, step * E, count, e, mask, E, T, WHOLE)
         for i in tl.static_range(T):
             x = xs[i] + bias
             ddt = ddtus[i] * us[i] + dlogs[i] * (1 / LOG2E)
@@ -205,12 +192,12 @@ def _chunk_gradients(
                 dt = step_size(x, 0.0, SOFTPLUS)
             if SOFTPLUS:
                 ddt *= 1.0 / (1.0 + tl.exp2(x * -LOG2E))
-            sum_dbias += tl.where(i < count, ddt, 0.0)
+            sum_dbias += ddt if WHOLE else tl.where(i < count, ddt, 0.0)
             sum_dD += dys[i] * us[i]
             dus = dus + (ddtus[i] * dt + D * dys[i],)
             ddts = ddts + (ddt,)
-        _store_tokens(du_ptr + row_offset, step * E, dus, count, e, mask, E, T)
-        _store_tokens(ddt_ptr + row_offset, step * E, ddts, count, e, mask, E, T)
+        _store_tokens(du_ptr + row_offset, step * E, dus, count, e, mask, E, T, WHOLE)
+        _store_tokens(ddt_ptr + row_offset, step * E, ddts, count, e, mask, E, T, WHOLE)
         row_offset -= T * step * E
         out_offset -= T * step * E
     return sum_dD, sum_dbias
@@ -249,6 +236,7 @@ def scan_backward_kernel(
     T: tl.constexpr,
     GROUP: tl.constexpr,
     LOG_COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr,
     IN_FP32: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
@@ -259,8 +247,9 @@ def scan_backward_kernel(
     """All gradients but dz, of the items from item0 on; a program takes one chunk of one row.
 
     The chunk is taken in pieces of T tokens from the end, one state after the other: the T states that follow from a
-    kept one fit in registers. `adjoint` holds the running adjoint, and the sums go to dA (P, items, N, E), dD and
-    dbias (P, items, E), and dpieces (channel blocks, P, items, chunk_size / T, N, 2 T), those of GROUP states at once.
+    kept one fit in registers. All pieces are WHOLE where T divides the length. `adjoint` holds the running adjoint, and
+    the sums go to dA (P, items, N, E), dD and dbias (P, items, E), and dpieces (channel blocks, P, items,
+    chunk_size / T, N, 2 T), those of GROUP states at once.
     """
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0) // P
@@ -307,7 +296,7 @@ def scan_backward_kernel(
                 T,
                 GROUP,
             ),
-            *(LOG_COLUMNS, 1, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS),
+            *(LOG_COLUMNS, 1, WHOLE, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS),
             mask=mask,
         )
     else:
@@ -329,7 +318,7 @@ def scan_backward_kernel(
                 T,
                 GROUP,
             ),
-            *(LOG_COLUMNS, 0, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS),
+            *(LOG_COLUMNS, 0, WHOLE, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS),
             mask=mask,
         )
     tl.store(dD_ptr + local * E + e, dD, mask=mask)

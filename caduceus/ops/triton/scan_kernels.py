@@ -54,16 +54,17 @@ def _add_up_chunk(
     step: tl.constexpr = 1 - 2 * REV
     h = zeros(N, BLOCK)
     sum_dt = tl.zeros([BLOCK], tl.float32)
-    for _ in tl.range(length, loop_unroll_factor=UNROLL):
-        u = load(u_ptr, mask)
-        dt = step_size(load(dt_ptr, mask), bias, SOFTPLUS)
-        decay_time = time_of_decay(dt, starts_ptr, t + REV, L, HAS_STARTS)
-        h = advance(h, A, decay_time, dt * u, B_ptr, N)
-        sum_dt += decay_time
-        t += step
-        u_ptr += step * E
-        dt_ptr += step * E
-        B_ptr += step * N
+    for _ in range(0, length, UNROLL):
+        for i in tl.static_range(UNROLL):
+            u = load(u_ptr + i * step * E, mask)
+            dt = step_size(load(dt_ptr + i * step * E, mask), bias, SOFTPLUS)
+            decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
+            h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
+            sum_dt += decay_time
+        t += UNROLL * step
+        u_ptr += UNROLL * step * E
+        dt_ptr += UNROLL * step * E
+        B_ptr += UNROLL * step * N
     store_vectors(state_ptr, E, h, mask, N)
     tl.store(sum_dt_ptr, sum_dt, mask=mask)
 
@@ -204,24 +205,26 @@ def _scan_chunk(
 ):
     """With ADDS to what is in out; with GATES the sum is final, and gated."""
     step: tl.constexpr = 1 - 2 * REV
-    for _ in tl.range(length, loop_unroll_factor=UNROLL):
-        u = load(u_ptr + e, mask)
-        dt = step_size(load(dt_ptr + e, mask), bias, SOFTPLUS)
-        decay_time = time_of_decay(dt, starts_ptr, t + REV, L, HAS_STARTS)
-        h = advance(h, A, decay_time, dt * u, B_ptr, N)
-        y = project(h, C_ptr, D * u, N)
-        if ADDS:
-            y += load(out_ptr + e, mask)
-        if GATES:
-            y *= silu(load(z_ptr + e, mask))
-        tl.store(out_ptr + e, y.to(out_ptr.dtype.element_ty), mask=mask)
-        t += step
-        u_ptr += step * E
-        dt_ptr += step * E
-        B_ptr += step * N
-        C_ptr += step * N
-        z_ptr += step * E
-        out_ptr += step * E
+    for _ in range(0, length, UNROLL):
+        for i in tl.static_range(UNROLL):
+            at = i * step * E + e
+            u = load(u_ptr + at, mask)
+            dt = step_size(load(dt_ptr + at, mask), bias, SOFTPLUS)
+            decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
+            h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
+            y = project(h, C_ptr + i * step * N, D * u, N)
+            if ADDS:
+                y += load(out_ptr + at, mask)
+            if GATES:
+                y *= silu(load(z_ptr + at, mask))
+            tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+        t += UNROLL * step
+        u_ptr += UNROLL * step * E
+        dt_ptr += UNROLL * step * E
+        B_ptr += UNROLL * step * N
+        C_ptr += UNROLL * step * N
+        z_ptr += UNROLL * step * E
+        out_ptr += UNROLL * step * E
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -23,7 +23,7 @@ GROUP = 2
 WIDE_STATES = 16
 """States up to which the kernels that hold them in registers take two channels in a thread."""
 UNROLL = 2
-"""Tokens that the other kernels take in a turn of their loops."""
+"""Tokens that the other kernels take in a turn of their loops, where it divides the length."""
 REPLAY_BYTES = 2**30
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
 
@@ -100,7 +100,7 @@ class ScanKernels:
         options |= {"HAS_BIAS": dt_bias is not None, "HAS_STARTS": starts is not None}
         self.options = {"BLOCK": self.block, **options}
         wide = wide_channel_block(u) if self.N <= WIDE_STATES else self.block
-        self.wide_options = {"BLOCK": wide, "UNROLL": UNROLL, **options}
+        self.wide_options = {"BLOCK": wide, "UNROLL": math.gcd(self.length, UNROLL), **options}
         self.wide_blocks = triton.cdiv(self.E, wide)
         self.tile = {"N": self.N, "BLOCK": triton.next_power_of_2(self.N), "T": PIECE, **LAUNCH}
         self.has_D, self.has_z = D is not None, z is not None
@@ -249,6 +249,7 @@ class ScanKernels:
                 T=PIECE,
                 GROUP=group,
                 LOG_COLUMNS=(2 * PIECE * group).bit_length() - 1,
+                WHOLE=self.length % PIECE == 0,
                 IN_FP32=self.u.dtype == torch.float32,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
