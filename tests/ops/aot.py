@@ -141,15 +141,14 @@ def train_packed(config: CaduceusConfig, length: int, element: str) -> None:
 
 
 def resources(compiled) -> dict:
-    """Registers, and bytes of stack, which is where registers are spilled to, and of shared memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [BINARIES / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    """Registers, bytes of stack and instructions that reach it, which is where registers are spilled to, and bytes of
+    shared memory."""
+    text = _dumped(compiled, "--dump-resource-usage", "-sass")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     return {
         "registers": int(registers),
         "stack": int(stack),
+        "local": sum(name.split(".")[0] in ("LDL", "STL") for _, name, _ in _instructions(text)),
         "shared": compiled.metadata.shared,
         "fused": compiled.metadata.enable_fp_fusion,
         "atomics": "atomic" in compiled.asm["ttir"],
@@ -159,10 +158,17 @@ def resources(compiled) -> dict:
 
 def disassembled(compiled) -> list[tuple[int, str, str]]:
     """The machine code: address, operation with its modifiers, operands."""
+    return _instructions(_dumped(compiled, "-sass"))
+
+
+def _dumped(compiled, *what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [BINARIES / "cuobjdump", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [BINARIES / "cuobjdump", *what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(text: str) -> list[tuple[int, str, str]]:
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9.]+)([^;]*);", text, re.MULTILINE)
     return [(int(address, 16), name, operands) for address, name, operands in lines]
 

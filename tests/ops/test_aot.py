@@ -58,7 +58,7 @@ def compiled(capabilities: tuple[int, ...], element: str, launches: str, kernels
 
 def check(kernels: list[dict], registers: dict[str, int]) -> None:
     for found in kernels:
-        assert found["stack"] == 0, f"spills: {found}"
+        assert found["stack"] == found["local"] == 0, f"spills: {found}"
         assert found["shared"] <= SHARED, found
         assert found["registers"] <= registers.get(found["kernel"], 255), found
         assert not found["narrow_products"], f"has an offset that wraps at 2^31: {found}"
