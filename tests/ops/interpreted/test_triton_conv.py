@@ -28,7 +28,7 @@ def define(operands: dict[str, Tensor | None], starts: Tensor | None, activation
     runs = []
     for d in range(P):
         for s in range(S):
-            backwards, rows = d != s, []
+            backwards, rows = (d + s) % 2 == 1, []
             for b in range(batch):
                 borders = [0, L] if starts is None else sorted({0, L, *starts[b].nonzero().flatten().tolist()})
                 pieces = []
@@ -76,6 +76,7 @@ def test_both_directions_and_streams_with_a_halo():
         (1, 1, 1, 1, 1, 1, False),  # a single everything
         (2, 1, 2, 33, 5, 4, True),  # one token over two tiles and over a chunk
         (2, 2, 1, 2, 129, 4, True),  # shorter than the filter, one channel over a block
+        (2, 3, 1, 5, 3, 4, True),  # more streams than strands
         (1, 2, 1, 32, 3, 3, False),  # exactly two tiles and a chunk; stream 1 of a uni-directional model
     ],
 )

@@ -34,7 +34,7 @@ def test_two_streams_are_summed_before_the_softmax():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("streams", "tokens", "D", "labelled"), [(1, 1, 1, 1.0), (2, 33, 65, 0.2), (1, 70, 64, 1.0)])
+@pytest.mark.parametrize(("streams", "tokens", "D", "labelled"), [(1, 1, 1, 1.0), (3, 33, 65, 0.2), (1, 70, 64, 1.0)])
 def test_sizes(streams, tokens, D, labelled, weighted):
     compare(streams, tokens, D, weighted, labelled)
 
