@@ -7,6 +7,7 @@ from torch import Tensor
 from caduceus.ops import naive
 from caduceus.ops.triton import bidirectional_conv1d
 from caduceus.ops.triton import conv as triton_conv
+from tests.ops.sparse import far_apart
 
 # fp32 keeps 24 bits; sums have K terms in the output and L in the weight's gradient, all of order 1.
 FP32 = 1e-5
@@ -110,6 +111,20 @@ def results(operands: dict[str, Tensor | None], reverse: bool = False) -> list[T
     leaves = {n: None if t is None else t.float().requires_grad_() for n, t in operands.items()}
     y = bidirectional_conv1d(**leaves, reverse=reverse)
     return [y, *torch.autograd.grad(y.sin().sum(), [t for t in leaves.values() if t is not None])]
+
+
+@pytest.mark.slow
+def test_offsets_past_2_to_the_31(tmp_path, device):
+    if device.type != "cpu":
+        pytest.skip("a GPU has no sparse memory; benchmarks/gpu_correctness.py has the tensors for it")
+    operands = {n: t.bfloat16() for n, t in make_operands(2, 1, 2, 7, 3, 4, halo=True).items()}
+    found = []
+    for x in (operands["x"], far_apart(operands["x"], tmp_path / "x")):
+        leaves = {n: t.requires_grad_() for n, t in (operands | {"x": x}).items()}
+        y = bidirectional_conv1d(**leaves)
+        found.append([y, *torch.autograd.grad(y.float().sin().sum(), list(leaves.values()))])
+    for near, far in zip(*found, strict=True):
+        assert torch.equal(near, far)
 
 
 @pytest.mark.slow

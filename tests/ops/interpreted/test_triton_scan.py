@@ -1,7 +1,5 @@
 import itertools
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +8,7 @@ from caduceus import ops
 from caduceus.ops import naive
 from caduceus.ops.triton import scan as triton_scan
 from caduceus.ops.triton import scan_launches
+from tests.ops.sparse import far_apart
 
 # fp32 keeps 24 bits. Values here are of order 1 and sums have at most some hundred terms, so that rounding stays well
 # below 1e-5 of the largest value; a wrong term is of order 1.
@@ -232,14 +231,6 @@ def test_numbers_that_are_loaded_in_pairs_lie_at_even_places():
     for name, tensor in (("B", scan.B), ("C", scan.C)):
         assert tensor.data_ptr() % 8 == 0
         assert torch.equal(tensor.flatten(), o[name].flatten())
-
-
-def far_apart(tensor: Tensor, path: Path) -> Tensor:
-    """The same values with over 2^31 elements between the batch's two rows, in a sparse file that takes no room."""
-    stride = 2**31 + 64
-    memory = np.memmap(path, np.int16, "w+", shape=(stride + tensor[..., 0, :, :].numel(),))
-    strides = (0, 0, stride, tensor.shape[-1], 1)[-tensor.ndim :]
-    return torch.from_numpy(memory).view(torch.bfloat16).as_strided(tensor.shape, strides).copy_(tensor)
 
 
 @pytest.mark.slow
