@@ -138,7 +138,7 @@ def check_same_bits(device: str) -> int:
     # Few states are where the backward kernel's turns over them come closest to one another.
     small = device == "cpu"
     channels, states, length = (5, (1, 2), 12) if small else (512, (1, 2, 16), 131_072)
-    width, layers = (8, 2) if small else (256, 16)
+    width, layers = (8, 1) if small else (256, 16)
     runs: dict[str, Callable[[], Callable[[], list[Tensor]]]] = {}
     for count in states:
         name = f"scan, {length} x {channels}, {count} state{'s' * (count > 1)}"

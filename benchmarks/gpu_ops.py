@@ -48,7 +48,7 @@ def scan_cases(small: bool) -> Iterator[Case]:
     def define(softplus=True, reverse=False, **o):
         return scan_by_runs(naive.selective_scan, *scan_operands(o), softplus, reverse, o.get("state"))
 
-    length, channels, batch = (19, 3, 1) if small else (333, 200, 2)
+    length, channels, batch = (11, 3, 1) if small else (333, 200, 2)
     half = length // 2
     everything = scan_inputs(2, 2, batch, length, channels, 2 if small else 16)
     yield Case(f"scan, {length} x {channels}", everything, run, define)

@@ -1,6 +1,6 @@
 """Direction-aware selective scan and causal convolution, each with interchangeable backends.
 
-Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams (strands: 1 or 2). Direction d
+Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams, such as strands. Direction d
 runs left-to-right (0) or right-to-left (1); direction is an argument, never a flipped copy.
 
 Operands of another shape, type or device than stated are a `ValueError` or `TypeError`. All backends but `naive` give
@@ -210,9 +210,9 @@ def bidirectional_conv1d(
     """Causal convolution with silu of every stream in both directions.
 
     x (S, B, L, E), weight (P, E, K), bias (P, E): one filter per parameter direction d, P = 2 (1 for a uni-directional
-    model). Stream s runs parameter direction d right-to-left where d != s: stream 1, the other strand, has the
-    directions exchanged. Returns (P, S, B, L, E). With a `context` the sequence goes on over its ranks. `starts` (B, L)
-    bool marks the first positions of packed sequences: no tap crosses one.
+    model). Stream s runs parameter direction d right-to-left where d + s is odd: odd streams, as the other strand is,
+    have the directions exchanged. Returns (P, S, B, L, E). With a `context` the sequence goes on over its ranks.
+    `starts` (B, L) bool marks the first positions of packed sequences: no tap crosses one.
     """
     check_conv(x, weight, bias, starts, parameters="P", streams="S")
     module = _module(backend, x)
@@ -248,8 +248,8 @@ def bidirectional_scan(
 
     u, dt (P, S, B, L, E) and B, C (P, S, B, L, N), axis 0 the parameter direction d, P = 2 (1 for a uni-directional
     model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where
-    d != s: stream 1, the other strand, has the directions exchanged. Returns (S, B, L, E). With a `context` the
-    sequence goes on over its ranks.
+    d + s is odd: odd streams, as the other strand is, have the directions exchanged. Returns (S, B, L, E). With a
+    `context` the sequence goes on over its ranks.
     `starts` (B, L) bool marks the first positions of packed sequences: no state crosses one, in either direction.
     """
     check_scan(u, dt, A, B, C, D, z, dt_bias, None, starts, parameters="P", streams="S")

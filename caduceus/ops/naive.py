@@ -1,6 +1,6 @@
 """The definition of the ops, in plain PyTorch. Every fast path is tested against this file, in forward and gradient.
 
-Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams (strands: 1 or 2).
+Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams.
 """
 
 from collections.abc import Callable

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-MOST_RUNS = 2
-"""Directions, and streams: one that goes right-to-left beside one that goes left-to-right."""
+MOST_DIRECTIONS = 2
+"""One that goes right-to-left beside one that goes left-to-right."""
 
 Operand = tuple[str, Tensor | None, str]
 """Name, tensor, and the axes that it is to have, a letter each."""
@@ -89,9 +89,8 @@ def _sizes(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
     if tensor.ndim != len(axes):
         raise ValueError(f"{name}: expected axes ({', '.join(axes)}), got shape {tuple(tensor.shape)}")
     sizes = dict(zip(axes, tensor.shape, strict=True))
-    for axis in "PS":
-        if sizes.get(axis, 1) > MOST_RUNS:
-            raise ValueError(f"{name}: axis {axis} has at most {MOST_RUNS} entries, got {sizes[axis]}")
+    if sizes.get("P", 1) > MOST_DIRECTIONS:
+        raise ValueError(f"{name}: axis P has at most {MOST_DIRECTIONS} entries, got {sizes['P']}")
     return sizes
 
 

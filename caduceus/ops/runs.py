@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def runs_backwards(direction: int, stream: int, reverse: bool = False) -> bool:
-    """Whether a run goes right-to-left: stream 1, the other strand, has the directions exchanged."""
-    return (direction != stream) != reverse
+    """Whether a run goes right-to-left: odd streams, as the other strand is, have the directions exchanged."""
+    return ((direction + stream) % 2 == 1) != reverse
 
 
 def scan_by_runs(

@@ -28,6 +28,7 @@ from caduceus.config import CaduceusConfig
 from caduceus.model.caduceus import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
 from caduceus.ops.triton import conv, cross_entropy, device, norm, scan, scan_launches
+from tests.ops.offsets import narrow_products
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -140,15 +141,14 @@ def train_packed(config: CaduceusConfig, length: int, element: str) -> None:
 
 
 def resources(compiled) -> dict:
-    """Registers, and bytes of stack, which is where registers are spilled to, and of shared memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [BINARIES / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    """Registers, bytes of stack and instructions that reach it, which is where registers are spilled to, and bytes of
+    shared memory."""
+    text = _dumped(compiled, "--dump-resource-usage", "-sass")
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     return {
         "registers": int(registers),
         "stack": int(stack),
+        "local": sum(name.split(".")[0] in ("LDL", "STL") for _, name, _ in _instructions(text)),
         "shared": compiled.metadata.shared,
         "fused": compiled.metadata.enable_fp_fusion,
         "atomics": "atomic" in compiled.asm["ttir"],
@@ -158,35 +158,19 @@ def resources(compiled) -> dict:
 
 def disassembled(compiled) -> list[tuple[int, str, str]]:
     """The machine code: address, operation with its modifiers, operands."""
+    return _instructions(_dumped(compiled, "-sass"))
+
+
+def _dumped(compiled, *what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        command = [BINARIES / "cuobjdump", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [BINARIES / "cuobjdump", *what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(text: str) -> list[tuple[int, str, str]]:
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9.]+)([^;]*);", text, re.MULTILINE)
     return [(int(address, 16), name, operands) for address, name, operands in lines]
-
-
-def narrow_products(ttir: str) -> list[str]:
-    """Lines of Triton's IR that multiply, or add to a pointer, a 32-bit value made from the program's number on axis 0.
-
-    That number counts rows, chunks or tokens, the only things that grow without bound: its products with sizes and
-    strides pass 2^31. All else (a channel, a state, a step within a chunk) is bounded where the kernel is launched.
-    """
-    narrow, found = set(), []
-    for line in ttir.splitlines():
-        result, _, operation = line.partition(" = ")
-        if "scf.for" in line:
-            result, operation = re.search(r"scf\.for (%\S+) = (%\S+) to", line).groups()
-        elif "tt.get_program_id x" in line:
-            narrow.add(result.strip())
-            continue
-        if narrow.isdisjoint(re.findall(r"%[\w#]+", operation)) or "arith.extsi" in operation:
-            continue
-        if re.match(r"arith\.muli|tt\.addptr", operation):
-            found.append(line.strip())
-        elif not operation.startswith("arith.cmpi"):
-            narrow.add(result.strip())
-    return found
 
 
 def published_models() -> dict[str, CaduceusConfig]:

@@ -102,7 +102,7 @@ def block(backend):
 
 
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("streams", [1, 2, 3])
 def test_all_directions_and_streams_at_once_are_the_loop_over_them(directions, streams):
     inputs = bidirectional_inputs(directions, streams)
     expected = with_gradients(block("naive"), inputs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from caduceus.ops import PAD_DT, head_cross_entropy, naive
+from caduceus.ops import PAD_DT, bidirectional_conv1d, bidirectional_scan, head_cross_entropy, naive
 from tests.ops.cases import make_scan
 
 
@@ -68,6 +68,31 @@ def test_convolution_gradients():
     inputs = [torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((1, 5, 3), (3, 4), (3,))]
     inputs = [t.requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(lambda *t: naive.causal_conv1d(*t, "silu", True), inputs)
+
+
+@pytest.mark.parametrize("backend", ["naive", "cpu"])
+def test_odd_streams_run_with_the_directions_exchanged(backend):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x, weight, bias = normal(3, 2, 7, 5), normal(2, 5, 4), normal(2, 5)
+    dt, B, C, z = normal(2, 3, 2, 7, 5), normal(2, 3, 2, 7, 4), normal(2, 3, 2, 7, 4), normal(3, 2, 7, 5)
+    A, D, dt_bias = -normal(2, 5, 4).abs() - 0.1, normal(2, 5), normal(2, 5)
+    u = bidirectional_conv1d(x, weight, bias, backend=backend)
+    y = bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, backend=backend)
+    for s, backwards in enumerate(((False, True), (True, False), (False, True))):
+        for d in range(2):
+            expected = naive.causal_conv1d(x[s], weight[d], bias[d], "silu", backwards[d])
+            torch.testing.assert_close(u[d, s], expected, rtol=1e-12, atol=1e-12)
+        runs = [
+            naive.selective_scan(
+                *(u[d, s], dt[d, s], A[d], B[d, s], C[d, s], D[d], z[s], dt_bias[d]), True, backwards[d], None
+            )[0]
+            for d in range(2)
+        ]
+        torch.testing.assert_close(y[s], runs[0] + runs[1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

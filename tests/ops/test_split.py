@@ -34,7 +34,7 @@ def operands(directions: int, streams: int, length: int, absent: tuple[int, ...]
 @pytest.mark.parametrize("cuts", [[40], [20, 20], [17, 1, 22], [10, 10, 10, 10]])
 @pytest.mark.parametrize(
     ("directions", "streams", "reverse", "softplus", "absent"),
-    [(2, 2, False, True, ()), (2, 1, True, True, (5, 7)), (1, 1, True, True, (6,)), (1, 1, False, True, (5, 6, 7))],
+    [(2, 3, False, True, ()), (2, 1, True, True, (5, 7)), (1, 1, True, True, (6,)), (1, 1, False, True, (5, 6, 7))],
 )
 def test_slices_equal_the_whole(backend, cuts, directions, streams, reverse, softplus, absent):
     given = operands(directions, streams, 40, absent)

@@ -86,14 +86,16 @@ def test_jobs_survive_a_restart_of_the_controller(slurm_cluster, tmp_path):
     log, go_on = tmp_path / "log", tmp_path / "go_on"
     job = submit(slurm_cluster, f"echo begin >>{log}; until [ -e {go_on} ]; do sleep 0.1; done; echo end >>{log}")
     wait_for_lines(log, "begin")
-    # The controller writes changes to disk every few seconds; kill -9 loses what it has not written.
-    before = time.time_ns()
-    slurm_cluster.run("scontrol", "update", f"JobId={job}", "Comment=a change")
+    # The controller writes changes to disk every few seconds; kill -9 loses what it has not written. The first new file
+    # may be one that it was writing when the job began, and not know of that; the second does.
     written = slurm_cluster.directory / "state" / "job_state"
-    wait_until(lambda: written.stat().st_mtime_ns, lambda mtime: mtime > before, f"a newer {written}")
+    for change in ("first", "second"):
+        before = time.time_ns()
+        slurm_cluster.run("scontrol", "update", f"JobId={job}", f"Comment={change}")
+        wait_until(lambda: written.stat().st_mtime_ns, lambda mtime, before=before: mtime > before, f"newer {written}")
     slurm_cluster.kill("slurmctld")
     slurm_cluster.start_controller()
-    assert state_of(slurm_cluster, job) == "RUNNING"
+    wait_until(lambda: state_of(slurm_cluster, job), "RUNNING".__eq__, f"job {job} to be known as running")
     go_on.touch()
     assert wait_for_end(slurm_cluster, job) == "COMPLETED"
     assert lines(log) == ["begin", "end"]

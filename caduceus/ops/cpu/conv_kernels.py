@@ -43,7 +43,7 @@ def conv_forward(first, last, x, strides, taps, bias, silu, backward, out):
     for item in range(first, last):
         rest, chunk = item // chunks, item % chunks
         d, s, b = rest // batch // streams, rest // batch % streams, rest % batch
-        sign = -1 if (d != s) != backward else 1
+        sign = -1 if (d != s % 2) != backward else 1
         for t in range(chunk * CHUNK, min((chunk + 1) * CHUNK, length)):
             row = out[d, s, b, t]
             if silu:
@@ -91,7 +91,7 @@ def conv_backward(first, last, g, g_strides, x, strides, taps, bias, silu, backw
         gx[s, b, lo:hi] = 0
         g_taps[item] = 0
         for d in range(directions):
-            sign = -1 if (d != s) != backward else 1
+            sign = -1 if (d != s % 2) != backward else 1
             for t in range(max(lo - (width - 1) * (sign < 0), 0), min(hi + (width - 1) * (sign > 0), length)):
                 g_at = offset(g_strides, d, s, b, t)
                 _convolve(x, strides, s, b, t, sign, taps[d], bias[d], length, pre)

@@ -110,7 +110,7 @@ class SlicedScan:
         return tuple(None if t is None else g.to(t.dtype) for t, g in zip(self.given, found, strict=False))
 
 
-# Operators. P parameter directions, S streams; direction d runs stream s right-to-left where (d != s) != reverse.
+# Operators. P parameter directions, S streams; direction d runs stream s right-to-left where (d != s % 2) != reverse.
 
 
 @torch.library.custom_op(

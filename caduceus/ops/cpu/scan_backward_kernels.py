@@ -213,7 +213,7 @@ def scan_backward(first, last, tensors, strides, flags, block, kept, grads, sums
             for scratch in (g_rates, D_sums, bias_sums):
                 scratch[:] = 0
             for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
-                t, sign, tokens = chunk_tokens(length, (d != s) != backward, chunk)
+                t, sign, tokens = chunk_tokens(length, (d != s % 2) != backward, chunk)
                 load_rows(B, offset(B_s, d, s, b, t), sign * B_s[3], tokens, states, Bs)
                 load_rows(C, offset(C_s, d, s, b, t), sign * C_s[3], tokens, states, Cs)
                 u_at, dt_at, g_at = offset(u_s, d, s, b, t), offset(dt_s, d, s, b, t), offset(g_s, 0, s, b, t)
@@ -294,7 +294,7 @@ def initial_state_gradient(first, last, tensors, strides, flags, block, g_initia
             vectors_of_rows(rates[d], lo, hi, a)
             adjoint[:] = 0
             for chunk in range((length + CHUNK - 1) // CHUNK - 1, -1, -1):
-                t, sign, tokens = chunk_tokens(length, (d != s) != backward, chunk)
+                t, sign, tokens = chunk_tokens(length, (d != s % 2) != backward, chunk)
                 load_rows(C, offset(C_s, d, s, b, t), sign * C_s[3], tokens, states, Cs)
                 dt_at, g_at, z_at = offset(dt_s, d, s, b, t), offset(g_s, 0, s, b, t), offset(z_s, 0, s, b, t)
                 out_pitch = sign * g_s[3], sign * z_s[3]

@@ -180,7 +180,7 @@ def scan_forward(first, last, tensors, strides, flags, block, out, final, kept):
             vectors_of_rows(initial[d, s, b], lo, hi, h)
             kept_states = kept[d, s, b].reshape(-1)
             for chunk in range((length + CHUNK - 1) // CHUNK):
-                t, sign, tokens = chunk_tokens(length, (d != s) != backward, chunk)
+                t, sign, tokens = chunk_tokens(length, (d != s % 2) != backward, chunk)
                 if keep:
                     rows_of_vectors(h, kept[d, s, b, chunk], lo, hi)
                 load_rows(B, offset(B_s, d, s, b, t), sign * B_s[3], tokens, states, Bs)

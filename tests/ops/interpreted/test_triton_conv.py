@@ -7,6 +7,7 @@ from torch import Tensor
 from caduceus.ops import naive
 from caduceus.ops.triton import bidirectional_conv1d
 from caduceus.ops.triton import conv as triton_conv
+from tests.ops.sparse import far_apart
 
 # fp32 keeps 24 bits; sums have K terms in the output and L in the weight's gradient, all of order 1.
 FP32 = 1e-5
@@ -28,7 +29,7 @@ def define(operands: dict[str, Tensor | None], starts: Tensor | None, activation
     runs = []
     for d in range(P):
         for s in range(S):
-            backwards, rows = d != s, []
+            backwards, rows = (d + s) % 2 == 1, []
             for b in range(batch):
                 borders = [0, L] if starts is None else sorted({0, L, *starts[b].nonzero().flatten().tolist()})
                 pieces = []
@@ -76,6 +77,7 @@ def test_both_directions_and_streams_with_a_halo():
         (1, 1, 1, 1, 1, 1, False),  # a single everything
         (2, 1, 2, 33, 5, 4, True),  # one token over two tiles and over a chunk
         (2, 2, 1, 2, 129, 4, True),  # shorter than the filter, one channel over a block
+        (2, 3, 1, 5, 3, 4, True),  # more streams than strands
         (1, 2, 1, 32, 3, 3, False),  # exactly two tiles and a chunk; stream 1 of a uni-directional model
     ],
 )
@@ -109,6 +111,20 @@ def results(operands: dict[str, Tensor | None], reverse: bool = False) -> list[T
     leaves = {n: None if t is None else t.float().requires_grad_() for n, t in operands.items()}
     y = bidirectional_conv1d(**leaves, reverse=reverse)
     return [y, *torch.autograd.grad(y.sin().sum(), [t for t in leaves.values() if t is not None])]
+
+
+@pytest.mark.slow
+def test_offsets_past_2_to_the_31(tmp_path, device):
+    if device.type != "cpu":
+        pytest.skip("a GPU has no sparse memory; benchmarks/gpu_correctness.py has the tensors for it")
+    operands = {n: t.bfloat16() for n, t in make_operands(2, 1, 2, 7, 3, 4, halo=True).items()}
+    found = []
+    for x in (operands["x"], far_apart(operands["x"], tmp_path / "x")):
+        leaves = {n: t.requires_grad_() for n, t in (operands | {"x": x}).items()}
+        y = bidirectional_conv1d(**leaves)
+        found.append([y, *torch.autograd.grad(y.float().sin().sum(), list(leaves.values()))])
+    for near, far in zip(*found, strict=True):
+        assert torch.equal(near, far)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from caduceus import ops
+from caduceus.ops.triton import cross_entropy
+from tests.ops.sparse import FAR, sparse
 
 IGNORE = 4
 # fp32 throughout; sums of up to 100 terms of order 1.
@@ -34,7 +36,7 @@ def test_two_streams_are_summed_before_the_softmax():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("streams", "tokens", "D", "labelled"), [(1, 1, 1, 1.0), (2, 33, 65, 0.2), (1, 70, 64, 1.0)])
+@pytest.mark.parametrize(("streams", "tokens", "D", "labelled"), [(1, 1, 1, 1.0), (3, 33, 65, 0.2), (1, 70, 64, 1.0)])
 def test_sizes(streams, tokens, D, labelled, weighted):
     compare(streams, tokens, D, weighted, labelled)
 
@@ -76,6 +78,28 @@ def test_two_runs_give_the_same_bits():
         loss, _ = ops.head_cross_entropy(*leaves, labels, ignore_label=IGNORE, backend="triton")
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.slow
+def test_offsets_past_2_to_the_31(tmp_path, device, monkeypatch):
+    """Of the loss: a tile without a label is not read. Gradients of all of hidden are written, which takes its room."""
+    if device.type != "cpu":
+        pytest.skip("a GPU has no sparse memory")
+    monkeypatch.setattr(cross_entropy, "CHANNELS", 2**15)  # of few turns, and few tokens to pass over
+    D, last = 2**20, cross_entropy.ROWS
+    tokens = FAR // D // last * last + last
+    torch.manual_seed(0)
+    near = torch.randn(1, 1, last, D).bfloat16()
+    far = sparse(tokens * D, tmp_path / "hidden").view(1, 1, tokens, D)
+    far[:, :, -last:] = near
+    weight = torch.randn(1, 16, D) / D**0.5
+    labels = torch.full((1, tokens), IGNORE)
+    labels[0, -last:] = torch.randint(7, 11, (last,))
+    found = [
+        ops.head_cross_entropy(hidden, weight, own, ignore_label=IGNORE, backend="triton")
+        for hidden, own in ((near, labels[:, -last:]), (far, labels))
+    ]
+    assert found[0] == found[1] and found[0][1] == last
 
 
 @pytest.mark.slow

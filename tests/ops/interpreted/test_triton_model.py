@@ -15,17 +15,19 @@ GRADIENTS = 2e-5
 
 
 @pytest.mark.slow
-def test_training_has_the_losses_of_the_other_backend(monkeypatch, reference):
+@pytest.mark.parametrize(("rcps", "layers", "steps"), [(False, 1, 50), (True, 2, 25)])
+def test_training_has_the_losses_of_the_other_backend(rcps, layers, steps, monkeypatch, reference):
     monkeypatch.setattr(triton_scan, "chunk_length", lambda u: 8)  # the 10 positions of a row cross a chunk's border
-    losses = {backend: train(backend) for backend in (reference, "triton")}
+    config = CaduceusConfig(d_model=8, n_layer=layers, d_state=2, rcps=rcps)
+    losses = {backend: train(config, backend, steps) for backend in (reference, "triton")}
     # Rounding of 6e-8 grows with each step that follows it; a term that is missing or doubled shows at 1e-2.
     torch.testing.assert_close(losses["triton"], losses[reference], rtol=1e-4, atol=0)
     assert losses[reference][-10:].mean() < losses[reference][:10].mean() - 0.2
 
 
-def train(backend: str, steps: int = 50) -> torch.Tensor:
+def train(config: CaduceusConfig, backend: str, steps: int) -> torch.Tensor:
     torch.manual_seed(0)
-    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=1, d_state=2), backend=backend)
+    model = CaduceusForMaskedLM(config, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(steps):

@@ -45,7 +45,7 @@ def test_rms_norm_with_a_residual_over_two_streams():
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize(
-    ("streams", "rows", "D", "per_stream"), [(1, 1, 1, False), (2, 37, 70, False), (2, 33, 65, True)]
+    ("streams", "rows", "D", "per_stream"), [(1, 1, 1, False), (2, 37, 70, False), (3, 33, 65, True)]
 )
 def test_sizes(streams, rows, D, per_stream, layer_norm, has_residual):
     compare(streams, rows, D, layer_norm, per_stream, has_residual, torch.float32, torch.float32)

@@ -48,7 +48,7 @@ def define(
     for s in range(S):
         total = 0
         for d in range(P):
-            backwards = (d != s) != reverse
+            backwards = ((d + s) % 2 == 1) != reverse
             rows, ends = [], []
             for b in range(batch):
                 borders = [0, L] if starts is None else sorted({0, L, *starts[b].nonzero().flatten().tolist()})
@@ -125,6 +125,7 @@ def test_a_forced_backend_runs_in_the_interpreter():
         (1, 1, 2, 8, 128, 17, 8),  # more states than two channels of a thread have room for
         (1, 2, 1, 73, 2, 1, 8),  # more chunks than are carried over at a time
         (1, 2, 1, 16, 4, 5, 16),  # exactly one chunk; stream 1 of a uni-directional model
+        (2, 3, 1, 9, 2, 1, 8),  # more streams than strands
         (2, 1, 1, 23, 3, 16, 8),  # the states of the published models, and a short last piece
         (2, 1, 1, 9, 2, 32, 8),
         (2, 1, 1, 10, 2, 64, 8),  # as many states as there can be
