@@ -40,9 +40,12 @@ def build_strategy(config: Config, ranks: Ranks) -> Single:
 
 def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusForMaskedLM:
     """The model of the run on the meta device: a strategy gives it weights, and places them."""
-    checkpoint_blocks = config.model.n_layer if config.train.activation_checkpointing == "block" else 0
     with torch.device("meta"):
-        model = CaduceusForMaskedLM(config.model, config.ops.backend, checkpoint_blocks, strands)
+        model = CaduceusForMaskedLM(config.model, config.ops.backend, strands=strands)
+    if config.train.activation_checkpointing == "block":
+        model.checkpoint_blocks = config.model.n_layer
+    elif config.train.activation_checkpointing == "scan":
+        model.checkpoint_scan_inputs = config.model.n_layer
     if config.train.compile:
         for block in model.blocks:
             block.compile()
