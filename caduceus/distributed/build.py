@@ -21,6 +21,10 @@ _STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpee
 _KEYS = {"fsdp": ("shard", "cpu_offload"), "deepspeed": ("zero_stage", "deepspeed_config", "cpu_offload")}
 """Keys of `parallel.` that some strategies take and others have no use for."""
 
+_GRAPHS_OF_A_BLOCK = 32
+"""Most that torch.compile makes before it leaves a block uncompiled. Blocks differ in the strand that is mirrored, in
+whether they get a residual, run with gradients, get a mask of padding, and in what is recomputed."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +51,7 @@ def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusF
     elif config.train.activation_checkpointing == "scan":
         model.checkpoint_scan_inputs = config.model.n_layer
     if config.train.compile:
+        torch._dynamo.config.recompile_limit = _GRAPHS_OF_A_BLOCK
         for block in model.blocks:
             block.compile()
     return model.train()
