@@ -115,8 +115,8 @@ class CaduceusForMaskedLM(nn.Module):
     """Caduceus-Ph, Caduceus-PS or uni-directional Mamba with a language-model head tied to the embedding.
 
     `backend` names the implementation of the ops (see `caduceus.ops`). Of the first `checkpoint_blocks` blocks
-    the backward pass recomputes the activations instead of keeping them, and of the `checkpoint_scan_inputs` blocks
-    that follow those that feed the scan. (The first, because it comes to them last, when those of all others are
+    the backward pass recomputes the activations instead of keeping them; of the `checkpoint_scan_inputs` blocks after
+    them it recomputes only what feeds the scan. (The first, because it comes to them last, when those of all others are
     freed.)
 
     With `strands`, this rank has one of the two streams of a Caduceus-PS, S = 1. They meet in the logits: `.logits` and
