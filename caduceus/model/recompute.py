@@ -12,8 +12,8 @@ def with_operands_made_again(make: Callable[[], tuple[Tensor, ...]], use: Callab
     """`use(*make())`, for which autograd keeps nothing that `make` computes: the backward pass calls `make` again.
 
     `use` is not called again, and what autograd keeps of it besides its operands stays. Gradients are the same bits, so
-    long as `make` gives the same bits again. Makes nothing random. Where `make` exchanges tensors with other ranks, it
-    does so once more in the backward pass, whose order is the same on all of them. Not for a compiled graph.
+    long as `make` gives the same bits again: it draws no random numbers. Where it exchanges tensors with other ranks,
+    it does so once more in the backward pass, whose order is the same on all of them. Not for a compiled graph.
     """
     operands = _OperandsMadeAgain(make)
     with saved_tensors_hooks(operands.pack_inside, operands.unpack):
