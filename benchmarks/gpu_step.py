@@ -6,8 +6,8 @@
 bf16 autocast, fp32 parameters and states, AdamW, at least 131,072 tokens a step. Prints the device; on a GPU, whether
 the kernels are right (all of gpu_correctness.py but its giant tensors; where they are not, it ends there with status
 1); the ceilings (copy, exp2, bf16 products, measured in this run); and one row per model and length: tokens/s, peak
-memory, blocks recomputed (as many as `train.activation_checkpointing: auto` takes), share of the roofline, and the
-published structure on the same card, with its blocks recomputed where it does not fit without.
+memory, blocks recomputed (whole + only what feeds the scan, as `train.activation_checkpointing: auto` takes), share of
+the roofline, and the published structure on the same card, with its blocks recomputed where it does not fit without.
 
 The peer is the structure alone (published_structure.py). Its norm and residual add are not fused, its mixer is not the
 one fused function that recomputes convolution and step sizes, and nothing of it is compiled: `times` and its lack of
@@ -46,8 +46,8 @@ class Measured(NamedTuple):
     seconds: float
     """The best of a step."""
     peak_bytes: int
-    recomputed: int
-    """Blocks whose activations the backward pass computes again."""
+    recomputed: tuple[int, int]
+    """Blocks that the backward pass computes again whole, and others of which it does what feeds the scan."""
 
 
 def main() -> None:
@@ -112,7 +112,7 @@ def row(
     peak = recomputed = share = times = "-"
     if ours is not None:
         peak = f"{ours.peak_bytes / 2**30:.1f}" if ours.peak_bytes else "-"
-        recomputed = f"{ours.recomputed} of {config.n_layer}"
+        recomputed = "{} + {} of {}".format(*ours.recomputed, config.n_layer)
         share = f"{roofline_seconds(config, ours.recomputed, ceilings) * batch * length / ours.seconds:.0%}"
         times = "-" if theirs is None else f"{theirs.seconds / ours.seconds:.2f}"
     return (
@@ -120,8 +120,10 @@ def row(
     )
 
 
-def our_step(model: CaduceusConfig, backend: str, batch: int, length: int, device: str) -> tuple[Callable, int]:
-    """A step, and how many blocks it recomputes: what the trainer finds for this micro-batch."""
+def our_step(
+    model: CaduceusConfig, backend: str, batch: int, length: int, device: str
+) -> tuple[Callable, tuple[int, int]]:
+    """A step, and how much it recomputes: what the trainer finds for this micro-batch."""
     config = Config(
         model=model,
         ops=OpsConfig(backend=backend),
@@ -132,17 +134,17 @@ def our_step(model: CaduceusConfig, backend: str, batch: int, length: int, devic
     recompute_to_fit(config, strategy)
     input_ids, labels = make_batch(batch, length, device)
     step = training_step(strategy.model, lambda: strategy.model(input_ids, labels, return_logits=False).loss, device)
-    return step, strategy.model.checkpoint_blocks
+    return step, (strategy.model.checkpoint_blocks, strategy.model.checkpoint_scan_inputs)
 
 
 def published_step(
     config: CaduceusConfig, backend: str, checkpointed: bool, batch: int, length: int, device: str
-) -> tuple[Callable, int]:
+) -> tuple[Callable, tuple[int, int]]:
     with torch.device(device):
         model = PublishedStructure(config, backend, checkpointed)
     input_ids, labels = make_batch(batch, length, device)
     step = training_step(model, lambda: model(input_ids, labels, IGNORE_LABEL), device)
-    return step, config.n_layer if checkpointed else 0
+    return step, (config.n_layer if checkpointed else 0, 0)
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
@@ -159,7 +161,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], device: str) -> 
     return step
 
 
-def measure(build: Callable[[], tuple[Callable, int]], options: argparse.Namespace) -> Measured | None:
+def measure(build: Callable[[], tuple[Callable, tuple[int, int]]], options: argparse.Namespace) -> Measured | None:
     """None where it does not fit, or is refused, which is then told."""
     result = step = None
     try:
@@ -226,27 +228,28 @@ def measure_exp2(source: Tensor, target: Tensor, device: str) -> float:
     return programs * BLOCK.value * REPEATS.value / min(seconds(run, device) for _ in range(5))
 
 
-def roofline_seconds(config: CaduceusConfig, recomputed: int, ceilings: dict) -> float:
+def roofline_seconds(config: CaduceusConfig, recomputed: tuple[int, int], ceilings: dict) -> float:
     """Least seconds per token: bytes, exps and products each at its ceiling, the slowest of the three.
 
     Per token and layer, forward + backward, S strands and two directions: products of the projections (3 x forward);
     one exp per state, direction and strand in each pass; bf16 activations, and the residual in its own type, read and
     written by projections, convolution, scan, norm and residual once each in forward and twice in backward. A
-    recomputed block adds one more forward.
+    block that is recomputed whole adds one more forward; one of which the scan's inputs are, theirs.
     """
     D, E, N, R, S = config.d_model, config.d_inner, config.d_state, config.dt_rank, 2 if config.rcps else 1
-    forward_products = 2 * S * (D * 2 * E + E * D + 2 * (E * (R + 2 * N) + R * E))
+    input_products = 2 * S * 2 * (E * (R + 2 * N) + R * E)
+    forward_products = 2 * S * (D * 2 * E + E * D) + input_products
     forward_exps = S * 2 * E * N
     # norm D -> D, in_proj D -> 2E, conv E -> 2E, x_proj 2E -> 2(R + 2N), dt_proj 2R -> 2E,
     # scan 2E u, 2E dt, 4N, E z -> E, out_proj E -> D
-    elements = 2 * D + (D + 2 * E) + 3 * E + (2 * E + 2 * (R + 2 * N)) + (2 * R + 2 * E)
-    elements += (5 * E + 4 * N + E) + (E + D)
+    input_elements = 3 * E + (2 * E + 2 * (R + 2 * N)) + (2 * R + 2 * E)
+    elements = 2 * D + (D + 2 * E) + input_elements + (5 * E + 4 * N + E) + (E + D)
     residual = 2 * D * (4 if config.residual_in_fp32 else 2)  # read and written
-    again = recomputed / config.n_layer
+    whole, inputs = (blocks / config.n_layer for blocks in recomputed)
     work = {
-        "bf16 products": (3 + again) * forward_products,
-        "exp2": (2 + again) * forward_exps,
-        "copy": (3 + again) * S * (2 * elements + residual),
+        "bf16 products": (3 + whole) * forward_products + inputs * input_products,
+        "exp2": (2 + whole) * forward_exps,
+        "copy": S * ((3 + whole) * (2 * elements + residual) + inputs * 2 * input_elements),
     }
     return config.n_layer * max(amount / ceilings[name][0] for name, amount in work.items())
 

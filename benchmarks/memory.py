@@ -8,7 +8,8 @@ H100 under bf16 autocast. It is the most bytes of tensors that live at a time, s
 memory of the block that the backward pass is in, plus weights and AdamW's moments. Measured, where there is a GPU: the
 most that torch's allocator held in such a step. On the CPU smaller steps of the `cpu` backend in fp32 are counted in
 the same way, on real tensors, and measured as resident memory: VmHWM in a process of its own, less what it had before.
-`auto` recomputes as few blocks as fit into --gib, on the CPU into half of what they take when none is.
+`scan` recomputes what feeds the scan in all blocks, `block` all of them whole, `auto` as little as fits into --gib, on
+the CPU into half of what they take when nothing is recomputed.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from caduceus.distributed.layout import blocks_to_recompute
 from caduceus.model import bimamba
 from caduceus.model.caduceus import CaduceusForMaskedLM, residual_dtype
 from caduceus.ops.triton import conv, cross_entropy, device, norm, scan
-from caduceus.train.memory import TensorBytes, kept_tensors, peak_bytes, stored_bytes
+from caduceus.train.memory import TensorBytes, kept_storages, peak_bytes
 
 MODELS = {"Caduceus-Ph": False, "Caduceus-PS": True}
 MULTIPROCESSORS = 132
@@ -59,8 +60,9 @@ def main() -> None:
     print(f"{datetime.date.today()} · {device_name(options.device)} · torch {torch.__version__}\n")
     for name, rcps in MODELS.items():
         print_block(name, CaduceusConfig(d_model=options.d_model, rcps=rcps))
-    print("| model | layers | backend | length | recomputed blocks | GiB, counted | GiB, measured |")
-    print("|---|---|---|---|---|---|---|")
+    columns = "blocks recomputed whole | of others the scan's inputs | GiB, counted | GiB, measured"
+    print(f"| model | layers | backend | length | recomputed | {columns} |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, rcps in MODELS.items():
         config = CaduceusConfig(d_model=options.d_model, n_layer=options.layers, rcps=rcps)
         for length in options.lengths:
@@ -72,28 +74,30 @@ def main() -> None:
 
 def print_block(name: str, config: CaduceusConfig) -> None:
     length = 131_072
-    kept = kept_by_a_block(config, length)
+    kept, lean = (kept_by_a_block(config, length, again) for again in (False, True))
     print(f"{name}, d_model {config.d_model}, d_inner {config.d_inner}, {config.d_state} states, bf16\n")
-    print("| kept by a block | type | bytes per token |\n|---|---|---|")
+    print("| kept by a block | type | bytes per token | where the scan's inputs are recomputed |\n|---|---|---|---|")
     for label, dtype, count in sorted(kept, key=lambda row: -row[2]):
-        print(f"| {label} | {dtype} | {count / length:,.1f} |")
-    print(f"| all | | {sum(count for *_, count in kept) / length:,.0f} |\n")
+        again = f"{count / length:,.1f}" if (label, dtype, count) in lean else ""
+        print(f"| {label} | {dtype} | {count / length:,.1f} | {again} |")
+    sums = [f"{sum(count for *_, count in rows) / length:,.0f}" for rows in (kept, lean)]
+    print(f"| all | | {' | '.join(sums)} |\n")
 
 
-def kept_by_a_block(config: CaduceusConfig, length: int) -> list[tuple[str, str, int]]:
-    """(name, type, bytes) of what autograd keeps of the sequence in one block, one row per storage.
+def kept_by_a_block(config: CaduceusConfig, length: int, recompute_scan_inputs: bool) -> list[tuple[str, str, int]]:
+    """(name, type, bytes) of what is kept of the sequence in one block, one row per storage.
 
     What has as many bytes at twice the length is made of weights.
     """
-    short, long = (named_kept_tensors(config, n) for n in (length, 2 * length))
+    short, long = (named_kept_storages(config, n, recompute_scan_inputs) for n in (length, 2 * length))
     return [row for row, twice in zip(short, long, strict=True) if twice[2] > row[2]]
 
 
-def named_kept_tensors(config: CaduceusConfig, length: int) -> list[tuple[str, str, int]]:
-    names: dict[int, str] = {}
+def named_kept_storages(config: CaduceusConfig, length: int, recompute_scan_inputs: bool) -> list[tuple[str, str, int]]:
+    names: dict[int, tuple[str, str]] = {}
 
     def note(label: str, tensor: Tensor) -> None:
-        names.setdefault(tensor.untyped_storage()._cdata, label)
+        names[tensor.untyped_storage()._cdata] = label, str(tensor.dtype).removeprefix("torch.")
 
     def noting(op: Callable, inputs: tuple[str, ...], output: str) -> Callable:
         def run(*args, **kwargs) -> Tensor:
@@ -125,47 +129,49 @@ def named_kept_tensors(config: CaduceusConfig, length: int) -> list[tuple[str, s
             note("residual", results[1])
 
         block.norm.register_forward_hook(note_norm)
-        kept = kept_tensors(block, hidden, residual)
-        return [
-            (
-                names.get(tensor.untyped_storage()._cdata, "states and step sums at the borders of chunks"),
-                str(tensor.dtype).removeprefix("torch."),
-                stored_bytes(tensor),
-            )
-            for tensor in kept
-        ]
+        kept = kept_storages(block, hidden, residual, None, None, recompute_scan_inputs)
+        unnamed = "states and step sums at the borders of chunks", "float32"
+        return [(*names.get(storage._cdata, unnamed), storage.nbytes()) for storage in kept]
 
 
 def print_steps(name: str, config: CaduceusConfig, backend: str, length: int, free: int | None, measured: bool) -> None:
-    """Rows for none, all and `auto`-many recomputed blocks."""
+    """Rows for each way of `train.activation_checkpointing`."""
     layers = config.n_layer
-    none, block, least = (counted(config, backend, length, recomputed) for recomputed in (0, layers, layers - 1))
-    added = (none - least) // max(1, layers - 1)
-    auto = blocks_to_recompute(least, added, none // 2 if free is None else free, layers)
-    for mode, recomputed, peak in (("none", 0, none), ("auto", auto, None), ("block", layers, block)):
-        peak = counted(config, backend, length, recomputed) if peak is None else peak
+    count = partial(counted, config, backend, length)
+    none, scan, block = (0, 0), (0, layers), (layers, 0)
+    full, lean, least = (count(recomputed) for recomputed in (none, (0, layers - 1), (layers - 1, 0)))
+    added = [(peak - least) // max(1, layers - 1) for peak in (lean, full)]
+    auto = blocks_to_recompute(least, *added, full // 2 if free is None else free, layers)
+    for mode, recomputed in (("none", none), ("scan", scan), ("auto", auto), ("block", block)):
         found = measure(config, backend, length, recomputed) if measured else None
-        cells = f"{mode}: {recomputed} of {layers} | {peak / 2**30:,.2f}"
+        cells = f"{mode} | {recomputed[0]} | {recomputed[1]} | {count(recomputed) / 2**30:,.2f}"
         told = "-" if found is None else f"{found / 2**30:,.2f}" if isinstance(found, int) else found
         print(f"| {name} | {layers} | {backend} | {length:,} | {cells} | {told} |", flush=True)
 
 
-def counted(config: CaduceusConfig, backend: str, length: int, recomputed: int) -> int:
+def counted(config: CaduceusConfig, backend: str, length: int, recomputed: tuple[int, int]) -> int:
     with on_fake_gpu() if backend == "triton" else contextlib.nullcontext():
-        model = CaduceusForMaskedLM(config, backend=backend, checkpoint_blocks=recomputed)
+        model = model_that_recomputes(config, backend, recomputed)
         with TensorBytesWithScratch() as live:
             forward_and_backward(model, length, backend == "triton")
         return live.peak + weight_and_moment_bytes(model)
 
 
-def measure(config: CaduceusConfig, backend: str, length: int, recomputed: int) -> int | str:
+def model_that_recomputes(config: CaduceusConfig, backend: str, recomputed: tuple[int, int]) -> CaduceusForMaskedLM:
+    """`recomputed`: blocks recomputed whole, and others of which the scan's inputs are."""
+    model = CaduceusForMaskedLM(config, backend=backend)
+    model.checkpoint_blocks, model.checkpoint_scan_inputs = recomputed
+    return model
+
+
+def measure(config: CaduceusConfig, backend: str, length: int, recomputed: tuple[int, int]) -> int | str:
     if backend == "cpu":
         asked = json.dumps([config.d_model, config.n_layer, config.rcps, length, recomputed])
         command = [sys.executable, __file__, "--device", "cpu", "--measure", asked]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     try:
         with torch.device("cuda"):
-            model = CaduceusForMaskedLM(config, backend=backend, checkpoint_blocks=recomputed)
+            model = model_that_recomputes(config, backend, recomputed)
             forward_and_backward(model, 256, True)
             model.zero_grad()
             gpu = torch.device("cuda")
@@ -178,9 +184,9 @@ def measure(config: CaduceusConfig, backend: str, length: int, recomputed: int) 
         torch.cuda.empty_cache()
 
 
-def measure_on_cpu(d_model: int, layers: int, rcps: bool, length: int, recomputed: int) -> int:
+def measure_on_cpu(d_model: int, layers: int, rcps: bool, length: int, recomputed: tuple[int, int]) -> int:
     """In a process of its own: memory that was freed, but not given back, would be used again unseen."""
-    model = CaduceusForMaskedLM(CaduceusConfig(d_model=d_model, n_layer=layers, rcps=rcps), "cpu", recomputed)
+    model = model_that_recomputes(CaduceusConfig(d_model=d_model, n_layer=layers, rcps=rcps), "cpu", recomputed)
     forward_and_backward(model, 8, False)  # loads the kernels
     model.zero_grad()
     gc.collect()

@@ -164,8 +164,10 @@ class TrainConfig:
     compile: bool = False
     """torch.compile every block."""
     activation_checkpointing: str = "none"
-    """none | block | auto. block recomputes the activations of every block in the backward pass instead of keeping
-    them; auto those of as few blocks as the memory that is free at the start demands."""
+    """none | scan | block | auto. What the backward pass recomputes of every block instead of keeping it: scan what
+    feeds the scan (convolution, step sizes, B and C), nearly half of what is kept and soon made again; block all
+    activations. auto takes scan in as few blocks as the memory that is free at the start demands, and where scan in all
+    is not enough, block in as few as need it."""
 
 
 @dataclass

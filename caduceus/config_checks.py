@@ -14,7 +14,7 @@ _CHOICES = {
     "data.strands": ("auto", "both", "forward"),
     "data.objective": ("mlm", "next_base"),
     "train.precision": ("fp32", "bf16", "fp64"),
-    "train.activation_checkpointing": ("none", "block", "auto"),
+    "train.activation_checkpointing": ("none", "scan", "block", "auto"),
     "parallel.strategy": ("auto", "single", "ddp", "fsdp", "deepspeed"),
     "parallel.strands": (0, 1, 2),
     "parallel.zero_stage": (0, 1, 2, 3),

@@ -13,6 +13,10 @@ from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL, Sharing, block
 SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
 BYTES_PER_CHANNEL = 36
 """Kept per base, layer and model channel for the backward pass, in bf16, as benchmarks/memory.py counts."""
+LEAN_BYTES_PER_CHANNEL = 19
+"""The same where what feeds the scan is recomputed."""
+SCAN_INPUTS = 0.2
+"""Time that recomputing what feeds the scan takes, in forward passes of a block: by the bytes it moves."""
 BYTES_PER_RESIDUAL = 4
 """The residual stream in fp32: all that block checkpointing keeps of a layer."""
 SCRATCH_PER_CHANNEL, SCRATCH = 24, 2**29
@@ -61,14 +65,18 @@ def plan(config: Config, world: int) -> Plan:
     )
     holders = (parallel.shard or world) if shares else 1
     channels = bases * streams * model.d_model
-    kept, residual, layers = BYTES_PER_CHANNEL * channels, BYTES_PER_RESIDUAL * channels, model.n_layer
+    full, lean, residual = (n * channels for n in (BYTES_PER_CHANNEL, LEAN_BYTES_PER_CHANNEL, BYTES_PER_RESIDUAL))
+    layers = model.n_layer
     fixed = BYTES_PER_PARAMETER * parameters // holders + SCRATCH_PER_CHANNEL * channels + SCRATCH
-    recomputed = {"none": 0, "block": layers}.get(train.activation_checkpointing)
-    if recomputed is None:
-        least = fixed + (layers - 1) * residual + kept
-        recomputed = blocks_to_recompute(least, kept - residual, GPU_BYTES, layers)
-    memory = fixed + recomputed * residual + max(1, layers - recomputed) * kept
-    passes = 3 * layers + recomputed  # a backward pass counts as two forward ones
+    counts = {"none": (0, 0), "scan": (0, layers), "block": (layers, 0)}.get(train.activation_checkpointing)
+    if counts is None:
+        least = fixed + (layers - 1) * residual + full
+        counts = blocks_to_recompute(least, lean - residual, full - residual, GPU_BYTES, layers)
+    whole, inputs = counts
+    memory = fixed + whole * residual + inputs * lean + (layers - whole - inputs) * full
+    if layers in counts:  # the backward pass first recomputes the last block, beside what is kept of all
+        memory += full if whole else full - lean
+    passes = 3 * layers + whole + SCAN_INPUTS * inputs  # a backward pass counts as two forward ones
     step = SECONDS_PER_BASE * model.d_model * streams * sequences * bases_per_sequence * passes / 3
     return Plan(world, sharing, sequences, bases, parameters, step, memory)
 

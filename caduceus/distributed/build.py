@@ -21,6 +21,10 @@ _STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpee
 _KEYS = {"fsdp": ("shard", "cpu_offload"), "deepspeed": ("zero_stage", "deepspeed_config", "cpu_offload")}
 """Keys of `parallel.` that some strategies take and others have no use for."""
 
+_GRAPHS_OF_A_BLOCK = 32
+"""Most that torch.compile makes before it leaves a block uncompiled. Blocks differ in the strand that is mirrored, in
+whether they get a residual, run with gradients, get a mask of padding, and in what is recomputed."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -40,10 +44,14 @@ def build_strategy(config: Config, ranks: Ranks) -> Single:
 
 def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusForMaskedLM:
     """The model of the run on the meta device: a strategy gives it weights, and places them."""
-    checkpoint_blocks = config.model.n_layer if config.train.activation_checkpointing == "block" else 0
     with torch.device("meta"):
-        model = CaduceusForMaskedLM(config.model, config.ops.backend, checkpoint_blocks, strands)
+        model = CaduceusForMaskedLM(config.model, config.ops.backend, strands=strands)
+    if config.train.activation_checkpointing == "block":
+        model.checkpoint_blocks = config.model.n_layer
+    elif config.train.activation_checkpointing == "scan":
+        model.checkpoint_scan_inputs = config.model.n_layer
     if config.train.compile:
+        torch._dynamo.config.recompile_limit = _GRAPHS_OF_A_BLOCK
         for block in model.blocks:
             block.compile()
     return model.train()

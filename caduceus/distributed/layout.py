@@ -91,12 +91,17 @@ def _shares_batch(config: Config, world: int, ranks_per_sample: int) -> bool:
     return config.train.global_batch % (config.train.micro_batch * (world // ranks_per_sample)) == 0
 
 
-def blocks_to_recompute(least: int, added: int, free: int, layers: int) -> int:
-    """The smallest number of blocks, of 0 … layers - 1, with which training fits `free` bytes less the reserve.
+def blocks_to_recompute(least: int, lean: int, full: int, free: int, layers: int) -> tuple[int, int]:
+    """(blocks recomputed whole, others of which the scan's inputs are) so that training fits `free` less the reserve.
 
-    `least`: bytes with layers - 1 recomputed; `added`: by each block that is kept instead.
+    As few as can be, first of the whole ones, then of the others; together at most layers - 1. `least`: bytes with
+    layers - 1 recomputed whole; `lean` and `full`: added by each block that only has the scan's inputs recomputed, or
+    nothing. More ranks than one take the largest of their pairs, which is the one with the fewest bytes.
     """
-    spare = int((1 - RESERVE) * free) - least
-    if added <= 0:
-        return 0
-    return layers - 1 - min(layers - 1, max(0, spare // added))
+    spare, others = int((1 - RESERVE) * free) - least, layers - 1
+    added = min(lean, full)
+    whole = others - min(others, max(0, spare // added)) if added > 0 else 0
+    lacking = (others - whole) * full - spare
+    if lacking <= 0 or lean >= full:
+        return whole, 0
+    return whole, min(others - whole, -(-lacking // (full - lean)))

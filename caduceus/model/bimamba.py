@@ -6,12 +6,14 @@ Q sets of in and out projections (P where untied, else 1).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
+from caduceus.model.recompute import with_operands_made_again
 from caduceus.ops import PAD_DT, Context, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
@@ -82,18 +84,29 @@ class BiMamba(nn.Module):
         self.D.fill_(1)
         uniform(self.out_proj, (config.d_inner * config.n_layer) ** -0.5)
 
-    def forward(self, hidden: Tensor, pad_mask: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        pad_mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        recompute_scan_inputs: bool = False,
+    ) -> Tensor:
         """hidden (S, B, L, D), pad_mask (B, L) bool, true where a position is only padding of the batch; starts (B, L)
-        bool, true where a packed sequence begins: nothing crosses its border in either direction."""
+        bool, true where a packed sequence begins: nothing crosses its border in either direction. With
+        `recompute_scan_inputs` the backward pass computes convolution, step sizes, B and C again, but not the scan."""
         config = self.config
         if config.bidirectional:
             jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
         else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
             jointly = self.mirrored_stream == 1 and not self._has_strand_apart(hidden)
         mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
-        return mix(hidden, pad_mask, starts)
+        if recompute_scan_inputs:
+            return _uncompiled(mix, hidden, pad_mask, starts, with_operands_made_again)
+        return mix(hidden, pad_mask, starts, _apply)
 
-    def _mix_directions_jointly(self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
+    def _mix_directions_jointly(
+        self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Callable[..., Tensor]
+    ) -> Tensor:
         """Both directions share x, z and the out projection: projections and pointwise maps commute with flips."""
         x, z = self._project_in(hidden, 0, pad_mask)
         # The ops exchange the directions of stream 1. Where stream 0 is the mirrored one, exchange the parameters.
@@ -104,10 +117,16 @@ class BiMamba(nn.Module):
             parameters = [parameter.clone() for parameter in parameters]
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = parameters
         where = {"context": self.context, "starts": starts, "backend": self.backend}
-        u = bidirectional_conv1d(x, conv_weight, conv_bias, **where)
-        dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
-        y = bidirectional_scan(u, dt, _negative_exp(A_log), B, C, D, z, dt_bias, **where)
-        return self._project_out(y, 0)
+        A = _negative_exp(A_log)
+
+        def scan_inputs() -> tuple[Tensor, ...]:
+            u = bidirectional_conv1d(x, conv_weight, conv_bias, **where)
+            return u, *self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
+
+        def scan(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+            return bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, **where)
+
+        return self._project_out(apply(scan_inputs, scan), 0)
 
     def _has_strand_apart(self, hidden: Tensor) -> bool:
         """Whether the other strand is on another rank.
@@ -117,45 +136,48 @@ class BiMamba(nn.Module):
         """
         return self.config.rcps and hidden.shape[0] == 1
 
-    def _mix_directions_apart(self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
+    def _mix_directions_apart(
+        self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Callable[..., Tensor]
+    ) -> Tensor:
         """Directions with projections of their own, or joined by multiplication."""
         directions = range(2 if self.config.bidirectional else 1)
-        outputs = [self._mix_direction(hidden, direction, pad_mask, starts) for direction in directions]
+        outputs = [self._mix_direction(hidden, direction, pad_mask, starts, apply) for direction in directions]
         if len(outputs) == 1:
             return outputs[0]
         forward, backward = outputs
         return forward + backward if self.config.bidirectional_strategy == "add" else forward * backward
 
-    def _mix_direction(self, hidden: Tensor, direction: int, pad_mask: Tensor | None, starts: Tensor | None) -> Tensor:
+    def _mix_direction(
+        self,
+        hidden: Tensor,
+        direction: int,
+        pad_mask: Tensor | None,
+        starts: Tensor | None,
+        apply: Callable[..., Tensor],
+    ) -> Tensor:
         projection = direction % self.in_proj.shape[0]
         x, z = self._project_in(hidden, projection, pad_mask)
         reverse = [(direction == 1) != (stream == self.mirrored_stream) for stream in range(hidden.shape[0])]
         where = {"context": self.context, "starts": starts, "backend": self.backend}
         conv_weight, conv_bias = self.conv_weight[direction], self.conv_bias[direction]
-        u = torch.stack(
-            [causal_conv1d(x[s], conv_weight, conv_bias, reverse=reverse[s], **where) for s in range(len(reverse))]
-        )
         x_proj, dt_proj = self.x_proj[direction, None], self.dt_proj[direction, None]
-        dt, B, C = self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
-        A = _negative_exp(self.A_log[direction])
-        y = torch.stack(
-            [
-                selective_scan(
-                    u[s],
-                    dt[s],
-                    A,
-                    B[s],
-                    C[s],
-                    self.D[direction],
-                    z[s],
-                    self.dt_bias[direction],
-                    reverse=reverse[s],
-                    **where,
-                )
-                for s in range(len(reverse))
-            ]
-        )
-        return self._project_out(y, projection)
+        A, D, dt_bias = _negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
+
+        def scan_inputs() -> tuple[Tensor, ...]:
+            u = torch.stack(
+                [causal_conv1d(x[s], conv_weight, conv_bias, reverse=back, **where) for s, back in enumerate(reverse)]
+            )
+            return u, *self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
+
+        def scan(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+            return torch.stack(
+                [
+                    selective_scan(u[s], dt[s], A, B[s], C[s], D, z[s], dt_bias, reverse=back, **where)
+                    for s, back in enumerate(reverse)
+                ]
+            )
+
+        return self._project_out(apply(scan_inputs, scan), projection)
 
     def _project_in(self, hidden: Tensor, projection: int, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x and z, (S, B, L, E) each. Two products instead of one give two contiguous results."""
@@ -188,3 +210,12 @@ class BiMamba(nn.Module):
 
 def _negative_exp(A_log: Tensor) -> Tensor:
     return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+
+
+def _apply(scan_inputs: Callable[[], tuple[Tensor, ...]], scan: Callable[..., Tensor]) -> Tensor:
+    return scan(*scan_inputs())
+
+
+@torch.compiler.disable  # hooks on saved tensors are not for a compiled graph
+def _uncompiled(mix: Callable[..., Tensor], *arguments: Tensor | Callable | None) -> Tensor:
+    return mix(*arguments)

@@ -104,18 +104,20 @@ class Block(nn.Module):
         residual: Tensor | None = None,
         pad_mask: Tensor | None = None,
         starts: Tensor | None = None,
+        recompute_scan_inputs: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(mixer(norm(residual + hidden)), residual + hidden), (S, B, L, D) each; the next block adds them."""
         normed, residual = self.norm(hidden, residual)
-        return self.mixer(normed, pad_mask, starts), residual
+        return self.mixer(normed, pad_mask, starts, recompute_scan_inputs), residual
 
 
 class CaduceusForMaskedLM(nn.Module):
     """Caduceus-Ph, Caduceus-PS or uni-directional Mamba with a language-model head tied to the embedding.
 
     `backend` names the implementation of the ops (see `caduceus.ops`). Of the first `checkpoint_blocks` blocks
-    the backward pass recomputes the activations instead of keeping them. (The first, because it comes to them last,
-    when those of all others are freed.)
+    the backward pass recomputes the activations instead of keeping them; of the `checkpoint_scan_inputs` blocks after
+    them it recomputes only what feeds the scan. (The first, because it comes to them last, when those of all others are
+    freed.)
 
     With `strands`, this rank has one of the two streams of a Caduceus-PS, S = 1. They meet in the logits: `.logits` and
     `.loss` are those of both, `.loss_sum`, from which gradients are to be taken, and `.weight_sum` this rank's half.
@@ -128,6 +130,7 @@ class CaduceusForMaskedLM(nn.Module):
         backend: str = "auto",
         checkpoint_blocks: int = 0,
         strands: Strands | None = None,
+        checkpoint_scan_inputs: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -135,6 +138,7 @@ class CaduceusForMaskedLM(nn.Module):
         self.streams = range(2 if config.rcps else 1) if strands is None else range(strands.rank, strands.rank + 1)
         self.backend = backend
         self.checkpoint_blocks = checkpoint_blocks
+        self.checkpoint_scan_inputs = checkpoint_scan_inputs
         swaps_strands = config.rcps and config.fused_add_norm
         # Counted from the first stream that is here.
         mirrored = [((layer if swaps_strands else 1) - self.streams[0]) % 2 for layer in range(config.n_layer)]
@@ -191,7 +195,9 @@ class CaduceusForMaskedLM(nn.Module):
                     hidden, residual = (residual + hidden).to(residual.dtype), None
                 hidden, residual = checkpoint(block, hidden, residual, pad_mask, starts, use_reentrant=False)
             else:
-                hidden, residual = block(hidden, residual, pad_mask, starts)
+                scan_inputs = number <= self.checkpoint_blocks + self.checkpoint_scan_inputs
+                recompute_scan_inputs = scan_inputs and torch.is_grad_enabled()
+                hidden, residual = block(hidden, residual, pad_mask, starts, recompute_scan_inputs)
             if output_hidden_states and number < len(self.blocks):
                 first = 1 - block.mixer.mirrored_stream if self.config.fused_add_norm else 0
                 hidden_states.append(self._published_layout(hidden, first))

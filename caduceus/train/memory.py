@@ -41,24 +41,15 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
     return count.peak
 
 
-def kept_tensors(block: nn.Module, hidden: Tensor, residual: Tensor) -> list[Tensor]:
-    """What autograd keeps of block(hidden, residual) for its backward pass, one tensor per storage, no parameters."""
-    parameters = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in parameters:
-            kept.setdefault(storage, tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(hidden, residual)
-    return list(kept.values())
-
-
-def stored_bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
+def kept_storages(block: nn.Module, *inputs: Any) -> list[torch.UntypedStorage]:
+    """What lives on of what block(*inputs) makes, for its backward pass, when its outputs are gone."""
+    with TensorBytes() as count:
+        outputs = block(*inputs)
+    graph = [output.grad_fn for output in outputs]
+    del outputs
+    kept = count.living()
+    del graph  # which held it
+    return kept
 
 
 def moment_bytes_to_come(strategy: Single) -> int:
@@ -88,8 +79,12 @@ class TensorBytes(TorchDispatchMode):
             if storage._cdata not in self._given:
                 self._made[storage._cdata] = storage
         # Summed anew each time, because FSDP empties and refills storages in place.
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self._made.values()))
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.living()))
         return result
+
+    def living(self) -> list[torch.UntypedStorage]:
+        """Storages that were made within and live now, in the order in which they were made."""
+        return list(self._made.values())
 
 
 def _storages(values: Any) -> list[torch.UntypedStorage]:

@@ -1,4 +1,4 @@
-"""`train.activation_checkpointing: auto`: as few blocks recompute their activations as the free memory demands."""
+"""`train.activation_checkpointing: auto`: as few activations are recomputed as the free memory demands."""
 
 import contextlib
 import dataclasses
@@ -22,38 +22,42 @@ _log = logging.getLogger(__name__)
 
 
 def recompute_to_fit(config: Config, strategy: Single) -> None:
-    """Set how many blocks of the model recompute their activations, the same on all ranks.
+    """Set how many blocks of the model recompute their activations or their scans' inputs, the same on all ranks.
 
-    Measured are a micro-batch with all blocks but the last recomputed, and what keeping one more block adds. The last
-    block is always kept: the backward pass would recompute it before it can free anything.
+    Measured are a micro-batch with all blocks but the last recomputed whole, and what a block adds that keeps more. The
+    last block keeps all: the backward pass would recompute it before it can free anything.
     """
     ranks, layers = strategy.ranks, config.model.n_layer
     model: CaduceusForMaskedLM = getattr(strategy.model, "module", strategy.model)
     free = memory.free_memory(ranks.device)
-    model.checkpoint_blocks = layers - 1
+    model.checkpoint_blocks, model.checkpoint_scan_inputs = layers - 1, 0
     least = memory.peak_bytes(ranks.device, lambda: run_micro_batch(config, strategy))
     least += memory.moment_bytes_to_come(strategy)
     with refusing_what_is_too_large(config, ranks):
-        added = bytes_added_by_keeping_a_block(config, ranks) if layers > 1 else 0
-    rows = [tuple(map(int, row)) for row in ranks.gather([least, added, free]).tolist()]
+        added = bytes_added_by_a_block(config, ranks) if layers > 1 else (0, 0)
+    rows = [tuple(map(int, row)) for row in ranks.gather([least, *added, free]).tolist()]
     counts = [blocks_to_recompute(*row, layers) for row in rows]
-    recomputed = model.checkpoint_blocks = max(counts)
-    least, added, free = rows[counts.index(recomputed)]
+    whole, inputs = model.checkpoint_blocks, model.checkpoint_scan_inputs = max(counts)
+    least, lean, full, free = rows[counts.index((whole, inputs))]
     if not ranks.is_main:
         return
-    needed = least + (layers - 1 - recomputed) * added
-    sizes = [f"{count / 2**20:,.0f} MiB" for count in (needed, free, added)]
+    needed = least + inputs * lean + (layers - 1 - whole - inputs) * full
+    sizes = [f"{count / 2**20:,.0f} MiB" for count in (needed, free, lean, full)]
     _log.info(
-        "train.activation_checkpointing: auto recomputes %d of %d blocks: a micro-batch and the optimizer then take "
-        "%s of the %s that are free, and each block kept instead %s more; %d %% stay in reserve",
-        *(recomputed, layers, *sizes, round(100 * RESERVE)),
+        "train.activation_checkpointing: auto recomputes %d of %d blocks, and of %d others what feeds the scan: a "
+        "micro-batch and the optimizer then take %s of the %s that are free; a block of which only the latter is "
+        "recomputed takes %s, and one that keeps all %s more than a recomputed one; %d %% stay in reserve",
+        *(whole, layers, inputs, *sizes, round(100 * RESERVE)),
     )
     if needed > free:
         _log.warning("this is more than there is; lower train.micro_batch or share sequences by parallel.context")
 
 
-def bytes_added_by_keeping_a_block(config: Config, ranks: Ranks) -> int:
-    """Bytes that a block keeps of a micro-batch, less those of the input that recomputing it takes."""
+def bytes_added_by_a_block(config: Config, ranks: Ranks) -> tuple[int, int]:
+    """Bytes that a block keeps of a micro-batch beyond the input that recomputing it takes.
+
+    Of one that recomputes what feeds the scan, and of one that recomputes nothing.
+    """
     with torch.device("meta"):
         small = dataclasses.replace(config.model, n_layer=1)
         model = CaduceusForMaskedLM(small, backend=config.ops.backend, strands=ranks.strand_group)
@@ -67,8 +71,12 @@ def bytes_added_by_keeping_a_block(config: Config, ranks: Ranks) -> int:
         with torch.no_grad():
             start = torch.zeros(shape, dtype=dtype, device=ranks.device)
             hidden, residual = block(start.to(residual_dtype(config.model, start)))
-        kept = memory.kept_tensors(block, hidden.requires_grad_(), residual.requires_grad_())
-    return sum(map(memory.stored_bytes, kept)) - residual.nbytes
+        inputs = hidden.requires_grad_(), residual.requires_grad_(), None, None
+        lean, full = (
+            sum(storage.nbytes() for storage in memory.kept_storages(block, *inputs, recompute_scan_inputs))
+            for recompute_scan_inputs in (True, False)
+        )
+    return lean - residual.nbytes, full - residual.nbytes
 
 
 def run_micro_batch(config: Config, strategy: Single) -> None:

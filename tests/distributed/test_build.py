@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from caduceus import CaduceusForMaskedLM
@@ -12,6 +13,7 @@ from caduceus.config import Config, config_from_dict
 from caduceus.distributed import build
 from caduceus.distributed.build import build_model, build_strategy
 from caduceus.distributed.mesh import Ranks
+from caduceus.model.caduceus import Block
 from tests.distributed.ranks import on_ranks
 
 CPU = torch.device("cpu")
@@ -39,6 +41,22 @@ def test_a_model_from_the_meta_device_has_the_weights_of_one_built_at_once() -> 
 
 def test_a_built_model_takes_no_memory() -> None:
     assert all(tensor.is_meta for tensor in (*build_model(config()).parameters(), *build_model(config()).buffers()))
+
+
+@pytest.mark.slow
+def test_no_block_is_left_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is recomputed, with and without padding and gradients, in one process."""
+    monkeypatch.setattr(Block, "compile", lambda block: nn.Module.compile(block, backend="eager"))
+    torch.compiler.reset()
+    model = build_strategy(config(train={"compile": True, "micro_batch": 4}), Ranks(0, 1, 1, CPU)).model
+    input_ids = torch.full((2, 9), 7)
+    pad_mask = torch.zeros(2, 9, dtype=torch.bool)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for model.checkpoint_blocks, model.checkpoint_scan_inputs in ((2, 0), (0, 0), (0, 2), (1, 1)):
+            for mask in (None, pad_mask):
+                model(input_ids, input_ids, pad_mask=mask).loss.backward()
+                with torch.no_grad():
+                    model(input_ids, pad_mask=mask)
 
 
 def weights_of_all_strategies(rank: int) -> dict[str, dict[str, torch.Tensor]]:

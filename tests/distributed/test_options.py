@@ -37,6 +37,7 @@ class Option:
 PLAIN = Option("plain", {}, {}, 0)
 OPTIONS = [
     Option("recomputed", {"activation_checkpointing": "block"}, {}, CLOSE),
+    Option("scan inputs recomputed, compiled", {"activation_checkpointing": "scan", "compile": True}, {}, CLOSE),
     Option("deterministic", {"deterministic": True}, {}, 0),
     Option("bf16", {"precision": "bf16"}, {}, 2e-2),
     Option("offloaded", {}, {"cpu_offload": True}, CLOSE),

@@ -43,17 +43,24 @@ def test_memory_at_the_published_sizes():
     assert plan(published(2**20), 8).memory_bytes == pytest.approx(150.53 * 2**30, rel=0.02)
     recomputed = plan(published(2**20, activation_checkpointing="block"), 8)
     assert recomputed.memory_bytes == pytest.approx(31.22 * 2**30, rel=0.02)
+    recomputed = plan(published(2**20, activation_checkpointing="scan"), 8)
+    assert recomputed.memory_bytes == pytest.approx(87.73 * 2**30, rel=0.02)
 
 
 def test_auto_recomputes_what_does_not_fit_a_gpu():
     def modes(seq_len: int) -> list:
-        return [plan(published(seq_len, activation_checkpointing=mode), 8) for mode in ("none", "auto", "block")]
+        modes = ("none", "auto", "scan", "block")
+        return [plan(published(seq_len, activation_checkpointing=mode), 8) for mode in modes]
 
-    none, auto, block = modes(2**17)
-    assert auto == none and none.step_seconds < block.step_seconds
-    none, auto, block = modes(2**20)
-    assert none.step_seconds < auto.step_seconds < block.step_seconds
-    assert block.memory_bytes < auto.memory_bytes < 0.9 * 80e9 < none.memory_bytes
+    none, auto, scan, block = modes(2**17)
+    assert auto == none and none.step_seconds < scan.step_seconds < block.step_seconds
+    # What feeds the scan is enough, in some of the blocks.
+    none, auto, scan, block = modes(2**19)
+    assert none.step_seconds < auto.step_seconds < scan.step_seconds
+    assert block.memory_bytes < scan.memory_bytes < auto.memory_bytes < 0.9 * 80e9 < none.memory_bytes
+    none, auto, scan, block = modes(2**20)
+    assert none.step_seconds < scan.step_seconds < auto.step_seconds < block.step_seconds
+    assert block.memory_bytes < auto.memory_bytes < 0.9 * 80e9 < scan.memory_bytes < none.memory_bytes
 
 
 def test_time_follows_the_work_of_a_rank():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from caduceus.config import Config
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.layout import RESERVE, blocks_to_recompute
 from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.strategy import Single
 from caduceus.train import memory, recomputation, trainer
 from caduceus.train.recomputation import run_micro_batch
 from tests.distributed.ranks import on_ranks
@@ -26,55 +28,77 @@ def automatic(small_run: SmallRun, name: str = "auto", rcps: bool = True, **trai
     return small_run.config(name, model={**MODEL, "rcps": rcps}, train=train, valid={"every": 0})
 
 
-def measure(config: Config) -> tuple[int, int, list[int]]:
-    """(bytes with all blocks but the last recomputed, what keeping another adds, bytes with 0, 1, … recomputed)."""
-    strategy = build_strategy(config, ALONE)
-    peaks = []
-    for blocks in range(LAYERS):
-        strategy.model.checkpoint_blocks = blocks
-        peaks.append(memory.peak_bytes(ALONE.device, lambda: run_micro_batch(config, strategy)))
-    return peaks[-1], recomputation.bytes_added_by_keeping_a_block(config, ALONE), peaks
+WAYS = [(whole, inputs) for whole in range(LAYERS) for inputs in range(LAYERS - whole)]
+"""Blocks that are recomputed whole, and others of which the scan's inputs are; the last one keeps all."""
+
+
+def peak_bytes(strategy: Single, config: Config, whole: int, inputs: int) -> int:
+    strategy.model.checkpoint_blocks, strategy.model.checkpoint_scan_inputs = whole, inputs
+    return memory.peak_bytes(ALONE.device, lambda: run_micro_batch(config, strategy))
+
+
+def measure(config: Config) -> tuple[int, int, int]:
+    """Bytes with all blocks but the last recomputed; what one adds that keeps all but the scan's inputs; or all."""
+    least = peak_bytes(build_strategy(config, ALONE), config, LAYERS - 1, 0)
+    return least, *recomputation.bytes_added_by_a_block(config, ALONE)
+
+
+def foretold(way: tuple[int, int], least: int, lean: int, full: int) -> int:
+    whole, inputs = way
+    return least + inputs * lean + (LAYERS - 1 - whole - inputs) * full
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("rcps", [True, False])
 @pytest.mark.parametrize("micro_batch", [8, 4])  # alone in its step, and with gradients in memory
 def test_the_bytes_foretold_are_those_of_a_micro_batch(small_run, rcps: bool, micro_batch: int, precision: str) -> None:
-    least, added, peaks = measure(automatic(small_run, rcps=rcps, micro_batch=micro_batch, precision=precision))
-    for recomputed, peak in enumerate(peaks):
-        foretold = least + (LAYERS - 1 - recomputed) * added
-        assert foretold == pytest.approx(peak, rel=0.02)
+    config = automatic(small_run, rcps=rcps, micro_batch=micro_batch, precision=precision)
+    measured, strategy = measure(config), build_strategy(config, ALONE)
+    for way in WAYS:
+        assert foretold(way, *measured) == pytest.approx(peak_bytes(strategy, config, *way), rel=0.02), way
 
 
-def test_no_more_blocks_are_recomputed_than_must_be() -> None:
-    def chosen(spendable: float) -> int:
-        return blocks_to_recompute(least=1000, added=200, free=round(spendable / (1 - RESERVE)), layers=5)
+@pytest.mark.parametrize(("lean", "full"), [(100, 200), (150, 200), (50, 200), (200, 200), (250, 200), (1, 200)])
+def test_no_more_is_recomputed_than_must_be(lean: int, full: int) -> None:
+    """Of all ways that fit, the one with the fewest whole blocks, and then the fewest others; where none, the least."""
+    for spendable in range(990, 1810, 5):
+        free = math.ceil(spendable / (1 - RESERVE))
+        fitting = [way for way in WAYS if foretold(way, 1000, lean, full) <= int((1 - RESERVE) * free)]
+        assert blocks_to_recompute(1000, lean, full, free, LAYERS) == min(fitting, default=(LAYERS - 1, 0)), spendable
 
-    assert [chosen(bytes_) for bytes_ in (1805, 1795, 1605, 1595, 1205, 1195, 1005, 10)] == [0, 1, 1, 2, 3, 4, 4, 4]
-    assert blocks_to_recompute(least=1000, added=0, free=10, layers=1) == 0
+
+def test_ranks_take_what_needs_the_least_memory() -> None:
+    """The largest of their pairs, which fits wherever each one's own does."""
+    ways = [blocks_to_recompute(1000, 80, 200, free, LAYERS) for free in range(1000, 2000, 10)]
+    needs = [foretold(way, 1000, 80, 200) for way in ways]
+    assert ways == sorted(ways, reverse=True) and needs == sorted(needs)
+    assert blocks_to_recompute(1000, 0, 0, 10, 1) == (0, 0)
 
 
 def pretend_that_free_is(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     monkeypatch.setattr(memory, "free_memory", lambda device: free)
 
 
-def memory_for(kept: int, least: int, added: int) -> int:
-    """Free bytes with which, after the reserve, `kept` blocks besides the last can keep their activations."""
-    return int((least + (kept + 0.5) * added) / (1 - RESERVE))
+def memory_for(way: tuple[int, int], least: int, lean: int, full: int) -> int:
+    """Free bytes which, after the reserve, are a little more than are needed so."""
+    return int((foretold(way, least, lean, full) + 0.5 * min(lean, full - lean)) / (1 - RESERVE))
 
 
 def test_a_run_in_little_memory_has_the_numbers_of_one_with_plenty(small_run, monkeypatch, caplog) -> None:
     plain = automatic(small_run, "plain", activation_checkpointing="none")
     assert trainer.train(plain) == 0
+    scan = automatic(small_run, "scan", activation_checkpointing="scan")
+    assert trainer.train(scan) == 0
+    assert numbers(scan.run.dir) == numbers(plain.run.dir)
     config = automatic(small_run)
-    least, added, _ = measure(config)
+    least, lean, full = measure(config)
     least += memory.moment_bytes_to_come(build_strategy(config, ALONE))
-    for kept in range(LAYERS):
-        config = automatic(small_run, f"keeps {kept}")
-        pretend_that_free_is(monkeypatch, memory_for(kept, least, added))
+    for whole, inputs in ((0, 0), (0, 2), (0, 3), (1, 2), (3, 0)):
+        config = automatic(small_run, f"{whole} {inputs}")
+        pretend_that_free_is(monkeypatch, memory_for((whole, inputs), least, lean, full))
         with caplog.at_level(logging.INFO):
             assert trainer.train(config) == 0
-        assert f"auto recomputes {LAYERS - 1 - kept} of {LAYERS} blocks" in caplog.text
+        assert f"auto recomputes {whole} of {LAYERS} blocks, and of {inputs} others what feeds the scan" in caplog.text
         assert numbers(config.run.dir) == numbers(plain.run.dir)
 
 
@@ -95,9 +119,11 @@ PARALLEL = {
     "ZeRO 3": {"strategy": "deepspeed", "zero_stage": 3},
 }
 
+MODES = {"none": (0, 0), "scan": (0, LAYERS), "auto": (LAYERS - 1, 0)}
 
-def train_each(rank: int, configs: dict[str, Config]) -> dict[str, int]:
-    """Blocks that this rank recomputes in each training; rank 0 has plenty of memory, and rank 1 has none."""
+
+def train_each(rank: int, configs: dict[str, Config]) -> dict[str, tuple[int, int]]:
+    """What this rank recomputes in each training; rank 0 has plenty of memory, and rank 1 has none."""
     found = {}
     for name, config in configs.items():
         with pytest.MonkeyPatch.context() as patch:
@@ -106,8 +132,8 @@ def train_each(rank: int, configs: dict[str, Config]) -> dict[str, int]:
             patch.setattr(trainer, "build_strategy", build)
             pretend_that_free_is(patch, (2**60, 0)[rank])
             assert trainer.train(config) == 0
-        model = strategies[0].model
-        found[name] = getattr(model, "module", model).checkpoint_blocks
+        model = getattr(strategies[0].model, "module", strategies[0].model)
+        found[name] = model.checkpoint_blocks, model.checkpoint_scan_inputs
     return found
 
 
@@ -122,14 +148,14 @@ def test_ranks_agree_and_every_strategy_keeps_its_losses(small_run: SmallRun) ->
             valid={"every": 0},
         )
         for name, parallel in PARALLEL.items()
-        for mode in ("none", "auto")
+        for mode in MODES
     }
     for found in on_ranks(2, train_each, configs):
-        assert found == {name: LAYERS - 1 if name.endswith("auto") else 0 for name in configs}
+        assert found == {name: MODES[name.rpartition(" ")[2]] for name in configs}
     for name in PARALLEL:
-        none, auto = (losses(configs[f"{name} {mode}"].run.dir) for mode in ("none", "auto"))
+        none, *others = (losses(configs[f"{name} {mode}"].run.dir) for mode in MODES)
         # Reduced in another order: fp32 rounding over three steps.
-        assert auto == pytest.approx(none, rel=1e-6), name
+        assert all(other == pytest.approx(none, rel=1e-6) for other in others), name
 
 
 def losses(run_directory: str) -> list[float]:

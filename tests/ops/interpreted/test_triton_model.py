@@ -74,6 +74,19 @@ def test_a_block_compiles_whole(autocast, lengths, device):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_what_feeds_the_scan_is_recomputed_to_the_same_bits(monkeypatch):
+    monkeypatch.setattr(triton_scan, "chunk_length", lambda u: 8)
+    torch.manual_seed(0)
+    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=1, d_state=2), backend="triton")
+    input_ids, starts = torch.randint(7, 11, (1, 10)), torch.zeros(1, 10, dtype=torch.bool)
+    starts[0, 6] = True
+    results = []
+    for model.checkpoint_scan_inputs in (0, 1):
+        loss = model(input_ids, input_ids, starts=starts, return_logits=False).loss
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.slow
 def test_the_last_norm_and_the_loss_compile_whole():
     def loss(hidden, residual, norm, head, labels):
