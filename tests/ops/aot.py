@@ -187,10 +187,16 @@ def launch_all(element: str) -> None:
         train(config, 1, 16_384, element, shared=True)
 
 
+def launch_one(element: str) -> None:
+    train(CaduceusConfig(d_model=256, n_layer=2), 1, 131_072, element)
+
+
 def launch_rest(element: str) -> None:
-    """A packed sequence, one so long that strides pass 2^31, and one of each, which Triton makes a constant."""
+    """A packed sequence, one of odd length, one so long that offsets pass 2^31, and one of each, which Triton makes a
+    constant."""
     config = CaduceusConfig(d_model=256, n_layer=2)
     train_packed(config, 131_072, element)
+    train(config, 3, 1037, element)
     train(config, 2, GIANT, element)
     run_smallest(element)
 
@@ -217,7 +223,7 @@ def main() -> None:
         if what.isdecimal():
             launch_scan(element, int(what))
         else:
-            {"published": launch_all, "rest": launch_rest}[what](element)
+            {"published": launch_all, "one": launch_one, "rest": launch_rest}[what](element)
     for name, kernels in found.items():
         for compiled in kernels:
             capability = compiled.metadata.target.arch

@@ -21,9 +21,9 @@ PIECE = 8
 GROUP = 2
 """States of which the backward pass sums the gradients of B and C over channels in one product."""
 WIDE_STATES = 16
-"""States up to which the kernels that hold them in registers take two channels in a thread."""
+"""States up to which the kernels that hold them in registers take two channels in a thread, and UNROLL tokens in a turn
+of their loops where it divides the length. More states are work enough, and what is unrolled takes long to compile."""
 UNROLL = 2
-"""Tokens that the other kernels take in a turn of their loops, where it divides the length."""
 REPLAY_BYTES = 2**30
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
 
@@ -99,8 +99,10 @@ class ScanKernels:
         options = {"E": self.E, "N": self.N, "SOFTPLUS": softplus, **LAUNCH}
         options |= {"HAS_BIAS": dt_bias is not None, "HAS_STARTS": starts is not None}
         self.options = {"BLOCK": self.block, **options}
-        wide = wide_channel_block(u) if self.N <= WIDE_STATES else self.block
-        self.wide_options = {"BLOCK": wide, "UNROLL": math.gcd(self.length, UNROLL), **options}
+        wide, unroll = self.block, 1
+        if self.N <= WIDE_STATES:
+            wide, unroll = wide_channel_block(u), math.gcd(self.length, UNROLL)
+        self.wide_options = {"BLOCK": wide, "UNROLL": unroll, **options}
         self.wide_blocks = triton.cdiv(self.E, wide)
         self.tile = {"N": self.N, "BLOCK": triton.next_power_of_2(self.N), "T": PIECE, **LAUNCH}
         self.has_D, self.has_z = D is not None, z is not None
