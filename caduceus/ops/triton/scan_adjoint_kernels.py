@@ -154,18 +154,18 @@ def _replay_chunk(
     t,
     length,
     L,
+    adds,
     E: tl.constexpr,
     N: tl.constexpr,
     T: tl.constexpr,
     UNROLL: tl.constexpr,
     REV: tl.constexpr,
-    ADDS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     mask,
 ):
-    """With ADDS to what is in dz."""
+    """Where it `adds`, to what is in dz."""
     step: tl.constexpr = 1 - 2 * REV
     for k0 in range(0, length, T):
         store_vectors(kept_ptr + e, E, h, mask, N)
@@ -183,7 +183,7 @@ def _replay_chunk(
                     gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
                     dz = dout * y * gate * (1.0 + z * (1.0 - gate))
                     dz_at = dz_ptr + (out_at + i * step * E) + e
-                    if ADDS:
+                    if adds:
                         dz += load(dz_at, mask)
                     tl.store(dz_at, dz.to(dz_ptr.dtype.element_ty), mask=mask)
             t += UNROLL * step
@@ -238,7 +238,7 @@ def scan_replay_kernel(
     begin = chunk * chunk_size
     length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     starts_at = starts_ptr + b * L
-    for d in tl.static_range(P):
+    for d in range(P):
         row = d * S * batch + sb
         rev = (d + s + reverse) % 2
         t = tl.where(rev == 1, begin + length - 1, begin)
@@ -253,54 +253,16 @@ def scan_replay_kernel(
         C_at = C_ptr + (row * L + t) * N
         if rev == 1:
             _replay_chunk(
-                *(
-                    u_ptr,
-                    dt_ptr,
-                    B_at,
-                    C_at,
-                    z_ptr,
-                    starts_at,
-                    dout_ptr,
-                    kept_at,
-                    dz_ptr,
-                    at,
-                    out_at,
-                    h,
-                    A,
-                    D,
-                    bias,
-                    e,
-                    t,
-                    length,
-                ),
-                *(L, E, N, T, UNROLL, 1, d > 0),
-                *(SOFTPLUS, HAS_Z, HAS_STARTS),
+                *(u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, at, out_at),
+                *(h, A, D, bias, e, t, length, L, d > 0),
+                *(E, N, T, UNROLL, 1, SOFTPLUS, HAS_Z, HAS_STARTS),
                 mask=mask,
             )
         else:
             _replay_chunk(
-                *(
-                    u_ptr,
-                    dt_ptr,
-                    B_at,
-                    C_at,
-                    z_ptr,
-                    starts_at,
-                    dout_ptr,
-                    kept_at,
-                    dz_ptr,
-                    at,
-                    out_at,
-                    h,
-                    A,
-                    D,
-                    bias,
-                    e,
-                    t,
-                    length,
-                ),
-                *(L, E, N, T, UNROLL, 0, d > 0),
-                *(SOFTPLUS, HAS_Z, HAS_STARTS),
+                *(u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, at, out_at),
+                *(h, A, D, bias, e, t, length, L, d > 0),
+                *(E, N, T, UNROLL, 0, SOFTPLUS, HAS_Z, HAS_STARTS),
                 mask=mask,
             )
         # Threads may have other channels where they load than where they store.

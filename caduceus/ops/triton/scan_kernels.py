@@ -193,17 +193,18 @@ def _scan_chunk(
     t,
     length,
     L,
+    adds,
+    gates,
     E: tl.constexpr,
     N: tl.constexpr,
     UNROLL: tl.constexpr,
     REV: tl.constexpr,
-    ADDS: tl.constexpr,
-    GATES: tl.constexpr,
+    HAS_Z: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     mask,
 ):
-    """With ADDS to what is in out; with GATES the sum is final, and gated."""
+    """Where it `adds`, to what is in out; where it `gates`, the sum is final."""
     step: tl.constexpr = 1 - 2 * REV
     for _ in range(0, length, UNROLL):
         for i in tl.static_range(UNROLL):
@@ -213,9 +214,9 @@ def _scan_chunk(
             decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
             h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
             y = project(h, C_ptr + i * step * N, D * u, N)
-            if ADDS:
+            if adds:
                 y += load(out_ptr + at, mask)
-            if GATES:
+            if HAS_Z and gates:
                 y *= silu(load(z_ptr + at, mask))
             tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
         t += UNROLL * step
@@ -270,7 +271,7 @@ def scan_forward_kernel(
     begin = chunk * chunk_size
     length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     starts_at = starts_ptr + b * L
-    for d in tl.static_range(P):
+    for d in range(P):
         row = d * S * batch + sb
         rev = (d + s + reverse) % 2
         t = tl.where(rev == 1, begin + length - 1, begin)
@@ -287,15 +288,13 @@ def scan_forward_kernel(
         if rev == 1:
             _scan_chunk(
                 *(u_at, dt_at, B_at, C_at, z_at, starts_at, out_at, h, A, D, bias, e, t, length, L),
-                *(E, N, UNROLL),
-                *(1, d > 0, HAS_Z and d == P - 1, SOFTPLUS, HAS_STARTS),
+                *(d > 0, d == P - 1, E, N, UNROLL, 1, HAS_Z, SOFTPLUS, HAS_STARTS),
                 mask=mask,
             )
         else:
             _scan_chunk(
                 *(u_at, dt_at, B_at, C_at, z_at, starts_at, out_at, h, A, D, bias, e, t, length, L),
-                *(E, N, UNROLL),
-                *(0, d > 0, HAS_Z and d == P - 1, SOFTPLUS, HAS_STARTS),
+                *(d > 0, d == P - 1, E, N, UNROLL, 0, HAS_Z, SOFTPLUS, HAS_STARTS),
                 mask=mask,
             )
         # Threads may have other channels where they load than where they store.

@@ -23,6 +23,8 @@ GROUP = 2
 WIDE_STATES = 16
 """States up to which the kernels that hold them in registers take two channels in a thread, and UNROLL tokens in a turn
 of their loops where it divides the length. More states are work enough, and what is unrolled takes long to compile."""
+WIDE_REGISTERS = 65_536 // (32 * 16)
+"""Of a thread where 16 warps are to have a place on a multiprocessor: two kernels would take some more."""
 UNROLL = 2
 REPLAY_BYTES = 2**30
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
@@ -99,10 +101,12 @@ class ScanKernels:
         options = {"E": self.E, "N": self.N, "SOFTPLUS": softplus, **LAUNCH}
         options |= {"HAS_BIAS": dt_bias is not None, "HAS_STARTS": starts is not None}
         self.options = {"BLOCK": self.block, **options}
-        wide, unroll = self.block, 1
+        wide = wide_channel_block(u) if self.N <= WIDE_STATES else self.block
+        self.wide_options = {"BLOCK": wide, "UNROLL": 1, **options}
+        self.bounds = {}
         if self.N <= WIDE_STATES:
-            wide, unroll = wide_channel_block(u), math.gcd(self.length, UNROLL)
-        self.wide_options = {"BLOCK": wide, "UNROLL": unroll, **options}
+            self.wide_options["UNROLL"] = math.gcd(self.length, UNROLL)
+            self.bounds["maxnreg"] = WIDE_REGISTERS
         self.wide_blocks = triton.cdiv(self.E, wide)
         self.tile = {"N": self.N, "BLOCK": triton.next_power_of_2(self.N), "T": PIECE, **LAUNCH}
         self.has_D, self.has_z = D is not None, z is not None
@@ -138,6 +142,7 @@ class ScanKernels:
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
                 **self.wide_options,
+                **self.bounds,
             )
         return out
 
@@ -206,6 +211,7 @@ class ScanKernels:
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
                 **self.wide_options,
+                **self.bounds,
             )
         return kept
 
