@@ -83,7 +83,7 @@ TUNABLES = {
         Tunable("PIECE", (4, 8, 16), constants(scan_launches, "PIECE")),
         Tunable("UNROLL", (1, 2, 4), constants(scan_launches, "UNROLL")),
         Tunable("WIDE_STATES", (0, 16, 32), constants(scan_launches, "WIDE_STATES")),
-        Tunable("REPLAY_BYTES", tuple(2**n for n in range(26, 32)), constants(scan_launches, "REPLAY_BYTES")),
+        Tunable("REPLAY_BYTES", tuple(2**n for n in range(28, 34)), constants(scan_launches, "REPLAY_BYTES")),
         STAGES,
     ],
     "convolution": [

@@ -4,8 +4,9 @@
 
 Compiles what a step of pre-training launches (see tests/ops/aot.py) and counts machine instructions per token and warp
 (32 threads): the loops, by class, times the trips that a token takes, as the mean over the copies that there are of a
-loop for each direction. Of an `if` both sides count. `issue` is an estimate, NOT a measurement: the time per token and
-layer if every scheduler issued an instruction every cycle. Memory, latency and what is outside the loops come on top.
+loop for each direction. Of an `if` both sides count. `issue` and `exp` are estimates, NOT measurements: the time per
+token and layer if every scheduler issued an instruction every cycle, and if the units for exponentials and reciprocals
+(MUFU, which take 8 cycles for a warp) never stood still. Memory, latency and what is outside the loops come on top.
 """
 
 import argparse
@@ -37,6 +38,8 @@ CLASSES = {
 """All others are index arithmetic, moves, predicates and branches."""
 GPUS = {80: ("A100", 108, 1.41e9), 90: ("H100 SXM", 132, 1.755e9)}
 """Name, multiprocessors and boost clock in Hz; each multiprocessor has four schedulers of one instruction a cycle."""
+MUFU_CYCLES = 8
+"""Of a scheduler's unit, for the 32 threads of a warp."""
 
 
 def main() -> None:
@@ -51,8 +54,20 @@ def main() -> None:
     name, multiprocessors, clock = GPUS[options.capability]
     with compiling(options.capability) as found:
         train(config, 1, options.length, options.element)
-    trips, work = trips_of_loops(config.d_state), work_per_token(config, options.streams)
-    titles = ["kernel", "registers", "shared", "spills", "warps/SM", "instructions", *CLASSES, "others", "issue, ns"]
+    at_once = "chunk_adjoint" not in found
+    trips, work = trips_of_loops(config.d_state, at_once), work_per_token(config, options.streams, at_once)
+    titles = [
+        "kernel",
+        "registers",
+        "shared",
+        "spills",
+        "warps/SM",
+        "instructions",
+        *CLASSES,
+        "others",
+        "issue, ns",
+        "exp, ns",
+    ]
     print(f"sm_{options.capability}, {options.element}, d_inner {config.d_inner}, {config.d_state} states\n")
     print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
     sum_of_instructions = sum_of_time = 0.0
@@ -62,36 +77,39 @@ def main() -> None:
         classes = per_token_and_warp(code, per_token)
         spills = sum(class_of(name) == "local" for _, name, _ in code)
         instructions = sum(classes.values())
-        nanoseconds = instructions * work[kernel] / (multiprocessors * 4 * clock) * 1e9
+        issue, exp = (
+            cycles * work[kernel] / (multiprocessors * 4 * clock) * 1e9
+            for cycles in (instructions, MUFU_CYCLES * classes["MUFU"])
+        )
         sum_of_instructions += instructions * work[kernel]
-        sum_of_time += nanoseconds
+        sum_of_time += max(issue, exp)
         columns = [used["registers"], used["shared"], spills, resident_warps(used), f"{instructions:.0f}"]
-        columns += [f"{classes[c]:.0f}" for c in (*CLASSES, "others")] + [f"{nanoseconds:.1f}"]
+        columns += [f"{classes[c]:.0f}" for c in (*CLASSES, "others")] + [f"{issue:.1f}", f"{exp:.1f}"]
         print("| " + " | ".join(map(str, [kernel, *columns])) + " |")
     print(
-        f"\nA layer: {sum_of_instructions:,.0f} warp instructions per token. Estimate, not measured: at one per cycle "
-        f"and scheduler an {name} would take {sum_of_time:.0f} ns per token and layer for these kernels."
+        f"\nA layer: {sum_of_instructions:,.0f} warp instructions per token. Estimate, not measured: with the longer "
+        f"of both times for each, these kernels would take an {name} {sum_of_time:.0f} ns per token and layer."
     )
 
 
-def trips_of_loops(states: int) -> dict[str, list[float]]:
+def trips_of_loops(states: int, at_once: bool) -> dict[str, list[float]]:
     """How often a token goes through the innermost loops of a kernel, and through those around them."""
     unrolled, piece = 1 / scan_launches.UNROLL, 1 / scan_launches.PIECE
-    return {
-        "chunk_state": [unrolled],
-        "scan_forward": [unrolled],
-        "chunk_adjoint": [unrolled],
-        "scan_replay": [unrolled, piece],
+    trips = {"chunk_state": [unrolled], "scan_forward": [unrolled]}
+    trips |= {"scan_replay": [1, piece]} if at_once else {"chunk_adjoint": [unrolled], "scan_replay": [unrolled, piece]}
+    return trips | {
         "scan_backward": [states / scan_launches.GROUP * piece, piece],
         "conv_backward": [1 / conv.STEPS],
     }
 
 
-def work_per_token(config: CaduceusConfig, streams: int) -> dict[str, float]:
+def work_per_token(config: CaduceusConfig, streams: int, at_once: bool) -> dict[str, float]:
     """Warps times rows that a token of the input occupies in each kernel."""
     warps = -(-config.d_inner // device.CHANNELS) * device.WARPS * streams
     wide = config.d_state <= scan_launches.WIDE_STATES and warps // streams // device.WARPS % 2 == 0
     work = dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay"), 2 * warps / (1 + wide))
+    if at_once:
+        work["scan_replay"] = 2 * warps
     return work | {"scan_backward": 2 * warps, "conv_backward": warps}  # which takes both directions in one turn
 
 
@@ -102,7 +120,7 @@ def per_token_and_warp(code: list[tuple[int, str, str]], trips: list[float]) -> 
         if name.startswith("BRA") and "0x" in operands and int(target, 16) < address:
             loops.append((int(target, 16), address))
     inner = [loop for loop in loops if not any(encloses(loop, other) for other in loops)]
-    outer = [loop for loop in loops if loop not in inner]
+    outer = [loop for loop in loops if loop not in inner and all(x in inner for x in loops if encloses(loop, x))]
     # What unrolling leaves over runs at the end of a sequence only: a fraction of the exponentials tells it.
     own = {loop: instructions_of(code, loop, []) for loop in inner}
     most = max(counts["MUFU"] for counts in own.values())

@@ -183,12 +183,13 @@ def launch_all(element: str) -> None:
     """All that the published models launch, on a sequence alone, sequences in a batch, and one shared by ranks."""
     for name, config in published_models().items():
         short = "1k" in name or "tiny" in name
-        train(config, 128 if short else 1, 1024 if short else 131_072, element)
+        train(config, 128 if short else 1, 1024 if short else 2**20 if "1m" in name else 131_072, element)
         train(config, 1, 16_384, element, shared=True)
 
 
 def launch_one(element: str) -> None:
-    train(CaduceusConfig(d_model=256, n_layer=2), 1, 131_072, element)
+    for length in (131_072, 2**21):
+        train(CaduceusConfig(d_model=256, n_layer=2), 1, length, element)
 
 
 def launch_rest(element: str) -> None:

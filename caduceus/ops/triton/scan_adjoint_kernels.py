@@ -15,10 +15,12 @@ from caduceus.ops.triton.device import SIZES
 from caduceus.ops.triton.scan_arithmetic import (
     LOG2E,
     advance,
+    advance_and_trace,
     load,
     load_floats,
     load_parameter,
     load_vectors,
+    ones,
     project,
     silu,
     step_size,
@@ -144,6 +146,7 @@ def _replay_chunk(
     dout_ptr,
     kept_ptr,
     dz_ptr,
+    adjoint_ptr,
     at,
     out_at,
     h,
@@ -157,9 +160,11 @@ def _replay_chunk(
     adds,
     E: tl.constexpr,
     N: tl.constexpr,
+    BLOCK: tl.constexpr,
     T: tl.constexpr,
     UNROLL: tl.constexpr,
     REV: tl.constexpr,
+    TRACE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_STARTS: tl.constexpr,
@@ -167,6 +172,9 @@ def _replay_chunk(
 ):
     """Where it `adds`, to what is in dz."""
     step: tl.constexpr = 1 - 2 * REV
+    if TRACE:
+        product = ones(N, BLOCK)
+        adjoint = zeros(N, BLOCK)
     for k0 in range(0, length, T):
         store_vectors(kept_ptr + e, E, h, mask, N)
         kept_ptr += N * E
@@ -175,12 +183,22 @@ def _replay_chunk(
                 u = load(u_ptr + (at + i * step * E) + e, mask)
                 dt = step_size(load(dt_ptr + (at + i * step * E) + e, mask), bias, SOFTPLUS)
                 decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
-                h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
                 if HAS_Z:
-                    y = project(h, C_ptr + i * step * N, D * u, N)
                     z = load(z_ptr + (out_at + i * step * E) + e, mask)
-                    dout = load(dout_ptr + (out_at + i * step * E) + e, mask)
                     gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+                if HAS_Z or TRACE:
+                    dout = load(dout_ptr + (out_at + i * step * E) + e, mask)
+                if TRACE:
+                    dy = dout * (z * gate) if HAS_Z else dout
+                    h, product, adjoint, y = advance_and_trace(
+                        *(h, product, adjoint, A, decay_time, dt * u, dy, B_ptr + i * step * N, C_ptr + i * step * N),
+                        *(D * u, N),
+                    )
+                else:
+                    h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
+                    if HAS_Z:
+                        y = project(h, C_ptr + i * step * N, D * u, N)
+                if HAS_Z:
                     dz = dout * y * gate * (1.0 + z * (1.0 - gate))
                     dz_at = dz_ptr + (out_at + i * step * E) + e
                     if adds:
@@ -191,6 +209,8 @@ def _replay_chunk(
             out_at += UNROLL * step * E
             B_ptr += UNROLL * step * N
             C_ptr += UNROLL * step * N
+    if TRACE:
+        store_vectors(adjoint_ptr + e, E, adjoint, mask, N)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -208,6 +228,7 @@ def scan_replay_kernel(
     state_ptr,
     kept_ptr,
     dz_ptr,
+    adjoint_ptr,
     item0,
     S,
     batch,
@@ -221,13 +242,17 @@ def scan_replay_kernel(
     BLOCK: tl.constexpr,
     T: tl.constexpr,
     UNROLL: tl.constexpr,
+    TRACE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
-    """Forward again, from item0 on: dz, and kept (P, items, chunk_size / T, N, E), the states before T-th tokens."""
+    """Forward again, from item0 on: dz, and kept (P, items, chunk_size / T, N, E), the states before T-th tokens.
+
+    With TRACE also the adjoint (rows, chunks, N, E) of each chunk's initial state, from the chunk's own outputs alone.
+    """
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0)
     item = item0 + local
@@ -247,22 +272,23 @@ def scan_replay_kernel(
         D = load_parameter(D_ptr, d, e, mask, E, HAS_D)
         h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
         kept_at = kept_ptr + (d * n_items + local) * (chunk_size // T) * N * E
+        adjoint_at = adjoint_ptr + (row * n_chunks + chunk) * N * E
         at = (row * L + t) * E
         out_at = (sb * L + t) * E
         B_at = B_ptr + (row * L + t) * N
         C_at = C_ptr + (row * L + t) * N
         if rev == 1:
             _replay_chunk(
-                *(u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, at, out_at),
+                *(u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, adjoint_at, at, out_at),
                 *(h, A, D, bias, e, t, length, L, d > 0),
-                *(E, N, T, UNROLL, 1, SOFTPLUS, HAS_Z, HAS_STARTS),
+                *(E, N, BLOCK, T, UNROLL, 1, TRACE, SOFTPLUS, HAS_Z, HAS_STARTS),
                 mask=mask,
             )
         else:
             _replay_chunk(
-                *(u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, at, out_at),
+                *(u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, adjoint_at, at, out_at),
                 *(h, A, D, bias, e, t, length, L, d > 0),
-                *(E, N, T, UNROLL, 0, SOFTPLUS, HAS_Z, HAS_STARTS),
+                *(E, N, BLOCK, T, UNROLL, 0, TRACE, SOFTPLUS, HAS_Z, HAS_STARTS),
                 mask=mask,
             )
         # Threads may have other channels where they load than where they store.

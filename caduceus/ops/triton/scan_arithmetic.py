@@ -75,6 +75,14 @@ def zeros(N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def ones(N: tl.constexpr, BLOCK: tl.constexpr):
+    vectors = ()
+    for _ in tl.static_range(N):
+        vectors = vectors + (tl.full([BLOCK], 1.0, tl.float32),)
+    return vectors
+
+
+@triton.jit
 def stack(vectors, LOG_COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """2^LOG_COUNT vectors [BLOCK] as the columns, in their order, of one tile [BLOCK, 2^LOG_COUNT]."""
     for level in tl.static_range(LOG_COUNT):
@@ -110,6 +118,22 @@ def advance(h, A, decay_time, dtu, B_ptr, N: tl.constexpr):
     for n in tl.static_range(N):
         advanced = advanced + (tl.exp2(decay_time * A[n]) * h[n] + dtu * B[n],)
     return advanced
+
+
+@triton.jit
+def advance_and_trace(h, product, adjoint, A, decay_time, dtu, dy, B_ptr, C_ptr, y, N: tl.constexpr):
+    """`advance` and `project`, and the adjoint of the state that the steps began with: each adds what comes back from
+    its output, C dy, through the product of all decays up to it."""
+    B = load_floats(B_ptr, N)
+    C = load_floats(C_ptr, N)
+    advanced, products, adjoints = (), (), ()
+    for n in tl.static_range(N):
+        decay = tl.exp2(decay_time * A[n])
+        advanced = advanced + (decay * h[n] + dtu * B[n],)
+        products = products + (decay * product[n],)
+        adjoints = adjoints + (adjoint[n] + products[n] * (dy * C[n]),)
+        y += advanced[n] * C[n]
+    return advanced, products, adjoints, y
 
 
 @triton.jit

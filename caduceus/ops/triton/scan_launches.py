@@ -26,7 +26,7 @@ of their loops where it divides the length. More states are work enough, and wha
 WIDE_REGISTERS = 65_536 // (32 * 16)
 """Of a thread where 16 warps are to have a place on a multiprocessor: two kernels would take some more."""
 UNROLL = 2
-REPLAY_BYTES = 2**30
+REPLAY_BYTES = 2**31
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
 
 
@@ -72,9 +72,9 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty for what is not given."""
     scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk)
-    adjoints = scan.chunk_adjoints(dy)
+    adjoints, replayed = scan.adjoints(dy, states)
     dinitial_state = scan.carry(adjoints, sum_dt, dfinal_state, descending=True)
-    return (*scan.gradients(dy, states, adjoints), dinitial_state)
+    return (*scan.gradients(dy, states, adjoints, replayed), dinitial_state)
 
 
 class ScanKernels:
@@ -85,6 +85,7 @@ class ScanKernels:
         self.N = A.shape[-1]
         self.rows = self.P * self.S * self.batch
         self.chunk, self.n_chunks = chunk, triton.cdiv(self.length, chunk)
+        self.items = self.S * self.batch * self.n_chunks
         self.reverse = int(reverse)
         self.given = (u, dt, A, B, C, D, z, dt_bias)
         self.u, self.dt = u.contiguous(), dt.contiguous()
@@ -146,8 +147,19 @@ class ScanKernels:
             )
         return out
 
-    def chunk_adjoints(self, dy: Tensor) -> Tensor:
-        """Adjoint of each chunk's initial state by the chunk's own outputs."""
+    def adjoints(self, dy: Tensor, states: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Adjoint of each chunk's initial state by the chunk's own outputs, and what `gradients` need not do again.
+
+        That are the replayed states of all chunks, where there is room for them, with the gradient of z: the same
+        exponentials do for all three.
+        """
+        dy = dy.contiguous()
+        if self.N > WIDE_STATES or self.items > self._segment():
+            return self._chunk_adjoints(dy), None
+        adjoints, dz = self._per_chunk(self.N), self._gate_gradient()
+        return adjoints, (self._replay(0, self.items, dy, states, dz, adjoints), dz)
+
+    def _chunk_adjoints(self, dy: Tensor) -> Tensor:
         adjoints = self._per_chunk(self.N)
         with device_of(self.u):
             adjoint_kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.wide_blocks)](
@@ -157,7 +169,7 @@ class ScanKernels:
                 self.z,
                 self.bias,
                 self.starts,
-                dy.contiguous(),
+                dy,
                 adjoints,
                 *self._sizes(),
                 HAS_Z=self.has_z,
@@ -165,20 +177,21 @@ class ScanKernels:
             )
         return adjoints
 
-    def gradients(self, dy: Tensor, states: Tensor, adjoints: Tensor) -> tuple[Tensor, ...]:
+    def gradients(
+        self, dy: Tensor, states: Tensor, adjoints: Tensor, replayed: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
         """Gradients of u, dt, A, B, C, D, z and dt_bias, from what comes into every chunk; uses `adjoints` up."""
         dy = dy.contiguous()
+        segment = self._segment()
+        kept, dz = replayed or (None, self._gate_gradient())
         du, ddt = (t.new_empty(self.rows, self.length, self.E) for t in (self.u, self.dt))
-        dz = self.z.new_empty(self.S * self.batch, self.length, self.E) if self.has_z else self.u
         dA = self._fp32(self.P, self.N, self.E).zero_()
         dD, dbias = (self._fp32(self.P, self.E).zero_() for _ in range(2))
         dB, dC = (t.new_empty(self.rows, self.length, self.N) for t in (self.given[3], self.given[4]))
-        items = self.S * self.batch * self.n_chunks
-        bytes_per_item = 4 * self.P * (self.chunk // PIECE) * self.N * self.E
-        segment = max(1, REPLAY_BYTES // bytes_per_item)
-        for item in range(0, items, segment):
-            count = min(segment, items - item)
-            kept = self._replay(item, count, dy, states, dz)
+        for item in range(0, self.items, segment):
+            count = min(segment, self.items - item)
+            if replayed is None:
+                kept = self._replay(item, count, dy, states, dz)
             pieces = self._fp32(self.P, count, self.chunk // PIECE, self.N, 2 * PIECE)
             dpieces = self._fp32(self.blocks, *pieces.shape)
             sum_A, sum_D, sum_bias = (self._fp32(self.P, count, *shape, self.E) for shape in ((self.N,), (), ()))
@@ -194,24 +207,38 @@ class ScanKernels:
             for t, g in zip(self.given, found, strict=True)
         )
 
-    def _replay(self, item: int, count: int, dy: Tensor, states: Tensor, dz: Tensor) -> Tensor:
-        """Writes dz; the states before every PIECE-th token of chunks item … item + count - 1."""
+    def _segment(self) -> int:
+        """Chunks whose states are replayed at once."""
+        return max(1, REPLAY_BYTES // (4 * self.P * (self.chunk // PIECE) * self.N * self.E))
+
+    def _gate_gradient(self) -> Tensor:
+        return self.z.new_empty(self.S * self.batch, self.length, self.E) if self.has_z else self.u
+
+    def _replay(
+        self, item: int, count: int, dy: Tensor, states: Tensor, dz: Tensor, adjoints: Tensor | None = None
+    ) -> Tensor:
+        """Writes dz, and the adjoints that are given; the states before every PIECE-th token of chunks from item on."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
+        traces = adjoints is not None
+        options, blocks = {**self.wide_options, **self.bounds}, self.wide_blocks
+        if traces:  # three vectors of states of one channel fill a thread's registers
+            options, blocks = {**self.options, "UNROLL": 1}, self.blocks
         with device_of(self.u):
-            adjoint_kernels.scan_replay_kernel[(count, self.wide_blocks)](
+            adjoint_kernels.scan_replay_kernel[(count, blocks)](
                 *self._operands(),
                 dy,
                 states,
                 kept,
                 dz,
+                adjoints if traces else dy,
                 item,
                 *self._sizes(),
                 P=self.P,
                 T=PIECE,
+                TRACE=traces,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
-                **self.wide_options,
-                **self.bounds,
+                **options,
             )
         return kept
 

@@ -101,6 +101,12 @@ def check(operands: dict[str, Tensor | None], dtype=torch.float32, tolerance=FP3
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
+def replay_chunks_one_by_one(monkeypatch: pytest.MonkeyPatch, so: bool = True) -> None:
+    """In the backward pass; by default there is room for all at once, and adjoints come from the same kernel."""
+    if so:
+        monkeypatch.setattr(scan_launches, "REPLAY_BYTES", 1)
+
+
 def test_both_directions_and_streams():
     check(make_operands(2, 2, 1, 9, 3, 2), chunk=8)
 
@@ -143,7 +149,9 @@ def test_half_precision(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("absent", [("D", "z"), ("dt_bias", "initial_state")])
-def test_optional_operands(absent):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_optional_operands(monkeypatch, absent, at_once):
+    replay_chunks_one_by_one(monkeypatch, not at_once)
     check(make_operands(2, 1, 1, 10, 3, 2) | dict.fromkeys(absent), chunk=8)
 
 
@@ -154,8 +162,9 @@ def test_step_sizes_without_softplus():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("position", [0, 8])
-def test_a_start_forgets_what_lies_on_its_other_side(position):
+@pytest.mark.parametrize(("position", "at_once"), [(0, True), (0, False), (8, True), (8, False)])
+def test_a_start_forgets_what_lies_on_its_other_side(monkeypatch, position, at_once):
+    replay_chunks_one_by_one(monkeypatch, not at_once)
     starts = torch.zeros(2, 14, dtype=torch.bool)
     starts[0, position] = True
     starts[1, [3, 4, 11]] = True
@@ -200,7 +209,7 @@ def test_chunk_and_segment_lengths_change_nothing_but_rounding(monkeypatch):
 
     whole = gradients(24)
     small = gradients(8)
-    monkeypatch.setattr(scan_launches, "REPLAY_BYTES", 1)  # every chunk is a segment of its own
+    replay_chunks_one_by_one(monkeypatch)
     segmented = gradients(8)
     for a, b, c in zip(whole, small, segmented, strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=FP32 * a.abs().max().item())
