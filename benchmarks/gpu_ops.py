@@ -53,6 +53,9 @@ def scan_cases(small: bool) -> Iterator[Case]:
     everything = scan_inputs(2, 2, batch, length, channels, 2 if small else 16)
     yield Case(f"scan, {length} x {channels}", everything, run, define)
     yield Case("scan, reversed", everything, bind(run, reverse=True), bind(define, reverse=True))
+    # Nothing is masked or left over: sizes as of published models, for which other loops are compiled.
+    even = (16, 16, 2) if small else (1024, 512, 16)
+    yield Case(f"scan, {even[0]} x {even[1]}", scan_inputs(2, 2, 1, *even), run, define)
     few = ("u", "dt", "A", "B", "C")
     steps = {**{n: everything[n] for n in few}, "dt": everything["dt"].abs() * 0.1}
     yield Case("scan, no D, z, bias and softplus", steps, bind(run, softplus=False), bind(define, softplus=False))
