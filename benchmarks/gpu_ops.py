@@ -12,6 +12,7 @@ from torch import Tensor
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.ops import PAD_DT, add_norm, bidirectional_conv1d, bidirectional_scan, head_cross_entropy, naive
 from caduceus.ops.runs import runs_backwards, scan_by_runs
+from caduceus.ops.triton import scan_launches
 from tests.ops.slices import scan_in_slices
 
 ACTIVATIONS = {"u", "dt", "B", "C", "z", "x", "halo"}
@@ -29,6 +30,8 @@ class Case:
     run: Function
     define: Function
     """Both take the operands by name and give the same outputs."""
+    replay_bytes: int = scan_launches.REPLAY_BYTES
+    """See there: with 1 the scan's backward pass takes the kernels for what is too long to be replayed at once."""
 
 
 def every_case(small: bool) -> Iterator[Case]:
@@ -55,11 +58,14 @@ def scan_cases(small: bool) -> Iterator[Case]:
     yield Case("scan, reversed", everything, bind(run, reverse=True), bind(define, reverse=True))
     # Nothing is masked or left over: sizes as of published models, for which other loops are compiled.
     even = (16, 16, 2) if small else (1024, 512, 16)
-    yield Case(f"scan, {even[0]} x {even[1]}", scan_inputs(2, 2, 1, *even), run, define)
+    whole = scan_inputs(2, 2, 1, *even)
+    yield Case(f"scan, {even[0]} x {even[1]}", whole, run, define)
+    yield Case(f"scan, {even[0]} x {even[1]}, in segments", whole, run, define, replay_bytes=1)
+    yield Case(f"scan, {length} x {channels}, in segments", everything, run, define, replay_bytes=1)
     few = ("u", "dt", "A", "B", "C")
     steps = {**{n: everything[n] for n in few}, "dt": everything["dt"].abs() * 0.1}
     yield Case("scan, no D, z, bias and softplus", steps, bind(run, softplus=False), bind(define, softplus=False))
-    for states in (1, 2, 64):
+    for states in (1, 2, 3, 64):
         sizes = (2, 1, 1, 10, 2) if small else (2, 1, 1, 150, 129)
         yield Case(f"scan, {states} state{'s' * (states > 1)}", scan_inputs(*sizes, states), run, define)
     yield Case("scan, one token and channel", scan_inputs(1, 1, 1, 1, 1, 1), run, define)

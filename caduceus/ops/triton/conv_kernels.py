@@ -200,7 +200,7 @@ def conv_backward_kernel(
     b, s = sb % batch, sb // batch
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if OF_HALO:
-        begin = tl.where(chunk == 0, 1 - K, L)
+        begin = tl.where(chunk == 0, 1 - K, L).to(tl.int64)
         end = begin + (K - 1)
     else:
         begin = chunk * chunk_size

@@ -43,23 +43,23 @@ def _trace_chunk_back(
     t,
     length,
     L,
+    rev,
     E: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    REV: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     mask,
 ):
     """Against the scan's direction: from the last step taken, at t, to the first."""
-    step: tl.constexpr = 2 * REV - 1
+    step = 2 * rev - 1
     adjoint = zeros(N, BLOCK)
     for _ in range(0, length, UNROLL):
         for i in tl.static_range(UNROLL):
             dt = step_size(load(dt_ptr + i * step * E, mask), bias, SOFTPLUS)
-            decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
+            decay_time = time_of_decay(dt, starts_ptr, t + i * step + rev, L, HAS_STARTS)
             dy = load(dout_ptr + i * step * E, mask)
             if HAS_Z:
                 dy *= silu(load(z_ptr + i * step * E, mask))
@@ -106,7 +106,7 @@ def chunk_adjoint_kernel(
     chunk, row = item % n_chunks, item // n_chunks
     b, s, d = row % batch, row // batch % S, row // batch // S
     sb = s * batch + b
-    rev = (d + s + reverse) % 2
+    rev = ((d + s + reverse) % 2).to(tl.int32)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = None if E % BLOCK == 0 else e < E
     begin = chunk * chunk_size
@@ -121,18 +121,13 @@ def chunk_adjoint_kernel(
     dout_at = dout_ptr + (sb * L + t) * E + e
     starts_at = starts_ptr + b * L
     adjoint_at = adjoint_ptr + item * N * E + e
-    if rev == 1:
-        _trace_chunk_back(
-            *(dt_at, C_at, z_at, starts_at, dout_at, adjoint_at, A, bias, t, length, L),
-            *(E, N, BLOCK, UNROLL, 1, SOFTPLUS, HAS_Z, HAS_STARTS),
-            mask=mask,
-        )
+    operands = (dt_at, C_at, z_at, starts_at, dout_at, adjoint_at, A, bias, t, length, L)
+    if UNROLL == 1:
+        _trace_chunk_back(*operands, rev, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask)
+    elif rev == 1:
+        _trace_chunk_back(*operands, 1, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask)
     else:
-        _trace_chunk_back(
-            *(dt_at, C_at, z_at, starts_at, dout_at, adjoint_at, A, bias, t, length, L),
-            *(E, N, BLOCK, UNROLL, 0, SOFTPLUS, HAS_Z, HAS_STARTS),
-            mask=mask,
-        )
+        _trace_chunk_back(*operands, 0, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask)
 
 
 @triton.jit
@@ -158,12 +153,12 @@ def _replay_chunk(
     length,
     L,
     adds,
+    rev,
     E: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     T: tl.constexpr,
     UNROLL: tl.constexpr,
-    REV: tl.constexpr,
     TRACE: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -171,7 +166,7 @@ def _replay_chunk(
     mask,
 ):
     """Where it `adds`, to what is in dz."""
-    step: tl.constexpr = 1 - 2 * REV
+    step = 1 - 2 * rev
     if TRACE:
         product = ones(N, BLOCK)
         adjoint = zeros(N, BLOCK)
@@ -182,7 +177,7 @@ def _replay_chunk(
             for i in tl.static_range(UNROLL):
                 u = load(u_ptr + (at + i * step * E) + e, mask)
                 dt = step_size(load(dt_ptr + (at + i * step * E) + e, mask), bias, SOFTPLUS)
-                decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
+                decay_time = time_of_decay(dt, starts_ptr, t + i * step + rev, L, HAS_STARTS)
                 if HAS_Z:
                     z = load(z_ptr + (out_at + i * step * E) + e, mask)
                     gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
@@ -265,7 +260,7 @@ def scan_replay_kernel(
     starts_at = starts_ptr + b * L
     for d in range(P):
         row = d * S * batch + sb
-        rev = (d + s + reverse) % 2
+        rev = ((d + s + reverse) % 2).to(tl.int32)
         t = tl.where(rev == 1, begin + length - 1, begin)
         A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
         bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
@@ -277,19 +272,34 @@ def scan_replay_kernel(
         out_at = (sb * L + t) * E
         B_at = B_ptr + (row * L + t) * N
         C_at = C_ptr + (row * L + t) * N
-        if rev == 1:
-            _replay_chunk(
-                *(u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, adjoint_at, at, out_at),
-                *(h, A, D, bias, e, t, length, L, d > 0),
-                *(E, N, BLOCK, T, UNROLL, 1, TRACE, SOFTPLUS, HAS_Z, HAS_STARTS),
-                mask=mask,
-            )
+        operands = (
+            u_ptr,
+            dt_ptr,
+            B_at,
+            C_at,
+            z_ptr,
+            starts_at,
+            dout_ptr,
+            kept_at,
+            dz_ptr,
+            adjoint_at,
+            at,
+            out_at,
+            h,
+            A,
+            D,
+            bias,
+            e,
+            t,
+            length,
+            L,
+            d > 0,
+        )
+        if UNROLL == 1 and not TRACE:
+            _replay_chunk(*operands, rev, E, N, BLOCK, T, UNROLL, TRACE, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask)
+        elif rev == 1:
+            _replay_chunk(*operands, 1, E, N, BLOCK, T, UNROLL, TRACE, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask)
         else:
-            _replay_chunk(
-                *(u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, adjoint_at, at, out_at),
-                *(h, A, D, bias, e, t, length, L, d > 0),
-                *(E, N, BLOCK, T, UNROLL, 0, TRACE, SOFTPLUS, HAS_Z, HAS_STARTS),
-                mask=mask,
-            )
+            _replay_chunk(*operands, 0, E, N, BLOCK, T, UNROLL, TRACE, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask)
         # Threads may have other channels where they load than where they store.
         tl.debug_barrier()

@@ -42,23 +42,23 @@ def _add_up_chunk(
     t,
     length,
     L,
+    rev,
     E: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
-    REV: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     mask,
 ):
-    step: tl.constexpr = 1 - 2 * REV
+    step = 1 - 2 * rev
     h = zeros(N, BLOCK)
     sum_dt = tl.zeros([BLOCK], tl.float32)
     for _ in range(0, length, UNROLL):
         for i in tl.static_range(UNROLL):
             u = load(u_ptr + i * step * E, mask)
             dt = step_size(load(dt_ptr + i * step * E, mask), bias, SOFTPLUS)
-            decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
+            decay_time = time_of_decay(dt, starts_ptr, t + i * step + rev, L, HAS_STARTS)
             h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
             sum_dt += decay_time
         t += UNROLL * step
@@ -97,7 +97,7 @@ def chunk_state_kernel(
     item = tl.program_id(0).to(tl.int64)
     chunk, row = item % n_chunks, item // n_chunks
     b, s, d = row % batch, row // batch % S, row // batch // S
-    rev = (d + s + reverse) % 2
+    rev = ((d + s + reverse) % 2).to(tl.int32)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = None if E % BLOCK == 0 else e < E
     begin = chunk * chunk_size
@@ -112,19 +112,14 @@ def chunk_state_kernel(
     starts_at = starts_ptr + b * L
     state_at = state_ptr + item * N * E + e
     sum_dt_at = sum_dt_ptr + item * E + e
-    # The direction is compiled in: offsets of the tokens that a turn of the loop takes are then constants.
-    if rev == 1:
-        _add_up_chunk(
-            *(u_at, dt_at, B_at, starts_at, state_at, sum_dt_at, A, bias, t, length, L),
-            *(E, N, BLOCK, UNROLL, 1, SOFTPLUS, HAS_STARTS),
-            mask=mask,
-        )
+    # Where a turn of the loop takes several tokens, each direction has its own, in which their offsets are constants.
+    operands = (u_at, dt_at, B_at, starts_at, state_at, sum_dt_at, A, bias, t, length, L)
+    if UNROLL == 1:
+        _add_up_chunk(*operands, rev, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, mask=mask)
+    elif rev == 1:
+        _add_up_chunk(*operands, 1, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, mask=mask)
     else:
-        _add_up_chunk(
-            *(u_at, dt_at, B_at, starts_at, state_at, sum_dt_at, A, bias, t, length, L),
-            *(E, N, BLOCK, UNROLL, 0, SOFTPLUS, HAS_STARTS),
-            mask=mask,
-        )
+        _add_up_chunk(*operands, 0, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -195,23 +190,23 @@ def _scan_chunk(
     L,
     adds,
     gates,
+    rev,
     E: tl.constexpr,
     N: tl.constexpr,
     UNROLL: tl.constexpr,
-    REV: tl.constexpr,
     HAS_Z: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     mask,
 ):
     """Where it `adds`, to what is in out; where it `gates`, the sum is final."""
-    step: tl.constexpr = 1 - 2 * REV
+    step = 1 - 2 * rev
     for _ in range(0, length, UNROLL):
         for i in tl.static_range(UNROLL):
             at = i * step * E + e
             u = load(u_ptr + at, mask)
             dt = step_size(load(dt_ptr + at, mask), bias, SOFTPLUS)
-            decay_time = time_of_decay(dt, starts_ptr, t + i * step + REV, L, HAS_STARTS)
+            decay_time = time_of_decay(dt, starts_ptr, t + i * step + rev, L, HAS_STARTS)
             h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
             y = project(h, C_ptr + i * step * N, D * u, N)
             if adds:
@@ -273,7 +268,7 @@ def scan_forward_kernel(
     starts_at = starts_ptr + b * L
     for d in range(P):
         row = d * S * batch + sb
-        rev = (d + s + reverse) % 2
+        rev = ((d + s + reverse) % 2).to(tl.int32)
         t = tl.where(rev == 1, begin + length - 1, begin)
         A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
         bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
@@ -285,17 +280,12 @@ def scan_forward_kernel(
         C_at = C_ptr + (row * L + t) * N
         z_at = z_ptr + (sb * L + t) * E
         out_at = out_ptr + (sb * L + t) * E
-        if rev == 1:
-            _scan_chunk(
-                *(u_at, dt_at, B_at, C_at, z_at, starts_at, out_at, h, A, D, bias, e, t, length, L),
-                *(d > 0, d == P - 1, E, N, UNROLL, 1, HAS_Z, SOFTPLUS, HAS_STARTS),
-                mask=mask,
-            )
+        operands = (u_at, dt_at, B_at, C_at, z_at, starts_at, out_at, h, A, D, bias, e, t, length, L, d > 0, d == P - 1)
+        if UNROLL == 1:
+            _scan_chunk(*operands, rev, E, N, UNROLL, HAS_Z, SOFTPLUS, HAS_STARTS, mask=mask)
+        elif rev == 1:
+            _scan_chunk(*operands, 1, E, N, UNROLL, HAS_Z, SOFTPLUS, HAS_STARTS, mask=mask)
         else:
-            _scan_chunk(
-                *(u_at, dt_at, B_at, C_at, z_at, starts_at, out_at, h, A, D, bias, e, t, length, L),
-                *(d > 0, d == P - 1, E, N, UNROLL, 0, HAS_Z, SOFTPLUS, HAS_STARTS),
-                mask=mask,
-            )
+            _scan_chunk(*operands, 0, E, N, UNROLL, HAS_Z, SOFTPLUS, HAS_STARTS, mask=mask)
         # Threads may have other channels where they load than where they store.
         tl.debug_barrier()

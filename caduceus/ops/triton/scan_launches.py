@@ -191,6 +191,7 @@ class ScanKernels:
         for item in range(0, self.items, segment):
             count = min(segment, self.items - item)
             if replayed is None:
+                kept = pieces = dpieces = None  # two segments at a time would be twice the memory
                 kept = self._replay(item, count, dy, states, dz)
             pieces = self._fp32(self.P, count, self.chunk // PIECE, self.N, 2 * PIECE)
             dpieces = self._fp32(self.blocks, *pieces.shape)
