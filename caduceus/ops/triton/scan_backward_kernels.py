@@ -276,50 +276,16 @@ def scan_backward_kernel(
     pieces = chunk_size // T
     pieces_at = pieces_ptr + local * pieces * N * 2 * T
     dpieces_at = dpieces_ptr + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + local) * pieces * N * 2 * T
+    operands = (u_ptr, dt_ptr, A_at, z_ptr, starts_at, dout_ptr, adjoint_at, kept_at, pieces_at)
+    operands += (du_ptr, ddt_ptr, dA_at, dpieces_at, row_offset, out_offset, D, bias, e, first, length, L)
     # The direction is compiled in: offsets within a piece are then constants.
     if rev == 1:
         dD, dbias = _chunk_gradients(
-            *(u_ptr, dt_ptr, A_at, z_ptr, starts_at, dout_ptr, adjoint_at, kept_at, pieces_at, du_ptr, ddt_ptr, dA_at),
-            *(
-                dpieces_at,
-                row_offset,
-                out_offset,
-                D,
-                bias,
-                e,
-                first,
-                length,
-                L,
-                E,
-                N,
-                BLOCK,
-                T,
-                GROUP,
-            ),
-            *(LOG_COLUMNS, 1, WHOLE, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS),
-            mask=mask,
+            *operands, E, N, BLOCK, T, GROUP, LOG_COLUMNS, 1, WHOLE, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask
         )
     else:
         dD, dbias = _chunk_gradients(
-            *(u_ptr, dt_ptr, A_at, z_ptr, starts_at, dout_ptr, adjoint_at, kept_at, pieces_at, du_ptr, ddt_ptr, dA_at),
-            *(
-                dpieces_at,
-                row_offset,
-                out_offset,
-                D,
-                bias,
-                e,
-                first,
-                length,
-                L,
-                E,
-                N,
-                BLOCK,
-                T,
-                GROUP,
-            ),
-            *(LOG_COLUMNS, 0, WHOLE, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS),
-            mask=mask,
+            *operands, E, N, BLOCK, T, GROUP, LOG_COLUMNS, 0, WHOLE, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask
         )
     tl.store(dD_ptr + local * E + e, dD, mask=mask)
     tl.store(dbias_ptr + local * E + e, dbias, mask=mask)
