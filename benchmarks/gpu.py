@@ -6,10 +6,16 @@ Without a GPU, Triton's kernels run in its interpreter, which is chosen when Tri
 import argparse
 import gc
 import os
+import sys
+from importlib.util import find_spec
 from typing import NoReturn
 
 import torch
 from machine import processor
+
+if find_spec("triton") is None:
+    print("no triton here (Linux only): nothing to do")
+    sys.exit(0)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -3,11 +3,12 @@
     python benchmarks/gpu_step.py
         [--lengths 1024 32768 131072 1048576] [--models ph ps] [--repeats 5]
 
-bf16 autocast, fp32 parameters and states, AdamW, at least 131,072 tokens a step. Prints the device; on a GPU, whether
-the kernels are right (all of gpu_correctness.py but its giant tensors; where they are not, it ends there with status
-1); the ceilings (copy, exp2, bf16 products, measured in this run); and one row per model and length: tokens/s, peak
-memory, blocks recomputed (whole + only what feeds the scan, as `train.activation_checkpointing: auto` takes), share of
-the roofline, and the published structure on the same card, with its blocks recomputed where it does not fit without.
+bf16 autocast, fp32 parameters and states, AdamW, as many sequences as 131,072 tokens hold, at least one. Prints the
+device; on a GPU, whether the kernels are right (all of gpu_correctness.py but its giant tensors; where they are not, it
+ends there with status 1); the ceilings (copy, exp2, bf16 products, measured in this run); and one row per model and
+length: tokens/s, peak memory, blocks recomputed (whole + only what feeds the scan, as
+`train.activation_checkpointing: auto` takes), share of the roofline, and the published structure on the same card, with
+its blocks recomputed where it does not fit without.
 
 The peer is the structure alone (published_structure.py). Its norm and residual add are not fused, its mixer is not the
 one fused function that recomputes convolution and step sizes, and nothing of it is compiled: `times` and its lack of

@@ -19,17 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from gpu import CommandLine, device_name, give_memory_back, positive
 from torch import Tensor
-
-if find_spec("triton") is None:
-    print("no triton here (Linux only): nothing to do")
-    sys.exit(0)
-
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import TritonError
 from triton.runtime.interpreter import InterpretedFunction

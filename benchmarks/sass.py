@@ -10,6 +10,7 @@ token and layer if every scheduler issued an instruction every cycle, and if the
 """
 
 import argparse
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -55,7 +56,10 @@ def main() -> None:
     with compiling(options.capability) as found:
         train(config, 1, options.length, options.element)
     at_once = "chunk_adjoint" not in found
-    trips, work = trips_of_loops(config.d_state, at_once), work_per_token(config, options.streams, at_once)
+    trips, work = (
+        trips_of_loops(config.d_state, options.length, at_once),
+        work_per_token(config, options.streams, at_once),
+    )
     titles = [
         "kernel",
         "registers",
@@ -92,9 +96,9 @@ def main() -> None:
     )
 
 
-def trips_of_loops(states: int, at_once: bool) -> dict[str, list[float]]:
+def trips_of_loops(states: int, length: int, at_once: bool) -> dict[str, list[float]]:
     """How often a token goes through the innermost loops of a kernel, and through those around them."""
-    unrolled, piece = 1 / scan_launches.UNROLL, 1 / scan_launches.PIECE
+    unrolled, piece = 1 / math.gcd(length, scan_launches.UNROLL), 1 / scan_launches.PIECE
     trips = {"chunk_state": [unrolled], "scan_forward": [unrolled]}
     trips |= {"scan_replay": [1, piece]} if at_once else {"chunk_adjoint": [unrolled], "scan_replay": [unrolled, piece]}
     return trips | {

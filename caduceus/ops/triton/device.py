@@ -18,7 +18,7 @@ SIZES = (
     *("S", "batch", "L", "n_chunks", "chunk_size", "reverse", "descending", "item0", "blocks"),
     *("rows", "stream_rows", "tokens", "V", "ignore"),
 )
-"""Arguments whose value no kernel is compiled for: nothing in an inner loop depends on it."""
+"""Arguments whose value no kernel is compiled for: little in an inner loop depends on it."""
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -10,7 +10,7 @@ from caduceus.ops.triton import scan_launches as launches
 from caduceus.ops.triton.device import require_float, tokens_per_program
 
 MAX_STATES = 64
-"""A thread holds all states of its channel: up to 64 they fit in its registers, and no kernel spills."""
+"""In most kernels a thread holds all states of its channel: up to 64 they fit in its registers, and none spills."""
 
 
 def scan_with_states(

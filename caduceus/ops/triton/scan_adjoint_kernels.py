@@ -6,6 +6,8 @@ scan_replay     each chunk forward again: dz, and every T-th state
 gather_pieces   B and C as scan_backward takes them
 scan_backward   each chunk with its true states and adjoint: the other gradients
 scatter_pieces  dB and dC to where they belong
+
+Where scan_replay takes all chunks at once it comes first, and does with the same exponentials what chunk_adjoint would.
 """
 
 import triton

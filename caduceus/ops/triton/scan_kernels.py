@@ -6,9 +6,10 @@ A *row* is one (direction, stream, batch element). It is cut into chunks of chun
               chunk_carry    across chunks: decay over a chunk is exp(A · sum dt), so this is one step per chunk
               scan_forward   each chunk from its true initial state: the outputs
 
-The way back is in scan_adjoint_kernels.py. Tensors are contiguous, and E and the direction are compiled in, so that
-what lies a few tokens on is at a constant offset. Every other offset is a product in int64, so no tensor is too large.
-Sums over channels and chunks go to per-block buffers that are added up afterwards: no atomics, the same bits every run.
+The way back is in scan_adjoint_kernels.py. Tensors are contiguous and E is compiled in, as is the direction where loops
+are unrolled, so that the next token is at a constant offset. Offsets of rows and tokens are products in int64, so no
+tensor is too large. Sums over channels and chunks go to per-block buffers that are added up afterwards: no atomics, the
+same bits every run.
 """
 
 import triton
