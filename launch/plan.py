@@ -19,8 +19,10 @@ SCAN_INPUTS = 0.2
 """Time that recomputing what feeds the scan takes, in forward passes of a block: by the bytes it moves."""
 BYTES_PER_RESIDUAL = 4
 """The residual stream in fp32: all that block checkpointing keeps of a layer."""
-SCRATCH_PER_CHANNEL, SCRATCH = 24, 2**29
+SCRATCH_PER_CHANNEL, SCRATCH = 24, 2**28
 """Gradients and scratch memory of the block that the backward pass is in: by base and model channel, and besides."""
+REPLAYED_PER_CHANNEL, MOST_REPLAYED = 32, 2**31
+"""Bytes of the states that the backward pass of a scan replays, and their bound."""
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and Adam's two moments in fp32."""
 GPU_BYTES = 80_000_000_000
@@ -68,6 +70,7 @@ def plan(config: Config, world: int) -> Plan:
     full, lean, residual = (n * channels for n in (BYTES_PER_CHANNEL, LEAN_BYTES_PER_CHANNEL, BYTES_PER_RESIDUAL))
     layers = model.n_layer
     fixed = BYTES_PER_PARAMETER * parameters // holders + SCRATCH_PER_CHANNEL * channels + SCRATCH
+    fixed += min(REPLAYED_PER_CHANNEL * channels, MOST_REPLAYED)
     counts = {"none": (0, 0), "scan": (0, layers), "block": (layers, 0)}.get(train.activation_checkpointing)
     if counts is None:
         least = fixed + (layers - 1) * residual + full

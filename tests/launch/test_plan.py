@@ -39,12 +39,12 @@ def published(seq_len: int, rcps: bool = False, strands: int = 1, context: int =
 
 def test_memory_at_the_published_sizes():
     # As benchmarks/memory.py counts for the 7.7M model.
-    assert plan(published(2**17), 8).memory_bytes == pytest.approx(19.39 * 2**30, rel=0.02)
-    assert plan(published(2**20), 8).memory_bytes == pytest.approx(150.53 * 2**30, rel=0.02)
+    assert plan(published(2**17), 8).memory_bytes == pytest.approx(20.03 * 2**30, rel=0.02)
+    assert plan(published(2**20), 8).memory_bytes == pytest.approx(152.45 * 2**30, rel=0.02)
     recomputed = plan(published(2**20, activation_checkpointing="block"), 8)
-    assert recomputed.memory_bytes == pytest.approx(31.22 * 2**30, rel=0.02)
+    assert recomputed.memory_bytes == pytest.approx(33.13 * 2**30, rel=0.02)
     recomputed = plan(published(2**20, activation_checkpointing="scan"), 8)
-    assert recomputed.memory_bytes == pytest.approx(87.73 * 2**30, rel=0.02)
+    assert recomputed.memory_bytes == pytest.approx(89.63 * 2**30, rel=0.02)
 
 
 def test_auto_recomputes_what_does_not_fit_a_gpu():
