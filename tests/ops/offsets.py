@@ -8,11 +8,12 @@ LOOP = re.compile(r"(?:(\S+) = )?scf\.for (?:unsigned )?(.*?)(?: iter_args\((.*?
 
 
 def narrow_products(ttir: str) -> list[str]:
-    """Lines of Triton's IR that multiply, or add to a pointer, a 32-bit value made from the program's number on axis 0.
+    """Lines of Triton's IR that multiply, or add to a pointer, a 32-bit value made from the program's number on axis 0
+    or from the argument L.
 
-    That number counts rows, chunks or tokens, the only things that grow without bound: its products with sizes and
-    strides pass 2^31. All else (a channel, a state, a step within a chunk) is bounded where the kernel is launched, and
-    so is its minimum with what is made from the number, and a remainder of a constant. Values are followed through
+    These count rows, chunks or tokens, the only things that grow without bound: their products with sizes and strides
+    pass 2^31. All else (a channel, a state, a step within a chunk) is bounded where the kernel is launched, and
+    so is its minimum with what is made from these, and a remainder of a constant. Values are followed through
     loops and branches, and through 64 bits back into 32.
     """
     unfollowed = re.search(r"scf\.while|\bcf\.|tt\.call", ttir)
@@ -27,10 +28,10 @@ def narrow_products(ttir: str) -> list[str]:
 
 
 class _Values:
-    """Integers made from the program's number, as far as they are known."""
+    """Integers made from the program's number or the length, as far as they are known."""
 
     def __init__(self) -> None:
-        self.narrow: set[str] = set()
+        self.narrow: set[str] = {"%L"}
         self.wide: set[str] = set()
         self.constants: set[str] = set()
 

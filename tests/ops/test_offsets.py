@@ -105,6 +105,12 @@ def greatest(x_ptr, stride):
     tl.store(x_ptr + row * stride, 0.0)
 
 
+@triton.jit
+def made_from_the_length(x_ptr, stride, L):
+    begin = tl.where(tl.program_id(1) == 0, -3, L)
+    tl.store(x_ptr + begin * stride, 0.0)
+
+
 WRONG = [
     product,
     product_of_a_tile,
@@ -119,6 +125,7 @@ WRONG = [
     truncated,
     truncated_in_a_loop,
     greatest,
+    made_from_the_length,
 ]
 
 
@@ -162,7 +169,8 @@ RIGHT = [widened, widened_in_loops, bounded, loaded]
 
 
 def ir(kernel) -> str:
-    source = triton.compiler.ASTSource(kernel, {"x_ptr": "*fp32", "stride": "i32"})
+    signature = {name: "*fp32" if name == "x_ptr" else "i32" for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True}).asm["ttir"]
 
