@@ -274,29 +274,8 @@ def scan_replay_kernel(
         out_at = (sb * L + t) * E
         B_at = B_ptr + (row * L + t) * N
         C_at = C_ptr + (row * L + t) * N
-        operands = (
-            u_ptr,
-            dt_ptr,
-            B_at,
-            C_at,
-            z_ptr,
-            starts_at,
-            dout_ptr,
-            kept_at,
-            dz_ptr,
-            adjoint_at,
-            at,
-            out_at,
-            h,
-            A,
-            D,
-            bias,
-            e,
-            t,
-            length,
-            L,
-            d > 0,
-        )
+        operands = (u_ptr, dt_ptr, B_at, C_at, z_ptr, starts_at, dout_ptr, kept_at, dz_ptr, adjoint_at)
+        operands += (at, out_at, h, A, D, bias, e, t, length, L, d > 0)
         if UNROLL == 1 and not TRACE:
             _replay_chunk(*operands, rev, E, N, BLOCK, T, UNROLL, TRACE, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask)
         elif rev == 1:
