@@ -1,0 +1,93 @@
+"""Every command of README and docs does what the page says, run from the page's own text."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, write_random_fasta
+from tests.docs.pages import NEEDS, Block, blocks
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "CONTRIBUTING.md"]
+CODE = ("caduceus", "data_prep", "launch", "configs", "demo", "tests", "benchmarks")
+SMALL = (
+    "model.d_model=16 model.n_layer=1 data.seq_len=256 data.workers=0 train.steps=2 train.global_batch=2 "
+    "train.micro_batch=1 train.precision=fp32 valid.samples=2 run.device=cpu"
+).split()
+"""What a training of a page gets on top, to be over in seconds."""
+TRAINS = ("-m caduceus.train", "caduceus-train", "launch/slurm.py --cluster local")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder that looks like a checkout of a user who has genomes of a mouse and of a yeast."""
+    for name in CODE:
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    write_random_fasta(tmp_path / "genome.fa", 1, {"chr1": 30_000, "chr2": 9_000, "chr19": 10_000})
+    subprocess.run(["gzip", "--keep", "genome.fa"], cwd=tmp_path, check=True)
+    (tmp_path / "regions.bed").write_text("chr1\t0\t20000\ttrain\nchr19\t0\t8000\tvalid\n")
+    return tmp_path
+
+
+def shortened(command: str) -> str:
+    return " ".join([command, *SMALL]) if any(words in command for words in TRAINS) else command
+
+
+def run(command: list[str] | str, where: Path, block: Block) -> None:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+    }
+    done = subprocess.run(
+        command, shell=isinstance(command, str), cwd=where, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{block.page.name}:{block.line}: {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page: Path, checkout: Path) -> None:
+    for block in blocks(page):
+        if block.needs is not None:
+            continue
+        if block.language == "python":
+            run([sys.executable, "-c", block.text], checkout, block)
+        for command in block.commands:
+            run(shortened(command), checkout, block)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_not_run_says_what_it_needs(page: Path) -> None:
+    for block in blocks(page):
+        assert block.needs in (None, *NEEDS), f"{page.name}:{block.line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_and_files_that_commands_name_are_there(page: Path) -> None:
+    """Also where a block is not run."""
+    for block in blocks(page):
+        for command in block.commands:
+            for word in shlex.split(command.replace("$(", " ").replace(")", " "), comments=True):
+                if word.startswith(("configs/", "data_prep/", "launch/", "tests/", "benchmarks/", "caduceus/")):
+                    assert (REPOSITORY / word).exists(), f"{page.name}:{block.line}: {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    import re
+
+    for target in re.findall(r"\]\((?!https?://)([^)#]*)", page.read_text()):
+        assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_row_of_metrics_is_one_that_training_writes(checkout: Path) -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    row = json.loads(text.split("```json\n")[1].split("```")[0])
+    assert {"step", "samples", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"} <= set(row)
