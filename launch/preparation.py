@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caduceus.config import Config
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch.submission import submissions
 
 

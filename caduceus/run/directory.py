@@ -25,7 +25,7 @@ from typing import IO, Any
 from caduceus.config import Config, config_to_dict, load_config, save_config
 from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
-from caduceus.provenance import provenance
+from caduceus.run.provenance import provenance
 
 MARKER = "COMPLETE"
 
