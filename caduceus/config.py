@@ -99,6 +99,9 @@ class DataConfig:
     """stream: extension of the members of a tar that hold bases."""
     valid_path: Any = None
     """stream: tars to validate on."""
+    allow_commands: bool = False
+    """Whether `path` and `valid_path` may run commands (`pipe:COMMAND {}`). Always so where the command line gives
+    them; in a file, which may be somebody else's, only with this key."""
     seq_len: int = 1024
     """Bases per training sequence."""
     strands: str = "auto"
@@ -128,7 +131,8 @@ class DataConfig:
     """Check a window's crc32 when a worker first reads from it, which reads the window whole. False checks only that
     bytes are bases: for short sequences from more bases than a run ever sees, on storage where reading is dear."""
     max_substituted: int = 100
-    """Samples per rank and start that may be replaced because their bases cannot be read; one more ends the run."""
+    """Samples per rank and start that may be replaced because their bases cannot be read, or in stream mode tars that
+    are damaged; one more ends the run."""
 
 
 @dataclass
@@ -260,6 +264,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = Path(path)
     layers = [*_read_layers(path), *(_parse_override(override) for override in overrides)]
     config = _merge(layers)
+    if _commands_are_typed(config.data, [values for _, values in layers[-len(overrides) :]] if overrides else []):
+        config.data.allow_commands = True
     if config.run.name is None:
         config.run.name = path.stem
     if config.run.dir is None:
@@ -314,6 +320,15 @@ def _parse_override(override: str) -> tuple[str, DictConfig]:
         return f"'{override}'", OmegaConf.from_dotlist([override])
     except Exception as error:
         raise UserError(f"'{override}': {_one_line(error)}") from None
+
+
+def _commands_are_typed(data: DataConfig, typed: list[DictConfig]) -> bool:
+    """Whether all of `data.path` and `data.valid_path` that might run a command was given on the command line."""
+    keys = {key for values in typed for key in (values.get("data") or {})}
+    might_run = {
+        key for key in ("path", "valid_path") if any(sign in str(getattr(data, key)) for sign in ("pipe:", "{", "::"))
+    }
+    return any("pipe:" in str(getattr(data, key)) for key in might_run) and might_run <= keys
 
 
 def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
