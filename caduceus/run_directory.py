@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from caduceus.config import Config, config_to_dict, load_config, save_config
 from caduceus.data.shards import dump_json, write_atomically
-from caduceus.errors import UserError
+from caduceus.errors import RetryError, UserError
 from caduceus.provenance import provenance
 
 MARKER = "COMPLETE"
@@ -259,7 +259,7 @@ class RunDirectory:
             files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": digest}
         write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
         if self.is_taken_over():
-            raise UserError(f"run.dir: {self.path} was taken over by another process")
+            raise RetryError(f"run.dir: {self.path} was taken over by another process")
         final = self.checkpoint_path(step)
         if final.exists():
             self._remove(final)
@@ -341,7 +341,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = self.holder() or "its name is not known"
-            raise UserError(
+            raise RetryError(
                 f"run.dir: another process is training in {self.path} ({holder}); stop it or choose another"
             ) from None
         me = Holder(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"), time.time())

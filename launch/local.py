@@ -12,7 +12,8 @@ from pathlib import Path
 import submitit
 from submitit.local.local import Controller, LocalExecutor, LocalJob
 
-from caduceus.errors import UserError
+from caduceus.errors import Kind, UserError
+from caduceus.run.ends import ends_folder, first_cause, read_ends
 from caduceus.run_directory import RunDirectory
 from launch import history
 from launch.cluster import Cluster
@@ -44,12 +45,13 @@ def run_here(cluster: Cluster, run: RunDirectory) -> int:
     record(run, Submission(run.path.absolute(), [job.job_id], cluster.executor, logs, vars(cluster)))
     log = log_path(logs, job.job_id)
     print(f"log:           {log}", flush=True)
-    last = ""
-    for last in _through_ctrl_c(follow(log, job.done)):
-        print(last, end="", flush=True)
+    for line in _through_ctrl_c(follow(log, job.done)):
+        print(line, end="", flush=True)
     failed = executor.controller.wait() != 0
-    status = (2 if last.startswith("error: ") else 1) if failed else max(job.results())
-    error = last_error(logs, job.job_id) if failed else None
+    cause = first_cause(read_ends(ends_folder(run.path, job.job_id, 0)))
+    mistaken = cause is not None and cause.kind in (Kind.USER, Kind.NODE, Kind.RETRY)
+    status = (2 if mistaken else 1) if failed else max(job.results())
+    error = last_error(run, logs, job.job_id, 0) if failed else None
     reason = history.FAILED if failed else history.STOPPED if status else history.COMPLETE
     history.record(run, "end", job.job_id, 0, reason=reason, step=history.newest_step(run), error=error, status=status)
     return status

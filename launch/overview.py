@@ -110,7 +110,7 @@ def _how_it_ended(run: RunDirectory, last: Attempt, submitted: list[Submission],
         return "cancelled", None, []
     if last.reason is not None:
         return "interrupted", last.reason, []
-    error = last_error(submitted[-1].logs, last.job) if submitted else None
+    error = last_error(run, submitted[-1].logs, last.job, last.restart) if submitted else None
     return ("failed", error, []) if error else (LOST, _signs_of_life(run, last.job, submitted), [])
 
 
