@@ -12,8 +12,8 @@ from caduceus.config import Config
 from caduceus.errors import NodeError, UserError
 from caduceus.run_directory import RunDirectory
 from launch import history
-from launch.cluster import is_live
 from launch.node import check_node, node_defaults
+from launch.request import is_live
 
 FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral range, which starts at 32768
 RESTART_STRIDE = 7919  # shares no factor with PORTS, and keeps clear of the next jobs' ports

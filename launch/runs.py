@@ -17,11 +17,11 @@ from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
 from caduceus.run_directory import RunDirectory
 from launch import local_jobs
-from launch.cluster import Cluster, check_cluster
 from launch.history import Attempt
 from launch.logs import follow, log_path
-from launch.overview import UNKNOWN, WAITING, Overview, overview
+from launch.request import JobRequest, check_request
 from launch.slurm import check_and_start
+from launch.status import UNKNOWN, WAITING, Overview, overview
 from launch.submission import live_jobs, submissions
 from launch.table import table
 
@@ -204,16 +204,16 @@ def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
     submitted = submissions(run)
     if not submitted:
         raise UserError(f"{run.path}: was not started by launch/slurm.py; start it again as it was started")
-    keys = {field.name for field in fields(Cluster)}
-    cluster = Cluster(**{key: value for key, value in submitted[-1].request.items() if key in keys})
+    keys = {field.name for field in fields(JobRequest)}
+    request = JobRequest(**{key: value for key, value in submitted[-1].request.items() if key in keys})
     if nodes is not None:
-        cluster = replace(cluster, nodes=nodes)
-        check_cluster(cluster)
+        request = replace(request, nodes=nodes)
+        check_request(request)
     if any(setting.startswith("run.dir=") for setting in overrides):
         raise UserError("run.dir: a run is resumed where it is; move the directory, or start another run")
     config = load_config(run.config_path, overrides)
     config.run.dir = str(run.path)
-    return check_and_start(config, cluster)
+    return check_and_start(config, request)
 
 
 def duration(seconds: float) -> str:

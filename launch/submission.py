@@ -17,8 +17,8 @@ from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
 from caduceus.provenance import CODE_VERSION, code_version, provenance
 from caduceus.run_directory import RunDirectory
-from launch.cluster import Cluster, last_line, sbatch_parameters, test_submission
 from launch.job import TrainTask
+from launch.request import JobRequest, last_line, sbatch_parameters, test_submission
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("caduceus", "data_prep", "launch")
@@ -52,44 +52,44 @@ class SlurmExecutor(submitit.SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
-def submit(cluster: Cluster, run: RunDirectory, job_name: str) -> list[str]:
+def submit(request: JobRequest, run: RunDirectory, job_name: str) -> list[str]:
     """Submit a run to SLURM, as one job or as a chain; returns the jobs' ids.
 
     Raises `UserError` with SLURM's reason where it refuses.
     """
-    executor = run_executor(cluster, run.path.absolute(), job_name)
+    executor = run_executor(request, run.path.absolute(), job_name)
     refuse_what_slurm_refuses(executor)
     snapshot_code(run.path)
     task = TrainTask(str(run.path.absolute()))
     jobs: list[str] = []
     try:
-        for _ in range(cluster.chain):
+        for _ in range(request.chain):
             if jobs:
                 executor.update_parameters(dependency=f"afterany:{jobs[-1]}")
             jobs.append(submitted(lambda: executor.submit(task)).job_id)
     finally:
         if jobs:
-            record(run, _submission(cluster, run, jobs, run.path / "logs"))
+            record(run, _submission(request, run, jobs, run.path / "logs"))
     return jobs
 
 
-def submit_array(cluster: Cluster, folder: Path, runs: Sequence[RunDirectory], job_name: str) -> list[str]:
+def submit_array(request: JobRequest, folder: Path, runs: Sequence[RunDirectory], job_name: str) -> list[str]:
     """Submit several runs as one job array, with code and logs in `folder`; returns the ids of the array's jobs."""
-    executor = run_executor(cluster, folder.absolute(), job_name, array=True)
+    executor = run_executor(request, folder.absolute(), job_name, array=True)
     refuse_what_slurm_refuses(executor)
     snapshot_code(folder)
     write_atomically(folder / "runs.txt", "".join(f"{run.path.absolute()}\n" for run in runs).encode())
     tasks = [TrainTask(str(run.path.absolute())) for run in runs]
     jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]
     for run, job in zip(runs, jobs, strict=True):
-        record(run, _submission(cluster, run, [job], folder / "logs"))
+        record(run, _submission(request, run, [job], folder / "logs"))
     return jobs
 
 
-def run_executor(cluster: Cluster, folder: Path, job_name: str, array: bool = False) -> SlurmExecutor:
+def run_executor(request: JobRequest, folder: Path, job_name: str, array: bool = False) -> SlurmExecutor:
     """For a run in `folder`, or for the runs that folder/runs.txt lists: their jobs look after themselves."""
-    executor = SlurmExecutor(folder / "logs", python=cluster.python)
-    parameters = sbatch_parameters(cluster, job_name)
+    executor = SlurmExecutor(folder / "logs", python=request.python)
+    parameters = sbatch_parameters(request, job_name)
     listed = '"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" ' + shlex.quote(str(folder / "runs.txt")) + ')"'
     settle = f'{shlex.quote(sys.executable)} -m launch.requeue "$RUN"'
     parameters["setup"] += [
@@ -199,6 +199,6 @@ def snapshot_code(folder: Path) -> Path:
     return code
 
 
-def _submission(cluster: Cluster, run: RunDirectory, jobs: list[str], logs: Path) -> Submission:
-    request = vars(cluster) | {"requeue": cluster.requeues}
-    return Submission(run.path.absolute(), jobs, cluster.executor, logs.absolute(), request)
+def _submission(request: JobRequest, run: RunDirectory, jobs: list[str], logs: Path) -> Submission:
+    asked = vars(request) | {"requeue": request.requeues}
+    return Submission(run.path.absolute(), jobs, request.executor, logs.absolute(), asked)

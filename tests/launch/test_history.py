@@ -11,7 +11,7 @@ from launch import history
 from launch.history import attempts, failures_without_progress, record
 from launch.logs import last_error, log_path
 from launch.node import check_node
-from launch.overview import overview
+from launch.status import overview
 from launch.requeue import SlurmJob, why_ended
 from launch.submission import Submission
 from launch.submission import record as record_submission

@@ -10,8 +10,8 @@ import pytest
 from caduceus.run_directory import RunDirectory
 from launch import history
 from launch.history import attempts
-from launch.overview import IN_QUEUE, WAITING, overview
-from tests.slurm.runs import (
+from launch.status import IN_QUEUE, WAITING, overview
+from tests.slurm.small_runs import (
     REQUEST,
     STEPS,
     Setting,

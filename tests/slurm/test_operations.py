@@ -8,10 +8,10 @@ import pytest
 from caduceus.run_directory import RunDirectory
 from launch import history
 from launch.history import attempts
-from launch.overview import overview
+from launch.status import overview
 from launch.submission import submissions
 from tests.launch.test_shard import contents, shard_apart, shard_together, write_species
-from tests.slurm.runs import (
+from tests.slurm.small_runs import (
     REQUEST,
     STEPS,
     Setting,

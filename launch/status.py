@@ -6,9 +6,9 @@ from statistics import median
 
 from caduceus.run_directory import RunDirectory
 from launch import history, local_jobs
-from launch.cluster import end_of, is_live
 from launch.history import Attempt, attempts, newest_step
 from launch.logs import last_error
+from launch.request import end_of, is_live
 from launch.submission import SlurmSilentError, Submission, live_jobs, submissions
 
 RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
