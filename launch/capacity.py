@@ -76,7 +76,7 @@ def _has_room(row: Nodes, request: JobRequest) -> bool:
 
 
 def _memory(text: str | None) -> float:
-    """MB in sbatch's forms of memory, such as 200G; without a unit they are MB. What cannot be read is left to sbatch."""
+    """MB in sbatch's forms of memory: 200G, 4096 (MB). What cannot be read is left to sbatch."""
     digits = (text or "0").upper().removesuffix("B")
     unit = _MEGABYTES.get(digits[-1:], 1)
     digits = digits.rstrip("KMGT")

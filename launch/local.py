@@ -13,12 +13,13 @@ import submitit
 from submitit.local.local import Controller, LocalExecutor, LocalJob
 
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history
+from launch.history import Submission, record_submission
 from launch.job import TrainTask
 from launch.logs import follow, last_error, log_path
 from launch.request import JobRequest
-from launch.submission import Submission, record, snapshot_code
+from launch.submission import snapshot_code
 
 GRACE_SECONDS = 10
 """How long the other ranks may take to end by themselves when one has failed."""
@@ -41,7 +42,7 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
     path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
     with submitit.helpers.environment_variables(**request.env, PYTHONPATH=path), _ctrl_c_ignored():
         job = executor.submit(TrainTask(str(run.path.absolute())))
-    record(run, Submission(run.path.absolute(), [job.job_id], request.executor, logs, vars(request)))
+    record_submission(run, Submission(run.path.absolute(), [job.job_id], request.executor, logs, vars(request)))
     log = log_path(logs, job.job_id)
     print(f"log:           {log}", flush=True)
     last = ""

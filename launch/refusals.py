@@ -6,10 +6,11 @@ from caduceus.config import Config
 from caduceus.data.dataset import open_dataset
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
+from launch.capacity import slurm_complaint
 from launch.estimate import estimate
-from launch.request import JobRequest, slurm_complaint
-from launch.submission import live_jobs
+from launch.request import JobRequest
+from launch.status import live_jobs
 
 
 def refuse_impossible_layout(config: Config, request: JobRequest) -> None:

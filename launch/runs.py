@@ -6,7 +6,6 @@ Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it 
 
 import argparse
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields, replace
@@ -15,14 +14,13 @@ from pathlib import Path
 from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
-from caduceus.run_directory import RunDirectory
-from launch import local_jobs
-from launch.history import Attempt
+from caduceus.run.directory import RunDirectory
+from launch import local_jobs, scheduler
+from launch.history import Attempt, submissions
 from launch.logs import follow, log_path
 from launch.request import JobRequest, check_request
 from launch.slurm import check_and_start
-from launch.status import UNKNOWN, WAITING, Overview, overview
-from launch.submission import live_jobs, submissions
+from launch.status import UNKNOWN, WAITING, Overview, live_jobs, overview
 from launch.table import table
 
 _ASK_SECONDS = 5.0
@@ -174,7 +172,7 @@ def stop(run: RunDirectory) -> None:
     now = _live(run)
     run.stop_path.touch()
     if now.state == WAITING:
-        _scancel(now.jobs)
+        scheduler.cancel(now.jobs)
         print(f"{run.path}: taken out of the queue")
     else:
         print(f"{run.path}: stops after its current step, with a checkpoint")
@@ -190,7 +188,7 @@ def cancel(run: RunDirectory) -> None:
     if submissions(run)[-1].executor == "local":
         local_jobs.kill(now.jobs[0])
     else:
-        _scancel(now.jobs)
+        scheduler.cancel(now.jobs)
     print(f"{run.path}: cancelled at step {now.step:,}; its newest checkpoint is of step {now.checkpoint:,}")
 
 
@@ -246,12 +244,6 @@ def _known(run: RunDirectory) -> Overview:
     if now.state == UNKNOWN:
         raise UserError(f"{run.path}: {now.why}")
     return now
-
-
-def _scancel(jobs: list[str]) -> None:
-    result = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
-    if result.returncode:
-        raise UserError(f"scancel {' '.join(jobs)}: {' '.join(result.stderr.split())}")
 
 
 def _number(value: float | None) -> str:

@@ -155,6 +155,14 @@ def live_jobs(jobs: Sequence[str]) -> dict[str, JobState]:
     return found
 
 
+def may_be_live(job: str) -> bool:
+    """Whether a job waits or runs; of a job that SLURM does not speak of, for want of an answer, it does."""
+    try:
+        return bool(live_jobs([job]))
+    except SilentError:
+        return True
+
+
 def end_of(job: str) -> str | None:
     """The state in which a job that neither waits nor runs has ended; None where SLURM does not know it any more."""
     for command in (

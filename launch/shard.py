@@ -26,8 +26,9 @@ from data_prep.sharding import make_dataset
 from data_prep.species_file import read_species_file
 from data_prep.summary import print_summary
 from data_prep.workers import available_cores
+from launch.capacity import slurm_complaint
 from launch.logs import log_path
-from launch.request import JobRequest, add_request_options, requested_job, sbatch_parameters, slurm_complaint
+from launch.request import JobRequest, add_request_options, requested_job, sbatch_parameters
 from launch.submission import SlurmExecutor, pythonpath, refuse_what_slurm_refuses, snapshot_code, submitted
 
 
@@ -130,7 +131,7 @@ def submit(job_request: JobRequest, tasks: list[ShardTask], end: MergeTask) -> N
         raise UserError("nodes, tasks_per_node: a species is sharded by one process; give it more --cpus-per-task")
     folder = work_folder(end.out)
     executor = _executor(job_request, folder, f"shard-{end.out.name}")
-    refuse_what_slurm_refuses(executor)
+    refuse_what_slurm_refuses(executor, job_request)
     folder.mkdir(parents=True, exist_ok=True)
     snapshot_code(folder)
     jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]

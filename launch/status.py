@@ -4,18 +4,15 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-from caduceus.run_directory import RunDirectory
-from launch import history, local_jobs
-from launch.history import Attempt, attempts, newest_step
+from caduceus.run.directory import RunDirectory
+from launch import history, local_jobs, scheduler
+from launch.history import Attempt, Submission, attempts, newest_step, submissions
 from launch.logs import last_error
-from launch.request import end_of, is_live
-from launch.submission import SlurmSilentError, Submission, live_jobs, submissions
+from launch.scheduler import IN_QUEUE, JobState, SilentError
 
 RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
 _RECENT_ROWS = 50
 _State = tuple[str, str | None, list[str]]
-IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-"""States of a job, as squeue names them, in which it has no nodes and may get some."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,14 @@ class Overview:
     @property
     def live(self) -> bool:
         return self.state in (RUNNING, STOPPING, WAITING)
+
+
+def live_jobs(run: RunDirectory) -> dict[str, JobState]:
+    """The SLURM jobs that wait for, or train in, a run directory.
+
+    Raises `SilentError` where there may be such jobs and SLURM does not tell.
+    """
+    return scheduler.live_jobs([job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs])
 
 
 def overview(run: RunDirectory) -> Overview:
@@ -75,17 +80,17 @@ def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> 
     submitted = submissions(run)
     try:
         jobs, silence = live_jobs(run), None
-    except SlurmSilentError as error:
+    except SilentError as error:
         jobs, silence = {}, str(error)
     if jobs:
-        waiting = all(state in IN_QUEUE for state, _ in jobs.values())
-        reason = next(iter(jobs.values()))[1] if waiting else None
+        waiting = all(job.state in IN_QUEUE for job in jobs.values())
+        reason = next(iter(jobs.values())).reason if waiting else None
         return (WAITING if waiting else STOPPING if stop else RUNNING), reason, list(jobs)
     if submitted and submitted[-1].executor == "local" and local_jobs.is_running(submitted[-1].jobs[0]):
         return (STOPPING if stop else RUNNING), None, submitted[-1].jobs
     if run.is_in_use():
         holder = run.holder()
-        if holder is None or holder.slurm_job is None or is_live(holder.slurm_job):
+        if holder is None or holder.slurm_job is None or scheduler.may_be_live(holder.slurm_job):
             return (STOPPING if stop else RUNNING), None, []
         return LOST, f"{_signs_of_life(run, holder.slurm_job, submitted)}; {holder} lives on: end it, or resume", []
     if newest_step(run) >= steps:
@@ -119,4 +124,6 @@ def _signs_of_life(run: RunDirectory, job: str, submitted: list[Submission]) -> 
     logs = [path for entry in submitted for path in entry.logs.glob(f"{job}_*_log.out")]
     written = [path.stat().st_mtime for path in (run.metrics_path, *logs) if path.exists()]
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(written))) if written else "none"
-    return f"job {job} {end_of(job)}; last sign of life: {last}"
+    state = scheduler.end_of(job)
+    told = f"ended as {state}" if state else "is no longer known to SLURM"
+    return f"job {job} {told}; last sign of life: {last}"

@@ -7,7 +7,7 @@ from caduceus import CaduceusForMaskedLM
 from caduceus.config import CaduceusConfig, config_from_dict
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.mesh import Ranks
-from launch.estimate import parameter_count, estimate
+from launch.estimate import estimate, parameter_count
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 import pytest
 
 from caduceus.errors import UserError
-from launch.request import PRESETS, _gpus_of, load_request, parse_time, sbatch_parameters, slurm_complaint
+from launch.capacity import slurm_complaint
+from launch.request import PRESETS, load_request, parse_time, sbatch_parameters
+from launch.scheduler import Nodes
 
 
 @pytest.mark.parametrize(
@@ -106,14 +108,20 @@ def test_values_of_the_environment_are_quoted_for_the_shell():
     ],
 )
 def test_a_job_that_no_partition_of_its_own_would_run(fake_slurm, options, complaint):
-    rows = ["main*|(null)|1-00:00:00", "main*|gpu:2|1-00:00:00", "long|(null)|infinite", "short|(null)|30:00"]
+    rows = [("main*", "(null)", "1-00:00:00"), ("main*", "gpu:2", "1-00:00:00")]
+    rows += [("long", "(null)", "infinite"), ("short", "(null)", "30:00")]
+    rows = [f"{name}|up|idle|4|64|250000|{gres}|{limit}" for name, gres, limit in rows]
     fake_slurm.answer("sinfo", "\n".join(f"echo '{row}'" for row in rows))
     assert slurm_complaint(load_request("cpu", options)) == complaint
 
 
+def gpus(gres: str, kind: str | None = None) -> int:
+    return Nodes("main", True, True, "idle", 1, 64, 250_000, gres, "infinite").gpus(kind)
+
+
 def test_gpus_are_counted_in_what_sinfo_prints():
-    assert _gpus_of("gpu:h100:8(S:0-1)", None) == 8
-    assert _gpus_of("gpu:a100:2(S:0),gpu:h100:4,nvme:1", "h100") == 4
-    assert _gpus_of("gpu:a100:2(S:0),gpu:h100:4", None) == 6
-    assert _gpus_of("(null)", None) == 0
-    assert _gpus_of("shard:4", None) == 0
+    assert gpus("gpu:h100:8(S:0-1)") == 8
+    assert gpus("gpu:a100:2(S:0),gpu:h100:4,nvme:1", "h100") == 4
+    assert gpus("gpu:a100:2(S:0),gpu:h100:4") == 6
+    assert gpus("(null)") == 0
+    assert gpus("shard:4") == 0

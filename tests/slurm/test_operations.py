@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history
-from launch.history import attempts
+from launch.history import attempts, submissions
 from launch.status import overview
-from launch.submission import submissions
 from tests.launch.test_shard import contents, shard_apart, shard_together, write_species
 from tests.slurm.small_runs import (
     REQUEST,
