@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caduceus.alphabet import VOCAB_SIZE
 from caduceus.config_checks import refuse_impossible_values
 from caduceus.errors import UserError
+from caduceus.files import write_atomically
 
 
 @dataclass
@@ -279,7 +280,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML; `load_config` of that file gives it back."""
-    Path(path).write_text(OmegaConf.to_yaml(config_to_dict(config)))
+    write_atomically(path, OmegaConf.to_yaml(config_to_dict(config)).encode())
 
 
 def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:

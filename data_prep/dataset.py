@@ -1,7 +1,6 @@
 """A dataset's directory while it is made: lock, unfinished species, finished parts, manifest."""
 
 import errno
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,9 +8,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from caduceus.data.shards import build_manifest, dump_json, fingerprint, index_path, load_manifest, write_atomically
+from caduceus.data.shards import build_manifest, index_path, load_manifest
 from caduceus.errors import UserError
-from data_prep.files import is_open_as, note, sha256_of
+from caduceus.files import (
+    append_json_line,
+    dump_json,
+    fingerprint,
+    is_disk_full,
+    read_json_lines,
+    sha256_of,
+    take_lock,
+    write_atomically,
+)
+from data_prep.files import note
 from data_prep.report import write_report
 
 LOCK = ".lock"
@@ -24,7 +33,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(error):
             reason = f"the disk is full ({error.strerror}); make room"
         else:
             reason = f"cannot be written ({error.strerror}); mend that"
@@ -37,20 +46,16 @@ def locked(directory: Path) -> Iterator[None]:
     made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        file = (directory / LOCK).open("ab")
+        file = take_lock(directory / LOCK, wait=False)
+    except BlockingIOError:
+        raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out") from None
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written to ({error.strerror}); choose another --out") from None
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            way_on = "its file system has no locks", "shard to a local disk and copy"
+        else:
+            way_on = "cannot be written to", "choose another --out"
+        raise UserError(f"{directory}: {way_on[0]} ({error.strerror}); {way_on[1]}") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out") from None
-        except OSError as error:
-            raise UserError(
-                f"{directory}: its file system has no locks ({error.strerror}); shard to a local disk and copy"
-            ) from None
-        if not is_open_as(file, directory / LOCK):  # a run that failed has removed it since
-            raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out")
         try:
             with writing(directory):
                 _remove_leftovers(directory)
@@ -122,8 +127,7 @@ class SpeciesDirectory:
 
     def record(self, shard: dict[str, Any]) -> None:
         """Note a shard as finished."""
-        with self._journal.open("ab", buffering=0) as file:
-            file.write(json.dumps(shard).encode() + b"\n")
+        append_json_line(self._journal, shard)
 
     def finish(self, part: dict[str, Any]) -> None:
         """Write the species' part of the manifest: the species is complete."""
@@ -220,13 +224,8 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    if not rows:
+    rows = read_json_lines(path)
+    if not rows or "species" not in rows[0]:
         raise UserError(f"{path}: is damaged; delete {path.parent} and run the command again")
     return rows
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from isal import igzip, isal_zlib
 
-from caduceus.data.shards import write_atomically
 from caduceus.errors import UserError
+from caduceus.files import write_atomically
 from data_prep.bgzf import BgzfFile, BlockScanner, BlockTable, is_bgzf
 from data_prep.fasta_scan import Contig, FastaScanner
 from data_prep.files import CHUNK, PinnedFile, SequentialReader, note

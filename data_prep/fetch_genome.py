@@ -1,6 +1,5 @@
 """Download a genome with resume, checksum and progress: `python data_prep/fetch_genome.py NAME|URL --out DIR`."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,10 +12,10 @@ from urllib.parse import unquote, urlsplit
 
 from caduceus.arguments import Parser
 from caduceus.data.remote import failure_reason
-from caduceus.data.shards import write_atomically
 from caduceus.errors import UserError, run_command
+from caduceus.files import locked, write_atomically
 from data_prep.arguments import is_url, local_path
-from data_prep.files import is_open_as, note
+from data_prep.files import note
 from data_prep.progress import Progress
 from data_prep.registry import GenomeSpec, registry_names, resolve_genome
 
@@ -71,19 +70,14 @@ def fetch_cached(url: str, cache_dir: Path) -> Path:
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
     """The partial file, opened to append, for this process alone; a second process waits. Removed where empty."""
-    while True:
-        with path.open("ab") as partial:
-            fcntl.flock(partial, fcntl.LOCK_EX)
-            if not is_open_as(partial, path):
-                continue  # whoever had the lock has given this file its final name, or removed it
-            try:
-                yield partial
-            finally:
-                if not os.fstat(partial.fileno()).st_size:
-                    path.unlink(missing_ok=True)
-                if not path.exists():
-                    _version_path(partial).unlink(missing_ok=True)
-            return
+    with locked(path) as partial:
+        try:
+            yield partial
+        finally:
+            if not os.fstat(partial.fileno()).st_size:
+                path.unlink(missing_ok=True)
+            if not path.exists():
+                _version_path(partial).unlink(missing_ok=True)
 
 
 def fetch_genome(genome: GenomeSpec, directory: str | Path) -> Path:

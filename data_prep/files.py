@@ -4,12 +4,10 @@ import hashlib
 import os
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
 from caduceus.errors import UserError
+from caduceus.files import CHUNK
 from data_prep.progress import Progress
-
-CHUNK = 4 << 20
 
 
 class PinnedFile:
@@ -92,23 +90,6 @@ class SequentialReader:
             pass
         self._file.check_unchanged()
         return self._hash.hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def is_open_as(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file still is what stands at `path`, neither removed nor replaced."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def note(message: str) -> None:

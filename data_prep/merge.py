@@ -7,6 +7,7 @@ from typing import Any
 
 from caduceus.data.shards import index_path, load_manifest
 from caduceus.errors import UserError
+from caduceus.files import replacing_directory
 from data_prep.dataset import check_species, damaged_shards, locked, read_part, shard_rows, write_manifest
 
 
@@ -53,20 +54,14 @@ def _require_whole(part: dict[str, Any], folder: Path) -> None:
 def _bring(source: Path, target: Path) -> None:
     part = read_part(source / "species.json")
     names = [row["name"] for row in shard_rows(part)]
-    staging = target.with_name(f".{target.name}.tmp")
     try:
-        staging.mkdir()
-        for name in names:
-            for path in (source / name, index_path(source / name)):
-                _link_or_copy(path, staging / path.name)
-        _link_or_copy(source / "species.json", staging / "species.json")
-        if target.exists():  # begun there by a run that was killed: nothing of it is needed
-            shutil.rmtree(target)
-        staging.rename(target)
+        with replacing_directory(target) as staging:  # what a run that was killed began there is not needed
+            for name in names:
+                for path in (source / name, index_path(source / name)):
+                    _link_or_copy(path, staging / path.name)
+            _link_or_copy(source / "species.json", staging / "species.json")
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror}); run the same command again") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -76,5 +71,3 @@ def _link_or_copy(source: Path, target: Path) -> None:
         raise UserError(f"{source}: is missing; the dataset is damaged, see --verify") from None
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-        with target.open("rb+") as file:
-            os.fsync(file.fileno())

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.data.shards import dump_json, index_path, write_atomically
+from caduceus.data.shards import index_path
 from caduceus.errors import UserError
+from caduceus.files import dump_json, sha256_of, write_atomically
 from data_prep.dataset import locked, read_part, write_manifest
-from data_prep.files import sha256_of
 from data_prep.progress import Progress
 from data_prep.tar_index import TarContent, read_tar
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.data.shards import SPLITS, ShardIndex, index_path, write_atomically
+from caduceus.data.shards import SPLITS, ShardIndex, index_path
+from caduceus.files import write_atomically
 from data_prep.intervals import union
 from data_prep.progress import format_amount
 from data_prep.summary import left_out_lines, percent

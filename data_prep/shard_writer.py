@@ -1,7 +1,6 @@
 """A shard's plan -> its tar and index, written in one pass, each under a temporary name until it is complete."""
 
 import hashlib
-import os
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from caduceus.alphabet import COMPLEMENT_BYTE
-from caduceus.data.shards import RUN_DTYPE, SAMPLE_DTYPE, STRAND_SYMBOLS, ShardIndex, index_path, write_atomically
+from caduceus.data.shards import RUN_DTYPE, SAMPLE_DTYPE, STRAND_SYMBOLS, ShardIndex, index_path
+from caduceus.files import replacing, write_atomically
 from data_prep.composition import composition
 from data_prep.dataset import writing
 from data_prep.genome import Genome, open_genome
@@ -66,19 +66,13 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
 
     Anything but success leaves neither a tar nor an index under its final name.
     """
-    temporary = task.path.with_name(f".{task.path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(task.path), temporary.open("wb", buffering=0) as file:
-            tar = _TarStream(file)
-            index = _write_samples(task, reopen_genome(task.genome, task.cache_dir), tar)
-            tar.finish()
-            os.fsync(file.fileno())
-            assert tar.position == task.size, "the plan knows the size of a tar before it is written"
-            index_bytes = index.to_bytes()
-            write_atomically(index_path(task.path), index_bytes)
-            temporary.replace(task.path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(task.path), replacing(task.path, buffering=0) as file:
+        tar = _TarStream(file)
+        index = _write_samples(task, reopen_genome(task.genome, task.cache_dir), tar)
+        tar.finish()
+        assert tar.position == task.size, "the plan knows the size of a tar before it is written"
+        index_bytes = index.to_bytes()
+        write_atomically(index_path(task.path), index_bytes)
     return {
         "name": task.path.name,
         "bytes": tar.position,

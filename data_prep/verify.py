@@ -10,8 +10,9 @@ import numpy as np
 
 from caduceus.data.shards import SAMPLE_DTYPE, SPLITS, ShardIndex, index_path, load_manifest
 from caduceus.errors import UserError
+from caduceus.files import sha256_of
 from data_prep.dataset import read_part, shard_rows
-from data_prep.files import note, sha256_of
+from data_prep.files import note
 from data_prep.intervals import size, union
 from data_prep.line import GenomeLine
 from data_prep.progress import Progress

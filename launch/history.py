@@ -7,13 +7,13 @@ end       the processes have ended: reason, newest checkpoint's step, and the er
 gave up   after too many failures the run does not go on by itself
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from caduceus.run_directory import RunDirectory
+from caduceus.files import append_json_line, read_json_lines
+from caduceus.run.directory import RunDirectory
 
 COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
@@ -46,15 +46,14 @@ class Attempt:
 def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) -> None:
     """Add a line to the run's history."""
     row = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job, "restart": restart, **facts}
-    with (run.path / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_json_line(run.path / "attempts.jsonl", row)
 
 
 def attempts(run: RunDirectory) -> list[Attempt]:
     """All attempts of a run, oldest first. All but the newest have a reason for their end."""
     found: dict[tuple[str, int], Attempt] = {}
     began: dict[tuple[str, int], int] = {}
-    for row in _rows(run):
+    for row in read_json_lines(run.path / "attempts.jsonl"):
         key = (row["job"], row["restart"])
         attempt = found.setdefault(key, Attempt(*key))
         if row["event"] == "start":
@@ -97,14 +96,3 @@ def newest_step(run: RunDirectory) -> int:
     """Step of the newest checkpoint whose files have their sizes; 0 where there is none."""
     whole = (checkpoint.step for checkpoint in reversed(run.checkpoints()) if not checkpoint.damage(contents=False))
     return next(whole, 0)
-
-
-def _rows(run: RunDirectory) -> list[dict[str, Any]]:
-    path = run.path / "attempts.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # two nodes wrote at once to a shared file system, or a kill cut the line short
-            continue
-    return rows

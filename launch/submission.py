@@ -13,10 +13,10 @@ from typing import Any
 
 import submitit
 
-from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
-from caduceus.provenance import CODE_VERSION, code_version, provenance
-from caduceus.run_directory import RunDirectory
+from caduceus.files import dump_json, replacing_directory, write_atomically
+from caduceus.run.directory import RunDirectory
+from caduceus.run.provenance import CODE_VERSION, code_version, provenance
 from launch.cluster import Cluster, last_line, sbatch_parameters, test_submission
 from launch.job import TrainTask
 
@@ -189,13 +189,11 @@ def snapshot_code(folder: Path) -> Path:
 
     Compiled CPU kernels, in __pycache__, are copied with it: compiling them again takes a minute.
     """
-    code, new = folder.absolute() / "code", folder.absolute() / "code.new"
-    shutil.rmtree(new, ignore_errors=True)
-    for package in PACKAGES:
-        shutil.copytree(REPOSITORY / package, new / package, ignore=shutil.ignore_patterns("*.tmp*"))
-    write_atomically(new / CODE_VERSION, dump_json(code_version()))
-    shutil.rmtree(code, ignore_errors=True)
-    new.rename(code)
+    code = folder.absolute() / "code"
+    with replacing_directory(code) as new:
+        for package in PACKAGES:
+            shutil.copytree(REPOSITORY / package, new / package, ignore=shutil.ignore_patterns("*.tmp*"))
+        (new / CODE_VERSION).write_bytes(dump_json(code_version()))
     return code
 
 

@@ -8,8 +8,6 @@ checkpoints/damaged-step-00002000                      set aside by a start that
 """
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -23,9 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from caduceus.config import Config, config_to_dict, load_config, save_config
-from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
-from caduceus.provenance import provenance
+from caduceus.files import dump_json, is_locked, read_json_lines, sha256_of, sync, take_lock, write_atomically
+from caduceus.run.provenance import provenance
 
 MARKER = "COMPLETE"
 
@@ -113,7 +111,7 @@ class RunDirectory:
         self.logs_path = self.path / "logs"
         self.stop_path = self.path / "STOP"
         self._lock_path = self.path / ".lock"
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         self._claim: str | None = None
 
     @classmethod
@@ -172,14 +170,7 @@ class RunDirectory:
 
     def is_in_use(self) -> bool:
         """Whether a process on this machine trains in this directory."""
-        if self._lock is not None or not self._lock_path.exists():
-            return False
-        with self._lock_path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return self._lock is None and is_locked(self._lock_path)
 
     def holder(self) -> Holder | None:
         """Who trains in this directory or was the last to do so; None where that is not known."""
@@ -255,7 +246,7 @@ class RunDirectory:
         found = sorted(path for path in written.rglob("*") if path.is_file())
         files = {}
         for file, digest in zip(found, _sha256_of_all(found), strict=True):
-            _fsync(file)
+            sync(file)
             files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": digest}
         write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
         if self.is_taken_over():
@@ -265,7 +256,7 @@ class RunDirectory:
             self._remove(final)
         written.rename(final)
         self._link_latest(final)
-        _fsync(self.checkpoints_path)
+        sync(self.checkpoints_path)
         return Checkpoint(final, step)
 
     def remove_old_checkpoints(self, keep: int, keep_every: int = 0) -> None:
@@ -297,14 +288,7 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl; a line cut off by a kill or a full disk is left out."""
-        if not self.metrics_path.exists():
-            return []
-        rows = []
-        for line in self.metrics_path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
-        return rows
+        return read_json_lines(self.metrics_path)
 
     def truncate_metrics(self, step: int) -> None:
         """Drop rows after `step`: they are about to be made again."""
@@ -336,9 +320,8 @@ class RunDirectory:
                     )
 
     def _take_lock(self) -> None:
-        self._lock = self._lock_path.open("a")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = take_lock(self._lock_path, wait=False)
         except BlockingIOError:
             holder = self.holder() or "its name is not known"
             raise UserError(
@@ -347,27 +330,10 @@ class RunDirectory:
         me = Holder(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"), time.time())
         self._claim = json.dumps(asdict(me))
         self._lock.truncate(0)
-        self._lock.write(self._claim)
+        self._lock.write(self._claim.encode())
         self._lock.flush()
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _sha256_of_all(paths: list[Path]) -> list[str]:
     with ThreadPoolExecutor(max_workers=8) as threads:
         return list(threads.map(sha256_of, paths))
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,10 +22,10 @@ import torch.distributed.checkpoint as dcp
 
 from caduceus.config import CheckpointConfig
 from caduceus.data.loader import TrainLoader
-from caduceus.data.shards import dump_json, write_atomically
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
-from caduceus.run_directory import Checkpoint, RunDirectory
+from caduceus.files import dump_json, write_atomically
+from caduceus.run.directory import Checkpoint, RunDirectory
 from caduceus.train.guards import MAX_REWINDS, Health
 
 SAVE_TIMEOUT = timedelta(hours=2)
