@@ -6,7 +6,7 @@ from caduceus.config import Config
 from caduceus.data.dataset import open_dataset
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch.cluster import Cluster, slurm_complaint
 from launch.plan import plan
 from launch.submission import live_jobs

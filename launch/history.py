@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from caduceus.files import append_json_line, read_json_lines
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 
 COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"

@@ -10,7 +10,7 @@ import submitit
 
 from caduceus.config import Config
 from caduceus.errors import NodeError, UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.cluster import is_live
 from launch.node import check_node, node_defaults

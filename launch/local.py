@@ -13,7 +13,7 @@ import submitit
 from submitit.local.local import Controller, LocalExecutor, LocalJob
 
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.cluster import Cluster
 from launch.job import TrainTask

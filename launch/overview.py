@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from statistics import median
 
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs
 from launch.cluster import end_of, is_live
 from launch.history import Attempt, attempts, newest_step

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from caduceus.config import Config
 from caduceus.files import write_atomically
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch.submission import submissions
 
 

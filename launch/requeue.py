@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.history import newest_step
 from launch.logs import last_error

@@ -15,7 +15,7 @@ from pathlib import Path
 from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import local_jobs
 from launch.cluster import Cluster, check_cluster
 from launch.history import Attempt

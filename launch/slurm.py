@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from caduceus.arguments import Parser
 from caduceus.config import Config, WandbConfig, config_to_dict, load_config
 from caduceus.errors import run_command
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch.checks import complaints, refuse_bad_request, refuse_impossible_layout
 from launch.cluster import Cluster
 from launch.job import train

@@ -15,8 +15,8 @@ import submitit
 
 from caduceus.errors import UserError
 from caduceus.files import dump_json, replacing_directory, write_atomically
-from caduceus.provenance import CODE_VERSION, code_version, provenance
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
+from caduceus.run.provenance import CODE_VERSION, code_version, provenance
 from launch.cluster import Cluster, last_line, sbatch_parameters, test_submission
 from launch.job import TrainTask
 

@@ -6,7 +6,7 @@ import pytest
 
 from caduceus.config import Config, save_config
 from caduceus.errors import NodeError, UserError
-from caduceus.run_directory import MARKER, RunDirectory
+from caduceus.run.directory import MARKER, RunDirectory
 from launch import history
 from launch.history import attempts, failures_without_progress, record
 from launch.logs import last_error, log_path

@@ -5,7 +5,7 @@ import pytest
 
 from caduceus.config import Config, RunConfig
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch.history import attempts
 from launch.job import FIRST_PORT, PORTS, TrainTask, rendezvous
 from launch.node import node_defaults

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch.overview import overview
 from tests.conftest import REPOSITORY
 from tests.slurm.runs import PATIENCE, command, held, process_of, wait_until_training, write_config

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from caduceus.config import Config, RunConfig
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history, requeue
 from launch.submission import Submission, record
 from tests.launch.test_history import add_checkpoint

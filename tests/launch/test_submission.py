@@ -3,7 +3,7 @@
 import pytest
 
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch.submission import submissions
 
 REQUEST = ("--cluster", "cpu")

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pytest
 
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch.history import Attempt, attempts
 from tests.conftest import REPOSITORY
 from tests.slurm.cluster import Cluster

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.history import attempts
 from launch.overview import overview

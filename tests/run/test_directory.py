@@ -8,7 +8,7 @@ import pytest
 
 from caduceus.config import Config
 from caduceus.errors import UserError
-from caduceus.run_directory import MARKER, RunDirectory
+from caduceus.run.directory import MARKER, RunDirectory
 
 
 def make_config(directory: Path, **train: object) -> Config:

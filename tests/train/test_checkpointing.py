@@ -11,9 +11,9 @@ from caduceus.distributed.build import build_strategy
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
-from caduceus.train.checkpoint import Checkpoints, Progress, load_checkpoint
-from caduceus.train.preemption import EXIT_REQUEUE
+from caduceus.run.directory import RunDirectory
+from caduceus.train.checkpointing import Checkpoints, Progress, load_checkpoint
+from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
 from tests.train.conftest import SmallRun, numbers
 
@@ -100,7 +100,7 @@ def test_a_failed_save_is_told_when_asked_and_leaves_the_older_one(config, run, 
     def fails(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("caduceus.train.checkpoint.write_atomically", fails)
+    monkeypatch.setattr("caduceus.train.checkpointing.write_atomically", fails)
     checkpoints.save(progress(2))
     checkpoints._thread.join()
     assert checkpoints.failed

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from caduceus.config import Config, config_to_dict
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 
 _TIMEOUT = 60.0
 """Seconds that W&B has to answer, on nodes that may have no network, before the run goes on offline."""

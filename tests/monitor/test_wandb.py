@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from caduceus.config import Config
-from caduceus.run_directory import RunDirectory
-from caduceus.train.preemption import EXIT_REQUEUE
+from caduceus.run.directory import RunDirectory
+from caduceus.train.stopping import EXIT_REQUEUE
 from tests.train.conftest import SmallRun
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from caduceus.config import Config
-from caduceus.run_directory import RunDirectory
-from caduceus.train.wandb_run import WandbRun
+from caduceus.monitor.wandb import WandbRun
+from caduceus.run.directory import RunDirectory
 
 _QUIET_SECONDS = 30.0
 """Pause between progress lines when nobody watches a terminal."""

@@ -1,4 +1,4 @@
-"""What runs: commit and uncommitted changes of the code, packages, host. Imports no torch."""
+"""What runs: commit and uncommitted changes of the code, packages, host."""
 
 import json
 import platform
@@ -27,7 +27,7 @@ def provenance() -> dict[str, Any]:
 
 def code_version() -> dict[str, str | None]:
     """Commit and uncommitted changes of the code that runs, which may be a copy of a repository."""
-    recorded = Path(__file__).resolve().parent.parent / CODE_VERSION
+    recorded = Path(__file__).resolve().parents[2] / CODE_VERSION
     if recorded.exists():
         return json.loads(recorded.read_text())
     return {"git_commit": _git("rev-parse", "HEAD"), "git_diff": _git("diff", "HEAD")}

@@ -23,7 +23,7 @@ from typing import IO, Any
 from caduceus.config import Config, config_to_dict, load_config, save_config
 from caduceus.errors import UserError
 from caduceus.files import dump_json, is_locked, read_json_lines, sha256_of, sync, take_lock, write_atomically
-from caduceus.provenance import provenance
+from caduceus.run.provenance import provenance
 
 MARKER = "COMPLETE"
 

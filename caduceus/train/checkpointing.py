@@ -25,7 +25,7 @@ from caduceus.data.loader import TrainLoader
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.files import dump_json, write_atomically
-from caduceus.run_directory import Checkpoint, RunDirectory
+from caduceus.run.directory import Checkpoint, RunDirectory
 from caduceus.train.guards import MAX_REWINDS, Health
 
 SAVE_TIMEOUT = timedelta(hours=2)
