@@ -18,14 +18,14 @@ import submitit
 
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
-from data_prep.dataset import SpeciesDirectory
-from data_prep.merge import merge
-from data_prep.plan import SpeciesRequest, identity
-from data_prep.shard_writer import reopen_genome
-from data_prep.sharding import make_dataset
-from data_prep.species_file import read_species_file
-from data_prep.summary import print_summary
+from data_prep.check.merge import merge
+from data_prep.plan.species import SpeciesRequest, identity
+from data_prep.source.species_file import read_species_file
 from data_prep.workers import available_cores
+from data_prep.write.directory import SpeciesDirectory
+from data_prep.write.shard_writer import reopen_genome
+from data_prep.write.sharding import make_dataset
+from data_prep.write.summary import print_summary
 from launch.cluster import Cluster, sbatch_parameters, slurm_complaint
 from launch.logs import log_path
 from launch.options import add_request_options, requested_cluster

@@ -21,12 +21,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
-from data_prep.arguments import is_url
-from data_prep.fetch_genome import fetch_cached, fetch_genome
-from data_prep.genome import default_cache_dir
-from data_prep.options import PlanOptions
-from data_prep.plan import SpeciesRequest
-from data_prep.registry import GenomeSpec, resolve_genome
+from data_prep.argument_types import is_url
+from data_prep.genome.genome import default_cache_dir
+from data_prep.plan.options import PlanOptions
+from data_prep.plan.species import SpeciesRequest
+from data_prep.source.download import fetch_cached, fetch_genome
+from data_prep.source.registry import GenomeSpec, resolve_genome
 
 REGISTRY_FILE = "registry"
 """As --intervals or --exclude-bed: the file that the registry names for the genome."""

@@ -14,13 +14,13 @@ import numpy as np
 
 from caduceus.data.shards import SPLITS
 from caduceus.errors import UserError
-from data_prep.composition import Scan, join_scans, scan
-from data_prep.dataset import SpeciesDirectory, check_species, locked, refuse_if_locked, write_manifest
-from data_prep.genome import Genome
-from data_prep.plan import SpeciesPlan, SpeciesRequest, identity, plan_species
+from data_prep.genome.genome import Genome
+from data_prep.plan.composition import Scan, join_scans, scan
+from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_species
 from data_prep.progress import Progress
-from data_prep.shard_writer import reopen_genome, shard_tasks, write_shard
 from data_prep.workers import Workers
+from data_prep.write.directory import SpeciesDirectory, check_species, locked, refuse_if_locked, write_manifest
+from data_prep.write.shard_writer import reopen_genome, shard_tasks, write_shard
 
 _SCAN_BASES = 1 << 24
 _SPARE_BYTES = 1 << 20

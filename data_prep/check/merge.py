@@ -8,7 +8,7 @@ from typing import Any
 from caduceus.data.shards import index_path, load_manifest
 from caduceus.errors import UserError
 from caduceus.files import replacing_directory
-from data_prep.dataset import check_species, damaged_shards, locked, read_part, shard_rows, write_manifest
+from data_prep.write.directory import check_species, damaged_shards, locked, read_part, shard_rows, write_manifest
 
 
 def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:

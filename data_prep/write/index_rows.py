@@ -3,7 +3,7 @@
 import numpy as np
 
 from caduceus.data.shards import MIN_RUN, RUN_DTYPE
-from data_prep.composition import non_acgt_runs
+from data_prep.plan.composition import non_acgt_runs
 
 
 def listed_runs(bases: bytes) -> np.ndarray:

@@ -20,8 +20,8 @@ from caduceus.files import (
     take_lock,
     write_atomically,
 )
-from data_prep.files import note
-from data_prep.report import write_report
+from data_prep.progress import note
+from data_prep.write.report import write_report
 
 LOCK = ".lock"
 JOURNAL = ".unfinished.jsonl"

@@ -10,7 +10,7 @@ import numpy as np
 from isal import isal_zlib  # three times as fast as zlib
 
 from caduceus.errors import UserError
-from data_prep.files import PinnedFile, SequentialReader
+from data_prep.genome.pinned import PinnedFile, SequentialReader
 
 _FIXED_HEADER = struct.Struct("<4BI2BH")
 _TRAILER_SIZE = 8

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from caduceus.errors import UserError
-from data_prep.aliases import AliasTable
-from data_prep.options import PlanOptions
+from data_prep.plan.aliases import AliasTable
+from data_prep.plan.options import PlanOptions
 
 _MITOCHONDRIA = (  # RefSeq accessions, whose names do not say what they are
     "NC_012920|NC_001807"  # human, of GRCh38 and hg19

@@ -9,11 +9,11 @@ import numpy as np
 
 from caduceus.data.shards import SPLITS
 from caduceus.errors import UserError
-from data_prep.bed import BedRow, read_bed
-from data_prep.contigs import Selection
-from data_prep.intervals import EMPTY, intersection, union
-from data_prep.options import PlanOptions, option_name
-from data_prep.windows import hash_rows
+from data_prep.plan.bed import BedRow, read_bed
+from data_prep.plan.contigs import Selection
+from data_prep.plan.intervals import EMPTY, intersection, union
+from data_prep.plan.options import PlanOptions, option_name
+from data_prep.plan.windows import hash_rows
 
 _BLOCK = 3  # what the hash is for
 

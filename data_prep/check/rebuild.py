@@ -10,9 +10,9 @@ import numpy as np
 from caduceus.data.shards import index_path
 from caduceus.errors import UserError
 from caduceus.files import dump_json, sha256_of, write_atomically
-from data_prep.dataset import locked, read_part, write_manifest
+from data_prep.check.tar_index import TarContent, read_tar
 from data_prep.progress import Progress
-from data_prep.tar_index import TarContent, read_tar
+from data_prep.write.directory import locked, read_part, write_manifest
 
 
 def rebuild_index(directory: Path) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from pathlib import Path
 from isal import igzip, isal_zlib
 
 from caduceus.errors import UserError
-from caduceus.files import write_atomically
-from data_prep.bgzf import BgzfFile, BlockScanner, BlockTable, is_bgzf
-from data_prep.fasta_scan import Contig, FastaScanner
-from data_prep.files import CHUNK, PinnedFile, SequentialReader, note
-from data_prep.progress import Progress
+from caduceus.files import CHUNK, write_atomically
+from data_prep.genome.bgzf import BgzfFile, BlockScanner, BlockTable, is_bgzf
+from data_prep.genome.fasta_scan import Contig, FastaScanner
+from data_prep.genome.pinned import PinnedFile, SequentialReader
+from data_prep.progress import Progress, note
 
 RACY_NS = 2_000_000_000
 """A file that changed so shortly before it was scanned may change again unseen within its time stamp's grain."""

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from caduceus.errors import UserError
-from data_prep.fasta import FastaReader, open_fasta
-from data_prep.twobit import MAGIC, TwoBitReader
+from data_prep.genome.fasta import FastaReader, open_fasta
+from data_prep.genome.twobit import MAGIC, TwoBitReader
 
 
 class Genome:

@@ -11,13 +11,12 @@ import numpy as np
 from caduceus.data.shards import SAMPLE_DTYPE, SPLITS, ShardIndex, index_path, load_manifest
 from caduceus.errors import UserError
 from caduceus.files import sha256_of
-from data_prep.dataset import read_part, shard_rows
-from data_prep.files import note
-from data_prep.intervals import size, union
-from data_prep.line import GenomeLine
-from data_prep.progress import Progress
-from data_prep.tar_index import NO_WINDOWS, TarContent, read_tar
+from data_prep.check.tar_index import NO_WINDOWS, TarContent, read_tar
+from data_prep.plan.intervals import size, union
+from data_prep.plan.line import GenomeLine
+from data_prep.progress import Progress, note
 from data_prep.workers import Workers
+from data_prep.write.directory import read_part, shard_rows
 
 
 @dataclass(frozen=True)

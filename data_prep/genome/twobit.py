@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from caduceus.errors import UserError
-from data_prep.files import PinnedFile, SequentialReader
+from data_prep.genome.pinned import PinnedFile, SequentialReader
 from data_prep.progress import Progress
 
 SIGNATURE = 0x1A412743

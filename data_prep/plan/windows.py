@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from caduceus.data.shards import SPLITS
-from data_prep.composition import Scan
-from data_prep.intervals import EMPTY, covered, difference, intersection, size, union
-from data_prep.line import GenomeLine
-from data_prep.options import PlanOptions
+from data_prep.plan.composition import Scan
+from data_prep.plan.intervals import EMPTY, covered, difference, intersection, size, union
+from data_prep.plan.line import GenomeLine
+from data_prep.plan.options import PlanOptions
 
 WINDOW_DTYPE = np.dtype(
     [

@@ -9,9 +9,9 @@ import numpy as np
 
 from caduceus.data.shards import SPLITS, ShardIndex, index_path
 from caduceus.files import write_atomically
-from data_prep.intervals import union
+from data_prep.plan.intervals import union
 from data_prep.progress import format_amount
-from data_prep.summary import left_out_lines, percent
+from data_prep.write.summary import left_out_lines, percent
 
 _SHOWN_CONTIGS = 30
 _WIDTH = 760

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 from caduceus.errors import UserError
@@ -90,8 +89,3 @@ class SequentialReader:
             pass
         self._file.check_unchanged()
         return self._hash.hexdigest()
-
-
-def note(message: str) -> None:
-    """Tell the user something that needs no action."""
-    print(f"note: {message}", file=sys.stderr)

@@ -10,14 +10,14 @@ import numpy as np
 
 from caduceus.data.shards import SPLITS, shard_name
 from caduceus.errors import UserError
-from data_prep.aliases import AliasTable, read_aliases
-from data_prep.composition import Composition, Scan
-from data_prep.contigs import Selection, select_contigs
-from data_prep.genome import Genome
-from data_prep.options import PlanOptions
-from data_prep.regions import Regions, build_regions
-from data_prep.tar_format import END, SampleJson, json_sizes, member_size
-from data_prep.windows import GenomeWindows, cut_windows, hash_rows
+from data_prep.genome.genome import Genome
+from data_prep.plan.aliases import AliasTable, read_aliases
+from data_prep.plan.composition import Composition, Scan
+from data_prep.plan.contigs import Selection, select_contigs
+from data_prep.plan.options import PlanOptions
+from data_prep.plan.regions import Regions, build_regions
+from data_prep.plan.windows import GenomeWindows, cut_windows, hash_rows
+from data_prep.write.tar_format import END, SampleJson, json_sizes, member_size
 
 _KEY_NAME_CHARACTERS = 24
 _SHUFFLE, _STRAND = 1, 2  # what a hash is for

@@ -12,9 +12,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
-from data_prep.arguments import is_url
+from data_prep.argument_types import is_url
 
-REGISTRY = Path(__file__).resolve().parent.parent / "configs" / "genome"
+REGISTRY = Path(__file__).resolve().parents[2] / "configs" / "genome"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 

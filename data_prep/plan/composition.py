@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from caduceus.alphabet import IS_ACGT_BYTE
-from data_prep.intervals import EMPTY, union
+from data_prep.plan.intervals import EMPTY, union
 
 _BLOCK = 1 << 18  # fits the second-level cache, where the passes below run at memory speed
 _LOWER = np.uint8(0x20)
