@@ -32,8 +32,8 @@ from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
-from caduceus.run_directory import RunDirectory
-from caduceus.train.checkpoint import Checkpoints, Progress
+from caduceus.run.directory import RunDirectory
+from caduceus.train.checkpointing import Checkpoints, Progress
 
 MODES = ("none", "waiting", "behind")
 

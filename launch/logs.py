@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from caduceus.errors import Kind
+from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, first_cause, read_ends
-from caduceus.run_directory import RunDirectory
 
 _TAIL_BYTES = 1 << 16
 _START = "Starting with JobEnvironment"

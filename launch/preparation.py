@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caduceus.config import Config
-from caduceus.run_directory import RunDirectory
-from launch.submission import submissions
+from caduceus.files import write_atomically
+from caduceus.run.directory import RunDirectory
+from launch.history import submissions
 
 
 @contextlib.contextmanager
@@ -59,6 +60,6 @@ class _Found:
         if self.config is None:
             self.run.config_path.unlink(missing_ok=True)
         else:
-            self.run.config_path.write_text(self.config)
+            write_atomically(self.run.config_path, self.config.encode())
         if self.stopped:
             self.run.stop_path.touch()

@@ -20,9 +20,9 @@ from caduceus.data.dataset import open_dataset
 from caduceus.data.sample_reader import SUBSTITUTES, SampleReader
 from caduceus.data.samples import resolve_strands, validation_samples
 from caduceus.data.shard_samples import ShardSamples
-from caduceus.data.shards import fingerprint
 from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation
 from caduceus.errors import PeerError, UserError
+from caduceus.files import fingerprint
 
 log = logging.getLogger(__name__)
 

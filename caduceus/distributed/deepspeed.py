@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from caduceus.config import Config
-from caduceus.data.shards import dump_json
 from caduceus.distributed.deepspeed_config import engine_options
 from caduceus.distributed.deepspeed_schema import naming_its_file, need_deepspeed
 from caduceus.distributed.initialisation import initialise
@@ -28,6 +27,7 @@ from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
+from caduceus.files import dump_json
 from caduceus.model.hub import WEIGHTS
 from caduceus.train.optimizer import build_optimizer, set_learning_rate
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from caduceus.config import Config, config_to_dict
-from caduceus.data.shards import dump_json
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank, one_line
+from caduceus.files import dump_json
 
 MEETING = timedelta(minutes=15)
 """Ranks that are started together come within this."""

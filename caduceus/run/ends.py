@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import Kind, PeerError, kind_of, one_line
+from caduceus.files import dump_json, write_atomically
 
 _recording: tuple[Path, int] | None = None
 """Where `recording_end` will leave the end of this process."""

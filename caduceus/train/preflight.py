@@ -17,7 +17,7 @@ from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.ops import check_backend
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
 from caduceus.train.recomputation import run_micro_batch, too_large
 

@@ -11,8 +11,8 @@ from caduceus.config import Config
 from caduceus.data.loader import Batch, TrainLoader
 from caduceus.distributed.strategy import Single
 from caduceus.evaluate.heldout import autocast
-from caduceus.run_directory import RunDirectory
-from caduceus.train.checkpoint import Progress
+from caduceus.run.directory import RunDirectory
+from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step
 from caduceus.train.metrics import StepClock, measurements
 from caduceus.train.optimizer import learning_rate

@@ -13,14 +13,14 @@ from caduceus.distributed.mesh import Ranks, joined
 from caduceus.distributed.strategy import Single
 from caduceus.errors import RetryError
 from caduceus.evaluate.heldout import held_out_loss
-from caduceus.run_directory import RunDirectory
-from caduceus.train.checkpoint import SAVE_TIMEOUT, Checkpoints, Progress
+from caduceus.monitor.rows import Monitor
+from caduceus.run.directory import RunDirectory
+from caduceus.train.checkpointing import SAVE_TIMEOUT, Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
-from caduceus.train.monitor import Monitor
-from caduceus.train.preemption import EXIT_REQUEUE, StopRequest
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
+from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
 from caduceus.train.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ import pytest
 
 from caduceus.config import Config, RunConfig
 from caduceus.errors import Kind, NodeError, PeerError, RetryError, UserError
+from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, read_ends
-from caduceus.run_directory import RunDirectory
 from launch.history import attempts
 from launch.job import FIRST_PORT, PORTS, TrainTask, rendezvous
 from launch.node import node_defaults

@@ -12,7 +12,7 @@ import pytest
 
 from caduceus.config import Config, RunConfig
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.runs import find_runs, summary
 from tests.conftest import REPOSITORY

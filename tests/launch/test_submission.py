@@ -3,8 +3,8 @@
 import pytest
 
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
-from launch.submission import submissions
+from caduceus.run.directory import RunDirectory
+from launch.history import submissions
 
 REQUEST = ("--cluster", "cpu")
 REFUSAL = "echo 'sbatch: error: Memory specification can not be satisfied' >&2; exit 1"

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.mesh import joined
-from caduceus.run_directory import RunDirectory
-from caduceus.train.checkpoint import Checkpoints, Progress, load_checkpoint
+from caduceus.run.directory import RunDirectory
+from caduceus.train.checkpointing import Checkpoints, Progress, load_checkpoint
 
 PATIENCE = 60
 """Seconds in which ranks end after another was killed."""

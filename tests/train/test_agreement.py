@@ -18,7 +18,7 @@ from caduceus.data.sample_reader import SampleReader
 from caduceus.data.shard_samples import ShardSamples
 from caduceus.distributed.mesh import Ranks
 from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, RetryError, UserError, kind_of
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from caduceus.train import trainer
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import SmallRun, numbers

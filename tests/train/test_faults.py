@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from caduceus.config import Config, save_config
-from caduceus.run_directory import RunDirectory
-from caduceus.train.preemption import EXIT_REQUEUE
+from caduceus.run.directory import RunDirectory
+from caduceus.train.stopping import EXIT_REQUEUE
 from tests.train.conftest import SmallRun, numbers
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ import torch
 
 from caduceus.config import Config, save_config
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
-from caduceus.train.preemption import EXIT_REQUEUE
+from caduceus.run.directory import RunDirectory
+from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
 from tests.conftest import shard, write_random_fasta
 from tests.train.conftest import SmallRun, consumed_samples, numbers
