@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.slurm.runs import command, write_config
+from tests.slurm.small_runs import command, write_config
 
 from caduceus.errors import Kind
 from caduceus.run.directory import RunDirectory
