@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.slurm.small_runs import command, write_config
 
 from caduceus.errors import Kind
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import End, ends_folder, read_ends
 from launch.history import Attempt, attempts
+from tests.slurm.small_runs import command, write_config
 
 pytestmark = pytest.mark.slow
 
