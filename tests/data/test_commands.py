@@ -72,12 +72,12 @@ def test_what_the_command_line_or_the_key_allows_runs_and_is_shown(
     load: Callable[..., Config], mark: Path, shards: Path, tar: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    command = f"touch {mark}; cat {shards}/{{}}"
+    whole = f"touch {mark}; cat {shards}/{{}}"
     streamed = f"touch {mark}; cat {tar}"
     for command, config in (
-        (command, load({"path": f"pipe:{command}", "allow_commands": True})),
-        (command, load({"path": f"pipe:{command}"}, "data.allow_commands=true")),
-        (command, load({}, f"data.path=pipe:{command}")),
+        (whole, load({"path": f"pipe:{whole}", "allow_commands": True})),
+        (whole, load({"path": f"pipe:{whole}"}, "data.allow_commands=true")),
+        (whole, load({}, f"data.path=pipe:{whole}")),
         (streamed, load({"mode": "stream", "path": f"pipe:{streamed}", "allow_commands": True})),
         (streamed, load({"mode": "stream"}, f"data.path=pipe:{streamed}", f"data.valid_path={tar}")),
         (streamed, load({"mode": "stream", "path": str(tar)}, f"data.valid_path=pipe:{streamed}")),
