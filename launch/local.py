@@ -12,8 +12,9 @@ from pathlib import Path
 import submitit
 from submitit.local.local import Controller, LocalExecutor, LocalJob
 
-from caduceus.errors import UserError
+from caduceus.errors import Kind, UserError
 from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, first_cause, read_ends
 from launch import history
 from launch.history import Submission, record_submission
 from launch.job import TrainTask
@@ -50,13 +51,14 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
     record_submission(run, Submission(run.path.absolute(), [job.job_id], request.executor, logs, vars(request)))
     log = log_path(logs, job.job_id)
     print(f"log:           {log}", flush=True)
-    last = ""
-    for last in _through_ctrl_c(follow(log, job.done)):
-        print(last, end="", flush=True)
+    for line in _through_ctrl_c(follow(log, job.done)):
+        print(line, end="", flush=True)
     ended = executor.controller.wait()
     failed = ended != 0
-    status = (2 if last.startswith("error: ") else 1) if failed else max(job.results())
-    error = last_error(logs, job.job_id) if failed else None
+    cause = first_cause(read_ends(ends_folder(run.path, job.job_id, 0)))
+    mistaken = cause is not None and cause.kind in (Kind.USER, Kind.NODE, Kind.RETRY)
+    status = (2 if mistaken else 1) if failed else max(job.results())
+    error = last_error(run, logs, job.job_id, 0) if failed else None
     reason = history.FAILED if failed else history.STOPPED if status else history.COMPLETE
     if ended == _CANCELLED:
         reason, error = history.TAKEN, None

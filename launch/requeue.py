@@ -47,7 +47,7 @@ def main() -> int:
     signal_seconds = submission.request["signal_seconds"]
     if status is not None:
         reason = why_ended(run, status, slurm_job, bad_nodes, signal_seconds)
-        error = last_error(submission.logs, job) if reason in (history.FAILED, history.BAD_NODE) else None
+        error = last_error(run, submission.logs, job, restart) if reason in (history.FAILED, history.BAD_NODE) else None
     elif must_go_on_unsaved(run, slurm_job):
         reason, error = history.UNSAVED, f"signal_seconds: {signal_seconds} s are too short for a checkpoint; raise it"
     else:

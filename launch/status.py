@@ -128,7 +128,7 @@ def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
     if not found or found[-1].reason is not None:
         return found
     last = found[-1]
-    error = last_error(submitted[-1].logs, last.job) if submitted else None
+    error = last_error(run, submitted[-1].logs, last.job, last.restart) if submitted else None
     reason, told = (history.FAILED, error) if error else (history.LOST, _signs_of_life(run, last.job, submitted))
     with contextlib.suppress(OSError):  # who may only look
         history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
