@@ -14,7 +14,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, recording_end
 from launch import history, scheduler
 from launch.history import submissions
-from launch.node import check_node, node_defaults
+from launch.node import check_node, node_defaults, own_slice
 
 FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral range, which starts at 32768
 RESTART_STRIDE = 7919  # shares no factor with PORTS, and keeps clear of the next jobs' ports
@@ -39,6 +39,7 @@ class TrainTask:
         attempt = (int(job.raw_job_id), restart)
         ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
         os.environ.update(rendezvous(*ranks, first_host, *attempt))
+        os.environ.update(own_slice(os.environ, job.local_rank))
         for name, value in node_defaults(os.environ).items():
             os.environ.setdefault(name, value)
         run = RunDirectory.open(self.run_dir)
