@@ -22,8 +22,8 @@ import torch.distributed.checkpoint as dcp
 
 from caduceus.config import CheckpointConfig
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.mesh import is_lost_contact
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import is_lost_contact
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.files import dump_json, write_atomically
 from caduceus.run.directory import Checkpoint, RunDirectory
@@ -54,7 +54,7 @@ class Checkpoints:
     all ranks, over which they agree on saves.
     """
 
-    def __init__(self, config: CheckpointConfig, run: RunDirectory, strategy: Single) -> None:
+    def __init__(self, config: CheckpointConfig, run: RunDirectory, strategy: Strategy) -> None:
         self._config = config
         self._run = run
         self._strategy = strategy
@@ -170,7 +170,7 @@ class Checkpoints:
         )
 
 
-def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
+def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
     """Restore model, optimizer and RNG states in place, on any number of ranks."""
     try:
         strategy.load(checkpoint.path)

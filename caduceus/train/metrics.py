@@ -7,7 +7,7 @@ import torch
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.train.roofline import utilization
 
 CLOCK_KEYS = frozenset(

@@ -9,14 +9,16 @@ from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.mesh import Ranks, joined
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.rendezvous import joined
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import RetryError
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import SAVE_TIMEOUT, Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
+from caduceus.train.optimizer import build_optimizer
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
@@ -69,7 +71,7 @@ def _train(
     started: float,
 ) -> int:
     with watchdog.over("the start", SAVE_TIMEOUT.total_seconds()):
-        strategy = build_strategy(config, ranks)
+        strategy = build_strategy(config, ranks, build_optimizer)
         checkpoints = Checkpoints(config.checkpoint, run, strategy)
         progress = _resume(run, loader, checkpoints)
         check_before_start(config, run, strategy, checkpoints.group)
@@ -125,7 +127,7 @@ def _train(
 
 
 def _validate(
-    config: Config, strategy: Single, validation: ValidationLoader, watchdog: Watchdog, step: int
+    config: Config, strategy: Strategy, validation: ValidationLoader, watchdog: Watchdog, step: int
 ) -> dict[str, float]:
     ranks, what = strategy.ranks, f"a batch of the validation after step {step}"
     losses = held_out_loss(
