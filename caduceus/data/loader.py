@@ -57,6 +57,7 @@ class TrainLoader:
                 "strands": resolve_strands(config),
             }
         )
+        self._told: set[str] = set()
         self._samples = samples
         self._schedule = schedule
         self._workers = config.data.workers
@@ -137,12 +138,14 @@ class TrainLoader:
 
     def _count_substituted(self, batch: Batch) -> None:
         for line in batch.substituted:
+            if line in self._told:  # of a damaged tar, which every pass and every worker meets again
+                continue
+            self._told.add(line)
             log.warning("data: %s", line)
-        self.substituted += len(batch.substituted)
-        if self.substituted > self._max_substituted:
-            raise UserError(
-                f"data.max_substituted: {self.substituted} samples could not be read; the last: {batch.substituted[-1]}"
-            )
+            self.substituted += 1
+            if self.substituted > self._max_substituted:
+                what = self._samples.substituted_are
+                raise UserError(f"data.max_substituted: {self.substituted} {what}; the last: {line}")
 
 
 class ValidationLoader:
@@ -167,6 +170,7 @@ class ValidationLoader:
         self.species = list(chosen)
         self.samples = {name: len(samples) for name, samples in chosen.items()}
         if rank == 0:
+            reader.log()
             counts = ", ".join(f"{species} {count}" for species, count in self.samples.items())
             log.info("data: crops of each species to validate on: %s", counts)
 
