@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL
-from caduceus.config import Config
+from caduceus.config import Config, order_values
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
 from caduceus.data.dataset import open_dataset
 from caduceus.data.sample_reader import SUBSTITUTES, SampleReader
@@ -32,17 +32,6 @@ _MOST_WITHOUT_LABEL = 1 << 20
 """Positions of a rank without a labelled base that counts, after which there is none to be expected."""
 _LABELS_EXPECTED = 64
 """Labelled bases to be expected in that many positions, also where few are labelled."""
-_ORDER_KEYS = (
-    "mode",
-    "seq_len",
-    "objective",
-    "mask_prob",
-    "mask_token_prob",
-    "random_token_prob",
-    "min_acgt",
-    "shuffle_block",
-)
-"""Keys of `data.` that decide which sample a number stands for."""
 
 
 class TrainLoader:
@@ -68,10 +57,8 @@ class TrainLoader:
         self.fingerprint = fingerprint(
             {
                 **samples.what_decides_the_order(),
-                **{name: getattr(config.data, name) for name in _ORDER_KEYS},
+                **order_values(config),
                 "strands": resolve_strands(config),
-                "seed": self.seed,
-                "global_batch": self.global_batch,
             }
         )
         self._told: set[str] = set()
