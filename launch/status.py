@@ -1,21 +1,19 @@
 """How a run stands, from its directory and, where there is one, SLURM. Imports no torch."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from statistics import median
 
 from caduceus.run.directory import RunDirectory
-from launch import history, local_jobs
-from launch.cluster import end_of, is_live
-from launch.history import Attempt, attempts, newest_step
+from launch import history, local_jobs, scheduler
+from launch.history import Attempt, Submission, attempts, newest_step, submissions
 from launch.logs import last_error
-from launch.submission import SlurmSilentError, Submission, live_jobs, submissions
+from launch.scheduler import IN_QUEUE, JobState, SilentError
 
 RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
 _RECENT_ROWS = 50
 _State = tuple[str, str | None, list[str]]
-IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-"""States of a job, as squeue names them, in which it has no nodes and may get some."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,22 @@ class Overview:
         return self.state in (RUNNING, STOPPING, WAITING)
 
 
+def live_jobs(run: RunDirectory) -> dict[str, JobState]:
+    """The SLURM jobs that wait for, or train in, a run directory.
+
+    Raises `SilentError` where there may be such jobs and SLURM does not tell.
+    """
+    return scheduler.live_jobs([job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs])
+
+
 def overview(run: RunDirectory) -> Overview:
     """Look at a run; SLURM may have forgotten its jobs, or not answer."""
-    rows, config, found = run.metrics(), run.config(), attempts(run)
+    rows, config = run.metrics(), run.config()
     training = [row for row in rows if "loss" in row]
     validations = [row["valid_loss"] for row in rows if "valid_loss" in row]
     step = training[-1]["step"] if training else 0
     recent = training[-_RECENT_ROWS:]
-    state, why, jobs = _state(run, config.train.steps, found, step > 0)
+    state, why, jobs = _state(run, config.train.steps, step > 0)
     return Overview(
         state=state,
         why=why,
@@ -65,41 +71,42 @@ def overview(run: RunDirectory) -> Overview:
         seconds_left=median(row["seconds"] for row in recent) * (config.train.steps - step) if recent else None,
         checkpoint=newest_step(run),
         quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if rows else None,
-        attempts=found,
+        attempts=attempts(run),
     )
 
 
-def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> _State:
+def _state(run: RunDirectory, steps: int, begun: bool) -> _State:
     """State, why, and the jobs that are alive."""
     stop = run.stop_path.exists()
-    submitted = submissions(run)
+    submitted, found = submissions(run), attempts(run)
     try:
         jobs, silence = live_jobs(run), None
-    except SlurmSilentError as error:
+    except SilentError as error:
         jobs, silence = {}, str(error)
     if jobs:
-        waiting = all(state in IN_QUEUE for state, _ in jobs.values())
-        reason = next(iter(jobs.values()))[1] if waiting else None
+        waiting = all(job.state in IN_QUEUE for job in jobs.values())
+        reason = next(iter(jobs.values())).reason if waiting else None
         return (WAITING if waiting else STOPPING if stop else RUNNING), reason, list(jobs)
-    if submitted and submitted[-1].executor == "local" and local_jobs.is_running(submitted[-1].jobs[0]):
-        return (STOPPING if stop else RUNNING), None, submitted[-1].jobs
+    newest = submitted[-1] if submitted else None
+    if newest and newest.executor == "local" and local_jobs.is_running(newest.jobs[0], newest.logs):
+        return (STOPPING if stop else RUNNING), None, newest.jobs
     if run.is_in_use():
         holder = run.holder()
-        if holder is None or holder.slurm_job is None or is_live(holder.slurm_job):
+        if holder is None or holder.slurm_job is None or scheduler.may_be_live(holder.slurm_job):
             return (STOPPING if stop else RUNNING), None, []
         return LOST, f"{_signs_of_life(run, holder.slurm_job, submitted)}; {holder} lives on: end it, or resume", []
     if newest_step(run) >= steps:
         return "complete", None, []
     if silence and not (found and (found[-1].gave_up or found[-1].reason == history.STOPPED)):
         return UNKNOWN, silence, []
-    if found:
-        return _how_it_ended(run, found[-1], submitted, stop)
+    if found := _ended(run, submitted):
+        return _how_it_ended(found[-1], stop)
     if stop:
         return "stopped", None, []
     return ("interrupted" if begun else "new"), None, []
 
 
-def _how_it_ended(run: RunDirectory, last: Attempt, submitted: list[Submission], stop: bool) -> _State:
+def _how_it_ended(last: Attempt, stop: bool) -> _State:
     if last.gave_up:
         return "given up", last.error, []
     if last.reason == history.FAILED:
@@ -108,10 +115,25 @@ def _how_it_ended(run: RunDirectory, last: Attempt, submitted: list[Submission],
         return "stopped", None, []
     if last.reason == history.TAKEN:
         return "cancelled", None, []
-    if last.reason is not None:
-        return "interrupted", last.reason, []
-    error = last_error(submitted[-1].logs, last.job) if submitted else None
-    return ("failed", error, []) if error else (LOST, _signs_of_life(run, last.job, submitted), [])
+    if last.reason == history.COMPLETE:
+        return "interrupted", "the checkpoint of its last step is gone; resume makes it again", []
+    if last.reason == history.LOST:
+        return LOST, last.error, []
+    return "interrupted", last.reason, []
+
+
+def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
+    """The attempts of a run that has no live job; the newest gets an end where its job left none."""
+    found = attempts(run)  # again: it may have been written down just before SLURM let go of the job
+    if not found or found[-1].reason is not None:
+        return found
+    last = found[-1]
+    error = last_error(run, submitted[-1].logs, last.job, last.restart) if submitted else None
+    reason, told = (history.FAILED, error) if error else (history.LOST, _signs_of_life(run, last.job, submitted))
+    with contextlib.suppress(OSError):  # who may only look
+        history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
+    last.reason, last.error, last.step = reason, told, newest_step(run)
+    return found
 
 
 def _signs_of_life(run: RunDirectory, job: str, submitted: list[Submission]) -> str:
@@ -119,4 +141,6 @@ def _signs_of_life(run: RunDirectory, job: str, submitted: list[Submission]) -> 
     logs = [path for entry in submitted for path in entry.logs.glob(f"{job}_*_log.out")]
     written = [path.stat().st_mtime for path in (run.metrics_path, *logs) if path.exists()]
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(written))) if written else "none"
-    return f"job {job} {end_of(job)}; last sign of life: {last}"
+    state = scheduler.end_of(job)
+    told = f"ended as {state}" if state else "is no longer known to SLURM"
+    return f"job {job} {told}; last sign of life: {last}"

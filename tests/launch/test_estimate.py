@@ -7,7 +7,7 @@ from caduceus import CaduceusForMaskedLM
 from caduceus.config import CaduceusConfig, config_from_dict
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.mesh import Ranks
-from launch.plan import parameter_count, plan
+from launch.estimate import estimate, parameter_count
 
 
 @pytest.mark.parametrize(
@@ -39,18 +39,18 @@ def published(seq_len: int, rcps: bool = False, strands: int = 1, context: int =
 
 def test_memory_at_the_published_sizes():
     # As benchmarks/memory.py counts for the 7.7M model.
-    assert plan(published(2**17), 8).memory_bytes == pytest.approx(20.03 * 2**30, rel=0.02)
-    assert plan(published(2**20), 8).memory_bytes == pytest.approx(152.45 * 2**30, rel=0.02)
-    recomputed = plan(published(2**20, activation_checkpointing="block"), 8)
+    assert estimate(published(2**17), 8).memory_bytes == pytest.approx(20.03 * 2**30, rel=0.02)
+    assert estimate(published(2**20), 8).memory_bytes == pytest.approx(152.45 * 2**30, rel=0.02)
+    recomputed = estimate(published(2**20, activation_checkpointing="block"), 8)
     assert recomputed.memory_bytes == pytest.approx(33.13 * 2**30, rel=0.02)
-    recomputed = plan(published(2**20, activation_checkpointing="scan"), 8)
+    recomputed = estimate(published(2**20, activation_checkpointing="scan"), 8)
     assert recomputed.memory_bytes == pytest.approx(89.63 * 2**30, rel=0.02)
 
 
 def test_auto_recomputes_what_does_not_fit_a_gpu():
     def modes(seq_len: int) -> list:
         modes = ("none", "auto", "scan", "block")
-        return [plan(published(seq_len, activation_checkpointing=mode), 8) for mode in modes]
+        return [estimate(published(seq_len, activation_checkpointing=mode), 8) for mode in modes]
 
     none, auto, scan, block = modes(2**17)
     assert auto == none and none.step_seconds < scan.step_seconds < block.step_seconds
@@ -64,14 +64,14 @@ def test_auto_recomputes_what_does_not_fit_a_gpu():
 
 
 def test_time_follows_the_work_of_a_rank():
-    one = plan(published(2**17), 8)
+    one = estimate(published(2**17), 8)
     assert one.sequences == 8 and one.step_seconds == pytest.approx(8 * 2**17 * 0.65e-6)
-    assert plan(published(2**17), 16).step_seconds == pytest.approx(one.step_seconds / 2)
+    assert estimate(published(2**17), 16).step_seconds == pytest.approx(one.step_seconds / 2)
 
 
 def test_a_strand_takes_half_of_the_time_and_of_the_activations_of_both():
     keys = ({}, {"rcps": True}, {"rcps": True, "strands": 2})
-    one, both, apart = (plan(published(2**17, **its), 8) for its in keys)
+    one, both, apart = (estimate(published(2**17, **its), 8) for its in keys)
     # Ranks in pairs have twice as many sequences each.
     assert apart.sequences == 2 * both.sequences and apart.bases == both.bases
     assert both.step_seconds == pytest.approx(2 * one.step_seconds)
@@ -94,7 +94,7 @@ def test_contexts_of_millions_of_bases(millions, context, strands, monkeypatch):
         assert slices[0][0] == 0 and slices[-1][1] == seq_len
         assert all(one[1] == next_one[0] for one, next_one in itertools.pairwise(slices))
     # A GPU keeps what it keeps of a sequence that is no longer than its slice, and works as long.
-    shared, alone = plan(config, world), plan(published(2**17, global_batch=8), 8)
+    shared, alone = estimate(config, world), estimate(published(2**17, global_batch=8), 8)
     assert (shared.sequences, shared.bases) == (1, 2**17)
     assert shared.memory_bytes == alone.memory_bytes < 0.9 * 80e9
     assert shared.step_seconds == pytest.approx(alone.step_seconds)

@@ -30,7 +30,7 @@ GPU_BYTES = 80_000_000_000
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """An estimate for each rank of a run."""
 
     world: int
@@ -53,7 +53,7 @@ class Plan:
         return f"{ranks} with {share} each; {self.parameters / 1e6:.2f}M parameters{estimate if gpus else ''}"
 
 
-def plan(config: Config, world: int) -> Plan:
+def estimate(config: Config, world: int) -> Estimate:
     """Estimate a run on `world` ranks; raises `UserError` for a layout that these cannot take."""
     model, parallel, train = config.model, config.parallel, config.train
     sharing = check_layout(config, world)
@@ -81,7 +81,7 @@ def plan(config: Config, world: int) -> Plan:
         memory += full if whole else full - lean
     passes = 3 * layers + whole + SCAN_INPUTS * inputs  # a backward pass counts as two forward ones
     step = SECONDS_PER_BASE * model.d_model * streams * sequences * bases_per_sequence * passes / 3
-    return Plan(world, sharing, sequences, bases, parameters, step, memory)
+    return Estimate(world, sharing, sequences, bases, parameters, step, memory)
 
 
 def parameter_count(model: CaduceusConfig) -> int:

@@ -1,7 +1,9 @@
 import pytest
 
 from caduceus.errors import UserError
-from launch.cluster import PRESETS, _gpus_of, load_cluster, parse_time, sbatch_parameters, slurm_complaint
+from launch.capacity import slurm_complaint
+from launch.request import PRESETS, load_request, parse_time, sbatch_parameters
+from launch.scheduler import Nodes
 
 
 @pytest.mark.parametrize(
@@ -30,16 +32,16 @@ def test_every_preset_loads():
     names = {path.stem for path in PRESETS.glob("*.yaml")}
     assert names >= {"slurm", "h100x8", "cpu", "local", "debug"}
     for name in names:
-        assert load_cluster(name, {}).world >= 1
+        assert load_request(name, {}).world >= 1
 
 
 def test_options_win_over_the_preset_and_mappings_add_up(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("nodes: 2\ngpus_per_node: 4\nenv: {A: '1', B: '2'}\nsbatch: {exclusive: true}\n")
-    cluster = load_cluster(str(path), {"nodes": 3, "env": {"B": "3"}, "sbatch": {"mail-type": "END"}})
-    assert (cluster.nodes, cluster.gpus_per_node, cluster.world) == (3, 4, 12)
-    assert cluster.env == {"A": "1", "B": "3"}
-    assert cluster.sbatch == {"exclusive": True, "mail-type": "END"}
+    request = load_request(str(path), {"nodes": 3, "env": {"B": "3"}, "sbatch": {"mail-type": "END"}})
+    assert (request.nodes, request.gpus_per_node, request.world) == (3, 4, 12)
+    assert request.env == {"A": "1", "B": "3"}
+    assert request.sbatch == {"exclusive": True, "mail-type": "END"}
 
 
 @pytest.mark.parametrize(
@@ -63,13 +65,13 @@ def test_a_wrong_preset_is_one_clear_line(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message) as error:
-        load_cluster(str(path), {})
+        load_request(str(path), {})
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(UserError, match="choose cpu, debug, h100x8, local, slurm"):
-        load_cluster("h200x8", {})
+        load_request("h200x8", {})
 
 
 @pytest.mark.parametrize(
@@ -82,15 +84,15 @@ def test_an_unknown_preset_names_the_known_ones():
     ],
 )
 def test_gpus_are_asked_for_in_the_cluster_s_form(request_form, kind, key, value):
-    cluster = load_cluster("slurm", {"gpus_per_node": 8, "gpu_request": request_form, "gpu_type": kind})
-    assert sbatch_parameters(cluster, "run")["additional_parameters"][key] == value
-    cluster = load_cluster("slurm", {"gpus_per_node": 8, "gpu_request": "none"})
-    assert not {"gres", "gpus-per-node"} & set(sbatch_parameters(cluster, "run")["additional_parameters"])
+    request = load_request("slurm", {"gpus_per_node": 8, "gpu_request": request_form, "gpu_type": kind})
+    assert sbatch_parameters(request, "run")["additional_parameters"][key] == value
+    request = load_request("slurm", {"gpus_per_node": 8, "gpu_request": "none"})
+    assert not {"gres", "gpus-per-node"} & set(sbatch_parameters(request, "run")["additional_parameters"])
 
 
 def test_values_of_the_environment_are_quoted_for_the_shell():
-    cluster = load_cluster("cpu", {"env": {"NAME": "a b; c"}, "cpus_per_task": None})
-    assert sbatch_parameters(cluster, "run")["setup"] == ["export NAME='a b; c'"]
+    request = load_request("cpu", {"env": {"NAME": "a b; c"}, "cpus_per_task": None})
+    assert sbatch_parameters(request, "run")["setup"] == ["export NAME='a b; c'"]
 
 
 @pytest.mark.parametrize(
@@ -106,14 +108,20 @@ def test_values_of_the_environment_are_quoted_for_the_shell():
     ],
 )
 def test_a_job_that_no_partition_of_its_own_would_run(fake_slurm, options, complaint):
-    rows = ["main*|(null)|1-00:00:00", "main*|gpu:2|1-00:00:00", "long|(null)|infinite", "short|(null)|30:00"]
+    rows = [("main*", "(null)", "1-00:00:00"), ("main*", "gpu:2", "1-00:00:00")]
+    rows += [("long", "(null)", "infinite"), ("short", "(null)", "30:00")]
+    rows = [f"{name}|up|idle|4|64|250000|{gres}|{limit}" for name, gres, limit in rows]
     fake_slurm.answer("sinfo", "\n".join(f"echo '{row}'" for row in rows))
-    assert slurm_complaint(load_cluster("cpu", options)) == complaint
+    assert slurm_complaint(load_request("cpu", options)) == complaint
+
+
+def gpus(gres: str, kind: str | None = None) -> int:
+    return Nodes("main", True, True, "idle", 1, 64, 250_000, gres, "infinite").gpus(kind)
 
 
 def test_gpus_are_counted_in_what_sinfo_prints():
-    assert _gpus_of("gpu:h100:8(S:0-1)", None) == 8
-    assert _gpus_of("gpu:a100:2(S:0),gpu:h100:4,nvme:1", "h100") == 4
-    assert _gpus_of("gpu:a100:2(S:0),gpu:h100:4", None) == 6
-    assert _gpus_of("(null)", None) == 0
-    assert _gpus_of("shard:4", None) == 0
+    assert gpus("gpu:h100:8(S:0-1)") == 8
+    assert gpus("gpu:a100:2(S:0),gpu:h100:4,nvme:1", "h100") == 4
+    assert gpus("gpu:a100:2(S:0),gpu:h100:4") == 6
+    assert gpus("(null)") == 0
+    assert gpus("shard:4") == 0
