@@ -60,15 +60,18 @@ def test_rows_of_a_bed_file_are_the_windows(shards, tmp_path: Path) -> None:
     bed = tmp_path / "rows.bed"
     exact = ("--interval-mode", "exact", "--window", 800)
     bed.write_text("track name=x\n#c\nchr1\t10\t110\ttrain\n1\t50\t150\tvalid\nchr2\t0\t800\ttest\nchr9\t0\t5\ttrain\n")
-    out, part = shards("--intervals", bed, *exact, "--no-forbid-leakage")
+    with pytest.raises(UserError, match=r"rows\.bed:6: the genome has no contig 'chr9', but .*--allow-unknown-contigs"):
+        shards("--intervals", bed, *exact)
+    allowed = ("--intervals", bed, "--allow-unknown-contigs")
+    out, part = shards(*allowed, *exact, "--no-forbid-leakage")
     assert windows_of(out) == {("train", "chr1", 10, 110), ("valid", "chr1", 50, 150), ("test", "chr2", 0, 800)}
     assert part["report"]["leakage"] == {"valid": 60, "test": 0, "either": 60}
-    assert part["report"]["notes"] == ["--intervals: 1 of 4 rows are on contigs that are not used: chr9"]
+    assert part["report"]["notes"] == ["--intervals: 1 of 4 rows are on places that the genome does not hold: chr9"]
     assert part["report"]["dropped"]["outside_intervals"] == 4000 + 2500 - 140 - 800
-    out, part = shards("--intervals", bed, *exact)
+    out, part = shards(*allowed, *exact)
     assert windows_of(out) == {("train", "chr1", 10, 50), ("valid", "chr1", 50, 150), ("test", "chr2", 0, 800)}
     assert part["report"]["leakage"]["either"] == 0
-    out, _ = shards("--intervals", bed)
+    out, _ = shards(*allowed)
     expected = {("train", "chr1", 10, 50), ("valid", "chr1", 50, 150)}
     assert windows_of(out) == expected | {("test", "chr2", 0, 500), ("test", "chr2", 500, 800)}
 
@@ -97,8 +100,13 @@ def test_rows_longer_than_the_window_are_not_shortened_unasked(shards, tmp_path:
 
 def test_excluded_regions_are_in_no_window(shards, tmp_path: Path) -> None:
     bed = tmp_path / "black.bed"
-    bed.write_text("chr1 1000 1100\nchr1 1050 1200\nchr2 2400 9999999\nchrUn_x 1 2\n")
+    bed.write_text("chr1 1000 1100\nchr1 1050 1200\nchr2 2400 9999999\nchrM 1 2\nchr1 7 7\n")
     out, part = shards("--exclude-bed", bed)
+    assert part["report"]["notes"] == [
+        "--exclude-bed: 1 of 4 rows are on contigs that are not used: chrM",
+        "--exclude-bed: 1 rows of black.bed are of zero length: lines 5",
+        "--exclude-bed: 1 of 4 rows of black.bed reach beyond the end of chr2",
+    ]
     kept = {"chr1": set(range(1000)) | set(range(1200, 4000)), "chr2": set(range(2400))}
     found: dict[str, set[int]] = {"chr1": set(), "chr2": set()}
     for _, contig, start, end in windows_of(out):
