@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from caduceus.config import Config, config_to_dict, load_config, save_config
+from caduceus.config import Config, changes, load_config, save_config
 from caduceus.errors import RetryError, UserError
 from caduceus.files import dump_json, is_locked, read_json_lines, sha256_of, sync, take_lock, write_atomically
 from caduceus.run.provenance import provenance
@@ -28,34 +28,6 @@ from caduceus.run.provenance import provenance
 MARKER = "COMPLETE"
 
 _log = logging.getLogger(__name__)
-
-# What decides the numbers of a run. The rest (workers, micro-batch, validation, logging …) may change at any restart.
-_FIXED_KEYS = {
-    "model": None,
-    "data": (
-        "seq_len",
-        "strands",
-        "objective",
-        "mask_prob",
-        "mask_token_prob",
-        "random_token_prob",
-        "repeat_weight",
-        "min_acgt",
-        "shuffle_block",
-    ),
-    "train": (
-        "steps",
-        "global_batch",
-        "lr",
-        "min_lr",
-        "warmup_steps",
-        "weight_decay",
-        "betas",
-        "clip_norm",
-        "seed",
-        "precision",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -308,16 +280,20 @@ class RunDirectory:
             return []
 
     def _refuse_other_config(self, config: Config) -> None:
-        before, now = config_to_dict(self.config()), config_to_dict(config)
-        for section, names in _FIXED_KEYS.items():
-            for name in names or before[section]:
-                key = f"{section}.{name}"
-                if before[section][name] != now[section][name] and key not in config.run.allow_change:
-                    way_on = "" if section == "model" else f", or go on with the change by run.allow_change=[{key}]"
-                    raise UserError(
-                        f"run.dir: {self.path} holds a run with {key}={before[section][name]}, not "
-                        f"{now[section][name]}; choose another run.dir{way_on}"
-                    )
+        for change in changes(self.config(), config):
+            key, asked = change.key, change.key.name in config.run.allow_change
+            counts_samples = key.fixes == "order" and bool(self.checkpoints())
+            if asked and not counts_samples:
+                continue
+            if asked:
+                way_on = f"; its checkpoints count samples in the order that {key.name} fixes: choose another run.dir"
+            elif counts_samples or (key.section == "model" and self.checkpoints()):
+                way_on = "; choose another run.dir"
+            else:
+                way_on = f"; choose another run.dir, or go on with the change by run.allow_change=[{key.name}]"
+            raise UserError(
+                f"run.dir: {self.path} holds a run with {key.name}={change.before}, not {change.now}{way_on}"
+            )
 
     def _take_lock(self) -> None:
         try:
