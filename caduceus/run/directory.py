@@ -12,17 +12,16 @@ import json
 import logging
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from caduceus.config import Config, config_to_dict, load_config, save_config
 from caduceus.errors import UserError
-from caduceus.files import dump_json, is_locked, read_json_lines, sha256_of, sync, take_lock, write_atomically
+from caduceus.files import dump_json, read_json_lines, sha256_of, sync, write_atomically
+from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
 
 MARKER = "COMPLETE"
@@ -84,21 +83,6 @@ class Checkpoint:
         return None
 
 
-@dataclass(frozen=True)
-class Holder:
-    """The process that trains in a run directory, or was the last to do so."""
-
-    host: str
-    pid: int
-    slurm_job: str | None
-    since: float
-    """Seconds since the epoch."""
-
-    def __str__(self) -> str:
-        job = f" of SLURM job {self.slurm_job}" if self.slurm_job else ""
-        return f"process {self.pid}{job} on {self.host}"
-
-
 class RunDirectory:
     """Paths and state of a run. `create_or_resume` is for the process that trains, `open` for readers."""
 
@@ -110,9 +94,7 @@ class RunDirectory:
         self.checkpoints_path = self.path / "checkpoints"
         self.logs_path = self.path / "logs"
         self.stop_path = self.path / "STOP"
-        self._lock_path = self.path / ".lock"
-        self._lock: IO[bytes] | None = None
-        self._claim: str | None = None
+        self._lock = RunLock(self.path)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
@@ -133,13 +115,13 @@ class RunDirectory:
         with run.telling_of_disks():
             if run.config_path.is_file():
                 run._refuse_other_config(config)
-            elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock_path.exists():
+            elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock.path.exists():
                 raise UserError(
                     f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
                 )
             for directory in (run.checkpoints_path, run.logs_path):
                 directory.mkdir(parents=True, exist_ok=True)
-            run._take_lock()
+            run._lock.take()
             if not run.config_path.is_file():
                 save_config(config, run.config_path)
         return run
@@ -164,38 +146,26 @@ class RunDirectory:
 
     def release(self) -> None:
         """Let another process train in this directory."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def is_in_use(self) -> bool:
-        """Whether a process on this machine trains in this directory."""
-        return self._lock is None and is_locked(self._lock_path)
+        """Whether another process on this machine trains in this directory."""
+        return self._lock.is_held_elsewhere()
 
     def holder(self) -> Holder | None:
         """Who trains in this directory or was the last to do so; None where that is not known."""
-        try:
-            return Holder(**json.loads(self._lock_path.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        return self._lock.holder()
 
     def shut_out_holder(self) -> None:
         """Make way for the next process, though the holder may live on where it cannot be reached.
 
         The holder completes no further checkpoint, and ends when it next asks whether it `is_taken_over`.
         """
-        fresh = self.path / f".lock.{os.getpid()}"
-        fresh.touch()
-        fresh.replace(self._lock_path)
+        self._lock.shut_out_holder()
 
     def is_taken_over(self) -> bool:
         """Whether this process, which took the directory, has lost it to another one."""
-        if self._lock is None:
-            return False
-        try:
-            return self._lock_path.read_text() != self._claim
-        except OSError:  # a file system out of order tells nothing
-            return False
+        return self._lock.is_lost()
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints_path / f"step-{step:08d}"
@@ -318,20 +288,6 @@ class RunDirectory:
                         f"run.dir: {self.path} holds a run with {key}={before[section][name]}, not "
                         f"{now[section][name]}; choose another run.dir{way_on}"
                     )
-
-    def _take_lock(self) -> None:
-        try:
-            self._lock = take_lock(self._lock_path, wait=False)
-        except BlockingIOError:
-            holder = self.holder() or "its name is not known"
-            raise UserError(
-                f"run.dir: another process is training in {self.path} ({holder}); stop it or choose another"
-            ) from None
-        me = Holder(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"), time.time())
-        self._claim = json.dumps(asdict(me))
-        self._lock.truncate(0)
-        self._lock.write(self._claim.encode())
-        self._lock.flush()
 
 
 def _sha256_of_all(paths: list[Path]) -> list[str]:

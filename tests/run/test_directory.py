@@ -161,7 +161,8 @@ def test_settings_that_do_not_decide_the_numbers_may_change(run: RunDirectory) -
     RunDirectory.create_or_resume(other).release()
 
 
-def test_a_second_process_is_refused(run: RunDirectory) -> None:
+def test_a_second_process_is_refused(run: RunDirectory, monkeypatch) -> None:
+    monkeypatch.setattr("caduceus.run.lock.ENDING_SECONDS", 0.1)
     assert RunDirectory(run.path).is_in_use()
     with pytest.raises(UserError, match=rf"another process is training in .* \(process {os.getpid()} on "):
         RunDirectory.create_or_resume(make_config(run.path))
