@@ -13,18 +13,15 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from caduceus.config import Config, config_to_dict, load_config, save_config
 from caduceus.errors import UserError
-from caduceus.files import dump_json, read_json_lines, sha256_of, sync, write_atomically
+from caduceus.files import dump_json, read_json_lines, sync, write_atomically
+from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
 from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
-
-MARKER = "COMPLETE"
 
 _log = logging.getLogger(__name__)
 
@@ -57,32 +54,6 @@ _FIXED_KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint directory."""
-
-    path: Path
-    step: int
-
-    def damage(self, contents: bool = True) -> str | None:
-        """What is wrong with the files, by size and, of their `contents`, by sha256; None where they are whole."""
-        try:
-            files = json.loads((self.path / MARKER).read_text())["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"its marker is not readable ({error})"
-        for name, expected in files.items():
-            file = self.path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != expected["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        found = _sha256_of_all([self.path / name for name in files] if contents else [])
-        for (name, expected), digest in zip(files.items(), found, strict=contents):
-            if digest != expected["sha256"]:
-                return f"{name} does not match its sha256"
-        return None
-
-
 class RunDirectory:
     """Paths and state of a run. `create_or_resume` is for the process that trains, `open` for readers."""
 
@@ -113,7 +84,7 @@ class RunDirectory:
         """
         run = cls(config.run.dir)
         with run.telling_of_disks():
-            if run.config_path.is_file():
+            if run.config_path.is_file() or run.checkpoints():
                 run._refuse_other_config(config)
             elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock.path.exists():
                 raise UserError(
@@ -213,12 +184,7 @@ class RunDirectory:
 
         Raises `UserError` where another process has taken the run directory over.
         """
-        found = sorted(path for path in written.rglob("*") if path.is_file())
-        files = {}
-        for file, digest in zip(found, _sha256_of_all(found), strict=True):
-            sync(file)
-            files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": digest}
-        write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
+        write_marker(written, step, facts)
         if self.is_taken_over():
             raise UserError(f"run.dir: {self.path} was taken over by another process")
         final = self.checkpoint_path(step)
@@ -277,19 +243,29 @@ class RunDirectory:
         except (OSError, ValueError, KeyError):
             return []
 
+    def former_config(self) -> dict[str, Any]:
+        """The configuration that the run's numbers so far were made with, as sections of keys.
+
+        The newest whole checkpoint tells: config.yaml may have been edited since. Before the first one, config.yaml does.
+        """
+        for checkpoint in reversed(self.checkpoints()):
+            if not checkpoint.damage(contents=False) and (found := checkpoint.config()):
+                return found
+        return config_to_dict(self.config())
+
     def _refuse_other_config(self, config: Config) -> None:
-        before, now = config_to_dict(self.config()), config_to_dict(config)
+        before, now = self.former_config(), config_to_dict(config)
         for section, names in _FIXED_KEYS.items():
-            for name in names or before[section]:
-                key = f"{section}.{name}"
-                if before[section][name] != now[section][name] and key not in config.run.allow_change:
+            for name in names or now[section]:
+                key, former = f"{section}.{name}", before.get(section, {}).get(name, now[section][name])
+                if former != now[section][name] and key not in config.run.allow_change:
                     way_on = "" if section == "model" else f", or go on with the change by run.allow_change=[{key}]"
                     raise UserError(
-                        f"run.dir: {self.path} holds a run with {key}={before[section][name]}, not "
-                        f"{now[section][name]}; choose another run.dir{way_on}"
+                        f"run.dir: {self.path} holds a run with {key}={_shown(former)}, not "
+                        f"{_shown(now[section][name])}; choose another run.dir{way_on}"
                     )
 
 
-def _sha256_of_all(paths: list[Path]) -> list[str]:
-    with ThreadPoolExecutor(max_workers=8) as threads:
-        return list(threads.map(sha256_of, paths))
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return "null" if value is None else f"{value}"

@@ -25,7 +25,8 @@ from caduceus.data.loader import TrainLoader
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.files import dump_json, write_atomically
-from caduceus.run.directory import Checkpoint, RunDirectory
+from caduceus.run.checkpoints import Checkpoint
+from caduceus.run.directory import RunDirectory
 from caduceus.train.guards import MAX_REWINDS, Health
 
 SAVE_TIMEOUT = timedelta(hours=2)
@@ -42,6 +43,8 @@ class Progress:
     tokens: int
     loader: dict[str, Any]
     wandb_id: str | None = None
+    warmup_steps: int | None = None
+    """Of the learning rate; None in a checkpoint of a version that did not keep it."""
     health: Health = field(default_factory=Health)
 
 

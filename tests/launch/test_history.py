@@ -6,7 +6,8 @@ import pytest
 
 from caduceus.config import Config, save_config
 from caduceus.errors import NodeError, UserError
-from caduceus.run.directory import MARKER, RunDirectory
+from caduceus.run.checkpoints import MARKER
+from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.history import attempts, failures_without_progress, record
 from launch.logs import last_error, log_path

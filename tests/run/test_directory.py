@@ -8,7 +8,8 @@ import pytest
 
 from caduceus.config import Config
 from caduceus.errors import UserError
-from caduceus.run.directory import MARKER, RunDirectory
+from caduceus.run.checkpoints import MARKER
+from caduceus.run.directory import RunDirectory
 
 
 def make_config(directory: Path, **train: object) -> Config:
