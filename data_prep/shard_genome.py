@@ -10,17 +10,17 @@ from typing import Any
 
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
-from data_prep.arguments import count, local_path
-from data_prep.merge import merge
-from data_prep.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
-from data_prep.plan import SpeciesRequest
-from data_prep.rebuild import rebuild_index
-from data_prep.registry import resolve_genome
-from data_prep.sharding import make_dataset
-from data_prep.species_file import fetch_files, genome_file, read_species_file, request_for_genome
-from data_prep.summary import print_summary
-from data_prep.verify import verify
+from data_prep.argument_types import count, local_path
+from data_prep.check.merge import merge
+from data_prep.check.rebuild import rebuild_index
+from data_prep.check.verify import verify
+from data_prep.plan.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
+from data_prep.plan.species import SpeciesRequest
+from data_prep.source.registry import resolve_genome
+from data_prep.source.species_file import fetch_files, genome_file, read_species_file, request_for_genome
 from data_prep.workers import available_cores
+from data_prep.write.sharding import make_dataset
+from data_prep.write.summary import print_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

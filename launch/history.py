@@ -1,4 +1,7 @@
-"""RUN/attempts.jsonl: how often a run's jobs started and how they ended, an event in each line. Imports no torch.
+"""What a run's directory remembers of its jobs. Imports no torch.
+
+RUN/submissions.json says what was submitted, when and by whom; RUN/attempts.jsonl how often the jobs started and how
+they ended, an event in each line:
 
 start     a job's processes are up: nodes, and the step of the checkpoint that they go on from
 bad node  a node that failed its checks, and why
@@ -7,13 +10,17 @@ end       the processes have ended: reason, newest checkpoint's step, and the er
 gave up   after too many failures the run does not go on by itself
 """
 
+import json
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from caduceus.files import append_json_line, read_json_lines
+from caduceus.errors import UserError
+from caduceus.files import append_json_line, dump_json, read_json_lines, write_atomically
 from caduceus.run.directory import RunDirectory
+from caduceus.run.provenance import provenance
 
 COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
@@ -22,6 +29,17 @@ LOST = "lost"
 """Of an attempt that left no end: its node died, it was requeued by hand, or everything was killed at once."""
 FAILURES = (FAILED, BAD_NODE, UNSAVED)
 """What makes a run be given up when it comes again and again without a new checkpoint in between."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run handed over once: its jobs (several in a chain), where their logs are, and what was asked for."""
+
+    run: Path
+    jobs: list[str]
+    executor: str
+    logs: Path
+    request: dict[str, Any]
 
 
 @dataclass
@@ -47,6 +65,33 @@ def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) 
     """Add a line to the run's history."""
     row = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job, "restart": restart, **facts}
     append_json_line(run.path / "attempts.jsonl", row)
+
+
+def submissions(run: RunDirectory) -> list[Submission]:
+    """Every submission of a run, oldest first."""
+    path = run.path / "submissions.json"
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); mend it, or move it "
+            "away where none of its jobs is alive"
+        ) from None
+
+
+def record_submission(run: RunDirectory, submission: Submission) -> None:
+    """Add a submission to RUN/submissions.json, with what was submitted by whom and from where."""
+    path = run.path / "submissions.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    entry = {
+        "jobs": submission.jobs,
+        "executor": submission.executor,
+        "logs": str(submission.logs),
+        "request": submission.request,
+        **provenance(),
+    }
+    write_atomically(path, dump_json([*rows, entry]))
 
 
 def attempts(run: RunDirectory) -> list[Attempt]:

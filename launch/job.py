@@ -11,8 +11,8 @@ import submitit
 from caduceus.config import Config
 from caduceus.errors import NodeError, UserError
 from caduceus.run.directory import RunDirectory
-from launch import history
-from launch.cluster import is_live
+from launch import history, scheduler
+from launch.history import submissions
 from launch.node import check_node, node_defaults
 
 FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral range, which starts at 32768
@@ -86,10 +86,22 @@ def take_over(run: RunDirectory, job: str) -> None:
     holder = run.holder()
     if holder is None or holder.slurm_job is None:
         return
-    if holder.slurm_job == job or not is_live(holder.slurm_job):
+    if holder.slurm_job == job or _is_over(run, holder.slurm_job, job):
         if run.is_in_use():
             print(f"{run.path}: taken over from {holder}, which SLURM has lost", flush=True)
         run.shut_out_holder()
+
+
+def _is_over(run: RunDirectory, earlier: str, job: str) -> bool:
+    """Whether SLURM takes a job for ended. In a container without squeue, a submission of the run tells.
+
+    It is refused while an earlier job of the run waits or runs, and a job of a chain waits for the one before.
+    """
+    try:
+        return not scheduler.live_jobs([earlier])
+    except scheduler.SilentError:
+        jobs = [submitted for entry in submissions(run) for submitted in entry.jobs]
+        return job in jobs and earlier in jobs[: jobs.index(job)]
 
 
 def rendezvous(

@@ -15,33 +15,34 @@ from submitit.local.local import Controller, LocalExecutor, LocalJob
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 from launch import history
-from launch.cluster import Cluster
+from launch.history import Submission, record_submission
 from launch.job import TrainTask
 from launch.logs import follow, last_error, log_path
-from launch.submission import Submission, record, snapshot_code
+from launch.request import JobRequest
+from launch.submission import snapshot_code
 
 GRACE_SECONDS = 10
 """How long the other ranks may take to end by themselves when one has failed."""
 
 
-def run_here(cluster: Cluster, run: RunDirectory) -> int:
+def run_here(request: JobRequest, run: RunDirectory) -> int:
     """Run as a job of this machine, show the first rank's output until it ends, and return its exit status."""
-    if cluster.setup or cluster.srun or cluster.python:
+    if request.setup or request.srun or request.python:
         raise UserError("setup, srun, python: a local job runs in this shell's environment, with this Python")
     code = snapshot_code(run.path)
     logs = run.path.absolute() / "logs"
     executor = _Executor(logs)
     executor.update_parameters(
-        tasks_per_node=cluster.processes_per_node,
-        gpus_per_node=cluster.gpus_per_node,
-        timeout_min=cluster.minutes,
-        signal_delay_s=cluster.signal_seconds,
+        tasks_per_node=request.processes_per_node,
+        gpus_per_node=request.gpus_per_node,
+        timeout_min=request.minutes,
+        signal_delay_s=request.signal_seconds,
         stderr_to_stdout=True,
     )
     path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
-    with submitit.helpers.environment_variables(**cluster.env, PYTHONPATH=path), _ctrl_c_ignored():
+    with submitit.helpers.environment_variables(**request.env, PYTHONPATH=path), _ctrl_c_ignored():
         job = executor.submit(TrainTask(str(run.path.absolute())))
-    record(run, Submission(run.path.absolute(), [job.job_id], cluster.executor, logs, vars(cluster)))
+    record_submission(run, Submission(run.path.absolute(), [job.job_id], request.executor, logs, vars(request)))
     log = log_path(logs, job.job_id)
     print(f"log:           {log}", flush=True)
     last = ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from caduceus.config import Config
 from caduceus.files import write_atomically
 from caduceus.run.directory import RunDirectory
-from launch.submission import submissions
+from launch.history import submissions
 
 
 @contextlib.contextmanager

@@ -8,36 +8,16 @@ can mend at once.
 """
 
 import os
-import re
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
-from datetime import datetime
 
 from caduceus.run.directory import RunDirectory
-from launch import history
-from launch.history import newest_step
+from launch import history, scheduler
+from launch.history import Submission, newest_step, submissions
 from launch.logs import last_error
-from launch.submission import Submission, submissions
+from launch.scheduler import OwnJob
 
 EARLIEST_SIGNAL_SECONDS = 60
 """SLURM may send the signal before a time limit up to so much earlier than it was asked to."""
-CONTROLLER_SECONDS = 600
-"""How long a SLURM controller may take to come back before a requeue is given up."""
-_NO_CONTROLLER = re.compile(r"Unable to contact|Connection refused|timed out|communication", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class SlurmJob:
-    """What SLURM says of a job."""
-
-    state: str
-    reason: str
-    preempted: bool
-    seconds_left: float
-    excluded: str
-    restarts: int
 
 
 def main() -> int:
@@ -51,7 +31,7 @@ def main() -> int:
         error = this.error if reason == this.reason else None
         history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
         return 1
-    slurm_job = ask_slurm(job)
+    slurm_job = scheduler.own_job(job)
     if slurm_job.restarts != restart:
         # This node's slurmd had died: SLURM has started the job anew on others, and the run is that attempt's.
         return 1
@@ -74,7 +54,7 @@ def main() -> int:
         why = "for a mistake" if refused else f"after {failures} failures without a new checkpoint; the last one"
         print(f"given up {why}: {error}", flush=True)
     if reason in (history.COMPLETE, history.STOPPED) or gave_up:
-        cancel([later for later in submission.jobs if later != job])
+        scheduler.cancel([later for later in submission.jobs if later != job])
         return int(gave_up)
     if reason == history.TAKEN:
         return 1
@@ -88,7 +68,7 @@ def this_job() -> str:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
-def why_ended(run: RunDirectory, status: int, job: SlurmJob, bad_nodes: list[str], signal_seconds: int) -> str:
+def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str], signal_seconds: int) -> str:
     """The reason of an end, as the run's history names it; `status` is srun's, which is 0 after a stop with a save."""
     if newest_step(run) >= run.config().train.steps:
         return history.COMPLETE
@@ -104,17 +84,17 @@ def why_ended(run: RunDirectory, status: int, job: SlurmJob, bad_nodes: list[str
     return history.TIME_LIMIT if near_the_end else history.SIGNAL
 
 
-def must_go_on_unsaved(run: RunDirectory, job: SlurmJob) -> bool:
+def must_go_on_unsaved(run: RunDirectory, job: OwnJob) -> bool:
     """Whether it is a time limit that ends a job whose processes have not ended yet, and the run is to go on."""
     at_its_limit = job.state != "RUNNING" and job.reason == "TimeLimit"
     return at_its_limit and not run.stop_path.exists() and newest_step(run) < run.config().train.steps
 
 
-def go_on(job: str, submission: Submission, slurm_job: SlurmJob, reason: str, bad_nodes: list[str]) -> None:
+def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: str, bad_nodes: list[str]) -> None:
     """Put the job back into the queue, or leave the run to the next job of its chain; bad nodes are left out."""
     if submission.request["requeue"]:
         print(f"{reason}: the job goes back into the queue", flush=True)
-        scontrol("requeue", job)
+        scheduler.requeue(job)
         next_job: str | None = job
     else:
         later = submission.jobs[submission.jobs.index(job) + 1 :]
@@ -124,40 +104,8 @@ def go_on(job: str, submission: Submission, slurm_job: SlurmJob, reason: str, ba
     elif bad_nodes:
         # Of a waiting job only. A requeued one waits at least until its last process, this one, has ended.
         excluded = ",".join(filter(None, [slurm_job.excluded, *sorted(set(bad_nodes))]))
-        scontrol("update", f"JobId={next_job}", f"ExcNodeList={excluded}")
+        scheduler.exclude_nodes(next_job, excluded)
         print(f"from now on without {excluded}", flush=True)
-
-
-def ask_slurm(job: str) -> SlurmJob:
-    """The state of a job, by `scontrol show job`."""
-    values = dict(re.findall(r"(\w+)=(\S*)", scontrol("show", "job", "--oneliner", job)))
-    end = datetime.fromisoformat(values["EndTime"]) if values["EndTime"][:1].isdigit() else None
-    return SlurmJob(
-        state=values["JobState"],
-        reason=values["Reason"],
-        preempted=values.get("PreemptTime", "None") not in ("None", "Unknown"),
-        seconds_left=(end - datetime.now()).total_seconds() if end else float("inf"),
-        excluded=values.get("ExcNodeList", "").replace("(null)", ""),
-        restarts=int(values["Restarts"]),
-    )
-
-
-def scontrol(*arguments: str) -> str:
-    """Run scontrol and return its output. A controller that is being restarted is waited for."""
-    deadline = time.monotonic() + CONTROLLER_SECONDS
-    while True:
-        result = subprocess.run(["scontrol", *arguments], capture_output=True, text=True)
-        if result.returncode == 0:
-            return result.stdout
-        if time.monotonic() > deadline or not _NO_CONTROLLER.search(result.stderr):
-            raise RuntimeError(f"scontrol {' '.join(arguments)}: {result.stderr.strip()}")
-        time.sleep(2)
-
-
-def cancel(jobs: list[str]) -> None:
-    """Cancel the jobs of a chain that are not needed any more; those that have ended already are none of scancel's."""
-    if jobs:
-        subprocess.run(["scancel", *jobs], capture_output=True)
 
 
 if __name__ == "__main__":

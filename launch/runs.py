@@ -6,7 +6,6 @@ Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it 
 
 import argparse
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields, replace
@@ -16,13 +15,12 @@ from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
-from launch import local_jobs
-from launch.cluster import Cluster, check_cluster
-from launch.history import Attempt
+from launch import local_jobs, scheduler
+from launch.history import Attempt, submissions
 from launch.logs import follow, log_path
-from launch.overview import UNKNOWN, WAITING, Overview, overview
+from launch.request import JobRequest, check_request
 from launch.slurm import check_and_start
-from launch.submission import live_jobs, submissions
+from launch.status import UNKNOWN, WAITING, Overview, live_jobs, overview
 from launch.table import table
 
 _ASK_SECONDS = 5.0
@@ -174,7 +172,7 @@ def stop(run: RunDirectory) -> None:
     now = _live(run)
     run.stop_path.touch()
     if now.state == WAITING:
-        _scancel(now.jobs)
+        scheduler.cancel(now.jobs)
         print(f"{run.path}: taken out of the queue")
     else:
         print(f"{run.path}: stops after its current step, with a checkpoint")
@@ -190,7 +188,7 @@ def cancel(run: RunDirectory) -> None:
     if submissions(run)[-1].executor == "local":
         local_jobs.kill(now.jobs[0])
     else:
-        _scancel(now.jobs)
+        scheduler.cancel(now.jobs)
     print(f"{run.path}: cancelled at step {now.step:,}; its newest checkpoint is of step {now.checkpoint:,}")
 
 
@@ -204,16 +202,16 @@ def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
     submitted = submissions(run)
     if not submitted:
         raise UserError(f"{run.path}: was not started by launch/slurm.py; start it again as it was started")
-    keys = {field.name for field in fields(Cluster)}
-    cluster = Cluster(**{key: value for key, value in submitted[-1].request.items() if key in keys})
+    keys = {field.name for field in fields(JobRequest)}
+    request = JobRequest(**{key: value for key, value in submitted[-1].request.items() if key in keys})
     if nodes is not None:
-        cluster = replace(cluster, nodes=nodes)
-        check_cluster(cluster)
+        request = replace(request, nodes=nodes)
+        check_request(request)
     if any(setting.startswith("run.dir=") for setting in overrides):
         raise UserError("run.dir: a run is resumed where it is; move the directory, or start another run")
     config = load_config(run.config_path, overrides)
     config.run.dir = str(run.path)
-    return check_and_start(config, cluster)
+    return check_and_start(config, request)
 
 
 def duration(seconds: float) -> str:
@@ -246,12 +244,6 @@ def _known(run: RunDirectory) -> Overview:
     if now.state == UNKNOWN:
         raise UserError(f"{run.path}: {now.why}")
     return now
-
-
-def _scancel(jobs: list[str]) -> None:
-    result = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
-    if result.returncode:
-        raise UserError(f"scancel {' '.join(jobs)}: {' '.join(result.stderr.split())}")
 
 
 def _number(value: float | None) -> str:

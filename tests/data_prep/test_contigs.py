@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from caduceus.errors import UserError
-from data_prep.aliases import AliasTable, read_aliases
-from data_prep.contigs import kind_of, select_contigs
-from data_prep.options import PlanOptions
+from data_prep.plan.aliases import AliasTable, read_aliases
+from data_prep.plan.contigs import kind_of, select_contigs
+from data_prep.plan.options import PlanOptions
 
 KINDS = {
     None: "chr1 1 chrX Y chrW Z 2L chr2R chrIV XVI I NC_000001.11 NC_003070.9 NT_033779.5 chr10 LG3 A01 C1 chr2A scaf"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from caduceus.data.shards import load_manifest
 from caduceus.errors import UserError
-from data_prep import sharding
-from data_prep.report import split_coverage
+from data_prep.write import sharding
+from data_prep.write.report import split_coverage
 from tests.data_prep.genomes import (
     random_bases,
     read_fasta,

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from caduceus.errors import UserError
-from data_prep import fasta
-from data_prep.genome import open_genome
+from data_prep.genome import fasta
+from data_prep.genome.genome import open_genome
 from tests.data_prep.genome_files import FASTA, Contigs, bgzip, cache_of, check, settled, twobit
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"

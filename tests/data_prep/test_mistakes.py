@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from caduceus.errors import UserError
-from data_prep.bed import read_bed
+from data_prep.plan.bed import read_bed
 from tests.conftest import REPOSITORY
 from tests.data_prep.genomes import random_bases, shard, write_fasta
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caduceus.data.shards import SPLITS
-from data_prep.composition import Composition, Scan, composition, join_scans, runs_where, scan
-from data_prep.intervals import EMPTY, complement, covered, difference, intersection, size, union
-from data_prep.options import PlanOptions
-from data_prep.plan import SpeciesRequest, plan_species
-from data_prep.windows import cut_windows, extend, tile
+from data_prep.plan.composition import Composition, Scan, composition, join_scans, runs_where, scan
+from data_prep.plan.intervals import EMPTY, complement, covered, difference, intersection, size, union
+from data_prep.plan.options import PlanOptions
+from data_prep.plan.species import SpeciesRequest, plan_species
+from data_prep.plan.windows import cut_windows, extend, tile
 
 LENGTH = 60
 interval_lists = st.lists(st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted), max_size=8)

@@ -9,15 +9,14 @@ from caduceus.errors import NodeError, UserError
 from caduceus.run.checkpoints import MARKER
 from caduceus.run.directory import RunDirectory
 from launch import history
-from launch.history import attempts, failures_without_progress, record
+from launch.history import Submission, attempts, failures_without_progress, record, record_submission
 from launch.logs import last_error, log_path
 from launch.node import check_node
-from launch.overview import overview
-from launch.requeue import SlurmJob, why_ended
-from launch.submission import Submission
-from launch.submission import record as record_submission
+from launch.requeue import why_ended
+from launch.scheduler import OwnJob
+from launch.status import overview
 
-RUNNING = SlurmJob(state="RUNNING", reason="None", preempted=False, seconds_left=1e6, excluded="", restarts=0)
+RUNNING = OwnJob(state="RUNNING", reason="None", preempted=False, seconds_left=1e6, excluded="", restarts=0)
 
 
 @pytest.fixture
@@ -91,11 +90,11 @@ def test_a_lost_attempt_ended_with_the_checkpoint_that_the_next_one_found(run):
     ("status", "job", "reason"),
     [
         (0, RUNNING, history.SIGNAL),
-        (0, SlurmJob("RUNNING", "None", False, 130, "", 0), history.TIME_LIMIT),
-        (0, SlurmJob("RUNNING", "None", True, 1e6, "", 0), history.PREEMPTED),
+        (0, OwnJob("RUNNING", "None", False, 130, "", 0), history.TIME_LIMIT),
+        (0, OwnJob("RUNNING", "None", True, 1e6, "", 0), history.PREEMPTED),
         (137, RUNNING, history.FAILED),
-        (143, SlurmJob("COMPLETING", "TimeLimit", False, 0, "", 0), history.TIME_LIMIT),
-        (143, SlurmJob("COMPLETING", "None", False, 1e6, "", 0), history.TAKEN),
+        (143, OwnJob("COMPLETING", "TimeLimit", False, 0, "", 0), history.TIME_LIMIT),
+        (143, OwnJob("COMPLETING", "None", False, 1e6, "", 0), history.TAKEN),
     ],
 )
 def test_why_a_job_ended(run, status, job, reason):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from caduceus.run.directory import RunDirectory
-from launch.overview import overview
+from launch.status import overview
 from tests.conftest import REPOSITORY
-from tests.slurm.runs import PATIENCE, command, held, process_of, wait_until_training, write_config
+from tests.slurm.small_runs import PATIENCE, command, held, process_of, wait_until_training, write_config
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,8 @@ import pytest
 from caduceus.config import Config, RunConfig
 from caduceus.run.directory import RunDirectory
 from launch import history, requeue
-from launch.submission import Submission, record
+from launch.history import Submission, record_submission
 from tests.launch.test_history import add_checkpoint
-
-SHOWN = "JobId=7 JobState=RUNNING Reason=None EndTime=Unknown ExcNodeList=(null) Restarts=0"
 
 
 @pytest.fixture
@@ -19,9 +17,10 @@ def run(tmp_path, monkeypatch, fake_slurm) -> RunDirectory:
     run = RunDirectory.create_or_resume(Config(run=RunConfig(dir=str(tmp_path / "run"), name="run")))
     run.release()
     request = {"signal_seconds": 120, "requeue": True, "max_failures": 3}
-    record(run, Submission(run.path, ["7"], "slurm", run.logs_path, request))
+    record_submission(run, Submission(run.path, ["7"], "slurm", run.logs_path, request))
     history.record(run, "start", "7", 0, nodes="n0", tasks=1, step=0)
-    fake_slurm.answer("scontrol", f"echo '{SHOWN}'")
+    fake_slurm.answer("scontrol", "exit 0")
+    fake_slurm.shows()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     return run
 
@@ -42,13 +41,13 @@ def test_a_mistake_of_the_user_does_not_go_back_into_the_queue(run, monkeypatch,
     assert ("given up for a mistake: parallel.strategy: single" in capsys.readouterr().out) is refused
 
 
-TIMED_OUT = SHOWN.replace("RUNNING Reason=None", "TIMEOUT Reason=TimeLimit")
+TIMED_OUT = {"state": "TIMEOUT", "reason": "TimeLimit", "left": "0:00"}
 
 
 def test_a_job_whose_time_is_up_before_its_save_goes_back_into_the_queue(run, monkeypatch, fake_slurm):
     assert ended(run, monkeypatch, "TERM") == 0  # the beginning of a preemption's grace time, or an scancel
     assert history.attempts(run)[-1].reason is None
-    fake_slurm.answer("scontrol", f"echo '{TIMED_OUT}'")
+    fake_slurm.shows(**TIMED_OUT)
     ended(run, monkeypatch, "TERM")
     assert fake_slurm.asked("scontrol").count("requeue 7") == 1
     assert history.attempts(run)[-1].reason == history.UNSAVED
@@ -65,8 +64,7 @@ def test_a_job_whose_time_is_up_before_its_save_goes_back_into_the_queue(run, mo
 def test_a_stopped_run_and_one_whose_saves_never_fit_do_not_go_back(run, monkeypatch, fake_slurm, file, reason, capsys):
     (run.path / file).touch()
     for restart in range(3):
-        shown = TIMED_OUT.replace("Restarts=0", f"Restarts={restart}")
-        fake_slurm.answer("scontrol", f"echo '{shown}'")
+        fake_slurm.shows(**TIMED_OUT, restarts=restart)
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         history.record(run, "start", "7", restart, nodes="n0", tasks=1, step=0)
         ended(run, monkeypatch, "TERM")

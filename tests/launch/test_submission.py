@@ -4,7 +4,7 @@ import pytest
 
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
-from launch.submission import submissions
+from launch.history import submissions
 
 REQUEST = ("--cluster", "cpu")
 REFUSAL = "echo 'sbatch: error: Memory specification can not be satisfied' >&2; exit 1"

@@ -7,7 +7,7 @@ import pytest
 
 from caduceus.errors import UserError
 from launch import slurm
-from tests.slurm.runs import REQUEST, job_of, launch, losses, wait_for_end
+from tests.slurm.small_runs import REQUEST, job_of, launch, losses, wait_for_end
 
 pytestmark = pytest.mark.slow
 

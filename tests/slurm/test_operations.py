@@ -7,11 +7,10 @@ import pytest
 
 from caduceus.run.directory import RunDirectory
 from launch import history
-from launch.history import attempts
-from launch.overview import overview
-from launch.submission import submissions
+from launch.history import attempts, submissions
+from launch.status import overview
 from tests.launch.test_shard import contents, shard_apart, shard_together, write_species
-from tests.slurm.runs import (
+from tests.slurm.small_runs import (
     REQUEST,
     STEPS,
     Setting,

@@ -1,0 +1,71 @@
+"""Mistakes that can be seen before a job waits in a queue for hours."""
+
+from statistics import median
+
+from caduceus.config import Config
+from caduceus.data.dataset import open_dataset
+from caduceus.distributed.layout import check_layout
+from caduceus.errors import UserError
+from caduceus.run.directory import RunDirectory
+from launch.capacity import slurm_complaint
+from launch.estimate import estimate
+from launch.request import JobRequest
+from launch.status import live_jobs
+
+
+def refuse_impossible_layout(config: Config, request: JobRequest) -> None:
+    """Raise `UserError` where the ranks of the request cannot be arranged as the configuration wants."""
+    check_layout(config, request.world)
+    if config.run.device == "cuda" and request.executor == "slurm" and not request.gpus_per_node:
+        raise UserError("run.device: cuda was asked for, but the job asks for no GPUs; use --gpus-per-node")
+
+
+def refuse_bad_request(config: Config, request: JobRequest) -> None:
+    """Raise `UserError` for the first thing that would go wrong."""
+    refuse_impossible_layout(config, request)
+    if found := complaints(config, request):
+        raise UserError(found[0])
+
+
+def complaints(config: Config, request: JobRequest) -> list[str]:
+    """What would stop the run on this machine or its SLURM, a line each."""
+    found = [_data_complaint(config), _time_complaint(config, request)]
+    if request.executor == "slurm":
+        no_slurm = slurm_complaint(request)
+        found = [no_slurm or _in_use_complaint(config), *found]
+    return [complaint for complaint in found if complaint]
+
+
+def _in_use_complaint(config: Config) -> str | None:
+    run = RunDirectory(config.run.dir)
+    for job in live_jobs(run):
+        return f"run.dir: {run.path} is in use by job {job}; wait for it, or: python launch/runs.py stop {run.path}"
+    return None
+
+
+def _data_complaint(config: Config) -> str | None:
+    try:
+        open_dataset(config.data, "train")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _time_complaint(config: Config, request: JobRequest) -> str | None:
+    """A job that ends before its first checkpoint, by the speed that this run had, or by the estimate for GPUs."""
+    measured = [row["seconds"] for row in RunDirectory(config.run.dir).metrics()[-100:] if "seconds" in row]
+    if measured:
+        step = median(measured)
+    elif request.gpus_per_node:
+        step = estimate(config, request.world).step_seconds
+    else:
+        return None
+    interval = step * min(config.checkpoint.every, config.train.steps)
+    available = request.minutes * 60 - request.signal_seconds
+    if interval <= available:
+        return None
+    return (
+        f"time: {request.minutes} min, less {request.signal_seconds} s for the last checkpoint, is shorter than a "
+        f"checkpoint interval of {interval / 60:.1f} min ({config.checkpoint.every} steps of {step:.2g} s); "
+        "raise --time or lower checkpoint.every"
+    )
