@@ -1,5 +1,6 @@
 """Errors that are the user's to mend: one line, exit status 2, no traceback."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more must not change the status
         print(interrupted, file=sys.stderr)
         status = 130
     sys.exit(status or 0)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from caduceus.config import Config, config_from_dict
+from caduceus.errors import UserError
 from caduceus.files import dump_json, sha256_of, sync, write_atomically
 
 MARKER = "COMPLETE"
@@ -37,13 +39,12 @@ class Checkpoint:
                 return f"{name} does not match its sha256"
         return None
 
-    def config(self) -> dict[str, Any] | None:
-        """The configuration that it was made with, as sections of keys; None where its marker does not tell."""
+    def config(self) -> Config | None:
+        """The configuration that it was made with; None where its marker does not tell in this version's keys."""
         try:
-            found = self._marker().get("config")
-        except (OSError, ValueError):
+            return config_from_dict(self._marker()["config"])
+        except (OSError, ValueError, KeyError, UserError):
             return None
-        return found if isinstance(found, dict) else None
 
     def _marker(self) -> dict[str, Any]:
         content = json.loads((self.path / MARKER).read_text())

@@ -123,6 +123,11 @@ class RunDirectory:
         """Whether another process on this machine trains in this directory."""
         return self._lock.is_held_elsewhere()
 
+    @property
+    def file_clock_lead(self) -> float:
+        """Seconds by which the times of files here are ahead of this machine's clock; 0 before it trains here."""
+        return self._lock.file_clock_lead
+
     def holder(self) -> Holder | None:
         """Who trains in this directory or was the last to do so; None where that is not known."""
         return self._lock.holder()
@@ -243,18 +248,18 @@ class RunDirectory:
         except (OSError, ValueError, KeyError):
             return []
 
-    def former_config(self) -> dict[str, Any]:
-        """The configuration that the run's numbers so far were made with, as sections of keys.
+    def former_config(self) -> Config:
+        """The configuration that the run's numbers so far were made with.
 
-        The newest whole checkpoint tells: config.yaml may have been edited since. Before the first one, config.yaml does.
+        The newest whole checkpoint tells, as config.yaml may have been edited since; before the first one, config.yaml.
         """
         for checkpoint in reversed(self.checkpoints()):
-            if not checkpoint.damage(contents=False) and (found := checkpoint.config()):
+            if not checkpoint.damage(contents=False) and (found := checkpoint.config()) is not None:
                 return found
-        return config_to_dict(self.config())
+        return self.config()
 
     def _refuse_other_config(self, config: Config) -> None:
-        before, now = self.former_config(), config_to_dict(config)
+        before, now = config_to_dict(self.former_config()), config_to_dict(config)
         for section, names in _FIXED_KEYS.items():
             for name in names or now[section]:
                 key, former = f"{section}.{name}", before.get(section, {}).get(name, now[section][name])

@@ -61,6 +61,8 @@ class RunLock:
         self._directory = directory
         self._file: IO[bytes] | None = None
         self._claim: str | None = None
+        self.file_clock_lead = 0.0
+        """Seconds by which the clock of the file system, which may be a server's, was ahead when this took the lock."""
 
     def take(self) -> None:
         """Lock the directory for this process. Raises `UserError` where another one trains in it and does not end."""
@@ -87,6 +89,7 @@ class RunLock:
         self._file.truncate(0)
         self._file.write(self._claim.encode())
         self._file.flush()
+        self.file_clock_lead = os.fstat(self._file.fileno()).st_mtime - time.time()
 
     def release(self) -> None:
         """Let another process take the lock."""
