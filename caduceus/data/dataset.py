@@ -10,6 +10,7 @@ from caduceus.data.cache import ShardCache
 from caduceus.data.crops import CropTable
 from caduceus.data.order import MIXTURE_BLOCK
 from caduceus.data.reader import ShardedGenome, WindowTable
+from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,9 @@ class Dataset:
     """The sources of one split that have crops of the wanted length, and their crops."""
 
     split: str
-    fingerprints: tuple[str, ...]
+    addresses: tuple[str, ...]
     """Of the directories, in the order given."""
+    fingerprints: tuple[str, ...]
     sources: tuple[Source, ...]
     crops: CropTable
     cache: ShardCache | None
@@ -45,8 +47,10 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
 
     Species without this split are not sources. Raises `UserError` where there is nothing to draw from.
     """
+    entries = _parse_path(data.path)
+    refuse_commands([path for path, _ in entries], data.allow_commands, "data.path")
     cache = ShardCache(data.cache_dir, data.cache_bytes) if data.cache_dir else None
-    directories = [(ShardedGenome(path, cache), weight) for path, weight in _parse_path(data.path)]
+    directories = [(ShardedGenome(path, cache), weight) for path, weight in entries]
     sources = [source for genome, weight in directories for source in _sources(genome, weight, split)]
     names = [source.species for source in sources]
     for name in names:
@@ -58,6 +62,7 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     sources = _those_with_crops(sources, data, split)
     return Dataset(
         split=split,
+        addresses=tuple(path for path, _ in entries),
         fingerprints=tuple(genome.fingerprint for genome, _ in directories),
         sources=tuple(sources),
         crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt),
@@ -68,6 +73,7 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
 def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
     """Say what is drawn, what is left out, and the weights as rounded (`counts` of each block of the mixture)."""
     crops = dataset.crops
+    log_commands(dataset.addresses)
     log.info(
         "data: %s: %d species, %d shards, %d crops of %d bases; left out: %d bases at the ends of windows, "
         "%d crops with too few ACGT",

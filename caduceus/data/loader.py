@@ -14,31 +14,20 @@ from torch.utils.data import DataLoader
 
 from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL
-from caduceus.config import Config
+from caduceus.config import Config, order_values
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
 from caduceus.data.dataset import open_dataset
 from caduceus.data.sample_reader import SUBSTITUTES, SampleReader
 from caduceus.data.samples import resolve_strands, validation_samples
 from caduceus.data.shard_samples import ShardSamples
 from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation
-from caduceus.errors import UserError
+from caduceus.errors import PeerError, UserError
 from caduceus.files import fingerprint
 
 log = logging.getLogger(__name__)
 
 _NONE_LEFT = SUBSTITUTES + 1
 """Stands for a choice of crop where none could be read."""
-_ORDER_KEYS = (
-    "mode",
-    "seq_len",
-    "objective",
-    "mask_prob",
-    "mask_token_prob",
-    "random_token_prob",
-    "min_acgt",
-    "shuffle_block",
-)
-"""Keys of `data.` that decide which sample a number stands for."""
 
 
 class TrainLoader:
@@ -64,12 +53,11 @@ class TrainLoader:
         self.fingerprint = fingerprint(
             {
                 **samples.what_decides_the_order(),
-                **{name: getattr(config.data, name) for name in _ORDER_KEYS},
+                **order_values(config),
                 "strands": resolve_strands(config),
-                "seed": self.seed,
-                "global_batch": self.global_batch,
             }
         )
+        self._told: set[str] = set()
         self._samples = samples
         self._schedule = schedule
         self._workers = config.data.workers
@@ -139,7 +127,7 @@ class TrainLoader:
             own = torch.full((len(numbers),), _NONE_LEFT) if failed else batch.choices
             farthest, negated_nearest = self._largest_of_peers(torch.stack([own, -own]))
             if farthest.max() == _NONE_LEFT:
-                return batch if failed else UserError("another rank that shares the sequence failed; it says why")
+                return batch if failed else PeerError("another rank that shares the sequence failed; it says why")
             if torch.equal(farthest, -negated_nearest):
                 return batch
             if not torch.equal(own, farthest):
@@ -150,12 +138,14 @@ class TrainLoader:
 
     def _count_substituted(self, batch: Batch) -> None:
         for line in batch.substituted:
+            if line in self._told:  # of a damaged tar, which every pass and every worker meets again
+                continue
+            self._told.add(line)
             log.warning("data: %s", line)
-        self.substituted += len(batch.substituted)
-        if self.substituted > self._max_substituted:
-            raise UserError(
-                f"data.max_substituted: {self.substituted} samples could not be read; the last: {batch.substituted[-1]}"
-            )
+            self.substituted += 1
+            if self.substituted > self._max_substituted:
+                what = self._samples.substituted_are
+                raise UserError(f"data.max_substituted: {self.substituted} {what}; the last: {line}")
 
 
 class ValidationLoader:
@@ -180,6 +170,7 @@ class ValidationLoader:
         self.species = list(chosen)
         self.samples = {name: len(samples) for name, samples in chosen.items()}
         if rank == 0:
+            reader.log()
             counts = ", ".join(f"{species} {count}" for species, count in self.samples.items())
             log.info("data: crops of each species to validate on: %s", counts)
 

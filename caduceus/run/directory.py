@@ -16,42 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from caduceus.config import Config, config_to_dict, load_config, save_config
-from caduceus.errors import UserError
+from caduceus.config import Config, changes, load_config, save_config
+from caduceus.errors import RetryError, UserError
 from caduceus.files import dump_json, read_json_lines, sync, write_atomically
 from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
 from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
 
 _log = logging.getLogger(__name__)
-
-# What decides the numbers of a run. The rest (workers, micro-batch, validation, logging …) may change at any restart.
-_FIXED_KEYS = {
-    "model": None,
-    "data": (
-        "seq_len",
-        "strands",
-        "objective",
-        "mask_prob",
-        "mask_token_prob",
-        "random_token_prob",
-        "repeat_weight",
-        "min_acgt",
-        "shuffle_block",
-    ),
-    "train": (
-        "steps",
-        "global_batch",
-        "lr",
-        "min_lr",
-        "warmup_steps",
-        "weight_decay",
-        "betas",
-        "clip_norm",
-        "seed",
-        "precision",
-    ),
-}
 
 
 class RunDirectory:
@@ -191,7 +163,7 @@ class RunDirectory:
         """
         write_marker(written, step, facts)
         if self.is_taken_over():
-            raise UserError(f"run.dir: {self.path} was taken over by another process")
+            raise RetryError(f"run.dir: {self.path} was taken over by another process")
         final = self.checkpoint_path(step)
         if final.exists():
             self._remove(final)
@@ -259,16 +231,19 @@ class RunDirectory:
         return self.config()
 
     def _refuse_other_config(self, config: Config) -> None:
-        before, now = config_to_dict(self.former_config()), config_to_dict(config)
-        for section, names in _FIXED_KEYS.items():
-            for name in names or now[section]:
-                key, former = f"{section}.{name}", before.get(section, {}).get(name, now[section][name])
-                if former != now[section][name] and key not in config.run.allow_change:
-                    way_on = "" if section == "model" else f", or go on with the change by run.allow_change=[{key}]"
-                    raise UserError(
-                        f"run.dir: {self.path} holds a run with {key}={_shown(former)}, not "
-                        f"{_shown(now[section][name])}; choose another run.dir{way_on}"
-                    )
+        for change in changes(self.former_config(), config):
+            key, asked = change.key, change.key.name in config.run.allow_change
+            counts_samples = key.fixes == "order" and bool(self.checkpoints())
+            if asked and not counts_samples:
+                continue
+            if asked:
+                way_on = f"; its checkpoints count samples in the order that {key.name} fixes: choose another run.dir"
+            elif counts_samples or (key.section == "model" and self.checkpoints()):
+                way_on = "; choose another run.dir"
+            else:
+                way_on = f"; choose another run.dir, or go on with the change by run.allow_change=[{key.name}]"
+            values = f"{key.name}={_shown(change.before)}, not {_shown(change.now)}"
+            raise UserError(f"run.dir: {self.path} holds a run with {values}{way_on}")
 
 
 def _shown(value: Any) -> str:

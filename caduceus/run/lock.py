@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from caduceus.errors import UserError
+from caduceus.errors import RetryError
 from caduceus.files import is_locked, locked, take_lock
 
 ENDING_SECONDS = 10.0
@@ -65,7 +65,7 @@ class RunLock:
         """Seconds by which the clock of the file system, which may be a server's, was ahead when this took the lock."""
 
     def take(self) -> None:
-        """Lock the directory for this process. Raises `UserError` where another one trains in it and does not end."""
+        """Lock the directory for this process. Raises `RetryError` where another one trains in it and does not end."""
         began, told = time.monotonic(), False
         while self._file is None:
             with suppress(BlockingIOError):
@@ -78,7 +78,7 @@ class RunLock:
             waited = time.monotonic() - began
             if waited > ENDING_SECONDS:
                 name = holder or "its name is not known"
-                raise UserError(
+                raise RetryError(
                     f"run.dir: another process is training in {self._directory} ({name}); stop it or choose another"
                 )
             if waited > _QUIET_SECONDS and not told:
