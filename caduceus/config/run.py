@@ -101,6 +101,13 @@ class DataConfig:
     )
     stream_key: str = key("seq", "stream: extension of the members of a tar that hold bases.", fixes="order")
     valid_path: Any = key(None, "stream: tars to validate on.", fixes="nothing")
+    allow_unused_species: bool = key(
+        False,
+        "Leave out a species of `path` from which nothing can be learned: all its windows are shorter than `seq_len`, "
+        "no crop has `min_acgt`, or all is lower case at `repeat_weight` 0. Its share of the samples goes to the "
+        "others. False refuses it.",
+        fixes="nothing",
+    )
     allow_commands: bool = key(
         False,
         "Whether `path` and `valid_path` may run commands (`pipe:COMMAND {}`). Always so where the command line gives "

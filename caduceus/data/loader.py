@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 _NONE_LEFT = SUBSTITUTES + 1
 """Stands for a choice of crop where none could be read."""
+_MOST_WITHOUT_LABEL = 1 << 20
+"""Positions of a rank without a labelled base that counts, after which there is none to be expected."""
+_LABELS_EXPECTED = 64
+"""Labelled bases to be expected in that many positions, also where few are labelled."""
 
 
 class TrainLoader:
@@ -58,6 +62,9 @@ class TrainLoader:
             }
         )
         self._told: set[str] = set()
+        self._positions_without_label: int | None = 0
+        """Since the start; None once a labelled base that counts was seen."""
+        self._patience = max(_MOST_WITHOUT_LABEL, round(_LABELS_EXPECTED / (config.data.mask_prob or 1)))
         self._samples = samples
         self._schedule = schedule
         self._workers = config.data.workers
@@ -111,6 +118,7 @@ class TrainLoader:
             if isinstance(batch, Exception):
                 raise batch
             self._count_substituted(batch)
+            self._require_labels(batch)
             self._handed_out += 1
             yield batch.to(self._device)
 
@@ -146,6 +154,22 @@ class TrainLoader:
             if self.substituted > self._max_substituted:
                 what = self._samples.substituted_are
                 raise UserError(f"data.max_substituted: {self.substituted} {what}; the last: {line}")
+
+    def _require_labels(self, batch: Batch) -> None:
+        """Refuse to go on for ever at a loss of 0 where no labelled base counts."""
+        if self._positions_without_label is None:
+            return
+        labelled = batch.labels != IGNORE_LABEL
+        if (labelled if batch.loss_weights is None else labelled & (batch.loss_weights > 0)).any():
+            self._positions_without_label = None
+            return
+        self._positions_without_label += labelled.numel()
+        if self._positions_without_label > self._patience:
+            raise UserError(
+                f"data: not one of the first {self._positions_without_label:,} bases is labelled and counts for the "
+                "loss, so nothing is learned; see data.mask_prob, data.repeat_weight (0 leaves out lower-case bases) "
+                "and data.min_acgt"
+            )
 
 
 class ValidationLoader:
