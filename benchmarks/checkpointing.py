@@ -130,7 +130,7 @@ def take_turn(
 ) -> Turn:
     """Save, and train `every` steps."""
     config.checkpoint.async_ = mode == "behind"
-    checkpoints = Checkpoints(config.checkpoint, run, strategy)
+    checkpoints = Checkpoints(config, run, strategy)
     started = time.perf_counter()
     if mode != "none":
         checkpoints.save(Progress(step=1, tokens=0, loader={"samples_consumed": 0}))

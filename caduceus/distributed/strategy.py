@@ -16,11 +16,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from caduceus.config import Config, TrainConfig
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
+from caduceus.files import system_error
 
 DEEPSPEED_FOLDER = "deepspeed"
 """Folder in a checkpoint of DeepSpeed that holds its own files."""
@@ -88,7 +91,8 @@ class Strategy:
     def _write(self, state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
         # A fifth of the time that it takes a processor, and the sha256 of the whole files says more.
         torch.serialization.set_crc32_options(False)
-        dcp.save(state, checkpoint_id=directory, process_group=group, no_dist=self.ranks.world == 1)
+        writer = _Writer(directory)
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=self.ranks.world == 1)
 
     def load(self, directory: Path) -> None:
         """Restore model and optimizer in place from a complete checkpoint, all ranks together.
@@ -123,3 +127,13 @@ class Single(Strategy):
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Fails with the system's own error where a disk is full or broken, which torch hides behind one of its format."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise system_error(error) or error from None
