@@ -71,3 +71,8 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def note(message: str) -> None:
+    """Tell the user something that needs no action."""
+    print(f"note: {message}", file=sys.stderr)

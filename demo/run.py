@@ -18,7 +18,7 @@ from rich.console import Console
 
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from demo.baselines import COMPOSITION, NO_CONTEXT, score_baselines
 from demo.report import Row, loss_table, plot_losses
 

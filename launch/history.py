@@ -1,4 +1,7 @@
-"""RUN/attempts.jsonl: how often a run's jobs started and how they ended, an event in each line. Imports no torch.
+"""What a run's directory remembers of its jobs. Imports no torch.
+
+RUN/submissions.json says what was submitted, when and by whom; RUN/attempts.jsonl how often the jobs started and how
+they ended, an event in each line:
 
 start     a job's processes are up: nodes, and the step of the checkpoint that they go on from
 bad node  a node that failed its checks, and why
@@ -11,9 +14,13 @@ import json
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from caduceus.run_directory import RunDirectory
+from caduceus.errors import UserError
+from caduceus.files import append_json_line, dump_json, read_json_lines, write_atomically
+from caduceus.run.directory import RunDirectory
+from caduceus.run.provenance import provenance
 
 COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
@@ -22,6 +29,17 @@ LOST = "lost"
 """Of an attempt that left no end: its node died, it was requeued by hand, or everything was killed at once."""
 FAILURES = (FAILED, BAD_NODE, UNSAVED)
 """What makes a run be given up when it comes again and again without a new checkpoint in between."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A run handed over once: its jobs (several in a chain), where their logs are, and what was asked for."""
+
+    run: Path
+    jobs: list[str]
+    executor: str
+    logs: Path
+    request: dict[str, Any]
 
 
 @dataclass
@@ -46,15 +64,41 @@ class Attempt:
 def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) -> None:
     """Add a line to the run's history."""
     row = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job, "restart": restart, **facts}
-    with (run.path / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_json_line(run.path / "attempts.jsonl", row)
+
+
+def submissions(run: RunDirectory) -> list[Submission]:
+    """Every submission of a run, oldest first."""
+    path = run.path / "submissions.json"
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); mend it, or move it "
+            "away where none of its jobs is alive"
+        ) from None
+
+
+def record_submission(run: RunDirectory, submission: Submission) -> None:
+    """Add a submission to RUN/submissions.json, with what was submitted by whom and from where."""
+    path = run.path / "submissions.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    entry = {
+        "jobs": submission.jobs,
+        "executor": submission.executor,
+        "logs": str(submission.logs),
+        "request": submission.request,
+        **provenance(),
+    }
+    write_atomically(path, dump_json([*rows, entry]))
 
 
 def attempts(run: RunDirectory) -> list[Attempt]:
     """All attempts of a run, oldest first. All but the newest have a reason for their end."""
     found: dict[tuple[str, int], Attempt] = {}
     began: dict[tuple[str, int], int] = {}
-    for row in _rows(run):
+    for row in read_json_lines(run.path / "attempts.jsonl"):
         key = (row["job"], row["restart"])
         attempt = found.setdefault(key, Attempt(*key))
         if row["event"] == "start":
@@ -97,14 +141,3 @@ def newest_step(run: RunDirectory) -> int:
     """Step of the newest checkpoint whose files have their sizes; 0 where there is none."""
     whole = (checkpoint.step for checkpoint in reversed(run.checkpoints()) if not checkpoint.damage(contents=False))
     return next(whole, 0)
-
-
-def _rows(run: RunDirectory) -> list[dict[str, Any]]:
-    path = run.path / "attempts.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # two nodes wrote at once to a shared file system, or a kill cut the line short
-            continue
-    return rows

@@ -2,63 +2,107 @@
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from caduceus.config import Config
-from caduceus.run_directory import RunDirectory
-from launch.submission import submissions
+from caduceus.errors import RetryError
+from caduceus.files import take_lock, write_atomically
+from caduceus.run.directory import RunDirectory
+from launch.history import submissions
+from launch.refusals import refuse_run_in_use
+
+_LOCK_SECONDS = 60
+"""How long a submission waits for another one of the same run."""
+_GLANCE_SECONDS = 2
+"""How long a submission at most holds the lock of the process that trains."""
 
 
 @contextlib.contextmanager
 def prepared(configs: Sequence[Config], folder: Path) -> Iterator[list[RunDirectory]]:
     """The run directories of `configs`, with these configurations as their own and no wish to stop.
 
-    Where the body raises, each run without a new submission is left as it was found, and so is `folder`, which holds
-    them or is the only one.
+    Nobody else submits these runs meanwhile, and none of them is in use. Where the body raises, each run without a new
+    submission is left as it was found, and so is `folder`, which holds them or is the only one.
     """
     new_folder = not folder.exists()
-    found = []
-    try:
-        for config in configs:
-            run = RunDirectory(config.run.dir)
-            found.append(_Found.of(run))
-            RunDirectory.create_or_resume(config).release()
-            run.keep_config(config)
-            run.stop_path.unlink(missing_ok=True)
-        yield [state.run for state in found]
-    except BaseException:
-        unused = [state for state in found if len(submissions(state.run)) == state.submissions]
-        for state in unused:
-            state.restore()
-        if new_folder and len(unused) == len(found):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with contextlib.ExitStack() as locks:
+        found: list[_Found] = []
+        try:
+            for config in configs:
+                state = _locked(config)
+                locks.enter_context(state.lock)
+                found.append(state)
+                refuse_run_in_use(state.run)
+                state.run.keep_config(config)
+                state.run.stop_path.unlink(missing_ok=True)
+            yield [state.run for state in found]
+        except BaseException:
+            unused = [state for state in found if len(submissions(state.run)) == state.submissions]
+            for state in unused:
+                state.restore()
+            if new_folder and len(unused) == len(found) and not any(folder.glob("**/submissions.json")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A run directory before it was touched."""
+    """A run directory as it was found, locked against other submissions."""
 
     run: RunDirectory
+    lock: IO[bytes]
     is_new: bool
-    config: str | None
+    config: str
     stopped: bool
     submissions: int
-
-    @classmethod
-    def of(cls, run: RunDirectory) -> "_Found":
-        config = run.config_path.read_text() if run.config_path.is_file() else None
-        return cls(run, not run.path.exists(), config, run.stop_path.exists(), len(submissions(run)))
 
     def restore(self) -> None:
         if self.is_new:
             shutil.rmtree(self.run.path, ignore_errors=True)
             return
-        if self.config is None:
-            self.run.config_path.unlink(missing_ok=True)
-        else:
-            self.run.config_path.write_text(self.config)
+        write_atomically(self.run.config_path, self.config.encode())
         if self.stopped:
             self.run.stop_path.touch()
+
+
+def _locked(config: Config) -> _Found:
+    """The run directory of `config`, made where it is absent, locked against other submissions.
+
+    One that waited for another sees what has become of it: a directory with a submission, or none at all.
+    """
+    run = RunDirectory(config.run.dir)
+    began = time.monotonic()
+    while True:
+        was_absent = not run.path.exists()
+        try:
+            RunDirectory.create_or_resume(config).release()
+        except RetryError:  # another submission, which gives it back at once, or a process that trains
+            if time.monotonic() - began > _GLANCE_SECONDS:
+                raise
+            time.sleep(0.1)
+            continue
+        except BaseException:
+            if was_absent and not run.config_path.exists() and not run.is_in_use():
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        with run.telling_of_disks():
+            lock = _lock_if_free(run.path / ".submitting")
+        if lock is not None:
+            break
+        if time.monotonic() - began > _LOCK_SECONDS:
+            raise RetryError(f"run.dir: {run.path} is being started by another process; wait for it")
+        time.sleep(0.1)
+    count = len(submissions(run))
+    return _Found(run, lock, was_absent and not count, run.config_path.read_text(), run.stop_path.exists(), count)
+
+
+def _lock_if_free(path: Path) -> IO[bytes] | None:
+    """The lock; None where another process holds it, or has just removed the directory."""
+    try:
+        return take_lock(path, wait=False)
+    except (BlockingIOError, FileNotFoundError):
+        return None

@@ -18,17 +18,17 @@ import submitit
 
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
-from data_prep.dataset import SpeciesDirectory
-from data_prep.merge import merge
-from data_prep.plan import SpeciesRequest, identity
-from data_prep.shard_writer import reopen_genome
-from data_prep.sharding import make_dataset
-from data_prep.species_file import read_species_file
-from data_prep.summary import print_summary
+from data_prep.check.merge import merge
+from data_prep.plan.species import SpeciesRequest, identity
+from data_prep.source.species_file import read_species_file
 from data_prep.workers import available_cores
-from launch.cluster import Cluster, sbatch_parameters, slurm_complaint
+from data_prep.write.directory import SpeciesDirectory
+from data_prep.write.shard_writer import reopen_genome
+from data_prep.write.sharding import make_dataset
+from data_prep.write.summary import print_summary
+from launch.capacity import slurm_complaint
 from launch.logs import log_path
-from launch.options import add_request_options, requested_cluster
+from launch.request import JobRequest, add_request_options, requested_job, sbatch_parameters
 from launch.submission import SlurmExecutor, pythonpath, refuse_what_slurm_refuses, snapshot_code, submitted
 
 
@@ -69,8 +69,8 @@ class MergeTask:
 def main() -> int:
     """Submit the jobs, or do them here; returns the exit status."""
     arguments = parse_arguments()
-    cluster = requested_cluster(arguments)
-    if cluster.chain > 1:
+    job_request = requested_job(arguments)
+    if job_request.chain > 1:
         raise UserError("chain: is for training runs; after a failure the same sharding command goes on")
     requests = read_species_file(arguments.genomes, {}, arguments.cache_dir)
     requests = [replace(request, fasta=request.fasta.absolute()) for request in requests]
@@ -78,15 +78,15 @@ def main() -> int:
     out = arguments.out.absolute()
     parts = work_folder(out) / "parts"
     missing = [request for request in requests if not is_held(request, out)]
-    tasks = [ShardTask(request, parts / request.name, cluster.cpus_per_task) for request in missing]
+    tasks = [ShardTask(request, parts / request.name, job_request.cpus_per_task) for request in missing]
     end = MergeTask(tuple(task.out for task in tasks), out, tuple(requests))
     if len(missing) < len(requests):
         print(f"{arguments.out}: holds {len(requests) - len(missing)} of {len(requests)} species already", flush=True)
     if not tasks:
         end()
         return 0
-    if cluster.executor == "slurm":
-        submit(cluster, tasks, end)
+    if job_request.executor == "slurm":
+        submit(job_request, tasks, end)
         return 0
     for number, task in enumerate(tasks, start=1):
         print(f"{task.request.name} ({number} of {len(tasks)})", flush=True)
@@ -123,19 +123,19 @@ def is_held(request: SpeciesRequest, out: Path) -> bool:
     return SpeciesDirectory(out, identity(request, genome)).finished()
 
 
-def submit(cluster: Cluster, tasks: list[ShardTask], end: MergeTask) -> None:
+def submit(job_request: JobRequest, tasks: list[ShardTask], end: MergeTask) -> None:
     """Submit the array and, to start when all of it has succeeded, the job that merges."""
-    if complaint := slurm_complaint(cluster):
+    if complaint := slurm_complaint(job_request):
         raise UserError(complaint)
-    if cluster.world > 1:
+    if job_request.world > 1:
         raise UserError("nodes, tasks_per_node: a species is sharded by one process; give it more --cpus-per-task")
     folder = work_folder(end.out)
-    executor = _executor(cluster, folder, f"shard-{end.out.name}")
-    refuse_what_slurm_refuses(executor)
+    executor = _executor(job_request, folder, f"shard-{end.out.name}")
+    refuse_what_slurm_refuses(executor, job_request)
     folder.mkdir(parents=True, exist_ok=True)
     snapshot_code(folder)
     jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]
-    last = _executor(cluster, folder, f"merge-{end.out.name}", dependency=f"afterok:{jobs[0].split('_')[0]}")
+    last = _executor(job_request, folder, f"merge-{end.out.name}", dependency=f"afterok:{jobs[0].split('_')[0]}")
     merging = submitted(lambda: last.submit(end)).job_id
     print(f"species:       {len(jobs)}, jobs {jobs[0]} … {jobs[-1]}; merged by job {merging}")
     print(f"log:           {log_path(folder / 'logs', merging)}")
@@ -147,9 +147,9 @@ def work_folder(out: Path) -> Path:
     return out / ".jobs"
 
 
-def _executor(cluster: Cluster, folder: Path, name: str, **more: Any) -> submitit.SlurmExecutor:
-    executor = SlurmExecutor(folder / "logs", python=cluster.python)
-    parameters = sbatch_parameters(cluster, name)
+def _executor(job_request: JobRequest, folder: Path, name: str, **more: Any) -> submitit.SlurmExecutor:
+    executor = SlurmExecutor(folder / "logs", python=job_request.python)
+    parameters = sbatch_parameters(job_request, name)
     parameters["setup"].append(pythonpath(folder))
     # A job that waits for others that have failed would wait for ever.
     parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"

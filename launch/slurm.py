@@ -13,17 +13,17 @@ from omegaconf import OmegaConf
 from caduceus.arguments import Parser
 from caduceus.config import Config, WandbConfig, config_to_dict, load_config
 from caduceus.errors import run_command
-from caduceus.run_directory import RunDirectory
-from launch.checks import complaints, refuse_bad_request, refuse_impossible_layout
-from launch.cluster import Cluster
+from caduceus.run.directory import RunDirectory
+from launch.estimate import estimate
 from launch.job import train
 from launch.local import run_here
 from launch.logs import log_path
-from launch.options import add_request_options, requested_cluster
-from launch.plan import plan
 from launch.preparation import prepared
-from launch.submission import REPOSITORY, run_executor, submit
+from launch.refusals import complaints, refuse_bad_request, refuse_impossible_layout, refuse_run_in_use
+from launch.request import JobRequest, add_request_options, requested_job
+from launch.submission import REPOSITORY, note_unused_settings, run_executor, submit
 from launch.sweep import run_sweep
+from launch.terminal import runs_command
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "pretrain" / "ps-131k.yaml"
 
@@ -31,32 +31,33 @@ DEFAULT_CONFIG = REPOSITORY / "configs" / "pretrain" / "ps-131k.yaml"
 def main() -> int:
     """Check the request, then submit it or, with --dry-run, show it; returns the exit status."""
     arguments = parse_arguments()
-    cluster = requested_cluster(arguments)
+    request = requested_job(arguments)
     if arguments.sweep:
-        return run_sweep(arguments.config, arguments.overrides, arguments.sweep, cluster, arguments.dry_run)
+        return run_sweep(arguments.config, arguments.overrides, arguments.sweep, request, arguments.dry_run)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        refuse_impossible_layout(config, cluster)
-        show(config, cluster)
+        refuse_impossible_layout(config, request)
+        show(config, request)
         return 0
-    return check_and_start(config, cluster)
+    return check_and_start(config, request)
 
 
-def check_and_start(config: Config, cluster: Cluster) -> int:
+def check_and_start(config: Config, request: JobRequest) -> int:
     """Start a run, or go on with it, unless something is seen to be wrong with it; returns the exit status."""
-    refuse_bad_request(config, cluster)
+    refuse_bad_request(config, request)
     path = Path(config.run.dir)
-    print(f"plan:          {described_plan(config, cluster)}\nrun directory: {path}", flush=True)
-    if cluster.executor == "debug":
+    print(f"estimate:      {described_estimate(config, request)}\nrun directory: {path}", flush=True)
+    if request.executor == "debug":
+        refuse_run_in_use(RunDirectory(path))
         RunDirectory(path).stop_path.unlink(missing_ok=True)
         return train(config)
     with prepared([config], path) as [run]:
-        if cluster.executor == "local":
-            return run_here(cluster, run)
-        jobs = submit(cluster, run, config.run.name)
+        if request.executor == "local":
+            return run_here(request, run)
+        jobs = submit(request, run, config.run.name)
     print(f"job:           {' '.join(jobs)}\nlog:           {log_path(run.logs_path, jobs[0])}")
     print(f"W&B:           {wandb_place(config.wandb)}")
-    print(f"next:          python launch/runs.py status {run.path}   (or logs -f, stop, cancel, resume)")
+    print(f"next:          {runs_command('status', run.path)}   (or logs -f, stop, cancel, resume)")
     return 0
 
 
@@ -74,19 +75,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def show(config: Config, cluster: Cluster) -> None:
-    """Print plan, batch script and resolved configuration; on stderr, what would be refused here."""
-    print(f"# plan: {described_plan(config, cluster)}")
-    if cluster.executor == "slurm":
-        print(run_executor(cluster, Path(config.run.dir).absolute(), config.run.name).script())
+def show(config: Config, request: JobRequest) -> None:
+    """Print the estimate, the batch script and resolved configuration; on stderr, what would be refused here."""
+    note_unused_settings()
+    print(f"# estimate: {described_estimate(config, request)}")
+    if request.executor == "slurm":
+        print(run_executor(request, Path(config.run.dir).absolute(), config.run.name).script())
     print(f"# {Path(config.run.dir) / 'config.yaml'}")
     print(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))), end="", flush=True)
-    for complaint in complaints(config, cluster):
+    for complaint in complaints(config, request):
         print(f"would be refused: {complaint}", file=sys.stderr)
 
 
-def described_plan(config: Config, cluster: Cluster) -> str:
-    return plan(config, cluster.world).describe(gpus=cluster.gpus_per_node > 0)
+def described_estimate(config: Config, request: JobRequest) -> str:
+    return estimate(config, request.world).describe(gpus=request.gpus_per_node > 0)
 
 
 def wandb_place(wandb: WandbConfig) -> str:

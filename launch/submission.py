@@ -1,42 +1,26 @@
-"""Handing runs to SLURM through submitit, and what is left in a run directory of that."""
+"""Handing runs to SLURM through submitit."""
 
-import json
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 
-from caduceus.data.shards import dump_json, write_atomically
 from caduceus.errors import UserError
-from caduceus.provenance import CODE_VERSION, code_version, provenance
-from caduceus.run_directory import RunDirectory
-from launch.cluster import Cluster, last_line, sbatch_parameters, test_submission
+from caduceus.files import dump_json, replacing_directory, write_atomically
+from caduceus.run.directory import RunDirectory
+from caduceus.run.provenance import CODE_VERSION, code_version
+from launch import scheduler
+from launch.capacity import waiting_note
+from launch.history import Submission, record_submission
 from launch.job import TrainTask
+from launch.request import JobRequest, sbatch_parameters
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("caduceus", "data_prep", "launch")
-
-
-class SlurmSilentError(UserError):
-    """SLURM does not tell what has become of its jobs."""
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A run handed over once: its jobs (several in a chain), where their logs are, and what was asked for."""
-
-    run: Path
-    jobs: list[str]
-    executor: str
-    logs: Path
-    request: dict[str, Any]
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
@@ -52,44 +36,44 @@ class SlurmExecutor(submitit.SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
-def submit(cluster: Cluster, run: RunDirectory, job_name: str) -> list[str]:
+def submit(request: JobRequest, run: RunDirectory, job_name: str) -> list[str]:
     """Submit a run to SLURM, as one job or as a chain; returns the jobs' ids.
 
     Raises `UserError` with SLURM's reason where it refuses.
     """
-    executor = run_executor(cluster, run.path.absolute(), job_name)
-    refuse_what_slurm_refuses(executor)
+    executor = run_executor(request, run.path.absolute(), job_name)
+    refuse_what_slurm_refuses(executor, request)
     snapshot_code(run.path)
     task = TrainTask(str(run.path.absolute()))
     jobs: list[str] = []
     try:
-        for _ in range(cluster.chain):
+        for _ in range(request.chain):
             if jobs:
                 executor.update_parameters(dependency=f"afterany:{jobs[-1]}")
             jobs.append(submitted(lambda: executor.submit(task)).job_id)
     finally:
         if jobs:
-            record(run, _submission(cluster, run, jobs, run.path / "logs"))
+            record_submission(run, _submission(request, run, jobs, run.path / "logs"))
     return jobs
 
 
-def submit_array(cluster: Cluster, folder: Path, runs: Sequence[RunDirectory], job_name: str) -> list[str]:
+def submit_array(request: JobRequest, folder: Path, runs: Sequence[RunDirectory], job_name: str) -> list[str]:
     """Submit several runs as one job array, with code and logs in `folder`; returns the ids of the array's jobs."""
-    executor = run_executor(cluster, folder.absolute(), job_name, array=True)
-    refuse_what_slurm_refuses(executor)
+    executor = run_executor(request, folder.absolute(), job_name, array=True)
+    refuse_what_slurm_refuses(executor, request)
     snapshot_code(folder)
     write_atomically(folder / "runs.txt", "".join(f"{run.path.absolute()}\n" for run in runs).encode())
     tasks = [TrainTask(str(run.path.absolute())) for run in runs]
     jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]
     for run, job in zip(runs, jobs, strict=True):
-        record(run, _submission(cluster, run, [job], folder / "logs"))
+        record_submission(run, _submission(request, run, [job], folder / "logs"))
     return jobs
 
 
-def run_executor(cluster: Cluster, folder: Path, job_name: str, array: bool = False) -> SlurmExecutor:
+def run_executor(request: JobRequest, folder: Path, job_name: str, array: bool = False) -> SlurmExecutor:
     """For a run in `folder`, or for the runs that folder/runs.txt lists: their jobs look after themselves."""
-    executor = SlurmExecutor(folder / "logs", python=cluster.python)
-    parameters = sbatch_parameters(cluster, job_name)
+    executor = SlurmExecutor(folder / "logs", python=request.python)
+    parameters = sbatch_parameters(request, job_name)
     listed = '"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" ' + shlex.quote(str(folder / "runs.txt")) + ')"'
     settle = f'{shlex.quote(sys.executable)} -m launch.requeue "$RUN"'
     parameters["setup"] += [
@@ -114,74 +98,36 @@ def pythonpath(folder: Path) -> str:
     return f"export PYTHONPATH={shlex.quote(str(folder / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
-def refuse_what_slurm_refuses(executor: SlurmExecutor) -> None:
-    """Raise `UserError` where SLURM would not take the job."""
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(executor.script())
-        file.flush()
-        if complaint := test_submission(Path(file.name)):
-            raise UserError(complaint)
+def refuse_what_slurm_refuses(executor: SlurmExecutor, request: JobRequest) -> None:
+    """Raise `UserError` where SLURM would not take the job; say so where it will wait for nodes to come back."""
+    note_unused_settings()
+    if objection := scheduler.objection(executor.script()):
+        note = waiting_note(request)
+        if note is None:
+            raise UserError(f"SLURM refuses the job: {objection}")
+        print(f"note:          {note}", flush=True)
+
+
+def note_unused_settings() -> None:
+    """Name, on stderr, the user's settings for sbatch that the request does not have from them."""
+    if names := scheduler.unused_settings():
+        print(
+            f"note: {', '.join(names)}: set in the environment and not used; a preset, or options such as "
+            "--partition, --time and --sbatch KEY=VALUE, say what a job asks for",
+            file=sys.stderr,
+        )
 
 
 def submitted(submit: Callable[[], Any]) -> Any:
     """What a submission returns; a refusal by sbatch is a `UserError`."""
     try:
-        return submit()
+        with scheduler.clean_environment():
+            return submit()
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
-
-
-def live_jobs(run: RunDirectory) -> dict[str, tuple[str, str]]:
-    """{job: (state, reason)} of the SLURM jobs that wait for, or train in, a run directory.
-
-    Raises `SlurmSilentError` where there may be such jobs and SLURM does not tell.
-    """
-    jobs = [job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs]
-    if not jobs:
-        return {}
-    if shutil.which("squeue") is None:
-        raise SlurmSilentError("SLURM does not answer (no squeue on this machine)")
-    columns = "%A|%F_%K|%T|%r"
-    numbers = ",".join(sorted({job.split("_")[0] for job in jobs}))
-    command = ["squeue", "--noheader", "--array", f"--jobs={numbers}", f"--format={columns}"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    # squeue fails for a job that SLURM has forgotten, which is then not alive.
-    if result.returncode and "Invalid job id" not in result.stderr:
-        raise SlurmSilentError(f"SLURM does not answer ({last_line(result.stderr)})")
-    found = {}
-    for line in result.stdout.splitlines():
-        number, of_array, state, reason = line.split("|")
-        job = of_array if of_array in jobs else number
-        if job in jobs:
-            found[job] = (state, reason)
-    return found
-
-
-def submissions(run: RunDirectory) -> list[Submission]:
-    """Every submission of a run, oldest first."""
-    path = run.path / "submissions.json"
-    try:
-        rows = json.loads(path.read_text()) if path.exists() else []
-        return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); mend it, or move it "
-            "away where none of its jobs is alive"
-        ) from None
-
-
-def record(run: RunDirectory, submission: Submission) -> None:
-    """Add a submission to RUN/submissions.json, with what was submitted by whom and from where."""
-    path = run.path / "submissions.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    entry = {
-        "jobs": submission.jobs,
-        "executor": submission.executor,
-        "logs": str(submission.logs),
-        "request": submission.request,
-        **provenance(),
-    }
-    write_atomically(path, dump_json([*rows, entry]))
+    except submitit.core.utils.FailedSubmissionError as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"sbatch: {told}; look with squeue for a job that it has taken nevertheless") from None
 
 
 def snapshot_code(folder: Path) -> Path:
@@ -189,16 +135,14 @@ def snapshot_code(folder: Path) -> Path:
 
     Compiled CPU kernels, in __pycache__, are copied with it: compiling them again takes a minute.
     """
-    code, new = folder.absolute() / "code", folder.absolute() / "code.new"
-    shutil.rmtree(new, ignore_errors=True)
-    for package in PACKAGES:
-        shutil.copytree(REPOSITORY / package, new / package, ignore=shutil.ignore_patterns("*.tmp*"))
-    write_atomically(new / CODE_VERSION, dump_json(code_version()))
-    shutil.rmtree(code, ignore_errors=True)
-    new.rename(code)
+    code = folder.absolute() / "code"
+    with replacing_directory(code) as new:
+        for package in PACKAGES:
+            shutil.copytree(REPOSITORY / package, new / package, ignore=shutil.ignore_patterns("*.tmp*"))
+        (new / CODE_VERSION).write_bytes(dump_json(code_version()))
     return code
 
 
-def _submission(cluster: Cluster, run: RunDirectory, jobs: list[str], logs: Path) -> Submission:
-    request = vars(cluster) | {"requeue": cluster.requeues}
-    return Submission(run.path.absolute(), jobs, cluster.executor, logs.absolute(), request)
+def _submission(request: JobRequest, run: RunDirectory, jobs: list[str], logs: Path) -> Submission:
+    asked = vars(request) | {"requeue": request.requeues}
+    return Submission(run.path.absolute(), jobs, request.executor, logs.absolute(), asked)

@@ -6,37 +6,38 @@ from pathlib import Path
 
 from caduceus.config import Config, load_config
 from caduceus.errors import UserError
-from launch.checks import refuse_bad_request, refuse_impossible_layout
-from launch.cluster import Cluster
 from launch.local import run_here
 from launch.preparation import prepared
+from launch.refusals import refuse_bad_request, refuse_impossible_layout
+from launch.request import JobRequest
 from launch.submission import run_executor, submit_array
+from launch.terminal import runs_command
 
 _COMMA = re.compile(r",(?![^\[]*\])")
 """A comma outside of a list such as train.betas=[0.9,0.95]."""
 
 
-def run_sweep(path: Path, overrides: list[str], sweep: list[str], cluster: Cluster, dry_run: bool) -> int:
+def run_sweep(path: Path, overrides: list[str], sweep: list[str], request: JobRequest, dry_run: bool) -> int:
     """Start all runs of a sweep, on this machine one after the other; returns the exit status."""
     folder, configs = sweep_configs(path, overrides, sweep)
-    if cluster.executor == "debug" or cluster.chain > 1:
+    if request.executor == "debug" or request.chain > 1:
         raise UserError("--sweep: is a job array of SLURM or of --cluster local; without debug, and without --chain")
     for config in configs:
-        (refuse_impossible_layout if dry_run else refuse_bad_request)(config, cluster)
+        (refuse_impossible_layout if dry_run else refuse_bad_request)(config, request)
     if dry_run:
         print("\n".join(["# runs:", *(f"#   {config.run.dir}" for config in configs)]))
-        if cluster.executor == "slurm":
-            print(run_executor(cluster, folder.absolute(), folder.name, array=True).script())
+        if request.executor == "slurm":
+            print(run_executor(request, folder.absolute(), folder.name, array=True).script())
         return 0
     print(f"sweep:         {len(configs)} runs in {folder}", flush=True)
     statuses = [0]
     with prepared(configs, folder) as runs:
-        if cluster.executor == "slurm":
-            jobs = submit_array(cluster, folder, runs, folder.name)
+        if request.executor == "slurm":
+            jobs = submit_array(request, folder, runs, folder.name)
             print(f"jobs:          {' '.join(jobs)}")
         else:
-            statuses = [run_here(cluster, run) for run in runs]
-    print(f"table:         python launch/runs.py list {folder}")
+            statuses = [run_here(request, run) for run in runs]
+    print(f"table:         {runs_command('list', folder)}")
     return max(statuses)
 
 

@@ -6,21 +6,20 @@ opened the longest ago goes first; a process that still reads it keeps its bytes
 not be fetched is noted beside the shards, so that no process of the node asks for it again and again.
 """
 
-import errno
-import fcntl
 import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from caduceus.data.remote import RefusalError, RemoteError, read_chunks
-from caduceus.errors import UserError
+from caduceus.errors import RetryError, UserError
+from caduceus.files import is_disk_full, locked, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ FETCH_PATIENCE = 45
 FAILURE_REMEMBERED = 300
 """Seconds in which a shard that could not be had is not asked for again. A file restored meanwhile is found after them,
 so which samples are replaced depends on what can be read, not on what a process met long ago."""
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PREFETCH_THREADS = 2
 
 T = TypeVar("T")
@@ -77,14 +75,19 @@ class ShardCache:
             os.utime(descriptor, ns=(now, now))
             return descriptor
 
+    def has_checked(self, shard: Shard) -> bool:
+        """Whether the copy's sha256 was found to be the manifest's since the start, by some process of this node."""
+        lock = _stat(_lock_path(shard.path))
+        return lock is not None and lock.st_mtime_ns >= self._made * 1e9
+
     def fetch(self, shard: Shard) -> None:
         """Have the shard on disk.
 
-        Raises `UnavailableError` where it cannot be had, and `UserError` where nothing can: the server is not reached
+        Raises `UnavailableError` where it cannot be had, and `RetryError` where nothing can: the server is not reached
         for one shard after several attempts, and then not for another one either.
         """
         shard.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(_lock_path(shard.path)):
+        with locked(_lock_path(shard.path)):
             if shard.path.exists():
                 return
             self._require_no_recent_failure(shard)
@@ -93,33 +96,33 @@ class ShardCache:
                 _persistently(lambda: _download(shard), () if self._suspect(shard) else FETCH_WAITS)
             except OSError as error:
                 _partial_path(shard.path).unlink(missing_ok=True)
-                if error.errno in _DISK_FULL:
+                if is_disk_full(error):
                     raise UserError(
                         f"data.cache_dir: {self.directory} is full; lower data.cache_bytes or free some space"
                     ) from None
                 _failure_path(shard.path).write_text(str(error))
                 self._judge_server(shard, error)
                 raise UnavailableError(str(error)) from error
+            now = time.time_ns()
+            os.utime(_lock_path(shard.path), ns=(now, now))  # which is how `has_checked` knows
             _failure_path(shard.path).unlink(missing_ok=True)
             self._unreachable.pop(_dataset(shard), None)
 
     def fetch_file(self, path: Path, origin: str, sha256: str) -> None:
         """Have a small file that belongs to the shards on disk; it does not count towards the limit."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(_lock_path(path)):
+        with locked(_lock_path(path)):
             if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 return
             content = _persistently(lambda: b"".join(read_chunks(origin)), FETCH_WAITS)
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise OSError(f"{origin}: its sha256 is not the manifest's")
-            partial = _partial_path(path)
-            partial.write_bytes(content)
-            partial.rename(path)
+            write_atomically(path, content)
 
     def _require_no_recent_failure(self, shard: Shard) -> None:
         """Refuse a shard that some process of this run on this node failed to fetch a short while ago."""
         if self._server_down:
-            raise UserError(self._server_down)
+            raise RetryError(self._server_down)
         note = _failure_path(shard.path)
         status = _stat(note)
         # A note from before this start does not count: whoever mended the shard and starts again wants it read.
@@ -138,7 +141,7 @@ class ShardCache:
         elif self._suspect(shard):
             other, _ = self._unreachable[_dataset(shard)]
             self._server_down = f"{error}; neither could {other.name} be had; start again when the server is reached"
-            raise UserError(self._server_down) from None
+            raise RetryError(self._server_down) from None
         else:
             self._unreachable[_dataset(shard)] = shard.path, time.monotonic()
 
@@ -148,7 +151,7 @@ class ShardCache:
             raise UserError(f"data.cache_bytes: {self.limit} is less than the {shard.bytes} bytes of {shard.path.name}")
         partial = _partial_path(shard.path)
         while True:
-            with _locked(self.directory / ".room.lock"):
+            with locked(self.directory / ".room.lock"):
                 partial.unlink(missing_ok=True)  # of a process that was killed
                 if not self.limit or self._evict(self.limit - shard.bytes):
                     with partial.open("wb") as file:
@@ -213,7 +216,7 @@ def _persistently(attempt: Callable[[], T], waits: Sequence[float]) -> T:
             return attempt()
         except OSError as error:
             deadline = deadline or time.monotonic() + FETCH_PATIENCE
-            is_final = isinstance(error, RefusalError) or error.errno in _DISK_FULL
+            is_final = isinstance(error, RefusalError) or is_disk_full(error)
             if is_final or wait is None or time.monotonic() + wait > deadline:
                 raise
             log.warning("data: %s; again in %d s", error, wait)
@@ -241,19 +244,8 @@ def _remove_abandoned(partials: list[Path]) -> None:
     """Remove partial files whose process was killed: nobody holds their lock."""
     for partial in partials:
         final = partial.with_name(partial.name[1:].removesuffix(".partial"))
-        with _lock_path(final).open("ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        with suppress(BlockingIOError), locked(_lock_path(final), wait=False):
             partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _lock_path(path: Path) -> Path:

@@ -30,6 +30,8 @@ WINDOW_DTYPE = np.dtype(
         ("contig", "<u4"),  # row of the species' contig table
         ("start", "<u8"),  # on the forward strand, 0-based
         ("strand", "u1"),  # of the stored bases: 0 is +, 1 is -
+        ("acgt", "<u4"),  # count of A, C, G and T in either case
+        ("lower", "<u4"),  # count of lower-case bases, also of those that are not ACGT
         ("crc32", "<u4"),  # of the stored bases
         ("may_be_padded", "?"),  # whether its end may be N of `--tail pad` and not the genome's
     ]
@@ -62,6 +64,20 @@ class ShardFiles:
             if count == 0:
                 raise OSError(f"{self.shards[file].path}: ends before byte {offset + len(view)}")
             view, offset = view[count:], offset + count
+
+    def is_checked(self, file: int) -> bool:
+        """Whether a cache has found the whole file to be the manifest's since the start. Raises OSError."""
+        if self._cache is None:
+            return False
+        self._descriptor(file)
+        return self._cache.has_checked(self.shards[file])
+
+    def identities(self) -> list[tuple]:
+        """What tells the files from others, and local ones from what may stand in their place later."""
+        if self._cache:
+            return [(str(shard.path), shard.sha256) for shard in self.shards]
+        statuses = ((str(shard.path), shard.path.stat()) for shard in self.shards)
+        return [(path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in statuses]
 
     def genome_end(self, window: np.void) -> int:
         """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises OSError.
@@ -165,7 +181,7 @@ class ShardedGenome:
             shard = self._shard(species, entry)
             index = self._checked_index(species, shard, entry, len(contigs))
             stored = np.zeros(len(index.samples), WINDOW_DTYPE)
-            for name in ("offset", "length", "contig", "start", "strand", "crc32"):
+            for name in ("offset", "length", "contig", "start", "strand", "acgt", "lower", "crc32"):
                 stored[name] = index.samples[name]
             stored["may_be_padded"] = padded & (index.samples["acgt"] < index.samples["length"])
             stored["shard"] = len(shards)

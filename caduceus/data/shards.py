@@ -6,10 +6,8 @@ OUT/SPECIES/SPLIT-000000.tar            uncompressed POSIX tar: KEY.seq (bases) 
 OUT/SPECIES/SPLIT-000000.index.npz      where each sample's bases lie, and what they hold
 """
 
-import hashlib
 import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from caduceus.errors import UserError
+from caduceus.files import fingerprint
 
 FORMAT = "caduceus-shards"
 FORMAT_VERSION = 1
@@ -82,12 +81,6 @@ def shard_name(split: str, number: int) -> str:
 def index_path(tar_path: str | Path) -> Path:
     """Path of the index that belongs to a tar."""
     return Path(tar_path).with_suffix(".index.npz")
-
-
-def fingerprint(values: Any) -> str:
-    """sha256 of the canonical JSON of plain values."""
-    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def build_manifest(species: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,28 +158,3 @@ def _is_complete(manifest: dict[str, Any]) -> bool:
 def _is_file_name(name: Any) -> bool:
     """Whether a name from a manifest stays inside its directory."""
     return isinstance(name, str) and name == Path(name).name
-
-
-def dump_json(values: Any) -> bytes:
-    """JSON as manifests and species parts are written: indented, sorted, with a final newline."""
-    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write under a temporary name, fsync and rename, so that a reader sees all of it or nothing."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

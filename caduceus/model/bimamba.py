@@ -165,15 +165,19 @@ class BiMamba(nn.Module):
 
         def scan_inputs() -> tuple[Tensor, ...]:
             u = torch.stack(
-                [causal_conv1d(x[s], conv_weight, conv_bias, reverse=back, **where) for s, back in enumerate(reverse)]
+                [
+                    causal_conv1d(stream, conv_weight, conv_bias, reverse=back, **where)
+                    for stream, back in zip(x.unbind(0), reverse, strict=True)
+                ]
             )
             return u, *self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
 
         def scan(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+            streams = zip(*(tensor.unbind(0) for tensor in (u, dt, B, C, z)), reverse, strict=True)
             return torch.stack(
                 [
-                    selective_scan(u[s], dt[s], A, B[s], C[s], D, z[s], dt_bias, reverse=back, **where)
-                    for s, back in enumerate(reverse)
+                    selective_scan(u, dt, A, B, C, D, z, dt_bias, reverse=back, **where)
+                    for u, dt, B, C, z, back in streams
                 ]
             )
 

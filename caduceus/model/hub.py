@@ -10,9 +10,7 @@ layout of the repository kuleshov-group/caduceus, which `transformers` loads thr
 """
 
 import json
-import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +27,12 @@ from torch import Tensor
 
 from caduceus.arguments import Parser
 from caduceus.config import load_config
-from caduceus.data.shards import dump_json
 from caduceus.errors import UserError, run_command
+from caduceus.files import dump_json, replacing_directory
 from caduceus.model.caduceus import CaduceusForMaskedLM
 from caduceus.model.published import PublishedLayout, config_from_published, from_published, to_published
-from caduceus.run_directory import MARKER, RunDirectory
+from caduceus.run.checkpoints import MARKER
+from caduceus.run.directory import RunDirectory
 
 __all__ = ["from_published", "load_published", "load_trained", "save_imported", "save_published", "to_published"]
 
@@ -165,20 +164,11 @@ def _new_directory(directory: str | Path, files: set[str]) -> Iterator[Path]:
         others = sorted(path.name for path in directory.iterdir() if path.name not in files)
         if others:
             raise UserError(f"{directory}: holds other files, such as {others[0]}; choose a new directory")
-    writing = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     try:
-        writing.mkdir(parents=True)
-        yield writing
-        for path in writing.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if directory.is_dir():
-            shutil.rmtree(directory)
-        writing.replace(directory)
+        with replacing_directory(directory) as writing:
+            yield writing
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: could not be written ({error})") from None
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -142,11 +142,10 @@ def selective_scan(
         if _is_triton(module):
             return module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, None, starts)[0]
 
-        def scan_alone(b: int, t: slice) -> Tensor:
-            runs = [None if tensor is None else tensor[b, None, t] for tensor in (u, dt, B, C, z)]
-            return module.selective_scan(*runs[:2], A, *runs[2:4], D, runs[4], dt_bias, softplus, reverse, None)[0]
+        def scan_alone(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
+            return module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, None)[0]
 
-        return run_apart(starts, scan_alone)
+        return run_apart(starts, scan_alone, u, dt, B, C, z)
     if context is not None:
         if has_states:
             raise ValueError(
@@ -188,7 +187,7 @@ def causal_conv1d(
         _refuse_context(context)
         if _is_triton(module):
             return module.causal_conv1d(x, weight, bias, activation, reverse, starts)
-        return run_apart(starts, lambda b, t: module.causal_conv1d(x[b, None, t], weight, bias, activation, reverse))
+        return run_apart(starts, lambda x: module.causal_conv1d(x, weight, bias, activation, reverse), x)
     if context is None:
         return module.causal_conv1d(x, weight, bias, activation, reverse)
 
@@ -220,7 +219,7 @@ def bidirectional_conv1d(
         _refuse_context(context)
         if _is_triton(module):
             return module.bidirectional_conv1d(x, weight, bias, starts)
-        return run_apart(starts, lambda b, t: bidirectional_conv1d(x[:, b, None, t], weight, bias, backend=backend))
+        return run_apart(starts, partial(bidirectional_conv1d, weight=weight, bias=bias, backend=backend), x)
     if hasattr(module, "bidirectional_conv1d"):
         convolve = partial(module.bidirectional_conv1d, weight=weight, bias=bias)
     else:
@@ -259,12 +258,10 @@ def bidirectional_scan(
         if _is_triton(module):
             return module.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, starts)
 
-        def scan_alone(b: int, t: slice) -> Tensor:
-            runs = [tensor[:, :, b, None, t] for tensor in (u, dt, B, C)]
-            gate = None if z is None else z[:, b, None, t]
-            return bidirectional_scan(*runs[:2], A, *runs[2:], D, gate, dt_bias, backend=backend)
+        def scan_alone(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
+            return bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, backend=backend)
 
-        return run_apart(starts, scan_alone)
+        return run_apart(starts, scan_alone, u, dt, B, C, z)
     operands = (u, dt, A, B, C, D, z, dt_bias)
     if context is not None:
         return scan_over_ranks(_sliced_scan(module), operands, True, False, context)

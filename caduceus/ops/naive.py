@@ -39,9 +39,11 @@ def selective_scan(
         dt = F.softplus(dt)
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(compute)
     ys: list[Tensor] = [u] * u.shape[1]
+    # Unbound once: the gradient of each slice would be a tensor of the full length.
+    steps, inputs, Bs, Cs = (tensor.unbind(1) for tensor in (dt, u, B, C))
     for t in reversed(range(u.shape[1])) if reverse else range(u.shape[1]):
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
-        ys[t] = torch.einsum("ben,bn->be", h, C[:, t])
+        h = torch.exp(steps[t][..., None] * A) * h + (steps[t] * inputs[t])[..., None] * Bs[t][:, None]
+        ys[t] = torch.einsum("ben,bn->be", h, Cs[t])
     y = torch.stack(ys, dim=1) if ys else u
     if D is not None:
         y = y + D.to(compute) * u

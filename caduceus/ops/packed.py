@@ -5,17 +5,23 @@ convolution taps cross it, in either direction.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor
 
 
-def run_apart(starts: Tensor, op: Callable[[int, slice], Tensor], length_dim: int = -2) -> Tensor:
-    """Results (…, B, L, E) of `op(b, positions)` (…, 1, l, E), one call per sequence, put into their places."""
+def run_apart(starts: Tensor, op: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
+    """Results (…, B, L, E) of `op` on the pieces (…, 1, l, E) of `operands`, one call per sequence, in their places.
+
+    Operands (…, B, L, C) are all cut at once. The gradients of the pieces then become one tensor by concatenation; the
+    gradient of a slice is a tensor of the full length, and adding up one for each sequence takes quadratic time.
+    """
+    by_row = (repeat(None) if t is None else t.unsqueeze(-4).unbind(-3) for t in operands)
     rows = []
-    for b, row in enumerate(starts):
-        borders = [0, *(row.nonzero().flatten().tolist()), len(row)]
-        pieces = [op(b, slice(i, j)) for i, j in pairwise(borders) if i < j]
-        rows.append(torch.cat(pieces, dim=length_dim))
-    return torch.cat(rows, dim=length_dim - 1)
+    for row, *tensors in zip(starts, *by_row, strict=False):
+        borders = sorted({0, *row.nonzero().flatten().tolist(), len(row)})
+        lengths = [j - i for i, j in pairwise(borders)] or [0]
+        pieces = zip(*(repeat(None, len(lengths)) if t is None else t.split(lengths, -2) for t in tensors), strict=True)
+        rows.append(torch.cat([op(*piece) for piece in pieces], dim=-2))
+    return torch.cat(rows, dim=-3)

@@ -1,6 +1,7 @@
 """Both directions of every stream with an op that takes one direction of one stream: one run after another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,24 +30,28 @@ def scan_by_runs(
 
     Operands as of `caduceus.ops.bidirectional_scan`, initial_state (P, S, B, E, N).
     """
+    directions, streams = u.shape[:2]
+    u, dt, B, C, initial_state = (_unbound(t, directions, streams) for t in (u, dt, B, C, initial_state))
+    A, D, dt_bias = (_unbound(t, directions) for t in (A, D, dt_bias))
+    z = _unbound(z, streams)
     outputs, states = [], []
-    for s in range(u.shape[1]):
+    for s in range(streams):
         y, final = zip(
             *(
                 scan(
-                    u[d, s],
-                    dt[d, s],
+                    u[d][s],
+                    dt[d][s],
                     A[d],
-                    B[d, s],
-                    C[d, s],
-                    None if D is None else D[d],
-                    None if z is None else z[s],
-                    None if dt_bias is None else dt_bias[d],
+                    B[d][s],
+                    C[d][s],
+                    D[d],
+                    z[s],
+                    dt_bias[d],
                     softplus,
                     runs_backwards(d, s, reverse),
-                    None if initial_state is None else initial_state[d, s],
+                    initial_state[d][s],
                 )
-                for d in range(A.shape[0])
+                for d in range(directions)
             ),
             strict=True,
         )
@@ -57,9 +62,22 @@ def scan_by_runs(
 
 def conv_by_runs(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(P, S, B, L, E) of a backend's `causal_conv1d` with silu. Operands as of `caduceus.ops.bidirectional_conv1d`."""
+    directions, streams = weight.shape[0], x.shape[0]
+    x, weight, bias = _unbound(x, streams), _unbound(weight, directions), _unbound(bias, directions)
     rows = [
-        convolve(x[s], weight[d], None if bias is None else bias[d], "silu", runs_backwards(d, s))
-        for d in range(weight.shape[0])
-        for s in range(x.shape[0])
+        convolve(x[s], weight[d], bias[d], "silu", runs_backwards(d, s))
+        for d in range(directions)
+        for s in range(streams)
     ]
-    return torch.stack(rows).unflatten(0, (weight.shape[0], x.shape[0]))
+    return torch.stack(rows).unflatten(0, (directions, streams))
+
+
+def _unbound(tensor: Tensor | None, *axes: int) -> Sequence[Any]:
+    """A tensor's parts along its first axes, nested; Nones where there is no tensor.
+
+    The gradients of all parts become one tensor by stacking, where that of an index is a tensor of the full size.
+    """
+    if not axes:
+        return tensor
+    parts = [None] * axes[0] if tensor is None else tensor.unbind(0)
+    return [_unbound(part, *axes[1:]) for part in parts]

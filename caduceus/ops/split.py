@@ -129,7 +129,7 @@ def conv_over_ranks(
     """
     streams, length = x.shape[0], x.shape[2]
     backwards = [runs_backwards(d, s, reverse) for d in range(directions) for s in range(streams)]
-    halos = context.halo([x[s] for s in range(streams)] * directions, width, backwards)
+    halos = context.halo(list(x.unbind(0)) * directions, width, backwards)
     halos = halos.unflatten(0, (directions, streams))
     if takes_halo:
         return convolve(x, halo=halos)

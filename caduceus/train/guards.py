@@ -5,7 +5,6 @@ All of it is decided from numbers that are the same on every rank, so that no ra
 
 import contextlib
 import gc
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from caduceus.config import TrainConfig
 from caduceus.data.batch import Batch
 from caduceus.data.loader import TrainLoader
 from caduceus.errors import UserError
+from caduceus.files import append_json_line
 
 LOSS_MEMORY = 50
 """Steps over which the running mean of the loss forgets, and of which it needs as many to call anything a spike."""
@@ -80,8 +80,7 @@ def report_skipped_step(
     numbers = [g for batch in batches for g in batch.g.tolist()]
     try:
         samples = [{"g": g, **loader.describe(g)} for g in numbers]
-        with path.open("a") as file:
-            file.write(json.dumps({"step": step, "rank": rank, "reason": reason, "samples": samples}) + "\n")
+        append_json_line(path, {"step": step, "rank": rank, "reason": reason, "samples": samples})
         where = f"in {path}"
     except (OSError, UserError) as error:
         where = f"g = {numbers} ({error})"

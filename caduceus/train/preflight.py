@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.mesh import Ranks
-from caduceus.distributed.strategy import Single
-from caduceus.errors import NodeError, UserError
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
+from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
+from caduceus.files import show_bytes
 from caduceus.ops import check_backend
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
 from caduceus.train.recomputation import run_micro_batch, too_large
 
@@ -49,23 +50,26 @@ def check_model(config: Config, device: torch.device) -> None:
 
 
 def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
-    """Raise `UserError` on every rank where `data.path` holds something else on one of them than on the first."""
+    """Raise `PeerError` on every rank where `data.path` holds something else on one of them than on the first."""
     (first_host, first), *_ = reports = ranks.gather_objects((socket.gethostname(), loader.fingerprint))
     for rank, (host, fingerprint) in enumerate(reports):
-        if fingerprint != first:
-            raise UserError(
+        if fingerprint != first:  # either of them may have the wrong ones
+            raise PeerError(
                 f"rank {rank} on {host}: data.path leads to other shards ({fingerprint[:12]}) than on {first_host} "
-                f"({first[:12]}); give all ranks the same"
+                f"({first[:12]}); give all ranks the same",
+                rank,
+                Kind.USER,
             )
 
 
 def check_before_start(
-    config: Config, run: RunDirectory, strategy: Single, saving: dist.ProcessGroup | None = None
+    config: Config, run: RunDirectory, strategy: Strategy, saving: dist.ProcessGroup | None = None
 ) -> None:
     """Check disk, shared memory, clocks and collectives, on all ranks together.
 
-    `saving`: the group over which checkpoints are agreed on. Raises `UserError` on every rank, with a line that names
-    the first rank that fails, its host and what to do; on the ranks whose own node is at fault it is a `NodeError`.
+    `saving`: the group over which checkpoints are agreed on. Raises on every rank, with a line that names the first
+    rank that fails, its host and what to do: there a `UserError`, or `NodeError` where its node is at fault, and a
+    `PeerError` on the others.
     """
     ranks = strategy.ranks
     parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
@@ -78,12 +82,11 @@ def check_before_start(
         )
     reports = ranks.gather_objects(report)
     for rank, report in enumerate(reports):
-        problem = report.shared_memory or _clock_problem(report, reports[0])
-        if problem and rank == ranks.rank:
-            raise NodeError(f"rank {rank} on {report.host}: {problem}")
-        problem = problem or report.disk
-        if problem:
-            raise UserError(f"rank {rank} on {report.host}: {problem}")
+        where = f"rank {rank} on {report.host}"
+        if problem := report.shared_memory or _clock_problem(report, reports[0]):
+            raise of_rank(NodeError(f"{where}: {problem}"), rank, ranks.rank)
+        if report.disk:
+            raise of_rank(UserError(f"{where}: {report.disk}"), rank, ranks.rank)
     _try_collectives(strategy, saving)
 
 
@@ -91,7 +94,9 @@ def _disk_problem(directory: Path, needed: int) -> str | None:
     free = shutil.disk_usage(directory).free
     if free >= needed:
         return None
-    return f"{directory}: {_size(free)} free, but a checkpoint takes {_size(needed)}; make room or move run.dir"
+    return (
+        f"{directory}: {show_bytes(free)} free, but a checkpoint takes {show_bytes(needed)}; make room or move run.dir"
+    )
 
 
 def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
@@ -104,7 +109,7 @@ def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
     if free >= needed:
         return None
     return (
-        f"{_SHARED_MEMORY}: {_size(free)} free, but loader workers need {_size(needed)}; enlarge it "
+        f"{_SHARED_MEMORY}: {show_bytes(free)} free, but loader workers need {show_bytes(needed)}; enlarge it "
         "(docker: --shm-size) or lower data.workers"
     )
 
@@ -116,7 +121,7 @@ def _clock_problem(report: Report, first: Report) -> str | None:
     return f"its clock is {skew:+.0f} s from that of {first.host}; set the clocks (NTP)"
 
 
-def _try_collectives(strategy: Single, saving: dist.ProcessGroup | None) -> None:
+def _try_collectives(strategy: Strategy, saving: dist.ProcessGroup | None) -> None:
     """One all-reduce over every group of ranks that training uses."""
     ranks = strategy.ranks
     groups = ranks.groups()
@@ -131,13 +136,13 @@ def _try_collectives(strategy: Single, saving: dist.ProcessGroup | None) -> None
         ones = torch.ones(1, device=device)
         dist.all_reduce(ones, group=group)
         if ones.item() != size:
-            raise UserError(
+            raise PeerError(
                 f"rank {ranks.rank} on {socket.gethostname()}: a sum over {name} is {ones.item():g} instead of {size}; "
                 "the network or its drivers are broken"
             )
 
 
-def check_gpu_memory(config: Config, strategy: Single) -> None:
+def check_gpu_memory(config: Config, strategy: Strategy) -> None:
     """Run a micro-batch on the GPU, to see that memory suffices with the optimizer's. Nothing to do on CPU."""
     ranks = strategy.ranks
     if ranks.device.type != "cuda":
@@ -147,9 +152,9 @@ def check_gpu_memory(config: Config, strategy: Single) -> None:
     total = torch.cuda.get_device_properties(ranks.device).total_memory
     with ranks.agreeing():
         if peak > total:
-            raise too_large(config, ranks, f"a micro-batch and the optimizer take {_size(peak)} of its {_size(total)}")
+            raise too_large(
+                config,
+                ranks,
+                f"a micro-batch and the optimizer take {show_bytes(peak)} of its {show_bytes(total)}",
+            )
     torch.cuda.reset_peak_memory_stats(ranks.device)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"

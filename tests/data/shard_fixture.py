@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from caduceus.data.shards import MIN_RUN, RUN_DTYPE, SAMPLE_DTYPE, ShardIndex, build_manifest, dump_json
+from caduceus.data.shards import MIN_RUN, RUN_DTYPE, SAMPLE_DTYPE, ShardIndex, build_manifest
+from caduceus.files import dump_json
 
 PAIRS = dict(zip("ACGTURYSWKMBDHVNacgturyswkmbdhvn", "TGCAAYRSWMKVHDBNtgcaayrswmkvhdbn", strict=True))
 

@@ -16,8 +16,9 @@ import pytest
 
 from caduceus.errors import UserError
 from data_prep import fetch_genome
-from data_prep.fetch_genome import fetch
-from data_prep.registry import GenomeSpec
+from data_prep.source import download
+from data_prep.source.download import fetch
+from data_prep.source.registry import GenomeSpec
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
 NAME = "genome.fa.gz"
@@ -94,8 +95,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(fetch_genome, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(fetch_genome, "CHUNK", 1 << 16)
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(download, "CHUNK", 1 << 16)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -127,7 +128,7 @@ def test_survives_cut_connections(server, tmp_path):
 
 
 def test_resumes_where_an_earlier_run_stopped(server, tmp_path):
-    server.cut_after = [150_000] + [0] * fetch_genome.ATTEMPTS
+    server.cut_after = [150_000] + [0] * download.ATTEMPTS
     with pytest.raises(UserError, match="run the command again to continue"):
         fetch(server.url, tmp_path)
     have = (tmp_path / f".{NAME}.part").read_bytes()
@@ -142,7 +143,7 @@ def test_resumes_where_an_earlier_run_stopped(server, tmp_path):
 
 
 def test_starts_anew_when_the_file_has_changed(server, tmp_path):
-    server.cut_after = [150_000] + [0] * fetch_genome.ATTEMPTS
+    server.cut_after = [150_000] + [0] * download.ATTEMPTS
     with pytest.raises(UserError):
         fetch(server.url, tmp_path)
     assert (tmp_path / f".{NAME}.part").stat().st_size > 0
@@ -214,7 +215,7 @@ def test_local_file(tmp_path):
 
 def test_next_address_is_tried(server, tmp_path, capfd):
     genome = GenomeSpec("x", urls=(server.url.replace(NAME, "missing.fa"), server.url))
-    assert fetch_genome.fetch_genome(genome, tmp_path).read_bytes() == CONTENT
+    assert download.fetch_genome(genome, tmp_path).read_bytes() == CONTENT
     assert "not found on the server (404)" in capfd.readouterr().err
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from caduceus.errors import UserError
-from data_prep import fetch_genome
-from data_prep.fetch_genome import fetch
+from data_prep.source import download
+from data_prep.source.download import fetch
 from tests.object_store import s3_bucket
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
@@ -45,21 +45,21 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.fixture(params=["s3", "ftp"])
 def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(fetch_genome, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(fetch_genome, "CHUNK", 1 << 16)
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(download, "CHUNK", 1 << 16)
     return request.getfixturevalue(request.param)
 
 
 def test_downloads_whole_and_goes_on_with_a_part(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch(f"{folder}/{NAME}", tmp_path / "whole").read_bytes() == CONTENT
-    append = fetch_genome._append
+    append = download._append
 
     def stop_after_the_first_piece(filesystem, path, partial, size, progress):
         append(filesystem, path, partial, 1 << 16, progress)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch_genome, "_append", stop_after_the_first_piece)
+        patch.setattr(download, "_append", stop_after_the_first_piece)
         with pytest.raises(KeyboardInterrupt):
             fetch(f"{folder}/{NAME}", tmp_path / "part")
     assert (tmp_path / "part" / f".{NAME}.part").read_bytes() == CONTENT[: 1 << 16]
@@ -69,7 +69,7 @@ def test_downloads_whole_and_goes_on_with_a_part(folder: str, tmp_path: Path, mo
         taken.append(partial.tell())
         append(filesystem, path, partial, size, progress)
 
-    monkeypatch.setattr(fetch_genome, "_append", recorded)
+    monkeypatch.setattr(download, "_append", recorded)
     assert fetch(f"{folder}/{NAME}", tmp_path / "part").read_bytes() == CONTENT
     assert taken == [1 << 16]
 

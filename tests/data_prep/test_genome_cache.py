@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from caduceus.errors import UserError
-from data_prep import fasta
-from data_prep.genome import default_cache_dir, open_genome
+from data_prep.genome import fasta
+from data_prep.genome.genome import default_cache_dir, open_genome
 from tests.data_prep.genome_files import FASTA, bgzf_block, bgzip, cache_of, check, settled, twobit
 
 

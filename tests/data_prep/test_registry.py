@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from caduceus.errors import UserError
-from data_prep.registry import REGISTRY, registry_names, resolve_genome
+from data_prep.source.registry import REGISTRY, registry_names, resolve_genome
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 NAMES = ["ce11", "dm6", "hg19", "hg38", "hs1", "mm10", "mm39", "sacCer3", "tair10"]

@@ -79,7 +79,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
 
 
 def test_finished_shards_are_kept_when_a_run_goes_on(fasta: Path, undisturbed: Path, tmp_path: Path, monkeypatch):
-    from data_prep import sharding
+    from data_prep.write import sharding
 
     out = tmp_path / "out"
     written = []
@@ -133,7 +133,7 @@ LOSSES = {
 def test_the_same_command_restores_what_was_lost(
     fasta: Path, undisturbed: Path, dataset: Path, loss: str, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from data_prep import sharding
+    from data_prep.write import sharding
 
     arguments = ("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS, "--workers", 1)
     LOSSES[loss](dataset / "s")
@@ -178,7 +178,7 @@ def test_a_full_disk_is_a_clean_error_and_resumable(fasta: Path, undisturbed: Pa
 
 
 def test_a_run_that_fails_leaves_nothing_half_written(fasta: Path, tmp_path: Path, monkeypatch) -> None:
-    from data_prep import sharding
+    from data_prep.write import sharding
 
     out = tmp_path / "out"
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caduceus.data.shards import SPLITS
-from data_prep.composition import Composition, Scan, composition, join_scans, runs_where, scan
-from data_prep.intervals import EMPTY, complement, covered, difference, intersection, size, union
-from data_prep.options import PlanOptions
-from data_prep.plan import SpeciesRequest, plan_species
-from data_prep.windows import cut_windows, extend, tile
+from data_prep.plan.composition import Composition, Scan, composition, join_scans, runs_where, scan
+from data_prep.plan.intervals import EMPTY, complement, covered, difference, intersection, size, union
+from data_prep.plan.options import PlanOptions
+from data_prep.plan.species import SpeciesRequest, plan_species
+from data_prep.plan.windows import cut_windows, extend, tile
 
 LENGTH = 60
 interval_lists = st.lists(st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted), max_size=8)
@@ -175,7 +175,7 @@ def test_contigs_together_are_cut_as_each_alone(texts, data, mode, tail, window,
 
 def test_a_draft_genome_is_planned_in_seconds(tmp_path) -> None:
     names = [f"a_contig_name_of_more_than_24_letters_{number}" for number in range(30_000)]
-    genome = SimpleNamespace(contigs=dict.fromkeys(names, 1500), descriptions={}, path=tmp_path, sha256="")
+    genome = SimpleNamespace(notes=(), contigs=dict.fromkeys(names, 1500), descriptions={}, path=tmp_path, sha256="")
     scans = dict.fromkeys(names, Scan(Composition(bases=1500, at=1500), EMPTY, EMPTY))
     started = time.process_time()
     plan = plan_species(SpeciesRequest("s", tmp_path, "", PlanOptions()), genome, scans)

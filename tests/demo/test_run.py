@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from caduceus.alphabet import IGNORE_LABEL, A
 from caduceus.data.loader import build_validation
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from demo.run import GENOMES, find_genomes
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from caduceus.config import Config, save_config
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from tests.distributed.layouts import Layout, config_of, train_all
 
 pytestmark = pytest.mark.slow

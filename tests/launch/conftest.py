@@ -48,7 +48,7 @@ class FakeSlurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.answer("sinfo", "echo 'main*|(null)|infinite'")
+        self.answer("sinfo", "echo 'main*|up|idle|64|64|1000000|gpu:8|infinite'")
         self.answer("squeue", "exit 0")
         self.answer("srun", "exit 0")
         self.answer("sbatch", 'case "$*" in *--test-only*) exit 0;; esac; echo "Submitted batch job 7"')
@@ -57,6 +57,21 @@ class FakeSlurm:
         path = self.folder / command
         path.write_text(f'#!/bin/sh\necho {command} "$@" >> {self.folder / "asked"}\n{script}\n')
         path.chmod(0o755)
+
+    def shows(self, **facts: object) -> None:
+        """Let squeue tell of job 7 what launch.scheduler asks for at its end."""
+        job = {
+            "state": "RUNNING",
+            "left": "UNLIMITED",
+            "excluded": "",
+            "reason": "None",
+            "restarts": 0,
+            "preempted": "",
+        }
+        job |= {"preempted": ""} | facts
+        own = "7|7_N/A|{state}|{left}|{excluded}|{reason}".format(**job)
+        starts = "7|7|N/A|{restarts}|{preempted}|".format(**job)
+        self.answer("squeue", f"case \"$*\" in *RestartCnt*) echo '{starts}';; *) echo '{own}';; esac")
 
     def asked(self, command: str) -> list[str]:
         """The arguments of each call of a command, save those of sbatch that submit nothing."""

@@ -5,18 +5,18 @@ import json
 import pytest
 
 from caduceus.config import Config, save_config
-from caduceus.errors import NodeError, UserError
-from caduceus.run_directory import MARKER, RunDirectory
+from caduceus.errors import Kind, PeerError, UserError
+from caduceus.run.checkpoints import write_marker
+from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, record_end
 from launch import history
-from launch.history import attempts, failures_without_progress, record
+from launch.history import Submission, attempts, failures_without_progress, record, record_submission
 from launch.logs import last_error, log_path
-from launch.node import check_node
-from launch.overview import overview
-from launch.requeue import SlurmJob, why_ended
-from launch.submission import Submission
-from launch.submission import record as record_submission
+from launch.requeue import why_ended
+from launch.scheduler import OwnJob
+from launch.status import overview
 
-RUNNING = SlurmJob(state="RUNNING", reason="None", preempted=False, seconds_left=1e6, excluded="", restarts=0)
+RUNNING = OwnJob(state="RUNNING", reason="None", preempted=False, seconds_left=1e6, excluded="", restarts=0)
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def add_checkpoint(run: RunDirectory, step: int) -> None:
     path = run.checkpoint_path(step)
     path.mkdir()
     (path / "weights").write_bytes(bytes(8))
-    (path / MARKER).write_text(json.dumps({"files": {"weights": {"bytes": 8}}}))
+    write_marker(path, step, {})
 
 
 def test_a_truncated_checkpoint_is_no_progress(run):
@@ -90,11 +90,11 @@ def test_a_lost_attempt_ended_with_the_checkpoint_that_the_next_one_found(run):
     ("status", "job", "reason"),
     [
         (0, RUNNING, history.SIGNAL),
-        (0, SlurmJob("RUNNING", "None", False, 130, "", 0), history.TIME_LIMIT),
-        (0, SlurmJob("RUNNING", "None", True, 1e6, "", 0), history.PREEMPTED),
+        (0, OwnJob("RUNNING", "None", False, 130, "", 0), history.TIME_LIMIT),
+        (0, OwnJob("RUNNING", "None", True, 1e6, "", 0), history.PREEMPTED),
         (137, RUNNING, history.FAILED),
-        (143, SlurmJob("COMPLETING", "TimeLimit", False, 0, "", 0), history.TIME_LIMIT),
-        (143, SlurmJob("COMPLETING", "None", False, 1e6, "", 0), history.TAKEN),
+        (143, OwnJob("COMPLETING", "TimeLimit", False, 0, "", 0), history.TIME_LIMIT),
+        (143, OwnJob("COMPLETING", "None", False, 1e6, "", 0), history.TAKEN),
     ],
 )
 def test_why_a_job_ended(run, status, job, reason):
@@ -109,7 +109,8 @@ def test_a_failure_on_a_bad_node_is_the_node_s(run):
     assert why_ended(run, 2, RUNNING, ["n3"], signal_seconds=120) == history.BAD_NODE
 
 
-LOST = "RuntimeError: Connection closed by peer"
+LOST = RuntimeError("Connection closed by peer")
+PEER = PeerError("rank 1 on n1 failed: ValueError: 3", 1, Kind.CRASH)
 KILLED = "srun: error: n1: task 1: Killed\n"
 
 
@@ -118,30 +119,33 @@ def raised(error: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("logs", "error"),
+    ("ends", "log", "told"),
     [
-        (["quiet\n", "quiet\n"], None),
-        ([raised("RuntimeError: another rank failed"), "error: data.path: none\n"], "data.path: none"),
+        ({}, "quiet\n", None),
+        ({0: None, 1: None}, raised("ValueError: caught and logged"), None),
+        ({0: LOST, 1: UserError("data.path: none")}, KILLED, "data.path: none"),
+        ({0: PEER, 1: ValueError("3")}, "error: something else\n", "ValueError: 3"),
+        ({0: PEER}, KILLED, "n1: task 1: Killed"),
+        ({0: LOST}, KILLED, "n1: task 1: Killed"),
+        ({0: LOST}, KILLED.replace("task 1", "tasks 2,4-6"), "n1: tasks 2,4-6: Killed"),
+        ({2: ValueError("3")}, KILLED.replace("task 1: Killed", "task 2: Exited with exit code 1"), "ValueError: 3"),
+        ({1: ValueError("3")}, KILLED.replace("task 1", "tasks 0-3"), "ValueError: 3"),
+        ({0: LOST}, "", "RuntimeError: Connection closed by peer"),
+        ({0: PEER}, "", "rank 1 on n1 failed: ValueError: 3"),
+        ({}, raised("ImportError: no torch"), "ImportError: no torch"),
         (
-            [raised(LOST), raised("ValueError: 3")],
-            "ValueError: 3",
-        ),
-        (
-            ["srun: error: n1: task 1: Killed\n", raised(LOST)],
-            "n1: task 1: Killed",
-        ),
-        (["", raised(LOST)], LOST),
-        (["error: another rank failed; its own message says why\n", raised("ValueError: 3")], "ValueError: 3"),
-        (
-            ["error: of an earlier start\nStarting with JobEnvironment(…)\n" + raised("KeyError: 1")],
+            {},
+            raised("ValueError: of an earlier start") + "Starting with JobEnvironment(…)\n" + raised("KeyError: 1"),
             "KeyError: 1",
         ),
     ],
 )
-def test_the_error_that_says_most(run, logs, error):
-    for rank, text in enumerate(logs):
-        log_path(run.logs_path, "7", rank).write_text(text)
-    assert last_error(run.logs_path, "7") == error
+def test_the_error_that_says_most(run, ends, log, told):
+    for rank, error in ends.items():
+        record_end(ends_folder(run.path, "7", 1), rank, error)
+    record_end(ends_folder(run.path, "7", 0), 0, UserError("of an earlier attempt"))
+    log_path(run.logs_path, "7").write_text(log)
+    assert last_error(run, run.logs_path, "7", 1) == told
 
 
 @pytest.mark.parametrize(
@@ -189,18 +193,3 @@ def test_numbers_of_a_run(run):
     now = overview(run)
     assert (now.state, now.step, now.steps, now.loss, now.valid_loss) == ("interrupted", 3, 100, 1.0, 1.5)
     assert (now.tokens_per_second, now.seconds_left) == (10.0, 2.0 * 97)
-
-
-def test_a_node_without_a_disk_of_its_own(tmp_path):
-    check_node({"SLURM_TMPDIR": str(tmp_path)}, needs_gpus=False)
-    (tmp_path / "file").touch()
-    with pytest.raises(NodeError, match=r"n3: .*file/caduceus-\d+ cannot be written"):
-        check_node({"SLURM_TMPDIR": str(tmp_path / "file"), "SLURMD_NODENAME": "n3"}, needs_gpus=False)
-
-
-def test_a_node_that_lost_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    environment = {"SLURM_TMPDIR": str(tmp_path), "SLURMD_NODENAME": "n3", "CUDA_VISIBLE_DEVICES": "0,1"}
-    check_node(environment, needs_gpus=False)
-    with pytest.raises(NodeError, match="n3: torch sees 1 of the 2 GPUs 0,1"):
-        check_node(environment, needs_gpus=True)

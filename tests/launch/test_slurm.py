@@ -159,7 +159,7 @@ def test_local_and_debug_give_the_same_run_and_refuse_another_configuration(laun
         launch(*request, "local", "run.dir=local", "train.lr=1e-3")
     submission = json.loads((tmp_path / "local" / "submissions.json").read_text())[0]
     assert submission["executor"] == "local" and submission["git_commit"]
-    assert (tmp_path / "local" / "code" / "caduceus" / "config.py").exists()
+    assert (tmp_path / "local" / "code" / "caduceus" / "config" / "run.py").exists()
     started = json.loads((tmp_path / "local" / "provenance.json").read_text())["starts"][0]
     for key in ("git_commit", "git_diff"):  # of what was submitted, whatever the repository holds by now
         assert started[key] == submission[key]

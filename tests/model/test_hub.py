@@ -12,7 +12,7 @@ from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.config import Config, RunConfig
 from caduceus.errors import UserError, run_command
 from caduceus.model import hub
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 
 
 def equal_models(first: CaduceusForMaskedLM, second: CaduceusForMaskedLM) -> bool:

@@ -80,7 +80,7 @@ def test_published_hub_configuration_is_read():
         ({"d_model": 20.5}, "d_model: expected int, got 20.5"),
         ({"rcps": 1}, "rcps: expected bool, got 1"),
         ({"n_layer": 0}, "n_layer: must be at least 1"),
-        ({"bidirectional_strategy": "concat"}, "bidirectional_strategy: choose add or ew_multiply"),
+        ({"bidirectional_strategy": "concat"}, "bidirectional_strategy: choose one of add, ew_multiply"),
         ({"vocab_size": 50277}, "vocab_size: only 12 or 16"),
         ({"vocab_size_padded": 24}, "vocab_size_padded: only 16"),
         ({"model_type": "mamba"}, "model_type: only 'caduceus'"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import NODES, Cluster, ClusterError, install_packages, why_impossible
-from tests.slurm.runs import Setting, launch, losses, write_config
+from tests.slurm.small_runs import Setting, launch, losses, write_config
 
 
 @pytest.fixture(scope="session")

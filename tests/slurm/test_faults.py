@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.history import attempts
-from launch.overview import IN_QUEUE, WAITING, overview
-from tests.slurm.runs import (
+from launch.scheduler import IN_QUEUE
+from launch.status import WAITING, overview
+from tests.slurm.small_runs import (
     REQUEST,
     STEPS,
     Setting,

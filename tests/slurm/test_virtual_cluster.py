@@ -9,7 +9,7 @@ import pytest
 import submitit
 
 from tests.slurm.cluster import HOSTS, NODES, Cluster, why_impossible
-from tests.slurm.runs import state_of, wait_for_end, wait_until
+from tests.slurm.small_runs import state_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import torch
 
 from caduceus.config import TrainConfig
 from caduceus.errors import UserError
-from caduceus.run_directory import RunDirectory
+from caduceus.run.directory import RunDirectory
 from caduceus.train import guards, trainer
 from caduceus.train.guards import LOSS_MEMORY, MAX_REWINDS, Health
 from tests.train.conftest import SmallRun, numbers

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from caduceus.train import trainer, watchdog
-from caduceus.train.checkpoint import SAVE_TIMEOUT
+from caduceus.train.checkpointing import SAVE_TIMEOUT
 from caduceus.train.watchdog import Watchdog
 from tests.train.conftest import SmallRun
 

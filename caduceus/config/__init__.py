@@ -1,0 +1,40 @@
+"""The configuration of a run. `keys`: what a key says of itself; `run`: the sections; `load`: YAML and overrides."""
+
+from caduceus.config.fixed import Change, changes, order_values
+from caduceus.config.load import config_from_dict, config_to_dict, load_config, save_config
+from caduceus.config.run import (
+    KEYS,
+    SECTIONS,
+    CaduceusConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    OpsConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    ValidConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "KEYS",
+    "SECTIONS",
+    "CaduceusConfig",
+    "Change",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "OpsConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "ValidConfig",
+    "WandbConfig",
+    "changes",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "order_values",
+    "save_config",
+]

@@ -1,0 +1,56 @@
+"""Which values no run can have beside each other. What a key can have by itself stands with the key."""
+
+from caduceus.config.run import KEYS, SECTIONS, Config, check_section
+from caduceus.errors import UserError
+
+
+def refuse_impossible_values(config: Config) -> None:
+    """Raise `UserError` for the first value that no run can have, alone or beside the others."""
+    for section in SECTIONS:
+        check_section(section, getattr(config, section))
+    for name in config.run.allow_change:
+        if name not in KEYS:
+            raise UserError(f"run.allow_change: there is no key '{name}'; give keys such as train.steps")
+    data, train = config.data, config.train
+    if data.mask_token_prob + data.random_token_prob > 1:
+        raise UserError(
+            "data.random_token_prob: together with data.mask_token_prob it must not exceed 1, "
+            f"got {data.random_token_prob} + {data.mask_token_prob}"
+        )
+    if data.objective == "mlm" and round(data.mask_prob * 2**32) == 0:
+        raise UserError(f"data.mask_prob: {data.mask_prob} labels no base, so there is nothing to learn; give a share")
+    if data.objective == "mlm" and data.mask_token_prob + data.random_token_prob == 0:
+        raise UserError(
+            "data.mask_token_prob: with data.random_token_prob it is 0, so every base that is to be predicted is shown "
+            "as it is, and there is nothing to learn"
+        )
+    if data.objective == "next_base" and data.seq_len < 2:
+        raise UserError("data.seq_len: next_base needs at least 2 bases; the last of a sequence has no next one")
+    if train.precision == "fp64" and config.ops.backend in ("triton", "mamba_ssm"):
+        raise UserError(f"train.precision: ops.backend={config.ops.backend} does not compute in fp64; use naive or cpu")
+    if data.objective == "next_base" and (config.model.bidirectional or config.model.rcps):
+        raise UserError(
+            "data.objective: next_base needs model.bidirectional=false and model.rcps=false; "
+            "otherwise the model sees the base that it is to predict"
+        )
+    if config.parallel.strands > 1 and not config.model.rcps:
+        raise UserError(
+            "parallel.strands: 2 needs model.rcps=true, whose two strands are computed apart; use parallel.context"
+        )
+    if data.mode == "stream" and max(config.parallel.context, config.parallel.strands) > 1:
+        raise UserError(
+            "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "
+            "tar, those that share its sequences would not know; use data.mode=shards"
+        )
+    if train.global_batch % train.micro_batch:
+        raise UserError(
+            f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"
+        )
+    if len(train.betas) != 2:
+        raise UserError(f"train.betas: expected two numbers, got {train.betas}")
+    if train.spike_factor and train.spike_factor <= 1:
+        raise UserError(f"train.spike_factor: must be 0 (off) or above 1, got {train.spike_factor}")
+    if train.warmup_steps is not None and train.warmup_steps > train.steps:
+        raise UserError(f"train.warmup_steps: must be at most train.steps {train.steps}, got {train.warmup_steps}")
+    if train.min_lr > train.lr:
+        raise UserError(f"train.min_lr: {train.min_lr} is above train.lr {train.lr}")

@@ -1,0 +1,134 @@
+"""The configuration of a run: YAML <-> dataclasses, and dotted overrides.
+
+A pretrain YAML composes other files by `defaults: [model/NAME, data/NAME]` (paths under the same configs/ folder),
+its own keys come on top, and `key.path=value` overrides come last. An unknown key, a wrong type or an impossible
+combination is a `UserError` that names the key. Nothing here imports torch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from caduceus.config.checks import refuse_impossible_values
+from caduceus.config.keys import attribute_of, name_of
+from caduceus.config.run import Config, DataConfig
+from caduceus.errors import UserError
+from caduceus.files import write_atomically
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file with its `defaults`, apply `key.path=value` overrides, and check the result.
+
+    Raises `UserError` naming the file or key for anything that is not a valid configuration.
+    """
+    path = Path(path)
+    typed = [_parse_override(override) for override in overrides]
+    config = _merge([*_read_layers(path), *typed])
+    if _commands_are_typed(config.data, [values for _, values in typed]):
+        config.data.allow_commands = True
+    if config.run.name is None:
+        config.run.name = path.stem
+    if config.run.dir is None:
+        config.run.dir = f"runs/{config.run.name}"
+    return config
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """A checked configuration from plain nested values, as `config_to_dict` gives them."""
+    return _merge([("configuration", OmegaConf.create(values))])
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain nested dicts and lists, every key present."""
+    values = OmegaConf.to_container(OmegaConf.structured(config))
+    return {section: {name_of(name): value for name, value in keys.items()} for section, keys in values.items()}
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML; `load_config` of that file gives it back."""
+    write_atomically(path, OmegaConf.to_yaml(config_to_dict(config)).encode())
+
+
+def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
+    """(origin, values) of a file: what its `defaults` name first, its own keys last."""
+    if path.resolve() in including:
+        raise UserError(f"{path}: 'defaults' include each other in a circle")
+    try:
+        values = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except Exception as error:
+        raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
+    if not isinstance(values, DictConfig):
+        raise UserError(
+            f"{path}: a configuration is a mapping of sections, such as 'train:' with 'steps: 1000' below it"
+        )
+    layers = []
+    for name in values.pop("defaults", None) or []:
+        included = path.parent.parent / f"{name}.yaml"
+        if not included.is_file():
+            raise UserError(f"{path}: 'defaults' names '{name}', but there is no file {included}")
+        layers += _read_layers(included, (*including, path.resolve()))
+    return [*layers, (str(path), values)]
+
+
+def _parse_override(override: str) -> tuple[str, DictConfig]:
+    key, equals, _ = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"'{override}': expected an override of the form key.path=value, such as train.lr=1e-3")
+    try:
+        return f"'{override}'", OmegaConf.from_dotlist([override])
+    except Exception as error:
+        raise UserError(f"'{override}': {_one_line(error)}") from None
+
+
+def _commands_are_typed(data: DataConfig, typed: list[DictConfig]) -> bool:
+    """Whether all of `data.path` and `data.valid_path` that might run a command was given on the command line."""
+    keys = {key for values in typed for key in (values.get("data") or {})}
+    signs = ("pipe:", "{", "::")  # the latter two may hide the first
+    suspects = {key for key in ("path", "valid_path") if any(sign in str(getattr(data, key)) for sign in signs)}
+    return any("pipe:" in str(getattr(data, key)) for key in suspects) and suspects <= keys
+
+
+def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
+    merged = OmegaConf.structured(Config)
+    for origin, values in layers:
+        _refuse_unknown_keys(merged, values, origin)
+        try:
+            merged = OmegaConf.merge(merged, _attributes(values))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{origin}: {name_of(error.full_key or 'value')}: {_one_line(error)}") from None
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(_one_line(error)) from None
+    refuse_impossible_values(config)
+    return config
+
+
+def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, prefix: str = "") -> None:
+    for key in values:
+        if key not in (names := list(map(name_of, known))):
+            raise UserError(f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(names)}")
+        if OmegaConf.is_dict(known[attribute_of(key)]):
+            if not OmegaConf.is_dict(values[key]):
+                names = ", ".join(map(name_of, known[key]))
+                raise UserError(f"{origin}: {prefix}{key}: expected a mapping with keys {names}")
+            _refuse_unknown_keys(known[key], values[key], origin, f"{prefix}{key}.")
+
+
+def _attributes(values: DictConfig) -> DictConfig:
+    """Sections of keys -> sections of attributes."""
+    sections = {
+        section: {attribute_of(key): value for key, value in keys.items_ex(resolve=False)}
+        if OmegaConf.is_dict(keys)
+        else keys
+        for section, keys in values.items_ex(resolve=False)
+    }
+    return OmegaConf.create(sections)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())

@@ -1,0 +1,233 @@
+"""The ranks of a run: how they are arranged, and what they agree on.
+
+World = data-parallel ranks x strands x context. Ranks with slices of one strand (`parallel.context`) are neighbours, as
+they exchange states in every layer. Next to them are those with the other strand (`parallel.strands`), with which they
+exchange logits once per micro-batch; so all ranks of a sample sit on one node. Ranks that share parameters
+(`parallel.shard`) are neighbours as well. Gradients are summed over the whole world, so it does not matter which.
+"""
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from caduceus.distributed.context import ContextGroup
+from caduceus.distributed.strands import StrandGroup
+from caduceus.errors import Kind, PeerError, UserError, kind_of, one_line
+
+_WEIGHTS = [Kind.PEER, Kind.RETRY, Kind.CRASH, Kind.NODE, Kind.USER]
+"""Where several ranks fail at once, the last of these kinds is what all end for."""
+_NO_MORE = object()
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among the processes of the run.
+
+    rank, world: of this process and of all; data_rank, data_world: who draws which samples; context_rank, context:
+    which slice of a sample; strand_rank, strands: which strand of it, or with one all that the model has; device: where
+    this process computes; timeout: of collectives in groups of some ranks.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        context: int,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        strands: int = 1,
+    ) -> None:
+        self.rank = rank
+        self.world = world
+        self.context = context
+        self.strands = strands
+        self.context_rank = rank % context
+        self.strand_rank = rank // context % strands
+        self.data_rank = rank // (context * strands)
+        self.data_world = world // (context * strands)
+        self.device = device
+        self.timeout = timeout
+        self.context_group = self._make_context_group()
+        self.strand_group = self._make_strand_group()
+        self._sample_group = self._make_sample_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def positions(self, seq_len: int) -> tuple[int, int]:
+        """The slice (first, end) of every sequence that this rank computes."""
+        width = seq_len // self.context
+        return self.context_rank * width, (self.context_rank + 1) * width
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def maximum(self, value: int) -> int:
+        """Largest value of all ranks: how they agree to stop, save or skip."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    @property
+    def shares_samples(self) -> bool:
+        """Whether other ranks compute other slices or strands of this rank's samples: its peers."""
+        return self._sample_group is not None
+
+    def largest_of_peers(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise maximum over this rank and its peers, in place; on the CPU without a word to the GPU."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._sample_group)
+        return values
+
+    def gather(self, numbers: list[float]) -> torch.Tensor:
+        """(n,) numbers of each rank -> (world, n) float64 on the CPU, the same on all ranks."""
+        mine = torch.tensor([numbers], dtype=torch.float64, device=self.device)
+        if self.world == 1:
+            return mine.cpu()
+        rows = mine.new_empty(self.world, len(numbers))
+        dist.all_gather(list(rows.split(1)), mine)
+        return rows.cpu()
+
+    def gather_objects(self, value: object) -> list[object]:
+        """Each rank's picklable value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[object] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The picklable value of the rank `source`, on every rank."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=source, device=self.device)
+        return values[0]
+
+    def raise_together(self, error: BaseException | None) -> None:
+        """Raise on every rank if any has an error: the others must not wait for one that is gone.
+
+        A rank raises its own error; one that has none, or only that of a peer, a `PeerError` that says which rank
+        failed, how and why.
+        """
+        culprit = self._culprit(error)
+        if culprit is None:
+            return
+        told = self.broadcast((socket.gethostname(), error and one_line(error), error and kind_of(error)), culprit)
+        if error is not None and (culprit == self.rank or kind_of(error) is not Kind.PEER):
+            raise error
+        host, message, kind = told
+        raise PeerError(f"rank {culprit} on {host} failed: {message}", culprit, kind) from error
+
+    def _culprit(self, error: BaseException | None) -> int | None:
+        """The rank whose error all end for: the first of those with the weightiest kind; None where none has one."""
+        own = 0
+        if error is not None:
+            own = 1 + _WEIGHTS.index(kind_of(error)) * self.world + self.world - 1 - self.rank
+        heaviest = self.maximum(own)
+        return None if heaviest == 0 else self.world - 1 - (heaviest - 1) % self.world
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Around what each rank does without the others; where it fails on one, all raise, at the end of it."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.raise_together(failure)
+
+    def together(self, items: Iterable[T]) -> Iterator[T]:
+        """Items of which every rank makes as many by itself; where one fails to, all raise."""
+        iterator = iter(items)
+        while True:
+            with self.agreeing():
+                item = next(iterator, _NO_MORE)
+            if item is _NO_MORE:
+                return
+            yield item
+
+    def groups(self) -> dict[str, dist.ProcessGroup | None]:
+        """The groups of this rank by what its ranks share; None stands for all ranks."""
+        found = {"all ranks": None} if self.world > 1 else {}
+        if self.context_group is not None:
+            found["the ranks that share its strand"] = self.context_group.group
+        if self.strand_group is not None:
+            found["the ranks that share its slice"] = self.strand_group.group
+        if self._sample_group is not None:
+            found["the ranks that share its samples"] = self._sample_group
+        return found
+
+    def _make_context_group(self) -> ContextGroup | None:
+        if self.context == 1:
+            return None
+        groups = [list(range(first, first + self.context)) for first in range(0, self.world, self.context)]
+        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)
+        return ContextGroup(group, self.context_rank, self.context)
+
+    def _make_strand_group(self) -> StrandGroup | None:
+        if self.strands == 1:
+            return None
+        shared = self.strands * self.context
+        groups = [
+            list(range(sample + slice_, sample + shared, self.context))
+            for sample in range(0, self.world, shared)
+            for slice_ in range(self.context)
+        ]
+        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)
+        return StrandGroup(group, self.strand_rank, self.strands)
+
+    def _make_sample_group(self) -> dist.ProcessGroup | None:
+        if self.strand_group is None or self.context_group is None:
+            of_one_kind = self.strand_group or self.context_group
+            return of_one_kind and of_one_kind.group
+        shared = self.strands * self.context
+        groups = [list(range(first, first + shared)) for first in range(0, self.world, shared)]
+        return dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)[0]
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether torch.distributed itself raised the error, as it does where a peer is gone."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    plain = type(error) is RuntimeError or isinstance(error, dist.DistError)
+    return plain and raised_in.startswith(("torch.distributed.", "torch.nn.parallel.distributed"))
+
+
+def make_deterministic(deterministic: bool) -> None:
+    """Have torch's operators and cuBLAS give the same bits every time, or as they are fastest."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # Filling memory that will be overwritten finds faults of operators, and makes no result the same.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `run.device`; with several GPUs in sight, the one of this local rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("run.device: cuda was asked for, but torch sees no GPU here; use run.device=cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

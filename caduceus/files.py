@@ -1,0 +1,222 @@
+"""Files that are whole or absent: atomic writes, fsync, sha256, locks, JSON. Imports no torch."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+CHUNK = 4 << 20
+"""Bytes read at a time where a file is read whole."""
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write under a temporary name, fsync and rename, so that a reader sees all of it or nothing."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """A file to write, which becomes `path` at the end of the block; where the block raises, nothing of it stays."""
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb", buffering=buffering) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def replacing_directory(path: str | Path) -> Iterator[Path]:
+    """A new directory to fill, which takes the place of `path` at the end of the block.
+
+    Where the block raises, nothing of it stays, and what stood at `path` still does.
+    """
+    path = Path(path)
+    new, old = _temporary(path), path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for inner in new.rglob("*"):
+            sync(inner)
+        sync(new)
+        if path.is_dir():
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.is_dir() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a directory, on the disk itself before this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether there is no room: on the disk, in the user's quota, or because a file may not grow further."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error that led to another one, such as a full disk to a file that a library finds incomplete."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def show_bytes(count: float) -> str:
+    """Bytes as people read them, such as `1.5 GiB`: in the largest unit of which there is one."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while count >= 1024 and power < len(units) - 1:
+        count, power = count / 1024, power + 1
+    return f"{count:.0f} {units[power]}" if power == 0 or count >= 100 else f"{count:.1f} {units[power]}"
+
+
+def sha256_of(path: str | Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fingerprint(values: Any) -> str:
+    """sha256 of the canonical JSON of plain values."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def dump_json(values: Any) -> bytes:
+    """JSON as files of this project hold it: indented, sorted, with a final newline."""
+    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+
+
+def append_json_line(path: str | Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of JSON lines in one write, on a line of its own though a kill cut the last one short."""
+    with Path(path).open("ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        is_cut = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * is_cut + json.dumps(row).encode() + b"\n")
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; none where it is absent.
+
+    A line that a kill cut short, or that two writers on a shared file system spoiled, is left out.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in content.split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def take_lock(path: str | Path, *, wait: bool = True) -> IO[bytes]:
+    """Lock the file `path`, made where it is absent, until what is returned is closed or this process ends.
+
+    A process that this one forks does not hold the lock. `BlockingIOError` where another one does and `wait` is False,
+    another `OSError` where the file system has no locks.
+    """
+    path = Path(path)
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if is_open_as(file, path):
+                _locks.add(file)
+                return file
+            if not wait:
+                raise BlockingIOError(errno.EAGAIN, "its holder has just replaced or removed it", str(path))
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+@contextmanager
+def locked(path: str | Path, *, wait: bool = True) -> Iterator[IO[bytes]]:
+    """Hold the lock `path` within the block, as `take_lock` does."""
+    with take_lock(path, wait=wait) as file:
+        yield file
+
+
+def is_locked(path: str | Path) -> bool:
+    """Whether a process of this machine holds the lock `path`."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def is_open_as(file: IO[Any], path: Path) -> bool:
+    """Whether an open file still is what stands at `path`, neither removed nor replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+_locks: "weakref.WeakSet[IO[bytes]]" = weakref.WeakSet()
+
+
+def _leave_locks_to_parent() -> None:
+    """In a forked process: let go of the parent's locks, which would outlive the parent with this process.
+
+    The descriptors stay valid, so that what is closed or flushed later in this process touches nothing.
+    """
+    held = [file.fileno() for file in _locks if not file.closed]
+    if held:
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for descriptor in held:
+            os.dup2(nothing, descriptor, inheritable=False)
+        os.close(nothing)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)

@@ -1,0 +1,1 @@
+"""Where people watch a run: metrics.jsonl, the terminal, Weights & Biases."""

@@ -1,0 +1,251 @@
+"""A run directory: where everything of one run lies, and which of its checkpoints can be trusted. Imports no torch.
+
+config.yaml          resolved configuration            provenance.json   what ran: code, packages, hosts, fingerprints
+metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/
+checkpoints/step-00001000/COMPLETE                     marker, written last: sizes and sha256 of the checkpoint's files
+checkpoints/latest                                     link to the newest complete checkpoint
+checkpoints/damaged-step-00002000                      set aside by a start that found it damaged; counts for nothing
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from caduceus.config import Config, changes, load_config, save_config
+from caduceus.errors import RetryError, UserError
+from caduceus.files import dump_json, read_json_lines, sync, write_atomically
+from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
+from caduceus.run.lock import Holder, RunLock
+from caduceus.run.provenance import provenance
+
+_log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """Paths and state of a run. `create_or_resume` is for the process that trains, `open` for readers."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.config_path = self.path / "config.yaml"
+        self.provenance_path = self.path / "provenance.json"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.logs_path = self.path / "logs"
+        self.stop_path = self.path / "STOP"
+        self._lock = RunLock(self.path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunDirectory":
+        """An existing run; `UserError` where there is none."""
+        run = cls(path)
+        if not run.config_path.is_file():
+            raise UserError(f"{path}: not a run directory (config.yaml is missing)")
+        return run
+
+    @classmethod
+    def create_or_resume(cls, config: Config) -> "RunDirectory":
+        """The run directory of `config`, locked for this process.
+
+        Refuses one that another process trains in, and one whose configuration differs in a key that decides the
+        run's numbers, unless `run.allow_change` names that key.
+        """
+        run = cls(config.run.dir)
+        with run.telling_of_disks():
+            if run.config_path.is_file() or run.checkpoints():
+                run._refuse_other_config(config)
+            elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock.path.exists():
+                raise UserError(
+                    f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
+                )
+            for directory in (run.checkpoints_path, run.logs_path):
+                directory.mkdir(parents=True, exist_ok=True)
+            run._lock.take()
+            if not run.config_path.is_file():
+                save_config(config, run.config_path)
+        return run
+
+    @contextlib.contextmanager
+    def telling_of_disks(self) -> Iterator[None]:
+        """Turns a disk that fails or is full into the user's error."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {self.path} cannot be read or written ({error}); mend the disk or make room and start the "
+                "same command again, or choose another run.dir"
+            ) from None
+
+    def keep_config(self, config: Config) -> None:
+        """Make `config` the run's own: by the process that trains, once it has loaded its checkpoint, and for a job."""
+        save_config(config, self.config_path)
+
+    def config(self) -> Config:
+        return load_config(self.config_path)
+
+    def release(self) -> None:
+        """Let another process train in this directory."""
+        self._lock.release()
+
+    def is_in_use(self) -> bool:
+        """Whether another process on this machine trains in this directory."""
+        return self._lock.is_held_elsewhere()
+
+    @property
+    def file_clock_lead(self) -> float:
+        """Seconds by which the times of files here are ahead of this machine's clock; 0 before it trains here."""
+        return self._lock.file_clock_lead
+
+    def holder(self) -> Holder | None:
+        """Who trains in this directory or was the last to do so; None where that is not known."""
+        return self._lock.holder()
+
+    def shut_out_holder(self) -> None:
+        """Make way for the next process, though the holder may live on where it cannot be reached.
+
+        The holder completes no further checkpoint, and ends when it next asks whether it `is_taken_over`.
+        """
+        self._lock.shut_out_holder()
+
+    def is_taken_over(self) -> bool:
+        """Whether this process, which took the directory, has lost it to another one."""
+        return self._lock.is_lost()
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints_path / f"step-{step:08d}"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Checkpoints that have their marker, oldest first."""
+        found = []
+        for marker in self.checkpoints_path.glob(f"step-*/{MARKER}"):
+            step = marker.parent.name.removeprefix("step-")
+            if step.isdigit():
+                found.append(Checkpoint(marker.parent, int(step)))
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def newest_valid_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint whose files are whole. Damaged ones are named in the log and passed over."""
+        for checkpoint in reversed(self.checkpoints()):
+            damage = checkpoint.damage()
+            if damage is None:
+                return checkpoint
+            _log.warning("%s: damaged checkpoint passed over: %s", checkpoint.path, damage)
+        return None
+
+    def set_aside_damaged_checkpoints(self) -> Checkpoint | None:
+        """Rename the damaged checkpoints after the newest valid one, which is returned: the run goes on from there.
+
+        Under their own names they would count as the newest, and valid ones would be removed for them.
+        """
+        newest, found = self.newest_valid_checkpoint(), self.checkpoints()
+        if found and newest is None:
+            _log.warning("%s: no checkpoint is whole: the run starts again from its beginning", self.checkpoints_path)
+        for checkpoint in found:
+            if newest is None or checkpoint.step > newest.step:
+                aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                checkpoint.path.rename(aside)
+                _log.warning("%s: set aside as %s", checkpoint.path, aside.name)
+        if newest is None:
+            (self.checkpoints_path / "latest").unlink(missing_ok=True)
+        else:
+            self._link_latest(newest.path)
+        return newest
+
+    def complete_checkpoint(self, written: Path, step: int, facts: dict[str, Any]) -> Checkpoint:
+        """Turn a fully written directory into the checkpoint of `step`: marker, rename, `latest`.
+
+        Raises `UserError` where another process has taken the run directory over.
+        """
+        write_marker(written, step, facts)
+        if self.is_taken_over():
+            raise RetryError(f"run.dir: {self.path} was taken over by another process")
+        final = self.checkpoint_path(step)
+        if final.exists():
+            self._remove(final)
+        written.rename(final)
+        self._link_latest(final)
+        sync(self.checkpoints_path)
+        return Checkpoint(final, step)
+
+    def remove_old_checkpoints(self, keep: int, keep_every: int = 0) -> None:
+        """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
+
+        Those of steps that `keep_every` divides stay for good (0: none). Of damaged ones that were set aside, as many
+        stay as of the others.
+        """
+        for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
+            shutil.rmtree(leftover)
+        for checkpoint in self.checkpoints()[:-keep] if keep else []:
+            if not keep_every or checkpoint.step % keep_every:
+                self._remove(checkpoint.path)
+        for damaged in sorted(self.checkpoints_path.glob("damaged-step-*"))[:-keep] if keep else []:
+            shutil.rmtree(damaged)
+            _log.warning("%s: removed, as checkpoint.keep=%d newer damaged ones are kept", damaged, keep)
+
+    def _link_latest(self, checkpoint: Path) -> None:
+        link = self.checkpoints_path / f".latest.{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(checkpoint.name)
+        link.replace(self.checkpoints_path / "latest")
+
+    def _remove(self, checkpoint: Path) -> None:
+        # Under its own name, a kill would leave a checkpoint that is there in part.
+        doomed = checkpoint.with_name(f".old-{checkpoint.name}")
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; a line cut off by a kill or a full disk is left out."""
+        return read_json_lines(self.metrics_path)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop rows after `step`: they are about to be made again."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def write_provenance(self, facts: dict[str, Any]) -> None:
+        """Add this start to provenance.json: code, packages, host and the given facts."""
+        starts = [*self.starts(), {**provenance(), **facts}]
+        write_atomically(self.provenance_path, dump_json({"starts": starts}))
+
+    def starts(self) -> list[dict[str, Any]]:
+        """What provenance.json tells of each time that training began."""
+        try:
+            return json.loads(self.provenance_path.read_text())["starts"]
+        except (OSError, ValueError, KeyError):
+            return []
+
+    def former_config(self) -> Config:
+        """The configuration that the run's numbers so far were made with.
+
+        The newest whole checkpoint tells, as config.yaml may have been edited since; before the first one, config.yaml.
+        """
+        for checkpoint in reversed(self.checkpoints()):
+            if not checkpoint.damage(contents=False) and (found := checkpoint.config()) is not None:
+                return found
+        return self.config()
+
+    def _refuse_other_config(self, config: Config) -> None:
+        for change in changes(self.former_config(), config):
+            key, asked = change.key, change.key.name in config.run.allow_change
+            counts_samples = key.fixes == "order" and bool(self.checkpoints())
+            if asked and not counts_samples:
+                continue
+            if asked:
+                way_on = f"; its checkpoints count samples in the order that {key.name} fixes: choose another run.dir"
+            elif counts_samples or (key.section == "model" and self.checkpoints()):
+                way_on = "; choose another run.dir"
+            else:
+                way_on = f"; choose another run.dir, or go on with the change by run.allow_change=[{key.name}]"
+            values = f"{key.name}={_shown(change.before)}, not {_shown(change.now)}"
+            raise UserError(f"run.dir: {self.path} holds a run with {values}{way_on}")
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return "null" if value is None else f"{value}"

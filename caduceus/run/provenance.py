@@ -1,0 +1,48 @@
+"""What runs: commit and uncommitted changes of the code, packages, host."""
+
+import json
+import platform
+import socket
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CODE_VERSION = "code_version.json"
+"""Beside the packages of a copy of the code: the git commit and uncommitted changes that it was copied from."""
+
+
+def provenance() -> dict[str, Any]:
+    """What is running: time, host, code version with uncommitted changes, and package versions."""
+    packages = ("caduceus", "torch", "numpy", "numba", "triton", "mamba-ssm", "deepspeed", "webdataset", "wandb")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        **code_version(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def code_version() -> dict[str, str | None]:
+    """Commit and uncommitted changes of the code that runs, which may be a copy of a repository."""
+    recorded = Path(__file__).resolve().parents[2] / CODE_VERSION
+    if recorded.exists():
+        return json.loads(recorded.read_text())
+    return {"git_commit": _git("rev-parse", "HEAD"), "git_diff": _git("diff", "HEAD")}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,233 @@
+"""Checkpoints: model and optimizer as the strategy writes them, the rest as JSON and RNG states.
+
+The sharded files carry names that do not depend on the layout, so a checkpoint resumes on any number of ranks.
+"""
+
+import json
+import logging
+import random
+import secrets
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from caduceus.config import Config, config_to_dict
+from caduceus.data.loader import TrainLoader
+from caduceus.distributed.ranks import is_lost_contact
+from caduceus.distributed.strategy import Strategy
+from caduceus.errors import UserError
+from caduceus.files import dump_json, system_error, write_atomically
+from caduceus.run.checkpoints import Checkpoint
+from caduceus.run.directory import RunDirectory
+from caduceus.train.guards import MAX_REWINDS, Health
+from caduceus.train.optimizer import default_warmup, kept_warmup, learning_rate
+
+SAVE_TIMEOUT = timedelta(hours=2)
+"""A slow file system may take longer over a checkpoint than a collective of training may."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `loader` is the loader's own state: {fingerprint, seed, samples_consumed}."""
+
+    step: int
+    tokens: int
+    loader: dict[str, Any]
+    wandb_id: str | None = None
+    warmup_steps: int | None = None
+    """Of the learning rate; None in a checkpoint of a version that did not keep it."""
+    health: Health = field(default_factory=Health)
+
+
+class Checkpoints:
+    """Saves the checkpoints of a run and goes back to them, on all ranks together.
+
+    With `checkpoint.async` the state is copied to host memory, and a thread writes it while training goes on. One save
+    at a time: the next one waits for it. A checkpoint counts only once the files of all ranks are on disk. `group`: of
+    all ranks, over which they agree on saves.
+    """
+
+    def __init__(self, config: Config, run: RunDirectory, strategy: Strategy) -> None:
+        self._config = config
+        self._run = run
+        self._strategy = strategy
+        self._ranks = strategy.ranks
+        self._behind = config.checkpoint.async_ and strategy.can_stage
+        # Of its own, so that the thread's messages do not mix with those of training.
+        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if self._ranks.world > 1 else None
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed on this rank; `wait` raises its error. To be agreed on between ranks first."""
+        return self._failure is not None
+
+    def save(self, progress: Progress) -> None:
+        """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well."""
+        self.wait()
+        progress.health.rewinds = 0
+        # A name never used before: ranks of an earlier start may live on where nobody can reach them.
+        writing = self._run.checkpoints_path / f".writing-{progress.step:08d}-{secrets.token_hex(4)}"
+        with self._ranks.agreeing():
+            if self._ranks.is_main:
+                try:
+                    writing.mkdir()
+                except OSError as error:
+                    raise self._not_written(progress.step, error) from None
+        writing = self._ranks.broadcast(writing)
+        write = self._strategy.stage(self.group) if self._behind else self._strategy.save
+        arguments = (write, writing, asdict(progress), _rng_state())
+        if self._behind:
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(*arguments)
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way is complete on all ranks. Raises on every rank if it failed on any."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        self._ranks.raise_together(failure)
+
+    def resume(self, loader: TrainLoader) -> Progress | None:
+        """Restore the newest valid checkpoint, the loader's position included; None where there is none."""
+        checkpoint = former = None
+        with self._ranks.agreeing(), self._run.telling_of_disks():
+            if self._ranks.is_main:
+                checkpoint = self._run.set_aside_damaged_checkpoints()
+                former = checkpoint and (checkpoint.config() or self._run.config())
+        checkpoint, former = self._ranks.broadcast((checkpoint, former))
+        if checkpoint is None:
+            return None
+        progress = load_checkpoint(checkpoint, self._strategy)
+        loader.load_state(progress.loader)
+        self._keep_warmup(progress, former)
+        return progress
+
+    def _keep_warmup(self, progress: Progress, former: Config) -> None:
+        train, began_with = self._config.train, progress.warmup_steps
+        if began_with is None:
+            began_with = default_warmup(former.train)
+        progress.warmup_steps = kept_warmup(train, former.train, began_with, progress.step)
+        if self._ranks.is_main and train.steps != former.train.steps:
+            _log.info(
+                "train.steps: %d instead of %d; the warm-up stays at the %d steps that the run began with, and the "
+                "learning rate goes on from %.3g",
+                *(train.steps, former.train.steps, progress.warmup_steps),
+                learning_rate(progress.step + 1, train, progress.warmup_steps),
+            )
+
+    def rewind(self, progress: Progress, loader: TrainLoader) -> Progress | None:
+        """Back to the newest valid checkpoint, but on with the samples that follow; None where there is none.
+
+        Raises `UserError` where it went back to that checkpoint too often already.
+        """
+        self.wait()
+        if progress.health.rewinds == MAX_REWINDS:
+            raise UserError(
+                f"train.spike_factor: after {MAX_REWINDS} rewinds to one checkpoint the loss still leaps at step "
+                f"{progress.step}; lower train.lr or raise the factor"
+            )
+        position = loader.state()
+        before = self.resume(loader)
+        if before is None:
+            return None
+        loader.load_state(position)
+        _log.warning(
+            "the loss leapt at step %d: back to step %d, and on with the samples after %d",
+            progress.step,
+            before.step,
+            position["samples_consumed"],
+        )
+        health = replace(
+            before.health, skipped_steps=progress.health.skipped_steps, rewinds=progress.health.rewinds + 1
+        )
+        return replace(before, loader=position, wandb_id=progress.wandb_id, health=health)
+
+    def _write(
+        self, write: Callable[[Path], None], writing: Path, progress: dict[str, Any], rng: dict[str, Any]
+    ) -> None:
+        try:
+            write(writing)
+            if self._ranks.is_main:
+                with (writing / "rng.pt").open("wb") as file:  # torch's own writer would not tell of a full disk
+                    torch.save(rng, file)
+                write_atomically(writing / "progress.json", dump_json(progress))
+                samples = progress["loader"]["samples_consumed"]
+                facts = {"samples": samples, "config": config_to_dict(self._config)}
+                self._run.complete_checkpoint(writing, progress["step"], facts)
+                self._remove_old()
+        except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
+            if self._ranks.is_main:
+                shutil.rmtree(writing, ignore_errors=True)
+            of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException)) and not is_lost_contact(error)
+            self._failure = self._not_written(progress["step"], error) if of_disk else error
+
+    def _remove_old(self) -> None:
+        try:
+            self._run.remove_old_checkpoints(self._config.checkpoint.keep, self._config.checkpoint.keep_every)
+        except OSError as error:  # costs room alone, and the next save tries again
+            _log.warning("%s: old checkpoints could not be removed (%s)", self._run.checkpoints_path, error)
+
+    def _not_written(self, step: int, error: Exception) -> UserError:
+        return UserError(
+            f"{self._run.checkpoints_path}: the checkpoint of step {step} could not be written "
+            f"({_reason(error)}); earlier checkpoints are untouched: make room or mend the "
+            "disk, and start the same command again"
+        )
+
+
+def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
+    """Restore model, optimizer and RNG states in place, on any number of ranks."""
+    try:
+        strategy.load(checkpoint.path)
+    except (dcp.CheckpointException, RuntimeError, ValueError) as error:
+        if is_lost_contact(error):
+            raise
+        raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
+    with strategy.ranks.agreeing():
+        _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
+        values = json.loads((checkpoint.path / "progress.json").read_text())
+    return Progress(**{**values, "health": Health(**values["health"])})
+
+
+def _rng_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _reason(error: Exception) -> str:
+    """Why a save failed; the system's own error where there is one, of whichever rank met it."""
+    if isinstance(error, dcp.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return str(system_error(error) or _last_line(error))
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,73 @@
+"""Datasets of different species -> one, by hard links where the file system allows, else by copies."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from caduceus.data.shards import index_path, load_manifest
+from caduceus.errors import UserError
+from caduceus.files import replacing_directory
+from data_prep.write.directory import check_species, damaged_shards, locked, read_part, shard_rows, write_manifest
+
+
+def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
+    """Bring the species of complete datasets together in `out`; returns its manifest.
+
+    Equals making them in one run. With `add`, other species that `out` holds already stay beside them; a species that
+    is there in another form is refused.
+    """
+    origins: dict[str, Path] = {}
+    for source in sources:
+        for part in load_manifest(source)["species"]:
+            folder = source / part["name"]
+            other = origins.setdefault(part["name"], folder)
+            _require_equal(part, other)
+            _require_whole(part, folder)
+    check_species(out, list(origins), add)
+    for name in origins:
+        if (out / name / "species.json").exists():
+            _require_equal(read_part(origins[name] / "species.json"), out / name)
+    with locked(out):
+        for name, folder in origins.items():
+            part_path = out / name / "species.json"
+            if not part_path.exists() or damaged_shards(out / name, read_part(part_path)):
+                _bring(folder, out / name)
+        return write_manifest(out)
+
+
+def _require_equal(part: dict[str, Any], folder: Path) -> None:
+    if read_part(folder / "species.json") != part:
+        raise UserError(f"species {part['name']}: {folder} holds another version of it; merge one of them")
+
+
+def _require_whole(part: dict[str, Any], folder: Path) -> None:
+    damaged = damaged_shards(folder, part)
+    if damaged:
+        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        raise UserError(
+            f"{folder / damaged[0]}{more}: missing or not whole, tar or index; run the command that made it again, "
+            "which restores it, then merge"
+        )
+
+
+def _bring(source: Path, target: Path) -> None:
+    part = read_part(source / "species.json")
+    names = [row["name"] for row in shard_rows(part)]
+    try:
+        with replacing_directory(target) as staging:  # what a run that was killed began there is not needed
+            for name in names:
+                for path in (source / name, index_path(source / name)):
+                    _link_or_copy(path, staging / path.name)
+            _link_or_copy(source / "species.json", staging / "species.json")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}); run the same command again") from None
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise UserError(f"{source}: is missing; the dataset is damaged, see --verify") from None
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

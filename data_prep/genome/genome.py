@@ -1,0 +1,69 @@
+"""One genome over FASTA (plain, gzip, bgzip) and .2bit: contigs, lengths and `read(contig, start, end)`."""
+
+import os
+from pathlib import Path
+
+from caduceus.errors import UserError
+from data_prep.genome.fasta import FastaReader, open_fasta
+from data_prep.genome.twobit import MAGIC, TwoBitReader
+
+
+class Genome:
+    """Random access to the bases of a genome file. Can be pickled and used in several processes at once.
+
+    `contigs`: name (first word of the header) -> length in bases, in the file's order.
+    `descriptions`: name -> the whole header. `sha256`: of the input file's bytes.
+    """
+
+    def __init__(self, path: Path, reader: FastaReader | TwoBitReader) -> None:
+        self.path = path
+        self._reader = reader
+        self.contigs: dict[str, int] = reader.contigs
+        self.descriptions: dict[str, str] = reader.descriptions
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over in the file, or read as something else."""
+        return self._reader.notes
+
+    @property
+    def sha256(self) -> str:
+        return self._reader.sha256
+
+    def read(self, contig: str, start: int, end: int) -> bytes:
+        """The `end - start` bases of 0-based half-open [start, end), ASCII with case and IUPAC codes as stored.
+
+        A contig that is not there or a range outside it is a `ValueError`.
+        """
+        if contig not in self.contigs:
+            raise ValueError(f"{self.path}: no contig {contig!r}")
+        if not 0 <= start <= end <= self.contigs[contig]:
+            raise ValueError(f"{self.path}: {contig}:{start}-{end} is outside 0-{self.contigs[contig]}")
+        return self._reader.read(contig, start, end)
+
+
+def default_cache_dir() -> Path:
+    """Where tables and unpacked genomes are kept when no folder is named: $XDG_CACHE_HOME/caduceus/genomes."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "caduceus" / "genomes"
+
+
+def open_genome(path: str | Path, cache_dir: str | Path | None = None) -> Genome:
+    """Open a genome file; its format is told by its content, not by its name.
+
+    `cache_dir` keeps what must be unpacked (plain gzip, lines of unequal length) and the tables of files in read-only
+    folders; default: `default_cache_dir()`. What is wrong with the file is a `UserError` of one line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give a FASTA (plain, gzip or bgzip) or .2bit file")
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; give a FASTA (plain, gzip or bgzip) or .2bit file")
+    try:
+        with path.open("rb") as file:
+            is_twobit = file.read(4) in MAGIC
+    except OSError as error:
+        raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
+    if is_twobit:
+        return Genome(path, TwoBitReader(path))
+    return Genome(path, open_fasta(path, Path(cache_dir) if cache_dir is not None else default_cache_dir()))

@@ -1,0 +1,240 @@
+"""A dataset's directory while it is made: lock, unfinished species, finished parts, manifest."""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from caduceus.data.shards import build_manifest, index_path, load_manifest
+from caduceus.errors import UserError
+from caduceus.files import (
+    append_json_line,
+    dump_json,
+    fingerprint,
+    is_disk_full,
+    read_json_lines,
+    sha256_of,
+    take_lock,
+    write_atomically,
+)
+from data_prep.plan.options import PlanOptions
+from data_prep.progress import note
+from data_prep.write.report import write_report
+
+LOCK = ".lock"
+JOURNAL = ".unfinished.jsonl"
+_NEWER_OPTIONS = {"contigs": PlanOptions.contigs}
+"""What datasets of earlier versions, which do not name these options, were made with."""
+_WEIGHTS = ("weight", "weight_exponent")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure of the disk while `path` is written into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            reason = f"the disk is full ({error.strerror}); make room"
+        else:
+            reason = f"cannot be written ({error.strerror}); mend that"
+        raise UserError(f"{path}: {reason} and run the same command again to go on") from None
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make the directory where it is absent, and keep other runs out of it; a killed run's lock is gone with it."""
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = take_lock(directory / LOCK, wait=False)
+    except BlockingIOError:
+        raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out") from None
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            way_on = "its file system has no locks", "shard to a local disk and copy"
+        else:
+            way_on = "cannot be written to", "choose another --out"
+        raise UserError(f"{directory}: {way_on[0]} ({error.strerror}); {way_on[1]}") from None
+    with file:
+        try:
+            with writing(directory):
+                _remove_leftovers(directory)
+                yield
+        except BaseException:
+            with suppress(OSError):
+                _remove_leftovers(directory)
+            if made and [path.name for path in directory.iterdir()] == [LOCK]:  # nothing has come of it
+                (directory / LOCK).unlink()
+                directory.rmdir()
+            raise
+
+
+def refuse_if_locked(directory: Path) -> None:
+    """Fail early, before long work, where another run holds the lock."""
+    if (directory / LOCK).exists():
+        with locked(directory):
+            pass
+
+
+class SpeciesDirectory:
+    """OUT/SPECIES, from its first shard to its `species.json`.
+
+    While unfinished it holds a journal: what is being made (the identity), then one line per finished shard, so that
+    a run that was killed goes on with what is missing. A species that has lost shards is unfinished again.
+    """
+
+    def __init__(self, dataset: Path, identity: dict[str, Any]) -> None:
+        self.path = dataset / identity["species"]
+        self.identity = identity
+        self._part, self._journal = self.path / "species.json", self.path / JOURNAL
+
+    def finished(self) -> bool:
+        """Whether the species is complete; one of another genome or other options is a `UserError`."""
+        if self._part.exists():
+            part = read_part(self._part)
+            self._require_same(part_identity(part), "holds")
+            return not damaged_shards(self.path, part)
+        if self._journal.exists():
+            self._require_same(_read_journal(self._journal)[0], "was begun with")
+        return False
+
+    def begin(self) -> dict[str, dict[str, Any]]:
+        """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
+        self.path.mkdir(exist_ok=True)
+        if self._part.exists():
+            rows = shard_rows(read_part(self._part))
+        else:
+            rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
+        finished = {row["name"]: row for row in rows if is_whole(self.path, row)}
+        # Written anew: a line that a kill cut short must not spoil the next one.
+        lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
+        write_atomically(self._journal, "".join(lines).encode())
+        if self._part.exists():
+            lost = len(rows) - len(finished)
+            note(f"{self.path}: {lost} of {len(rows)} shards are missing or damaged; writing them again")
+            self._part.unlink()
+        return finished
+
+    def update_weight(self, weight: Callable[[dict[str, Any]], float]) -> None:
+        """Bring a finished species to the weights asked for now, on which its shards do not depend.
+
+        `weight` gives its share in the mixture from its report.
+        """
+        part = read_part(self._part)
+        plan = {**part["plan"], **{key: self.identity["plan"][key] for key in _WEIGHTS}}
+        if part["plan"] != plan:
+            write_atomically(self._part, dump_json({**part, "plan": plan, "weight": weight(part["report"])}))
+
+    def record(self, shard: dict[str, Any]) -> None:
+        """Note a shard as finished."""
+        append_json_line(self._journal, shard)
+
+    def finish(self, part: dict[str, Any]) -> None:
+        """Write the species' part of the manifest: the species is complete."""
+        write_atomically(self._part, dump_json(part))
+        self._journal.unlink()
+
+    def _require_same(self, found: dict[str, Any], how: str) -> None:
+        was, now = _of_shards(found), _of_shards(self.identity)
+        if was == now:
+            return
+        key = next(key for key in [*now, *was] if was.get(key) != now.get(key))
+        raise UserError(
+            f"{self.path}: {how} {key} {was.get(key)!r}, but now it is {now.get(key)!r} "
+            f"(fingerprints {fingerprint(was)[:12]} and {fingerprint(now)[:12]}); "
+            f"choose another --out, or delete {self.path}"
+        )
+
+
+def shard_rows(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a part of a manifest says of each of its shards."""
+    return [shard for split in part["splits"].values() for shard in split["shards"]]
+
+
+def is_whole(folder: Path, row: dict[str, Any]) -> bool:
+    """Whether a shard is there, by its tar's size and its index's sha256: to hash all tars is --verify's work."""
+    tar = folder / row["name"]
+    index = index_path(tar)
+    if not tar.is_file() or tar.stat().st_size != row["bytes"] or not index.is_file():
+        return False
+    return sha256_of(index) == row["index_sha256"]
+
+
+def damaged_shards(folder: Path, part: dict[str, Any]) -> list[str]:
+    """Names of a species' shards that are missing or not whole."""
+    return [row["name"] for row in shard_rows(part) if not is_whole(folder, row)]
+
+
+def part_identity(part: dict[str, Any]) -> dict[str, Any]:
+    """The identity of the species that a part of a manifest describes."""
+    keys = ("assembly", "file", "sha256", "plan")
+    return {"species": part["name"], **{key: part[key] for key in keys}}
+
+
+def read_part(path: Path) -> dict[str, Any]:
+    """A species.json."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as a species' part of a manifest ({error})") from None
+
+
+def check_species(directory: Path, names: list[str], add: bool) -> None:
+    """Refuse a directory that holds anything else than (some of) these species, unless they are to be added to it."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise UserError(f"{directory}: is not a directory; choose another --out")
+    present = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
+    species = {path.name for path in present if (path / "species.json").exists() or (path / JOURNAL).exists()}
+    foreign = [path.name for path in present if path.name not in species | {"manifest.json", "report.html", *names}]
+    if foreign and not species:
+        raise UserError(f"{directory}: holds {foreign[0]} and no shard dataset; choose another --out")
+    for name in set(names) - species:
+        if any(not path.name.startswith(".") for path in (directory / name).glob("*")):
+            raise UserError(f"{directory / name}: holds other files; choose another --out or another species name")
+    others = sorted(species - set(names))
+    if others and not add:
+        raise UserError(
+            f"{directory}: holds another dataset (species {', '.join(others)}); choose another --out, or give --add "
+            "to add to it"
+        )
+
+
+def write_manifest(directory: Path) -> dict[str, Any]:
+    """Write `report.html` and, last, `manifest.json` over all finished species of a directory."""
+    manifest = build_manifest([read_part(path) for path in sorted(directory.glob("*/species.json"))])
+    path = directory / "manifest.json"
+    content = dump_json(manifest)
+    if not path.exists() or path.read_bytes() != content or not (directory / "report.html").exists():
+        write_report(directory, manifest)
+        write_atomically(path, content)
+    return load_manifest(directory)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what killed runs left of files that they were writing, and journals of species that are finished."""
+    leftovers = [*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")]
+    leftovers += [path for path in directory.glob(f"*/{JOURNAL}") if (path.parent / "species.json").exists()]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    rows = read_json_lines(path)
+    if not rows or "species" not in rows[0]:
+        raise UserError(f"{path}: is damaged; delete {path.parent} and run the command again")
+    return rows
+
+
+def _of_shards(identity: dict[str, Any]) -> dict[str, Any]:
+    """What of an identity decides the bytes of the shards, without nesting."""
+    flat = {**_NEWER_OPTIONS, **identity, **identity["plan"]}
+    return {key: value for key, value in flat.items() if key not in ("plan", *_WEIGHTS)}

@@ -1,0 +1,231 @@
+"""report.html: what a dataset holds, as tables and pictures in one file that needs no other."""
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caduceus.data.shards import SPLITS, ShardIndex, index_path
+from caduceus.files import write_atomically
+from data_prep.plan.intervals import union
+from data_prep.progress import format_amount
+from data_prep.write.summary import left_out_lines, percent
+
+_SHOWN_CONTIGS = 30
+_WIDTH = 760
+_LABEL = 130
+_ROW = 14
+_REASONS = {
+    "left_out_contigs": "contigs left out",
+    "excluded": "excluded regions",
+    "gap": "runs of N",
+    "outside_intervals": "outside intervals",
+    "leakage": "kept out of train",
+    "low_acgt": "too little ACGT",
+    "between_windows": "between windows",
+    "tail": "tails",
+    "short": "too short",
+}
+_STYLE = """
+:root { --ink: #1c2733; --faint: #6b7785; --line: #d9dfe5; --paper: #ffffff;
+  --train: #3566a8; --valid: #e0872c; --test: #3c9a6b; --dropped: #c9ced4; --bare: #eef1f4; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --faint: #97a3b0; --line: #3a4551; --paper: #141a21;
+  --train: #6d9be0; --valid: #f0a557; --test: #5fc091; --dropped: #56616d; --bare: #252e38; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 960px;
+  margin: 2.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+p, li { color: var(--faint); margin: .2rem 0; } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; font-size: 14px; }
+th { font-weight: 600; color: var(--faint); } th, td { padding: .3rem .55rem; text-align: right;
+  border-bottom: 1px solid var(--line); white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 10px; }
+.key span { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; border-radius: 2px; }
+.warn { color: var(--valid); font-weight: 600; } summary { cursor: pointer; font-weight: 600; padding: .4rem 0; }
+"""
+
+
+def write_report(directory: Path, manifest: dict[str, Any]) -> None:
+    """Write `report.html` beside the manifest that is about to be written."""
+    species = manifest["species"]
+    names = ", ".join(part["name"] for part in species[:4]) + (", …" if len(species) > 4 else "")
+    title = f"Shards of {escape(names)}"
+    parts = [
+        f"<h1>{title}</h1>",
+        f"<p>{len(species)} species, fingerprint {manifest['fingerprint'][:16]}</p>",
+        "<h2>Species</h2>",
+        _species_table(species),
+        "<h2>Where every base went</h2>",
+        _legend(),
+        *(_fate_bar(part) for part in species if part["report"]),
+        _fate_table([part for part in species if part["report"]]),
+        "<h2>Contigs left out</h2>",
+        _left_out_table([part for part in species if part["report"]]),
+        "<h2>Leakage</h2>",
+        _leakage_table([part for part in species if part["report"]]),
+        "<h2>Splits along the contigs</h2>",
+        _legend(),
+        *(_ideogram(directory / part["name"], part, opened=len(species) <= 8) for part in species),
+    ]
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    body = "\n".join(parts)
+    write_atomically(
+        directory / "report.html",
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'.encode(),
+    )
+
+
+def _species_table(species: list[dict[str, Any]]) -> str:
+    headings = ["species", "assembly", "bases", "N", "lower case", "GC", "kept", "weight"]
+    headings += [f"{split} windows" for split in SPLITS] + ["shards", "size"]
+    rows = []
+    for part in species:
+        report = part["report"]
+        shards = [shard for split in part["splits"].values() for shard in split["shards"]]
+        known = ["-"] * 5
+        windows = ["-"] * len(SPLITS)
+        if report:
+            known = [
+                f"{report['bases']:,}",
+                percent(report["n"], report["bases"]),
+                percent(report["lower"], report["bases"]),
+                percent(report["gc"], report["acgt"]),
+                percent(report["kept"], report["bases"]),
+            ]
+            windows = [f"{report['splits'][split]['windows']:,}" for split in SPLITS]
+        size = format_amount(sum(shard["bytes"] for shard in shards), "B")
+        rows.append([part["name"], part["assembly"], *known, f"{part['weight']:.4g}", *windows, len(shards), size])
+    return _table(headings, rows)
+
+
+def _fate_table(species: list[dict[str, Any]]) -> str:
+    used = [reason for reason in _REASONS if any(part["report"]["dropped"][reason] for part in species)]
+    headings = ["bases", "genome", *SPLITS, "kept", *(_REASONS[reason] for reason in used)]
+    rows = []
+    for part in species:
+        report = part["report"]
+        of_split = [f"{report['splits'][split]['bases']:,}" for split in SPLITS]
+        dropped = [f"{report['dropped'][reason]:,}" for reason in used]
+        rows.append([part["name"], f"{report['bases']:,}", *of_split, f"{report['kept']:,}", *dropped])
+    notes = [
+        f"<li>{escape(part['name'])}: {escape(line)}</li>"
+        for part in species
+        for line in left_out_lines(part["report"])
+    ]
+    return _table(headings, rows) + f"<ul>{''.join(notes)}</ul>"
+
+
+def _left_out_table(species: list[dict[str, Any]]) -> str:
+    rows = [
+        [part["name"], kind, f"{group['contigs']:,}", f"{group['bases']:,}"]
+        + [percent(group["bases"], part["report"]["bases"]), group.get("why", ""), ", ".join(group["names"][:6])]
+        for part in species
+        for kind, group in part["report"]["left_out"].items()
+    ]
+    if not rows:
+        return "<p>none</p>"
+    return _table(["species", "kind", "contigs", "bases", "share", "why", "names"], rows)
+
+
+def _leakage_table(species: list[dict[str, Any]]) -> str:
+    rows = []
+    for part in species:
+        leaked, train = part["report"]["leakage"], part["report"]["splits"]["train"]["bases"]
+        rows.append([part["name"], f"{train:,}", *(f"{leaked[key]:,}" for key in ("valid", "test", "either"))])
+        rows[-1].append(percent(leaked["either"], train))
+    headings = ["bases", "train", "also in valid", "also in test", "in either", "share of train"]
+    return _table(headings, rows)
+
+
+def _fate_bar(part: dict[str, Any]) -> str:
+    report = part["report"]
+    kept = [(split, report["splits"][split]["bases"]) for split in SPLITS]
+    shares = [(name, bases) for name, bases in (*kept, ("dropped", sum(report["dropped"].values()))) if bases]
+    total = report["bases"]
+    one_row = sum(bases for _, bases in shares) == total  # splits that overlap stand one below the other
+    left, top, boxes = 0.0, 2, []
+    for name, bases in shares:
+        width = (_WIDTH - _LABEL) * bases / total
+        title = f"<title>{name}: {bases:,} bp, {percent(bases, total)} of the genome</title>"
+        boxes.append(_box(_LABEL + left, top, width, _ROW, name, title))
+        left, top = (left + width, top) if one_row else (left, top + _ROW)
+    label = _text(part["name"], 0, 13)
+    height = _ROW * (1 if one_row else len(shares)) + 4
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{label}{"".join(boxes)}</svg>'
+
+
+def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
+    contigs = sorted(enumerate(part["contigs"]), key=lambda item: -item[1]["length"])
+    shown = sorted(contigs[:_SHOWN_CONTIGS])
+    longest = contigs[0][1]["length"]
+    covered = {split: split_coverage(folder, part, split, [number for number, _ in shown]) for split in SPLITS}
+    rows = []
+    for line, (number, contig) in enumerate(shown):
+        top = line * (_ROW + 4) + 2
+        scale = (_WIDTH - _LABEL) / longest
+        title = f"<title>{escape(contig['name'])}: {contig['length']:,} bp</title>"
+        rows.append(_text(contig["name"], 0, top + 11))
+        rows.append(_box(_LABEL, top, contig["length"] * scale, _ROW, "bare", title))
+        for split in SPLITS:
+            rows += _pieces(covered[split].get(number), scale, top, split)
+    more = f"<p>and {len(contigs) - len(shown)} shorter contigs</p>" if len(contigs) > len(shown) else ""
+    height = len(shown) * (_ROW + 4) + 4
+    svg = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(rows)}</svg>'
+    return f"<details{' open' if opened else ''}><summary>{escape(part['name'])}</summary>{svg}{more}</details>"
+
+
+def split_coverage(folder: Path, part: dict[str, Any], split: str, contigs: list[int]) -> dict[int, np.ndarray]:
+    """Contig number -> the bases of the split's windows, as a set, for some of the contigs."""
+    shards = part["splits"].get(split, {}).get("shards", [])
+    tables = []
+    for shard in shards:
+        index = ShardIndex.load(index_path(folder / shard["name"]))
+        start, length = (index.samples[key].astype(np.int64) for key in ("start", "length"))
+        if part["plan"].get("tail") == "pad":
+            length -= _padding(index)
+        table = np.stack([index.samples["contig"], start, start + length], axis=1)
+        tables.append(table[np.isin(table[:, 0], contigs)])
+    table = np.concatenate([np.empty((0, 3), dtype=np.int64), *tables])
+    return {int(contig): union(table[table[:, 0] == contig, 1:]) for contig in np.unique(table[:, 0])}
+
+
+def _padding(index: ShardIndex) -> np.ndarray:
+    """Length of the run of non-ACGT bases that ends each window, (n,): the padding where it is long enough to see."""
+    samples, runs = index.samples, index.runs
+    owner = samples[runs["sample"]]
+    ends = np.where(owner["strand"] == 0, runs["start"] + runs["length"] == owner["length"], runs["start"] == 0)
+    padding = np.zeros(len(samples), dtype=np.int64)
+    padding[runs["sample"][ends]] = runs["length"][ends]
+    return padding
+
+
+def _pieces(intervals: np.ndarray | None, scale: float, top: int, split: str) -> Iterator[str]:
+    """Boxes of one split on one contig; what is nearer than half a pixel is drawn as one."""
+    if intervals is None:
+        return
+    pixels = union(np.rint(intervals * scale * 2).astype(np.int64) + [0, 1])
+    for start, end in pixels:
+        yield _box(_LABEL + start / 2, top, (end - start) / 2, _ROW, split)
+
+
+def _legend() -> str:
+    names = (*SPLITS, "dropped")
+    keys = (f'<span style="background: var(--{name})"></span>{name}' for name in names)
+    return f'<p class="key">{"".join(keys)}</p>'
+
+
+def _table(headings: list[str], rows: list[list[Any]]) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in headings)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _box(left: float, top: float, width: float, height: float, name: str, title: str = "") -> str:
+    place = f'x="{left:.1f}" y="{top}" width="{max(width, 0.5):.1f}" height="{height}"'
+    return f'<rect {place} rx="1.5" style="fill: var(--{name})">{title}</rect>'
+
+
+def _text(text: str, left: float, baseline: float) -> str:
+    shortened = text if len(text) <= 22 else text[:21] + "…"
+    return f'<text x="{left}" y="{baseline}">{escape(shortened)}</text>'

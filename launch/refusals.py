@@ -1,0 +1,87 @@
+"""Mistakes that can be seen before a job waits in a queue for hours."""
+
+import contextlib
+from statistics import median
+
+from caduceus.config import Config
+from caduceus.data.dataset import open_dataset
+from caduceus.distributed.layout import check_layout
+from caduceus.errors import UserError
+from caduceus.run.directory import RunDirectory
+from launch.capacity import slurm_complaint
+from launch.estimate import estimate
+from launch.request import JobRequest
+from launch.scheduler import SilentError
+from launch.status import live_jobs
+from launch.terminal import runs_command
+
+
+def refuse_impossible_layout(config: Config, request: JobRequest) -> None:
+    """Raise `UserError` where the ranks of the request cannot be arranged as the configuration wants."""
+    check_layout(config, request.world)
+    if config.run.device == "cuda" and request.executor == "slurm" and not request.gpus_per_node:
+        raise UserError("run.device: cuda was asked for, but the job asks for no GPUs; use --gpus-per-node")
+
+
+def refuse_bad_request(config: Config, request: JobRequest) -> None:
+    """Raise `UserError` for the first thing that would go wrong."""
+    refuse_impossible_layout(config, request)
+    if found := complaints(config, request):
+        raise UserError(found[0])
+
+
+def complaints(config: Config, request: JobRequest) -> list[str]:
+    """What would stop the run on this machine or its SLURM, a line each."""
+    found = [_data_complaint(config), _time_complaint(config, request)]
+    if request.executor == "slurm":
+        no_slurm = slurm_complaint(request)
+        found = [no_slurm or _in_use_complaint(RunDirectory(config.run.dir)), *found]
+    return [complaint for complaint in found if complaint]
+
+
+def refuse_run_in_use(run: RunDirectory) -> None:
+    """Raise `UserError` where a job of this machine's SLURM waits for the run, or trains it."""
+    with contextlib.suppress(SilentError):  # a run may go on where there is no SLURM
+        if complaint := _in_use_complaint(run):
+            raise UserError(complaint)
+
+
+def _in_use_complaint(run: RunDirectory) -> str | None:
+    for job in live_jobs(run):
+        return f"run.dir: {run.path} is in use by job {job}; wait for it, or: {runs_command('stop', run.path)}"
+    return None
+
+
+def _data_complaint(config: Config) -> str | None:
+    try:
+        if config.data.mode == "stream":
+            from caduceus.data.stream import expand_urls  # which imports torch
+
+            expand_urls(config.data.path, "data.path", config.data.allow_commands)
+        else:
+            open_dataset(config.data, "train")
+            if config.valid.every:
+                open_dataset(config.data, "valid")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _time_complaint(config: Config, request: JobRequest) -> str | None:
+    """A job that ends before its first checkpoint, by the speed that this run had, or by the estimate for GPUs."""
+    measured = [row["seconds"] for row in RunDirectory(config.run.dir).metrics()[-100:] if "seconds" in row]
+    if measured:
+        step = median(measured)
+    elif request.gpus_per_node:
+        step = estimate(config, request.world).step_seconds
+    else:
+        return None
+    interval = step * min(config.checkpoint.every, config.train.steps)
+    available = request.minutes * 60 - request.signal_seconds
+    if interval <= available:
+        return None
+    return (
+        f"time: {request.minutes} min, less {request.signal_seconds} s for the last checkpoint, is shorter than a "
+        f"checkpoint interval of {interval / 60:.1f} min ({config.checkpoint.every} steps of {step:.2g} s); "
+        "raise --time or lower checkpoint.every"
+    )

@@ -1,0 +1,146 @@
+"""How a run stands, from its directory and, where there is one, SLURM. Imports no torch."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from statistics import median
+
+from caduceus.run.directory import RunDirectory
+from launch import history, local_jobs, scheduler
+from launch.history import Attempt, Submission, attempts, newest_step, submissions
+from launch.logs import last_error
+from launch.scheduler import IN_QUEUE, JobState, SilentError
+
+RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
+_RECENT_ROWS = 50
+_State = tuple[str, str | None, list[str]]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """How a run stands. What is not known is None."""
+
+    state: str
+    """running, stopping, waiting, complete, stopped, failed, given up, cancelled, interrupted, lost, new or unknown."""
+    why: str | None
+    """SLURM's reason to let it wait, the error that ended it, how it was lost, or why the state is unknown."""
+    jobs: list[str]
+    """Jobs that run or wait."""
+    step: int
+    steps: int
+    loss: float | None
+    valid_loss: float | None
+    tokens_per_second: float | None
+    seconds_left: float | None
+    checkpoint: int
+    """Step of the newest checkpoint; 0 is none."""
+    quiet_seconds: float | None
+    """Since the last row of metrics.jsonl."""
+    attempts: list[Attempt]
+
+    @property
+    def live(self) -> bool:
+        return self.state in (RUNNING, STOPPING, WAITING)
+
+
+def live_jobs(run: RunDirectory) -> dict[str, JobState]:
+    """The SLURM jobs that wait for, or train in, a run directory.
+
+    Raises `SilentError` where there may be such jobs and SLURM does not tell.
+    """
+    return scheduler.live_jobs([job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs])
+
+
+def overview(run: RunDirectory) -> Overview:
+    """Look at a run; SLURM may have forgotten its jobs, or not answer."""
+    rows, config = run.metrics(), run.config()
+    training = [row for row in rows if "loss" in row]
+    validations = [row["valid_loss"] for row in rows if "valid_loss" in row]
+    step = training[-1]["step"] if training else 0
+    recent = training[-_RECENT_ROWS:]
+    state, why, jobs = _state(run, config.train.steps, step > 0)
+    return Overview(
+        state=state,
+        why=why,
+        jobs=jobs,
+        step=step,
+        steps=config.train.steps,
+        loss=training[-1]["loss"] if training else None,
+        valid_loss=validations[-1] if validations else None,
+        tokens_per_second=median(row["tokens_per_second"] for row in recent) if recent else None,
+        seconds_left=median(row["seconds"] for row in recent) * (config.train.steps - step) if recent else None,
+        checkpoint=newest_step(run),
+        quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if rows else None,
+        attempts=attempts(run),
+    )
+
+
+def _state(run: RunDirectory, steps: int, begun: bool) -> _State:
+    """State, why, and the jobs that are alive."""
+    stop = run.stop_path.exists()
+    submitted, found = submissions(run), attempts(run)
+    try:
+        jobs, silence = live_jobs(run), None
+    except SilentError as error:
+        jobs, silence = {}, str(error)
+    if jobs:
+        waiting = all(job.state in IN_QUEUE for job in jobs.values())
+        reason = next(iter(jobs.values())).reason if waiting else None
+        return (WAITING if waiting else STOPPING if stop else RUNNING), reason, list(jobs)
+    newest = submitted[-1] if submitted else None
+    if newest and newest.executor == "local" and local_jobs.is_running(newest.jobs[0], newest.logs):
+        return (STOPPING if stop else RUNNING), None, newest.jobs
+    if run.is_in_use():
+        holder = run.holder()
+        if holder is None or holder.slurm_job is None or scheduler.may_be_live(holder.slurm_job):
+            return (STOPPING if stop else RUNNING), None, []
+        return LOST, f"{_signs_of_life(run, holder.slurm_job, submitted)}; {holder} lives on: end it, or resume", []
+    if newest_step(run) >= steps:
+        return "complete", None, []
+    if silence and not (found and (found[-1].gave_up or found[-1].reason == history.STOPPED)):
+        return UNKNOWN, silence, []
+    if found := _ended(run, submitted):
+        return _how_it_ended(found[-1], stop)
+    if stop:
+        return "stopped", None, []
+    return ("interrupted" if begun else "new"), None, []
+
+
+def _how_it_ended(last: Attempt, stop: bool) -> _State:
+    if last.gave_up:
+        return "given up", last.error, []
+    if last.reason == history.FAILED:
+        return "failed", last.error, []
+    if stop or last.reason == history.STOPPED:
+        return "stopped", None, []
+    if last.reason == history.TAKEN:
+        return "cancelled", None, []
+    if last.reason == history.COMPLETE:
+        return "interrupted", "the checkpoint of its last step is gone; resume makes it again", []
+    if last.reason == history.LOST:
+        return LOST, last.error, []
+    return "interrupted", last.reason, []
+
+
+def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
+    """The attempts of a run that has no live job; the newest gets an end where its job left none."""
+    found = attempts(run)  # again: it may have been written down just before SLURM let go of the job
+    if not found or found[-1].reason is not None:
+        return found
+    last = found[-1]
+    error = last_error(run, submitted[-1].logs, last.job, last.restart) if submitted else None
+    reason, told = (history.FAILED, error) if error else (history.LOST, _signs_of_life(run, last.job, submitted))
+    with contextlib.suppress(OSError):  # who may only look
+        history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
+    last.reason, last.error, last.step = reason, told, newest_step(run)
+    return found
+
+
+def _signs_of_life(run: RunDirectory, job: str, submitted: list[Submission]) -> str:
+    """What SLURM says of a job that left no end, and when its processes last wrote something."""
+    logs = [path for entry in submitted for path in entry.logs.glob(f"{job}_*_log.out")]
+    written = [path.stat().st_mtime for path in (run.metrics_path, *logs) if path.exists()]
+    last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(written))) if written else "none"
+    state = scheduler.end_of(job)
+    told = f"ended as {state}" if state else "is no longer known to SLURM"
+    return f"job {job} {told}; last sign of life: {last}"

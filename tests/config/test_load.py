@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import pytest
+
+from caduceus.config import CaduceusConfig, Config, config_from_dict, config_to_dict, load_config, save_config
+from caduceus.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "model" / "small.yaml").write_text("model:\n  d_model: 32\n  rcps: true\n")
+    path = tmp_path / "pretrain" / "run.yaml"
+    path.write_text("defaults:\n- model/small\nmodel:\n  n_layer: 2\ntrain:\n  lr: 1e-3\n")
+    return path
+
+
+def test_defaults_own_keys_and_overrides_apply_in_this_order(preset: Path) -> None:
+    config = load_config(preset, ["model.d_model=64", "train.betas=[0.8,0.9]", "data.path=shards"])
+    assert (config.model.d_model, config.model.n_layer, config.model.rcps) == (64, 2, True)
+    assert (config.train.lr, config.train.betas, config.data.path) == (1e-3, [0.8, 0.9], "shards")
+    assert (config.run.name, config.run.dir) == ("run", "runs/run")
+
+
+def test_a_saved_configuration_loads_as_itself(preset: Path, tmp_path: Path) -> None:
+    config = load_config(preset, ["data.path=[{path: a, weight: 2}]", "train.warmup_steps=7"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.stesp=3", "train.stesp"),
+        ("trian.steps=3", "trian"),
+        ("train.steps=many", "train.steps"),
+        ("train.steps=0", "train.steps"),
+        ("train.lr=fast", "train.lr"),
+        ("train=3", "train"),
+        ("model.d_model=0", "model.d_model"),
+        ("model.vocab_size=13", "model.vocab_size"),
+        ("model.bidirectional_strategy=mean", "model.bidirectional_strategy"),
+        ("train.precision=fp8", "train.precision"),
+        ("parallel.zero_stage=5", "parallel.zero_stage: choose one of 0, 1, 2, 3"),
+        ("data.mask_prob=1.5", "data.mask_prob"),
+        ("data.random_token_prob=0.3", "data.random_token_prob"),
+        ("data.objective=next_base", "data.objective"),
+        ("train.global_batch=9", "train.global_batch"),
+        ("train.betas=[0.9]", "train.betas"),
+        ("train.betas=[.nan,0.9]", "train.betas"),
+        ("train.lr=nan", "train.lr: must be a finite number"),
+        ("train.lr=inf", "train.lr: must be a finite number"),
+        ("train.clip_norm=nan", "train.clip_norm"),
+        ("train.stall_minutes=nan", "train.stall_minutes"),
+        ("run.time_budget_minutes=inf", "run.time_budget_minutes"),
+        ("train.spike_factor=0.5", "train.spike_factor: must be 0 (off) or above 1"),
+        ("train.seed=-1", "train.seed"),
+        ("model.norm_epsilon=-1", "model.norm_epsilon"),
+        ("model.norm_epsilon=nan", "model.norm_epsilon"),
+        ("run.allow_change=[foo.bar]", "run.allow_change: there is no key 'foo.bar'"),
+        ("train.warmup_steps=1000000", "train.warmup_steps"),
+        ("train.min_lr=1", "train.min_lr"),
+        ("train.steps", "key.path=value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(preset: Path, override: str, named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(preset, [override])
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("train: [1\n", "YAML"),
+        ("- 1\n", "mapping"),
+        ("defaults: [model/absent]\n", "model/absent"),
+        ("defaults: [pretrain/run]\n", "circle"),
+        ("modle: {}\n", "modle"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(preset: Path, text: str, named: str) -> None:
+    preset.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(preset)
+    assert named in str(caught.value) and str(preset) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such configuration"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("sharing", [["parallel.context=2"], ["parallel.strands=2", "model.rcps=true"]])
+def test_ranks_that_share_a_sequence_read_no_stream(preset: Path, sharing: list[str]) -> None:
+    with pytest.raises(UserError, match=r"^data\.mode: stream goes with neither .*; use data\.mode=shards$"):
+        load_config(preset, ["data.mode=stream", *sharing])
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "pretrain").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads_and_keeps_the_published_batch(path: Path) -> None:
+    config = load_config(path)
+    assert config.model != CaduceusConfig() or "256" in path.stem or "1k" in path.stem
+    if path.stem.startswith(("ph-", "ps-", "mamba-")):
+        assert config.train.global_batch * config.data.seq_len == 2**20
+        assert config.train.betas == [0.9, 0.95] and config.train.weight_decay == 0.1
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = Config()
+    assert (config.train.lr, config.train.min_lr, config.train.clip_norm) == (8e-3, 1e-4, 1.0)
+    assert (config.data.mask_prob, config.data.mask_token_prob, config.data.random_token_prob) == (0.15, 0.8, 0.1)
+
+
+def test_the_key_async_is_a_word_of_python_and_still_a_key(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("checkpoint:\n  async: false\n")
+    config = load_config(tmp_path / "run.yaml")
+    assert config.checkpoint.async_ is False and config_to_dict(config)["checkpoint"]["async"] is False
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert load_config(tmp_path / "run.yaml", ["checkpoint.async=true"]).checkpoint.async_ is True
+    with pytest.raises(UserError, match=r"checkpoint\.async: .*maybe.*bool"):
+        load_config(tmp_path / "run.yaml", ["checkpoint.async=maybe"])
+    with pytest.raises(UserError, match=r"unknown key 'checkpoint\.async_'; known here: .*async"):
+        load_config(tmp_path / "run.yaml", ["checkpoint.async_=true"])
+
+
+@pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
+def test_double_precision_is_refused_for_backends_without_it(preset: Path, backend: str) -> None:
+    with pytest.raises(UserError, match=rf"^train\.precision: ops\.backend={backend} does not .* fp64; use naive"):
+        load_config(preset, [f"ops.backend={backend}", "train.precision=fp64"])
+    assert load_config(preset, ["train.precision=fp64"]).ops.backend == "auto"
