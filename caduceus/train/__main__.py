@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import signal
 import warnings
 
 from caduceus.arguments import Parser, PresetAction
@@ -33,7 +34,9 @@ def main() -> int:
         return 0
     from caduceus.train.trainer import train
 
-    return train(config)
+    status = train(config)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run has ended, and its status tells how
+    return status
 
 
 def set_up_logging() -> None:
@@ -44,7 +47,9 @@ def set_up_logging() -> None:
 
 def command() -> None:
     """The command line."""
-    run_command(main)
+    run_command(
+        main, interrupted="interrupted before a checkpoint was made; the same command goes on from the newest one"
+    )
 
 
 def _parser() -> Parser:

@@ -143,7 +143,5 @@ def test_a_file_of_the_name_of_a_preset_wins(tmp_path: Path, monkeypatch: pytest
     assert (load_config("ps-1k").run.name, load_config("ps-1k").run.dir) == ("ps-1k", "runs/ps-1k")
     (tmp_path / "ps-1k").write_text("model: {d_model: 32}\n")
     assert load_config("ps-1k").model.d_model == 32
-    with pytest.raises(
-        UserError, match=r"^ps-2k: no such configuration file, nor a preset of this name; --config list"
-    ):
+    with pytest.raises(UserError, match=r"^ps-2k: no such configuration file, nor a preset .* --config list"):
         load_config("ps-2k")
