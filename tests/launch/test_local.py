@@ -52,6 +52,7 @@ def test_a_local_job_is_interrupted_killed_and_cancelled(small_shards, tmp_path)
     job = start(tmp_path, config)
     wait_until_training(run, 3)
     cancelled = command("runs", tmp_path, "cancel", "run")
+    assert not overview(RunDirectory(run)).live
     again = start(tmp_path, config)  # at once: the cancelled one may still be on its way out
     assert cancelled.returncode == 0 and "its newest checkpoint is of step " in cancelled.stdout
     job.communicate(timeout=PATIENCE)
