@@ -38,7 +38,7 @@ def split_fields(line: str, tight: int | None = None) -> list[str]:
     """
     fields = [field.strip() for field in line.rstrip().split("\t")]
     whole = fields if tight is None else fields[:tight]
-    if len(whole) < (tight or 2) or any(len(field.split()) > 1 for field in whole):
+    if len(whole) < (2 if tight is None else tight) or any(len(field.split()) > 1 for field in whole):
         return line.split()
     return fields
 

@@ -31,7 +31,7 @@ def main() -> int:
 
 def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     from caduceus.data.loader import build_validation
-    from caduceus.distributed.mesh import choose_device
+    from caduceus.distributed.ranks import choose_device
     from caduceus.evaluate.heldout import held_out_loss
     from caduceus.model.hub import load_published, load_trained, run_of
     from caduceus.ops import check_backend

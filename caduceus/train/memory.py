@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import Strategy
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -59,7 +59,7 @@ def kept_storages(block: nn.Module, *inputs: Any) -> list[torch.UntypedStorage]:
     return kept
 
 
-def moment_bytes_to_come(strategy: Single) -> int:
+def moment_bytes_to_come(strategy: Strategy) -> int:
     """Bytes on the ranks' device that the first update adds: AdamW's two moments of this rank's parameters."""
     if strategy.optimizer.state:
         return 0

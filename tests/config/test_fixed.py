@@ -37,6 +37,8 @@ OTHER: dict[str, Any] = {
     "data.mode": "stream",
     "data.stream_key": "fa",
     "data.valid_path": "elsewhere",
+    "data.allow_unused_species": True,
+    "data.allow_commands": True,
     "data.seq_len": 256,
     "data.strands": "both",
     "data.objective": "next_base",

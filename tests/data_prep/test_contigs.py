@@ -1,6 +1,7 @@
 """Names of contigs: kinds that are left out, patterns, and tables of aliases."""
 
 import gzip
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from caduceus.errors import UserError
 from data_prep.plan.aliases import AliasTable, read_aliases
 from data_prep.plan.contigs import refuse_small_share, select_contigs
 from data_prep.plan.options import PlanOptions
+from tests.conftest import REPOSITORY
 from tests.data_prep.genome_files import twobit
 from tests.data_prep.genomes import dataset_of, shard, write_fasta
 
@@ -247,3 +249,21 @@ def test_default_rules_keep_the_chromosomes_of_real_assemblies(assembly: str, sh
     text = (shared_data / "intervals" / f"{assembly}.chrom.sizes").read_text()
     contigs = {name: int(length) for name, length in map(str.split, filter(None, text.splitlines()))}
     assert set(choose(contigs).used) == {f"chr{name}" for name in [*range(1, 23), "X", "Y"]}
+
+
+def test_made_assemblies_of_every_style_keep_their_chromosomes_or_are_refused() -> None:
+    program = runpy.run_path(str(REPOSITORY / "benchmarks" / "contig_names.py"))
+    rows = {row[0]: row for row in map(program["row_of"], program["made_assemblies"]())}
+    assert len(rows) == 23
+    refused = rows.pop("mostly alternative versions")
+    assert refused[3] == "refused"
+    shares = {name: float(row[3].removesuffix(" %")) for name, row in rows.items()}
+    assert all(share > 91 for share in shares.values()), shares
+    whole = [name for name in rows if "scaffolds" in name or "alone" in name or "one c" in name.lower()]
+    assert all(shares[name] > 99.7 for name in whole) and len(whole) == 6
+
+
+def test_real_assemblies_are_rows_of_the_table(shared_data: Path, tmp_path: Path) -> None:
+    program = runpy.run_path(str(REPOSITORY / "benchmarks" / "contig_names.py"))
+    (sizes,) = program["assemblies_of"](shared_data / "intervals" / "mm10.chrom.sizes", tmp_path)
+    assert program["row_of"](sizes)[1:4] == ["67", "2,730,888,073", "99.80 %"]

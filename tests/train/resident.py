@@ -16,8 +16,9 @@ import torch
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.train import memory, recomputation
+from caduceus.train.optimizer import build_optimizer
 
 LENGTH, LAYERS = 16_384, 4
 
@@ -36,7 +37,7 @@ def resident(key: str) -> int:
 def main(mode: str, free: int) -> None:
     config = configuration(mode)
     memory.keep_freed_memory_for(config)
-    strategy = build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")))
+    strategy = build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")), build_optimizer)
     tokens = torch.full((1, 64), 7)
     strategy.model(tokens, tokens, return_logits=False).loss_sum.backward()  # loads the kernels
     strategy.discard_gradients()
