@@ -186,8 +186,7 @@ def measure(config: CaduceusConfig, backend: str, length: int, recomputed: tuple
 
 
 def measure_on_cpu(d_model: int, layers: int, rcps: bool, length: int, recomputed: tuple[int, int]) -> int:
-    """In a process of its own, with the allocator that training has: memory that was freed, but not given back, would be
-    used again unseen."""
+    """With the allocator that training has, in a process of its own: what was freed and kept would be used unseen."""
     keep_freed_memory(saving=any(recomputed))
     model = model_that_recomputes(CaduceusConfig(d_model=d_model, n_layer=layers, rcps=rcps), "cpu", recomputed)
     forward_and_backward(model, 8, False)  # loads the kernels
