@@ -5,7 +5,6 @@ import time
 
 import torch
 
-from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.distributed.build import build_strategy
@@ -18,6 +17,7 @@ from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import SAVE_TIMEOUT, Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
+from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.optimizer import build_optimizer, default_warmup
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
@@ -36,7 +36,7 @@ def train(config: Config) -> int:
     """
     started = time.monotonic()
     if config.run.device == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
+        keep_freed_memory_for(config)
     with joined(config) as ranks:
         part = {
             "rank": ranks.data_rank,
