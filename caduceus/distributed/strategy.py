@@ -1,4 +1,4 @@
-"""The one interface behind which strategies differ, and the strategy of a single process."""
+"""What all strategies share: the interface that the trainer drives, as one process does it."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,28 +16,36 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
-from caduceus.config import Config
+from caduceus.config import Config, TrainConfig
 from caduceus.distributed.initialisation import initialise
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
-from caduceus.train.optimizer import build_optimizer, set_learning_rate
+from caduceus.files import system_error
 
 DEEPSPEED_FOLDER = "deepspeed"
 """Folder in a checkpoint of DeepSpeed that holds its own files."""
 
 
-class Single:
-    """One process. Other strategies override how the model is wrapped and how gradients meet.
+BuildOptimizer = Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]
+"""Makes the optimizer of a model on the meta device or in memory."""
+
+
+class Strategy:
+    """A model on the ranks of a run, and its optimizer.
+
+    The base class is what one process does. Strategies override how the model is wrapped and how gradients meet.
 
     `model` is what the loop calls. The loss given to `backward` is this rank's share of the global loss: shares add up
     over ranks, and so do gradients.
     """
 
     can_stage = True
-    """Whether `stage` can be had, so that training goes on while a checkpoint is written."""
+    """Whether `stage` works, so that training goes on while a checkpoint is written."""
 
-    def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
+    def __init__(self, config: Config, ranks: Ranks, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
         self.ranks = ranks
         self.model = self.wrap(config, model)
         self.optimizer = build_optimizer(model, config.train)
@@ -83,7 +91,8 @@ class Single:
     def _write(self, state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
         # A fifth of the time that it takes a processor, and the sha256 of the whole files says more.
         torch.serialization.set_crc32_options(False)
-        dcp.save(state, checkpoint_id=directory, process_group=group, no_dist=self.ranks.world == 1)
+        writer = _Writer(directory)
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=self.ranks.world == 1)
 
     def load(self, directory: Path) -> None:
         """Restore model and optimizer in place from a complete checkpoint, all ranks together.
@@ -109,3 +118,22 @@ class Single:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+
+
+class Single(Strategy):
+    """One process with a whole model."""
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Fails with the system's own error where a disk is full or broken, which torch hides behind one of its format."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise system_error(error) or error from None

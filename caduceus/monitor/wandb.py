@@ -1,8 +1,12 @@
 """A run's counterpart at Weights & Biases, which never ends the run: metrics.jsonl has all that W&B is sent."""
 
 import contextlib
+import importlib
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from caduceus.config import Config, config_to_dict
@@ -24,9 +28,12 @@ class WandbRun:
     def __init__(self, config: Config, run: RunDirectory, wandb_id: str | None) -> None:
         self.id = wandb_id
         self._run: Any = None
+        temporary = run.path / "wandb" / "tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # of starts that were killed
         if config.wandb.mode == "disabled":
             return
         with self._guarded():
+            _import_with_temporary_files_in(temporary)
             self._run = _start(config, run, wandb_id)
             self.id = self._run.id
             # A resumed run makes some steps again: their rows count by `step`, not by the order in which they arrive.
@@ -65,6 +72,19 @@ class WandbRun:
                 abandoned.finish(exit_code=1)
         with contextlib.suppress(Exception):
             wandb.teardown(exit_code=1)
+
+
+def _import_with_temporary_files_in(directory: Path) -> None:
+    """Import the client, which makes folders for temporary files as it is imported, and removes them where it ends.
+
+    In the system's own place nobody would remove those of a process that was killed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(directory.absolute())
+    try:
+        importlib.import_module("wandb")
+    finally:
+        tempfile.tempdir = before
 
 
 def _start(config: Config, run: RunDirectory, wandb_id: str | None) -> Any:

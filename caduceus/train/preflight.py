@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.mesh import Ranks
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
+from caduceus.files import show_bytes
 from caduceus.ops import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
@@ -62,7 +63,7 @@ def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
 
 
 def check_before_start(
-    config: Config, run: RunDirectory, strategy: Single, saving: dist.ProcessGroup | None = None
+    config: Config, run: RunDirectory, strategy: Strategy, saving: dist.ProcessGroup | None = None
 ) -> None:
     """Check disk, shared memory, clocks and collectives, on all ranks together.
 
@@ -93,7 +94,9 @@ def _disk_problem(directory: Path, needed: int) -> str | None:
     free = shutil.disk_usage(directory).free
     if free >= needed:
         return None
-    return f"{directory}: {_size(free)} free, but a checkpoint takes {_size(needed)}; make room or move run.dir"
+    return (
+        f"{directory}: {show_bytes(free)} free, but a checkpoint takes {show_bytes(needed)}; make room or move run.dir"
+    )
 
 
 def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
@@ -106,7 +109,7 @@ def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
     if free >= needed:
         return None
     return (
-        f"{_SHARED_MEMORY}: {_size(free)} free, but loader workers need {_size(needed)}; enlarge it "
+        f"{_SHARED_MEMORY}: {show_bytes(free)} free, but loader workers need {show_bytes(needed)}; enlarge it "
         "(docker: --shm-size) or lower data.workers"
     )
 
@@ -118,7 +121,7 @@ def _clock_problem(report: Report, first: Report) -> str | None:
     return f"its clock is {skew:+.0f} s from that of {first.host}; set the clocks (NTP)"
 
 
-def _try_collectives(strategy: Single, saving: dist.ProcessGroup | None) -> None:
+def _try_collectives(strategy: Strategy, saving: dist.ProcessGroup | None) -> None:
     """One all-reduce over every group of ranks that training uses."""
     ranks = strategy.ranks
     groups = ranks.groups()
@@ -139,7 +142,7 @@ def _try_collectives(strategy: Single, saving: dist.ProcessGroup | None) -> None
             )
 
 
-def check_gpu_memory(config: Config, strategy: Single) -> None:
+def check_gpu_memory(config: Config, strategy: Strategy) -> None:
     """Run a micro-batch on the GPU, to see that memory suffices with the optimizer's. Nothing to do on CPU."""
     ranks = strategy.ranks
     if ranks.device.type != "cuda":
@@ -149,9 +152,9 @@ def check_gpu_memory(config: Config, strategy: Single) -> None:
     total = torch.cuda.get_device_properties(ranks.device).total_memory
     with ranks.agreeing():
         if peak > total:
-            raise too_large(config, ranks, f"a micro-batch and the optimizer take {_size(peak)} of its {_size(total)}")
+            raise too_large(
+                config,
+                ranks,
+                f"a micro-batch and the optimizer take {show_bytes(peak)} of its {show_bytes(total)}",
+            )
     torch.cuda.reset_peak_memory_stats(ranks.device)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -9,7 +9,7 @@ import torch
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data.loader import Batch, TrainLoader
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import Strategy
 from caduceus.evaluate.heldout import autocast
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Progress
@@ -19,7 +19,7 @@ from caduceus.train.optimizer import learning_rate
 
 
 def training_step(
-    config: Config, strategy: Single, loader: TrainLoader, batches: Iterator[Batch], progress: Progress
+    config: Config, strategy: Strategy, loader: TrainLoader, batches: Iterator[Batch], progress: Progress
 ) -> dict[str, Any]:
     """Take the next global batch and update the parameters; advances `progress` and returns the metrics row.
 
@@ -43,12 +43,13 @@ def training_step(
                 output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
             share = output.loss_sum / weight
             clock.lap("forward")
-            strategy.backward(share)
-            clock.lap("backward")
+            with clock.watching(strategy.model):
+                strategy.backward(share)
+            clock.lap("exchange")
         shares.append(share.detach().double())
     loss = ranks.sum(torch.stack(shares).sum()).item()
     clock.lap("communication")
-    lr = learning_rate(progress.step + 1, config.train)
+    lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
     grad_norm = strategy.clip(config.train.clip_norm).item()
     updating = progress.health.may_update(loss, grad_norm, config.train)
     if updating:

@@ -5,18 +5,20 @@ import time
 
 import torch
 
-from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.mesh import Ranks, joined
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.rendezvous import joined
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import RetryError
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import SAVE_TIMEOUT, Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
+from caduceus.train.memory import keep_freed_memory_for
+from caduceus.train.optimizer import build_optimizer, default_warmup
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
@@ -34,7 +36,7 @@ def train(config: Config) -> int:
     """
     started = time.monotonic()
     if config.run.device == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
+        keep_freed_memory_for(config)
     with joined(config) as ranks:
         part = {
             "rank": ranks.data_rank,
@@ -69,9 +71,9 @@ def _train(
     started: float,
 ) -> int:
     with watchdog.over("the start", SAVE_TIMEOUT.total_seconds()):
-        strategy = build_strategy(config, ranks)
-        checkpoints = Checkpoints(config.checkpoint, run, strategy)
-        progress = _resume(run, loader, checkpoints)
+        strategy = build_strategy(config, ranks, build_optimizer)
+        checkpoints = Checkpoints(config, run, strategy)
+        progress = _resume(config, run, loader, checkpoints)
         check_before_start(config, run, strategy, checkpoints.group)
         if config.train.activation_checkpointing == "auto":
             recompute_to_fit(config, strategy)
@@ -84,8 +86,8 @@ def _train(
                 facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
                 run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
             monitor = Monitor(config, run, progress.wandb_id, active=ranks.is_main)
-            stop = StopRequest(run.path, ranks.is_main, started, 60 * config.run.time_budget_minutes)
-    with monitor, stop.listening(), scheduled_garbage_collection():
+            stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
+    with stop.listening(), monitor, scheduled_garbage_collection():
         progress.wandb_id = monitor.wandb_id
         batches = iter(loader)
         _log.info("ready to train after %.1f s", time.monotonic() - started)
@@ -118,6 +120,8 @@ def _train(
                     checkpoints.save(progress)
                 if last or stopping or failed:
                     checkpoints.wait()
+            if last or stopping:
+                stop.is_saved()
             if stopping:
                 _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
                 return EXIT_REQUEUE
@@ -125,7 +129,7 @@ def _train(
 
 
 def _validate(
-    config: Config, strategy: Single, validation: ValidationLoader, watchdog: Watchdog, step: int
+    config: Config, strategy: Strategy, validation: ValidationLoader, watchdog: Watchdog, step: int
 ) -> dict[str, float]:
     ranks, what = strategy.ranks, f"a batch of the validation after step {step}"
     losses = held_out_loss(
@@ -139,11 +143,11 @@ def _validate(
     return {"step": step, **losses}
 
 
-def _resume(run: RunDirectory, loader: TrainLoader, checkpoints: Checkpoints) -> Progress:
+def _resume(config: Config, run: RunDirectory, loader: TrainLoader, checkpoints: Checkpoints) -> Progress:
     started = time.monotonic()
     progress = checkpoints.resume(loader)
     if progress is None:
-        return Progress(step=0, tokens=0, loader=loader.state())
+        return Progress(step=0, tokens=0, loader=loader.state(), warmup_steps=default_warmup(config.train))
     _log.info(
         "resuming %s after step %d (%d samples), loaded in %.1f s",
         run.path,

@@ -6,7 +6,8 @@ import pytest
 
 from caduceus.config import Config, save_config
 from caduceus.errors import Kind, PeerError, UserError
-from caduceus.run.directory import MARKER, RunDirectory
+from caduceus.run.checkpoints import write_marker
+from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, record_end
 from launch import history
 from launch.history import Submission, attempts, failures_without_progress, record, record_submission
@@ -33,7 +34,7 @@ def add_checkpoint(run: RunDirectory, step: int) -> None:
     path = run.checkpoint_path(step)
     path.mkdir()
     (path / "weights").write_bytes(bytes(8))
-    (path / MARKER).write_text(json.dumps({"files": {"weights": {"bytes": 8}}}))
+    write_marker(path, step, {})
 
 
 def test_a_truncated_checkpoint_is_no_progress(run):

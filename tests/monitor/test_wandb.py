@@ -61,6 +61,30 @@ def test_a_run_survives_its_service_and_resumes_the_same_wandb_run(small_run: Sm
     assert len({path.name.rsplit("-", 1)[1] for path in directories}) == 1
 
 
+def test_what_a_killed_start_leaves_is_in_the_run_and_goes_at_the_next(
+    small_run: SmallRun, config: Config, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "system").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "system"))
+    process, run = small_run.start(config), RunDirectory(config.run.dir)
+    while len(run.metrics()) < 3:
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
+    process.kill()
+    process.communicate()
+    left = {path.name for path in (run.path / "wandb" / "tmp").iterdir()}
+    assert any("wandb-media" in name for name in left) and any("wandb-artifacts" in name for name in left)
+    assert not list((tmp_path / "system").glob("*wandb*"))
+    config.train.steps, config.run.allow_change = 6, ["train.steps"]
+    for mode in ("offline", "disabled"):  # a start without W&B tidies up as well
+        (run.path / "wandb" / "tmp" / f"left before {mode}").mkdir(parents=True, exist_ok=True)
+        config.wandb.mode = mode
+        process = small_run.start(config)
+        message = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, message
+        assert not list((run.path / "wandb").glob("tmp/*"))
+
+
 def test_a_stop_signal_that_also_ends_the_service_still_saves(small_run: SmallRun, config: Config) -> None:
     process = start_and_kill_the_service(small_run, config)
     process.send_signal(signal.SIGTERM)
