@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from caduceus.config import Config
-from caduceus.monitor.wandb import WandbRun
+from caduceus.monitor.wandb.process import WandbProcess
 from caduceus.run.directory import RunDirectory
 
 _QUIET_SECONDS = 30.0
@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 class Monitor:
     """Writes every row to metrics.jsonl, a progress line to the console, and the row to W&B.
 
-    Use as a context manager. `wandb_id` resumes that W&B run; the id in use is kept in the attribute of that name.
-    Only one rank is `active`; the others' monitors do nothing.
+    Use as a context manager. Only one rank is `active`; the others' monitors do nothing.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, wandb_id: str | None, active: bool) -> None:
+    def __init__(self, config: Config, run: RunDirectory, active: bool) -> None:
         self._config = config
         self._active = active
-        self.wandb_id = wandb_id
+        self.stopped = False
+        """Whether the run ends before its last step, to be started again."""
         if not active:
             return
         self._run = run
@@ -41,8 +41,7 @@ class Monitor:
         self._last_line = 0.0
         self._started = time.monotonic()
         self._first_step: int | None = None
-        self._wandb = WandbRun(config, run, wandb_id)
-        self.wandb_id = self._wandb.id
+        self._wandb = WandbProcess(config, run.path)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -53,7 +52,8 @@ class Monitor:
         self._file.close()
         if self._terminal:
             self._console.print()
-        self._wandb.finish(exit_code=1 if exception[0] else 0)
+        reason = f"{type(exception[1]).__name__}: {exception[1]}" if exception[1] else None
+        self._wandb.end(1 if exception[0] else 0, self.stopped, reason)
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Record a training row and show progress now and then."""
@@ -94,7 +94,6 @@ class Monitor:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:  # a full disk: the next checkpoint ends the run, unless there is room again by then
             _log.warning("%s: %s; its last rows wait in memory", self._file.name, error.strerror)
-        self._wandb.log(row)
 
     def _progress_line(self, row: dict[str, Any]) -> str:
         steps, done = self._config.train.steps, row["step"]
