@@ -1,11 +1,30 @@
-"""Errors that are the user's to mend: one line, exit status 2, no traceback."""
+"""Ends of a process that one line explains, told apart by their type. Imports no torch.
 
+A `UserError` is the user's to mend, a `NodeError` is the machine's fault, and a `PeerError` follows from the failure of
+another rank. Anything else is a crash, with its traceback.
+"""
+
+import enum
 import sys
 from collections.abc import Callable
 
 
+class Kind(str, enum.Enum):
+    """Whose failure ended a rank."""
+
+    USER = "user"
+    NODE = "node"
+    RETRY = "retry"
+    CRASH = "crash"
+    PEER = "peer"
+
+
 class UserError(Exception):
     """A mistake in what the user gave. The message is one line: what is wrong, where, and what to do."""
+
+    kind = Kind.USER
+    status = 2
+    """Of the process that ends with it."""
 
 
 class NodeError(UserError):
@@ -14,17 +33,69 @@ class NodeError(UserError):
     The launcher starts such a run again without the node.
     """
 
+    kind = Kind.NODE
+
+
+class RetryError(UserError):
+    """What the run needs is in use or out of reach now; the same command may succeed later."""
+
+    kind = Kind.RETRY
+
+
+class PeerError(Exception):
+    """This rank ended because of another one. The message is one line that names that rank where it is known.
+
+    rank: of the one that failed, and peer_kind: how; each is None where only the loss of the peer was noticed.
+    """
+
+    kind = Kind.PEER
+
+    def __init__(self, message: str, rank: int | None = None, peer_kind: Kind | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.peer_kind = peer_kind
+
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.rank, self.peer_kind)
+
+    @property
+    def status(self) -> int:
+        """Exit status: as of the rank that failed, if it ended with a line; otherwise that of a crash."""
+        return 2 if self.peer_kind in (Kind.USER, Kind.NODE, Kind.RETRY) else 1
+
+
+ONE_LINE = (UserError, PeerError)
+"""What ends a process with one line on stderr and its `status`, without a traceback."""
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Whose failure an exception is, by its type."""
+    return error.kind if isinstance(error, ONE_LINE) else Kind.CRASH
+
+
+def of_rank(error: UserError, culprit: int, rank: int) -> UserError | PeerError:
+    """What `rank` raises for an error of the rank `culprit`, whose message names it: the error, or a `PeerError`."""
+    return error if rank == culprit else PeerError(str(error), culprit, error.kind)
+
+
+def one_line(error: BaseException) -> str:
+    """What to tell other processes about an exception: its message, with its type where that says more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ONE_LINE):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
 
 def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> None:
-    """Run a command line's `main` and exit with its status; a `UserError` becomes one line and status 2.
+    """Run a command line's `main` and exit with its status; `ONE_LINE` errors become one line and their status.
 
     `interrupted` is said after Ctrl-C.
     """
     try:
         status = main()
-    except UserError as error:
+    except ONE_LINE as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = error.status
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         status = 130

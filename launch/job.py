@@ -9,17 +9,15 @@ from dataclasses import dataclass
 import submitit
 
 from caduceus.config import Config
-from caduceus.errors import NodeError, UserError
+from caduceus.errors import ONE_LINE, Kind
 from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, recording_end
 from launch import history, scheduler
 from launch.history import submissions
-from launch.node import check_node, node_defaults
+from launch.node import check_node, node_defaults, own_slice
 
 FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral range, which starts at 32768
 RESTART_STRIDE = 7919  # shares no factor with PORTS, and keeps clear of the next jobs' ports
-
-_NOT_ITS_OWN = ("another rank failed", "rank ", "run.dir: another process")
-"""How mistakes begin that a rank tells of others: these may have met with a bad node or a fault that passes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,7 @@ class TrainTask:
         attempt = (int(job.raw_job_id), restart)
         ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
         os.environ.update(rendezvous(*ranks, first_host, *attempt))
+        os.environ.update(own_slice(os.environ, job.local_rank))
         for name, value in node_defaults(os.environ).items():
             os.environ.setdefault(name, value)
         run = RunDirectory.open(self.run_dir)
@@ -51,18 +50,19 @@ class TrainTask:
             nodes = os.environ["SLURM_JOB_NODELIST"] if on_slurm else job.hostname
             history.record(run, "start", job.job_id, restart, nodes=nodes, tasks=job.num_tasks, step=step)
         try:
-            config = run.config()
-            config.run.dir = self.run_dir
-            check_node(os.environ, needs_gpus=on_slurm and config.run.device != "cpu")
-            return train(config)
-        except UserError as error:
-            if isinstance(error, NodeError) and on_slurm:
+            with recording_end(ends_folder(run.path, job.job_id, restart), job.global_rank):
+                config = run.config()
+                config.run.dir = self.run_dir
+                check_node(os.environ, needs_gpus=on_slurm and config.run.device != "cpu")
+                return train(config)
+        except ONE_LINE as error:
+            if error.kind is Kind.NODE and on_slurm:
                 node = os.environ["SLURMD_NODENAME"]
                 history.record(run, "bad node", job.job_id, restart, node=node, why=str(error))
-            elif not _has_trained(run, starts, step) and not str(error).startswith(_NOT_ITS_OWN):
+            elif error.kind is Kind.USER and not _has_trained(run, starts, step):
                 history.record(run, "refused", job.job_id, restart)
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            sys.exit(error.status)
 
 
 def train(config: Config) -> int:

@@ -12,15 +12,21 @@ from pathlib import Path
 import submitit
 from submitit.local.local import Controller, LocalExecutor, LocalJob
 
-from caduceus.errors import UserError
+from caduceus.errors import Kind, UserError
 from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, first_cause, read_ends
 from launch import history
 from launch.history import Submission, record_submission
 from launch.job import TrainTask
 from launch.logs import follow, last_error, log_path
+from launch.node import visible_gpus
 from launch.request import JobRequest
 from launch.submission import snapshot_code
 
+_LONGEST_MINUTES = 60 * 24 * 3650
+"""Of a job without a time limit."""
+_CANCELLED = 143
+"""Exit status of a controller that was told to kill its job."""
 GRACE_SECONDS = 10
 """How long the other ranks may take to end by themselves when one has failed."""
 
@@ -35,7 +41,7 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
     executor.update_parameters(
         tasks_per_node=request.processes_per_node,
         gpus_per_node=request.gpus_per_node,
-        timeout_min=request.minutes,
+        timeout_min=min(request.minutes, _LONGEST_MINUTES),
         signal_delay_s=request.signal_seconds,
         stderr_to_stdout=True,
     )
@@ -45,13 +51,17 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
     record_submission(run, Submission(run.path.absolute(), [job.job_id], request.executor, logs, vars(request)))
     log = log_path(logs, job.job_id)
     print(f"log:           {log}", flush=True)
-    last = ""
-    for last in _through_ctrl_c(follow(log, job.done)):
-        print(last, end="", flush=True)
-    failed = executor.controller.wait() != 0
-    status = (2 if last.startswith("error: ") else 1) if failed else max(job.results())
-    error = last_error(logs, job.job_id) if failed else None
+    for line in _through_ctrl_c(follow(log, job.done)):
+        print(line, end="", flush=True)
+    ended = executor.controller.wait()
+    failed = ended != 0
+    cause = first_cause(read_ends(ends_folder(run.path, job.job_id, 0)))
+    mistaken = cause is not None and cause.kind in (Kind.USER, Kind.NODE, Kind.RETRY)
+    status = (2 if mistaken else 1) if failed else max(job.results())
+    error = last_error(run, logs, job.job_id, 0) if failed else None
     reason = history.FAILED if failed else history.STOPPED if status else history.COMPLETE
+    if ended == _CANCELLED:
+        reason, error = history.TAKEN, None
     history.record(run, "end", job.job_id, 0, reason=reason, step=history.newest_step(run), error=error, status=status)
     return status
 
@@ -74,7 +84,8 @@ class _Executor(LocalExecutor):
             "SUBMITIT_LOCAL_WITH_SHELL": "",
         }
         if gpus:  # else all that this shell sees
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(gpus)))
+            given = visible_gpus(os.environ) or [str(number) for number in range(gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(given[:gpus])
         controller = [sys.executable, "-m", "launch.local", str(self.folder)]
         self.controller = subprocess.Popen(controller, env=os.environ | environment)
         job_id = str(self.controller.pid)
@@ -86,7 +97,7 @@ class _Controller(Controller):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.succeeded = False
+        self.succeeded = self.cancelled = False
         signal.signal(signal.SIGTERM, self._kill)
 
     def wait(self, freq: int = 24) -> Sequence[int | None]:
@@ -109,6 +120,7 @@ class _Controller(Controller):
         return statuses
 
     def _kill(self, *_: object) -> None:
+        self.cancelled = True
         self._forward_signal(signal.SIGKILL)
 
 
@@ -138,4 +150,4 @@ def _through_ctrl_c(lines: Iterator[str]) -> Iterator[str]:
 if __name__ == "__main__":
     controller = _Controller(Path(sys.argv[1]))
     controller.run()
-    sys.exit(not controller.succeeded)
+    sys.exit(_CANCELLED if controller.cancelled else not controller.succeeded)

@@ -3,11 +3,14 @@
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 
-def is_running(job: str) -> bool:
-    command = ["ps", "-o", "args=", "-p", job]
-    return "launch.local" in subprocess.run(command, capture_output=True, text=True).stdout
+def is_running(job: str, logs: Path) -> bool:
+    """Whether the controller that writes to `logs` lives; another process may have its number by now."""
+    command = ["ps", "-ww", "-o", "args=", "-p", job]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    return f"launch.local {logs}" in shown
 
 
 def kill(job: str) -> None:

@@ -5,10 +5,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from caduceus.errors import Kind
+from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, first_cause, read_ends
+
 _TAIL_BYTES = 1 << 16
 _START = "Starting with JobEnvironment"
 """What submitit writes when a process of a job starts."""
-_CONSEQUENCE = re.compile(r"another rank failed|[Cc]onnection|gloo|NCCL|DistBackendError|DistNetworkError|Socket")
+_KILLED = re.compile(r"srun: error: \S+: tasks? ([\d,-]+): ")
 
 
 def log_path(logs: Path, job: str, rank: int = 0) -> Path:
@@ -16,23 +20,26 @@ def log_path(logs: Path, job: str, rank: int = 0) -> Path:
     return logs / f"{job}_{rank}_log.out"
 
 
-def last_error(logs: Path, job: str) -> str | None:
-    """The line that best says why a job's processes ended, from their newest start on; None where nothing does.
+def last_error(run: RunDirectory, logs: Path, job: str, restart: int) -> str | None:
+    """The line that best says why an attempt's processes ended; None where nothing does.
 
-    A user's mistake first, then an exception, then what SLURM says of a killed process; last what other ranks say of
-    the one that they lost.
+    That is what the rank told whose end the others follow from. Where the first process that SLURM saw fail had no time
+    to leave an end, as one that was killed, it is what SLURM says. An attempt without any end crashed before it
+    began: then it is the last exception in its logs.
     """
-    mistakes, exceptions, killed, consequences = [], [], [], []
-    for path in sorted(logs.glob(f"{job}_*_log.out")):
-        lines = _tail(path).splitlines()
-        for line in lines:
-            if line.startswith("error: "):
-                (consequences if _CONSEQUENCE.match(line.removeprefix("error: ")) else mistakes).append(line)
-        killed += [line for line in lines if line.startswith("srun: error: ") and "Terminating" not in line]
-        for line in _exceptions(lines):
-            (consequences if _CONSEQUENCE.search(line) else exceptions).append(line)
-    found = mistakes[-1:] or exceptions[-1:] or killed[:1] or consequences[-1:]
-    return found[0].removeprefix("error: ").removeprefix("srun: error: ") if found else None
+    ends = read_ends(ends_folder(run.path, job, restart))
+    paths = sorted(logs.glob(f"{job}_*_log.out"))
+    cause = first_cause(ends)
+    if cause is None or cause.kind not in (Kind.USER, Kind.NODE):
+        for line in (line for path in paths for line in _tail(path).splitlines()):
+            if (killed := _KILLED.match(line)) and not _ranks(killed[1]) & ends.keys():
+                return line.removeprefix("srun: error: ")
+            if killed:
+                break
+    if cause is not None:
+        return cause.message
+    exceptions = [line for path in paths for line in _exceptions(_tail(path).splitlines())]
+    return exceptions[-1] if exceptions and not ends else None
 
 
 def follow(path: Path, ended: Callable[[], bool]) -> Iterator[str]:
@@ -55,6 +62,12 @@ def _tail(path: Path) -> str:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         text = file.read().decode(errors="replace")
     return text[max(0, text.rfind(_START)) :]
+
+
+def _ranks(text: str) -> set[int]:
+    """Numbers that srun writes as `0,2-3`."""
+    bounds = [part.split("-") for part in text.split(",")]
+    return {rank for first, *last in bounds for rank in range(int(first), int((last or [first])[0]) + 1)}
 
 
 def _exceptions(lines: list[str]) -> Iterator[str]:

@@ -27,13 +27,33 @@ def check_node(environment: Mapping[str, str], needs_gpus: bool) -> None:
             file.write(b"x" * 4096)
     except OSError as error:
         raise NodeError(f"{node}: {cache} cannot be written ({error.strerror})") from None
-    given = [gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    given = visible_gpus(environment)
     if needs_gpus and given:
         import torch
 
         working = torch.cuda.device_count()
-        if working < len(given):
+        if working < (1 if _are_slices(given) else len(given)):
             raise NodeError(f"{node}: torch sees {working} of the {len(given)} GPUs {','.join(given)}")
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES gives a process: numbers, GPU-… or MIG-…, up to the first that is no GPU.
+
+    SLURM writes NoDevFiles for a job without GPUs.
+    """
+    names = [name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    is_gpu = [name.isdigit() or name.startswith(("GPU-", "MIG-")) for name in names]
+    return names[: is_gpu.index(False)] if False in is_gpu else names
+
+
+def own_slice(environment: Mapping[str, str], local_rank: int) -> dict[str, str]:
+    """The variable that gives a process its own of several MIG slices: CUDA shows it the first of them only."""
+    given = visible_gpus(environment)
+    return {"CUDA_VISIBLE_DEVICES": given[local_rank % len(given)]} if _are_slices(given) else {}
+
+
+def _are_slices(gpus: list[str]) -> bool:
+    return any(gpu.startswith("MIG-") for gpu in gpus)
 
 
 def _cache(environment: Mapping[str, str]) -> Path:

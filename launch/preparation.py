@@ -2,64 +2,92 @@
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from caduceus.config import Config
-from caduceus.files import write_atomically
+from caduceus.errors import UserError
+from caduceus.files import take_lock, write_atomically
 from caduceus.run.directory import RunDirectory
 from launch.history import submissions
+from launch.refusals import refuse_run_in_use
+
+_LOCK_SECONDS = 60
+"""How long a submission waits for another one of the same run."""
 
 
 @contextlib.contextmanager
 def prepared(configs: Sequence[Config], folder: Path) -> Iterator[list[RunDirectory]]:
     """The run directories of `configs`, with these configurations as their own and no wish to stop.
 
-    Where the body raises, each run without a new submission is left as it was found, and so is `folder`, which holds
-    them or is the only one.
+    Nobody else submits these runs meanwhile, and none of them is in use. Where the body raises, each run without a new
+    submission is left as it was found, and so is `folder`, which holds them or is the only one.
     """
     new_folder = not folder.exists()
-    found = []
-    try:
-        for config in configs:
-            run = RunDirectory(config.run.dir)
-            found.append(_Found.of(run))
-            RunDirectory.create_or_resume(config).release()
-            run.keep_config(config)
-            run.stop_path.unlink(missing_ok=True)
-        yield [state.run for state in found]
-    except BaseException:
-        unused = [state for state in found if len(submissions(state.run)) == state.submissions]
-        for state in unused:
-            state.restore()
-        if new_folder and len(unused) == len(found):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with contextlib.ExitStack() as locks:
+        found: list[_Found] = []
+        try:
+            for config in configs:
+                state = _locked(config)
+                locks.enter_context(state.lock)
+                found.append(state)
+                refuse_run_in_use(state.run)
+                state.run.keep_config(config)
+                state.run.stop_path.unlink(missing_ok=True)
+            yield [state.run for state in found]
+        except BaseException:
+            unused = [state for state in found if len(submissions(state.run)) == state.submissions]
+            for state in unused:
+                state.restore()
+            if new_folder and len(unused) == len(found) and not any(folder.glob("**/submissions.json")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A run directory before it was touched."""
+    """A run directory as it was found, locked against other submissions."""
 
     run: RunDirectory
+    lock: IO[bytes]
     is_new: bool
-    config: str | None
+    config: str
     stopped: bool
     submissions: int
-
-    @classmethod
-    def of(cls, run: RunDirectory) -> "_Found":
-        config = run.config_path.read_text() if run.config_path.is_file() else None
-        return cls(run, not run.path.exists(), config, run.stop_path.exists(), len(submissions(run)))
 
     def restore(self) -> None:
         if self.is_new:
             shutil.rmtree(self.run.path, ignore_errors=True)
             return
-        if self.config is None:
-            self.run.config_path.unlink(missing_ok=True)
-        else:
-            write_atomically(self.run.config_path, self.config.encode())
+        write_atomically(self.run.config_path, self.config.encode())
         if self.stopped:
             self.run.stop_path.touch()
+
+
+def _locked(config: Config) -> _Found:
+    """The run directory of `config`, made where it is absent.
+
+    A submission that waits for this one sees what has become of it: a directory with a submission, or none at all.
+    """
+    run = RunDirectory(config.run.dir)
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        was_absent = not run.path.exists()
+        try:
+            RunDirectory.create_or_resume(config).release()
+            with run.telling_of_disks():
+                lock = take_lock(run.path / ".submitting", wait=False)
+        except (BlockingIOError, FileNotFoundError):
+            if time.monotonic() > deadline:
+                raise UserError(f"run.dir: {run.path} is being started by another process; wait for it") from None
+            time.sleep(0.1)
+            continue
+        except BaseException:
+            if was_absent and not run.config_path.exists() and not run.is_in_use():
+                shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        count = len(submissions(run))
+        return _Found(run, lock, was_absent and not count, run.config_path.read_text(), run.stop_path.exists(), count)

@@ -1,5 +1,6 @@
 """Mistakes that can be seen before a job waits in a queue for hours."""
 
+import contextlib
 from statistics import median
 
 from caduceus.config import Config
@@ -10,7 +11,9 @@ from caduceus.run.directory import RunDirectory
 from launch.capacity import slurm_complaint
 from launch.estimate import estimate
 from launch.request import JobRequest
+from launch.scheduler import SilentError
 from launch.status import live_jobs
+from launch.terminal import runs_command
 
 
 def refuse_impossible_layout(config: Config, request: JobRequest) -> None:
@@ -32,14 +35,20 @@ def complaints(config: Config, request: JobRequest) -> list[str]:
     found = [_data_complaint(config), _time_complaint(config, request)]
     if request.executor == "slurm":
         no_slurm = slurm_complaint(request)
-        found = [no_slurm or _in_use_complaint(config), *found]
+        found = [no_slurm or _in_use_complaint(RunDirectory(config.run.dir)), *found]
     return [complaint for complaint in found if complaint]
 
 
-def _in_use_complaint(config: Config) -> str | None:
-    run = RunDirectory(config.run.dir)
+def refuse_run_in_use(run: RunDirectory) -> None:
+    """Raise `UserError` where a job of this machine's SLURM waits for the run, or trains it."""
+    with contextlib.suppress(SilentError):  # a run may go on where there is no SLURM
+        if complaint := _in_use_complaint(run):
+            raise UserError(complaint)
+
+
+def _in_use_complaint(run: RunDirectory) -> str | None:
     for job in live_jobs(run):
-        return f"run.dir: {run.path} is in use by job {job}; wait for it, or: python launch/runs.py stop {run.path}"
+        return f"run.dir: {run.path} is in use by job {job}; wait for it, or: {runs_command('stop', run.path)}"
     return None
 
 

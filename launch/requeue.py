@@ -7,31 +7,39 @@ that fails again and again without a new checkpoint in between is given up, and 
 can mend at once.
 """
 
+import math
 import os
 import sys
+import time
 
+from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
 from launch import history, scheduler
 from launch.history import Submission, newest_step, submissions
 from launch.logs import last_error
 from launch.scheduler import OwnJob
+from launch.terminal import runs_command
 
 EARLIEST_SIGNAL_SECONDS = 60
 """SLURM may send the signal before a time limit up to so much earlier than it was asked to."""
+
+
+_RECORD_SECONDS = 60
+"""How long a job may end before its submission is written down."""
 
 
 def main() -> int:
     """Settle the job that this process belongs to; returns the batch script's exit status."""
     run, status = RunDirectory.open(sys.argv[1]), None if sys.argv[2] == "TERM" else int(sys.argv[2])
     job, restart = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    submission = next(entry for entry in reversed(submissions(run)) if job in entry.jobs)
+    submission = submission_of(run, job)
     this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
     if this is not None and this.ended is not None:  # settled on SIGTERM, and KillWait was long enough for the save
         reason = history.TIME_LIMIT if newest_step(run) > this.step else this.reason
         error = this.error if reason == this.reason else None
         history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
         return 1
-    slurm_job = scheduler.own_job(job)
+    slurm_job = ask_slurm(job, restart)
     if slurm_job.restarts != restart:
         # This node's slurmd had died: SLURM has started the job anew on others, and the run is that attempt's.
         return 1
@@ -39,27 +47,44 @@ def main() -> int:
     signal_seconds = submission.request["signal_seconds"]
     if status is not None:
         reason = why_ended(run, status, slurm_job, bad_nodes, signal_seconds)
-        error = last_error(submission.logs, job) if reason in (history.FAILED, history.BAD_NODE) else None
+        error = last_error(run, submission.logs, job, restart) if reason in (history.FAILED, history.BAD_NODE) else None
     elif must_go_on_unsaved(run, slurm_job):
         reason, error = history.UNSAVED, f"signal_seconds: {signal_seconds} s are too short for a checkpoint; raise it"
     else:
         return 0
     history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
-    failures = history.failures_without_progress(run, submission.jobs)
     refused = reason == history.FAILED and this is not None and this.refused
-    too_often = reason in history.FAILURES and failures >= submission.request["max_failures"]
-    gave_up = refused or too_often
-    if gave_up:
-        history.record(run, "gave up", job, restart)
-        why = "for a mistake" if refused else f"after {failures} failures without a new checkpoint; the last one"
-        print(f"given up {why}: {error}", flush=True)
+    gave_up = give_up(run, submission, job, restart, reason, refused, error)
     if reason in (history.COMPLETE, history.STOPPED) or gave_up:
-        scheduler.cancel([later for later in submission.jobs if later != job])
+        cancel_chain([later for later in submission.jobs if later != job])
         return int(gave_up)
     if reason == history.TAKEN:
         return 1
-    go_on(job, submission, slurm_job, reason, bad_nodes)
-    return 0 if status == 0 else 1
+    goes_on = go_on(job, submission, slurm_job, reason, bad_nodes)
+    return 0 if status == 0 and goes_on else 1
+
+
+def submission_of(run: RunDirectory, job: str) -> Submission:
+    """The submission of a job, which may have ended before all jobs of its chain were submitted."""
+    deadline = time.monotonic() + _RECORD_SECONDS
+    while not (found := [entry for entry in submissions(run) if job in entry.jobs]):
+        if time.monotonic() > deadline:
+            raise UserError(f"{run.path}: job {job} is not among its submissions; resume the run by hand")
+        time.sleep(0.5)
+    return found[-1]
+
+
+def give_up(
+    run: RunDirectory, submission: Submission, job: str, restart: int, reason: str, refused: bool, error: str | None
+) -> bool:
+    """Whether the run is not to go on by itself, which is then written down."""
+    failures = history.failures_without_progress(run, submission.jobs)
+    too_often = reason in history.FAILURES and failures >= submission.request["max_failures"]
+    if refused or too_often:
+        history.record(run, "gave up", job, restart)
+        why = "for a mistake" if refused else f"after {failures} failures without a new checkpoint; the last one"
+        print(f"given up {why}: {error}", flush=True)
+    return refused or too_often
 
 
 def this_job() -> str:
@@ -90,23 +115,55 @@ def must_go_on_unsaved(run: RunDirectory, job: OwnJob) -> bool:
     return at_its_limit and not run.stop_path.exists() and newest_step(run) < run.config().train.steps
 
 
-def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: str, bad_nodes: list[str]) -> None:
-    """Put the job back into the queue, or leave the run to the next job of its chain; bad nodes are left out."""
+def ask_slurm(job: str, restart: int) -> OwnJob:
+    """What SLURM says of this job; in a container without its commands, what the environment tells."""
+    try:
+        return scheduler.own_job(job)
+    except scheduler.SilentError as error:
+        print(f"note: {error}; what SLURM would say of this job is not known", flush=True)
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        left = int(end) - time.time() if end.isdigit() and int(end) else math.inf
+        state, reason = ("RUNNING", "None") if left > 0 else ("TIMEOUT", "TimeLimit")
+        return OwnJob(state, reason, False, left, "", restart)
+
+
+def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: str, bad_nodes: list[str]) -> bool:
+    """Put the job back into the queue, or leave the run to the next job of its chain; bad nodes are left out.
+
+    Returns whether a job goes on with the run.
+    """
+    by_hand = f"the run does not go on by itself: {runs_command('resume', submission.run)}"
+    later = submission.jobs[submission.jobs.index(job) + 1 :]
     if submission.request["requeue"]:
+        try:
+            scheduler.requeue(job)
+        except UserError as error:
+            print(f"{reason}: {error}; {by_hand}", flush=True)
+            return False
         print(f"{reason}: the job goes back into the queue", flush=True)
-        scheduler.requeue(job)
-        next_job: str | None = job
-    else:
-        later = submission.jobs[submission.jobs.index(job) + 1 :]
-        next_job = later[0] if later else None
-    if next_job is None:
-        print(f"{reason}: no further job was submitted; python launch/runs.py resume {submission.run}", flush=True)
-    elif bad_nodes:
+        later = [job]
+    if not later:
+        print(f"{reason}: no further job was submitted; {by_hand}", flush=True)
+        return False
+    if bad_nodes:
         # Of a waiting job only. A requeued one waits at least until its last process, this one, has ended.
         excluded = ",".join(filter(None, [slurm_job.excluded, *sorted(set(bad_nodes))]))
-        scheduler.exclude_nodes(next_job, excluded)
-        print(f"from now on without {excluded}", flush=True)
+        try:
+            scheduler.exclude_nodes(later[0], excluded)
+        except UserError as error:
+            print(f"{excluded} could not be excluded: {error}", flush=True)
+        else:
+            print(f"from now on without {excluded}", flush=True)
+    return True
+
+
+def cancel_chain(jobs: list[str]) -> None:
+    """Cancel the jobs of a chain that are not needed any more; one that starts nevertheless finds nothing to do."""
+    try:
+        scheduler.cancel(jobs)
+    except UserError as error:
+        print(f"note: {error}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,9 +5,12 @@ Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it 
 """
 
 import argparse
+import contextlib
+import math
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,14 +18,16 @@ from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
-from launch import local_jobs, scheduler
-from launch.history import Attempt, submissions
+from launch import history, local_jobs, scheduler
+from launch.history import Attempt, Submission, submissions
 from launch.logs import follow, log_path
 from launch.request import JobRequest, check_request
 from launch.slurm import check_and_start
 from launch.status import UNKNOWN, WAITING, Overview, live_jobs, overview
-from launch.table import table
+from launch.terminal import duration, runs_command, table
 
+_ENDING_SECONDS = 90
+"""How long a cancelled run may take to end: SLURM kills what has not ended after KillWait, 30 s by default."""
 _ASK_SECONDS = 5.0
 """How often a followed log asks whether its run is still alive."""
 
@@ -140,31 +145,65 @@ def status(run: RunDirectory) -> str:
 
 
 def show_log(run: RunDirectory, rank: int, following: bool) -> None:
-    """Print the newest log of a rank; with `following`, what is added to it until the run is over."""
+    """Print the newest log of a rank; with `following`, what is added to it, also by later jobs, until the run is over.
+
+    A run that waits is waited for.
+    """
     submitted = submissions(run)
     if not submitted:
         raise UserError(f"{run.path}: was not started by launch/slurm.py, so its log is wherever it was started")
     now = overview(run)
-    job = next((attempt.job for attempt in reversed(now.attempts)), submitted[-1].jobs[0])
-    path = log_path(next(entry.logs for entry in reversed(submitted) if job in entry.jobs), job, rank)
-    if not path.exists():
-        raise UserError(f"{path}: no such log; {'the run waits to start' if now.state == WAITING else 'choose a rank'}")
+    job = _newest_job(now, submitted)
+    path = _log_of(submitted, job, rank)
     if not following:
+        if not path.exists():
+            waits = f"the run waits to start; {runs_command('logs -f', run.path)} waits with it"
+            raise UserError(f"{path}: no such log; {waits if now.state == WAITING else 'choose a rank'}")
         print(path.read_text(errors="replace"), end="")
         return
-    asked, over = time.monotonic(), not now.live
+    with contextlib.suppress(KeyboardInterrupt):
+        while job is not None:
+            if now.state == WAITING:
+                print(f"{run.path}: waits to start ({now.why})", file=sys.stderr, flush=True)
+            path, shown = _log_of(submitted, job, rank), job
+            for line in follow(path, _asked_now_and_then(lambda shown=shown: not _is_at(run, shown))):
+                print(line, end="", flush=True)
+            submitted, now = submissions(run), overview(run)
+            job = _newest_job(now, submitted) if now.live else None
+            job = None if job == shown else job
+        if not path.exists():
+            raise UserError(f"{path}: no such log; the run is {now.state}" + (f": {now.why}" if now.why else ""))
 
-    def ended() -> bool:
-        nonlocal asked, over
-        if not over and time.monotonic() - asked > _ASK_SECONDS:
-            asked, over = time.monotonic(), not overview(run).live
-        return over
 
-    try:
-        for line in follow(path, ended):
-            print(line, end="", flush=True)
-    except KeyboardInterrupt:
-        return
+def _newest_job(now: Overview, submitted: list[Submission]) -> str:
+    """The job whose log is of interest: the newest that started, or the first of those that wait to go on."""
+    started = [attempt.job for attempt in now.attempts]
+    if now.jobs and not set(now.jobs) & set(started):
+        return now.jobs[0]
+    return started[-1] if started else submitted[-1].jobs[0]
+
+
+def _log_of(submitted: list[Submission], job: str, rank: int) -> Path:
+    return log_path(next(entry.logs for entry in reversed(submitted) if job in entry.jobs), job, rank)
+
+
+def _is_at(run: RunDirectory, job: str) -> bool:
+    """Whether a run lives, and has not gone on to another job."""
+    now = overview(run)
+    return now.live and _newest_job(now, submissions(run)) == job
+
+
+def _asked_now_and_then(question: Callable[[], bool]) -> Callable[[], bool]:
+    """The answer to a question that is not asked at each call, and no more once it was yes."""
+    asked, answer = -math.inf, False
+
+    def ask() -> bool:
+        nonlocal asked, answer
+        if not answer and time.monotonic() - asked > _ASK_SECONDS:
+            asked, answer = time.monotonic(), question()
+        return answer
+
+    return ask
 
 
 def stop(run: RunDirectory) -> None:
@@ -176,27 +215,40 @@ def stop(run: RunDirectory) -> None:
         print(f"{run.path}: taken out of the queue")
     else:
         print(f"{run.path}: stops after its current step, with a checkpoint")
-    print(f"python launch/runs.py resume {run.path} goes on with it")
+    print(f"{runs_command('resume', run.path)} goes on with it")
 
 
 def cancel(run: RunDirectory) -> None:
-    """End a run at once."""
+    """End a run at once, and tell what is left of it."""
     now = _live(run)
     if not now.jobs:
         live_jobs(run)  # says so where it is SLURM that does not answer
         raise UserError(f"{run.path}: runs as a process of this machine, not as a job; end it where it was started")
-    if submissions(run)[-1].executor == "local":
+    submission = submissions(run)[-1]
+    is_local = submission.executor == "local"
+    if is_local:
         local_jobs.kill(now.jobs[0])
     else:
         scheduler.cancel(now.jobs)
-    print(f"{run.path}: cancelled at step {now.step:,}; its newest checkpoint is of step {now.checkpoint:,}")
+
+    def lives() -> bool:
+        in_job = local_jobs.is_running(now.jobs[0], submission.logs) if is_local else bool(live_jobs(run))
+        return in_job or run.is_in_use()
+
+    deadline = time.monotonic() + _ENDING_SECONDS
+    while lives() and time.monotonic() < deadline:  # its processes may still save
+        time.sleep(0.2)
+    step, checkpoint = overview(run).step, history.newest_step(run)
+    left = f"its newest checkpoint is of step {checkpoint:,}: {run.checkpoint_path(checkpoint)}"
+    print(f"{run.path}: cancelled at step {step:,}; {left if checkpoint else 'there is no checkpoint of it'}")
 
 
 def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
     """Submit a run again as it was submitted last, perhaps on another number of nodes or with settings changed."""
     now = _known(run)
     if now.live:
-        raise UserError(f"{run.path}: is {now.state} (job {' '.join(now.jobs) or 'of this machine'}); stop it first")
+        job = " ".join(now.jobs) or "of this machine"
+        raise UserError(f"{run.path}: is {now.state} (job {job}); stop it first: {runs_command('stop', run.path)}")
     if now.state == "complete":
         raise UserError(f"{run.path}: is complete, at step {now.step:,}; there is nothing to resume")
     submitted = submissions(run)
@@ -212,14 +264,6 @@ def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
     config = load_config(run.config_path, overrides)
     config.run.dir = str(run.path)
     return check_and_start(config, request)
-
-
-def duration(seconds: float) -> str:
-    """Such as 3 d 04:05 or 0:12:34."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours:02d}:{minutes:02d}" if days else f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _told(attempt: Attempt) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,7 +135,10 @@ def objection(script: str) -> str | None:
 
     It objects as well to what sbatch would put into the queue until nodes come back.
     """
-    result = _run("sbatch", "--test-only", input=script)
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        result = _run("sbatch", "--test-only", file.name)
     return last_line(result.stderr) if result.returncode else None
 
 
@@ -249,9 +253,9 @@ def _seconds(left: str) -> float:
         return 0 if left == "INVALID" else math.inf
 
 
-def _run(*command: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, env=environment(), input=input, capture_output=True, text=True)
+        return subprocess.run(command, env=environment(), capture_output=True, text=True)
     except FileNotFoundError:
         raise SilentError(f"SLURM does not answer (no {command[0]} on this machine)") from None
 

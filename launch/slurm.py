@@ -19,10 +19,11 @@ from launch.job import train
 from launch.local import run_here
 from launch.logs import log_path
 from launch.preparation import prepared
-from launch.refusals import complaints, refuse_bad_request, refuse_impossible_layout
+from launch.refusals import complaints, refuse_bad_request, refuse_impossible_layout, refuse_run_in_use
 from launch.request import JobRequest, add_request_options, requested_job
-from launch.submission import REPOSITORY, run_executor, submit
+from launch.submission import REPOSITORY, note_unused_settings, run_executor, submit
 from launch.sweep import run_sweep
+from launch.terminal import runs_command
 
 DEFAULT_CONFIG = REPOSITORY / "configs" / "pretrain" / "ps-131k.yaml"
 
@@ -47,6 +48,7 @@ def check_and_start(config: Config, request: JobRequest) -> int:
     path = Path(config.run.dir)
     print(f"estimate:      {described_estimate(config, request)}\nrun directory: {path}", flush=True)
     if request.executor == "debug":
+        refuse_run_in_use(RunDirectory(path))
         RunDirectory(path).stop_path.unlink(missing_ok=True)
         return train(config)
     with prepared([config], path) as [run]:
@@ -55,7 +57,7 @@ def check_and_start(config: Config, request: JobRequest) -> int:
         jobs = submit(request, run, config.run.name)
     print(f"job:           {' '.join(jobs)}\nlog:           {log_path(run.logs_path, jobs[0])}")
     print(f"W&B:           {wandb_place(config.wandb)}")
-    print(f"next:          python launch/runs.py status {run.path}   (or logs -f, stop, cancel, resume)")
+    print(f"next:          {runs_command('status', run.path)}   (or logs -f, stop, cancel, resume)")
     return 0
 
 
@@ -75,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def show(config: Config, request: JobRequest) -> None:
     """Print the estimate, the batch script and resolved configuration; on stderr, what would be refused here."""
+    note_unused_settings()
     print(f"# estimate: {described_estimate(config, request)}")
     if request.executor == "slurm":
         print(run_executor(request, Path(config.run.dir).absolute(), config.run.name).script())

@@ -1,5 +1,6 @@
 """How a run stands, from its directory and, where there is one, SLURM. Imports no torch."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -52,12 +53,12 @@ def live_jobs(run: RunDirectory) -> dict[str, JobState]:
 
 def overview(run: RunDirectory) -> Overview:
     """Look at a run; SLURM may have forgotten its jobs, or not answer."""
-    rows, config, found = run.metrics(), run.config(), attempts(run)
+    rows, config = run.metrics(), run.config()
     training = [row for row in rows if "loss" in row]
     validations = [row["valid_loss"] for row in rows if "valid_loss" in row]
     step = training[-1]["step"] if training else 0
     recent = training[-_RECENT_ROWS:]
-    state, why, jobs = _state(run, config.train.steps, found, step > 0)
+    state, why, jobs = _state(run, config.train.steps, step > 0)
     return Overview(
         state=state,
         why=why,
@@ -70,14 +71,14 @@ def overview(run: RunDirectory) -> Overview:
         seconds_left=median(row["seconds"] for row in recent) * (config.train.steps - step) if recent else None,
         checkpoint=newest_step(run),
         quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if rows else None,
-        attempts=found,
+        attempts=attempts(run),
     )
 
 
-def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> _State:
+def _state(run: RunDirectory, steps: int, begun: bool) -> _State:
     """State, why, and the jobs that are alive."""
     stop = run.stop_path.exists()
-    submitted = submissions(run)
+    submitted, found = submissions(run), attempts(run)
     try:
         jobs, silence = live_jobs(run), None
     except SilentError as error:
@@ -86,8 +87,9 @@ def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> 
         waiting = all(job.state in IN_QUEUE for job in jobs.values())
         reason = next(iter(jobs.values())).reason if waiting else None
         return (WAITING if waiting else STOPPING if stop else RUNNING), reason, list(jobs)
-    if submitted and submitted[-1].executor == "local" and local_jobs.is_running(submitted[-1].jobs[0]):
-        return (STOPPING if stop else RUNNING), None, submitted[-1].jobs
+    newest = submitted[-1] if submitted else None
+    if newest and newest.executor == "local" and local_jobs.is_running(newest.jobs[0], newest.logs):
+        return (STOPPING if stop else RUNNING), None, newest.jobs
     if run.is_in_use():
         holder = run.holder()
         if holder is None or holder.slurm_job is None or scheduler.may_be_live(holder.slurm_job):
@@ -97,14 +99,14 @@ def _state(run: RunDirectory, steps: int, found: list[Attempt], begun: bool) -> 
         return "complete", None, []
     if silence and not (found and (found[-1].gave_up or found[-1].reason == history.STOPPED)):
         return UNKNOWN, silence, []
-    if found:
-        return _how_it_ended(run, found[-1], submitted, stop)
+    if found := _ended(run, submitted):
+        return _how_it_ended(found[-1], stop)
     if stop:
         return "stopped", None, []
     return ("interrupted" if begun else "new"), None, []
 
 
-def _how_it_ended(run: RunDirectory, last: Attempt, submitted: list[Submission], stop: bool) -> _State:
+def _how_it_ended(last: Attempt, stop: bool) -> _State:
     if last.gave_up:
         return "given up", last.error, []
     if last.reason == history.FAILED:
@@ -113,10 +115,25 @@ def _how_it_ended(run: RunDirectory, last: Attempt, submitted: list[Submission],
         return "stopped", None, []
     if last.reason == history.TAKEN:
         return "cancelled", None, []
-    if last.reason is not None:
-        return "interrupted", last.reason, []
-    error = last_error(submitted[-1].logs, last.job) if submitted else None
-    return ("failed", error, []) if error else (LOST, _signs_of_life(run, last.job, submitted), [])
+    if last.reason == history.COMPLETE:
+        return "interrupted", "the checkpoint of its last step is gone; resume makes it again", []
+    if last.reason == history.LOST:
+        return LOST, last.error, []
+    return "interrupted", last.reason, []
+
+
+def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
+    """The attempts of a run that has no live job; the newest gets an end where its job left none."""
+    found = attempts(run)  # again: it may have been written down just before SLURM let go of the job
+    if not found or found[-1].reason is not None:
+        return found
+    last = found[-1]
+    error = last_error(run, submitted[-1].logs, last.job, last.restart) if submitted else None
+    reason, told = (history.FAILED, error) if error else (history.LOST, _signs_of_life(run, last.job, submitted))
+    with contextlib.suppress(OSError):  # who may only look
+        history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
+    last.reason, last.error, last.step = reason, told, newest_step(run)
+    return found
 
 
 def _signs_of_life(run: RunDirectory, job: str, submitted: list[Submission]) -> str:

@@ -100,11 +100,22 @@ def pythonpath(folder: Path) -> str:
 
 def refuse_what_slurm_refuses(executor: SlurmExecutor, request: JobRequest) -> None:
     """Raise `UserError` where SLURM would not take the job; say so where it will wait for nodes to come back."""
+    note_unused_settings()
     if objection := scheduler.objection(executor.script()):
         note = waiting_note(request)
         if note is None:
             raise UserError(f"SLURM refuses the job: {objection}")
         print(f"note:          {note}", flush=True)
+
+
+def note_unused_settings() -> None:
+    """Name, on stderr, the user's settings for sbatch that the request does not have from them."""
+    if names := scheduler.unused_settings():
+        print(
+            f"note: {', '.join(names)}: set in the environment and not used; a preset, or options such as "
+            "--partition, --time and --sbatch KEY=VALUE, say what a job asks for",
+            file=sys.stderr,
+        )
 
 
 def submitted(submit: Callable[[], Any]) -> Any:

@@ -11,6 +11,7 @@ from launch.preparation import prepared
 from launch.refusals import refuse_bad_request, refuse_impossible_layout
 from launch.request import JobRequest
 from launch.submission import run_executor, submit_array
+from launch.terminal import runs_command
 
 _COMMA = re.compile(r",(?![^\[]*\])")
 """A comma outside of a list such as train.betas=[0.9,0.95]."""
@@ -36,7 +37,7 @@ def run_sweep(path: Path, overrides: list[str], sweep: list[str], request: JobRe
             print(f"jobs:          {' '.join(jobs)}")
         else:
             statuses = [run_here(request, run) for run in runs]
-    print(f"table:         python launch/runs.py list {folder}")
+    print(f"table:         {runs_command('list', folder)}")
     return max(statuses)
 
 

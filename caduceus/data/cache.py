@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from caduceus.data.remote import RefusalError, RemoteError, read_chunks
-from caduceus.errors import UserError
+from caduceus.errors import RetryError, UserError
 from caduceus.files import is_disk_full, locked, write_atomically
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class ShardCache:
     def fetch(self, shard: Shard) -> None:
         """Have the shard on disk.
 
-        Raises `UnavailableError` where it cannot be had, and `UserError` where nothing can: the server is not reached
+        Raises `UnavailableError` where it cannot be had, and `RetryError` where nothing can: the server is not reached
         for one shard after several attempts, and then not for another one either.
         """
         shard.path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class ShardCache:
     def _require_no_recent_failure(self, shard: Shard) -> None:
         """Refuse a shard that some process of this run on this node failed to fetch a short while ago."""
         if self._server_down:
-            raise UserError(self._server_down)
+            raise RetryError(self._server_down)
         note = _failure_path(shard.path)
         status = _stat(note)
         # A note from before this start does not count: whoever mended the shard and starts again wants it read.
@@ -134,7 +134,7 @@ class ShardCache:
         elif self._suspect(shard):
             other, _ = self._unreachable[_dataset(shard)]
             self._server_down = f"{error}; neither could {other.name} be had; start again when the server is reached"
-            raise UserError(self._server_down) from None
+            raise RetryError(self._server_down) from None
         else:
             self._unreachable[_dataset(shard)] = shard.path, time.monotonic()
 

@@ -21,7 +21,7 @@ from caduceus.data.sample_reader import SUBSTITUTES, SampleReader
 from caduceus.data.samples import resolve_strands, validation_samples
 from caduceus.data.shard_samples import ShardSamples
 from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation
-from caduceus.errors import UserError
+from caduceus.errors import PeerError, UserError
 from caduceus.files import fingerprint
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class TrainLoader:
             own = torch.full((len(numbers),), _NONE_LEFT) if failed else batch.choices
             farthest, negated_nearest = self._largest_of_peers(torch.stack([own, -own]))
             if farthest.max() == _NONE_LEFT:
-                return batch if failed else UserError("another rank that shares the sequence failed; it says why")
+                return batch if failed else PeerError("another rank that shares the sequence failed; it says why")
             if torch.equal(farthest, -negated_nearest):
                 return batch
             if not torch.equal(own, farthest):

@@ -8,6 +8,7 @@ exchange logits once per micro-batch; so all ranks of a sample sit on one node. 
 
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,7 +24,7 @@ from caduceus.distributed.deepspeed_schema import need_deepspeed
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.rendezvous import Member, meet, refuse_strangers
 from caduceus.distributed.strands import StrandGroup
-from caduceus.errors import UserError
+from caduceus.errors import Kind, PeerError, UserError, kind_of, one_line
 
 COLLECTIVE_MARGIN = timedelta(minutes=10)
 """A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
@@ -31,6 +32,8 @@ FOR_EVER = timedelta(days=365)
 """Of a collective, where a step may take any time; the libraries know no other for ever."""
 FLIGHT_RECORDS = "2000"
 """Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
+_WEIGHTS = [Kind.PEER, Kind.RETRY, Kind.CRASH, Kind.NODE, Kind.USER]
+"""Where several ranks fail at once, the last of these kinds is what all end for."""
 _NO_MORE = object()
 
 T = TypeVar("T")
@@ -124,26 +127,41 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
-    def broadcast(self, value: object) -> object:
-        """The main rank's picklable value, on every rank."""
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The picklable value of the rank `source`, on every rank."""
         if self.world == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
+        dist.broadcast_object_list(values, src=source, device=self.device)
         return values[0]
 
-    def raise_together(self, error: Exception | None) -> None:
-        """Raise on every rank if any has an error: the others must not wait for one that is gone."""
-        if error is not None:
-            self.maximum(1)
+    def raise_together(self, error: BaseException | None) -> None:
+        """Raise on every rank if any has an error: the others must not wait for one that is gone.
+
+        A rank raises its own error; one that has none, or only that of a peer, a `PeerError` that says which rank
+        failed, how and why.
+        """
+        culprit = self._culprit(error)
+        if culprit is None:
+            return
+        told = self.broadcast((socket.gethostname(), error and one_line(error), error and kind_of(error)), culprit)
+        if error is not None and (culprit == self.rank or kind_of(error) is not Kind.PEER):
             raise error
-        if self.maximum(0):
-            raise UserError("another rank failed; its own message says why")
+        host, message, kind = told
+        raise PeerError(f"rank {culprit} on {host} failed: {message}", culprit, kind) from error
+
+    def _culprit(self, error: BaseException | None) -> int | None:
+        """The rank whose error all end for: the first of those with the weightiest kind; None where none has one."""
+        own = 0
+        if error is not None:
+            own = 1 + _WEIGHTS.index(kind_of(error)) * self.world + self.world - 1 - self.rank
+        heaviest = self.maximum(own)
+        return None if heaviest == 0 else self.world - 1 - (heaviest - 1) % self.world
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
         """Around what each rank does without the others; where it fails on one, all raise, at the end of it."""
-        failure = None
+        failure: Exception | None = None
         try:
             yield
         except Exception as error:
@@ -240,9 +258,25 @@ def joined(config: Config) -> Iterator[Ranks]:
         _start_collectives(config, device, store, rank, world, timeout)
     try:
         yield Ranks(rank, world, sharing.context, device, timeout, sharing.strands)
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        _log.warning("a collective failed on rank %d", rank, exc_info=error)
+        host = socket.gethostname()
+        raise PeerError(f"rank {rank} on {host}: lost contact with another rank ({one_line(error)})") from error
     finally:
         if not joined_already:
             dist.destroy_process_group()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether torch.distributed itself raised the error, as it does where a peer is gone."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    plain = type(error) is RuntimeError or isinstance(error, dist.DistError)
+    return plain and raised_in.startswith(("torch.distributed.", "torch.nn.parallel.distributed"))
 
 
 def _start_collectives(

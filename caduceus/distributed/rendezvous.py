@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from caduceus.config import Config, config_to_dict
-from caduceus.errors import NodeError, UserError
+from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank, one_line
 from caduceus.files import dump_json
 
 MEETING = timedelta(minutes=15)
@@ -41,7 +41,8 @@ class Member:
 def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, list[Member]]:
     """Wait for all ranks at MASTER_ADDR, MASTER_PORT; the store there, and what each rank tells of itself.
 
-    Raises `UserError` where they do not all come. `timeout`: of the store from then on.
+    Raises `PeerError` where they do not all come, and `UserError` without an address. `timeout`: of the store from
+    then on.
     """
     if world == 1:  # which may have been started without any address to meet at
         return dist.HashStore(), [member]
@@ -55,9 +56,11 @@ def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dis
         store.set(done[rank], "")
         if rank == 0:  # whose process may hold the store: it must not end before all have read
             store.wait(done, MEETING)
-    except (dist.DistError, ValueError) as error:  # the latter where there is no address
+    except ValueError as error:  # there is no address
+        raise UserError(f"rank {rank} on {member.host}: {one_line(error)}; start all ranks by torchrun") from None
+    except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(
+        raise PeerError(
             f"rank {rank} on {member.host}: not all {world} ranks met at {place} within {MEETING} "
             f"({str(error).splitlines()[0]}); see what the others say"
         ) from None
@@ -68,20 +71,26 @@ def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dis
 def refuse_strangers(members: list[Member], rank: int) -> None:
     """Raise on every rank if one is not of the run: other code, configuration or kind of device.
 
-    The `UserError` names the first such rank and its host; on a rank whose node lacks the GPU that other nodes have, it
-    is a `NodeError`.
+    The message names the first such rank and its host. That rank raises a `UserError`, or a `NodeError` where its node
+    lacks the GPU that other nodes have, and the others a `PeerError`. Where code or configuration differ, either side
+    may be the wrong one, so all raise a `PeerError`.
     """
     with_gpu = any(member.device == "cuda" for member in members)
     for number, member in enumerate(members):
         where = f"rank {number} on {member.host}"
         if difference := _difference(member, members[0]):
-            raise UserError(f"{where}: {difference}")
+            raise PeerError(f"{where}: {difference}", number, Kind.USER)
         if with_gpu and member.device != "cuda":
-            problem = f"{where}: torch sees no GPU there, but other ranks have one; mend the node or leave it out"
-            raise NodeError(problem) if number == rank else UserError(problem)
+            raise of_rank(
+                NodeError(f"{where}: torch sees no GPU there, but other ranks have one; mend the node or leave it out"),
+                number,
+                rank,
+            )
         if member.problem:
             everywhere = all(other.problem == member.problem for other in members)
-            raise UserError(member.problem if everywhere else f"{where}: {member.problem}")
+            if everywhere:
+                raise UserError(member.problem)
+            raise of_rank(UserError(f"{where}: {member.problem}"), number, rank)
 
 
 def code_and_config_hash(config: Config) -> tuple[str, str]:

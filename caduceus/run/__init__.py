@@ -1,1 +1,1 @@
-"""A run on disk: its directory, its checkpoints, and what ran. Imports no torch."""
+"""A run on disk: its directory, its checkpoints, what ran, and how it ended. Imports no torch."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from caduceus.config import Config, config_to_dict, load_config, save_config
-from caduceus.errors import UserError
+from caduceus.errors import RetryError, UserError
 from caduceus.files import dump_json, is_locked, read_json_lines, sha256_of, sync, take_lock, write_atomically
 from caduceus.run.provenance import provenance
 
@@ -250,7 +250,7 @@ class RunDirectory:
             files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": digest}
         write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
         if self.is_taken_over():
-            raise UserError(f"run.dir: {self.path} was taken over by another process")
+            raise RetryError(f"run.dir: {self.path} was taken over by another process")
         final = self.checkpoint_path(step)
         if final.exists():
             self._remove(final)
@@ -324,7 +324,7 @@ class RunDirectory:
             self._lock = take_lock(self._lock_path, wait=False)
         except BlockingIOError:
             holder = self.holder() or "its name is not known"
-            raise UserError(
+            raise RetryError(
                 f"run.dir: another process is training in {self.path} ({holder}); stop it or choose another"
             ) from None
         me = Holder(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"), time.time())

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 
 from caduceus.config import CheckpointConfig
 from caduceus.data.loader import TrainLoader
+from caduceus.distributed.mesh import is_lost_contact
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.files import dump_json, write_atomically
@@ -152,7 +153,7 @@ class Checkpoints:
         except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
             if self._ranks.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
-            of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException))
+            of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException)) and not is_lost_contact(error)
             self._failure = self._not_written(progress["step"], error) if of_disk else error
 
     def _remove_old(self) -> None:
@@ -173,6 +174,8 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
     try:
         strategy.load(checkpoint.path)
     except (dcp.CheckpointException, RuntimeError, ValueError) as error:
+        if is_lost_contact(error):
+            raise
         raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
     with strategy.ranks.agreeing():
         _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))

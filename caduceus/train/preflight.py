@@ -15,7 +15,7 @@ from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
-from caduceus.errors import NodeError, UserError
+from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.ops import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
@@ -49,13 +49,15 @@ def check_model(config: Config, device: torch.device) -> None:
 
 
 def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
-    """Raise `UserError` on every rank where `data.path` holds something else on one of them than on the first."""
+    """Raise `PeerError` on every rank where `data.path` holds something else on one of them than on the first."""
     (first_host, first), *_ = reports = ranks.gather_objects((socket.gethostname(), loader.fingerprint))
     for rank, (host, fingerprint) in enumerate(reports):
-        if fingerprint != first:
-            raise UserError(
+        if fingerprint != first:  # either of them may have the wrong ones
+            raise PeerError(
                 f"rank {rank} on {host}: data.path leads to other shards ({fingerprint[:12]}) than on {first_host} "
-                f"({first[:12]}); give all ranks the same"
+                f"({first[:12]}); give all ranks the same",
+                rank,
+                Kind.USER,
             )
 
 
@@ -64,8 +66,9 @@ def check_before_start(
 ) -> None:
     """Check disk, shared memory, clocks and collectives, on all ranks together.
 
-    `saving`: the group over which checkpoints are agreed on. Raises `UserError` on every rank, with a line that names
-    the first rank that fails, its host and what to do; on the ranks whose own node is at fault it is a `NodeError`.
+    `saving`: the group over which checkpoints are agreed on. Raises on every rank, with a line that names the first
+    rank that fails, its host and what to do: there a `UserError`, or `NodeError` where its node is at fault, and a
+    `PeerError` on the others.
     """
     ranks = strategy.ranks
     parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
@@ -78,12 +81,11 @@ def check_before_start(
         )
     reports = ranks.gather_objects(report)
     for rank, report in enumerate(reports):
-        problem = report.shared_memory or _clock_problem(report, reports[0])
-        if problem and rank == ranks.rank:
-            raise NodeError(f"rank {rank} on {report.host}: {problem}")
-        problem = problem or report.disk
-        if problem:
-            raise UserError(f"rank {rank} on {report.host}: {problem}")
+        where = f"rank {rank} on {report.host}"
+        if problem := report.shared_memory or _clock_problem(report, reports[0]):
+            raise of_rank(NodeError(f"{where}: {problem}"), rank, ranks.rank)
+        if report.disk:
+            raise of_rank(UserError(f"{where}: {report.disk}"), rank, ranks.rank)
     _try_collectives(strategy, saving)
 
 
@@ -131,7 +133,7 @@ def _try_collectives(strategy: Single, saving: dist.ProcessGroup | None) -> None
         ones = torch.ones(1, device=device)
         dist.all_reduce(ones, group=group)
         if ones.item() != size:
-            raise UserError(
+            raise PeerError(
                 f"rank {ranks.rank} on {socket.gethostname()}: a sum over {name} is {ones.item():g} instead of {size}; "
                 "the network or its drivers are broken"
             )

@@ -11,7 +11,7 @@ from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, bu
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.mesh import Ranks, joined
 from caduceus.distributed.strategy import Single
-from caduceus.errors import UserError
+from caduceus.errors import RetryError
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
@@ -111,7 +111,7 @@ def _train(
                 )
             stopping, saving, failed, taken_over = wishes.any(0).tolist()
             if taken_over:
-                raise UserError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
+                raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
             with watchdog.over(f"the checkpoint after step {progress.step}", SAVE_TIMEOUT.total_seconds()):
                 if last or stopping or saving or progress.step % config.checkpoint.every == 0:
                     checkpoints.save(progress)

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from caduceus.run.ends import record_end_here
+
 _GRACE_SECONDS = 5.0
 """From the dump to the end: the other ranks hang as well, and write their stacks before they lose their peers."""
 
@@ -72,9 +74,9 @@ class Watchdog:
         except OSError:
             self._dump(what, sys.stderr)
         limit = f"train.stall_minutes={minutes:g}" if 60 * minutes == self._limit else f"{minutes:g} minutes"
-        _log.error(
-            "rank %d: %s has taken more than %s; what it was doing is in %s", self._rank, what, limit, self._path
-        )
+        told = f"rank {self._rank}: {what} has taken more than {limit}; what it was doing is in {self._path}"
+        _log.error(told)
+        record_end_here(TimeoutError(told))
 
     def _dump(self, what: str, file: TextIO) -> None:
         file.write(f"rank {self._rank}, {what}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")

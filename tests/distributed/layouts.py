@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from caduceus.config import Config, config_from_dict
 from caduceus.data.loader import Batch, TrainLoader
 from caduceus.distributed.strategy import Single
-from caduceus.errors import UserError
+from caduceus.errors import ONE_LINE
 from caduceus.train import trainer
 from tests.distributed.ranks import on_ranks
 
@@ -69,7 +69,7 @@ class Observed:
     """Of this rank, in the order in which it took them."""
     seconds_to_first_step: float = 0.0
     refusal: str | None = None
-    """The message of the `UserError` that ended it."""
+    """The message of the error that ended it, if it was one that a line explains."""
     bytes_held: int = 0
     """Of parameters, buffers and optimizer state, after the second step."""
 
@@ -143,7 +143,7 @@ def _train_observed(config: Config, weigh: bool) -> Observed:
         patch.setattr(trainer, "scheduled_garbage_collection", contextlib.nullcontext)
         try:
             assert trainer.train(config) == 0
-        except UserError as error:
+        except ONE_LINE as error:
             observed.refusal = str(error)
     return observed
 

@@ -14,7 +14,7 @@ from caduceus.config import Config, save_config
 from caduceus.distributed import rendezvous
 from caduceus.distributed.mesh import joined
 from caduceus.distributed.rendezvous import Member, code_and_config_hash, refuse_strangers
-from caduceus.errors import NodeError, UserError
+from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, UserError
 from tests.distributed.layouts import Layout, config_of
 from tests.distributed.ranks import on_ranks
 
@@ -22,13 +22,13 @@ HERE = Member(host="node1", code="c" * 64, configuration="s" * 64, device="cuda"
 PAIR = Layout("pair", 2, {"strategy": "ddp"})
 
 
-def refusals(*members: Member) -> list[UserError | None]:
+def refusals(*members: Member) -> list[UserError | PeerError | None]:
     found = []
     for rank in range(len(members)):
         try:
             refuse_strangers(list(members), rank)
             found.append(None)
-        except UserError as error:
+        except ONE_LINE as error:
             found.append(error)
     return found
 
@@ -43,7 +43,7 @@ def test_ranks_of_one_run_are_not_refused() -> None:
 def test_the_rank_that_differs_is_named_on_all(field: str, told: str) -> None:
     other = replace(HERE, host="node2", device="cpu", **{field: "d" * 64})
     for refusal in refusals(HERE, HERE, other):
-        assert type(refusal) is UserError
+        assert (type(refusal), refusal.rank, refusal.status) == (PeerError, 2, 2), "either may be the wrong one"
         assert str(refusal).startswith(f"rank 2 on node2: its {told} (dddddddddddd) is not that of node1 (")
 
 
@@ -52,7 +52,8 @@ def test_the_rank_that_differs_is_named_on_all(field: str, told: str) -> None:
 )
 def test_a_node_without_the_gpu_of_the_others_is_at_fault(blind: Member) -> None:
     first, second = refusals(HERE, blind)
-    assert type(first) is UserError and type(second) is NodeError
+    assert type(first) is PeerError and type(second) is NodeError
+    assert (first.rank, first.peer_kind) == (1, Kind.NODE)
     assert str(first) == str(second)
     assert str(first).startswith("rank 1 on node2: torch sees no GPU there, but other ranks have one")
 
@@ -66,7 +67,9 @@ def test_where_no_rank_has_a_gpu_asking_for_one_is_the_users_mistake() -> None:
 
 def test_a_problem_of_one_rank_is_told_with_its_place() -> None:
     told = "parallel.deepspeed_config: ds.json is not readable"
-    assert [str(refusal) for refusal in refusals(HERE, replace(HERE, problem=told))] == [f"rank 1 on node1: {told}"] * 2
+    first, second = refusals(HERE, replace(HERE, problem=told))
+    assert str(first) == str(second) == f"rank 1 on node1: {told}"
+    assert (type(first), first.rank, first.peer_kind, type(second)) == (PeerError, 1, Kind.USER, UserError)
 
 
 def test_ranks_that_do_not_all_come_are_told_so(tmp_path: Path, monkeypatch) -> None:
@@ -78,7 +81,7 @@ def test_ranks_that_do_not_all_come_are_told_so(tmp_path: Path, monkeypatch) -> 
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     met = rf"^rank 0 on .*: not all 2 ranks met at 127\.0\.0\.1:{port} within 0:00:02 \("
-    with pytest.raises(UserError, match=met), joined(config_of(PAIR, tmp_path, tmp_path / "run")):
+    with pytest.raises(PeerError, match=met), joined(config_of(PAIR, tmp_path, tmp_path / "run")):
         pass
 
 
@@ -141,6 +144,6 @@ def test_so_do_ranks_that_had_joined_already(small_shards: Path, tmp_path: Path)
 def refusal_of_its_own(rank: int, configs: list[Config]) -> str:
     from caduceus.train import trainer
 
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(PeerError) as refusal:
         trainer.train(configs[rank])
     return str(refusal.value)

@@ -14,7 +14,7 @@ from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader, sample_reader
 from caduceus.data.reader import ShardFiles
 from caduceus.distributed.mesh import Ranks
-from caduceus.errors import UserError
+from caduceus.errors import ONE_LINE, one_line
 from tests.distributed.layouts import Layout, config_of, train_all
 from tests.distributed.ranks import on_ranks
 
@@ -100,8 +100,8 @@ def take_with_a_failing_disk(rank: int, config: Config, share: int, failing: boo
         loader = build_loader(config, positions=(rank * width, (rank + 1) * width), largest_of_peers=peers)
         try:
             batches = list(itertools.islice(loader, TAKEN))
-        except UserError as error:
-            return [], str(error)
+        except ONE_LINE as error:
+            return [], one_line(error)
     return [
         (batch.g.tolist(), batch.input_ids, batch.labels, [line.split(":")[0] for line in batch.substituted])
         for batch in batches

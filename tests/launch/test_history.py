@@ -5,8 +5,9 @@ import json
 import pytest
 
 from caduceus.config import Config, save_config
-from caduceus.errors import NodeError, UserError
+from caduceus.errors import Kind, NodeError, PeerError, UserError
 from caduceus.run.directory import MARKER, RunDirectory
+from caduceus.run.ends import ends_folder, record_end
 from launch import history
 from launch.history import Submission, attempts, failures_without_progress, record, record_submission
 from launch.logs import last_error, log_path
@@ -108,7 +109,8 @@ def test_a_failure_on_a_bad_node_is_the_node_s(run):
     assert why_ended(run, 2, RUNNING, ["n3"], signal_seconds=120) == history.BAD_NODE
 
 
-LOST = "RuntimeError: Connection closed by peer"
+LOST = RuntimeError("Connection closed by peer")
+PEER = PeerError("rank 1 on n1 failed: ValueError: 3", 1, Kind.CRASH)
 KILLED = "srun: error: n1: task 1: Killed\n"
 
 
@@ -117,30 +119,33 @@ def raised(error: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("logs", "error"),
+    ("ends", "log", "told"),
     [
-        (["quiet\n", "quiet\n"], None),
-        ([raised("RuntimeError: another rank failed"), "error: data.path: none\n"], "data.path: none"),
+        ({}, "quiet\n", None),
+        ({0: None, 1: None}, raised("ValueError: caught and logged"), None),
+        ({0: LOST, 1: UserError("data.path: none")}, KILLED, "data.path: none"),
+        ({0: PEER, 1: ValueError("3")}, "error: something else\n", "ValueError: 3"),
+        ({0: PEER}, KILLED, "n1: task 1: Killed"),
+        ({0: LOST}, KILLED, "n1: task 1: Killed"),
+        ({0: LOST}, KILLED.replace("task 1", "tasks 2,4-6"), "n1: tasks 2,4-6: Killed"),
+        ({2: ValueError("3")}, KILLED.replace("task 1: Killed", "task 2: Exited with exit code 1"), "ValueError: 3"),
+        ({1: ValueError("3")}, KILLED.replace("task 1", "tasks 0-3"), "ValueError: 3"),
+        ({0: LOST}, "", "RuntimeError: Connection closed by peer"),
+        ({0: PEER}, "", "rank 1 on n1 failed: ValueError: 3"),
+        ({}, raised("ImportError: no torch"), "ImportError: no torch"),
         (
-            [raised(LOST), raised("ValueError: 3")],
-            "ValueError: 3",
-        ),
-        (
-            ["srun: error: n1: task 1: Killed\n", raised(LOST)],
-            "n1: task 1: Killed",
-        ),
-        (["", raised(LOST)], LOST),
-        (["error: another rank failed; its own message says why\n", raised("ValueError: 3")], "ValueError: 3"),
-        (
-            ["error: of an earlier start\nStarting with JobEnvironment(…)\n" + raised("KeyError: 1")],
+            {},
+            raised("ValueError: of an earlier start") + "Starting with JobEnvironment(…)\n" + raised("KeyError: 1"),
             "KeyError: 1",
         ),
     ],
 )
-def test_the_error_that_says_most(run, logs, error):
-    for rank, text in enumerate(logs):
-        log_path(run.logs_path, "7", rank).write_text(text)
-    assert last_error(run.logs_path, "7") == error
+def test_the_error_that_says_most(run, ends, log, told):
+    for rank, error in ends.items():
+        record_end(ends_folder(run.path, "7", 1), rank, error)
+    record_end(ends_folder(run.path, "7", 0), 0, UserError("of an earlier attempt"))
+    log_path(run.logs_path, "7").write_text(log)
+    assert last_error(run, run.logs_path, "7", 1) == told
 
 
 @pytest.mark.parametrize(

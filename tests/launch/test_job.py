@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from caduceus.config import Config, RunConfig
-from caduceus.errors import UserError
+from caduceus.errors import Kind, NodeError, PeerError, RetryError, UserError
 from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, read_ends
 from launch.history import attempts
 from launch.job import FIRST_PORT, PORTS, TrainTask, rendezvous
 from launch.node import node_defaults
@@ -43,28 +44,54 @@ def test_each_task_knows_how_many_share_its_node(task, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("trained", "mistake", "noted"),
+    ("trained", "error", "status", "noted"),
     [
-        (None, "parallel.strategy: single runs on one process", [True]),
-        (False, "ops.backend: 'triton' needs an NVIDIA GPU", [True]),
-        (True, "train.max_skipped_steps: loss is not finite", []),
-        (None, "another rank failed; its own message says why", []),
-        (None, "rank 3 on n1: /dev/shm has 64 MB", []),
+        (None, UserError("parallel.strategy: single runs on one process"), 2, [True]),
+        (False, UserError("ops.backend: 'triton' needs an NVIDIA GPU"), 2, [True]),
+        (True, UserError("train.max_skipped_steps: loss is not finite"), 2, []),
+        (None, UserError("another rank failed, says a message, and is not believed"), 2, [True]),
+        (None, PeerError("parallel.strategy: on rank 1", 1, Kind.USER), 2, []),
+        (None, PeerError("rank 3 on n1: /dev/shm has 64 MB", 3, Kind.NODE), 2, []),
+        (None, PeerError("data.path: rank 1 failed: RuntimeError: a worker was killed", 1, Kind.CRASH), 1, []),
+        (None, PeerError("lost contact"), 1, []),
+        (None, RetryError("run.dir: another process is training in run"), 2, []),
     ],
 )
-def test_a_rank_s_own_mistake_before_the_first_step_is_noted(task, monkeypatch, trained, mistake, noted):
+def test_a_rank_s_own_mistake_before_the_first_step_is_noted(task, monkeypatch, trained, error, status, noted):
     run = RunDirectory(task.run_dir)
 
     def train(config: Config) -> int:
         if trained is not None:
             run.write_provenance({})
             run.metrics_path.write_text('{"step": 1}\n' * trained)
-        raise UserError(mistake)
+        raise error
 
     monkeypatch.setattr("launch.job.train", train)
+    with pytest.raises(SystemExit) as ended:
+        task()
+    assert ended.value.code == status
+    assert [attempt.refused for attempt in attempts(run)] == noted
+    end = read_ends(ends_folder(run.path, "7", 0))[5]
+    assert (end.kind, end.message) == (error.kind, str(error))
+
+
+def test_a_crash_and_a_bad_node_leave_their_ends(task, monkeypatch):
+    run = RunDirectory(task.run_dir)
+    monkeypatch.setattr("launch.job.train", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        task()
+    assert read_ends(ends_folder(run.path, "7", 0))[5].kind is Kind.CRASH
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setattr("launch.job.check_node", blind_node)
     with pytest.raises(SystemExit, match="2"):
         task()
-    assert [attempt.refused for attempt in attempts(run)] == noted
+    assert read_ends(ends_folder(run.path, "7", 1))[5].kind is Kind.NODE
+    assert [(attempt.restart, attempt.bad_nodes) for attempt in attempts(run)] == [(1, ["n1"])]
+
+
+def blind_node(*_: object, **__: object) -> None:
+    raise NodeError("n1: torch sees 3 of the 4 GPUs")
 
 
 def port(job: int, restart: int) -> int:

@@ -5,7 +5,9 @@ import sys
 import pytest
 
 from caduceus.config import Config, RunConfig
+from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, record_end
 from launch import history, requeue
 from launch.history import Submission, record_submission
 from tests.launch.test_history import add_checkpoint
@@ -32,7 +34,7 @@ def ended(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, status: int | str)
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_mistake_of_the_user_does_not_go_back_into_the_queue(run, monkeypatch, fake_slurm, refused, capsys):
-    (run.logs_path / "7_0_log.out").write_text("error: parallel.strategy: single runs on one process\n")
+    record_end(ends_folder(run.path, "7", 0), 0, UserError("parallel.strategy: single runs on one process"))
     if refused:
         history.record(run, "refused", "7", 0)
     assert ended(run, monkeypatch, 2) == 1

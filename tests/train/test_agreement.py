@@ -1,6 +1,7 @@
 """What fails on one rank alone ends all of them: none waits for one that is gone."""
 
 import errno
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,16 +17,13 @@ from caduceus.data.reader import ShardFiles
 from caduceus.data.sample_reader import SampleReader
 from caduceus.data.shard_samples import ShardSamples
 from caduceus.distributed.mesh import Ranks
-from caduceus.errors import UserError
+from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, RetryError, UserError, kind_of
 from caduceus.run.directory import RunDirectory
 from caduceus.train import trainer
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import SmallRun, numbers
 
 pytestmark = pytest.mark.slow
-
-OTHER = "another rank failed; its own message says why"
-PEER = "another rank that shares the sequence failed; it says why"
 
 
 def no_space(*arguments: object, **options: object) -> None:
@@ -87,6 +85,8 @@ FAULTS = {
     ),
 }
 """Rank, owner and name of what fails there, what takes its place, and the message of that rank."""
+KINDS = {"the model's check": Kind.CRASH, "a worker": Kind.CRASH}
+"""Where that rank's failure is not its user's to mend."""
 
 
 def small(small_run: SmallRun, name: str, **sections: dict[str, Any]) -> Config:
@@ -102,28 +102,65 @@ def small(small_run: SmallRun, name: str, **sections: dict[str, Any]) -> Config:
     return small_run.config(name, parallel=parallel.get(name, {"strategy": "fsdp"}), run=run, **sections)
 
 
-def train_with_faults(rank: int, configs: dict[str, Config]) -> dict[str, str]:
-    messages = {}
+def train_with_faults(rank: int, configs: dict[str, Config]) -> dict[str, Exception]:
+    failures = {}
     for fault, (where, owner, name, replacement, _) in FAULTS.items():
-        with pytest.MonkeyPatch.context() as patch, pytest.raises((UserError, OSError, RuntimeError)) as failure:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises((*ONE_LINE, OSError, RuntimeError)) as failure:
             if rank == where:
                 patch.setattr(owner, name, replacement)
             trainer.train(configs[fault])
-        messages[fault] = str(failure.value)
-    return messages
+        failures[fault] = failure.value.with_traceback(None)
+    return failures
 
 
 def test_what_one_rank_meets_alone_ends_all(small_run: SmallRun) -> None:
     configs = {name: small(small_run, name) for name in FAULTS}
-    for rank, messages in enumerate(on_ranks(2, train_with_faults, configs)):
+    for rank, failures in enumerate(on_ranks(2, train_with_faults, configs)):
         for fault, (where, *_, told) in FAULTS.items():
-            bystander = {"a worker": PEER, "other shards": told}.get(fault, OTHER)
-            first, _, last = (told if rank == where else bystander).partition(".*")
-            assert first in messages[fault] and last in messages[fault], (fault, rank, messages[fault])
+            failure, kind = failures[fault], KINDS.get(fault, Kind.USER)
+            first, _, last = told.partition(".*")
+            assert first in str(failure) and last in str(failure), (fault, rank, failure)
+            if fault == "other shards":  # either rank may have the wrong ones
+                assert (type(failure), failure.rank, failure.peer_kind) == (PeerError, where, kind)
+            elif rank == where:
+                assert kind_of(failure) is kind, fault
+            else:
+                assert (type(failure), failure.rank, failure.peer_kind) == (PeerError, where, kind), fault
+                assert str(failure).startswith(f"rank {where} on {socket.gethostname()} failed: "), failure
 
 
 def test_items_come_on_all_ranks_or_on_none() -> None:
-    assert on_ranks(2, take_together) == [([1, 2], OTHER), ([1, 2], "the third")]
+    other = f"rank 1 on {socket.gethostname()} failed: ValueError: the third"
+    assert on_ranks(2, take_together) == [([1, 2], other), ([1, 2], "the third")]
+
+
+def test_of_several_failures_all_follow_the_weightiest() -> None:
+    ends = on_ranks(4, fail_together)
+    assert ends[0] == [("peer", 2), ("crash", None), ("peer", 1), ("peer", 3), ("user", None)]
+    assert ends[1] == [("peer", 2), ("crash", None), ("retry", None), ("peer", 3), ("user", None)]
+    assert ends[2] == [("user", None), ("crash", None), ("peer", 1), ("peer", 3), ("user", None)]
+    assert ends[3] == [("crash", None), ("crash", None), ("peer", 1), ("node", None), ("user", None)]
+
+
+def fail_together(rank: int) -> list[tuple[str, int | None]]:
+    """The kind of each rank's end, and the rank that it follows, by what fails on which rank."""
+    lost = PeerError("another rank that shares the sequence failed")
+    cases = [
+        {0: lost, 2: UserError("the mistake"), 3: RuntimeError("a crash")},
+        dict.fromkeys(range(4), RuntimeError("all alike")),
+        {1: RetryError("in use"), 3: lost},
+        {0: lost, 1: lost, 2: lost, 3: NodeError("no GPU")},
+        dict.fromkeys(range(4), UserError("all alike")),
+    ]
+    ranks, ends = Ranks(rank, 4, 1, torch.device("cpu")), []
+    for errors in cases:
+        with pytest.raises((*ONE_LINE, RuntimeError)) as failure, ranks.agreeing():
+            if rank in errors:
+                raise errors[rank]
+        ends.append((kind_of(failure.value).value, getattr(failure.value, "rank", None)))
+    with ranks.agreeing():
+        pass
+    return ends
 
 
 def take_together(rank: int) -> tuple[list[int], str]:
@@ -134,7 +171,7 @@ def take_together(rank: int) -> tuple[list[int], str]:
         yield 3
 
     ranks, taken = Ranks(rank, 2, 1, torch.device("cpu")), []
-    with pytest.raises((UserError, ValueError)) as failure:
+    with pytest.raises((PeerError, ValueError)) as failure:
         for item in ranks.together(items()):
             taken.append(item)
     return taken, str(failure.value)

@@ -8,7 +8,7 @@ from collections import namedtuple
 import pytest
 
 from caduceus.config import Config
-from caduceus.errors import UserError
+from caduceus.errors import ONE_LINE, Kind, UserError, kind_of
 from caduceus.ops import cpu
 from caduceus.train import trainer
 from tests.distributed.ranks import on_ranks
@@ -46,13 +46,15 @@ def test_a_backend_that_cannot_run_the_model_is_told_before_shards_are_opened(sm
 @pytest.mark.slow
 def test_a_rank_whose_clock_is_wrong_is_named_on_all_ranks(small_run: SmallRun) -> None:
     sections = {"train": {"steps": 1, "global_batch": 4, "micro_batch": 2}, "valid": {"every": 0}}
-    for message in on_ranks(2, train_beside_one_whose_clock_is_wrong, small_run.config("run", **sections)):
+    ends = on_ranks(2, train_beside_one_whose_clock_is_wrong, small_run.config("run", **sections))
+    assert [kind for kind, _ in ends] == [Kind.PEER, Kind.NODE]
+    for _, message in ends:
         assert message.startswith(f"rank 1 on {HOST}: its clock is +3600 s"), message
 
 
-def train_beside_one_whose_clock_is_wrong(rank: int, config: Config) -> str:
+def train_beside_one_whose_clock_is_wrong(rank: int, config: Config) -> tuple[Kind, str]:
     now = time.time
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(UserError) as refusal:
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ONE_LINE) as refusal:
         patched.setattr(time, "time", lambda: now() + 3600 * rank)
         trainer.train(config)
-    return str(refusal.value)
+    return kind_of(refusal.value), str(refusal.value)

@@ -1,0 +1,91 @@
+"""RUN/logs/ends/JOB-RESTART/rank-N.json: how each rank of an attempt ended. Imports no torch.
+
+A rank that left no such file was killed, or never began.
+"""
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from caduceus.errors import Kind, PeerError, kind_of, one_line
+from caduceus.files import dump_json, write_atomically
+
+_recording: tuple[Path, int] | None = None
+"""Where `recording_end` will leave the end of this process."""
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of one rank; `kind` is None where it ended by itself, complete or stopped.
+
+    time: seconds since the epoch, of the rank's own host. peer, peer_kind: the rank whose failure ended this one
+    (`Kind.PEER`), as far as known.
+    """
+
+    rank: int
+    host: str
+    time: float
+    kind: Kind | None = None
+    message: str | None = None
+    peer: int | None = None
+    peer_kind: Kind | None = None
+
+
+def ends_folder(run: Path, job: str, restart: int) -> Path:
+    """The ends of one attempt: of a job, after so many restarts."""
+    return run / "logs" / "ends" / f"{job}-{restart}"
+
+
+@contextlib.contextmanager
+def recording_end(folder: Path, rank: int) -> Iterator[None]:
+    """Around all that a rank does: leaves its end in `folder`, and lets its exception pass."""
+    global _recording
+    _recording = folder, rank
+    try:
+        yield
+    except BaseException as error:
+        record_end(folder, rank, error)
+        raise
+    else:
+        record_end(folder, rank)
+    finally:
+        _recording = None
+
+
+def record_end_here(error: BaseException) -> None:
+    """Leave the end of this rank where nothing will pass through `recording_end`; nothing outside of that."""
+    if _recording is not None:
+        record_end(*_recording, error)
+
+
+def record_end(folder: Path, rank: int, error: BaseException | None = None) -> None:
+    """Write down how this rank ends. A disk that takes no file takes no end either: what ends it is told anyway."""
+    facts = {} if error is None else {"kind": kind_of(error), "message": one_line(error)}
+    if isinstance(error, PeerError):
+        facts |= {"peer": error.rank, "peer_kind": error.peer_kind}
+    end = End(rank, socket.gethostname(), time.time(), **facts)
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"rank-{rank}.json", dump_json(asdict(end)))
+
+
+def read_ends(folder: Path) -> dict[int, End]:
+    """The ends that the ranks of an attempt left, by rank."""
+    ends = [_end(json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
+    return {end.rank: end for end in sorted(ends, key=lambda end: end.rank)}
+
+
+def first_cause(ends: dict[int, End]) -> End | None:
+    """The end that the others follow from: a mistake, then a bad node, then the earliest crash; None if none failed."""
+    order = [Kind.USER, Kind.NODE, Kind.CRASH, Kind.RETRY, Kind.PEER]
+    failed = [end for end in ends.values() if end.kind is not None]
+    return min(failed, key=lambda end: (order.index(end.kind), end.time), default=None)
+
+
+def _end(values: dict) -> End:
+    kinds = {name: values[name] and Kind(values[name]) for name in ("kind", "peer_kind")}
+    return End(**{**values, **kinds})

@@ -1,0 +1,30 @@
+"""What the commands print: tables, durations, and the commands that come next."""
+
+import shlex
+from pathlib import Path
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as they need to be; all but the first two are set to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = []
+    for row in [heads, *rows]:
+        cells = [
+            cell.ljust(width) if number < 2 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Such as 3 d 04:05 or 0:12:34."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d}:{minutes:02d}" if days else f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def runs_command(action: str, path: Path) -> str:
+    """The command that does something with a run directory, quoted for the shell."""
+    return f"python launch/runs.py {action} {shlex.quote(str(path))}"
