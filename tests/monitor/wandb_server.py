@@ -71,7 +71,7 @@ class WandbServer:
         self.can_rewind = can_rewind
         self.requests: list[str] = []
         self.unknown: list[str] = []
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self._lock = threading.Lock()
         self._port = 0
         self._open()
@@ -108,9 +108,7 @@ class WandbServer:
 
     def _open(self) -> None:
         handler = type("Handler", (_Handler,), {"server_state": self})
-        ThreadingHTTPServer.allow_reuse_address = True
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", self._port), handler)
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -127,21 +125,24 @@ class WandbServer:
             self.unknown.append(query)
             return {}
 
-    def _Viewer(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _Viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
         viewer = {"id": "1", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer}
 
-    def _ServerFeaturesQuery(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _ServerFeaturesQuery(self, variables: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 
-    def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _OrganizationCoreWeaveOrganizationID(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
+
+    def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(variables["name"])
         entity = variables.get("entity") or ENTITY
         bucket = None if run is None else self._bucket(run)
         project = variables.get("project")
         return {"model": {"id": "1", "name": project, "entity": {"id": "1", "name": entity}, "bucket": bucket}}
 
-    def _UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["name"]
         inserted = name not in self.runs
         run = self.runs.setdefault(name, ServerRun(name, variables.get("project") or "uncategorized"))
@@ -150,7 +151,7 @@ class WandbServer:
             run.config = json.loads(variables["config"])
         return {"upsertBucket": {"bucket": self._bucket(run), "inserted": inserted}}
 
-    def _RewindRun(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _RewindRun(self, variables: dict[str, Any]) -> dict[str, Any]:
         if not self.can_rewind:
             raise ValueError("rewinding runs is not enabled")
         run = self.runs[variables["runName"]]
@@ -159,13 +160,13 @@ class WandbServer:
         run.rewinds += 1
         return {"rewindRun": {"rewoundRun": self._bucket(run)}}
 
-    def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
         files = [
             {"name": name, "uploadUrl": f"{self.url}/storage/{variables['run']}/{name}"} for name in variables["files"]
         ]
         return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
 
-    def _MarkRunFilesUploaded(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _MarkRunFilesUploaded(self, variables: dict[str, Any]) -> dict[str, Any]:
         return {"markRunFilesUploaded": {"success": True}}
 
     def _bucket(self, run: ServerRun) -> dict[str, Any]:
@@ -188,6 +189,14 @@ class WandbServer:
             "notes": run.properties.get("notes"),
             "wandbConfig": json.dumps({"t": 1}),
         }
+
+
+class _Server(ThreadingHTTPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed hang up in the midst of things."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -16,9 +16,10 @@ from typing import Any
 
 from caduceus.config import Config
 from caduceus.errors import UserError
-from caduceus.files import fingerprint
+from caduceus.files import fingerprint, take_lock
 from caduceus.monitor.wandb.identity import identity
 from caduceus.monitor.wandb.place import place_of
+from caduceus.run.directory import RunDirectory
 
 START_SECONDS = 10.0
 """How long a start may wait for W&B where `wandb.required` asks for it; others do not wait."""
@@ -76,20 +77,14 @@ class WandbProcess:
     def _start(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)  # of a start that was killed
         self._temporary.mkdir(mode=0o700)
-        command = [sys.executable, "-m", "caduceus.monitor.wandb.sender", str(self._run)]
-        # A training in this process leaves word of its W&B service, which the other would share.
-        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-        environment["TMPDIR"] = str(self._temporary)
-        environment["OMP_NUM_THREADS"] = "1"
         log = self._run / "wandb" / "client.log"
         with log.open("wb") as client_log:
             self._process = subprocess.Popen(
-                [*command, "--trainer", str(os.getpid())],
+                [*_command(self._run), "--trainer", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=client_log,
-                env=environment,
+                env={**_environment(), "TMPDIR": str(self._temporary)},
                 start_new_session=True,  # Ctrl-C and the signals of schedulers are for the trainer
             )
         self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
@@ -132,6 +127,35 @@ class WandbProcess:
                 text,
                 self._run,
             )
+
+
+def sync(run: RunDirectory) -> int:
+    """Send W&B what it lacks of a run that nobody trains; returns the exit status, 0 where W&B then has all rows."""
+    try:
+        take_lock(run.path / "wandb" / ".sender", wait=False).close()
+    except FileNotFoundError:
+        (run.path / "wandb").mkdir()
+    except BlockingIOError:
+        raise UserError(f"{run.path}: its rows are being sent already; see {run.path}/wandb/status.json") from None
+    if not run.metrics():
+        raise UserError(f"{run.path}: has no rows to send yet")
+    with (run.path / "wandb" / "client.log").open("wb") as client_log:
+        process = subprocess.Popen(_command(run.path), stdout=subprocess.PIPE, stderr=client_log, env=_environment())
+        for line in process.stdout:
+            with contextlib.suppress(ValueError):
+                print(json.loads(line)["text"], flush=True)
+    return process.wait()
+
+
+def _command(run: Path) -> list[str]:
+    return [sys.executable, "-m", "caduceus.monitor.wandb.sender", str(run)]
+
+
+def _environment() -> dict[str, str]:
+    # A training in this process leaves word of its W&B service, which the other would share.
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    return {**environment, "OMP_NUM_THREADS": "1"}
 
 
 def _kill_session(leader: int) -> None:
