@@ -32,7 +32,7 @@ class Place:
 
 
 def place_of(config: Config, run: Path, environment: Mapping[str, str] = os.environ) -> Place:
-    """Where the run goes. An environment variable of W&B's holds where the configuration leaves its key at null or auto."""
+    """Where the run goes. W&B's environment variables hold for keys that are null or auto."""
     used = []
 
     def either(value: str | None, variable: str) -> str | None:

@@ -23,7 +23,7 @@ from caduceus.run.directory import RunDirectory
 
 START_SECONDS = 10.0
 """How long a start may wait for W&B where `wandb.required` asks for it; others do not wait."""
-_END_SECONDS = 25.0
+_END_SECONDS = 65.0
 _LEVELS = {"warning": logging.WARNING}
 _ROOT = Path(__file__).resolve().parents[3]
 """The folder that holds the package, which may be a copy."""
@@ -56,8 +56,13 @@ class WandbProcess:
         if config.wandb.required:
             self._require()
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that sends; None where there is none."""
+        return self._process.pid if self._process is not None else None
+
     def end(self, exit_code: int, stopped: bool, reason: str | None) -> None:
-        """Let the last rows be sent, and leave after half a minute at the most, whatever W&B does."""
+        """Let the last rows be sent, and leave after a minute at the most, whatever W&B does."""
         if self._process is None:
             return
         with self._guarded():

@@ -1,8 +1,8 @@
 """python -m caduceus.monitor.wandb.sender RUN [--trainer PID]: bring W&B up to a run's metrics.jsonl.
 
 With a trainer, until it ends; else once. It speaks to who started it in lines of JSON on stdout, and hears of the
-trainer's end on stdin. Every attempt with W&B's client begins in a fresh process image, so that nothing of a client that
-failed is left.
+trainer's end on stdin. Every attempt with W&B's client begins in a fresh process image, so that nothing is left
+of a client that failed.
 """
 
 import argparse
@@ -37,8 +37,12 @@ from caduceus.run.directory import RunDirectory
 _POLL_SECONDS = 0.3
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
 """Between two looks at the server, and between two attempts after a failure; doubled from one to the next."""
-END_SECONDS = 20.0
-"""How long the last rows may take once the trainer has ended."""
+_LOST_SECONDS = 150.0
+"""After which a client is lost that sends nothing though the server answers and steps wait."""
+END_SECONDS = 60.0
+"""How long the last rows may take once the trainer has ended, from a server that answers."""
+_FINISH_SECONDS = 15.0
+"""How long the client may take over its own end; it tries again and again where the server fails."""
 _PREEMPTED = 75
 """The exit status that the trainer has when it stops early; W&B calls a preempting run that ends with 0 finished."""
 _MEMORY = "CADUCEUS_WANDB_SENDER"
@@ -119,14 +123,19 @@ class Sender:
             self._back_to = None
             last = offline.last_step(folder, which.id)
         journal = Journal(directory(self._run.path) / "sent.jsonl", last or 0)
-        try:
-            begun = session.Session(place, which.id, mode, self._facts(), self._trainer, self._back_to)
-        except Exception as error:
-            if self._back_to is None and not isinstance(error, session.IdTakenError):
-                raise
-            self._give_up_id(error)
+        begun = self._begin(mode, which.id)
+        if begun is None:  # under this id W&B cannot be brought up to metrics.jsonl
+            which = renewed(self._run.path)
+            undone = "holds steps that were undone, and this server cannot remove them"
+            why = "was deleted" if self._back_to is None else undone
+            text = f"wandb: run {which.former[-1]} {why}; the run goes on as {which.id}, from its first step"
+            self.tell("warning", text)
+            self._back_to = None
+            journal = Journal(directory(self._run.path) / "sent.jsonl", 0)
+            begun = session.Session(place, which.id, mode, self._facts(), self._trainer)
         if self._back_to is not None:
             journal.drop_after(self._back_to)
+            self._back_to = None
         keep_url(self._run.path, begun.url)
         if server is not None:
             self.tell("ready", f"wandb: {begun.url}", url=begun.url)
@@ -138,9 +147,22 @@ class Sender:
         self._was_sending = True
         self._follow(begun, journal, server, lambda: server.last_step(begun.entity, place.project, which.id))
 
+    def _begin(self, mode: str, run_id: str) -> Any:
+        """Begin with W&B's client; None where this id cannot be gone on with."""
+        from caduceus.monitor.wandb import session
+
+        try:
+            return session.Session(self.place, run_id, mode, self._facts(), self._trainer, self._back_to)
+        except session.IdTakenError:
+            return None
+        except Exception:
+            if self._back_to is None:
+                raise
+            return None
+
     def _follow(self, begun: Any, journal: Journal, server: Any, server_step: Any) -> None:
-        follower, held, looked, pause, seen = Follower(self._run.metrics_path), {}, time.monotonic(), _FIRST_PAUSE, 0
-        before = journal.last
+        follower, held, looked, pause = Follower(self._run.metrics_path), {}, time.monotonic(), _FIRST_PAUSE
+        seen, moved = journal.last, time.monotonic()
         while True:
             end = self._end
             rows = follower.poll()
@@ -154,9 +176,10 @@ class Sender:
                 break
             if server is not None and time.monotonic() - looked > pause:
                 has = self._look(server_step)
-                if has is not None and has < before and has == seen:
+                if has is None or has != seen or has >= journal.last - 1:
+                    seen, moved = has, time.monotonic()
+                elif time.monotonic() - moved > _LOST_SECONDS:
                     raise RuntimeError("W&B's client sends nothing more")
-                seen, before = (has if has is not None else seen), journal.last
                 looked, pause = time.monotonic(), min(2 * pause, _LONGEST_PAUSE)
             time.sleep(_POLL_SECONDS)
         if held and self._is_whole(held["step"], end):
@@ -167,7 +190,13 @@ class Sender:
             server.entity()  # a server in trouble would hold up the client's end for long
         exit_code = end["exit"] if end.get("exit") is not None else int(self._trainer is not None)
         exit_code = _PREEMPTED if end.get("stopped") else exit_code
-        begun.finish(exit_code, bool(end.get("stopped")), end.get("reason"))
+        finishing = threading.Thread(
+            target=begun.finish, args=(exit_code, bool(end.get("stopped")), end.get("reason")), daemon=True
+        )
+        finishing.start()
+        finishing.join(_FINISH_SECONDS)
+        if finishing.is_alive():
+            raise ServerTroubleError(f"{_base_url()} takes no rows")
         if server is None:
             self._keep("offline", journal.last)
             return
@@ -209,19 +238,10 @@ class Sender:
         facts = starts[-1] if starts else {}
         return {**config_to_dict(self._config), "start": {**facts, "starts": len(starts), "slurm": _slurm()}}
 
-    def _give_up_id(self, error: Exception) -> NoReturn:
-        which = renewed(self._run.path)
-        why = (
-            "has steps that were undone, which this server cannot remove" if self._back_to is not None else "is deleted"
-        )
-        self.tell("warning", f"wandb: run {which.former[-1]} {why}; the run goes on as {which.id}, from its first step")
-        Journal(directory(self._run.path) / "sent.jsonl", 0)
-        self._again(back_to=None)
-
     def _trouble(self, error: Exception) -> None:
         self._warn(error)
         has = self._status.step
-        in_vain = self._attempt > 3 or not self._was_sending or isinstance(error, ServerTroubleError)
+        in_vain = self._attempt > 3 or isinstance(error, (ServerTroubleError, UserError))
         if self._end is not None and in_vain:
             self._keep("behind", has, str(error))
             return

@@ -65,9 +65,7 @@ class Server:
         try:
             return answer.json()["data"] or {}
         except (ValueError, KeyError, TypeError):
-            raise ServerTroubleError(
-                f"{self.url} answers with something that is not W&B's; is a proxy in the way?"
-            ) from None
+            raise ServerTroubleError(f"{self.url} gives an answer that is not W&B's; is a proxy in the way?") from None
 
 
 def _innermost(error: BaseException) -> str:

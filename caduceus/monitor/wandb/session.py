@@ -7,6 +7,7 @@ import wandb
 from caduceus.monitor.wandb.place import Place
 
 _INIT_SECONDS = 30.0
+_SEND_SECONDS = 5.0
 _FLUSH_SECONDS = 2.0
 """How often the client's own file is brought to the disk: what it had not, a kill loses."""
 
@@ -40,6 +41,9 @@ class Session:
             allow_val_change=True,
             console="wrap",
             console_multipart=True,
+            x_file_stream_transmit_interval=_SEND_SECONDS,
+            x_graphql_retry_max=3,  # where the server fails, another attempt is made later
+            x_graphql_retry_wait_max_seconds=2.0,
             x_transaction_log_flush_interval=_FLUSH_SECONDS,
             disable_git=True,
             disable_code=True,
@@ -72,7 +76,7 @@ class Session:
         self.entity: str | None = self._run.entity
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        self._run.log(row, step=step)
+        self._run.log(row, step=step, commit=True)
 
     def finish(self, exit_code: int, preempting: bool, reason: str | None) -> None:
         """Send what is left and end; a run that stopped to be started again is `preempting`."""
