@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-fast lint bench
+.PHONY: demo test test-fast lint bench docs
 
 # torch by its exact release first: an open range would bring the CUDA build, which a laptop does not need.
 # DeepSpeed's set-up asks torch what there is to build, hence no isolation; nothing is compiled.
@@ -30,6 +30,10 @@ test-fast: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The pages that are made of the code; tests compare them with it.
+docs: $(VENV)/installed
+	$(PY) -m caduceus.config.reference > docs/configuration.md
 
 # Each prints a table of ratios measured in one run.
 bench: $(VENV)/installed

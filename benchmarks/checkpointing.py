@@ -127,7 +127,7 @@ def parts(run: RunDirectory, strategy: Single, repeats: int = 10) -> dict[str, f
 def take_turn(config: Config, run: RunDirectory, strategy: Single, tokens: torch.Tensor, mode: str, every: int) -> Turn:
     """Save, and train `every` steps."""
     config.checkpoint.async_ = mode == "behind"
-    checkpoints = Checkpoints(config.checkpoint, run, strategy)
+    checkpoints = Checkpoints(config, run, strategy)
     started = time.perf_counter()
     if mode != "none":
         checkpoints.save(Progress(step=1, tokens=0, loader={"samples_consumed": 0}))

@@ -5,6 +5,7 @@ another rank. Anything else is a crash, with its traceback.
 """
 
 import enum
+import signal
 import sys
 from collections.abc import Callable
 
@@ -97,6 +98,7 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
         print(f"error: {error}", file=sys.stderr)
         status = error.status
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more must not change the status
         print(interrupted, file=sys.stderr)
         status = 130
     sys.exit(status or 0)

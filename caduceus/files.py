@@ -80,6 +80,23 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """The system's error that led to another one, such as a full disk to a file that a library finds incomplete."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def show_bytes(count: float) -> str:
+    """Bytes as people read them, such as `1.5 GiB`: in the largest unit of which there is one."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while count >= 1024 and power < len(units) - 1:
+        count, power = count / 1024, power + 1
+    return f"{count:.0f} {units[power]}" if power == 0 or count >= 100 else f"{count:.1f} {units[power]}"
+
+
 def sha256_of(path: str | Path) -> str:
     """sha256 of a file, read in pieces."""
     digest = hashlib.sha256()

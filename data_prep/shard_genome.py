@@ -14,7 +14,7 @@ from data_prep.argument_types import count, local_path
 from data_prep.check.merge import merge
 from data_prep.check.rebuild import rebuild_index
 from data_prep.check.verify import verify
-from data_prep.plan.options import INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
+from data_prep.plan.options import CONTIGS, INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
 from data_prep.plan.species import SpeciesRequest
 from data_prep.source.registry import resolve_genome
 from data_prep.source.species_file import fetch_files, genome_file, read_species_file, request_for_genome
@@ -82,7 +82,7 @@ def add_plan_options(group: Any) -> None:
         "min_window": (int, "N", "shortest window (1024, or --window if that is less)"),
         "cut_gaps": (int, "N", "runs of N this long separate segments; 0: none do (10000)"),
         "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
-        "include": (str, "RE", "use the contigs whose whole name matches, instead of the default rules"),
+        "include": (str, "RE", "use the contigs whose whole name matches, instead of --contigs"),
         "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
         "aliases": (str, "FILE|URL", "table of contig names, or an NCBI assembly report"),
         "intervals": (
@@ -100,6 +100,19 @@ def add_plan_options(group: Any) -> None:
         group.add_argument(
             "--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS
         )
+    group.add_argument(
+        "--contigs",
+        choices=CONTIGS,
+        help="auto: no organelles, viruses, decoys, other versions and what is on no chromosome, and refused where "
+        "under half of the bases would be left (auto); primary: the same, never refused; all: every contig",
+        default=argparse.SUPPRESS,
+    )
+    group.add_argument(
+        "--allow-unknown-contigs",
+        action="store_true",
+        help="pass over rows of tables about contigs, or places on them, that the genome does not hold",
+        default=argparse.SUPPRESS,
+    )
     group.add_argument("--strands", choices=STRANDS, help="which strands are stored (both)", default=argparse.SUPPRESS)
     group.add_argument("--tail", choices=TAILS, help="the end of a segment (short)", default=argparse.SUPPRESS)
     group.add_argument(

@@ -50,7 +50,9 @@ def waiting_note(request: JobRequest) -> str | None:
         return None
     if _largest_partition(suitable) < request.nodes:
         return None
-    states = sorted({row.state for row in suitable if not row.can_start})
+    states = sorted(
+        {row.state if row.is_up else "in a partition that is down" for row in suitable if not row.can_start}
+    )
     return f"the job will wait: nodes that it needs are {', '.join(states)} at present"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from caduceus.config import Config
-from caduceus.errors import UserError
+from caduceus.errors import RetryError
 from caduceus.files import take_lock, write_atomically
 from caduceus.run.directory import RunDirectory
 from launch.history import submissions
@@ -17,6 +17,8 @@ from launch.refusals import refuse_run_in_use
 
 _LOCK_SECONDS = 60
 """How long a submission waits for another one of the same run."""
+_GLANCE_SECONDS = 2
+"""How long a submission at most holds the lock of the process that trains."""
 
 
 @contextlib.contextmanager
@@ -68,26 +70,39 @@ class _Found:
 
 
 def _locked(config: Config) -> _Found:
-    """The run directory of `config`, made where it is absent.
+    """The run directory of `config`, made where it is absent, locked against other submissions.
 
-    A submission that waits for this one sees what has become of it: a directory with a submission, or none at all.
+    One that waited for another sees what has become of it: a directory with a submission, or none at all.
     """
     run = RunDirectory(config.run.dir)
-    deadline = time.monotonic() + _LOCK_SECONDS
+    began = time.monotonic()
     while True:
         was_absent = not run.path.exists()
         try:
             RunDirectory.create_or_resume(config).release()
-            with run.telling_of_disks():
-                lock = take_lock(run.path / ".submitting", wait=False)
-        except (BlockingIOError, FileNotFoundError):
-            if time.monotonic() > deadline:
-                raise UserError(f"run.dir: {run.path} is being started by another process; wait for it") from None
+        except RetryError:  # another submission, which gives it back at once, or a process that trains
+            if time.monotonic() - began > _GLANCE_SECONDS:
+                raise
             time.sleep(0.1)
             continue
         except BaseException:
             if was_absent and not run.config_path.exists() and not run.is_in_use():
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
-        count = len(submissions(run))
-        return _Found(run, lock, was_absent and not count, run.config_path.read_text(), run.stop_path.exists(), count)
+        with run.telling_of_disks():
+            lock = _lock_if_free(run.path / ".submitting")
+        if lock is not None:
+            break
+        if time.monotonic() - began > _LOCK_SECONDS:
+            raise RetryError(f"run.dir: {run.path} is being started by another process; wait for it")
+        time.sleep(0.1)
+    count = len(submissions(run))
+    return _Found(run, lock, was_absent and not count, run.config_path.read_text(), run.stop_path.exists(), count)
+
+
+def _lock_if_free(path: Path) -> IO[bytes] | None:
+    """The lock; None where another process holds it, or has just removed the directory."""
+    try:
+        return take_lock(path, wait=False)
+    except (BlockingIOError, FileNotFoundError):
+        return None

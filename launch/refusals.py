@@ -54,7 +54,14 @@ def _in_use_complaint(run: RunDirectory) -> str | None:
 
 def _data_complaint(config: Config) -> str | None:
     try:
-        open_dataset(config.data, "train")
+        if config.data.mode == "stream":
+            from caduceus.data.stream import expand_urls  # which imports torch
+
+            expand_urls(config.data.path, "data.path", config.data.allow_commands)
+        else:
+            open_dataset(config.data, "train")
+            if config.valid.every:
+                open_dataset(config.data, "valid")
     except UserError as error:
         return str(error)
     return None

@@ -1,5 +1,6 @@
 """The configuration of a run. `keys`: what a key says of itself; `run`: the sections; `load`: YAML and overrides."""
 
+from caduceus.config.fixed import Change, changes, order_values
 from caduceus.config.load import config_from_dict, config_to_dict, load_config, save_config
 from caduceus.config.run import (
     KEYS,
@@ -20,6 +21,7 @@ __all__ = [
     "KEYS",
     "SECTIONS",
     "CaduceusConfig",
+    "Change",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -29,8 +31,10 @@ __all__ = [
     "TrainConfig",
     "ValidConfig",
     "WandbConfig",
+    "changes",
     "config_from_dict",
     "config_to_dict",
     "load_config",
+    "order_values",
     "save_config",
 ]

@@ -17,6 +17,15 @@ def refuse_impossible_values(config: Config) -> None:
             "data.random_token_prob: together with data.mask_token_prob it must not exceed 1, "
             f"got {data.random_token_prob} + {data.mask_token_prob}"
         )
+    if data.objective == "mlm" and round(data.mask_prob * 2**32) == 0:
+        raise UserError(f"data.mask_prob: {data.mask_prob} labels no base, so there is nothing to learn; give a share")
+    if data.objective == "mlm" and data.mask_token_prob + data.random_token_prob == 0:
+        raise UserError(
+            "data.mask_token_prob: with data.random_token_prob it is 0, so every base that is to be predicted is shown "
+            "as it is, and there is nothing to learn"
+        )
+    if data.objective == "next_base" and data.seq_len < 2:
+        raise UserError("data.seq_len: next_base needs at least 2 bases; the last of a sequence has no next one")
     if train.precision == "fp64" and config.ops.backend in ("triton", "mamba_ssm"):
         raise UserError(f"train.precision: ops.backend={config.ops.backend} does not compute in fp64; use naive or cpu")
     if data.objective == "next_base" and (config.model.bidirectional or config.model.rcps):

@@ -38,6 +38,11 @@ class Key:
     above: float | None = None
     below: float | None = None
 
+    @property
+    def section(self) -> str:
+        """The first part of the name."""
+        return self.name.partition(".")[0]
+
     def check(self, value: Any) -> None:
         """Raise `UserError` where the key cannot have this value, whatever the others are."""
         if self.choices and value not in self.choices:

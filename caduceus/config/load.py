@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.config.checks import refuse_impossible_values
 from caduceus.config.keys import attribute_of, name_of
-from caduceus.config.run import Config
+from caduceus.config.run import Config, DataConfig
 from caduceus.errors import UserError
 from caduceus.files import write_atomically
 
@@ -24,8 +24,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises `UserError` naming the file or key for anything that is not a valid configuration.
     """
     path = Path(path)
-    layers = [*_read_layers(path), *(_parse_override(override) for override in overrides)]
-    config = _merge(layers)
+    typed = [_parse_override(override) for override in overrides]
+    config = _merge([*_read_layers(path), *typed])
+    if _commands_are_typed(config.data, [values for _, values in typed]):
+        config.data.allow_commands = True
     if config.run.name is None:
         config.run.name = path.stem
     if config.run.dir is None:
@@ -80,6 +82,14 @@ def _parse_override(override: str) -> tuple[str, DictConfig]:
         return f"'{override}'", OmegaConf.from_dotlist([override])
     except Exception as error:
         raise UserError(f"'{override}': {_one_line(error)}") from None
+
+
+def _commands_are_typed(data: DataConfig, typed: list[DictConfig]) -> bool:
+    """Whether all of `data.path` and `data.valid_path` that might run a command was given on the command line."""
+    keys = {key for values in typed for key in (values.get("data") or {})}
+    signs = ("pipe:", "{", "::")  # the latter two may hide the first
+    suspects = {key for key in ("path", "valid_path") if any(sign in str(getattr(data, key)) for sign in signs)}
+    return any("pipe:" in str(getattr(data, key)) for key in suspects) and suspects <= keys
 
 
 def _merge(layers: list[tuple[str, DictConfig]]) -> Config:

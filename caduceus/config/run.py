@@ -101,6 +101,19 @@ class DataConfig:
     )
     stream_key: str = key("seq", "stream: extension of the members of a tar that hold bases.", fixes="order")
     valid_path: Any = key(None, "stream: tars to validate on.", fixes="nothing")
+    allow_unused_species: bool = key(
+        False,
+        "Leave out a species of `path` from which nothing can be learned: all its windows are shorter than `seq_len`, "
+        "no crop has `min_acgt`, or all is lower case at `repeat_weight` 0. Its share of the samples goes to the "
+        "others. False refuses it.",
+        fixes="nothing",
+    )
+    allow_commands: bool = key(
+        False,
+        "Whether `path` and `valid_path` may run commands (`pipe:COMMAND {}`). Always so where the command line gives "
+        "them; in a file, which may be somebody else's, only with this key.",
+        fixes="nothing",
+    )
     seq_len: int = key(1024, "Bases per training sequence.", fixes="order", least=1)
     strands: str = key(
         "auto",
@@ -162,8 +175,8 @@ class DataConfig:
     )
     max_substituted: int = key(
         100,
-        "Samples per rank and start that may be replaced because their bases cannot be read; one more ends the run. It "
-        "decides whether a run goes on, and not what it computes.",
+        "Samples per rank and start that may be replaced because their bases cannot be read, or in stream mode tars "
+        "that are damaged; one more ends the run. It decides whether a run goes on, and not what it computes.",
         fixes="nothing",
         least=0,
     )

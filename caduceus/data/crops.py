@@ -17,8 +17,8 @@ class CropTable:
     index's runs, and those with none at all, are no crops. Memory is a row per window and a number per left-out tile.
 
     Attributes: `windows` (WINDOW_DTYPE, `shard` numbered over all sources), `window_source` (W,), `shards` (paths),
-    `shards_of_source` (S,), `crops_of_shard` (H,), `size`, `left_out_bases` (in the remainders of windows),
-    `left_out_tiles`.
+    `shards_of_source` (S,), `crops_of_shard` (H,), `crops_of_source` (S,), `size`, `left_out_bases` (in the remainders
+    of windows), `left_out_tiles`.
     """
 
     def __init__(self, tables: Sequence[WindowTable], seq_len: int, min_acgt: float) -> None:
@@ -49,6 +49,8 @@ class CropTable:
         shard_windows = np.searchsorted(self.windows["shard"], np.arange(len(self.shards) + 1))
         tile_edges = self._tile_first[shard_windows]
         self.crops_of_shard = np.diff(tile_edges - np.searchsorted(excluded, tile_edges))
+        shards_through = np.concatenate([[0], np.cumsum(self.shards_of_source)])
+        self.crops_of_source = np.diff(np.concatenate([[0], np.cumsum(self.crops_of_shard)])[shards_through])
 
     def locate(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Crop numbers (n,) -> row of `windows` (n,), and the crop's first base in the window (n,), forward strand."""

@@ -5,14 +5,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from caduceus.alphabet import IS_ACGT_BYTE
 from caduceus.config import DataConfig
 from caduceus.data.cache import ShardCache
 from caduceus.data.crops import CropTable
 from caduceus.data.order import MIXTURE_BLOCK
-from caduceus.data.reader import ShardedGenome, WindowTable
+from caduceus.data.reader import ShardedGenome, ShardFiles, WindowTable
+from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_LITTLE_USED = 0.5
+"""Share of a species' bases in crops below which the log says so."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,9 @@ class Dataset:
     """The sources of one split that have crops of the wanted length, and their crops."""
 
     split: str
-    fingerprints: tuple[str, ...]
+    addresses: tuple[str, ...]
     """Of the directories, in the order given."""
+    fingerprints: tuple[str, ...]
     sources: tuple[Source, ...]
     crops: CropTable
     cache: ShardCache | None
@@ -43,10 +51,13 @@ class Dataset:
 def open_dataset(data: DataConfig, split: str) -> Dataset:
     """Open `data.path` and cut the windows of `split` into crops.
 
-    Species without this split are not sources. Raises `UserError` where there is nothing to draw from.
+    Species without this split are not sources. Raises `UserError` where there is nothing to draw from, and unless
+    `data.allow_unused_species`, where there is nothing to draw from one of the species.
     """
+    entries = _parse_path(data.path)
+    refuse_commands([path for path, _ in entries], data.allow_commands, "data.path")
     cache = ShardCache(data.cache_dir, data.cache_bytes) if data.cache_dir else None
-    directories = [(ShardedGenome(path, cache), weight) for path, weight in _parse_path(data.path)]
+    directories = [(ShardedGenome(path, cache), weight) for path, weight in entries]
     sources = [source for genome, weight in directories for source in _sources(genome, weight, split)]
     names = [source.species for source in sources]
     for name in names:
@@ -55,9 +66,10 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     paths = ", ".join(genome.directory for genome, _ in directories)
     if not sources:
         raise UserError(f"data.path: no species of {paths} has windows in the split '{split}'")
-    sources = _those_with_crops(sources, data, split)
+    sources = _those_of_use(sources, data, split, cache)
     return Dataset(
         split=split,
+        addresses=tuple(path for path, _ in entries),
         fingerprints=tuple(genome.fingerprint for genome, _ in directories),
         sources=tuple(sources),
         crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt),
@@ -68,6 +80,7 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
 def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
     """Say what is drawn, what is left out, and the weights as rounded (`counts` of each block of the mixture)."""
     crops = dataset.crops
+    log_commands(dataset.addresses)
     log.info(
         "data: %s: %d species, %d shards, %d crops of %d bases; left out: %d bases at the ends of windows, "
         "%d crops with too few ACGT",
@@ -79,6 +92,17 @@ def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
         crops.left_out_bases,
         crops.left_out_tiles,
     )
+    for number, source in enumerate(dataset.sources):
+        used = int(dataset.crops.crops_of_source[number]) * crops.seq_len / source.table.bases
+        if used < _LITTLE_USED:
+            log.warning(
+                "data: %s: crops hold only %.1f %% of the bases of %s; the others lie in windows shorter than %d, "
+                "at the ends of windows, or in crops with too few ACGT",
+                dataset.split,
+                100 * used,
+                source.species,
+                crops.seq_len,
+            )
     shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, counts, strict=True))
     log.info("data: samples of each species in every %d: %s", MIXTURE_BLOCK, ", ".join(shares))
 
@@ -120,21 +144,55 @@ def _sources(genome: ShardedGenome, directory_weight: float, split: str) -> list
     return sources
 
 
-def _those_with_crops(sources: list[Source], data: DataConfig, split: str) -> list[Source]:
-    longest = max(int(source.table.windows["length"].max()) for source in sources)
-    if longest < data.seq_len:
-        raise UserError(
-            f"data.seq_len: {data.seq_len} bases, but the longest window of the split '{split}' has {longest}; "
-            "choose a shorter sequence, or shard with a longer --window"
-        )
-    kept = []
-    for source in sources:
-        if CropTable([source.table], data.seq_len, data.min_acgt).size:
-            kept.append(source)
-        else:
-            log.warning("data: %s: left out of '%s': no window holds a usable crop", source.species, split)
-    if not kept:
-        raise UserError(
-            f"data.min_acgt: no crop of {data.seq_len} bases of the split '{split}' has {data.min_acgt:.0%} of ACGT"
-        )
+def _those_of_use(sources: list[Source], data: DataConfig, split: str, cache: ShardCache | None) -> list[Source]:
+    """The sources that have something to learn from; the others are an error unless the user allows to drop them."""
+    problems = [_why_useless(source, data, split, cache) for source in sources]
+    kept = [source for source, problem in zip(sources, problems, strict=True) if problem is None]
+    for problem in filter(None, problems):
+        if not kept:
+            raise UserError(problem)
+        if not data.allow_unused_species:
+            raise UserError(
+                f"{problem}. Its share of the samples would go to the others: leave it out of data.path, or allow that "
+                "by data.allow_unused_species=true"
+            )
+        log.warning("data: left out, and its share goes to the others: %s", problem)
     return kept
+
+
+def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache | None) -> str | None:
+    """One line about a source that has no base to learn from in a sequence of the wanted length."""
+    where = f"of species '{source.species}' in the split '{split}'"
+    longest = int(source.table.windows["length"].max())
+    if longest < data.seq_len:
+        return (
+            f"data.seq_len: {data.seq_len} bases, but the longest window {where} has {longest}; choose a shorter "
+            "sequence, or shard with a longer --window"
+        )
+    if not CropTable([source.table], data.seq_len, data.min_acgt).size:
+        return f"data.min_acgt: no crop of {data.seq_len} bases {where} has {data.min_acgt:.0%} of ACGT; lower it"
+    if data.repeat_weight == 0 and not _has_upper_case(source.table, data.seq_len, cache):
+        return (
+            f"data.repeat_weight: 0, but all bases {where} are lower case (soft-masked), so that none counts; "
+            "choose a weight above 0"
+        )
+    return None
+
+
+def _has_upper_case(table: WindowTable, seq_len: int, cache: ShardCache | None) -> bool:
+    """Whether any A, C, G or T in a window of at least `seq_len` is upper case."""
+    windows = table.windows[table.windows["length"] >= seq_len]
+    if np.any(windows["acgt"] > windows["lower"]):
+        return True
+    # The index counts lower-case N as well: such windows have to be read, the likeliest first.
+    unclear = windows[(windows["lower"] < windows["length"]) & (windows["acgt"] > 0)]
+    files = ShardFiles(table.shards, cache)
+    for window in unclear[np.argsort(unclear["lower"].astype(np.int64) - unclear["acgt"], kind="stable")[::-1]]:
+        bases = np.empty(int(window["length"]), np.uint8)
+        try:
+            files.read_into(int(window["shard"]), int(window["offset"]), bases)
+        except OSError:
+            return True  # which the reading of samples will tell
+        if np.any(IS_ACGT_BYTE[bases] & (bases < ord("a"))):
+            return True
+    return False

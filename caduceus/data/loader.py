@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL
-from caduceus.config import Config
+from caduceus.config import Config, order_values
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
 from caduceus.data.dataset import open_dataset
 from caduceus.data.sample_reader import SUBSTITUTES, SampleReader
@@ -28,17 +28,10 @@ log = logging.getLogger(__name__)
 
 _NONE_LEFT = SUBSTITUTES + 1
 """Stands for a choice of crop where none could be read."""
-_ORDER_KEYS = (
-    "mode",
-    "seq_len",
-    "objective",
-    "mask_prob",
-    "mask_token_prob",
-    "random_token_prob",
-    "min_acgt",
-    "shuffle_block",
-)
-"""Keys of `data.` that decide which sample a number stands for."""
+_MOST_WITHOUT_LABEL = 1 << 20
+"""Positions of a rank without a labelled base that counts, after which there is none to be expected."""
+_LABELS_EXPECTED = 64
+"""Labelled bases to be expected in that many positions, also where few are labelled."""
 
 
 class TrainLoader:
@@ -64,12 +57,14 @@ class TrainLoader:
         self.fingerprint = fingerprint(
             {
                 **samples.what_decides_the_order(),
-                **{name: getattr(config.data, name) for name in _ORDER_KEYS},
+                **order_values(config),
                 "strands": resolve_strands(config),
-                "seed": self.seed,
-                "global_batch": self.global_batch,
             }
         )
+        self._told: set[str] = set()
+        self._positions_without_label: int | None = 0
+        """Since the start; None once a labelled base that counts was seen."""
+        self._patience = max(_MOST_WITHOUT_LABEL, round(_LABELS_EXPECTED / (config.data.mask_prob or 1)))
         self._samples = samples
         self._schedule = schedule
         self._workers = config.data.workers
@@ -123,6 +118,7 @@ class TrainLoader:
             if isinstance(batch, Exception):
                 raise batch
             self._count_substituted(batch)
+            self._require_labels(batch)
             self._handed_out += 1
             yield batch.to(self._device)
 
@@ -150,11 +146,29 @@ class TrainLoader:
 
     def _count_substituted(self, batch: Batch) -> None:
         for line in batch.substituted:
+            if line in self._told:  # of a damaged tar, which every pass and every worker meets again
+                continue
+            self._told.add(line)
             log.warning("data: %s", line)
-        self.substituted += len(batch.substituted)
-        if self.substituted > self._max_substituted:
+            self.substituted += 1
+            if self.substituted > self._max_substituted:
+                what = self._samples.substituted_are
+                raise UserError(f"data.max_substituted: {self.substituted} {what}; the last: {line}")
+
+    def _require_labels(self, batch: Batch) -> None:
+        """Refuse to go on for ever at a loss of 0 where no labelled base counts."""
+        if self._positions_without_label is None:
+            return
+        labelled = batch.labels != IGNORE_LABEL
+        if (labelled if batch.loss_weights is None else labelled & (batch.loss_weights > 0)).any():
+            self._positions_without_label = None
+            return
+        self._positions_without_label += labelled.numel()
+        if self._positions_without_label > self._patience:
             raise UserError(
-                f"data.max_substituted: {self.substituted} samples could not be read; the last: {batch.substituted[-1]}"
+                f"data: not one of the first {self._positions_without_label:,} bases is labelled and counts for the "
+                "loss, so nothing is learned; see data.mask_prob, data.repeat_weight (0 leaves out lower-case bases) "
+                "and data.min_acgt"
             )
 
 
@@ -180,6 +194,7 @@ class ValidationLoader:
         self.species = list(chosen)
         self.samples = {name: len(samples) for name, samples in chosen.items()}
         if rank == 0:
+            reader.log()
             counts = ", ".join(f"{species} {count}" for species, count in self.samples.items())
             log.info("data: crops of each species to validate on: %s", counts)
 

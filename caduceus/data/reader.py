@@ -30,6 +30,8 @@ WINDOW_DTYPE = np.dtype(
         ("contig", "<u4"),  # row of the species' contig table
         ("start", "<u8"),  # on the forward strand, 0-based
         ("strand", "u1"),  # of the stored bases: 0 is +, 1 is -
+        ("acgt", "<u4"),  # count of A, C, G and T in either case
+        ("lower", "<u4"),  # count of lower-case bases, also of those that are not ACGT
         ("crc32", "<u4"),  # of the stored bases
         ("may_be_padded", "?"),  # whether its end may be N of `--tail pad` and not the genome's
     ]
@@ -165,7 +167,7 @@ class ShardedGenome:
             shard = self._shard(species, entry)
             index = self._checked_index(species, shard, entry, len(contigs))
             stored = np.zeros(len(index.samples), WINDOW_DTYPE)
-            for name in ("offset", "length", "contig", "start", "strand", "crc32"):
+            for name in ("offset", "length", "contig", "start", "strand", "acgt", "lower", "crc32"):
                 stored[name] = index.samples[name]
             stored["may_be_padded"] = padded & (index.samples["acgt"] < index.samples["length"])
             stored["shard"] = len(shards)

@@ -1,21 +1,24 @@
 """Bytes behind a local path or a URL, read once from the beginning. Imports no torch.
 
 `http:` and `https:` by the standard library, `pipe:COMMAND` by a shell, every other scheme (`s3:`, `gs:`, …) by fsspec
-and its plug-in of that scheme.
+and its plug-in of that scheme. Nothing of an address but the COMMAND of a pipe ever reaches a shell.
 """
 
+import logging
 import shlex
 import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
 import fsspec
 
 from caduceus.errors import UserError
+
+log = logging.getLogger(__name__)
 
 TIMEOUT = 30
 """Seconds without a byte after which an http server is given up."""
@@ -45,18 +48,45 @@ def join(base: str, name: str) -> str:
     return f"{base.rstrip('/')}/{urllib.parse.quote(name) if is_remote(base) else name}"
 
 
+def refuse_commands(addresses: Iterable[str], allowed: bool, key: str) -> None:
+    """Raise `UserError` where an address would run a command that the user has not allowed; `key` names it.
+
+    A file of settings may be somebody else's. A chain of fsspec's file systems counts as a command, because some of
+    them run code that they find in a file.
+    """
+    for address in addresses:
+        if not allowed and (address.startswith("pipe:") or "::" in address):
+            raise UserError(
+                f"{key}: '{address}' runs a command on this machine; if you trust it, give {key} on the command line, "
+                "or data.allow_commands=true"
+            )
+
+
+def log_commands(addresses: Iterable[str]) -> None:
+    """Show the commands that addresses run."""
+    for address in addresses:
+        if address.startswith("pipe:"):
+            log.info("data: runs the command: %s", address.removeprefix("pipe:"))
+
+
 def read_chunks(address: str) -> Iterator[bytes]:
     """The bytes of a file, piece by piece. Whatever fails is a `RemoteError`."""
     try:
-        with _open(address) as file:
+        with open_address(address) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
     except UserError:
         raise
     except Exception as error:  # each file system of fsspec raises classes of its own
         kind = RefusalError if _is_final(error) else RemoteError
-        reason = failure_reason(error) if is_remote(address) else getattr(error, "strerror", None) or error
-        raise kind(f"{address}: {reason}") from error
+        raise kind(f"{address}: {reading_problem(address, error)}") from error
+
+
+def reading_problem(address: str, error: Exception) -> str:
+    """One line about what went wrong while the file of an address was read."""
+    if is_remote(address):
+        return failure_reason(error)
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
 def failure_reason(error: Exception) -> str:
@@ -100,7 +130,8 @@ def _lacks_credentials(error: Exception) -> bool:
 
 
 @contextmanager
-def _open(address: str) -> Iterator[BinaryIO]:
+def open_address(address: str) -> Iterator[BinaryIO]:
+    """A file to read once from its beginning. Raises whatever its file system does, also at the end of the block."""
     if address.startswith("pipe:"):
         with subprocess.Popen(address.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
             yield process.stdout

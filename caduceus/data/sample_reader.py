@@ -12,6 +12,7 @@ from caduceus.config import DataConfig
 from caduceus.data.cache import Prefetcher, UnavailableError
 from caduceus.data.dataset import Dataset
 from caduceus.data.reader import ShardFiles
+from caduceus.data.remote import log_commands
 from caduceus.data.shards import STRAND_SYMBOLS
 from caduceus.data.tokenizer import SampleArrays, Tokenizer
 from caduceus.errors import UserError
@@ -74,6 +75,10 @@ class SampleReader:
             self._prefetcher = Prefetcher(self._dataset.cache)
         shards, first = np.unique(self._crops.windows["shard"][samples["window"]], return_index=True)
         self._prefetcher.want([self._crops.shards[shard] for shard in shards[np.argsort(first)]])
+
+    def log(self) -> None:
+        """Show the commands that the reading runs."""
+        log_commands(self._dataset.addresses)
 
     def describe(self, sample: np.void) -> dict[str, Any]:
         """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.

@@ -26,6 +26,8 @@ _PLANNED_SAMPLES = 2048
 class ShardSamples:
     """What a training loader draws from in `data.mode` shards."""
 
+    substituted_are = "samples could not be read"
+
     def __init__(self, config: Config, split: str, positions: tuple[int, int] | None) -> None:
         data, seed = config.data, config.train.seed
         both_strands = resolve_strands(config) == "both"

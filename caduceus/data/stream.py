@@ -1,7 +1,7 @@
 """Training from tars that have no index: a stream of stock WebDataset, whose guarantees are weaker than of shards.
 
 The order depends on the number of ranks and workers, a restart draws the tars anew, and of damage only what breaks the
-format of a tar is noticed. In exchange any tar with bases in it will do, local or behind any URL that webdataset opens.
+format of a tar or of its compression is noticed. In exchange any tar with bases in it will do, local or remote.
 """
 
 import itertools
@@ -18,7 +18,9 @@ from caduceus.alphabet import IS_ACGT_BYTE, IS_IUPAC_BYTE
 from caduceus.config import Config, DataConfig
 from caduceus.data.batch import Batch, RankSchedule, to_batch
 from caduceus.data.order import Purpose, key, permute
+from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.data.samples import SAMPLE_DTYPE, resolve_strands
+from caduceus.data.tars import TarReport, read_members
 from caduceus.data.tokenizer import SampleArrays, Tokenizer
 from caduceus.errors import UserError
 
@@ -34,14 +36,17 @@ _SHUFFLED_BASES = 64 << 20
 class StreamSamples:
     """What a training loader draws from in `data.mode` stream."""
 
+    substituted_are = "tars are damaged"
+
     def __init__(self, config: Config, positions: tuple[int, int] | None) -> None:
         self._data = config.data
         self._seed = config.train.seed
         self._both_strands = resolve_strands(config) == "both"
-        self._urls = expand_urls(config.data.path, "data.path")
+        self._urls = expand_urls(config.data.path, "data.path", config.data.allow_commands)
         self._tokenizer = Tokenizer(config.data, positions)
 
     def log(self) -> None:
+        log_commands(self._urls)
         log.warning(
             "data: stream of %d tars without an index: batches depend on the number of ranks and workers, a restart "
             "draws the tars anew (samples may repeat or be missed), damage inside a tar's bases goes unseen, samples "
@@ -70,7 +75,7 @@ class StreamSamples:
     def crops(self, start: int, consumer: int, consumers: int, notes: list[str]) -> Iterator[np.ndarray]:
         """Shuffled crops for one worker of one rank, for ever. What cannot be used adds a line to `notes`."""
         urls = self._urls_of(start, consumer, consumers)
-        crops = crops_of_tars(urls, self._data, notes, give_up_after=len(self._urls))
+        crops = crops_of_tars(urls, self._data, notes, tars=len(set(self._urls)))
         seed = int(key(self._seed, Purpose.CROP, start, consumer)[0])
         size = max(1, min(_SHUFFLED_CROPS, _SHUFFLED_BASES // self._data.seq_len))
         return webdataset.shuffle(size, initial=size // 10, rng=random.Random(seed))(crops)
@@ -110,10 +115,11 @@ class StreamValidation:
     def __init__(self, data: DataConfig, limit: int, positions: tuple[int, int] | None) -> None:
         if data.valid_path is None:
             raise UserError("data.valid_path: needed to validate in stream mode; name its tars, or set valid.every=0")
-        urls = expand_urls(data.valid_path, "data.valid_path")
+        self._urls = expand_urls(data.valid_path, "data.valid_path", data.allow_commands)
         notes: list[str] = []
-        crops = crops_of_tars(iter(urls), data, notes, give_up_after=len(urls))
+        crops = crops_of_tars(iter(self._urls), data, notes, tars=len(set(self._urls)))
         self._crops = np.stack(list(itertools.islice(crops, limit)))
+        crops.close()
         if notes:
             raise UserError(f"data.valid_path: {notes[0]}")
         self._tokenizer = Tokenizer(data, positions)
@@ -121,45 +127,65 @@ class StreamValidation:
         self.samples["g"] = np.arange(len(self._crops))
         self.samples["mask_key"] = key(Purpose.VALIDATION, self.samples["g"])
 
+    def log(self) -> None:
+        log_commands(self._urls)
+
     def read(self, samples: np.ndarray) -> SampleArrays:
         return tokens_of_crops(self._tokenizer, self._crops[samples["g"]], samples)
 
 
-def expand_urls(path: Any, name: str) -> list[str]:
-    """The tars of a path or a list of paths, with {000..099} expanded as webdataset does."""
+def expand_urls(path: Any, name: str, allow_commands: bool) -> list[str]:
+    """The tars of a path or a list of paths, with {000..099} expanded as webdataset does; `name` is the key's."""
     entries = path if isinstance(path, list) else [path]
     if not entries or not all(isinstance(entry, str) and entry for entry in entries):
         raise UserError(f"{name}: in stream mode give the address of tars, as dir/{{000..099}}.tar, or a list of them")
-    return [url for entry in entries for url in webdataset.shardlists.expand_urls(entry)]
+    try:
+        urls = [url for entry in entries for url in webdataset.shardlists.expand_urls(entry)]
+    except (AssertionError, ValueError) as error:  # of a variable that is not set, and of braces that do not match
+        raise UserError(f"{name}: {error}") from None
+    refuse_commands(urls, allow_commands, name)
+    return urls
 
 
-def crops_of_tars(urls: Iterator[str], data: DataConfig, notes: list[str], give_up_after: int) -> Iterator[np.ndarray]:
-    """The usable crops (seq_len,) uint8 of tars, in order; none in `give_up_after` tars in a row is a `UserError`."""
+def crops_of_tars(urls: Iterator[str], data: DataConfig, notes: list[str], tars: int) -> Iterator[np.ndarray]:
+    """The usable crops (seq_len,) uint8 of tars, in order.
 
-    def note(error: Exception) -> bool:
-        notes.append(f"{' '.join(map(str, error.args))}; the rest of the tar is left out")
-        return True
-
-    fruitless = 0
+    `notes` gets a line for each reading of a damaged tar. Raises `UserError` once each of the `tars` different ones has
+    been read and none had a usable crop when it was last read.
+    """
+    fruitless: set[str] = set()
     for url in urls:
-        found = False
-        for sample in webdataset.tariterators.tarfile_samples([{"url": url}], handler=note):
-            for crop in _crops_of_sample(sample, data, notes):
-                found = True
-                yield crop
-        fruitless = 0 if found else fruitless + 1
-        if fruitless >= give_up_after:
-            problem = f" ({notes[0]})" if notes else ""
-            raise UserError(
-                f"{url}: neither this tar nor any other has a usable crop of {data.seq_len} bases in members named "
-                f"*.{data.stream_key} (data.stream_key){problem}"
-            )
+        report, found = TarReport(url), False
+        try:
+            for name, content in read_members(report, data.stream_key):
+                for crop in _crops_of_member(name, content, data, report):
+                    found = True
+                    yield crop
+        finally:
+            if line := report.line():
+                notes.append(line)
+        if found:
+            fruitless.discard(url)
+            continue
+        fruitless.add(url)
+        if len(fruitless) == tars:
+            raise UserError(_no_crop(data, report))
 
 
-def _crops_of_sample(sample: dict[str, Any], data: DataConfig, notes: list[str]) -> Iterator[np.ndarray]:
-    bases = np.frombuffer(sample.get(data.stream_key, b"").strip(), np.uint8)
+def _no_crop(data: DataConfig, report: TarReport) -> str:
+    others = ", ".join(f".{extension}" for extension in sorted(report.other_extensions))
+    seen = f"; the files in this one end in {others}" if others else ""
+    problem = f" ({report.line()})" if report.problems else ""
+    return (
+        f"{report.address}: neither this tar nor any other has a usable crop of {data.seq_len} bases in members named "
+        f"*.{data.stream_key} (data.stream_key){seen}{problem}"
+    )
+
+
+def _crops_of_member(name: str, content: bytes, data: DataConfig, report: TarReport) -> Iterator[np.ndarray]:
+    bases = np.frombuffer(content.strip(), np.uint8)
     if not IS_IUPAC_BYTE[bases].all():
-        notes.append(f"{sample['__url__']}: {sample['__key__']}: bytes that are no bases; left out")
+        report.add("members with bytes that are no bases are left out", name)
         return
     for begin in range(0, len(bases) - data.seq_len + 1, data.seq_len):
         crop = bases[begin : begin + data.seq_len]

@@ -16,11 +16,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from caduceus.config import Config
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.mesh import Ranks
 from caduceus.errors import UserError
+from caduceus.files import system_error
 from caduceus.train.optimizer import build_optimizer, set_learning_rate
 
 DEEPSPEED_FOLDER = "deepspeed"
@@ -83,7 +86,8 @@ class Single:
     def _write(self, state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
         # A fifth of the time that it takes a processor, and the sha256 of the whole files says more.
         torch.serialization.set_crc32_options(False)
-        dcp.save(state, checkpoint_id=directory, process_group=group, no_dist=self.ranks.world == 1)
+        writer = _Writer(directory)
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=self.ranks.world == 1)
 
     def load(self, directory: Path) -> None:
         """Restore model and optimizer in place from a complete checkpoint, all ranks together.
@@ -109,3 +113,13 @@ class Single:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Fails with the system's own error where a disk is full or broken, which torch hides behind one of its format."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise system_error(error) or error from None

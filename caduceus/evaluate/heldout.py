@@ -8,6 +8,7 @@ from torch import nn
 
 from caduceus.data.batch import Batch
 from caduceus.data.loader import ValidationLoader
+from caduceus.errors import UserError
 
 
 @torch.no_grad()
@@ -22,7 +23,8 @@ def held_out_loss(
     """Cross-entropy over all labelled bases (weighted by `loss_weights` where there are any), in nats.
 
     `add_up` adds a tensor up over the ranks that share the batches, and `each` is what iterates over these.
-    Returns {"valid_loss": …, "valid_loss/SPECIES": …}; a species without a labelled base is left out.
+    Returns {"valid_loss": …, "valid_loss/SPECIES": …}; a species without a labelled base is left out. Raises
+    `UserError` where no base at all is labelled and counts.
     """
     training = model.training
     model.eval()
@@ -36,7 +38,10 @@ def held_out_loss(
     sums = add_up(sums)
     loss, weight = sums.sum(0).tolist()
     if weight == 0:
-        return {}
+        raise UserError(
+            "validation: no base is labelled and counts for the loss; raise valid.samples, or see data.mask_prob and "
+            "data.repeat_weight"
+        )
     species = zip(batches.species, sums.tolist(), strict=True)
     return {
         "valid_loss": loss / weight,

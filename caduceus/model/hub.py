@@ -31,7 +31,8 @@ from caduceus.errors import UserError, run_command
 from caduceus.files import dump_json, replacing_directory
 from caduceus.model.caduceus import CaduceusForMaskedLM
 from caduceus.model.published import PublishedLayout, config_from_published, from_published, to_published
-from caduceus.run.directory import MARKER, RunDirectory
+from caduceus.run.checkpoints import MARKER
+from caduceus.run.directory import RunDirectory
 
 __all__ = ["from_published", "load_published", "load_trained", "save_imported", "save_published", "to_published"]
 

@@ -12,91 +12,18 @@ import json
 import logging
 import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from caduceus.config import Config, config_to_dict, load_config, save_config
+from caduceus.config import Config, changes, load_config, save_config
 from caduceus.errors import RetryError, UserError
-from caduceus.files import dump_json, is_locked, read_json_lines, sha256_of, sync, take_lock, write_atomically
+from caduceus.files import dump_json, read_json_lines, sync, write_atomically
+from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
+from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
 
-MARKER = "COMPLETE"
-
 _log = logging.getLogger(__name__)
-
-# What decides the numbers of a run. The rest (workers, micro-batch, validation, logging …) may change at any restart.
-_FIXED_KEYS = {
-    "model": None,
-    "data": (
-        "seq_len",
-        "strands",
-        "objective",
-        "mask_prob",
-        "mask_token_prob",
-        "random_token_prob",
-        "repeat_weight",
-        "min_acgt",
-        "shuffle_block",
-    ),
-    "train": (
-        "steps",
-        "global_batch",
-        "lr",
-        "min_lr",
-        "warmup_steps",
-        "weight_decay",
-        "betas",
-        "clip_norm",
-        "seed",
-        "precision",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint directory."""
-
-    path: Path
-    step: int
-
-    def damage(self, contents: bool = True) -> str | None:
-        """What is wrong with the files, by size and, of their `contents`, by sha256; None where they are whole."""
-        try:
-            files = json.loads((self.path / MARKER).read_text())["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"its marker is not readable ({error})"
-        for name, expected in files.items():
-            file = self.path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != expected["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
-        found = _sha256_of_all([self.path / name for name in files] if contents else [])
-        for (name, expected), digest in zip(files.items(), found, strict=contents):
-            if digest != expected["sha256"]:
-                return f"{name} does not match its sha256"
-        return None
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that trains in a run directory, or was the last to do so."""
-
-    host: str
-    pid: int
-    slurm_job: str | None
-    since: float
-    """Seconds since the epoch."""
-
-    def __str__(self) -> str:
-        job = f" of SLURM job {self.slurm_job}" if self.slurm_job else ""
-        return f"process {self.pid}{job} on {self.host}"
 
 
 class RunDirectory:
@@ -110,9 +37,7 @@ class RunDirectory:
         self.checkpoints_path = self.path / "checkpoints"
         self.logs_path = self.path / "logs"
         self.stop_path = self.path / "STOP"
-        self._lock_path = self.path / ".lock"
-        self._lock: IO[bytes] | None = None
-        self._claim: str | None = None
+        self._lock = RunLock(self.path)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
@@ -131,15 +56,15 @@ class RunDirectory:
         """
         run = cls(config.run.dir)
         with run.telling_of_disks():
-            if run.config_path.is_file():
+            if run.config_path.is_file() or run.checkpoints():
                 run._refuse_other_config(config)
-            elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock_path.exists():
+            elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock.path.exists():
                 raise UserError(
                     f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
                 )
             for directory in (run.checkpoints_path, run.logs_path):
                 directory.mkdir(parents=True, exist_ok=True)
-            run._take_lock()
+            run._lock.take()
             if not run.config_path.is_file():
                 save_config(config, run.config_path)
         return run
@@ -164,38 +89,31 @@ class RunDirectory:
 
     def release(self) -> None:
         """Let another process train in this directory."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def is_in_use(self) -> bool:
-        """Whether a process on this machine trains in this directory."""
-        return self._lock is None and is_locked(self._lock_path)
+        """Whether another process on this machine trains in this directory."""
+        return self._lock.is_held_elsewhere()
+
+    @property
+    def file_clock_lead(self) -> float:
+        """Seconds by which the times of files here are ahead of this machine's clock; 0 before it trains here."""
+        return self._lock.file_clock_lead
 
     def holder(self) -> Holder | None:
         """Who trains in this directory or was the last to do so; None where that is not known."""
-        try:
-            return Holder(**json.loads(self._lock_path.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
+        return self._lock.holder()
 
     def shut_out_holder(self) -> None:
         """Make way for the next process, though the holder may live on where it cannot be reached.
 
         The holder completes no further checkpoint, and ends when it next asks whether it `is_taken_over`.
         """
-        fresh = self.path / f".lock.{os.getpid()}"
-        fresh.touch()
-        fresh.replace(self._lock_path)
+        self._lock.shut_out_holder()
 
     def is_taken_over(self) -> bool:
         """Whether this process, which took the directory, has lost it to another one."""
-        if self._lock is None:
-            return False
-        try:
-            return self._lock_path.read_text() != self._claim
-        except OSError:  # a file system out of order tells nothing
-            return False
+        return self._lock.is_lost()
 
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints_path / f"step-{step:08d}"
@@ -243,12 +161,7 @@ class RunDirectory:
 
         Raises `UserError` where another process has taken the run directory over.
         """
-        found = sorted(path for path in written.rglob("*") if path.is_file())
-        files = {}
-        for file, digest in zip(found, _sha256_of_all(found), strict=True):
-            sync(file)
-            files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": digest}
-        write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
+        write_marker(written, step, facts)
         if self.is_taken_over():
             raise RetryError(f"run.dir: {self.path} was taken over by another process")
         final = self.checkpoint_path(step)
@@ -307,33 +220,32 @@ class RunDirectory:
         except (OSError, ValueError, KeyError):
             return []
 
+    def former_config(self) -> Config:
+        """The configuration that the run's numbers so far were made with.
+
+        The newest whole checkpoint tells, as config.yaml may have been edited since; before the first one, config.yaml.
+        """
+        for checkpoint in reversed(self.checkpoints()):
+            if not checkpoint.damage(contents=False) and (found := checkpoint.config()) is not None:
+                return found
+        return self.config()
+
     def _refuse_other_config(self, config: Config) -> None:
-        before, now = config_to_dict(self.config()), config_to_dict(config)
-        for section, names in _FIXED_KEYS.items():
-            for name in names or before[section]:
-                key = f"{section}.{name}"
-                if before[section][name] != now[section][name] and key not in config.run.allow_change:
-                    way_on = "" if section == "model" else f", or go on with the change by run.allow_change=[{key}]"
-                    raise UserError(
-                        f"run.dir: {self.path} holds a run with {key}={before[section][name]}, not "
-                        f"{now[section][name]}; choose another run.dir{way_on}"
-                    )
-
-    def _take_lock(self) -> None:
-        try:
-            self._lock = take_lock(self._lock_path, wait=False)
-        except BlockingIOError:
-            holder = self.holder() or "its name is not known"
-            raise RetryError(
-                f"run.dir: another process is training in {self.path} ({holder}); stop it or choose another"
-            ) from None
-        me = Holder(socket.gethostname(), os.getpid(), os.environ.get("SLURM_JOB_ID"), time.time())
-        self._claim = json.dumps(asdict(me))
-        self._lock.truncate(0)
-        self._lock.write(self._claim.encode())
-        self._lock.flush()
+        for change in changes(self.former_config(), config):
+            key, asked = change.key, change.key.name in config.run.allow_change
+            counts_samples = key.fixes == "order" and bool(self.checkpoints())
+            if asked and not counts_samples:
+                continue
+            if asked:
+                way_on = f"; its checkpoints count samples in the order that {key.name} fixes: choose another run.dir"
+            elif counts_samples or (key.section == "model" and self.checkpoints()):
+                way_on = "; choose another run.dir"
+            else:
+                way_on = f"; choose another run.dir, or go on with the change by run.allow_change=[{key.name}]"
+            values = f"{key.name}={_shown(change.before)}, not {_shown(change.now)}"
+            raise UserError(f"run.dir: {self.path} holds a run with {values}{way_on}")
 
 
-def _sha256_of_all(paths: list[Path]) -> list[str]:
-    with ThreadPoolExecutor(max_workers=8) as threads:
-        return list(threads.map(sha256_of, paths))
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return "null" if value is None else f"{value}"

@@ -1,6 +1,7 @@
 """python -m caduceus.train --config configs/pretrain/NAME.yaml [key.path=value …]"""
 
 import logging
+import signal
 import warnings
 
 from caduceus.arguments import Parser
@@ -20,7 +21,9 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     from caduceus.train.trainer import train
 
-    return train(config)
+    status = train(config)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run has ended, and its status tells how
+    return status
 
 
 def set_up_logging() -> None:
@@ -30,4 +33,6 @@ def set_up_logging() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(
+        main, interrupted="interrupted before a checkpoint was made; the same command goes on from the newest one"
+    )

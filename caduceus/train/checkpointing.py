@@ -20,14 +20,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from caduceus.config import CheckpointConfig
+from caduceus.config import Config, config_to_dict
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.mesh import is_lost_contact
 from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
-from caduceus.files import dump_json, write_atomically
-from caduceus.run.directory import Checkpoint, RunDirectory
+from caduceus.files import dump_json, system_error, write_atomically
+from caduceus.run.checkpoints import Checkpoint
+from caduceus.run.directory import RunDirectory
 from caduceus.train.guards import MAX_REWINDS, Health
+from caduceus.train.optimizer import default_warmup, kept_warmup, learning_rate
 
 SAVE_TIMEOUT = timedelta(hours=2)
 """A slow file system may take longer over a checkpoint than a collective of training may."""
@@ -42,6 +44,12 @@ class Progress:
     step: int
     tokens: int
     loader: dict[str, Any]
+<<<<<<< HEAD
+=======
+    wandb_id: str | None = None
+    warmup_steps: int | None = None
+    """Of the learning rate; None in a checkpoint of a version that did not keep it."""
+>>>>>>> main
     health: Health = field(default_factory=Health)
 
 
@@ -53,12 +61,12 @@ class Checkpoints:
     all ranks, over which they agree on saves.
     """
 
-    def __init__(self, config: CheckpointConfig, run: RunDirectory, strategy: Single) -> None:
+    def __init__(self, config: Config, run: RunDirectory, strategy: Single) -> None:
         self._config = config
         self._run = run
         self._strategy = strategy
         self._ranks = strategy.ranks
-        self._behind = config.async_ and strategy.can_stage
+        self._behind = config.checkpoint.async_ and strategy.can_stage
         # Of its own, so that the thread's messages do not mix with those of training.
         self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if self._ranks.world > 1 else None
         self._thread: threading.Thread | None = None
@@ -101,16 +109,31 @@ class Checkpoints:
 
     def resume(self, loader: TrainLoader) -> Progress | None:
         """Restore the newest valid checkpoint, the loader's position included; None where there is none."""
-        checkpoint = None
+        checkpoint = former = None
         with self._ranks.agreeing(), self._run.telling_of_disks():
             if self._ranks.is_main:
                 checkpoint = self._run.set_aside_damaged_checkpoints()
-        checkpoint = self._ranks.broadcast(checkpoint)
+                former = checkpoint and (checkpoint.config() or self._run.config())
+        checkpoint, former = self._ranks.broadcast((checkpoint, former))
         if checkpoint is None:
             return None
         progress = load_checkpoint(checkpoint, self._strategy)
         loader.load_state(progress.loader)
+        self._keep_warmup(progress, former)
         return progress
+
+    def _keep_warmup(self, progress: Progress, former: Config) -> None:
+        train, began_with = self._config.train, progress.warmup_steps
+        if began_with is None:
+            began_with = default_warmup(former.train)
+        progress.warmup_steps = kept_warmup(train, former.train, began_with, progress.step)
+        if self._ranks.is_main and train.steps != former.train.steps:
+            _log.info(
+                "train.steps: %d instead of %d; the warm-up stays at the %d steps that the run began with, and the "
+                "learning rate goes on from %.3g",
+                *(train.steps, former.train.steps, progress.warmup_steps),
+                learning_rate(progress.step + 1, train, progress.warmup_steps),
+            )
 
     def rewind(self, progress: Progress, loader: TrainLoader) -> Progress | None:
         """Back to the newest valid checkpoint, but on with the samples that follow; None where there is none.
@@ -145,9 +168,11 @@ class Checkpoints:
         try:
             write(writing)
             if self._ranks.is_main:
-                torch.save(rng, writing / "rng.pt")
+                with (writing / "rng.pt").open("wb") as file:  # torch's own writer would not tell of a full disk
+                    torch.save(rng, file)
                 write_atomically(writing / "progress.json", dump_json(progress))
-                facts = {"samples": progress["loader"]["samples_consumed"]}
+                samples = progress["loader"]["samples_consumed"]
+                facts = {"samples": samples, "config": config_to_dict(self._config)}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
                 self._remove_old()
         except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
@@ -158,14 +183,15 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         try:
-            self._run.remove_old_checkpoints(self._config.keep, self._config.keep_every)
+            self._run.remove_old_checkpoints(self._config.checkpoint.keep, self._config.checkpoint.keep_every)
         except OSError as error:  # costs room alone, and the next save tries again
             _log.warning("%s: old checkpoints could not be removed (%s)", self._run.checkpoints_path, error)
 
     def _not_written(self, step: int, error: Exception) -> UserError:
         return UserError(
-            f"{self._run.checkpoints_path}: the checkpoint of step {step} could not be written ({_last_line(error)}); "
-            "earlier checkpoints are untouched: make room and start the same command again"
+            f"{self._run.checkpoints_path}: the checkpoint of step {step} could not be written "
+            f"({_reason(error)}); earlier checkpoints are untouched: make room or mend the "
+            "disk, and start the same command again"
         )
 
 
@@ -197,6 +223,13 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _reason(error: Exception) -> str:
+    """Why a save failed; the system's own error where there is one, of whichever rank met it."""
+    if isinstance(error, dcp.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return str(system_error(error) or _last_line(error))
 
 
 def _last_line(error: Exception) -> str:

@@ -1,9 +1,13 @@
 """What a training row tells besides the loss: where the time goes, what the machine gives, how the ranks differ."""
 
+import contextlib
 import resource
 import time
+from collections.abc import Iterator
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
@@ -27,7 +31,9 @@ CLOCK_KEYS = frozenset(
 )
 """Keys whose values depend on the machine and its load; all others are the same whenever a run is repeated."""
 
-_LAPS = ("data", "communication", "forward", "backward", "optimizer")
+_LAPS = ("data", "communication", "forward", "backward", "exchange", "optimizer")
+_ALONE = [_LAPS.index(name) for name in ("data", "forward", "backward")]
+"""Laps in which a rank waits for no other, unless they share parameters or sequences."""
 
 
 class StepClock:
@@ -38,8 +44,24 @@ class StepClock:
         self._marks = [("start", self._now())]
 
     def lap(self, name: str) -> None:
-        """Count the time since the last lap as one of data, communication, forward, backward and optimizer."""
+        """Count the time since the last lap as one of `_LAPS`."""
         self._marks.append((name, self._now()))
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Within, a lap of backward ends with the last gradient that this rank computes: what follows is the exchange.
+
+        Not where ranks share the parameters, whose gradients come only after the exchange.
+        """
+        first = next(model.parameters())
+        if isinstance(first, DTensor) or not first.requires_grad:
+            yield
+            return
+        handle = first.register_post_accumulate_grad_hook(lambda _: self.lap("backward"))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each kind of lap."""
@@ -63,14 +85,16 @@ def measurements(config: Config, ranks: Ranks, loader: TrainLoader, clock: StepC
 
     The parts of the step's time are means over ranks. `communication_seconds` is what the loop itself waits for others;
     transfers inside the backward pass (and, when sharded, the forward pass) count there. `straggler_seconds` is the
-    slowest less the fastest rank's time for data and forward pass, before they wait for each other.
+    slowest less the fastest rank's time for data, forward pass and the backward pass up to its own last gradient: all
+    before they wait for each other. Ranks that share a sequence also wait within the passes, so that less of a
+    difference shows; where ranks share parameters, the backward pass is left out for that reason.
     """
     laps = clock.seconds()
     mine = [*laps.values(), _peak_memory(ranks.device), loader.substituted]
     rows = ranks.gather(mine)
-    data, communication, forward, backward, optimizer = rows[:, : len(_LAPS)].mean(0).tolist()
+    data, communication, forward, backward, exchange, optimizer = rows[:, : len(_LAPS)].mean(0).tolist()
     seconds = rows[:, : len(_LAPS)].sum(1).max().item()
-    alone = rows[:, _LAPS.index("data")] + rows[:, _LAPS.index("forward")]
+    alone = rows[:, _ALONE].sum(1)
     tokens_per_second = config.train.global_batch * config.data.seq_len / seconds
     return {
         "substituted_samples": int(rows[:: ranks.world // ranks.data_world, -1].sum()),  # which all count alike
@@ -78,7 +102,7 @@ def measurements(config: Config, ranks: Ranks, loader: TrainLoader, clock: StepC
         "tokens_per_second_per_gpu": tokens_per_second / ranks.world,
         "seconds": seconds,
         "data_seconds": data,
-        "forward_backward_seconds": forward + backward,
+        "forward_backward_seconds": forward + backward + exchange,
         "optimizer_seconds": optimizer,
         "communication_seconds": communication,
         "straggler_seconds": (alone.max() - alone.min()).item(),

@@ -16,6 +16,7 @@ from caduceus.data.loader import TrainLoader
 from caduceus.distributed.mesh import Ranks
 from caduceus.distributed.strategy import Single
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
+from caduceus.files import show_bytes
 from caduceus.ops import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
@@ -93,7 +94,9 @@ def _disk_problem(directory: Path, needed: int) -> str | None:
     free = shutil.disk_usage(directory).free
     if free >= needed:
         return None
-    return f"{directory}: {_size(free)} free, but a checkpoint takes {_size(needed)}; make room or move run.dir"
+    return (
+        f"{directory}: {show_bytes(free)} free, but a checkpoint takes {show_bytes(needed)}; make room or move run.dir"
+    )
 
 
 def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
@@ -106,7 +109,7 @@ def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
     if free >= needed:
         return None
     return (
-        f"{_SHARED_MEMORY}: {_size(free)} free, but loader workers need {_size(needed)}; enlarge it "
+        f"{_SHARED_MEMORY}: {show_bytes(free)} free, but loader workers need {show_bytes(needed)}; enlarge it "
         "(docker: --shm-size) or lower data.workers"
     )
 
@@ -149,9 +152,9 @@ def check_gpu_memory(config: Config, strategy: Single) -> None:
     total = torch.cuda.get_device_properties(ranks.device).total_memory
     with ranks.agreeing():
         if peak > total:
-            raise too_large(config, ranks, f"a micro-batch and the optimizer take {_size(peak)} of its {_size(total)}")
+            raise too_large(
+                config,
+                ranks,
+                f"a micro-batch and the optimizer take {show_bytes(peak)} of its {show_bytes(total)}",
+            )
     torch.cuda.reset_peak_memory_stats(ranks.device)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"

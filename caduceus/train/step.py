@@ -43,12 +43,13 @@ def training_step(
                 output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
             share = output.loss_sum / weight
             clock.lap("forward")
-            strategy.backward(share)
-            clock.lap("backward")
+            with clock.watching(strategy.model):
+                strategy.backward(share)
+            clock.lap("exchange")
         shares.append(share.detach().double())
     loss = ranks.sum(torch.stack(shares).sum()).item()
     clock.lap("communication")
-    lr = learning_rate(progress.step + 1, config.train)
+    lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
     grad_norm = strategy.clip(config.train.clip_norm).item()
     updating = progress.health.may_update(loss, grad_norm, config.train)
     if updating:

@@ -2,15 +2,20 @@
 
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from caduceus.run.directory import RunDirectory
+
 EXIT_REQUEUE = 75
 """Exit status of a run that stopped early with a checkpoint (EX_TEMPFAIL): start the same command again."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_SAME_SECONDS = 1.0
+"""Ctrl-C again within this is the same wish: torchrun passes on what the terminal has sent already."""
 
 _log = logging.getLogger(__name__)
 
@@ -22,15 +27,16 @@ class StopRequest:
     the beginning of the monotonic time `started` (0: no limit).
     """
 
-    def __init__(self, run_directory: Path, watches: bool, started: float, budget: float) -> None:
-        self._stop_file = run_directory / "STOP"
-        self._save_file = run_directory / "SAVE"
+    def __init__(self, run: RunDirectory, watches: bool, started: float, budget: float) -> None:
+        self._stop_file = run.stop_path
+        self._save_file = run.path / "SAVE"
         self._watches = watches
         self._end = started + budget if budget else float("inf")
         self._signal: str | None = None
-        begun = time.time() - (time.monotonic() - started)
-        if watches and self._stop_file.exists() and self._stop_file.stat().st_mtime < begun:
-            self._stop_file.unlink()  # it stopped an earlier start; one that came since then is for this one
+        self._first_interrupt: float | None = None
+        self._ending = False
+        if watches:
+            self._remove_old_stop_file(run.file_clock_lead)
 
     @property
     def requested(self) -> bool:
@@ -46,18 +52,60 @@ class StopRequest:
         self._save_file.unlink(missing_ok=True)
         return True
 
+    def is_saved(self) -> None:
+        """To be called once the last checkpoint is complete: no signal ends this process before its own end."""
+        self._ending = True
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Turn the stop signals into requests; a second Ctrl-C interrupts at once."""
+        """Turn the stop signals into requests; a second Ctrl-C, after a moment, interrupts at once.
+
+        Where a signal came, the process is about to end, and ignores further ones from here on: they would change its
+        exit status, which tells whether there is a checkpoint.
+        """
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler if self._signal is None else signal.SIG_IGN)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal is not None:
+        now, first = time.monotonic(), self._first_interrupt
+        if number == signal.SIGINT and first is None:
+            self._first_interrupt = now
+        elif number == signal.SIGINT and now - first > _SAME_SECONDS and not self._ending:
+            self._ending = True
             raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
-        _log.warning("%s: stopping after this step with a checkpoint", self._signal)
+        if self._signal is None:
+            self._signal = signal.Signals(number).name
+            again = "; Ctrl-C again ends without one" if number == signal.SIGINT else ""
+            _log.warning("%s: stopping after this step with a checkpoint%s", self._signal, again)
+
+    def _remove_old_stop_file(self, clock_lead: float) -> None:
+        """Remove a STOP that is older than this command, and stopped an earlier one; the clock of files has a lead."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._stop_file.stat().st_mtime < _command_began() + clock_lead:
+                self._stop_file.unlink()
+                _log.info("%s: of an earlier start, removed", self._stop_file)
+
+
+def _command_began() -> float:
+    """When the user gave the command that this process is of, in seconds since the epoch.
+
+    The launcher removes the STOP of an earlier start when it submits: of a job's processes it is the beginning of time.
+    """
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        return float("-inf")
+    pids = [os.getpid(), os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else [os.getpid()]
+    return time.time() - max(map(_age, pids))
+
+
+def _age(pid: int) -> float:
+    """Seconds since a process began; 0 where the system does not tell."""
+    try:
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0.0
+    return uptime - ticks / os.sysconf("SC_CLK_TCK")

@@ -17,6 +17,7 @@ from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import SAVE_TIMEOUT, Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
+from caduceus.train.optimizer import default_warmup
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
@@ -70,8 +71,8 @@ def _train(
 ) -> int:
     with watchdog.over("the start", SAVE_TIMEOUT.total_seconds()):
         strategy = build_strategy(config, ranks)
-        checkpoints = Checkpoints(config.checkpoint, run, strategy)
-        progress = _resume(run, loader, checkpoints)
+        checkpoints = Checkpoints(config, run, strategy)
+        progress = _resume(config, run, loader, checkpoints)
         check_before_start(config, run, strategy, checkpoints.group)
         if config.train.activation_checkpointing == "auto":
             recompute_to_fit(config, strategy)
@@ -83,9 +84,16 @@ def _train(
                 layout = {"ranks": ranks.world, "strands": ranks.strands, "context": ranks.context}
                 facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
                 run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
+<<<<<<< HEAD
             monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run.path, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with monitor, stop.listening(), scheduled_garbage_collection():
+=======
+            monitor = Monitor(config, run, progress.wandb_id, active=ranks.is_main)
+            stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
+    with stop.listening(), monitor, scheduled_garbage_collection():
+        progress.wandb_id = monitor.wandb_id
+>>>>>>> main
         batches = iter(loader)
         _log.info("ready to train after %.1f s", time.monotonic() - started)
         while progress.step < config.train.steps:
@@ -117,6 +125,8 @@ def _train(
                     checkpoints.save(progress)
                 if last or stopping or failed:
                     checkpoints.wait()
+            if last or stopping:
+                stop.is_saved()
             if stopping:
                 monitor.stopped = True
                 _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
@@ -139,11 +149,11 @@ def _validate(
     return {"step": step, **losses}
 
 
-def _resume(run: RunDirectory, loader: TrainLoader, checkpoints: Checkpoints) -> Progress:
+def _resume(config: Config, run: RunDirectory, loader: TrainLoader, checkpoints: Checkpoints) -> Progress:
     started = time.monotonic()
     progress = checkpoints.resume(loader)
     if progress is None:
-        return Progress(step=0, tokens=0, loader=loader.state())
+        return Progress(step=0, tokens=0, loader=loader.state(), warmup_steps=default_warmup(config.train))
     _log.info(
         "resuming %s after step %d (%d samples), loaded in %.1f s",
         run.path,

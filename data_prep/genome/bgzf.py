@@ -10,6 +10,7 @@ import numpy as np
 from isal import isal_zlib  # three times as fast as zlib
 
 from caduceus.errors import UserError
+from caduceus.gunzip import GZIP_MAGIC, count_foreign_bytes
 from data_prep.genome.pinned import PinnedFile, SequentialReader
 
 _FIXED_HEADER = struct.Struct("<4BI2BH")
@@ -86,6 +87,8 @@ class BlockScanner:
     """Reads a bgzip file from its beginning, checks every block, and collects the block table."""
 
     def __init__(self, path: object) -> None:
+        self.passed_over = 0
+        """Bytes behind the end marker that are no gzip."""
         self._path = path
         self._compressed, self._decompressed = [0], [0]
 
@@ -98,6 +101,9 @@ class BlockScanner:
                 if not buffer:
                     break
             size = _block_size(buffer[at : at + (1 << 16)])
+            if size is None and last_size == 0 and buffer[at : at + 2] != GZIP_MAGIC:
+                self.passed_over = count_foreign_bytes(self._path, buffer[at:], reader.read)
+                break
             if size is None:
                 raise UserError(f"{self._path}: damaged or not bgzip at byte {offset}; download or compress it again")
             if at + size > len(buffer):

@@ -7,20 +7,17 @@ elsewhere is never trusted unseen.
 Files without random access (plain gzip, lines of unequal length) are kept there as bare bases.
 """
 
-import gzip
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from isal import igzip, isal_zlib
 
 from caduceus.errors import UserError
 from caduceus.files import CHUNK, write_atomically
+from caduceus.gunzip import GZIP_MAGIC, Gunzip
 from data_prep.genome.bgzf import BgzfFile, BlockScanner, BlockTable, is_bgzf
 from data_prep.genome.fasta_scan import Contig, FastaScanner
 from data_prep.genome.pinned import PinnedFile, SequentialReader
@@ -28,7 +25,7 @@ from data_prep.progress import Progress, note
 
 RACY_NS = 2_000_000_000
 """A file that changed so shortly before it was scanned may change again unseen within its time stamp's grain."""
-GZIP_MAGIC = b"\x1f\x8b"
+_DNA_OF_RNA = bytes.maketrans(b"Uu", b"Tt")
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,8 @@ class Tables:
     contigs: dict[str, Contig]
     sha256: str  # of the input file
     blocks: BlockTable | None = None  # of a bgzip file
+    has_uracil: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class FastaReader:
@@ -46,11 +45,13 @@ class FastaReader:
     def __init__(self, text: PinnedFile | BgzfFile, tables: Tables) -> None:
         self._text, self._table = text, tables.contigs
         self.sha256 = tables.sha256
+        self.notes = tables.notes
+        self._has_uracil = tables.has_uracil
         self.contigs = {name: contig.length for name, contig in tables.contigs.items()}
         self.descriptions = {name: contig.description for name, contig in tables.contigs.items()}
 
     def read(self, contig: str, start: int, end: int) -> bytes:
-        """Bases start … end-1 of a contig as ASCII; the caller has checked the range."""
+        """Bases start … end-1 of a contig as ASCII, U read as T; the caller has checked the range."""
         if start == end:
             return b""
         row = self._table[contig]
@@ -62,7 +63,7 @@ class FastaReader:
                 bases = bases.replace(b"\r", b"")
         if len(bases) != end - start:
             raise UserError(f"{self._text.path}: contig {contig!r} changed while in use; run the command again")
-        return bases
+        return bases.translate(_DNA_OF_RNA) if self._has_uracil else bases
 
 
 def _text_offset(row: Contig, position: int) -> int:
@@ -91,7 +92,7 @@ def open_fasta(path: Path, cache_dir: Path) -> FastaReader:
 def _scan(file: PinnedFile, bases=None, label: str = "checking") -> Tables:
     """Read the whole file once; `bases` receives the bases alone."""
     scanner = FastaScanner(file.path, bases)
-    blocks = None
+    blocks = gunzip = None
     with Progress(f"{label} {file.path.name}", file.size) as progress:
         reader = SequentialReader(file, progress)
         beginning = file.pread(0, min(64 << 10, file.size))
@@ -99,24 +100,24 @@ def _scan(file: PinnedFile, bases=None, label: str = "checking") -> Tables:
             blocks = BlockScanner(file.path)
             pieces = blocks.pieces(reader)
         elif beginning.startswith(GZIP_MAGIC):
-            pieces = _gunzip(reader, file.path)
+            gunzip = Gunzip(file.path, reader.read)
+            pieces = iter(gunzip)
         else:
             pieces = iter(lambda: reader.read(CHUNK), b"")
         for piece in pieces:
             scanner.feed(piece)
         scanner.finish()
-        return Tables(scanner.contigs, reader.sha256(), blocks.table() if blocks else None)
+        notes = _notes(scanner, blocks or gunzip)
+        return Tables(scanner.contigs, reader.sha256(), blocks.table() if blocks else None, scanner.has_uracil, notes)
 
 
-def _gunzip(reader: SequentialReader, path: Path) -> Iterator[bytes]:
-    try:
-        with igzip.IGzipFile(fileobj=reader, mode="rb") as file:
-            while piece := file.read(CHUNK):
-                yield piece
-    except EOFError:
-        raise UserError(f"{path}: truncated gzip; download it again") from None
-    except (gzip.BadGzipFile, isal_zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip ({error}); download it again") from None
+def _notes(scanner: FastaScanner, compressed: Gunzip | BlockScanner | None) -> tuple[str, ...]:
+    notes = list(scanner.notes)
+    if compressed is not None and compressed.passed_over:
+        notes.append(f"{compressed.passed_over:,} bytes stand behind the end of the gzip stream: passed over")
+    if scanner.has_uracil:
+        notes.append("holds RNA (U): every U is read as T")
+    return tuple(notes)
 
 
 class _Store:
@@ -142,7 +143,8 @@ class _Store:
             content = {suffix: self._find_table(suffix, digest) for suffix, digest in record["tables"].items()}
             contigs = _parse_fai(content[".fai"], record["descriptions"])
             blocks = BlockTable.from_bytes(content[".gzi"]) if ".gzi" in content else None
-            return Tables(contigs, record["sha256"], blocks), bases_path
+            notes = tuple(map(str, record["notes"]))
+            return Tables(contigs, record["sha256"], blocks, bool(record["has_uracil"]), notes), bases_path
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None, None
 
@@ -174,7 +176,7 @@ class _Store:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-        tables = Tables(_bare_table(tables.contigs), tables.sha256)
+        tables = replace(tables, contigs=_bare_table(tables.contigs), blocks=None)
         content = {".fai": _format_fai(tables.contigs)}
         with suppress(OSError):
             write_atomically(self._cached_table(".fai"), content[".fai"])
@@ -224,6 +226,8 @@ class _Store:
             "sha256": tables.sha256,
             "bases": sum(contig.length for contig in tables.contigs.values()),
             "bare_bases": bare_bases,
+            "has_uracil": tables.has_uracil,
+            "notes": tables.notes,
             "tables": {suffix: hashlib.sha256(table).hexdigest() for suffix, table in content.items()},
             "descriptions": [contig.description for contig in tables.contigs.values()],
         }

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
@@ -14,13 +14,16 @@ _ALLOWED = np.flatnonzero(IS_IUPAC_BYTE).astype(np.uint8).tobytes()
 _LINE_ENDS = b"\r\n"
 _LOOKS_LIKE = (
     (re.compile(rb"@"), "FASTQ"),
-    (re.compile(rb"\s*<", re.DOTALL), "a web page, perhaps of a failed download"),
+    (re.compile(rb"<"), "a web page, perhaps of a failed download"),
     (re.compile(rb"LOCUS "), "GenBank"),
     (re.compile(rb"ID   "), "EMBL"),
     (re.compile(rb"##gff|##fileformat"), "GFF or VCF"),
     (re.compile(rb"\x28\xb5\x2f\xfd|BZh|\xfd7zXZ|PK\x03\x04"), "a compressed file that is neither gzip nor bgzip"),
+    (re.compile(rb"\xff\xfe|\xfe\xff"), "UTF-16 text"),
     (re.compile(rb".{0,512}\x00", re.DOTALL), "binary"),
 )
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
 
 
 @dataclass
@@ -43,12 +46,16 @@ class Contig:
 class FastaScanner:
     """Takes the text of a FASTA in pieces of any size; `contigs` is complete after `finish`.
 
+    `notes` says what was passed over: a byte order mark and blank lines before the first record, all titles but the
+    first in headers of several. `has_uracil`: whether a base is U, as in RNA.
     `bases`, if given, receives the bases alone, contig after contig, without headers and line ends.
     Anything that is not FASTA with IUPAC bases is a `UserError` that names file, contig and line.
     """
 
     def __init__(self, path: object, bases: BinaryIO | None = None) -> None:
         self.contigs: dict[str, Contig] = {}
+        self.notes: list[str] = []
+        self.has_uracil = False
         self._path, self._sink = path, bases
         self._position = 0  # bytes of text taken so far
         self._line = 1  # number of the line that the next byte belongs to
@@ -58,6 +65,7 @@ class FastaScanner:
         self._open_width = 0  # bytes of the unfinished sequence line
         self._ended = False  # the contig has had a line that is not full: only blank ones may follow
         self._held = b""  # a carriage return at the end of a piece, until its line feed comes
+        self._several_titles = 0  # headers with more than one
 
     def feed(self, piece: bytes) -> None:
         """Take the next piece of the text."""
@@ -66,7 +74,7 @@ class FastaScanner:
         if not piece:
             return
         if self._position == 0:
-            self._check_beginning(piece)
+            piece = self._skip_beginning(piece)
         if piece.endswith(b"\r"):
             self._held, piece = b"\r", piece[:-1]
         self._take(piece)
@@ -74,7 +82,9 @@ class FastaScanner:
     def finish(self) -> None:
         """The text is at its end."""
         held, self._held = self._held, b""
-        if self._position == 0 and not held:
+        if self._position == 0:
+            if held.removeprefix(_BYTE_ORDER_MARK).strip(_BLANK):
+                self._refuse_beginning(held, 1)
             raise UserError(f"{self._path}: is empty; a FASTA with at least one contig is needed")
         if held:  # a carriage return with no line feed after it ends the last line
             self._take(b"\r\n")
@@ -83,14 +93,32 @@ class FastaScanner:
         self._end_contig()
         if not any(contig.length for contig in self.contigs.values()):
             raise UserError(f"{self._path}: holds no bases, only {len(self.contigs)} header(s)")
+        if self._several_titles:
+            self.notes.append(f"{self._several_titles} headers hold several titles by Ctrl-A: the first was read")
 
-    def _check_beginning(self, piece: bytes) -> None:
-        if piece.startswith(b">"):
-            return
+    def _skip_beginning(self, piece: bytes) -> bytes:
+        """What follows a byte order mark and blank lines; nothing, and `piece` held, until the first record comes."""
+        text = piece.removeprefix(_BYTE_ORDER_MARK)
+        record = text.lstrip(_BLANK)
+        if not record or _BYTE_ORDER_MARK.startswith(record):
+            self._held = piece
+            return b""
+        blank = text[: len(text) - len(record)]
+        if not record.startswith(b">") or blank.rstrip(b" \t") != blank:
+            self._refuse_beginning(record, 1 + blank.count(b"\n"))
+        if text != piece:
+            self.notes.append("a byte order mark (UTF-8) stands before the first record: passed over")
+        if blank:
+            self._line += blank.count(b"\n")
+            self.notes.append("blank lines stand before the first record: passed over")
+        self._position = len(piece) - len(record)
+        return record
+
+    def _refuse_beginning(self, record: bytes, line: int) -> NoReturn:
         for pattern, kind in _LOOKS_LIKE:
-            if pattern.match(piece):
+            if pattern.match(record):
                 raise UserError(f"{self._path}: not a FASTA (it looks like {kind}); convert or download it again")
-        raise UserError(f"{self._path}: not a FASTA: line 1 does not begin with '>'; give a FASTA or a .2bit file")
+        raise UserError(f"{self._path}: not a FASTA: line {line} does not begin with '>'; give a FASTA or a .2bit file")
 
     def _take(self, piece: bytes) -> None:
         at = 0
@@ -124,6 +152,10 @@ class FastaScanner:
         header = self._header.removesuffix(b"\r").decode("utf-8", "replace").strip()
         self._header = None
         self._at_line_start = True
+        first_title, *others = header.split("\x01")  # NCBI joins the titles of sequences that are equal
+        if others and first_title.strip():
+            header = first_title.strip()
+            self._several_titles += 1
         if "\r" in header:
             raise UserError(f"{self._path}: line {self._line}: lines end in CR alone; convert the file to LF line ends")
         name = header.split(maxsplit=1)[0] if header else ""
@@ -147,6 +179,7 @@ class FastaScanner:
             bases = bases.replace(b"\r", b"")
         if self._sink is not None:
             self._sink.write(bases)
+        self.has_uracil = self.has_uracil or b"U" in text or b"u" in text
         characters = np.frombuffer(text, np.uint8)
         line_feeds = np.flatnonzero(characters == ord("\n"))
         self._contig.length += len(bases)

@@ -22,6 +22,11 @@ class Genome:
         self.descriptions: dict[str, str] = reader.descriptions
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over in the file, or read as something else."""
+        return self._reader.notes
+
+    @property
     def sha256(self) -> str:
         return self._reader.sha256
 

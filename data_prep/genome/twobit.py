@@ -40,6 +40,7 @@ class TwoBitReader:
 
     def __init__(self, path: str | Path) -> None:
         self._file = PinnedFile(path)
+        self.notes: tuple[str, ...] = ()
         self._sha256: str | None = None
         self._loaded: tuple[str, np.ndarray, np.ndarray] | None = None
         header = self._pread(0, 16, "the header")

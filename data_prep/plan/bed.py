@@ -1,11 +1,12 @@
 """BED files: contig, start, end, 0-based half-open, and a fourth column that may name the split."""
 
-import gzip
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from caduceus.errors import UserError
+from caduceus.tables import is_missing, read_lines, refuse_line, split_fields, whole_number
+
+_COMMENTS = {"track", "browser"}
+_CONTIG_HEADINGS = {"chrom", "chr", "chromosome", "contig", "seqname", "seqnames", "seqid", "sequence", "name", "ref"}
 
 
 @dataclass(frozen=True)
@@ -19,32 +20,40 @@ class BedRow:
     name: str | None
 
 
-def read_bed(path: Path) -> list[BedRow]:
-    """All rows of a BED file, plain or gzip; a line that is not BED is a `UserError` that names it."""
-    rows = []
-    for number, line in enumerate(_lines(path), 1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if not fields or line.startswith(("#", "track ", "track\t", "browser ")) or not line.strip():
+@dataclass(frozen=True)
+class Bed:
+    """The rows that hold a base, and the lines of the rows of zero length, which hold none."""
+
+    path: Path
+    rows: list[BedRow]
+    empty_rows: list[int]
+
+
+def read_bed(path: Path) -> Bed:
+    """Read a BED file, plain or gzip: comments, `track` and `browser` lines and rows of headings are not rows.
+
+    A line that is none of these is a `UserError` that names it.
+    """
+    rows, empty_rows = [], []
+    for number, line in read_lines(path):
+        if line.lstrip().startswith("#") or line.split(maxsplit=1)[0] in _COMMENTS:
             continue
-        try:
-            contig, start, end = fields[0], int(fields[1]), int(fields[2])
-        except (IndexError, ValueError):
-            raise UserError(
-                f"{path}:{number}: not a BED line: {line[:60]!r}; write contig, start and end, separated by tabs"
-            ) from None
-        if not 0 <= start < end:
-            raise UserError(f"{path}:{number}: start {start} and end {end} are no interval; starts count from 0")
-        rows.append(BedRow(number, contig, start, end, fields[3].strip() if len(fields) > 3 else None))
-    if not rows:
-        raise UserError(f"{path}: holds no interval")
-    return rows
+        fields = split_fields(line, tight=3)
+        if len(fields) < 3:
+            refuse_line(path, number, f"not a BED line: {line[:60]!r}; write contig, start and end, separated by tabs")
+        if _is_heading(fields):
+            continue
+        start, end = (whole_number(fields[column], path, number, name) for column, name in ((1, "start"), (2, "end")))
+        if start > end:
+            refuse_line(path, number, f"start {start} is beyond end {end}; starts count from 0, ends are not included")
+        if start == end:
+            empty_rows.append(number)
+        else:
+            name = fields[3] if len(fields) > 3 and not is_missing(fields[3]) else None
+            rows.append(BedRow(number, fields[0], start, end, name))
+    return Bed(path, rows, empty_rows)
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        return content.decode("utf-8").splitlines()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as BED ({error})") from None
+def _is_heading(fields: list[str]) -> bool:
+    contig, start, end = (field.lower() for field in fields[:3])
+    return contig in _CONTIG_HEADINGS and "start" in start and ("end" in end or "stop" in end)

@@ -12,6 +12,9 @@ from caduceus.errors import UserError
 STRANDS = ("both", "forward", "random")
 TAILS = ("short", "inward", "drop", "pad")
 INTERVAL_MODES = ("exact", "extend", "tile")
+CONTIGS = ("auto", "all", "primary")
+_SPLIT_BY_CONTIG = ("valid_contigs", "test_contigs")
+_SPLIT_BY_BLOCK = ("split_block", "valid_fraction", "test_fraction")
 _OPTIONAL = {"stride": int, "split_block": int, "forbid_leakage": bool}
 _OPTIONAL |= dict.fromkeys(("include", "exclude", "aliases", "intervals"), str)
 _KIND_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -35,7 +38,12 @@ class PlanOptions:
     """Runs of N from this length on separate segments; 0 cuts at none."""
     min_acgt: float = 0.5
     """Smallest share of ACGT among a window's bases."""
+    contigs: str = "auto"
+    """auto: contigs that are no organelles, viruses, decoys, other versions or unplaced, and refused where that leaves
+    less than half of the bases; unplaced ones are used where they hold most of the bases. primary: the same, without
+    unplaced ones in any case, and never refused. all: every contig."""
     include: str | None = None
+    """A pattern of whole names: these contigs are used, instead of what `contigs` says."""
     exclude: str | None = None
     aliases: str | None = None
     """A table of contig names, or an NCBI assembly report."""
@@ -47,6 +55,8 @@ class PlanOptions:
     these windows later). No row may be longer than the window in the last two."""
     exclude_bed: tuple[str, ...] = ()
     """BED files of regions to leave out."""
+    allow_unknown_contigs: bool = False
+    """Pass over rows of tables that are about contigs, or places on them, that the genome does not hold."""
     split_block: int | None = None
     """Contigs are split by blocks of this many bases, which a hash deals out."""
     valid_fraction: float = 0.0
@@ -70,6 +80,9 @@ class PlanOptions:
         _require(
             self, "min_window", self.min_window <= self.window, f"at most the window, which is {self.window:,} bases"
         )
+        _require(self, "contigs", self.contigs in CONTIGS, " or ".join(CONTIGS))
+        if self.include is not None and self.contigs != "auto":
+            raise UserError(f"--contigs {self.contigs}: --include says which contigs are used; leave one out")
         _require(self, "interval_mode", self.interval_mode in INTERVAL_MODES, " or ".join(INTERVAL_MODES))
         if self.intervals is None and self.interval_mode != "tile":
             raise UserError(f"--interval-mode {self.interval_mode}: needs --intervals, a BED file")
@@ -105,14 +118,16 @@ class PlanOptions:
     def from_values(cls, values: Mapping[str, Any]) -> "PlanOptions":
         """Options from a command line or a YAML file; those that are absent keep their defaults.
 
-        A window below the default shortest window lowers that. Sizes may be written as `256MB`.
+        None stands for the default. A window below the default shortest window lowers that. Sizes may be written as
+        `256MB`.
         """
         known = {field.name: field for field in fields(cls)}
         converted: dict[str, Any] = {}
         for key, value in values.items():
             if key not in known:
                 raise UserError(f"'{key}' is not an option; choose among {', '.join(known)}")
-            converted[key] = _convert(key, value, known[key].default)
+            if value is not None:
+                converted[key] = _convert(key, value, known[key].default)
         if "min_window" not in converted:
             converted["min_window"] = min(cls.min_window, converted.get("window", cls.window))
         return cls(**converted)
@@ -130,12 +145,43 @@ class PlanOptions:
     def as_plan(self) -> dict[str, Any]:
         """Plain values for the manifest. Files stand with name and sha256, so that their folder plays no part."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["allow_unknown_contigs"]  # a permission, on which no byte depends
         values["forbid_leakage"] = self.leakage_forbidden
         values["exclude_bed"] = [_describe_file("exclude_bed", path) for path in self.exclude_bed]
         for key in ("aliases", "intervals"):
             if values[key] is not None:
                 values[key] = _describe_file(key, values[key])
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def override(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `own` over those of `base`, as plain values.
+
+    What `base` says beside an option that `own` switches off or replaces by another way goes with it: fractions of
+    blocks without blocks, blocks where `own` splits by contigs and the other way round, the mode of intervals.
+    """
+    base = dict(base)
+
+    def drop(*keys: str) -> None:
+        for key in keys:
+            base.pop(key, None)
+
+    fractions = ("valid_fraction", "test_fraction")
+    if any(own.get(key) for key in _SPLIT_BY_CONTIG):
+        drop(*_SPLIT_BY_BLOCK)
+    if any(own.get(key) for key in _SPLIT_BY_BLOCK):
+        drop(*_SPLIT_BY_CONTIG)
+    if "split_block" in own and own["split_block"] is None:
+        drop(*fractions)
+    if any(key in own for key in fractions) and not any({**base, **own}.get(key) for key in fractions):
+        drop("split_block", *fractions)
+    if "intervals" in own and own["intervals"] is None:
+        drop("interval_mode")
+    if own.get("include"):
+        drop("contigs")
+    if own.get("contigs") not in (None, "auto"):
+        drop("include")
+    return {**base, **own}
 
 
 def option_name(key: str) -> str:
@@ -167,6 +213,8 @@ def _convert(key: str, value: Any, default: Any) -> Any:
         return tuple(str(name) for name in names)
     if key == "shard_bytes":
         return parse_size(str(value), option_name(key))
+    if key == "contigs" and not isinstance(value, str):
+        raise UserError(f"--contigs: must be {' or '.join(CONTIGS)}, got {value!r}; 'include' takes a pattern of names")
     kind = _OPTIONAL.get(key, type(default))
     if kind is float and type(value) is int:
         return float(value)

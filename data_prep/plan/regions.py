@@ -4,12 +4,14 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
 from caduceus.data.shards import SPLITS
 from caduceus.errors import UserError
-from data_prep.plan.bed import BedRow, read_bed
+from caduceus.tables import refuse_line
+from data_prep.plan.bed import Bed, BedRow, read_bed
 from data_prep.plan.contigs import Selection
 from data_prep.plan.intervals import EMPTY, intersection, union
 from data_prep.plan.options import PlanOptions, option_name
@@ -39,12 +41,25 @@ def build_regions(selection: Selection, options: PlanOptions) -> Regions:
     else:
         splits = interval_regions(Path(options.intervals), selection, options, notes)
     excluded = dict.fromkeys(whole, EMPTY)
-    for path in options.exclude_bed:
-        for name, rows in _rows_by_contig(Path(path), read_bed(Path(path)), selection, "--exclude-bed", notes).items():
-            # A row may end beyond its contig where the genome is a part of the assembly that the list is for.
-            bounds = np.array([[row.start, row.end] for row in rows], dtype=np.int64)
-            excluded[name] = union(np.concatenate([excluded[name], np.minimum(bounds, selection.used[name])]))
+    for path in map(Path, options.exclude_bed):
+        for name, bases in excluded_bases(path, selection, options, notes).items():
+            excluded[name] = union(np.concatenate([excluded[name], bases]))
     return Regions(splits, excluded, notes)
+
+
+def excluded_bases(path: Path, selection: Selection, options: PlanOptions, notes: list[str]) -> dict[str, np.ndarray]:
+    """The rows of a BED file by used contig, (n, 2), cut off at the contigs' ends."""
+    bed = read_bed(path)
+    if not bed.rows:
+        notes.append(f"--exclude-bed: {path.name} holds no interval: nothing is excluded by it")
+    excluded: dict[str, np.ndarray] = {}
+    for name, rows in _rows_by_contig(bed, selection, options, "--exclude-bed", notes).items():
+        length = selection.used[name]
+        excluded[name] = np.minimum(_bounds(rows), length)
+        cut = sum(row.end > length for row in rows)
+        if cut:
+            notes.append(f"--exclude-bed: {cut} of {len(bed.rows)} rows of {path.name} reach beyond the end of {name}")
+    return excluded
 
 
 def split_regions(
@@ -75,8 +90,16 @@ def interval_regions(
     path: Path, selection: Selection, options: PlanOptions, notes: list[str]
 ) -> dict[str, dict[str, np.ndarray]]:
     """The rows of a BED file, split by its fourth column where it has one."""
-    rows = read_bed(path)
-    by_contig = _rows_by_contig(path, rows, selection, "--intervals", notes)
+    bed = read_bed(path)
+    if not bed.rows:
+        raise UserError(f"--intervals: {path} holds no interval, so there is nothing to use; leave the option out")
+    rows = bed.rows
+    by_contig = _rows_by_contig(bed, selection, options, "--intervals", notes)
+    if not by_contig:
+        raise UserError(
+            f"--intervals: none of the contigs in {path} ({_some({row.contig: 1 for row in rows}, 3)}) is used here "
+            f"({_some(selection.used, 3)}); --aliases takes a table of names"
+        )
     for name, of_contig in by_contig.items():
         for row in of_contig:
             if row.end > selection.used[name]:
@@ -111,28 +134,45 @@ def interval_regions(
 
 
 def _rows_by_contig(
-    path: Path, rows: list[BedRow], selection: Selection, option: str, notes: list[str]
+    bed: Bed, selection: Selection, options: PlanOptions, option: str, notes: list[str]
 ) -> dict[str, list[BedRow]]:
+    """The rows on each used contig. A row on no contig of the genome, or beyond the end of one, is a `UserError`."""
     found: dict[str, list[BedRow]] = {}
     unused: dict[str, int] = {}
-    names: dict[str, str | None] = {}
-    for row in rows:
-        if row.contig not in names:
-            names[row.contig] = selection.find(row.contig)
+    unknown: dict[str, int] = {}
+    names = {contig: selection.find(contig) for contig in dict.fromkeys(row.contig for row in bed.rows)}
+    left_out = {contig for contig, name in names.items() if name is None and selection.knows(contig)}
+    for row in bed.rows:
         name = names[row.contig]
-        if name is None:
-            unused[row.contig] = unused.get(row.contig, 0) + 1
-        else:
+        if name is not None and row.start < selection.used[name]:
             found.setdefault(name, []).append(row)
-    if not found:
-        raise UserError(
-            f"{option}: none of the contigs in {path} ({', '.join(list(unused)[:3])}, …) is used here "
-            f"({', '.join(list(selection.used)[:3])}, …); --aliases takes a table of names"
-        )
-    if unused:
-        shown = ", ".join(list(unused)[:4]) + (", …" if len(unused) > 4 else "")
-        notes.append(f"{option}: {sum(unused.values())} of {len(rows)} rows are on contigs that are not used: {shown}")
+        elif row.contig in left_out:
+            unused[row.contig] = unused.get(row.contig, 0) + 1
+        elif options.allow_unknown_contigs:
+            unknown[row.contig] = unknown.get(row.contig, 0) + 1
+        else:
+            _refuse_unknown(bed.path, row, selection)
+    for rows, where in ((unused, "on contigs that are not used"), (unknown, "on places that the genome does not hold")):
+        if rows:
+            notes.append(f"{option}: {sum(rows.values())} of {len(bed.rows)} rows are {where}: {_some(rows, 4)}")
+    if bed.empty_rows:
+        count, lines = len(bed.empty_rows), _some(dict.fromkeys(map(str, bed.empty_rows)), 4)
+        notes.append(f"{option}: {count} rows of {bed.path.name} are of zero length: lines {lines}")
     return found
+
+
+def _refuse_unknown(path: Path, row: BedRow, selection: Selection) -> NoReturn:
+    name = selection.find(row.contig)
+    if name is None:
+        known = _some(selection.used, 3)
+        message = f"the genome has no contig '{row.contig}', but {known}; --aliases takes a table of names"
+    else:
+        message = f"starts at {row.start:,}, beyond the end of {name} with {selection.used[name]:,} bases"
+    refuse_line(path, row.line, f"{message}; --allow-unknown-contigs passes over such rows")
+
+
+def _some(names: Mapping[str, object], count: int) -> str:
+    return ", ".join(list(names)[:count]) + (", …" if len(names) > count else "")
 
 
 def _bounds(rows: list[BedRow]) -> np.ndarray:

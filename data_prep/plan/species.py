@@ -13,7 +13,7 @@ from caduceus.errors import UserError
 from data_prep.genome.genome import Genome
 from data_prep.plan.aliases import AliasTable, read_aliases
 from data_prep.plan.composition import Composition, Scan
-from data_prep.plan.contigs import Selection, select_contigs
+from data_prep.plan.contigs import Selection, alias_notes, describe_left_out, refuse_small_share, select_contigs
 from data_prep.plan.options import PlanOptions
 from data_prep.plan.regions import Regions, build_regions
 from data_prep.plan.windows import GenomeWindows, cut_windows, hash_rows
@@ -85,6 +85,8 @@ def plan_species(request: SpeciesRequest, genome: Genome, scans: Mapping[str, Sc
     options = request.options
     aliases = read_aliases(Path(options.aliases)) if options.aliases else AliasTable()
     selection = select_contigs(genome.contigs, genome.descriptions, options, aliases)
+    notes = alias_notes(aliases, selection, options)
+    refuse_small_share(selection, options)
     regions = build_regions(selection, options)
     planned = cut_windows(
         list(selection.used.values()),
@@ -104,7 +106,7 @@ def plan_species(request: SpeciesRequest, genome: Genome, scans: Mapping[str, Sc
         windows=windows,
         strands=strands,
         shards=cut_shards(request, list(selection.used), windows, strands),
-        report=report(selection, regions, scans, planned),
+        report=account(selection, regions, scans, planned, [*genome.notes, *notes]),
     )
 
 
@@ -168,7 +170,13 @@ def contig_keys(contigs: Mapping[str, int]) -> list[str]:
     return keys
 
 
-def report(selection: Selection, regions: Regions, scans: Mapping[str, Scan], planned: GenomeWindows) -> dict[str, Any]:
+def account(
+    selection: Selection,
+    regions: Regions,
+    scans: Mapping[str, Scan],
+    planned: GenomeWindows,
+    notes: list[str],
+) -> dict[str, Any]:
     """Where every base of the genome file went: `kept` and all of `dropped` add up to `bases`."""
     total = sum((scan.composition for scan in scans.values()), Composition())
     dropped = dict(planned.dropped)
@@ -189,11 +197,8 @@ def report(selection: Selection, regions: Regions, scans: Mapping[str, Scan], pl
         "low_acgt_windows": planned.low_acgt_windows,
         "splits": splits,
         "leakage": planned.leaked,
-        "notes": regions.notes,
-        "left_out": {
-            kind: {"contigs": len(contigs), "bases": sum(contigs.values()), "names": list(contigs)[:20]}
-            for kind, contigs in selection.left_out.items()
-        },
+        "notes": notes + regions.notes,
+        "left_out": describe_left_out(selection),
     }
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
 from data_prep.argument_types import is_url
+from data_prep.plan.aliases import read_aliases
 
 REGISTRY = Path(__file__).resolve().parents[2] / "configs" / "genome"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -52,12 +53,7 @@ class GenomeSpec:
         """Names of the same contig, group by group; empty where there is no table."""
         if self.aliases is None:
             return []
-        try:
-            lines = self.aliases.read_text().splitlines()
-        except OSError as error:
-            raise UserError(f"{self.aliases}: the alias table cannot be read ({error.strerror})") from None
-        rows = (line.split("\t") for line in lines if line.strip() and not line.startswith("#"))
-        return [tuple(name for name in row if name) for row in rows]
+        return [names for _, names in read_aliases(self.aliases).rows()]
 
     def include_pattern(self) -> str | None:
         """The pattern of contigs to use: `include`, or the main contigs under any of their names."""

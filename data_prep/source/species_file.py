@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from caduceus.errors import UserError
 from data_prep.argument_types import is_url
 from data_prep.genome.genome import default_cache_dir
-from data_prep.plan.options import PlanOptions
+from data_prep.plan.options import PlanOptions, override
 from data_prep.plan.species import SpeciesRequest
 from data_prep.source.download import fetch_cached, fetch_genome
 from data_prep.source.registry import GenomeSpec, resolve_genome
@@ -77,7 +77,7 @@ def request_for_genome(
         "test_contigs": spec.test_contigs,
         "aliases": str(spec.aliases) if spec.aliases else None,
     }
-    values = {**{key: value for key, value in own.items() if value}, **given}
+    values = override({key: value for key, value in own.items() if value}, given)
     if values.get("intervals") == REGISTRY_FILE:
         values |= {"intervals": _registry_file(spec, "intervals"), "valid_contigs": (), "test_contigs": ()}
     options = PlanOptions.from_values(values)
@@ -126,7 +126,7 @@ def _request(
     cache_dir: Path | None,
 ) -> SpeciesRequest:
     own = {key: value for key, value in entry.items() if key not in _KEYS}
-    options = {**_from_folder({**defaults, **own}, folder), **overrides}
+    options = override(_from_folder(override(defaults, own), folder), overrides)
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
         raise UserError(f"'weight' must be a number above 0, got {weight!r}")

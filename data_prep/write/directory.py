@@ -20,11 +20,15 @@ from caduceus.files import (
     take_lock,
     write_atomically,
 )
+from data_prep.plan.options import PlanOptions
 from data_prep.progress import note
 from data_prep.write.report import write_report
 
 LOCK = ".lock"
 JOURNAL = ".unfinished.jsonl"
+_NEWER_OPTIONS = {"contigs": PlanOptions.contigs}
+"""What datasets of earlier versions, which do not name these options, were made with."""
+_WEIGHTS = ("weight", "weight_exponent")
 
 
 @contextmanager
@@ -121,9 +125,9 @@ class SpeciesDirectory:
         `weight` gives its share in the mixture from its report.
         """
         part = read_part(self._part)
-        if part["plan"] != self.identity["plan"]:
-            changed = {**part, "plan": self.identity["plan"], "weight": weight(part["report"])}
-            write_atomically(self._part, dump_json(changed))
+        plan = {**part["plan"], **{key: self.identity["plan"][key] for key in _WEIGHTS}}
+        if part["plan"] != plan:
+            write_atomically(self._part, dump_json({**part, "plan": plan, "weight": weight(part["report"])}))
 
     def record(self, shard: dict[str, Any]) -> None:
         """Note a shard as finished."""
@@ -232,5 +236,5 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
 
 def _of_shards(identity: dict[str, Any]) -> dict[str, Any]:
     """What of an identity decides the bytes of the shards, without nesting."""
-    flat = {**identity, **identity["plan"]}
-    return {key: value for key, value in flat.items() if key not in ("plan", "weight", "weight_exponent")}
+    flat = {**_NEWER_OPTIONS, **identity, **identity["plan"]}
+    return {key: value for key, value in flat.items() if key not in ("plan", *_WEIGHTS)}

@@ -60,6 +60,8 @@ def write_report(directory: Path, manifest: dict[str, Any]) -> None:
         _legend(),
         *(_fate_bar(part) for part in species if part["report"]),
         _fate_table([part for part in species if part["report"]]),
+        "<h2>Contigs left out</h2>",
+        _left_out_table([part for part in species if part["report"]]),
         "<h2>Leakage</h2>",
         _leakage_table([part for part in species if part["report"]]),
         "<h2>Splits along the contigs</h2>",
@@ -112,6 +114,18 @@ def _fate_table(species: list[dict[str, Any]]) -> str:
         for line in left_out_lines(part["report"])
     ]
     return _table(headings, rows) + f"<ul>{''.join(notes)}</ul>"
+
+
+def _left_out_table(species: list[dict[str, Any]]) -> str:
+    rows = [
+        [part["name"], kind, f"{group['contigs']:,}", f"{group['bases']:,}"]
+        + [percent(group["bases"], part["report"]["bases"]), group.get("why", ""), ", ".join(group["names"][:6])]
+        for part in species
+        for kind, group in part["report"]["left_out"].items()
+    ]
+    if not rows:
+        return "<p>none</p>"
+    return _table(["species", "kind", "contigs", "bases", "share", "why", "names"], rows)
 
 
 def _leakage_table(species: list[dict[str, Any]]) -> str:

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.data.shards import SPLITS
+from data_prep.plan.contigs import left_out_table
 from data_prep.progress import format_amount
 
 
 def print_summary(manifest: dict[str, Any], directory: Path) -> None:
-    """Print one row per species, with the windows of each split, and a line for each reason that bases are left out."""
+    """Print one row per species, with the windows of each split, the table of
+    contigs that are left out, and a line for each reason that other bases are."""
     rows = [("species", "genome", "N", "lower", "GC", "kept", *SPLITS, "shards", "size")]
     rows += [_row(part) for part in manifest["species"]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -17,18 +19,18 @@ def print_summary(manifest: dict[str, Any], directory: Path) -> None:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
     for part in manifest["species"]:
+        if part["report"] and part["report"]["left_out"]:
+            print(f"{part['name']}:")
+            print("\n".join(left_out_table(part["report"]["left_out"], part["report"]["bases"])))
         for line in left_out_lines(part["report"]):
             print(f"{part['name']}: {line}")
 
 
 def left_out_lines(report: dict[str, Any] | None) -> list[str]:
-    """What is in no window and why, one line per reason."""
+    """What of the used contigs is in no window and why, one line per reason, after what is to be said of the input."""
     if report is None:
         return ["rebuilt from its tars; what was left out of the genome is not known"]
     lines = []
-    for kind, group in report["left_out"].items():
-        names = ", ".join(group["names"][:6]) + (", …" if group["contigs"] > 6 else "")
-        lines.append(f"left out {group['contigs']} contigs ({kind}), {group['bases']:,} bp: {names}")
     words = {
         "excluded": "in regions of --exclude-bed",
         "gap": "in runs of N that cut segments",

@@ -46,7 +46,7 @@ def test_batches_are_those_of_the_local_shards(
     path = {"http": server.url, "pipe": f"pipe:cat {shards}/{{}}", "file": f"file://{shards}", "local": str(shards)}[
         scheme
     ]
-    cached = configure(path=path, cache_dir=str(tmp_path / "cache"), workers=workers)
+    cached = configure(path=path, cache_dir=str(tmp_path / "cache"), workers=workers, allow_commands=scheme == "pipe")
     assert tokens(build_loader(cached), 20) == tokens(build_loader(configure()), 20)
     fixed = [(name, batch.input_ids.tolist()) for name, batch in build_validation(cached)]
     assert fixed == [(name, batch.input_ids.tolist()) for name, batch in build_validation(configure())]
@@ -195,7 +195,7 @@ def test_addresses_that_fail_are_one_clear_line(
         (str(tmp_path / "nothing"), r"nothing/manifest\.json: .*No such file"),
     ):
         with pytest.raises(UserError, match=message) as refusal:
-            build_loader(configure(path=path, cache_dir=str(tmp_path / "cache")))
+            build_loader(configure(path=path, cache_dir=str(tmp_path / "cache"), allow_commands=True))
         assert "\n" not in str(refusal.value)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"data\.cache_dir"):
@@ -275,7 +275,7 @@ def test_readers_killed_at_any_moment_leave_nothing_half_written(
 ) -> None:
     limit = 2 * max(path.stat().st_size for path in shards.glob("*/*.tar"))
     slow = f"pipe:head -c 9000 {shards}/{{}}; sleep 0.01; tail -c +9001 {shards}/{{}}"
-    config = configure(path=slow, cache_dir=str(tmp_path), cache_bytes=limit)
+    config = configure(path=slow, cache_dir=str(tmp_path), cache_bytes=limit, allow_commands=True)
     originals = {path.read_bytes() for path in shards.glob("*/*.tar")}
     fork = multiprocessing.get_context("fork")
     readers = [fork.Process(target=_read_for_ever, args=(config,)) for _ in range(22)]

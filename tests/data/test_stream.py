@@ -127,26 +127,63 @@ def test_the_weaker_guarantees_are_logged(stream: Callable[..., Config], caplog:
     assert loader.describe(7) == {"species": "stream", "sample": 7}
 
 
-def test_damage_is_told_and_too_much_is_fatal(stream: Callable[..., Config], tars: str, tmp_path: Path) -> None:
+@pytest.fixture
+def damaged(tars: str, tmp_path: Path) -> str:
+    """The five tars with one cut in a header, one with a member that is no bases, one with a name 30 times."""
     (tmp_path / "2.tar").write_bytes((tmp_path / "2.tar").read_bytes()[:1800])
     write_tar(tmp_path / "3.tar", {"a.dna": "ACGT!" * 40, "b.dna": "ACGT" * 40})
-    loader = build_loader(stream(max_substituted=50))
-    lines = [line for batch in take(loader, 60) for line in batch.substituted]
-    assert loader.substituted == len(lines) > 1
-    assert all("2.tar" in line or "3.tar: a: bytes that are no bases" in line for line in lines)
-    with pytest.raises(UserError, match=r"data\.max_substituted"):
-        take(build_loader(stream(max_substituted=0)), 60)
+    copies = b"".join((tmp_path / "4.tar").read_bytes()[:2048] for _ in range(30))
+    (tmp_path / "4.tar").write_bytes(copies + (tmp_path / "4.tar").read_bytes())
+    return tars
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_each_damaged_tar_is_told_and_counted_once(
+    stream: Callable[..., Config], damaged: str, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = build_loader(stream(max_substituted=3, workers=workers))
+    batches = take(loader, 600)
+    met = [line for batch in batches for line in batch.substituted]
+    assert len(met) > 20  # passes over damaged tars
+    assert loader.substituted == len(set(met)) == 3
+    told = [record.getMessage() for record in caplog.records if "dna" in record.message or "header" in record.message]
+    assert sorted(line.rpartition("/")[2] for line in told) == [
+        "2.tar: ends inside a header, at byte 1,800",
+        "3.tar: members with bytes that are no bases are left out (a.dna)",
+        "4.tar: members of a name that was there before are left out (s24.dna and 29 more)",
+    ]
+    with pytest.raises(UserError, match=r"data\.max_substituted: 3 tars are damaged; the last: .*tar: "):
+        take(build_loader(stream(max_substituted=2, workers=workers)), 600)
+
+
+@pytest.mark.parametrize("bad", [b"no tar", None, b"\0" * 10240])
+def test_a_tar_without_a_crop_ends_no_run(stream: Callable[..., Config], tmp_path: Path, bad: bytes | None) -> None:
+    """However often one rank meets it in a row."""
+    urls = [str(write_tar(tmp_path / f"good{n}.tar", {"a.dna": "ACGT" * 16})) for n in range(2)]
+    if bad is not None:
+        (tmp_path / "bad.tar").write_bytes(bad)
+    for rank in range(3):
+        loader = build_loader(stream(path=[*urls, str(tmp_path / "bad.tar")]), rank=rank, world=3)
+        assert set(texts(take(loader, 400))) <= set(usable_crops(["ACGT" * 16]))
+        assert loader.substituted == (bad != b"\0" * 10240)
+
+
+def test_names_with_dots_hold_crops(stream: Callable[..., Config], tmp_path: Path, sequences: list[str]) -> None:
+    write_tar(tmp_path / "dots.tar", {f"NC_000001.11-{n}-64.dna": text for n, text in enumerate(sequences)})
+    loader = build_loader(stream(path=str(tmp_path / "dots.tar"), strands="forward"))
+    assert set(texts(take(loader, 300))) == set(usable_crops(sequences))
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"stream_key": "seq"}, r"usable crop of 64 bases in members named \*\.seq"),
+        ({"stream_key": "seq"}, r"usable crop of 64 bases in members named \*\.seq .*this one end in \.dna, \.json"),
         ({"seq_len": 1000}, "usable crop of 1000 bases"),
         ({"path": "/nonexistent/{0..2}.tar"}, r"usable crop .* No such file"),
         ({"path": [3]}, r"data\.path: in stream mode"),
         ({"path": [{"path": "x", "weight": 1}]}, r"data\.path: in stream mode"),
         ({"path": None}, r"data\.path: in stream mode"),
+        ({"path": "dir/{{0..2}.tar"}, r"data\.path: .*[Uu]nbalanced"),
     ],
 )
 def test_what_cannot_be_streamed_is_one_clear_line(stream: Callable[..., Config], changed: dict, message: str) -> None:
@@ -176,3 +213,9 @@ def test_validation_takes_the_first_crops_of_its_own_tars(
     assert texts(batches) == usable_crops(sequences[18:])[:9]
     with pytest.raises(UserError, match=r"data\.valid_path: needed"):
         build_validation(stream())
+
+
+def test_validation_refuses_damage(stream: Callable[..., Config], damaged: str, tmp_path: Path) -> None:
+    for name, problem in ((2, "ends inside a header"), (3, "bytes that are no bases"), (4, "a name that was there")):
+        with pytest.raises(UserError, match=rf"data\.valid_path: .*/{name}\.tar: .*{problem}"):
+            build_validation(stream(valid_path=f"{tmp_path}/{name}.tar", valid={"samples": 9}))

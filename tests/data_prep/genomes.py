@@ -6,9 +6,11 @@ import io
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from caduceus.data.shards import load_manifest
 from caduceus.errors import UserError
 from data_prep.shard_genome import main
 
@@ -56,6 +58,12 @@ def shard(*arguments: object) -> str:
     if status:
         raise UserError(f"status {status}: {output.getvalue()}")
     return output.getvalue()
+
+
+def dataset_of(directory: Path) -> dict[str, Any]:
+    """What the manifest says of a dataset's only species."""
+    (part,) = load_manifest(directory)["species"]
+    return part
 
 
 def tar_samples(directory: Path) -> dict[str, dict[str, bytes]]:

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from caduceus import gunzip
 from caduceus.errors import UserError
 from data_prep.genome import fasta
 from data_prep.genome.genome import open_genome
 from tests.data_prep.genome_files import FASTA, Contigs, bgzip, cache_of, check, settled, twobit
+from tests.data_prep.genomes import dataset_of, shard, tar_samples
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 BASES = "ACGTacgtNnRYKMSWBDHVrykmswbdhvUu"
@@ -43,6 +45,15 @@ def fasta_files(draw) -> tuple[Contigs, bytes]:
     return contigs, text.encode()
 
 
+DNA = str.maketrans("Uu", "Tt")
+
+
+def sequence_of(text: bytes) -> bytes:
+    """The bases of all contigs."""
+    lines = text.replace(b"\r\n", b"\n").removesuffix(b"\r").split(b"\n")
+    return b"".join(line for line in lines if not line.startswith(b">"))
+
+
 def plain_read(text: bytes) -> Contigs:
     """An independent reader: line by line, in memory."""
     contigs: dict[str, list[str]] = {}
@@ -61,8 +72,10 @@ def test_any_fasta(folder, file, compression, block, data):
     assert plain_read(text) == contigs
     content = {"plain": text, "gzip": gzip.compress(text), "bgzip": bgzip(text, block)}[compression]
     path = settled(folder(content))
+    contigs = {name: bases.translate(DNA) for name, bases in contigs.items()}
     genome = open_genome(path, cache_of(path))
     check(genome, contigs, data)
+    assert any("RNA" in note for note in genome.notes) == (b"U" in sequence_of(text) or b"u" in sequence_of(text))
     assert genome.sha256 == hashlib.sha256(content).hexdigest()
     check(open_genome(path, cache_of(path)), contigs, data)  # by the tables of the first opening
 
@@ -127,6 +140,50 @@ def test_ranges(folder):
             genome.read(contig, start, end)
 
 
+ODD = {
+    "bytes behind gzip": (gzip.compress(FASTA) + b"junk" * 9, "36 bytes stand behind the end of the gzip stream"),
+    "zeros behind gzip": (gzip.compress(FASTA) + bytes(512), "512 bytes stand behind the end of the gzip stream"),
+    "an index behind gzip": (gzip.compress(FASTA) + bytes(range(256)) * 40, "10,240 bytes stand behind"),
+    "bytes behind bgzip": (bgzip(FASTA) + b"RAZF and more", "13 bytes stand behind the end of the gzip stream"),
+    "one byte behind gzip": (gzip.compress(FASTA) + b"\n", "1 bytes stand behind"),
+    "blank line first": (b"\n" + FASTA, "blank lines stand before the first record"),
+    "several blank lines first": (b"\r\n \t\r\n\n" + FASTA, "blank lines stand before the first record"),
+    "byte order mark": (b"\xef\xbb\xbf" + FASTA, "a byte order mark (UTF-8) stands before the first record"),
+    "byte order mark in gzip": (gzip.compress(b"\xef\xbb\xbf\n" + FASTA), "a byte order mark (UTF-8)"),
+    "Ctrl-A": (FASTA.replace(b"a one", b"a one\x01c two\x01d"), "1 headers hold several titles"),
+    "Ctrl-A at once": (FASTA.replace(b"a one", b"a\x01c two"), "1 headers hold several titles"),
+    "RNA": (FASTA.replace(b"T", b"U"), "holds RNA (U): every U is read as T"),
+    "RNA in lower case, of lines that differ": (b">a\nAC\nGuACGT\nACGT\n>b\nGGCC\n", "holds RNA"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("chunk", [1 << 22, 1])
+def test_oddities_of_tools_are_read_and_told(folder, case, chunk, monkeypatch):
+    content, note = ODD[case]
+    for module in (fasta, gunzip):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+    path = settled(folder(content))
+    for _ in range(2):  # from the file, then by the tables of the first opening
+        genome = open_genome(path, cache_of(path))
+        assert genome.contigs == {"a": 12, "b": 4}
+        bases = genome.read("a", 0, 12) + genome.read("b", 0, 4)
+        assert bases.upper() == b"ACGTACGTACGTGGCC"
+        assert any(note in said for said in genome.notes) and len(genome.notes) <= 2
+        if "Ctrl-A" in case:
+            assert genome.descriptions["a"] in ("a one", "a")
+
+
+def test_what_was_passed_over_is_told_once_by_the_command(tmp_path):
+    path = tmp_path / "rna.fa"
+    path.write_bytes(b"\n>a\n" + b"ACGU" * 600 + b"\n>b\n" + b"ACGU" * 600 + b"\n")
+    printed = shard("--fasta", path, "--species", "s", "--out", tmp_path / "out", "--window", 1200, "--workers", 2)
+    assert printed.count("every U is read as T") == printed.count("blank lines") == 1
+    stored = tar_samples(tmp_path / "out").values()
+    assert {bytes(sorted(set(files["seq"]))) for files in stored} == {b"ACGT"}
+    assert "every U is read as T" in str(dataset_of(tmp_path / "out")["report"]["notes"])
+
+
 REFUSED = {
     "empty": (b"", "is empty"),
     "header only": (b">a\n", "holds no bases"),
@@ -149,7 +206,13 @@ REFUSED = {
     "binary header": (b">\x01\x02\nACGT\n", "line 1: the contig name is not text"),
     "truncated gzip": (gzip.compress(FASTA)[:-9], "truncated gzip"),
     "gzip crc": (gzip.compress(FASTA)[:-8] + bytes(8), "damaged gzip"),
-    "junk after gzip": (gzip.compress(FASTA) + b"junk" * 9, "damaged gzip"),
+    "damage in a later member": (gzip.compress(FASTA) + b"\x1f\x8c\x08\x00" + b"junk" * 9, "damaged gzip"),
+    "damage before a later member": (gzip.compress(FASTA) + b"junk" + gzip.compress(FASTA), "damaged gzip"),
+    "UTF-16": (b"\xff\xfe" + FASTA.decode().encode("utf-16-le"), "it looks like UTF-16 text"),
+    "blanks before the mark": (b"\n  " + FASTA, "line 2 does not begin with '>'"),
+    "a byte order mark alone": (b"\xef\xbb\xbf\n", "is empty"),
+    "half a byte order mark": (b"\xef\xbb", "line 1 does not begin with '>'"),
+    "bgzip, then a damaged block": (bgzip(FASTA) + b"\x1f\x8b\x09" + bgzip(FASTA)[3:], "damaged or not bgzip"),
     "gzip of nothing": (gzip.compress(b""), "is empty"),
     "gzip of FASTQ": (gzip.compress(b"@r\nACGT\n"), "it looks like FASTQ"),
     "bgzip without end": (bgzip(FASTA, eof=False), "the end marker of bgzip is missing"),
@@ -209,6 +272,7 @@ def test_fuzzed_compressed_files_give_the_right_bases_or_none(folder, file, comp
     except UserError as error:
         assert "\n" not in str(error)
         return
+    contigs = {name: bases.translate(DNA) for name, bases in contigs.items()}
     check(genome, contigs)  # by crc, whatever opens is whole: header fields may have changed, data not
 
 
@@ -223,11 +287,12 @@ def test_fuzzed_text_reads_as_it_stands_or_is_refused(folder, file, data):
     except UserError as error:
         assert "\n" not in str(error)
         return
+    text = text.removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n\t ")
     lines = text.replace(b"\r\n", b"\n").removesuffix(b"\r").split(b"\n")
     records = [line for line in lines if line.startswith(b">")]
     assert len(records) == len(genome.contigs)
     joined = b"".join(genome.read(name, 0, length) for name, length in genome.contigs.items())
-    assert joined == b"".join(line for line in lines if not line.startswith(b">"))
+    assert joined.decode() == sequence_of(text).decode().translate(DNA)
 
 
 @pytest.mark.slow

@@ -29,11 +29,11 @@ def test_any_bed_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "any.bed"
     path.write_bytes(content)
     try:
-        rows = read_bed(path)
+        rows = read_bed(path).rows
     except UserError as error:
         assert "\n" not in str(error)
         return
-    assert rows and all(0 <= row.start < row.end for row in rows)
+    assert all(0 <= row.start < row.end for row in rows)
 
 
 BAD = {
@@ -82,14 +82,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(case: str, fasta: Path, tmp_pa
 
 
 BED_ROWS = {
-    "chr1\t5\t5\n": r"rows\.bed:1: start 5 and end 5",
-    "chr1\t1\t20\nchr1\tx\t9\n": r"rows\.bed:2: not a BED line",
+    "chr1\t6\t5\n": r"rows\.bed:1: start 6 is beyond end 5",
+    "chr1\t5\t5\n": r"rows\.bed holds no interval, so there is nothing to use",
+    "# nothing but this\n": r"rows\.bed holds no interval, so there is nothing to use",
+    "chr1\t1\t20\nchr1\tx\t9\n": r"rows\.bed:2: start must be a whole number in plain digits, got 'x'",
+    "chr1\t0\t6_4\n": r"rows\.bed:1: end must be a whole number in plain digits, got '6_4'",
+    "chr1\t+0\t64\n": r"rows\.bed:1: start must be a whole number in plain digits, got '\+0'",
+    "chr1\t0\t٦٤\n": r"rows\.bed:1: end must be a whole number in plain digits",
+    "chr1\t0\t1e3\n": r"rows\.bed:1: end must be a whole number in plain digits",
+    "chr1\t0\t64.0\n": r"rows\.bed:1: end must be a whole number in plain digits",
+    "chr1\t-5\t64\n": r"rows\.bed:1: start must be a whole number in plain digits",
+    "chrom start end\nchr1 end start\n": r"rows\.bed:2: start must be a whole number",
     "chr1\t1\n": r"rows\.bed:1: not a BED line",
     "\n": "holds no interval",
+    "chr1\t1\t9\0\n": r"rows\.bed:1: holds binary data",
     "chr1\t1\t99999999\n": r"rows\.bed:1: ends at 99,999,999, beyond chr1 with 60,000 bases",
     "chr1\t1\t2000\ttrain\nchr1\t1\t2000\tholdout\n": r"rows\.bed:2: column 4 must be train, valid or test",
     "chr1\t1\t2000\ttrain\nchr1\t1\t2000\n": r"rows\.bed:2: has no split",
-    "chr8\t1\t2000\n": "none of the contigs",
+    "chr8\t1\t2000\n": r"rows\.bed:1: the genome has no contig 'chr8'",
+    "chr2\t20000\t20100\n": r"rows\.bed:1: starts at 20,000, beyond the end of chr2 with 20,000 bases",
 }
 
 

@@ -175,7 +175,7 @@ def test_contigs_together_are_cut_as_each_alone(texts, data, mode, tail, window,
 
 def test_a_draft_genome_is_planned_in_seconds(tmp_path) -> None:
     names = [f"a_contig_name_of_more_than_24_letters_{number}" for number in range(30_000)]
-    genome = SimpleNamespace(contigs=dict.fromkeys(names, 1500), descriptions={}, path=tmp_path, sha256="")
+    genome = SimpleNamespace(notes=(), contigs=dict.fromkeys(names, 1500), descriptions={}, path=tmp_path, sha256="")
     scans = dict.fromkeys(names, Scan(Composition(bases=1500, at=1500), EMPTY, EMPTY))
     started = time.process_time()
     plan = plan_species(SpeciesRequest("s", tmp_path, "", PlanOptions()), genome, scans)

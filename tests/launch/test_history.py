@@ -5,13 +5,13 @@ import json
 import pytest
 
 from caduceus.config import Config, save_config
-from caduceus.errors import Kind, NodeError, PeerError, UserError
-from caduceus.run.directory import MARKER, RunDirectory
+from caduceus.errors import Kind, PeerError, UserError
+from caduceus.run.checkpoints import write_marker
+from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, record_end
 from launch import history
 from launch.history import Submission, attempts, failures_without_progress, record, record_submission
 from launch.logs import last_error, log_path
-from launch.node import check_node
 from launch.requeue import why_ended
 from launch.scheduler import OwnJob
 from launch.status import overview
@@ -34,7 +34,7 @@ def add_checkpoint(run: RunDirectory, step: int) -> None:
     path = run.checkpoint_path(step)
     path.mkdir()
     (path / "weights").write_bytes(bytes(8))
-    (path / MARKER).write_text(json.dumps({"files": {"weights": {"bytes": 8}}}))
+    write_marker(path, step, {})
 
 
 def test_a_truncated_checkpoint_is_no_progress(run):
@@ -193,18 +193,3 @@ def test_numbers_of_a_run(run):
     now = overview(run)
     assert (now.state, now.step, now.steps, now.loss, now.valid_loss) == ("interrupted", 3, 100, 1.0, 1.5)
     assert (now.tokens_per_second, now.seconds_left) == (10.0, 2.0 * 97)
-
-
-def test_a_node_without_a_disk_of_its_own(tmp_path):
-    check_node({"SLURM_TMPDIR": str(tmp_path)}, needs_gpus=False)
-    (tmp_path / "file").touch()
-    with pytest.raises(NodeError, match=r"n3: .*file/caduceus-\d+ cannot be written"):
-        check_node({"SLURM_TMPDIR": str(tmp_path / "file"), "SLURMD_NODENAME": "n3"}, needs_gpus=False)
-
-
-def test_a_node_that_lost_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    environment = {"SLURM_TMPDIR": str(tmp_path), "SLURMD_NODENAME": "n3", "CUDA_VISIBLE_DEVICES": "0,1"}
-    check_node(environment, needs_gpus=False)
-    with pytest.raises(NodeError, match="n3: torch sees 1 of the 2 GPUs 0,1"):
-        check_node(environment, needs_gpus=True)

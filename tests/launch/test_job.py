@@ -1,5 +1,5 @@
+import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -7,9 +7,8 @@ from caduceus.config import Config, RunConfig
 from caduceus.errors import Kind, NodeError, PeerError, RetryError, UserError
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, read_ends
-from launch.history import attempts
-from launch.job import FIRST_PORT, PORTS, TrainTask, rendezvous
-from launch.node import node_defaults
+from launch.history import Submission, attempts, record_submission
+from launch.job import FIRST_PORT, PORTS, TrainTask, rendezvous, take_over
 
 
 def test_rendezvous_of_64_nodes_of_8():
@@ -104,9 +103,29 @@ def test_ports_keep_clear_of_the_ephemeral_range_of_neighbouring_jobs_and_of_ear
         assert min(ports) == FIRST_PORT and max(ports) < 32768
 
 
-def test_threads_follow_the_request_and_caches_lie_on_the_node():
-    defaults = node_defaults({"SLURM_CPUS_PER_TASK": "12", "SLURM_TMPDIR": "/local/77"})
-    assert defaults["OMP_NUM_THREADS"] == defaults["NUMBA_NUM_THREADS"] == "12"
-    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        assert Path("/local/77") in Path(defaults[name]).parents
-    assert "OMP_NUM_THREADS" not in node_defaults({})
+@pytest.mark.parametrize(
+    ("holder", "squeue", "over"),
+    [
+        ("7", None, True),  # this very job, before it was requeued
+        ("5", None, True),  # submitted before: this job could not have been while it was alive
+        ("6", None, True),  # the job before it in a chain
+        ("9", None, False),  # nobody knows
+        ("8", None, False),  # a later job of the chain
+        ("9", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("5", "echo '5|5_N/A|RUNNING|None'", False),  # squeue knows better
+    ],
+)
+def test_an_earlier_job_is_over_also_where_squeue_is_not_to_be_asked(fake_slurm, tmp_path, holder, squeue, over):
+    run = RunDirectory.create_or_resume(Config(run=RunConfig(dir=str(tmp_path / "run"), name="run", device="cpu")))
+    run.release()
+    for jobs in (["5"], ["6", "7", "8"]):
+        record_submission(run, Submission(run.path, jobs, "slurm", run.logs_path, {}))
+    if squeue is None:
+        (fake_slurm.folder / "squeue").unlink()
+    else:
+        fake_slurm.answer("squeue", squeue)
+    before = (run.path / ".lock").stat().st_ino
+    claim = {"host": "elsewhere", "pid": 1, "slurm_job": holder, "since": 0.0}
+    (run.path / ".lock").write_text(json.dumps(claim))
+    take_over(run, "7")
+    assert ((run.path / ".lock").stat().st_ino != before) is over

@@ -51,6 +51,10 @@ def test_a_local_job_is_interrupted_killed_and_cancelled(small_shards, tmp_path)
     job = start(tmp_path, config)
     wait_until_training(run, 3)
     assert command("runs", tmp_path, "cancel", "run").returncode == 0
+    assert not overview(RunDirectory(run)).live
+    again = start(tmp_path, config)  # while the first command is still telling its end
     job.communicate(timeout=PATIENCE)
     assert job.returncode == 1
-    assert not overview(RunDirectory(run)).live
+    wait_until_training(run, 4)
+    assert command("runs", tmp_path, "cancel", "run").returncode == 0
+    again.communicate(timeout=PATIENCE)

@@ -1,9 +1,9 @@
+import math
+
 import pytest
 
 from caduceus.errors import UserError
-from launch.capacity import slurm_complaint
 from launch.request import PRESETS, load_request, parse_time, sbatch_parameters
-from launch.scheduler import Nodes
 
 
 @pytest.mark.parametrize(
@@ -16,13 +16,19 @@ from launch.scheduler import Nodes
         ("2-0", 2880),
         ("1-12:30", 2190),
         ("1-00:00:01", 1441),
+        ("0", math.inf),  # no limit, as SLURM has it
+        ("00:00:00", math.inf),
+        ("0-0", math.inf),
+        ("UNLIMITED", math.inf),
+        ("infinite", math.inf),
+        ("0:01", 1),
     ],
 )
 def test_time_limits_are_read_as_slurm_reads_them(text, minutes):
     assert parse_time(text) == minutes
 
 
-@pytest.mark.parametrize("text", ["", "a day", "1:2:3:4", "-5", "2h"])
+@pytest.mark.parametrize("text", ["", "a day", "1:2:3:4", "-5", "2h", "1:-5", "٣", "1_0"])
 def test_other_time_limits_are_refused(text):
     with pytest.raises(UserError, match="is not a time limit"):
         parse_time(text)
@@ -95,33 +101,66 @@ def test_values_of_the_environment_are_quoted_for_the_shell():
     assert sbatch_parameters(request, "run")["setup"] == ["export NAME='a b; c'"]
 
 
+def script_keys(request) -> dict:
+    """What the batch script gets of memory, CPUs and generic resources."""
+    parameters = sbatch_parameters(request, "run")
+    every = parameters | parameters["additional_parameters"]
+    names = ("mem", "mem-per-gpu", "mem-per-cpu", "cpus_per_task", "cpus-per-gpu", "gres")
+    return {name: every[name] for name in names if name in every}
+
+
+@pytest.fixture
+def preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("gpus_per_node: 2\nmem: 100G\ncpus_per_task: 4\nsbatch: {exclusive: true}\n")
+    return str(path)
+
+
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "keys"),
     [
-        ({"time": "1-0"}, None),
-        ({"time": "2-0"}, "time: 2-0 asked for, but the partition's limit is 1-00:00:00"),
-        ({"time": "2-0", "partition": "long"}, None),
-        ({"time": "2-0", "partition": "main,long"}, None),
-        ({"time": "45", "partition": "short"}, "time: 45 asked for, but the partition's limit is 30:00"),
-        ({"time": "2-0", "qos": "week"}, None),
-        ({"partition": "gpu"}, "partition: no partition 'gpu' here; choose one of long, main, short"),
+        ({}, {"mem": "100G", "cpus_per_task": 4}),
+        ({"sbatch": {"mem-per-gpu": "40G"}}, {"mem-per-gpu": "40G", "cpus_per_task": 4}),
+        ({"sbatch": {"mem_per_cpu": "4G"}}, {"mem-per-cpu": "4G", "cpus_per_task": 4}),
+        ({"sbatch": {"cpus-per-gpu": "8"}}, {"mem": "100G", "cpus-per-gpu": "8"}),
+        ({"sbatch": {"exclusive": None, "gres": "nvme:1"}}, {"mem": "100G", "cpus_per_task": 4, "gres": "nvme:1"}),
+        (
+            {"gpu_request": "gres", "sbatch": {"gres": "nvme:1"}},
+            {"mem": "100G", "cpus_per_task": 4, "gres": "gpu:2,nvme:1"},
+        ),
     ],
 )
-def test_a_job_that_no_partition_of_its_own_would_run(fake_slurm, options, complaint):
-    rows = [("main*", "(null)", "1-00:00:00"), ("main*", "gpu:2", "1-00:00:00")]
-    rows += [("long", "(null)", "infinite"), ("short", "(null)", "30:00")]
-    rows = [f"{name}|up|idle|4|64|250000|{gres}|{limit}" for name, gres, limit in rows]
-    fake_slurm.answer("sinfo", "\n".join(f"echo '{row}'" for row in rows))
-    assert slurm_complaint(load_request("cpu", options)) == complaint
+def test_an_option_takes_the_place_of_what_the_preset_asks_for_in_another_form(preset, options, keys):
+    assert script_keys(load_request(preset, options)) == keys
 
 
-def gpus(gres: str, kind: str | None = None) -> int:
-    return Nodes("main", True, True, "idle", 1, 64, 250_000, gres, "infinite").gpus(kind)
+def test_an_option_of_the_command_line_wins_over_the_other_form_in_the_preset(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("sbatch: {mem-per-gpu: 40G, cpus-per-gpu: 8}\n")
+    assert script_keys(load_request(str(path), {"mem": "7G"})) == {"mem": "7G", "cpus-per-gpu": 8}
+    assert script_keys(load_request(str(path), {"cpus_per_task": 2})) == {"mem-per-gpu": "40G", "cpus_per_task": 2}
 
 
-def test_gpus_are_counted_in_what_sinfo_prints():
-    assert gpus("gpu:h100:8(S:0-1)") == 8
-    assert gpus("gpu:a100:2(S:0),gpu:h100:4,nvme:1", "h100") == 4
-    assert gpus("gpu:a100:2(S:0),gpu:h100:4") == 6
-    assert gpus("(null)") == 0
-    assert gpus("shard:4") == 0
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mem": "1G", "sbatch": {"mem-per-gpu": "2G"}}, "sbatch: mem and mem-per-gpu exclude each other"),
+        ({"sbatch": {"mem-per-cpu": "1G", "mem-per-gpu": "2G"}}, "mem-per-cpu and mem-per-gpu exclude each other"),
+        ({"sbatch": {"partition": "gpu"}}, "sbatch: partition: is set by --partition"),
+        ({"sbatch": {"time": "10"}}, "sbatch: time: is set by --time"),
+        ({"sbatch": {"ntasks_per_node": "4"}}, "ntasks-per-node: is set by --nodes and --tasks-per-node"),
+        ({"sbatch": {"output": "x"}}, "sbatch: output: is set by run.dir"),
+        ({"sbatch": {"clusters": "green"}}, "SLURM_CLUSTERS"),
+        ({"sbatch": {"gpus": "4"}}, "sbatch: gpus: GPUs are asked for by gpus_per_node"),
+        ({"sbatch": {"gres": "gpu:4"}}, "sbatch: gres: GPUs are asked for by gpus_per_node"),
+        ({"chain": 2, "sbatch": {"dependency": "afterok:1"}}, "submit without --chain"),
+    ],
+)
+def test_what_sbatch_would_be_told_twice_is_refused(preset, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_request(preset, options)
+    assert "\n" not in str(error.value)
+
+
+def test_no_time_limit_is_sbatch_s_zero():
+    assert sbatch_parameters(load_request("cpu", {"time": "0"}), "run")["time"] == 0

@@ -1,6 +1,8 @@
 """The end of a job's processes, with SLURM's commands replaced."""
 
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -75,3 +77,82 @@ def test_a_stopped_run_and_one_whose_saves_never_fit_do_not_go_back(run, monkeyp
     assert fake_slurm.asked("scontrol").count("requeue 7") == (2 if reason else 0)
     told = "given up after 3 failures without a new checkpoint; the last one: signal_seconds: 120 s are too short"
     assert (told in capsys.readouterr().out) is (reason is not None)
+
+
+@pytest.fixture
+def without_slurm(run, fake_slurm) -> RunDirectory:
+    """The end of a job in a container that has none of SLURM's commands."""
+    for command in ("squeue", "scontrol", "scancel", "sinfo", "sacct", "sbatch", "srun"):
+        (fake_slurm.folder / command).unlink(missing_ok=True)
+    return run
+
+
+BY_HAND = "the run does not go on by itself: python launch/runs.py resume "
+
+
+@pytest.mark.parametrize(
+    ("status", "minutes_left", "reason"),
+    [(1, None, history.FAILED), (0, None, history.SIGNAL), (0, 1, history.TIME_LIMIT), (143, -1, history.TIME_LIMIT)],
+)
+def test_an_end_in_a_container_without_slurm_s_commands(
+    without_slurm, monkeypatch, capsys, status, minutes_left, reason
+):
+    if minutes_left is not None:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 60 * minutes_left))
+    assert ended(without_slurm, monkeypatch, status) == 1
+    [only] = history.attempts(without_slurm)
+    assert (only.reason, only.gave_up) == (reason, False)
+    told = capsys.readouterr().out
+    assert "SLURM does not answer (no squeue on this machine)" in told
+    assert f"{reason}: SLURM does not answer (no scontrol on this machine); {BY_HAND}" in told
+
+
+def test_a_time_limit_in_such_a_container_is_seen_by_the_clock(without_slurm, monkeypatch):
+    assert ended(without_slurm, monkeypatch, "TERM") == 0  # it may be anything
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 1))
+    assert ended(without_slurm, monkeypatch, "TERM") == 1
+    assert history.attempts(without_slurm)[-1].reason == history.UNSAVED
+
+
+def test_a_complete_run_of_a_chain_ends_well_in_such_a_container(without_slurm, monkeypatch, capsys):
+    submission = history.submissions(without_slurm)[0]
+    record_submission(without_slurm, replace(submission, jobs=["7", "8"]))
+    add_checkpoint(without_slurm, without_slurm.config().train.steps)
+    assert ended(without_slurm, monkeypatch, 0) == 0
+    assert history.attempts(without_slurm)[-1].reason == history.COMPLETE
+    assert "no scancel on this machine" in capsys.readouterr().out
+
+
+def test_a_chain_goes_on_without_scontrol(without_slurm, monkeypatch, capsys):
+    submission = history.submissions(without_slurm)[0]
+    chain = replace(submission, jobs=["7", "8"], request={**submission.request, "requeue": False})
+    record_submission(without_slurm, chain)
+    history.record(without_slurm, "bad node", "7", 0, node="n3", why="a full disk")
+    ended(without_slurm, monkeypatch, 2)
+    told = capsys.readouterr().out
+    assert "n3 could not be excluded: SLURM does not answer (no scontrol on this machine)" in told
+    assert BY_HAND not in told
+
+
+def test_a_requeue_that_slurm_refuses_is_told_in_a_line(run, monkeypatch, fake_slurm, capsys):
+    fake_slurm.answer("scontrol", "echo 'Requested operation is presently disabled for job 7' >&2; exit 1")
+    assert ended(run, monkeypatch, 0) == 1
+    assert (
+        f"scontrol requeue 7: Requested operation is presently disabled for job 7; {BY_HAND}" in capsys.readouterr().out
+    )
+    assert history.attempts(run)[-1].reason == history.SIGNAL
+
+
+def test_what_a_user_wrote_about_a_job_is_none_of_its_state(run, monkeypatch, fake_slurm):
+    fake_slurm.shows(reason="JobState=FAILED|Restarts=9", excluded="(null)")
+    ended(run, monkeypatch, 0)
+    assert history.attempts(run)[-1].reason == history.SIGNAL
+    assert "requeue 7" in fake_slurm.asked("scontrol")
+
+
+def test_a_job_that_ends_before_its_submission_is_written_down_waits_for_that(run, monkeypatch, fake_slurm):
+    path = run.path / "submissions.json"
+    path.rename(path.with_suffix(".later"))
+    monkeypatch.setattr("time.sleep", lambda seconds: path.with_suffix(".later").rename(path))
+    ended(run, monkeypatch, 0)
+    assert history.attempts(run)[-1].reason == history.SIGNAL

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -14,8 +15,11 @@ from caduceus.config import Config, RunConfig
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 from launch import history
+from launch.history import Submission, record_submission
 from launch.runs import find_runs, summary
+from launch.status import overview
 from tests.conftest import REPOSITORY
+from tests.launch.test_history import add_checkpoint
 
 
 @pytest.fixture
@@ -99,3 +103,111 @@ def test_a_reader_that_has_seen_enough(run):
         assert logs.stdout.readline() == "a line\n"
         logs.stdout.close()
         assert logs.stderr.read() == ""
+
+
+def submitted(run: RunDirectory, job: str = "12") -> None:
+    record_submission(run, Submission(run.path, [job], "slurm", run.logs_path, {}))
+
+
+def test_a_followed_log_waits_for_its_run_and_goes_over_to_the_next_job(run, steer, fake_slurm, monkeypatch, capfd):
+    monkeypatch.setattr("launch.runs._ASK_SECONDS", 0.2)
+    submitted(run)
+
+    def happens() -> None:
+        time.sleep(1)
+        for job in ("12", "13"):
+            if job == "13":
+                submitted(run, job)
+            fake_slurm.answer("squeue", f"echo '{job}|{job}_N/A|RUNNING|None'")
+            (run.logs_path / f"{job}_0_log.out").write_text(f"job {job} trains\n")
+            history.record(run, "start", job, 0, nodes="n0", tasks=1, step=0)
+            time.sleep(1)
+            history.record(run, "end", job, 0, reason="time limit", step=0, error=None, status=0)
+        fake_slurm.answer("squeue", NO_JOB)
+
+    fake_slurm.answer("squeue", "echo '12|12_N/A|PENDING|Resources'")
+    with pytest.raises(UserError, match=r"the run waits to start; python launch/runs.py logs -f .* waits with it"):
+        steer("logs", str(run.path))
+    thread = threading.Thread(target=happens)
+    thread.start()
+    assert steer("logs", "-f", str(run.path)) == 0
+    thread.join()
+    printed = capfd.readouterr()
+    assert printed.out == "job 12 trains\njob 13 trains\n"
+    assert "waits to start (Resources)" in printed.err
+
+
+def test_a_followed_log_of_a_run_that_never_starts_ends(run, steer, fake_slurm, monkeypatch):
+    monkeypatch.setattr("launch.runs._ASK_SECONDS", 0.2)
+    submitted(run)
+    fake_slurm.answer("squeue", "echo '12|12_N/A|PENDING|Resources'")
+    threading.Timer(1, lambda: fake_slurm.answer("squeue", NO_JOB)).start()
+    with pytest.raises(UserError, match="no such log; the run is new"):
+        steer("logs", "-f", str(run.path))
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_cancelling_tells_of_the_checkpoint_that_the_run_made_last(run, steer, fake_slurm, capsys, tmp_path, saves):
+    """On SIGTERM the processes still save, as long as SLURM lets them."""
+    submitted(run)
+    history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
+    cancelled, ended = tmp_path / "cancelled", tmp_path / "ended"
+    fake_slurm.answer("squeue", f"[ -e {ended} ] || echo '12|12_N/A|RUNNING|None'")
+    fake_slurm.answer("scancel", f": > {cancelled}")
+
+    def ends() -> None:
+        while not cancelled.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        if saves:
+            add_checkpoint(run, 7)
+        ended.touch()
+
+    thread = threading.Thread(target=ends)
+    thread.start()
+    steer("cancel", str(run.path))
+    thread.join()
+    told = capsys.readouterr().out
+    left = f"its newest checkpoint is of step 7: {run.checkpoint_path(7)}" if saves else "there is no checkpoint of it"
+    assert told == f"{run.path}: cancelled at step 0; {left}\n"
+
+
+@pytest.mark.parametrize("look", ["status", "list"])
+def test_an_attempt_without_an_end_gets_one_at_the_next_look(run, steer, fake_slurm, capsys, look):
+    submitted(run)
+    history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
+    looks = {"status": str(run.path), "list": str(run.path.parent)}
+    for answer in ("echo '12|12_N/A|RUNNING|None'", "echo 'Unable to contact slurm controller' >&2; exit 1"):
+        fake_slurm.answer("squeue", answer)
+        steer(look, looks[look])
+        assert history.attempts(run)[-1].ended is None, "it lives, or SLURM does not tell"
+    fake_slurm.answer("squeue", NO_JOB)
+    fake_slurm.answer("sacct", "echo NODE_FAIL")
+    steer(look, looks[look])
+    [only] = history.attempts(run)
+    assert only.ended and only.reason == history.LOST and "job 12 ended as NODE_FAIL" in only.error
+    before = (run.path / "attempts.jsonl").read_text()
+    fake_slurm.answer("sacct", "exit 1")  # by now SLURM has forgotten it
+    capsys.readouterr()
+    steer("status", str(run.path))
+    assert "state       lost: job 12 ended as NODE_FAIL" in capsys.readouterr().out
+    assert (run.path / "attempts.jsonl").read_text() == before, "once is enough"
+
+
+def test_the_end_that_an_attempt_had_written_down_is_not_overwritten(run, steer, fake_slurm):
+    submitted(run)
+    history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
+    row = '{"event": "end", "time": "T", "job": "12", "restart": 0, "reason": "signal", "step": 0, "error": null}'
+    # It comes between the question to SLURM and its answer.
+    fake_slurm.answer("squeue", f"echo '{row}' >> {run.path}/attempts.jsonl; {NO_JOB}")
+    assert overview(run).state == "interrupted"
+    assert history.attempts(run)[-1].reason == history.SIGNAL
+
+
+def test_a_complete_run_whose_last_checkpoint_was_deleted_can_go_on(run, steer, fake_slurm):
+    submitted(run)
+    fake_slurm.answer("squeue", NO_JOB)
+    history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
+    history.record(run, "end", "12", 0, reason=history.COMPLETE, step=9, error=None, status=0)
+    now = overview(run)
+    assert (now.state, now.why) == ("interrupted", "the checkpoint of its last step is gone; resume makes it again")

@@ -1,10 +1,15 @@
 """What a submission leaves in a run directory: all of it, or nothing."""
 
+import shlex
+import subprocess
+import sys
+
 import pytest
 
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 from launch.history import submissions
+from launch.submission import REPOSITORY
 
 REQUEST = ("--cluster", "cpu")
 REFUSAL = "echo 'sbatch: error: Memory specification can not be satisfied' >&2; exit 1"
@@ -82,3 +87,53 @@ def test_a_mistake_in_a_deepspeed_file_is_seen_before_submitting(launch, fake_sl
     with pytest.raises(UserError, match=r"ds\.json sets zero_optimization\.overlap_com, which DeepSpeed"):
         launch("--config", small_config, *REQUEST, "run.dir=run", *settings)
     assert not fake_slurm.asked("sbatch") and not (tmp_path / "run").exists()
+
+
+def start(small_config: str, *arguments: str) -> subprocess.Popen:
+    """launch/slurm.py as a process of its own."""
+    line = [sys.executable, str(REPOSITORY / "launch" / "slurm.py"), "--config", small_config, *REQUEST, *arguments]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first_is_refused", "statuses"), [(False, [0, 2]), (True, [0, 2])])
+def test_of_two_submissions_of_a_run_at_once_one_is_taken(
+    launch, fake_slurm, small_config, tmp_path, first_is_refused, statuses
+):
+    taken, refused = tmp_path / "taken", tmp_path / "refused"
+    fake_slurm.answer("squeue", f"[ ! -e {taken} ] || echo '7|7_N/A|PENDING|Priority'")
+    refusal = f"[ -e {refused} ] || {{ : > {refused}; {REFUSAL}; }}; " if first_is_refused else ""
+    # sbatch takes its time: the other one comes to its own sbatch meanwhile, unless it waits.
+    submits = f'case "$*" in *--test-only*) exit 0;; esac; /bin/sleep 2; {refusal}: > {taken}'
+    fake_slurm.answer("sbatch", f'{submits}; echo "Submitted batch job 7"')
+    both = [start(small_config, "run.dir=run") for _ in range(2)]
+    told = [process.communicate(timeout=120) for process in both]
+    assert sorted(process.returncode for process in both) == statuses, told
+    assert len(submissions(RunDirectory("run"))) == 1 and RunDirectory("run").config_path.exists()
+    other = next(err for process, (_, err) in zip(both, told, strict=True) if process.returncode)
+    if first_is_refused:  # the one that waited starts anew, in a directory of its own
+        assert "Memory specification" in other and len(fake_slurm.asked("sbatch")) == 2
+    else:
+        assert "run.dir: run is in use by job 7; wait for it, or: python launch/runs.py stop run" in other
+        assert len(fake_slurm.asked("sbatch")) == 1
+
+
+def test_a_run_with_a_live_job_is_not_started_here_either(run, launch, fake_slurm, small_config):
+    fake_slurm.answer("squeue", "echo '7|7_N/A|RUNNING|None'")
+    for cluster in ("local", "debug"):
+        with pytest.raises(UserError, match="run is in use by job 7"):
+            launch("--config", small_config, "--cluster", cluster, "run.dir=run")
+
+
+def test_commands_to_come_are_quoted_for_the_shell(launch, fake_slurm, small_config, steer, capsys):
+    assert launch("--config", small_config, *REQUEST, "run.dir=a run; exit") == 0
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("next:")]
+    command = line.removeprefix("next:").split("   (")[0]
+    assert shlex.split(command) == ["python", "launch/runs.py", "status", "a run; exit"]
+    fake_slurm.answer("squeue", "echo '7|7_N/A|PENDING|Priority'")
+    with pytest.raises(UserError, match=r"stop it first: python launch/runs\.py stop 'a run; exit'"):
+        steer("resume", "a run; exit")
+    fake_slurm.answer("scancel", "exit 0")
+    assert steer("stop", "a run; exit") == 0
+    assert "python launch/runs.py resume 'a run; exit' goes on" in capsys.readouterr().out

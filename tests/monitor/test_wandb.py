@@ -10,25 +10,31 @@ import pytest
 
 from caduceus.errors import UserError
 from caduceus.monitor.wandb.identity import identity
-from caduceus.monitor.wandb.process import sync
+from caduceus.monitor.wandb.process import WandbProcess, sync
 from launch import runs
 from tests.monitor.conftest import STEPS, Watched, make_step, sent_rows, status
 from tests.monitor.wandb_server import WandbServer
+from tests.train.conftest import SmallRun
 
 pytestmark = pytest.mark.slow
 
 
-def clients_of(parent: int) -> list[int]:
-    """The processes of W&B's client below a process."""
+def children_of(parent: int, name: bytes = b"sender") -> list[int]:
+    """The processes below a process whose command line has this name."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if b"wandb-core" in (process / "cmdline").read_bytes():
+            if name in (process / "cmdline").read_bytes():
                 above = int((process / "stat").read_text().rpartition(")")[2].split()[1])
                 found += [int(process.name)] if above == parent else []
         except OSError:
             continue
     return found
+
+
+def clients_of(parent: int) -> list[int]:
+    """The processes of W&B's client below a process."""
+    return children_of(parent, b"wandb-core")
 
 
 def wait_for(condition, seconds: float = 30.0) -> None:
@@ -224,3 +230,28 @@ def test_the_id_is_kept_from_the_first_second(server: WandbServer, watched: Watc
     watched.go_on(1, STEPS)
     assert server.only_run().name == identity(watched.path).id
     assert json.loads((watched.path / "wandb" / "run.json").read_text())["former"] == []
+
+
+def test_nothing_stays_in_the_temporary_directory_after_kills(
+    small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = tmp_path / "system"
+    system.mkdir()
+    monkeypatch.setenv("TMPDIR", str(system))
+    config = small_run.config("killed", wandb={"mode": "offline"}, train={"steps": 100_000})
+    for kill_sender in (False, True):
+        process = small_run.start(config)
+        wait_for(lambda: any(system.glob("*/*wandb*")), 60)
+        assert not list(system.glob("*wandb-media*")) and not list(system.glob("*wandb-artifacts*"))
+        senders = children_of(process.pid)
+        process.kill()
+        process.communicate()
+        if kill_sender:
+            for sender in senders:
+                os.kill(sender, signal.SIGKILL)
+        else:
+            wait_for(lambda: not list(system.glob("*wandb*")), 90)
+    config.wandb.mode, config.train.steps, config.run.allow_change = "disabled", 1, ["train.steps"]
+    assert any(system.glob("*wandb*"))
+    WandbProcess(config, Path(config.run.dir))  # a start without W&B tidies up as well
+    assert not list(system.glob("*wandb*"))

@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from caduceus.config import Config
+from caduceus.config import Config, config_to_dict
 from caduceus.errors import UserError
-from caduceus.run.directory import MARKER, RunDirectory
+from caduceus.run.checkpoints import MARKER
+from caduceus.run.directory import RunDirectory
 
 
 def make_config(directory: Path, **train: object) -> Config:
@@ -26,11 +28,11 @@ def run(tmp_path: Path) -> RunDirectory:
     run.release()
 
 
-def write_checkpoint(run: RunDirectory, step: int) -> Path:
+def write_checkpoint(run: RunDirectory, step: int, **facts: object) -> Path:
     writing = run.checkpoints_path / f".writing-{step:08d}"
     writing.mkdir()
     (writing / "weights").write_bytes(bytes(range(256)) * 16)
-    return run.complete_checkpoint(writing, step, {"samples": step * 8}).path
+    return run.complete_checkpoint(writing, step, {"samples": step * 8, **facts}).path
 
 
 def test_the_newest_checkpoint_is_found_and_linked(run: RunDirectory) -> None:
@@ -47,6 +49,15 @@ def test_the_newest_checkpoint_is_found_and_linked(run: RunDirectory) -> None:
         (lambda path: (path / "weights").write_bytes(b"short"), "5 bytes instead of 4096"),
         (lambda path: (path / "weights").write_bytes(bytes(4096)), "sha256"),
         (lambda path: (path / MARKER).write_text("{"), "marker"),
+        (lambda path: (path / MARKER).write_text('{"files": {}, "step": 2}'), "names no files"),
+        (lambda path: (path / MARKER).write_text('{"files": ["weights"]}'), "names no files"),
+        (lambda path: (path / MARKER).write_text("[]"), "holds no facts"),
+        (lambda path: (path / MARKER).write_text('{"files": {"weights": {"bytes": 4096}}}'), "what weights is"),
+        (
+            lambda path: (path / MARKER).write_text('{"files": {"../weights": {"bytes": 1, "sha256": ""}}}'),
+            "../weights",
+        ),
+        (lambda path: (path / MARKER).write_bytes(b"\xff\xfe"), "marker"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(run: RunDirectory, caplog, damage, named: str) -> None:
@@ -154,6 +165,46 @@ def test_another_configuration_is_refused_with_both_values(run: RunDirectory) ->
     assert RunDirectory.open(run.path).config().train.lr == 1e-3
 
 
+def edited(config: Config) -> str:
+    return OmegaConf.to_yaml(config_to_dict(config)).replace("lr: 0.008", "lr: 0.001")
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda run, text: run.config_path.write_text(text),
+        lambda run, text: run.config_path.write_text(text[: len(text) // 2]),
+        lambda run, text: run.config_path.write_text(""),
+        lambda run, text: run.config_path.unlink(),
+    ],
+    ids=["edited", "cut off", "empty", "removed"],
+)
+def test_a_change_is_seen_by_the_checkpoint_whatever_became_of_config_yaml(run: RunDirectory, harm) -> None:
+    config = make_config(run.path)
+    write_checkpoint(run, 1, config=config_to_dict(config))
+    run.release()
+    harm(run, edited(config))
+    changed = make_config(run.path, lr=1e-3)
+    with pytest.raises(UserError, match=r"train.lr=0.008, not 0.001.*run.allow_change=\[train.lr\]"):
+        RunDirectory.create_or_resume(changed)
+    changed.run.allow_change = ["train.lr"]
+    RunDirectory.create_or_resume(changed).release()
+    RunDirectory.create_or_resume(config).release()
+
+
+def test_before_the_first_checkpoint_config_yaml_may_be_edited(run: RunDirectory) -> None:
+    run.release()
+    run.config_path.write_text(edited(make_config(run.path)))
+    RunDirectory.create_or_resume(run.config()).release()
+
+
+def test_a_damaged_checkpoint_does_not_say_what_the_run_was_made_with(run: RunDirectory) -> None:
+    write_checkpoint(run, 1, config=config_to_dict(make_config(run.path)))
+    (write_checkpoint(run, 2, config=config_to_dict(make_config(run.path, lr=1e-3))) / "weights").unlink()
+    run.release()
+    assert run.former_config().train.lr == 8e-3
+
+
 def test_settings_that_do_not_decide_the_numbers_may_change(run: RunDirectory) -> None:
     run.release()
     other = make_config(run.path, micro_batch=4)
@@ -161,7 +212,8 @@ def test_settings_that_do_not_decide_the_numbers_may_change(run: RunDirectory) -
     RunDirectory.create_or_resume(other).release()
 
 
-def test_a_second_process_is_refused(run: RunDirectory) -> None:
+def test_a_second_process_is_refused(run: RunDirectory, monkeypatch) -> None:
+    monkeypatch.setattr("caduceus.run.lock.ENDING_SECONDS", 0.1)
     assert RunDirectory(run.path).is_in_use()
     with pytest.raises(UserError, match=rf"another process is training in .* \(process {os.getpid()} on "):
         RunDirectory.create_or_resume(make_config(run.path))

@@ -45,7 +45,7 @@ def test_runs_on_several_nodes_equal_the_single_process(slurm_cluster, config, t
     [
         (["--partition", "gpu"], "no partition 'gpu' here; choose one of main, urgent"),
         (["--gpus-per-node", "4"], "gpus_per_node: 4 GPUs asked for, but a node has at most 2"),
-        (["--nodes", "5", "train.global_batch=10"], "SLURM refuses the job: "),
+        (["--nodes", "5", "train.global_batch=10"], "nodes: 5 asked for, but a partition has at most 4"),
         (["--time", "3-0"], "time: 3-0 asked for, but the partition's limit is 1-00:00:00"),
         (["--mem", "1T"], "SLURM refuses the job: "),
     ],

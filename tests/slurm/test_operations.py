@@ -42,7 +42,9 @@ def a_run_is_steered_through_all_its_states(on: Setting) -> None:
     waiting = on.launch(*REQUEST, "--nodes", "2", "--sbatch", "hold", "train.micro_batch=2")
     assert f"python launch/runs.py status {Path('runs/small')}" in waiting.stdout
     assert "state       waiting: JobHeldUser" in runs(directory, "status", "runs/small")
-    assert "the run waits to start" in refused(directory, "logs", "runs/small")
+    assert "the run waits to start; python launch/runs.py logs -f runs/small waits" in refused(
+        directory, "logs", "runs/small"
+    )
     assert f"is waiting (job {job_of(waiting)})" in refused(directory, "resume", "runs/small")
     assert "taken out of the queue" in runs(directory, "stop", "runs/small")
     assert "it is stopped" in refused(directory, "cancel", "runs/small")

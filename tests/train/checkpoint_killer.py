@@ -35,7 +35,7 @@ def save_for_ever(config: Config, rank: int, world: int, store: Path, first: int
     with joined(config) as ranks:
         strategy = build_strategy(config, ranks)
         run = RunDirectory(config.run.dir)
-        checkpoints = Checkpoints(config.checkpoint, run, strategy)
+        checkpoints = Checkpoints(config, run, strategy)
         for step in itertools.count(first):
             set_parameters(strategy.model, step)
             checkpoints.save(Progress(step=step, tokens=step, loader={"samples_consumed": step}))

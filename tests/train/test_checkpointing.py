@@ -1,6 +1,12 @@
 """Saving behind the training: what is saved, when it counts, and what a failure does."""
 
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,7 +68,7 @@ def fill(strategy: Single, value: float) -> None:
 
 
 def test_what_is_saved_is_the_state_of_its_moment(config, run, strategy, disk) -> None:
-    checkpoints, saved = Checkpoints(config.checkpoint, run, strategy), progress(1)
+    checkpoints, saved = Checkpoints(config, run, strategy), progress(1)
     fill(strategy, 1.0)
     moments = [state["exp_avg"].clone() for state in strategy.optimizer.state.values()]
     checkpoints.save(saved)
@@ -79,7 +85,7 @@ def test_what_is_saved_is_the_state_of_its_moment(config, run, strategy, disk) -
 
 
 def test_one_checkpoint_is_under_way_at_a_time(config, run, strategy, disk) -> None:
-    checkpoints = Checkpoints(config.checkpoint, run, strategy)
+    checkpoints = Checkpoints(config, run, strategy)
     checkpoints.save(progress(1))
     second = threading.Thread(target=lambda: checkpoints.save(progress(2)))
     second.start()
@@ -93,7 +99,7 @@ def test_one_checkpoint_is_under_way_at_a_time(config, run, strategy, disk) -> N
 
 
 def test_a_failed_save_is_told_when_asked_and_leaves_the_older_one(config, run, strategy, monkeypatch) -> None:
-    checkpoints = Checkpoints(config.checkpoint, run, strategy)
+    checkpoints = Checkpoints(config, run, strategy)
     checkpoints.save(progress(1))
     checkpoints.wait()
 
@@ -160,3 +166,76 @@ def test_a_run_directory_that_cannot_be_locked_is_one_line(small_run: SmallRun, 
     (Path(config.run.dir) / ".lock").mkdir(parents=True)  # not even root can open it to write
     with pytest.raises(UserError, match=r"^run\.dir: .* cannot be read or written \(.*Is a directory"):
         train(config)
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path) -> Iterator[Path]:
+    """A file system of its own, of two megabytes."""
+    directory.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(directory)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount the small file system of this test")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def leave_free(disk: Path, room: int) -> None:
+    """Fill a disk but for `room` bytes."""
+    ballast = disk / "ballast"
+    ballast.unlink(missing_ok=True)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - room)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_disk_that_fills_at_any_moment_of_a_save_is_told_truly(config: Config, tmp_path: Path, background) -> None:
+    config.checkpoint.async_ = background
+    with small_disk(tmp_path / "disk") as disk:
+        config.run.dir = str(disk / "run")
+        run = RunDirectory.create_or_resume(config)
+        checkpoints = Checkpoints(config, run, build_strategy(config, Ranks(0, 1, 1, torch.device("cpu"))))
+        checkpoints.save(progress(1))
+        checkpoints.wait()
+        taken = sum(path.stat().st_blocks * 512 for path in run.checkpoint_path(1).iterdir())
+        outcomes = set()
+        for room in range(0, taken + (64 << 10), 4096):
+            leave_free(disk, room)
+            try:
+                checkpoints.save(progress(2))
+                checkpoints.wait()
+                outcomes.add("saved")
+                shutil.rmtree(run.checkpoint_path(2))
+            except UserError as error:
+                outcomes.add("told")
+                assert "the checkpoint of step 2 could not be written ([Errno 28] No space left" in str(error), room
+            assert not list(run.checkpoints_path.glob(".writing-*"))
+            assert run.newest_valid_checkpoint().step == 1
+        assert outcomes == {"saved", "told"}
+        run.release()
+
+
+def test_a_file_that_may_not_grow_is_told_truly(config, run, strategy) -> None:
+    checkpoints = Checkpoints(config, run, strategy)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+        with pytest.raises(UserError, match=r"step 1 could not be written \(\[Errno 27\] File too large\)"):
+            checkpoints.save(progress(1))
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    checkpoints.save(progress(1))
+    checkpoints.wait()
+    assert run.newest_valid_checkpoint().step == 1
+
+
+def test_a_restart_on_a_full_disk_tells_sizes_that_mean_something(config: Config, small_run, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        config = small_run.config("full", run={"dir": str(disk / "run"), "device": "cpu"})
+        (disk / "run").mkdir()
+        RunDirectory.create_or_resume(config).release()
+        leave_free(disk, 8192)
+        with pytest.raises(UserError, match=r"8\.0 KiB free, but a checkpoint takes [1-9][\d.]* KiB; make room"):
+            train(config)

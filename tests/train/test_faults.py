@@ -1,6 +1,5 @@
 """What clusters do to a run, done to real processes: two ranks, joined by gloo, train one small model."""
 
-import contextlib
 import json
 import os
 import re
@@ -9,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from caduceus.config import Config, save_config
 from caduceus.run.directory import RunDirectory
 from caduceus.train.stopping import EXIT_REQUEUE
 from tests.train.conftest import SmallRun, numbers
+from tests.train.test_checkpointing import small_disk
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +142,7 @@ def test_a_full_disk_ends_the_run_in_a_line_and_keeps_earlier_checkpoints(runs: 
         statuses, messages = Job(config, "fill_disk", 0, 7).wait()
         assert statuses == [2] * RANKS, messages
         (line,) = [line for line in messages[0].splitlines() if line.startswith("error:")]
-        assert "step 8 could not be written" in line and "make room" in line
+        assert "step 8 could not be written ([Errno 28] No space left on device)" in line and "make room" in line
         assert [checkpoint.step for checkpoint in RunDirectory(config.run.dir).checkpoints()] == [4]
         (disk / "ballast").unlink()
         Job(config).finish()
@@ -160,16 +159,3 @@ def test_killed_at_many_instants_of_saving_the_newest_checkpoint_is_whole(
     *newest, summary = result.stdout.splitlines()
     assert len(newest) == kills
     assert int(summary.split()[0]) >= kills / 2, summary
-
-
-@contextlib.contextmanager
-def small_disk(directory: Path) -> Iterator[Path]:
-    """A file system of its own, of two megabytes."""
-    directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(directory)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount the small file system of this test")
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)

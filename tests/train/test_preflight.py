@@ -23,7 +23,7 @@ def test_a_full_disk_is_told_before_the_first_step(small_run: SmallRun, monkeypa
     config = small_run.config("run", data={"workers": 2})
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0) if full in str(path) else usage(path))
-    with pytest.raises(UserError, match=f"rank 0 on {HOST}: .*{full}.*0.0 GiB free.*{told}"):
+    with pytest.raises(UserError, match=f"rank 0 on {HOST}: .*{full}.*0 bytes free.*{told}"):
         trainer.train(config)
 
 

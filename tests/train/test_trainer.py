@@ -104,6 +104,31 @@ def test_killed_at_random_instants_the_run_goes_on_bit_for_bit(small_run: SmallR
 
 
 @pytest.mark.slow
+def test_killed_with_its_workers_alive_the_same_command_goes_on_at_once(small_run: SmallRun) -> None:
+    config = small_run.config("killed", train={"steps": 400}, data={"workers": 2}, valid={"every": 0})
+    process, run = small_run.start(config), RunDirectory(config.run.dir)
+    while not run.metrics():
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
+    workers = [pid for pid in children_of(process.pid) if b"recording_run" in command_of(pid)]
+    process.kill()
+    config.train.steps, config.run.allow_change = 6, ["train.steps"]
+    assert len(workers) == 2 and all(command_of(pid) for pid in workers), "their parent is gone, and they are not yet"
+    assert train(config) == 0
+    process.communicate()
+
+
+def children_of(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    return [int(pid) for children in tasks for pid in children.read_text().split()]
+
+
+def command_of(pid: int) -> bytes:
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.read_bytes() if path.exists() else b""
+
+
+@pytest.mark.slow
 def test_a_process_that_was_frozen_while_another_took_over_leaves_no_trace(small_run: SmallRun) -> None:
     undisturbed, frozen = (small_run.config(name, train={"steps": 30}) for name in ("undisturbed", "frozen"))
     train(undisturbed)
@@ -257,7 +282,7 @@ def test_wandb_offline_keeps_one_run_id_over_restarts(small_run: SmallRun, monke
 
 
 def test_a_batch_without_a_label_has_no_loss_and_no_gradient(small_run: SmallRun) -> None:
-    config = small_run.config("unlabelled", data={"mask_prob": 0.0}, train={"steps": 2}, valid={"every": 0})
+    config = small_run.config("unlabelled", data={"mask_prob": 1e-9}, train={"steps": 2}, valid={"every": 0})
     train(config)
     rows = numbers(config.run.dir)
     assert [(row["loss"], row["grad_norm"]) for row in rows] == [(0.0, 0.0)] * 2

@@ -43,6 +43,7 @@ class WandbProcess:
         self._ready = threading.Event()
         self._trouble: str | None = None
         self._temporary = _temporary_directory(run)
+        shutil.rmtree(self._temporary, ignore_errors=True)  # of a start that was killed
         place = place_of(config, run)
         for variable in place.from_environment:
             _log.info("wandb: %s holds, as the configuration says nothing of it", variable)
@@ -80,7 +81,6 @@ class WandbProcess:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _start(self) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)  # of a start that was killed
         self._temporary.mkdir(mode=0o700)
         log = self._run / "wandb" / "client.log"
         with log.open("wb") as client_log:

@@ -8,6 +8,7 @@ of a client that failed.
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -364,8 +365,13 @@ def main() -> int:
     sender.deadline() if arguments.trainer is not None else None
     lock = directory(run.path) / ".sender"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with take_lock(lock, wait=arguments.trainer is not None):
-        return sender.bring_up()
+    try:
+        with take_lock(lock, wait=arguments.trainer is not None):
+            return sender.bring_up()
+    finally:
+        kill_clients()
+        if arguments.trainer is not None and os.getppid() != arguments.trainer:  # else the trainer does
+            shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 from caduceus.config import CaduceusConfig, Config, config_from_dict, config_to_dict, load_config, save_config
 from caduceus.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.fixture

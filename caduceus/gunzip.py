@@ -1,0 +1,64 @@
+"""Decompresses gzip files as people's tools write them: of any number of members, with bytes behind the last one."""
+
+import re
+from collections.abc import Callable, Iterator
+
+from isal import isal_zlib  # three times as fast as zlib
+
+from caduceus.errors import UserError
+from caduceus.files import CHUNK
+
+GZIP_MAGIC = b"\x1f\x8b"
+_DEFLATE_MAGIC = b"\x1f\x8b\x08"
+_MEMBER = re.compile(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", re.DOTALL)
+_MEMBER_BYTES = 10
+
+
+class Gunzip:
+    """The data of a gzip file, piece by piece; every checksum is checked.
+
+    `read` gives at most so many of the file's next bytes, none at its end. `passed_over` counts the bytes behind the
+    last member, which are no gzip (padding, or the index of another tool); it is known when the iteration ends. Damage
+    is a `UserError` that names `path`. Bytes behind a member that look like a further one, damaged, are damage too.
+    """
+
+    def __init__(self, path: object, read: Callable[[int], bytes]) -> None:
+        self.passed_over = 0
+        self._path, self._read = path, read
+
+    def __iter__(self) -> Iterator[bytes]:
+        rest = self._read(CHUNK)
+        while True:
+            member = isal_zlib.decompressobj(wbits=31)
+            while not member.eof:
+                rest = rest or self._read(CHUNK)
+                if not rest:
+                    raise UserError(f"{self._path}: truncated gzip; download it again")
+                try:
+                    piece = member.decompress(rest, CHUNK)
+                except isal_zlib.error as error:
+                    raise UserError(f"{self._path}: damaged gzip ({error}); download it again") from None
+                rest = member.unconsumed_tail
+                if piece:
+                    yield piece
+            rest = member.unused_data or self._read(CHUNK)
+            if len(rest) < _MEMBER_BYTES:
+                rest += self._read(CHUNK)
+            if not rest.startswith(GZIP_MAGIC):
+                self.passed_over = count_foreign_bytes(self._path, rest, self._read)
+                return
+
+
+def count_foreign_bytes(path: object, rest: bytes, read: Callable[[int], bytes]) -> int:
+    """How many bytes stand behind a gzip stream: `rest`, and what `read` gives.
+
+    A `UserError` where they hold a further member, or begin nearly as one does: then the file is damaged.
+    """
+    alike = sum(found == expected for found, expected in zip(rest, _DEFLATE_MAGIC, strict=False))
+    count, before = 0, b""
+    while rest:
+        if alike >= 2 or _MEMBER.search(before + rest):
+            raise UserError(f"{path}: damaged gzip, at the beginning of a member; download it again")
+        count += len(rest)
+        before, rest = rest[1 - _MEMBER_BYTES :], read(CHUNK)
+    return count

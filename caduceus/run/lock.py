@@ -1,0 +1,149 @@
+"""Who trains in a run directory: one process at a time, told by a lock that ends with the process."""
+
+import json
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from caduceus.errors import RetryError
+from caduceus.files import is_locked, locked, take_lock
+
+ENDING_SECONDS = 10.0
+"""How long a start waits for the process before it, which may be ending: a killed one first gives its memory back."""
+_PAUSE_SECONDS = 0.05
+_QUIET_SECONDS = 1.0
+"""A start that waits for longer says so."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that trains in a run directory, or was the last to do so."""
+
+    host: str
+    pid: int
+    slurm_job: str | None
+    since: float
+    """Seconds since the epoch."""
+    machine: str | None = None
+    """Where `pid` means this process: the boot and the PID namespace. None where the system does not tell."""
+    started: str | None = None
+    """When the process began, in ticks of that boot: tells it from a later one of the same number."""
+
+    @classmethod
+    def of_this_process(cls) -> "Holder":
+        pid = os.getpid()
+        job = os.environ.get("SLURM_JOB_ID")
+        return cls(socket.gethostname(), pid, job, time.time(), _this_machine(), _start_of(pid))
+
+    def is_dead(self) -> bool:
+        """Whether it has certainly ended: it ran on this machine, and does so no more."""
+        if self.machine is None or self.machine != _this_machine():
+            return False
+        return _start_of(self.pid) != self.started
+
+    def __str__(self) -> str:
+        job = f" of SLURM job {self.slurm_job}" if self.slurm_job else ""
+        return f"process {self.pid}{job} on {self.host}"
+
+
+class RunLock:
+    """The lock of a run directory, and who holds it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / ".lock"
+        self._directory = directory
+        self._file: IO[bytes] | None = None
+        self._claim: str | None = None
+        self.file_clock_lead = 0.0
+        """Seconds by which the clock of the file system, which may be a server's, was ahead when this took the lock."""
+
+    def take(self) -> None:
+        """Lock the directory for this process. Raises `RetryError` where another one trains in it and does not end."""
+        began, told = time.monotonic(), False
+        while self._file is None:
+            with suppress(BlockingIOError):
+                self._file = take_lock(self.path, wait=False)
+                break
+            holder = self.holder()
+            if holder is not None and holder.is_dead():  # something that it started lives on, and keeps its lock
+                self._take_from_the_dead(holder)
+                continue
+            waited = time.monotonic() - began
+            if waited > ENDING_SECONDS:
+                name = holder or "its name is not known"
+                raise RetryError(
+                    f"run.dir: another process is training in {self._directory} ({name}); stop it or choose another"
+                )
+            if waited > _QUIET_SECONDS and not told:
+                told = True
+                _log.info("%s: in use by %s; waiting for it to end", self._directory, holder or "another process")
+            time.sleep(_PAUSE_SECONDS)
+        self._claim = json.dumps(asdict(Holder.of_this_process()))
+        self._file.truncate(0)
+        self._file.write(self._claim.encode())
+        self._file.flush()
+        self.file_clock_lead = os.fstat(self._file.fileno()).st_mtime - time.time()
+
+    def release(self) -> None:
+        """Let another process take the lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def is_held_elsewhere(self) -> bool:
+        """Whether another process of this machine trains in the directory."""
+        if self._file is not None or not is_locked(self.path):
+            return False
+        holder = self.holder()
+        return holder is None or not holder.is_dead()
+
+    def holder(self) -> Holder | None:
+        """Who holds the lock or was the last to do so; None where that is not known."""
+        try:
+            return Holder(**json.loads(self.path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def shut_out_holder(self) -> None:
+        """Make way for the next process, though the holder may live on where it cannot be reached."""
+        fresh = self._directory / f".lock.{os.getpid()}"
+        fresh.touch()
+        fresh.replace(self.path)
+
+    def is_lost(self) -> bool:
+        """Whether this process, which took the lock, has lost it to another one."""
+        if self._file is None:
+            return False
+        try:
+            return self.path.read_text() != self._claim
+        except OSError:  # a file system out of order tells nothing
+            return False
+
+    def _take_from_the_dead(self, holder: Holder) -> None:
+        with locked(self._directory / ".lock.guard"):  # of several starts, one makes way, and for all
+            if self.holder() == holder:
+                self.shut_out_holder()
+
+
+def _this_machine() -> str | None:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        return None
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process of this machine began; None where there is none, or only a zombie that waits for its parent."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else numbers[18]

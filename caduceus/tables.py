@@ -1,0 +1,82 @@
+"""Text tables as people's tools write them: BED, contig names, sizes, VCF, CSV. One reader, one behaviour.
+
+Read: gzip and bgzip, a byte order mark, UTF-16 with one, any line ends, blanks at the ends of lines and fields, blank
+lines. Everything else is a `UserError` of one line that names the file and the number of the line.
+Imports no torch.
+"""
+
+import io
+import re
+from pathlib import Path
+from typing import NoReturn
+
+from caduceus.errors import UserError
+from caduceus.gunzip import GZIP_MAGIC, Gunzip
+
+_LINE_END = re.compile(r"\r\n|\n|\r")  # not `splitlines`, to which some characters within a field are line ends
+_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+}
+_MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none"}
+
+
+def read_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a text file that hold anything: (number of the line, counted from 1, text without its end)."""
+    lines = [line.removeprefix("\ufeff") for line in _LINE_END.split(_read_text(Path(path)))]  # files that were joined
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def split_fields(line: str, tight: int | None = None) -> list[str]:
+    """The fields of a line, without blanks around them.
+
+    Tabs part them where there are any, blanks otherwise. The first `tight` fields (None: all) can hold no blank: a line
+    where one does, or that has fewer fields, is a mixture of tabs and blanks, and parted at both.
+    """
+    fields = [field.strip() for field in line.rstrip().split("\t")]
+    whole = fields if tight is None else fields[:tight]
+    if len(whole) < (2 if tight is None else tight) or any(len(field.split()) > 1 for field in whole):
+        return line.split()
+    return fields
+
+
+def whole_number(text: str, path: str | Path, line: int, name: str) -> int:
+    """A whole number of at least 0 in plain digits; anything else is a `UserError`."""
+    if not re.fullmatch(r"[0-9]+", text):
+        refuse_line(path, line, f"{name} must be a whole number in plain digits, got {text[:40]!r}")
+    return int(text)
+
+
+def is_missing(text: str) -> bool:
+    """Whether a field says that there is no value: empty, na, NaN, a dot, a dash and the like."""
+    return text.strip().lower() in _MISSING
+
+
+def refuse_line(path: str | Path, line: int, message: str) -> NoReturn:
+    """Raise the `UserError` about one line of a file."""
+    raise UserError(f"{path}:{line}: {message}")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if content.startswith(GZIP_MAGIC):
+        content = b"".join(Gunzip(path, io.BytesIO(content).read))
+    for beginning, kind in _OTHER_FORMATS.items():
+        if content.startswith(beginning):
+            raise UserError(f"{path}: is {kind}, not a text table; save it as text, plain or gzip")
+    mark = next((mark for mark in _BYTE_ORDER_MARKS if content.startswith(mark)), b"")
+    encoding = _BYTE_ORDER_MARKS.get(mark, "utf-8")
+    try:
+        text = content[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        refuse_line(path, line, f"is no {encoding.upper()} text ({error.reason}); save the file as UTF-8")
+    if "\0" in text:
+        refuse_line(path, 1 + text.count("\n", 0, text.index("\0")), "holds binary data; give a text table")
+    return text

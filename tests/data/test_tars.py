@@ -1,0 +1,182 @@
+"""Foreign tars as people have them: names with dots, links, duplicates, compression, and every kind of damage told."""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from caduceus.data.tars import TarReport, read_members
+
+BLOCK = tarfile.BLOCKSIZE
+RNG = np.random.default_rng(0)
+BASES = {f"s{number}": RNG.choice(list(b"ACGT"), 700).astype(np.uint8).tobytes() for number in range(1, 7)}
+STORED = BLOCK + 2 * BLOCK + 2 * BLOCK
+"""Bytes in the tar of a member of 700 bases and of the small one after it."""
+
+
+def tar_of(members: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+SOUND = tar_of(
+    {name: content for key in BASES for name, content in ((f"{key}.seq", BASES[key]), (f"{key}.json", b"{}"))}
+)
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., tuple[dict[str, bytes], str | None]]:
+    """What is read of a tar of these bytes, and what is told about it without its address."""
+
+    def members(content: bytes, extension: str = "seq") -> tuple[dict[str, bytes], str | None]:
+        path = tmp_path / "some.tar"
+        path.write_bytes(content)
+        report = TarReport(str(path))
+        found = list(read_members(report, extension))
+        assert len(found) == len(dict(found))
+        line = report.line()
+        assert line is None or (line.startswith(f"{path}: ") and "\n" not in line)
+        return dict(found), line and line.removeprefix(f"{path}: ")
+
+    return members
+
+
+def named(*keys: str) -> dict[str, bytes]:
+    return {f"{key}.seq": BASES[key] for key in keys}
+
+
+def with_bytes(content: bytes, at: int, new: bytes) -> bytes:
+    return content[:at] + new + content[at + len(new) :]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_a_sound_tar_is_read_whole_and_nothing_is_told(read: Callable, compress: Callable[[bytes], bytes]) -> None:
+    assert read(compress(SOUND)) == (named(*BASES), None)
+
+
+def test_joined_gzip_streams_are_one_file(read: Callable) -> None:
+    assert read(gzip.compress(SOUND[:5000]) + gzip.compress(SOUND[5000:])) == (named(*BASES), None)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "name",
+    ["NC_000001.11-0-64.seq", "a.b.c/x.1.seq", "UPPER.SEQ", "./chr1.seq", "é.seq", f"{'d' * 60}/{'n' * 70}.seq"],
+)
+def test_names_of_any_kind(read: Callable, name: str, form: int) -> None:
+    assert read(tar_of({name: b"ACGT", "x.seq": b"TTTT", "NC_1.json": b"{}"}, form)) == (
+        {name: b"ACGT", "x.seq": b"TTTT"},
+        None,
+    )
+
+
+def test_an_extension_may_hold_dots_and_is_a_whole_one(read: Callable) -> None:
+    members = {"a.fa.seq": b"ACGT", "b.seq": b"TTTT", "c.oseq": b"GGGG", "._b.seq": b"\0\5", "seq": b"x"}
+    assert read(tar_of(members), "fa.seq") == ({"a.fa.seq": b"ACGT"}, None)
+    assert read(tar_of(members), "SEQ") == ({"a.fa.seq": b"ACGT", "b.seq": b"TTTT"}, None)
+
+
+def test_a_name_that_comes_again_is_left_out_and_told_once(read: Callable) -> None:
+    copies = b"".join(tar_of(named("s1"))[: 3 * BLOCK] for _ in range(8113))
+    assert read(copies + tar_of(named("s2"))) == (
+        named("s1", "s2"),
+        "members of a name that was there before are left out (s1.seq and 8,111 more)",
+    )
+
+
+def test_links_are_told(read: Callable) -> None:
+    buffer = io.BytesIO(tar_of(named("s1")))
+    with tarfile.open(fileobj=buffer, mode="a") as tar:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            member = tarfile.TarInfo(f"{kind.decode()}.seq")
+            member.type, member.linkname = kind, "s1.seq"
+            tar.addfile(member)
+    assert read(buffer.getvalue()) == (
+        named("s1"),
+        "members that are links or no files are left out (2.seq and 1 more)",
+    )
+
+
+CUT = "has no end marker, so what follows may have been cut off"
+HEADER = "damaged where a header is due; read on from the next one"
+
+
+@pytest.mark.parametrize(
+    ("content", "keys", "told"),
+    [
+        (SOUND[: 3 * STORED], ("s1", "s2", "s3"), CUT),
+        (SOUND[: 6 * STORED], tuple(BASES), CUT),
+        (SOUND[: 6 * STORED + BLOCK], tuple(BASES), CUT),  # half of the end marker
+        (SOUND[: 3 * STORED + 100], ("s1", "s2", "s3"), f"ends inside a header, at byte {3 * STORED + 100:,}"),
+        (SOUND[:100], (), "ends inside a header, at byte 100"),
+        (SOUND[: 3 * STORED + BLOCK + 600], ("s1", "s2", "s3"), "ends inside s4.seq, of which nothing is used"),
+        (SOUND[: 3 * STORED + 4 * BLOCK + 1], ("s1", "s2", "s3", "s4"), "ends inside s4.json, of which nothing"),
+        (with_bytes(SOUND, 2 * STORED + 20, b"x"), ("s1", "s2", "s4", "s5", "s6"), f"{HEADER} (byte {2 * STORED:,})"),
+        (with_bytes(SOUND, 2 * STORED + 3 * BLOCK, b"x"), tuple(BASES), HEADER),  # the header of a member not wanted
+        (with_bytes(SOUND, 20, b"x"), ("s2", "s3", "s4", "s5", "s6"), "damaged where its first header is due"),
+        (with_bytes(SOUND, STORED, b"\xff" * 3 * STORED), ("s1", "s5", "s6"), HEADER),
+        (with_bytes(SOUND, STORED, bytes(3 * STORED)), ("s1", "s5", "s6"), f"lost; read on (byte {4 * STORED:,})"),
+        (SOUND[: 6 * STORED] + b"\x07" * 4 * BLOCK, tuple(BASES), HEADER),
+        (SOUND[:STORED] + SOUND[STORED + BLOCK :], ("s1", "s3", "s4", "s5", "s6"), HEADER),  # a block is missing
+        (b"", (), "holds nothing"),
+        (b"<html>not found</html>" * 100, (), "is no tar"),
+        (b"short", (), "ends inside a header, at byte 5"),
+    ],
+)
+def test_damage_is_told_once_and_the_rest_is_read(read: Callable, content: bytes, keys: tuple, told: str) -> None:
+    found, line = read(content)
+    assert found == named(*keys)
+    assert told in line
+
+
+def test_tars_joined_into_one_are_read_and_told(read: Callable) -> None:
+    found, line = read(tar_of(named("s1", "s2")) + tar_of(named("s3")))
+    assert found == named("s1", "s2", "s3") and "zeros between members" in line
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.9])
+def test_a_changed_byte_of_a_compressed_tar_is_told(
+    read: Callable, compress: Callable[[bytes], bytes], place: float
+) -> None:
+    content = bytearray(compress(SOUND))
+    content[int(place * len(content))] ^= 0x10
+    found, line = read(bytes(content))
+    assert "cannot be decompressed any further" in line
+    assert set(found) <= set(named(*BASES))
+
+
+def test_a_changed_byte_that_decompresses_is_told_by_the_checksum(read: Callable) -> None:
+    stored = bytearray(gzip.compress(SOUND, compresslevel=0))
+    at = stored.index(BASES["s3"]) + 5
+    stored[at] = ord("A") if stored[at] != ord("A") else ord("C")
+    found, line = read(bytes(stored))
+    assert "s1.seq" in found and "cannot be decompressed any further (CRC check failed" in line
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_that_was_cut_is_told(read: Callable, compress: Callable[[bytes], bytes]) -> None:
+    content = compress(SOUND)
+    for end in (len(content) // 2, len(content) - 1):
+        found, line = read(content[:end])
+        assert line and set(found) <= set(named(*BASES))
+
+
+def test_a_tar_that_is_not_there_is_told(tmp_path: Path) -> None:
+    report = TarReport(str(tmp_path / "none.tar"))
+    assert list(read_members(report, "seq")) == []
+    assert report.line() == f"{tmp_path}/none.tar: No such file or directory"
+    report = TarReport("pipe:exit 3")
+    assert list(read_members(report, "seq")) == []
+    assert "the command ended with status 3" in report.line()
