@@ -44,12 +44,8 @@ class Progress:
     step: int
     tokens: int
     loader: dict[str, Any]
-<<<<<<< HEAD
-=======
-    wandb_id: str | None = None
     warmup_steps: int | None = None
     """Of the learning rate; None in a checkpoint of a version that did not keep it."""
->>>>>>> main
     health: Health = field(default_factory=Health)
 
 

@@ -84,16 +84,9 @@ def _train(
                 layout = {"ranks": ranks.world, "strands": ranks.strands, "context": ranks.context}
                 facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
                 run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
-<<<<<<< HEAD
             monitor = Monitor(config, run, active=ranks.is_main)
-            stop = StopRequest(run.path, ranks.is_main, started, 60 * config.run.time_budget_minutes)
-    with monitor, stop.listening(), scheduled_garbage_collection():
-=======
-            monitor = Monitor(config, run, progress.wandb_id, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with stop.listening(), monitor, scheduled_garbage_collection():
-        progress.wandb_id = monitor.wandb_id
->>>>>>> main
         batches = iter(loader)
         _log.info("ready to train after %.1f s", time.monotonic() - started)
         while progress.step < config.train.steps:
