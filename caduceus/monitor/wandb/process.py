@@ -48,8 +48,8 @@ class WandbProcess:
         for variable in place.from_environment:
             _log.info("wandb: %s holds, as the configuration says nothing of it", variable)
         if place.mode == "disabled":
-            if config.wandb.required:
-                raise UserError("wandb.required: is true, but wandb.mode (or WANDB_MODE) is disabled")
+            if config.wandb.required and config.wandb.mode != "disabled":
+                raise UserError(f"wandb.required: is true, but {place.from_environment[0]} turns W&B off; unset it")
             return
         with self._guarded():
             identity(run)
