@@ -64,8 +64,8 @@ class Session:
                 settings=settings,
                 **moment,
             )
-        except wandb.errors.CommError as error:
-            if "409" in str(error) or "deleted" in str(error):
+        except Exception as error:
+            if "HTTP 409" in str(error) or "previously created and deleted" in str(error):
                 raise IdTakenError(" ".join(str(error).split())) from None
             raise
         self._run.define_metric("step", hidden=True)
