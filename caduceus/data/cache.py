@@ -75,6 +75,11 @@ class ShardCache:
             os.utime(descriptor, ns=(now, now))
             return descriptor
 
+    def has_checked(self, shard: Shard) -> bool:
+        """Whether the copy's sha256 was found to be the manifest's since the start, by some process of this node."""
+        lock = _stat(_lock_path(shard.path))
+        return lock is not None and lock.st_mtime_ns >= self._made * 1e9
+
     def fetch(self, shard: Shard) -> None:
         """Have the shard on disk.
 
@@ -98,6 +103,8 @@ class ShardCache:
                 _failure_path(shard.path).write_text(str(error))
                 self._judge_server(shard, error)
                 raise UnavailableError(str(error)) from error
+            now = time.time_ns()
+            os.utime(_lock_path(shard.path), ns=(now, now))  # which is how `has_checked` knows
             _failure_path(shard.path).unlink(missing_ok=True)
             self._unreachable.pop(_dataset(shard), None)
 

@@ -65,6 +65,20 @@ class ShardFiles:
                 raise OSError(f"{self.shards[file].path}: ends before byte {offset + len(view)}")
             view, offset = view[count:], offset + count
 
+    def is_checked(self, file: int) -> bool:
+        """Whether a cache has found the whole file to be the manifest's since the start. Raises OSError."""
+        if self._cache is None:
+            return False
+        self._descriptor(file)
+        return self._cache.has_checked(self.shards[file])
+
+    def identities(self) -> list[tuple]:
+        """What tells the files from others, and local ones from what may stand in their place later."""
+        if self._cache:
+            return [(str(shard.path), shard.sha256) for shard in self.shards]
+        statuses = ((str(shard.path), shard.path.stat()) for shard in self.shards)
+        return [(path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in statuses]
+
     def genome_end(self, window: np.void) -> int:
         """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises OSError.
 

@@ -15,6 +15,7 @@ from caduceus.data.reader import ShardFiles
 from caduceus.data.remote import log_commands
 from caduceus.data.shards import STRAND_SYMBOLS
 from caduceus.data.tokenizer import SampleArrays, Tokenizer
+from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
 
 READ_WAITS = (0.1, 0.5)
@@ -30,7 +31,8 @@ SUBSTITUTES = 10
 class SampleReader:
     """Reads samples, or the slice `positions` of each. Safe to pickle and to fork.
 
-    With `data.check_crc`, a window's crc32 is checked when it is first read from. What cannot be read soundly is
+    With `data.check_crc`, a window's crc32 is checked when it is first read from on this node, unless a cache has
+    checked the shard's sha256 since the start. What cannot be read soundly is
     retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that
     is no base, may be met by one alone of the peers that share a sample: they have to agree on the crops to take.
     """
@@ -47,7 +49,7 @@ class SampleReader:
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
         self._tokenizer = Tokenizer(data, positions)
         self._substitute = substitute
-        self._sound = np.full(len(self._crops.windows), not data.check_crc)
+        self._verdicts = Verdicts(self._files.identities(), len(self._crops.windows)) if data.check_crc else None
         self._damaged_windows: set[int] = set()
         self._invalid_crops: set[tuple[int, int]] = set()
         self._prefetcher: Prefetcher | None = None
@@ -112,7 +114,7 @@ class SampleReader:
         bases = np.empty((len(samples), self._tokenizer.end - self._tokenizer.first), np.uint8)
         taken, choices, notes = samples, least, []
         shards, offsets = self._stored_places(samples)
-        sound = (self._sound[samples["window"]] & (least == 0)).tolist()
+        sound = (self._sound(samples["window"]) & (least == 0)).tolist()
         for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
             if sound[row] and not self._invalid_crops:
                 try:
@@ -162,7 +164,7 @@ class SampleReader:
         (shard,), (offset,) = (values.tolist() for values in self._stored_places(sample))
         for wait in (*READ_WAITS, None):
             try:
-                if self._sound[window] or self._check(window):
+                if self._sound(window) or self._check(window):
                     self._files.read_into(shard, offset, buffer)
                     return None
                 problem = _CRC_MISMATCH
@@ -183,15 +185,24 @@ class SampleReader:
             raise UserError(f"{self._place(samples[0])}: {_NO_BASES}; restore the shard or shard again")
         self._invalid_crops.update(zip(samples["window"].tolist(), samples["begin"].tolist(), strict=True))
 
+    def _sound(self, windows: np.ndarray | int) -> np.ndarray:
+        """Whether windows need no check, or none any more."""
+        return np.ones(np.shape(windows), bool) if self._verdicts is None else self._verdicts.sound[windows]
+
     def _check(self, window: int) -> bool:
         """Whether a window's stored bases have the crc32 of the index."""
         row = self._crops.windows[window]
-        stored = np.empty(int(row["length"]), np.uint8)
-        self._files.read_into(int(row["shard"]), int(row["offset"]), stored)
-        if zlib.crc32(stored) != row["crc32"]:
-            return False
-        self._sound[window] = True
-        return True
+        shard = int(row["shard"])
+        with self._verdicts.deciding(window):
+            if self._verdicts.sound[window]:
+                return True
+            if not self._files.is_checked(shard):
+                stored = np.empty(int(row["length"]), np.uint8)
+                self._files.read_into(shard, int(row["offset"]), stored)
+                if zlib.crc32(stored) != row["crc32"]:
+                    return False
+            self._verdicts.sound[window] = True
+            return True
 
     def _place(self, sample: np.void) -> str:
         where = self._describe_with_padding(sample)

@@ -134,9 +134,17 @@ def save_imported(model: CaduceusForMaskedLM, directory: str | Path) -> None:
         OmegaConf.save(OmegaConf.create({"model": asdict(model.config)}), writing / OWN_CONFIG)
 
 
+_START = """
+Turns a trained model into a published checkpoint, and back. To begin:
+
+  {caduceus-hub} export --run runs/ps-1k --out my-caduceus
+  {caduceus-hub} import --from my-caduceus --out weights
+"""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = Parser(prog="python -m caduceus.model.hub", description="Published Caduceus checkpoints, in and out.")
+    parser = Parser(called="caduceus-hub", start=_START, description="Published Caduceus checkpoints, in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a trained model as a published checkpoint")
     export.add_argument("--run", required=True, metavar="RUN_DIR_OR_CHECKPOINT", dest="source")
@@ -199,5 +207,10 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     return state_dict
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

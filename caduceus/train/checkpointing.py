@@ -22,8 +22,8 @@ import torch.distributed.checkpoint as dcp
 
 from caduceus.config import Config, config_to_dict
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.mesh import is_lost_contact
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import is_lost_contact
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.files import dump_json, system_error, write_atomically
 from caduceus.run.checkpoints import Checkpoint
@@ -57,7 +57,7 @@ class Checkpoints:
     all ranks, over which they agree on saves.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, strategy: Single) -> None:
+    def __init__(self, config: Config, run: RunDirectory, strategy: Strategy) -> None:
         self._config = config
         self._run = run
         self._strategy = strategy
@@ -191,7 +191,7 @@ class Checkpoints:
         )
 
 
-def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
+def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
     """Restore model, optimizer and RNG states in place, on any number of ranks."""
     try:
         strategy.load(checkpoint.path)

@@ -14,7 +14,7 @@ from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data import ShardedGenome
 from caduceus.data.loader import build_validation
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strands import StrandGroup
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.model.hub import load_trained
