@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 IMPORTS = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import caduceus.train.trainer, caduceus.evaluate.heldout, caduceus.model.hub
+import caduceus.train.trainer, caduceus.evaluate.heldout, caduceus.hub
 import data_prep.shard_genome, launch.slurm
 for module in (caduceus, data_prep, launch):
     assert module.__file__.startswith(sys.argv[1]), module.__file__
