@@ -9,10 +9,18 @@ from caduceus.config import load_config
 from caduceus.data.shards import SPLITS
 from caduceus.errors import UserError, run_command
 
+_START = """
+Says what a trained model is worth. To begin, give it a run:
+
+  {caduceus-evaluate} heldout --run runs/ps-1k  # loss on held-out sequences, per species
+  {caduceus-evaluate} heldout --run runs/ps-1k data.path=shards/yeast  # the same on other shards
+  {caduceus-evaluate} --help  # what else it can do
+"""
+
 
 def main() -> int:
     """Parse the command line, evaluate, and print one JSON object."""
-    parser = Parser(prog="python -m caduceus.evaluate", description="What a trained model is worth.")
+    parser = Parser(called="caduceus-evaluate", start=_START, description="What a trained model is worth.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="heldout")
     heldout = commands.add_parser("heldout", help="loss on held-out sequences, per species, in nats per labelled base")
     source = heldout.add_mutually_exclusive_group(required=True)
@@ -51,5 +59,10 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     return held_out_loss(model.to(device), batches, device, config.train.precision)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -10,10 +10,17 @@ from caduceus.arguments import Parser
 from caduceus.errors import run_command
 from caduceus.hub.folders import load, load_published, save_imported, save_published
 
+_START = """
+Turns a trained model into a published checkpoint, and back. To begin:
+
+  {caduceus-hub} export --run runs/ps-1k --out my-caduceus
+  {caduceus-hub} import --from my-caduceus --out weights
+"""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = Parser(prog="python -m caduceus.hub", description="Published Caduceus checkpoints, in and out.")
+    parser = Parser(called="caduceus-hub", start=_START, description="Published Caduceus checkpoints, in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a trained model as a published checkpoint")
     export.add_argument("--run", required=True, metavar="RUN_DIR_OR_CHECKPOINT", dest="source")
@@ -31,5 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{options.out}: {options.command}ed {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()
