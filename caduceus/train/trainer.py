@@ -5,7 +5,6 @@ import time
 
 import torch
 
-from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.data.loader import ValidationLoader
 from caduceus.distributed.ranks import Ranks
@@ -17,6 +16,7 @@ from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import SAVE_TIMEOUT
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
+from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.setup import Opened, Setup, open_run, set_up
 from caduceus.train.step import training_step
 from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
@@ -33,7 +33,7 @@ def train(config: Config) -> int:
     """
     started = time.monotonic()
     if config.run.device == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
+        keep_freed_memory_for(config)
     with joined(config) as ranks:
         watchdog = Watchdog(RunDirectory(config.run.dir).logs_path, ranks.rank, config.train.stall_minutes)
         with watchdog.over("the opening of the data", SAVE_TIMEOUT.total_seconds()):

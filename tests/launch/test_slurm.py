@@ -35,7 +35,7 @@ def test_dry_run_of_64_nodes_of_8_gpus(launch, capsys, tmp_path):
 
 def test_the_first_command_of_the_readme(launch, capsys, monkeypatch):
     readme = (REPOSITORY / "README.md").read_text()
-    command = re.search(r"\$ python launch/slurm\.py (--nodes.*?)```", readme, re.DOTALL)
+    command = re.search(r"\$ python launch/slurm\.py (--nodes.*?)\n\$", readme, re.DOTALL)
     monkeypatch.chdir(REPOSITORY)
     assert launch("--dry-run", *shlex.split(command[1].replace("\\\n", " "))) == 0
     assert (
