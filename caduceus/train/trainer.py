@@ -49,10 +49,9 @@ def _train(config: Config, ranks: Ranks, opened: Opened, watchdog: Watchdog, sta
     with watchdog.over("the start", SAVE_TIMEOUT.total_seconds()):
         setup = set_up(config, ranks, opened, started)
         with ranks.agreeing(), run.telling_of_disks():
-            monitor = Monitor(config, run, setup.progress.wandb_id, active=ranks.is_main)
+            monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with stop.listening(), monitor, scheduled_garbage_collection():
-        setup.progress.wandb_id = monitor.wandb_id
         _log.info("ready to train after %.1f s", time.monotonic() - started)
         return _loop(setup, opened, monitor, stop, watchdog)
 
@@ -94,6 +93,7 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
         if last or stopping:
             stop.is_saved()
         if stopping:
+            monitor.stopped = True
             _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
             return EXIT_REQUEUE
     return 0
