@@ -10,7 +10,7 @@ from typing import Any
 
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
-from data_prep.argument_types import count, local_path
+from data_prep.argument_types import count, genomes_file, local_path
 from data_prep.check.merge import merge
 from data_prep.check.rebuild import rebuild_index
 from data_prep.check.verify import verify
@@ -21,6 +21,20 @@ from data_prep.source.species_file import fetch_files, genome_file, read_species
 from data_prep.workers import available_cores
 from data_prep.write.sharding import make_dataset
 from data_prep.write.summary import print_summary
+
+_START = """
+Cuts genomes into windows and writes them as shards to train on. To begin:
+
+  {caduceus-shard} --genome sacCer3 --out shards/yeast
+  {caduceus-shard} --fasta my.fa.gz --species mine --valid-contigs chr1 --out shards/mine
+  {caduceus-shard} --verify shards/mine
+
+The first downloads a genome of the registry, the second takes your own, the third checks what was written. All options:
+
+  {caduceus-shard} --help
+
+Then train on the shards: {caduceus-train} --config ps-1k data.path=shards/yeast
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Options of the plan have no default here: `PlanOptions` knows them."""
     parser = Parser(
+        called="caduceus-shard",
+        start=_START,
         description="Cut genomes into windows and write them as WebDataset shards.",
         epilog="A run that was stopped goes on when the same command is given again. Files may be http, https, ftp or "
         "s3 addresses; they are downloaded once, into the cache directory.",
@@ -55,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fasta", metavar="FILE|URL", help="genome: FASTA (plain, gzip, bgzip) or .2bit; needs --species"
     )
     kind.add_argument("--genome", metavar="NAME", help="a genome of configs/genome/, downloaded if need be")
-    kind.add_argument("--genomes", type=local_path, metavar="YAML", help="several species and their options")
+    kind.add_argument("--genomes", type=genomes_file, metavar="NAME|YAML", help="several species and their options")
     kind.add_argument("--verify", type=local_path, metavar="DIR", help="check a dataset byte for byte")
     kind.add_argument("--merge", type=local_path, nargs="+", metavar="DIR", help="bring datasets together in --out")
     kind.add_argument("--rebuild-index", type=local_path, metavar="DIR", help="make the indexes of its tars anew")
@@ -174,5 +190,10 @@ def requests_from(args: argparse.Namespace) -> list[SpeciesRequest]:
     return [SpeciesRequest(args.species, fasta, args.assembly or "", options, cache_dir=args.cache_dir)]
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main, interrupted="interrupted; run the same command again to go on")
+
+
+if __name__ == "__main__":
+    command()

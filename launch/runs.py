@@ -28,6 +28,16 @@ from launch.terminal import duration, runs_command, table
 
 _ENDING_SECONDS = 90
 """How long a cancelled run may take to end: SLURM kills what has not ended after KillWait, 30 s by default."""
+_START = """
+Looks at runs and steers them. To begin:
+
+  {caduceus-runs} list  # a table of all runs below runs/
+  {caduceus-runs} status runs/ps-1k  # where a run stands, and what became of each of its jobs
+  {caduceus-runs} logs runs/ps-1k -f  # what it says
+  {caduceus-runs} --help  # stop, cancel, resume
+
+A run is started by {caduceus-launch} on a cluster, or by {caduceus-train} here.
+"""
 _ASK_SECONDS = 5.0
 """How often a followed log asks whether its run is still alive."""
 
@@ -56,7 +66,10 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        prog="python launch/runs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        called="caduceus-runs",
+        start=_START,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("list", help="a table of all runs below a directory")
@@ -298,5 +311,10 @@ def _rate(now: Overview) -> str:
     return "-" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

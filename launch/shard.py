@@ -19,6 +19,7 @@ import submitit
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
 from caduceus.files import append_json_line, locked, read_json_lines
+from data_prep.argument_types import genomes_file
 from data_prep.check.merge import merge
 from data_prep.plan.species import SpeciesRequest, identity
 from data_prep.source.species_file import read_species_file
@@ -32,6 +33,15 @@ from launch.capacity import slurm_complaint
 from launch.logs import log_path
 from launch.request import JobRequest, add_request_options, requested_job, sbatch_parameters
 from launch.submission import SlurmExecutor, pythonpath, refuse_what_slurm_refuses, snapshot_code, submitted
+
+_START = """
+Shards many genomes as jobs of a cluster, a species a job. To begin, list your genomes in a YAML file (see the
+example configs/genome/multispecies.yaml), or take the example:
+
+  {caduceus-shard} --genomes multispecies --out shards/many  # on this machine
+  {caduceus-launch-shard} --genomes multispecies --out shards/many --time 04:00:00  # on a SLURM cluster
+  {caduceus-launch-shard} --help  # everything that a job can ask for
+"""
 
 
 @dataclass(frozen=True)
@@ -99,9 +109,14 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        prog="python launch/shard.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        called="caduceus-launch-shard",
+        start=_START,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--genomes", type=Path, required=True, metavar="YAML", help="the species and how to cut them")
+    parser.add_argument(
+        "--genomes", type=genomes_file, required=True, metavar="NAME|YAML", help="the species and how to cut them"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the dataset")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where genomes are kept, seen by all nodes")
     add_request_options(parser, default="cpu")
@@ -172,5 +187,10 @@ def _executor(job_request: JobRequest, folder: Path, name: str, **more: Any) -> 
     return executor
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()
