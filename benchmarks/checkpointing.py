@@ -30,10 +30,11 @@ import torch
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.mesh import Ranks
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Checkpoints, Progress
+from caduceus.train.optimizer import build_optimizer
 
 MODES = ("none", "waiting", "behind")
 
@@ -64,7 +65,7 @@ def main() -> None:
             }
         )
         run = RunDirectory.create_or_resume(config)
-        strategy = build_strategy(config, Ranks(0, 1, 1, torch.device(options.device)))
+        strategy = build_strategy(config, Ranks(0, 1, 1, torch.device(options.device)), build_optimizer)
         tokens = torch.randint(7, 11, (1, options.seq_len), device=options.device)
         parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
         processors = len(os.sched_getaffinity(0))
@@ -101,7 +102,7 @@ def report(threads: int, turns: dict[str, list[Turn]], every: int, interval: int
         print(line)
 
 
-def parts(run: RunDirectory, strategy: Single, repeats: int = 10) -> dict[str, float]:
+def parts(run: RunDirectory, strategy: Strategy, repeats: int = 10) -> dict[str, float]:
     """Least processor time of each part of a save, in milliseconds."""
     spent: dict[str, list[float]] = {}
 
@@ -124,7 +125,9 @@ def parts(run: RunDirectory, strategy: Single, repeats: int = 10) -> dict[str, f
     return {named.get(part, part): 1000 * min(seconds) for part, seconds in spent.items()}
 
 
-def take_turn(config: Config, run: RunDirectory, strategy: Single, tokens: torch.Tensor, mode: str, every: int) -> Turn:
+def take_turn(
+    config: Config, run: RunDirectory, strategy: Strategy, tokens: torch.Tensor, mode: str, every: int
+) -> Turn:
     """Save, and train `every` steps."""
     config.checkpoint.async_ = mode == "behind"
     checkpoints = Checkpoints(config, run, strategy)
@@ -138,7 +141,7 @@ def take_turn(config: Config, run: RunDirectory, strategy: Single, tokens: torch
     return Turn(time.perf_counter() - started, saved - started)
 
 
-def step(strategy: Single, tokens: torch.Tensor) -> None:
+def step(strategy: Strategy, tokens: torch.Tensor) -> None:
     strategy.backward(strategy.model(tokens, labels=tokens).loss)
     strategy.clip(1.0).item()
     strategy.step(lr=1e-4)

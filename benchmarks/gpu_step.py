@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig, Config, DataConfig, OpsConfig, TrainConfig
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.ops import mamba_ssm
+from caduceus.train.optimizer import build_optimizer
 from caduceus.train.recomputation import recompute_to_fit
 
 TOKENS = 131_072
@@ -131,7 +132,7 @@ def our_step(
         data=DataConfig(seq_len=length),
         train=TrainConfig(micro_batch=batch, global_batch=batch, precision="bf16", activation_checkpointing="auto"),
     )
-    strategy = build_strategy(config, Ranks(0, 1, 1, torch.device(device)))
+    strategy = build_strategy(config, Ranks(0, 1, 1, torch.device(device)), build_optimizer)
     recompute_to_fit(config, strategy)
     input_ids, labels = make_batch(batch, length, device)
     step = training_step(strategy.model, lambda: strategy.model(input_ids, labels, return_logits=False).loss, device)

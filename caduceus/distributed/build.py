@@ -9,12 +9,12 @@ import torch
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config, ParallelConfig
 from caduceus.distributed.ddp import DDP
-from caduceus.distributed.deepspeed import DeepSpeed
+from caduceus.distributed.deepspeed.strategy import DeepSpeed
 from caduceus.distributed.fsdp import FSDP
 from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strands import StrandGroup
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import BuildOptimizer, Single, Strategy
 
 _STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpeed}
 
@@ -28,8 +28,8 @@ whether they get a residual, run with gradients, get a mask of padding, and in w
 _log = logging.getLogger(__name__)
 
 
-def build_strategy(config: Config, ranks: Ranks) -> Single:
-    """The strategy of `parallel.strategy` around a freshly initialised model."""
+def build_strategy(config: Config, ranks: Ranks, build_optimizer: BuildOptimizer) -> Strategy:
+    """The strategy of `parallel.strategy` around a freshly initialised model and its optimizer."""
     model = build_model(config, ranks.strand_group)
     model.share_sequences(ranks.context_group)
     if config.parallel.strategy == "auto":
@@ -39,7 +39,7 @@ def build_strategy(config: Config, ranks: Ranks) -> Single:
             _log.info("parallel.strategy: auto chose '%s' (%s)", config.parallel.strategy, reason)
     if ranks.is_main and (unused := _unused_keys(config.parallel)):
         _log.warning("%s: without effect under parallel.strategy=%s", ", ".join(unused), config.parallel.strategy)
-    return _STRATEGIES[config.parallel.strategy](config, ranks, model)
+    return _STRATEGIES[config.parallel.strategy](config, ranks, model, build_optimizer)
 
 
 def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusForMaskedLM:

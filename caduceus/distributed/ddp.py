@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from caduceus.config import Config
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import Strategy
 
 
-class DDP(Single):
+class DDP(Strategy):
     """DistributedDataParallel over all ranks, context-parallel ones included: each holds a share of every gradient."""
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:

@@ -14,11 +14,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from caduceus.config import Config
 from caduceus.distributed.initialisation import initialise
-from caduceus.distributed.mesh import Ranks
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
 
 
-class FSDP(Single):
+class FSDP(Strategy):
     """`fully_shard` of each block and of what is left; gradients stay unreduced until the last pass of a step."""
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from caduceus.config import Config
-from caduceus.distributed.deepspeed_config import user_options
+from caduceus.distributed.deepspeed.options import user_options
 from caduceus.errors import UserError
 
 LARGEST_REPLICATED_MODEL = 500_000_000

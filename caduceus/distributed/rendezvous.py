@@ -1,4 +1,4 @@
-"""How the processes of a run meet, and see before they compute together that they are of one run.
+"""How the processes of a run meet, and see before they compute together that they are of one run: `joined`.
 
 What they tell each other goes through the store at which they meet: processes that differ in their layout, or of which
 some have no GPU, would wait for each other for ever in the first collective.
@@ -7,20 +7,36 @@ some have no GPU, would wait for each other for ever in the first collective.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from caduceus.config import Config, config_to_dict
+from caduceus.distributed.deepspeed.package import need_deepspeed
+from caduceus.distributed.layout import check_layout
+from caduceus.distributed.ranks import Ranks, choose_device, is_lost_contact, make_deterministic
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank, one_line
 from caduceus.files import dump_json
 
 MEETING = timedelta(minutes=15)
 """Ranks that are started together come within this."""
+
+
+COLLECTIVE_MARGIN = timedelta(minutes=10)
+"""A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
+FOR_EVER = timedelta(days=365)
+"""Of a collective, where a step may take any time; the libraries know no other for ever."""
+FLIGHT_RECORDS = "2000"
+"""Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,3 +131,93 @@ def _difference(member: Member, first: Member) -> str | None:
         if here != there:
             return f"its {name} ({here[:12]}) is not that of {first.host} ({there[:12]}); {remedy} on all ranks"
     return None
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[Ranks]:
+    """Join the other ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
+
+    Raises `UserError` on every rank where they are not of one run, or cannot be arranged as `parallel.*` asks. Where
+    the process has joined them already, its group is used, and left as it is.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    make_deterministic(config.train.deterministic)
+    if world == 1 and config.parallel.strategy in ("auto", "single"):
+        check_layout(config, world)
+        yield Ranks(0, 1, 1, choose_device(config.run.device))
+        return
+    timeout = _collective_timeout(config.train.stall_minutes)
+    device, problem = None, None
+    try:
+        device = choose_device(config.run.device)
+        sharing = check_layout(config, world)
+        if config.parallel.strategy == "deepspeed":
+            need_deepspeed(device.type)
+    except UserError as error:
+        problem = str(error)
+    member = Member.here(config, device and device.type, problem)
+    joined_already = dist.is_initialized()
+    if joined_already:
+        members: list[Member | None] = [None] * world
+        dist.all_gather_object(members, member)
+    else:
+        store, members = meet(member, rank, world, timeout)
+    refuse_strangers(members, rank)
+    if rank == 0 and (sharing.strands, sharing.context) != (config.parallel.strands or 1, config.parallel.context or 1):
+        _log.info(
+            "%s: chosen, as a global batch of %d sequences gives not every one of %d ranks a part",
+            sharing,
+            config.train.global_batch,
+            world,
+        )
+    if not joined_already:
+        _start_collectives(config, device, store, rank, world, timeout)
+    try:
+        yield Ranks(rank, world, sharing.context, device, timeout, sharing.strands)
+    except RuntimeError as error:
+        if not is_lost_contact(error):
+            raise
+        _log.warning("a collective failed on rank %d", rank, exc_info=error)
+        host = socket.gethostname()
+        raise PeerError(f"rank {rank} on {host}: lost contact with another rank ({one_line(error)})") from error
+    finally:
+        if not joined_already:
+            dist.destroy_process_group()
+
+
+def _start_collectives(
+    config: Config, device: torch.device, store: dist.Store, rank: int, world: int, timeout: timedelta
+) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+        _set_nccl_defaults(config.run.dir)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=world,
+        device_id=device if on_gpu else None,
+    )
+
+
+def _collective_timeout(stall_minutes: float) -> timedelta:
+    if not 0 < stall_minutes < FOR_EVER / timedelta(minutes=1):
+        return FOR_EVER
+    return timedelta(minutes=stall_minutes) + COLLECTIVE_MARGIN
+
+
+def _set_nccl_defaults(run_directory: str) -> None:
+    """What a user has not set otherwise: a lost peer ends the process, and leaves a trace of the last collectives."""
+    trace = str(Path(run_directory) / "logs" / "nccl-rank")
+    defaults = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDS,
+        "TORCH_FR_DUMP_TEMP_FILE": trace,
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": FLIGHT_RECORDS,  # the same two, as torch called them until 2.8
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": trace,
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""The one interface behind which strategies differ, and the strategy of a single process."""
+"""What all strategies share: the interface that the trainer drives, as one process does it."""
 
 import contextlib
 from collections.abc import Callable
@@ -19,28 +19,33 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from caduceus.config import Config
+from caduceus.config import Config, TrainConfig
 from caduceus.distributed.initialisation import initialise
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.files import system_error
-from caduceus.train.optimizer import build_optimizer, set_learning_rate
 
 DEEPSPEED_FOLDER = "deepspeed"
 """Folder in a checkpoint of DeepSpeed that holds its own files."""
 
 
-class Single:
-    """One process. Other strategies override how the model is wrapped and how gradients meet.
+BuildOptimizer = Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]
+"""Makes the optimizer of a model on the meta device or in memory."""
+
+
+class Strategy:
+    """A model on the ranks of a run, and its optimizer.
+
+    The base class is what one process does. Strategies override how the model is wrapped and how gradients meet.
 
     `model` is what the loop calls. The loss given to `backward` is this rank's share of the global loss: shares add up
     over ranks, and so do gradients.
     """
 
     can_stage = True
-    """Whether `stage` can be had, so that training goes on while a checkpoint is written."""
+    """Whether `stage` works, so that training goes on while a checkpoint is written."""
 
-    def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
+    def __init__(self, config: Config, ranks: Ranks, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
         self.ranks = ranks
         self.model = self.wrap(config, model)
         self.optimizer = build_optimizer(model, config.train)
@@ -113,6 +118,15 @@ class Single:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+
+
+class Single(Strategy):
+    """One process with a whole model."""
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 class _Writer(dcp.FileSystemWriter):

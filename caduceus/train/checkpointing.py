@@ -22,8 +22,8 @@ import torch.distributed.checkpoint as dcp
 
 from caduceus.config import Config, config_to_dict
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.mesh import is_lost_contact
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import is_lost_contact
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.files import dump_json, system_error, write_atomically
 from caduceus.run.checkpoints import Checkpoint
@@ -44,7 +44,6 @@ class Progress:
     step: int
     tokens: int
     loader: dict[str, Any]
-    wandb_id: str | None = None
     warmup_steps: int | None = None
     """Of the learning rate; None in a checkpoint of a version that did not keep it."""
     health: Health = field(default_factory=Health)
@@ -58,7 +57,7 @@ class Checkpoints:
     all ranks, over which they agree on saves.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, strategy: Single) -> None:
+    def __init__(self, config: Config, run: RunDirectory, strategy: Strategy) -> None:
         self._config = config
         self._run = run
         self._strategy = strategy
@@ -157,7 +156,7 @@ class Checkpoints:
         health = replace(
             before.health, skipped_steps=progress.health.skipped_steps, rewinds=progress.health.rewinds + 1
         )
-        return replace(before, loader=position, wandb_id=progress.wandb_id, health=health)
+        return replace(before, loader=position, health=health)
 
     def _write(
         self, write: Callable[[Path], None], writing: Path, progress: dict[str, Any], rng: dict[str, Any]
@@ -192,7 +191,7 @@ class Checkpoints:
         )
 
 
-def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
+def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
     """Restore model, optimizer and RNG states in place, on any number of ranks."""
     try:
         strategy.load(checkpoint.path)
@@ -203,6 +202,7 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Single) -> Progress:
     with strategy.ranks.agreeing():
         _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
         values = json.loads((checkpoint.path / "progress.json").read_text())
+        values.pop("wandb_id", None)  # stood here once; the run directory keeps it
     return Progress(**{**values, "health": Health(**values["health"])})
 
 

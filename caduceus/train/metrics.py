@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.train.roofline import utilization
 
 CLOCK_KEYS = frozenset(

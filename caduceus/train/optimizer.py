@@ -45,8 +45,3 @@ def learning_rate(step: int, config: TrainConfig, warmup: int) -> float:
         return WARMUP_START_LR + (config.lr - WARMUP_START_LR) * done / warmup
     progress = (done - warmup) / max(config.steps - warmup, 1)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.mesh import Ranks
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.files import show_bytes
 from caduceus.ops import check_backend
@@ -63,7 +63,7 @@ def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
 
 
 def check_before_start(
-    config: Config, run: RunDirectory, strategy: Single, saving: dist.ProcessGroup | None = None
+    config: Config, run: RunDirectory, strategy: Strategy, saving: dist.ProcessGroup | None = None
 ) -> None:
     """Check disk, shared memory, clocks and collectives, on all ranks together.
 
@@ -121,7 +121,7 @@ def _clock_problem(report: Report, first: Report) -> str | None:
     return f"its clock is {skew:+.0f} s from that of {first.host}; set the clocks (NTP)"
 
 
-def _try_collectives(strategy: Single, saving: dist.ProcessGroup | None) -> None:
+def _try_collectives(strategy: Strategy, saving: dist.ProcessGroup | None) -> None:
     """One all-reduce over every group of ranks that training uses."""
     ranks = strategy.ranks
     groups = ranks.groups()
@@ -142,7 +142,7 @@ def _try_collectives(strategy: Single, saving: dist.ProcessGroup | None) -> None
             )
 
 
-def check_gpu_memory(config: Config, strategy: Single) -> None:
+def check_gpu_memory(config: Config, strategy: Strategy) -> None:
     """Run a micro-batch on the GPU, to see that memory suffices with the optimizer's. Nothing to do on CPU."""
     ranks = strategy.ranks
     if ranks.device.type != "cuda":

@@ -11,8 +11,8 @@ import torch
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config
 from caduceus.distributed.layout import RESERVE, blocks_to_recompute
-from caduceus.distributed.mesh import Ranks
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.evaluate.heldout import autocast
 from caduceus.model.caduceus import residual_dtype
@@ -21,7 +21,7 @@ from caduceus.train import memory
 _log = logging.getLogger(__name__)
 
 
-def recompute_to_fit(config: Config, strategy: Single) -> None:
+def recompute_to_fit(config: Config, strategy: Strategy) -> None:
     """Set how many blocks of the model recompute their activations or their scans' inputs, the same on all ranks.
 
     Measured are a micro-batch with all blocks but the last recomputed whole, and what a block adds that keeps more. The
@@ -79,7 +79,7 @@ def bytes_added_by_a_block(config: Config, ranks: Ranks) -> tuple[int, int]:
     return lean - residual.nbytes, full - residual.nbytes
 
 
-def run_micro_batch(config: Config, strategy: Single) -> None:
+def run_micro_batch(config: Config, strategy: Strategy) -> None:
     """Forward and backward passes of a micro-batch whose bases are all labelled, and which trains nothing.
 
     Where a step accumulates gradients it is two, since the second one finds gradients in memory.

@@ -9,7 +9,7 @@ import torch
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data.loader import Batch, TrainLoader
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import Strategy
 from caduceus.evaluate.heldout import autocast
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Progress
@@ -19,7 +19,7 @@ from caduceus.train.optimizer import learning_rate
 
 
 def training_step(
-    config: Config, strategy: Single, loader: TrainLoader, batches: Iterator[Batch], progress: Progress
+    config: Config, strategy: Strategy, loader: TrainLoader, batches: Iterator[Batch], progress: Progress
 ) -> dict[str, Any]:
     """Take the next global batch and update the parameters; advances `progress` and returns the metrics row.
 

@@ -5,19 +5,20 @@ import time
 
 import torch
 
-from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.mesh import Ranks, joined
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.rendezvous import joined
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import RetryError
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import SAVE_TIMEOUT, Checkpoints, Progress
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
-from caduceus.train.optimizer import default_warmup
+from caduceus.train.memory import keep_freed_memory_for
+from caduceus.train.optimizer import build_optimizer, default_warmup
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.step import training_step
@@ -35,7 +36,7 @@ def train(config: Config) -> int:
     """
     started = time.monotonic()
     if config.run.device == "cpu" or not torch.cuda.is_available():
-        keep_freed_memory()
+        keep_freed_memory_for(config)
     with joined(config) as ranks:
         part = {
             "rank": ranks.data_rank,
@@ -70,7 +71,7 @@ def _train(
     started: float,
 ) -> int:
     with watchdog.over("the start", SAVE_TIMEOUT.total_seconds()):
-        strategy = build_strategy(config, ranks)
+        strategy = build_strategy(config, ranks, build_optimizer)
         checkpoints = Checkpoints(config, run, strategy)
         progress = _resume(config, run, loader, checkpoints)
         check_before_start(config, run, strategy, checkpoints.group)
@@ -84,10 +85,9 @@ def _train(
                 layout = {"ranks": ranks.world, "strands": ranks.strands, "context": ranks.context}
                 facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
                 run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
-            monitor = Monitor(config, run, progress.wandb_id, active=ranks.is_main)
+            monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with stop.listening(), monitor, scheduled_garbage_collection():
-        progress.wandb_id = monitor.wandb_id
         batches = iter(loader)
         _log.info("ready to train after %.1f s", time.monotonic() - started)
         while progress.step < config.train.steps:
@@ -122,13 +122,14 @@ def _train(
             if last or stopping:
                 stop.is_saved()
             if stopping:
+                monitor.stopped = True
                 _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
                 return EXIT_REQUEUE
     return 0
 
 
 def _validate(
-    config: Config, strategy: Single, validation: ValidationLoader, watchdog: Watchdog, step: int
+    config: Config, strategy: Strategy, validation: ValidationLoader, watchdog: Watchdog, step: int
 ) -> dict[str, float]:
     ranks, what = strategy.ranks, f"a batch of the validation after step {step}"
     losses = held_out_loss(

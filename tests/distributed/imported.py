@@ -8,7 +8,7 @@ import torch._inductor.compile_fx  # by DeepSpeed's optimizers
 import caduceus.train.trainer  # noqa: F401
 import tests.distributed.layouts  # noqa: F401
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
-from caduceus.distributed.deepspeed_schema import import_deepspeed
+from caduceus.distributed.deepspeed.package import import_deepspeed
 
 with contextlib.suppress(ImportError):
     import_deepspeed("cpu")

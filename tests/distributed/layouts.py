@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config, config_from_dict
 from caduceus.data.loader import Batch, TrainLoader
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import ONE_LINE
 from caduceus.train import trainer
 from tests.distributed.ranks import on_ranks
@@ -115,7 +115,7 @@ def _train_observed(config: Config, weigh: bool) -> Observed:
         build = trainer.build_strategy
         started, before = time.monotonic(), _tensor_bytes() if weigh else 0
 
-        def build_observed(*arguments: Any) -> Single:
+        def build_observed(*arguments: Any) -> Strategy:
             strategy = build(*arguments)
             clip, step = strategy.clip, strategy.step
             steps = 0
@@ -162,7 +162,7 @@ def _recording_samples(observed: Observed) -> Iterator[None]:
         yield
 
 
-def whole_gradients(strategy: Single) -> dict[str, Tensor]:
+def whole_gradients(strategy: Strategy) -> dict[str, Tensor]:
     """The reduced gradients of all parameters between the last backward pass of a step and the update."""
     model = getattr(strategy.model, "module", strategy.model)
     if type(strategy).__name__ != "DeepSpeed":

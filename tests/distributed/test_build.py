@@ -12,8 +12,9 @@ from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed import build
 from caduceus.distributed.build import build_model, build_strategy
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.model.caduceus import Block
+from caduceus.train.optimizer import build_optimizer
 from tests.distributed.ranks import on_ranks
 
 CPU = torch.device("cpu")
@@ -30,11 +31,11 @@ def first_weights(seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 def test_a_model_from_the_meta_device_has_the_weights_of_one_built_at_once() -> None:
-    weights = build_strategy(config(), Ranks(0, 1, 1, CPU)).model.state_dict()
+    weights = build_strategy(config(), Ranks(0, 1, 1, CPU), build_optimizer).model.state_dict()
     assert weights.keys() == first_weights().keys()
     for name, tensor in first_weights().items():
         assert torch.equal(weights[name], tensor), name
-    double = build_strategy(config(train={"seed": 3, "precision": "fp64"}), Ranks(0, 1, 1, CPU)).model
+    double = build_strategy(config(train={"seed": 3, "precision": "fp64"}), Ranks(0, 1, 1, CPU), build_optimizer).model
     assert all(parameter.dtype == torch.float64 for parameter in double.parameters())
     assert torch.equal(double.state_dict()["blocks.0.mixer.x_proj"], first_weights()["blocks.0.mixer.x_proj"].double())
 
@@ -48,7 +49,9 @@ def test_no_block_is_left_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is recomputed, with and without padding and gradients, in one process."""
     monkeypatch.setattr(Block, "compile", lambda block: nn.Module.compile(block, backend="eager"))
     torch.compiler.reset()
-    model = build_strategy(config(train={"compile": True, "micro_batch": 4}), Ranks(0, 1, 1, CPU)).model
+    model = build_strategy(
+        config(train={"compile": True, "micro_batch": 4}), Ranks(0, 1, 1, CPU), build_optimizer
+    ).model
     input_ids = torch.full((2, 9), 7)
     pad_mask = torch.zeros(2, 9, dtype=torch.bool)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -68,7 +71,7 @@ def weights_of_all_strategies(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     }
     weights = {}
     for name, parallel in parallels.items():
-        strategy = build_strategy(config(parallel=parallel), Ranks(rank, 2, 1, CPU))
+        strategy = build_strategy(config(parallel=parallel), Ranks(rank, 2, 1, CPU), build_optimizer)
         if parallel["strategy"] == "deepspeed":
             weights[name] = strategy._gather_weights()
             continue
@@ -107,7 +110,7 @@ def test_auto_goes_by_the_size_of_the_model(
 def test_auto_says_what_it_chose_and_leaves_the_configuration(caplog: pytest.LogCaptureFixture) -> None:
     automatic = config()
     with caplog.at_level(logging.INFO):
-        build_strategy(automatic, Ranks(0, 1, 1, CPU))
+        build_strategy(automatic, Ranks(0, 1, 1, CPU), build_optimizer)
     assert "auto chose 'single' (one process)" in caplog.text
     assert automatic.parallel.strategy == "auto"
 
@@ -121,7 +124,7 @@ def test_auto_says_what_it_chose_and_leaves_the_configuration(caplog: pytest.Log
     ],
 )
 def test_keys_without_effect_are_named(parallel: dict, named: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    build_strategy(config(parallel=parallel), Ranks(0, 1, 1, CPU))
+    build_strategy(config(parallel=parallel), Ranks(0, 1, 1, CPU), build_optimizer)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     keys = ", ".join(f"parallel.{name}" for name in named)
     assert warnings == ([f"{keys}: without effect under parallel.strategy=single"] if named else [])

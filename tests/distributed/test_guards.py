@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import Strategy
 from caduceus.train import guards, trainer
 from tests.distributed.layouts import LAYOUTS, Layout, config_of
 from tests.distributed.ranks import on_ranks
@@ -72,7 +72,7 @@ def _train_observed(config: Config, rank: int, strike: bool) -> list[Step]:
     return steps
 
 
-def _strike(patch: pytest.MonkeyPatch, strategy: Single, consumed: int) -> None:
+def _strike(patch: pytest.MonkeyPatch, strategy: Strategy, consumed: int) -> None:
     model, backward = strategy.model, strategy.backward
     forward = model.forward
 
@@ -92,7 +92,7 @@ def _strike(patch: pytest.MonkeyPatch, strategy: Single, consumed: int) -> None:
         patch.setattr(strategy, "backward", lambda loss: backward(loss * float("nan")))
 
 
-def whole_parameters(strategy: Single) -> dict[str, Tensor]:
+def whole_parameters(strategy: Strategy) -> dict[str, Tensor]:
     """Copies of all parameters, on every rank; all call it together."""
     wholes = {}
     for name, parameter in getattr(strategy.model, "module", strategy.model).named_parameters():

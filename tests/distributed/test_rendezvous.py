@@ -12,8 +12,7 @@ import pytest
 
 from caduceus.config import Config, save_config
 from caduceus.distributed import rendezvous
-from caduceus.distributed.mesh import joined
-from caduceus.distributed.rendezvous import Member, code_and_config_hash, refuse_strangers
+from caduceus.distributed.rendezvous import Member, code_and_config_hash, joined, refuse_strangers
 from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, UserError
 from tests.distributed.layouts import Layout, config_of
 from tests.distributed.ranks import on_ranks

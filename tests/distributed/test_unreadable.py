@@ -13,7 +13,7 @@ import torch
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader, sample_reader
 from caduceus.data.reader import ShardFiles
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import ONE_LINE, one_line
 from tests.distributed.layouts import Layout, config_of, train_all
 from tests.distributed.ranks import on_ranks

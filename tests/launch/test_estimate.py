@@ -6,7 +6,7 @@ import torch
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import CaduceusConfig, config_from_dict
 from caduceus.distributed.layout import check_layout
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from launch.estimate import estimate, parameter_count
 
 

@@ -19,9 +19,10 @@ import torch.distributed as dist
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.mesh import joined
+from caduceus.distributed.rendezvous import joined
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Checkpoints, Progress, load_checkpoint
+from caduceus.train.optimizer import build_optimizer
 
 PATIENCE = 60
 """Seconds in which ranks end after another was killed."""
@@ -33,7 +34,7 @@ def save_for_ever(config: Config, rank: int, world: int, store: Path, first: int
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     with joined(config) as ranks:
-        strategy = build_strategy(config, ranks)
+        strategy = build_strategy(config, ranks, build_optimizer)
         run = RunDirectory(config.run.dir)
         checkpoints = Checkpoints(config, run, strategy)
         for step in itertools.count(first):
@@ -113,7 +114,7 @@ def main() -> None:
         assert checkpoint is not None and checkpoint.step > newest, (checkpoint, newest)
         newest = checkpoint.step
         with joined(config("single")) as ranks:
-            strategy = build_strategy(config("single"), ranks)
+            strategy = build_strategy(config("single"), ranks, build_optimizer)
             assert load_checkpoint(checkpoint, strategy).tokens == newest
             assert all((parameter == newest).all() for parameter in strategy.model.parameters())
         print(newest, flush=True)

@@ -10,21 +10,21 @@ from pathlib import Path
 import torch
 
 from caduceus.config import Config, load_config
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import run_command
 from caduceus.train import trainer
 
 
-def hang(config: Config, strategy: Single) -> None:
+def hang(config: Config, strategy: Strategy) -> None:
     time.sleep(3600)
 
 
-def die(config: Config, strategy: Single) -> None:
+def die(config: Config, strategy: Strategy) -> None:
     """In the middle of the step: the forward pass is done, and the other ranks wait for gradients."""
     strategy.backward = lambda loss: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def nan_loss(config: Config, strategy: Single) -> None:
+def nan_loss(config: Config, strategy: Strategy) -> None:
     def poison(module, inputs, output):
         handle.remove()
         return output._replace(loss_sum=output.loss_sum * float("nan"))
@@ -32,7 +32,7 @@ def nan_loss(config: Config, strategy: Single) -> None:
     handle = strategy.model.register_forward_hook(poison)
 
 
-def nan_gradient(config: Config, strategy: Single) -> None:
+def nan_gradient(config: Config, strategy: Strategy) -> None:
     backward = strategy.backward
 
     def poisoned(loss: torch.Tensor) -> None:
@@ -42,7 +42,7 @@ def nan_gradient(config: Config, strategy: Single) -> None:
     strategy.backward = poisoned
 
 
-def fill_disk(config: Config, strategy: Single) -> None:
+def fill_disk(config: Config, strategy: Strategy) -> None:
     """Leaves no room for the next checkpoint; the one before, which is written behind the training, is finished."""
     while not (Path(config.run.dir) / "checkpoints" / "latest").exists():
         time.sleep(0.05)

@@ -16,7 +16,7 @@ from caduceus.data.loader import TrainLoader, ValidationLoader
 from caduceus.data.reader import ShardFiles
 from caduceus.data.sample_reader import SampleReader
 from caduceus.data.shard_samples import ShardSamples
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, RetryError, UserError, kind_of
 from caduceus.run.directory import RunDirectory
 from caduceus.train import trainer

@@ -14,11 +14,12 @@ import torch
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.mesh import Ranks
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Checkpoints, Progress, load_checkpoint
+from caduceus.train.optimizer import build_optimizer
 from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
 from tests.train.conftest import SmallRun, numbers
@@ -38,12 +39,12 @@ def run(config: Config) -> RunDirectory:
 
 
 @pytest.fixture
-def strategy(config: Config) -> Single:
-    return build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")))
+def strategy(config: Config) -> Strategy:
+    return build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")), build_optimizer)
 
 
 @pytest.fixture
-def disk(strategy: Single, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+def disk(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Checkpoints are written once it is set."""
     stage, event = strategy.stage, threading.Event()
 
@@ -59,7 +60,7 @@ def progress(step: int) -> Progress:
     return Progress(step=step, tokens=10 * step, loader={"samples_consumed": step})
 
 
-def fill(strategy: Single, value: float) -> None:
+def fill(strategy: Strategy, value: float) -> None:
     with torch.no_grad():
         for parameter in strategy.model.parameters():
             parameter.fill_(value)
@@ -195,7 +196,8 @@ def test_a_disk_that_fills_at_any_moment_of_a_save_is_told_truly(config: Config,
     with small_disk(tmp_path / "disk") as disk:
         config.run.dir = str(disk / "run")
         run = RunDirectory.create_or_resume(config)
-        checkpoints = Checkpoints(config, run, build_strategy(config, Ranks(0, 1, 1, torch.device("cpu"))))
+        strategy = build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")), build_optimizer)
+        checkpoints = Checkpoints(config, run, strategy)
         checkpoints.save(progress(1))
         checkpoints.wait()
         taken = sum(path.stat().st_blocks * 512 for path in run.checkpoint_path(1).iterdir())

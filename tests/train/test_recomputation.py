@@ -11,9 +11,10 @@ import torch
 from caduceus.config import Config
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.layout import RESERVE, blocks_to_recompute
-from caduceus.distributed.mesh import Ranks
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
 from caduceus.train import memory, recomputation, trainer
+from caduceus.train.optimizer import build_optimizer
 from caduceus.train.recomputation import run_micro_batch
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import SmallRun, numbers
@@ -32,14 +33,14 @@ WAYS = [(whole, inputs) for whole in range(LAYERS) for inputs in range(LAYERS - 
 """Blocks that are recomputed whole, and others of which the scan's inputs are; the last one keeps all."""
 
 
-def peak_bytes(strategy: Single, config: Config, whole: int, inputs: int) -> int:
+def peak_bytes(strategy: Strategy, config: Config, whole: int, inputs: int) -> int:
     strategy.model.checkpoint_blocks, strategy.model.checkpoint_scan_inputs = whole, inputs
     return memory.peak_bytes(ALONE.device, lambda: run_micro_batch(config, strategy))
 
 
 def measure(config: Config) -> tuple[int, int, int]:
     """Bytes with all blocks but the last recomputed; what one adds that keeps all but the scan's inputs; or all."""
-    least = peak_bytes(build_strategy(config, ALONE), config, LAYERS - 1, 0)
+    least = peak_bytes(build_strategy(config, ALONE, build_optimizer), config, LAYERS - 1, 0)
     return least, *recomputation.bytes_added_by_a_block(config, ALONE)
 
 
@@ -53,7 +54,7 @@ def foretold(way: tuple[int, int], least: int, lean: int, full: int) -> int:
 @pytest.mark.parametrize("micro_batch", [8, 4])  # alone in its step, and with gradients in memory
 def test_the_bytes_foretold_are_those_of_a_micro_batch(small_run, rcps: bool, micro_batch: int, precision: str) -> None:
     config = automatic(small_run, rcps=rcps, micro_batch=micro_batch, precision=precision)
-    measured, strategy = measure(config), build_strategy(config, ALONE)
+    measured, strategy = measure(config), build_strategy(config, ALONE, build_optimizer)
     for way in WAYS:
         assert foretold(way, *measured) == pytest.approx(peak_bytes(strategy, config, *way), rel=0.02), way
 
@@ -92,7 +93,7 @@ def test_a_run_in_little_memory_has_the_numbers_of_one_with_plenty(small_run, mo
     assert numbers(scan.run.dir) == numbers(plain.run.dir)
     config = automatic(small_run)
     least, lean, full = measure(config)
-    least += memory.moment_bytes_to_come(build_strategy(config, ALONE))
+    least += memory.moment_bytes_to_come(build_strategy(config, ALONE, build_optimizer))
     for whole, inputs in ((0, 0), (0, 2), (0, 3), (1, 2), (3, 0)):
         config = automatic(small_run, f"{whole} {inputs}")
         pretend_that_free_is(monkeypatch, memory_for((whole, inputs), least, lean, full))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from caduceus.config import Config
 from caduceus.distributed.fsdp import sharding_mesh
-from caduceus.distributed.mesh import COLLECTIVE_MARGIN, FOR_EVER, joined
+from caduceus.distributed.rendezvous import COLLECTIVE_MARGIN, FOR_EVER, joined
 from tests.distributed.layouts import Layout, config_of
 from tests.distributed.ranks import on_ranks
 

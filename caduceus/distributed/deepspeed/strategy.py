@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) divided over all ranks; stage 0 does not.
 
 DeepSpeed stores, reduces and offloads. What decides the numbers of a run stays the project's: the optimizer, the
-learning rate, clipping, precision and batches. A DeepSpeed JSON of the user's may set everything else.
+learning rate, clipping, precision and batches.
 """
 
 import contextlib
@@ -20,29 +20,28 @@ from safetensors.torch import save_file
 from torch import nn
 
 from caduceus.config import Config
-from caduceus.distributed.deepspeed_config import engine_options
-from caduceus.distributed.deepspeed_schema import naming_its_file, need_deepspeed
+from caduceus.distributed.deepspeed.options import engine_options
+from caduceus.distributed.deepspeed.package import naming_its_file, need_deepspeed
 from caduceus.distributed.initialisation import initialise
-from caduceus.distributed.mesh import Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
-from caduceus.distributed.strategy import Single
+from caduceus.distributed.strategy import BuildOptimizer, Strategy, set_learning_rate
 from caduceus.errors import UserError
 from caduceus.files import dump_json
-from caduceus.model.hub import WEIGHTS
-from caduceus.train.optimizer import build_optimizer, set_learning_rate
+from caduceus.hub.folders import WEIGHTS
 
 _LAYOUT = "layout.json"
 _POLL_SECONDS = 0.2
 
 
-class DeepSpeed(Single):
+class DeepSpeed(Strategy):
     """A DeepSpeed engine around the model, driven by the project's loop."""
 
     can_stage = False
 
-    def __init__(self, config: Config, ranks: Ranks, model: nn.Module) -> None:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        options = engine_options(config, ranks.data_world, parameters)
+    def __init__(self, config: Config, ranks: Ranks, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
+        block = max(_count(block) for block in model.blocks)
+        options = engine_options(config, ranks.data_world, _count(model), block)
         deepspeed = need_deepspeed(ranks.device.type)
         self.ranks = ranks
         self.zero_stage = config.parallel.zero_stage
@@ -201,3 +200,7 @@ class DeepSpeed(Single):
                 if self.ranks.is_main:
                     weights[name] = parameter.detach().cpu().clone()
         return weights
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

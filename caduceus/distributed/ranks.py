@@ -1,4 +1,4 @@
-"""The ranks of a run: how they find each other, how they are arranged, and what they agree on.
+"""The ranks of a run: how they are arranged, and what they agree on.
 
 World = data-parallel ranks x strands x context. Ranks with slices of one strand (`parallel.context`) are neighbours, as
 they exchange states in every layer. Next to them are those with the other strand (`parallel.strands`), with which they
@@ -6,39 +6,25 @@ exchange logits once per micro-batch; so all ranks of a sample sit on one node. 
 (`parallel.shard`) are neighbours as well. Gradients are summed over the whole world, so it does not matter which.
 """
 
-import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from caduceus.config import Config
 from caduceus.distributed.context import ContextGroup
-from caduceus.distributed.deepspeed_schema import need_deepspeed
-from caduceus.distributed.layout import check_layout
-from caduceus.distributed.rendezvous import Member, meet, refuse_strangers
 from caduceus.distributed.strands import StrandGroup
 from caduceus.errors import Kind, PeerError, UserError, kind_of, one_line
 
-COLLECTIVE_MARGIN = timedelta(minutes=10)
-"""A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
-FOR_EVER = timedelta(days=365)
-"""Of a collective, where a step may take any time; the libraries know no other for ever."""
-FLIGHT_RECORDS = "2000"
-"""Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
 _WEIGHTS = [Kind.PEER, Kind.RETRY, Kind.CRASH, Kind.NODE, Kind.USER]
 """Where several ranks fail at once, the last of these kinds is what all end for."""
 _NO_MORE = object()
 
 T = TypeVar("T")
-
-_log = logging.getLogger(__name__)
 
 
 class Ranks:
@@ -217,58 +203,6 @@ class Ranks:
         return dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)[0]
 
 
-@contextmanager
-def joined(config: Config) -> Iterator[Ranks]:
-    """Join the other ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
-
-    Raises `UserError` on every rank where they are not of one run, or cannot be arranged as `parallel.*` asks. Where
-    the process has joined them already, its group is used, and left as it is.
-    """
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    make_deterministic(config.train.deterministic)
-    if world == 1 and config.parallel.strategy in ("auto", "single"):
-        check_layout(config, world)
-        yield Ranks(0, 1, 1, choose_device(config.run.device))
-        return
-    timeout = _collective_timeout(config.train.stall_minutes)
-    device, problem = None, None
-    try:
-        device = choose_device(config.run.device)
-        sharing = check_layout(config, world)
-        if config.parallel.strategy == "deepspeed":
-            need_deepspeed(device.type)
-    except UserError as error:
-        problem = str(error)
-    member = Member.here(config, device and device.type, problem)
-    joined_already = dist.is_initialized()
-    if joined_already:
-        members: list[Member | None] = [None] * world
-        dist.all_gather_object(members, member)
-    else:
-        store, members = meet(member, rank, world, timeout)
-    refuse_strangers(members, rank)
-    if rank == 0 and (sharing.strands, sharing.context) != (config.parallel.strands or 1, config.parallel.context or 1):
-        _log.info(
-            "%s: chosen, as a global batch of %d sequences gives not every one of %d ranks a part",
-            sharing,
-            config.train.global_batch,
-            world,
-        )
-    if not joined_already:
-        _start_collectives(config, device, store, rank, world, timeout)
-    try:
-        yield Ranks(rank, world, sharing.context, device, timeout, sharing.strands)
-    except RuntimeError as error:
-        if not is_lost_contact(error):
-            raise
-        _log.warning("a collective failed on rank %d", rank, exc_info=error)
-        host = socket.gethostname()
-        raise PeerError(f"rank {rank} on {host}: lost contact with another rank ({one_line(error)})") from error
-    finally:
-        if not joined_already:
-            dist.destroy_process_group()
-
-
 def is_lost_contact(error: BaseException) -> bool:
     """Whether torch.distributed itself raised the error, as it does where a peer is gone."""
     trace = error.__traceback__
@@ -277,44 +211,6 @@ def is_lost_contact(error: BaseException) -> bool:
     raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
     plain = type(error) is RuntimeError or isinstance(error, dist.DistError)
     return plain and raised_in.startswith(("torch.distributed.", "torch.nn.parallel.distributed"))
-
-
-def _start_collectives(
-    config: Config, device: torch.device, store: dist.Store, rank: int, world: int, timeout: timedelta
-) -> None:
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-        _set_nccl_defaults(config.run.dir)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=timeout,
-        store=store,
-        rank=rank,
-        world_size=world,
-        device_id=device if on_gpu else None,
-    )
-
-
-def _collective_timeout(stall_minutes: float) -> timedelta:
-    if not 0 < stall_minutes < FOR_EVER / timedelta(minutes=1):
-        return FOR_EVER
-    return timedelta(minutes=stall_minutes) + COLLECTIVE_MARGIN
-
-
-def _set_nccl_defaults(run_directory: str) -> None:
-    """What a user has not set otherwise: a lost peer ends the process, and leaves a trace of the last collectives."""
-    trace = str(Path(run_directory) / "logs" / "nccl-rank")
-    defaults = {
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDS,
-        "TORCH_FR_DUMP_TEMP_FILE": trace,
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": FLIGHT_RECORDS,  # the same two, as torch called them until 2.8
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": trace,
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
 
 
 def make_deterministic(deterministic: bool) -> None:
