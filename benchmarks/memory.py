@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from caduceus.allocator import keep_freed_memory
 from caduceus.config import CaduceusConfig
 from caduceus.distributed.layout import blocks_to_recompute
 from caduceus.model import bimamba
@@ -185,7 +186,8 @@ def measure(config: CaduceusConfig, backend: str, length: int, recomputed: tuple
 
 
 def measure_on_cpu(d_model: int, layers: int, rcps: bool, length: int, recomputed: tuple[int, int]) -> int:
-    """In a process of its own: memory that was freed, but not given back, would be used again unseen."""
+    """With the allocator that training has, in a process of its own: what was freed and kept would be used unseen."""
+    keep_freed_memory(saving=any(recomputed))
     model = model_that_recomputes(CaduceusConfig(d_model=d_model, n_layer=layers, rcps=rcps), "cpu", recomputed)
     forward_and_backward(model, 8, False)  # loads the kernels
     model.zero_grad()

@@ -2,21 +2,61 @@
 
 import argparse
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from caduceus.commands import COMMANDS, command
 from caduceus.errors import UserError
+from caduceus.presets import preset_list
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are `UserError`s, and whose `type=int` and `type=float` say what they take."""
+    """An `ArgumentParser` whose errors are `UserError`s, and whose `type=int` and `type=float` say what they take.
 
-    def __init__(self, *args: Any, **keywords: Any) -> None:
+    `called`: the command's name, of `COMMANDS`. `start`: what to print to someone who calls the command with nothing;
+    its `{caduceus-…}` become the commands as they are called here.
+    """
+
+    def __init__(self, *args: Any, called: str | None = None, start: str | None = None, **keywords: Any) -> None:
+        if called:
+            keywords["prog"] = command(called)
         super().__init__(*args, **keywords)
+        self._start = start
         self.register("type", int, whole_number)
         self.register("type", float, number)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As of argparse. Called with nothing, the command prints its `start` and ends with status 2."""
+        if args is None and self._start is not None and len(sys.argv) == 1:
+            print(with_commands(self._start).strip())
+            self.exit(2)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; see --help")
+
+
+class PresetAction(argparse.Action):
+    """`--config NAME`, where `list` prints the presets of configs/KIND/ and ends."""
+
+    def __init__(self, *args: Any, kind: str, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._kind = kind
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
+        """As of argparse."""
+        if str(value) == "list":
+            print(preset_list(self._kind))
+            parser.exit(0)
+        setattr(namespace, self.dest, value)
+
+
+def with_commands(text: str) -> str:
+    """The text with each `{caduceus-…}` as the command is called here."""
+    for name in COMMANDS:
+        text = text.replace(f"{{{name}}}", command(name))
+    return text
 
 
 def whole_number(text: str) -> int:

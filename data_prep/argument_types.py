@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from caduceus.presets import preset
+
 
 def is_url(text: str) -> bool:
     """Whether this is an address rather than a path."""
@@ -14,6 +16,11 @@ def local_path(text: str) -> Path:
     if is_url(text):
         raise argparse.ArgumentTypeError(f"takes a local path, got the address {text}")
     return Path(text)
+
+
+def genomes_file(text: str) -> Path:
+    """A local YAML file of several species, or the name of one in configs/genome/."""
+    return preset("genome", local_path(text))
 
 
 def count(text: str) -> int:

@@ -9,9 +9,18 @@ from data_prep.argument_types import is_url, local_path
 from data_prep.source.download import fetch, fetch_genome, verify_file
 from data_prep.source.registry import registry_names, resolve_genome
 
+_START = """
+Downloads a genome, and goes on where a download was stopped. To begin:
+
+  {caduceus-fetch} sacCer3 --out genomes
+  {caduceus-fetch} --help
+
+The second names all genomes of the registry. {caduceus-shard} makes shards of the file, to train on.
+"""
+
 
 def main() -> int:
-    parser = Parser(description="Download a genome into a folder.")
+    parser = Parser(called="caduceus-fetch", start=_START, description="Download a genome into a folder.")
     parser.add_argument("genome", metavar="NAME|URL", help=f"one of {', '.join(registry_names())}, or an address")
     parser.add_argument("--out", type=local_path, required=True, metavar="DIR", help="folder that takes the file")
     parser.add_argument("--sha256", help="expected sha256 of the file")
@@ -27,5 +36,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main, interrupted="interrupted; run the same command again to go on")
+
+
+if __name__ == "__main__":
+    command()

@@ -10,7 +10,7 @@ from typing import Any
 
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
-from data_prep.argument_types import count, local_path
+from data_prep.argument_types import count, genomes_file, local_path
 from data_prep.check.merge import merge
 from data_prep.check.rebuild import rebuild_index
 from data_prep.check.verify import verify
@@ -21,6 +21,20 @@ from data_prep.source.species_file import fetch_files, genome_file, read_species
 from data_prep.workers import available_cores
 from data_prep.write.sharding import make_dataset
 from data_prep.write.summary import print_summary
+
+_START = """
+Cuts genomes into windows and writes them as shards to train on. To begin:
+
+  {caduceus-shard} --genome sacCer3 --out shards/yeast
+  {caduceus-shard} --fasta my.fa.gz --species mine --valid-contigs chr1 --out shards/mine
+  {caduceus-shard} --verify shards/mine
+
+The first downloads a genome of the registry, the second takes your own, the third checks what was written. All options:
+
+  {caduceus-shard} --help
+
+Then train on the shards: {caduceus-train} --config ps-1k data.path=shards/yeast
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Options of the plan have no default here: `PlanOptions` knows them."""
     parser = Parser(
+        called="caduceus-shard",
+        start=_START,
         description="Cut genomes into windows and write them as WebDataset shards.",
         epilog="A run that was stopped goes on when the same command is given again. Files may be http, https, ftp or "
         "s3 addresses; they are downloaded once, into the cache directory.",
@@ -55,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fasta", metavar="FILE|URL", help="genome: FASTA (plain, gzip, bgzip) or .2bit; needs --species"
     )
     kind.add_argument("--genome", metavar="NAME", help="a genome of configs/genome/, downloaded if need be")
-    kind.add_argument("--genomes", type=local_path, metavar="YAML", help="several species and their options")
+    kind.add_argument("--genomes", type=genomes_file, metavar="NAME|YAML", help="several species and their options")
     kind.add_argument("--verify", type=local_path, metavar="DIR", help="check a dataset byte for byte")
     kind.add_argument("--merge", type=local_path, nargs="+", metavar="DIR", help="bring datasets together in --out")
     kind.add_argument("--rebuild-index", type=local_path, metavar="DIR", help="make the indexes of its tars anew")
@@ -74,75 +90,67 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_VALUES = {
+    "window": (int, "N", "longest window, in bases (1048576)"),
+    "stride": (int, "N", "distance between window starts (the window)"),
+    "min_window": (int, "N", "shortest window (1024, or --window if that is less)"),
+    "cut_gaps": (int, "N", "runs of N this long separate segments; 0: none do (10000)"),
+    "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
+    "include": (str, "RE", "use the contigs whose whole name matches, instead of --contigs"),
+    "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
+    "aliases": (str, "FILE|URL", "table of contig names, or an NCBI assembly report"),
+    "intervals": (str, "BED|URL", "regions to use, split by column 4 if there is one; 'registry': the published ones"),
+    "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
+    "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
+    "test_fraction": (float, "F", "share of the blocks that are test (0)"),
+    "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
+    "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
+}
+_CHOICES = {
+    "contigs": (
+        CONTIGS,
+        "auto: no organelles, viruses, decoys, other versions and what is on no chromosome, and refused where under "
+        "half of the bases would be left (auto); primary: the same, never refused; all: every contig",
+    ),
+    "strands": (STRANDS, "which strands are stored (both)"),
+    "tail": (TAILS, "the end of a segment (short)"),
+    "interval_mode": (
+        INTERVAL_MODES,
+        "a row of --intervals is cut into windows (tile), is a window (exact), or is extended to --window bases and "
+        "moved inward at the end of its contig (extend); in the last two none may be longer than --window",
+    ),
+}
+_LISTS = {
+    "exclude_bed": ("BED|URL", "regions to leave out; 'registry': the genome's blacklist"),
+    "valid_contigs": ("C", "contigs of the valid split"),
+    "test_contigs": ("C", "contigs of the test split"),
+}
+_SWITCHES = {
+    "allow_unknown_contigs": (
+        "store_true",
+        "pass over rows of tables about contigs, or places on them, that the genome does not hold",
+    ),
+    "forbid_leakage": (
+        argparse.BooleanOptionalAction,
+        "cut out of train what valid or test hold (except with --interval-mode extend)",
+    ),
+}
+
+
 def add_plan_options(group: Any) -> None:
     """One option per field of `PlanOptions`; what is not given is left out of the result."""
-    options = {
-        "window": (int, "N", "longest window, in bases (1048576)"),
-        "stride": (int, "N", "distance between window starts (the window)"),
-        "min_window": (int, "N", "shortest window (1024, or --window if that is less)"),
-        "cut_gaps": (int, "N", "runs of N this long separate segments; 0: none do (10000)"),
-        "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
-        "include": (str, "RE", "use the contigs whose whole name matches, instead of --contigs"),
-        "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
-        "aliases": (str, "FILE|URL", "table of contig names, or an NCBI assembly report"),
-        "intervals": (
-            str,
-            "BED|URL",
-            "regions to use, split by column 4 if there is one; 'registry': the published ones",
-        ),
-        "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
-        "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
-        "test_fraction": (float, "F", "share of the blocks that are test (0)"),
-        "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
-        "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
-    }
-    for name, (kind, metavar, text) in options.items():
-        group.add_argument(
-            "--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS
-        )
-    group.add_argument(
-        "--contigs",
-        choices=CONTIGS,
-        help="auto: no organelles, viruses, decoys, other versions and what is on no chromosome, and refused where "
-        "under half of the bases would be left (auto); primary: the same, never refused; all: every contig",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument(
-        "--allow-unknown-contigs",
-        action="store_true",
-        help="pass over rows of tables about contigs, or places on them, that the genome does not hold",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument("--strands", choices=STRANDS, help="which strands are stored (both)", default=argparse.SUPPRESS)
-    group.add_argument("--tail", choices=TAILS, help="the end of a segment (short)", default=argparse.SUPPRESS)
-    group.add_argument(
-        "--interval-mode",
-        choices=INTERVAL_MODES,
-        help="a row of --intervals is cut into windows (tile), is a window (exact), or is extended to --window "
-        "bases and moved inward at the end of its contig (extend); in the last two none may be longer than --window",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument(
-        "--exclude-bed",
-        nargs="+",
-        metavar="BED|URL",
-        help="regions to leave out; 'registry': the genome's blacklist",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument(
-        "--forbid-leakage",
-        action=argparse.BooleanOptionalAction,
-        help="cut out of train what valid or test hold (except with --interval-mode extend)",
-        default=argparse.SUPPRESS,
-    )
-    for split in ("valid", "test"):
-        group.add_argument(
-            f"--{split}-contigs",
-            nargs="+",
-            metavar="C",
-            help=f"contigs of the {split} split",
-            default=argparse.SUPPRESS,
-        )
+
+    def add(key: str, text: str, **more: Any) -> None:
+        group.add_argument(option_name(key), help=text, default=argparse.SUPPRESS, **more)
+
+    for key, (kind, metavar, text) in _VALUES.items():
+        add(key, text, type=kind, metavar=metavar)
+    for key, (choices, text) in _CHOICES.items():
+        add(key, text, choices=choices)
+    for key, (metavar, text) in _LISTS.items():
+        add(key, text, nargs="+", metavar=metavar)
+    for key, (action, text) in _SWITCHES.items():
+        add(key, text, action=action)
 
 
 def refuse_unused(args: argparse.Namespace) -> None:
@@ -174,5 +182,10 @@ def requests_from(args: argparse.Namespace) -> list[SpeciesRequest]:
     return [SpeciesRequest(args.species, fasta, args.assembly or "", options, cache_dir=args.cache_dir)]
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main, interrupted="interrupted; run the same command again to go on")
+
+
+if __name__ == "__main__":
+    command()

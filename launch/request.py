@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.errors import UserError
+from caduceus.presets import CONFIGS
 from launch.scheduler import time_limit_seconds
 
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "cluster"
+PRESETS = CONFIGS / "cluster"
 EXECUTORS = ("slurm", "local", "debug")
 COUNTS = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "chain")
 TEXTS = ("mem", "time", "partition", "account", "qos", "constraint", "exclude", "reservation", "python")

@@ -1,5 +1,5 @@
 """python launch/runs.py list [DIR] | status RUN | logs RUN [--rank R] [-f] | stop RUN | cancel RUN
-                       resume RUN [--nodes M] [key.path=value …]
+                       resume RUN [--nodes M] [key.path=value …] | sync RUN
 
 Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it tells what SLURM has forgotten.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
+from caduceus.monitor.wandb.process import sync
 from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs, scheduler
 from launch.history import Attempt, Submission, submissions
@@ -28,6 +29,16 @@ from launch.terminal import duration, runs_command, table
 
 _ENDING_SECONDS = 90
 """How long a cancelled run may take to end: SLURM kills what has not ended after KillWait, 30 s by default."""
+_START = """
+Looks at runs and steers them. To begin:
+
+  {caduceus-runs} list  # a table of all runs below runs/
+  {caduceus-runs} status runs/ps-1k  # where a run stands, and what became of each of its jobs
+  {caduceus-runs} logs runs/ps-1k -f  # what it says
+  {caduceus-runs} --help  # stop, cancel, resume
+
+A run is started by {caduceus-launch} on a cluster, or by {caduceus-train} here.
+"""
 _ASK_SECONDS = 5.0
 """How often a followed log asks whether its run is still alive."""
 
@@ -36,7 +47,7 @@ def main() -> int:
     """Do what the command line asks for; returns the exit status."""
     arguments = parse_arguments()
     if arguments.action in ("list", "status", "logs"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it silently
     if arguments.action == "list":
         print(summary(find_runs(arguments.directory)))
         return 0
@@ -45,6 +56,8 @@ def main() -> int:
         print(status(run))
     elif arguments.action == "logs":
         show_log(run, arguments.rank, arguments.follow)
+    elif arguments.action == "sync":
+        return sync(run)
     elif arguments.action == "stop":
         stop(run)
     elif arguments.action == "cancel":
@@ -56,7 +69,10 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
-        prog="python launch/runs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        called="caduceus-runs",
+        start=_START,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("list", help="a table of all runs below a directory")
@@ -65,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "status": "step, loss, rate, time left, checkpoints, and every start and end so far",
         "logs": "the newest log of a rank",
         "stop": "save a checkpoint, end, and stay so until resumed",
+        "sync": "send Weights & Biases what it lacks of the run",
         "cancel": "end at once; what came after the newest checkpoint is lost",
         "resume": "submit again as before, or with another number of nodes or other settings",
     }
@@ -76,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     added["resume"].add_argument("--nodes", type=int, metavar="M", help="on another number of nodes")
     settings = "settings to change, such as train.micro_batch=2"
     added["resume"].add_argument("overrides", nargs="*", metavar="key.path=value", help=settings)
-    # Of subcommands argparse takes positional arguments only before the first option.
+    # argparse takes the positional arguments of a subcommand only before its first option.
     arguments, further = parser.parse_known_args()
     if further and (arguments.action != "resume" or any(text.startswith("-") for text in further)):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
@@ -298,5 +315,10 @@ def _rate(now: Overview) -> str:
     return "-" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

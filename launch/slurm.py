@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from caduceus.arguments import Parser
+from caduceus.arguments import Parser, PresetAction
 from caduceus.config import Config, WandbConfig, config_to_dict, load_config
 from caduceus.errors import run_command
 from caduceus.run.directory import RunDirectory
@@ -21,11 +21,23 @@ from launch.logs import log_path
 from launch.preparation import prepared
 from launch.refusals import complaints, refuse_bad_request, refuse_impossible_layout, refuse_run_in_use
 from launch.request import JobRequest, add_request_options, requested_job
-from launch.submission import REPOSITORY, note_unused_settings, run_executor, submit
+from launch.submission import note_unused_settings, run_executor, submit
 from launch.sweep import run_sweep
 from launch.terminal import runs_command
 
-DEFAULT_CONFIG = REPOSITORY / "configs" / "pretrain" / "ps-131k.yaml"
+DEFAULT_CONFIG = "ps-131k"
+_START = """
+Starts a training run as a job that takes care of itself: it saves before its time is up, and then goes on. To begin:
+
+  {caduceus-launch} --dry-run --config ps-1k data.path=shards/yeast --nodes 1 --partition gpu --account my-lab
+  {caduceus-launch} --config ps-1k data.path=shards/yeast --cluster local --tasks-per-node 2
+
+The first prints the batch script and the configuration, and submits them without --dry-run; the second runs here.
+
+  {caduceus-launch} --config list  # the presets of runs
+  {caduceus-launch} --help  # everything that a job can ask for
+  {caduceus-runs} list  # the runs of this folder
+"""
 
 
 def main() -> int:
@@ -64,9 +76,19 @@ def check_and_start(config: Config, request: JobRequest) -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line; what was not given of the request is None."""
     parser = Parser(
-        prog="python launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        called="caduceus-launch",
+        start=_START,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="what to train")
+    parser.add_argument(
+        "--config",
+        default=DEFAULT_CONFIG,
+        action=PresetAction,
+        kind="pretrain",
+        metavar="NAME|FILE",
+        help=f"what to train: a preset, or a YAML file; list shows the presets ({DEFAULT_CONFIG})",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print batch script and configuration, submit nothing")
     values = "a run for each combination of these values, as a job array; one value is the same for all runs"
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2,…", help=values)
@@ -95,9 +117,14 @@ def wandb_place(wandb: WandbConfig) -> str:
     """Where the run is to be seen in W&B, as far as it is known before it starts."""
     if wandb.mode in ("offline", "disabled"):
         return wandb.mode
-    project = "/".join(filter(None, [wandb.entity, wandb.project]))
+    project = "/".join(filter(None, [wandb.entity, wandb.project or "caduceus"]))
     return f"project {project}; the log has the link of the run"
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

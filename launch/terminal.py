@@ -3,6 +3,8 @@
 import shlex
 from pathlib import Path
 
+from caduceus.commands import command
+
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """Columns as wide as they need to be; all but the first two are set to the right."""
@@ -27,4 +29,4 @@ def duration(seconds: float) -> str:
 
 def runs_command(action: str, path: Path) -> str:
     """The command that does something with a run directory, quoted for the shell."""
-    return f"python launch/runs.py {action} {shlex.quote(str(path))}"
+    return f"{command('caduceus-runs')} {action} {shlex.quote(str(path))}"

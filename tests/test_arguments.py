@@ -2,9 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from caduceus.commands import COMMANDS
+from caduceus.config import SECTIONS, load_config
+from caduceus.presets import presets
 from tests.conftest import REPOSITORY
 
 WHOLE, NUMBER = "must be a whole number, got 'many'; see --help", "must be a number, got 'nan'; see --help"
@@ -27,3 +31,40 @@ def test_a_mistake_is_told_in_a_line(command: str, message: str) -> None:
     done = subprocess.run([sys.executable, *command.split()], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith(f"error: {message}")
+
+
+def call(command: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("form", COMMANDS.values())
+def test_a_command_called_with_nothing_says_what_comes_next(form: str) -> None:
+    done = call(form.removeprefix("python "))
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith(("Pre-trains", "Starts", "Looks", "Shards", "Cuts", "Downloads", "Says", "Turns"))
+    advised = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert advised and all(line.startswith(tuple(COMMANDS.values())) for line in advised), "how it is called here"
+
+
+def test_what_trains_lists_presets_and_sections(tmp_path: Path) -> None:
+    listed = call("-m caduceus.train --config list", tmp_path)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == list(presets("pretrain"))
+    assert all(len(line.split()) > 3 for line in listed.stdout.splitlines()), "each says what it is"
+    told = call("-m caduceus.train --help", tmp_path).stdout
+    assert all(f"\n  {name}. " in told for name in SECTIONS)
+    assert all(f"\n  {name} " in told for name in presets("pretrain"))
+
+
+def test_both_ways_to_train_list_the_same_presets() -> None:
+    assert call("launch/slurm.py --config list").stdout == call("-m caduceus.train --config list").stdout
+
+
+def test_a_preset_is_shown_from_any_folder_and_loads_as_shown(tmp_path: Path) -> None:
+    done = call("-m caduceus.train --config ps-131k --show data.path=there train.betas=[0.8,0.9]", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "  # Bases per training sequence. At least 1.\n  seq_len: 131072\n" in done.stdout
+    (tmp_path / "shown.yaml").write_text(done.stdout)
+    asked = ["data.path=there", "train.betas=[0.8,0.9]"]
+    assert load_config(tmp_path / "shown.yaml") == load_config("ps-131k", asked)
+    assert [path.name for path in tmp_path.iterdir()] == ["shown.yaml"]

@@ -16,14 +16,15 @@ from caduceus.config.keys import attribute_of, name_of
 from caduceus.config.run import Config, DataConfig
 from caduceus.errors import UserError
 from caduceus.files import write_atomically
+from caduceus.presets import preset
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file with its `defaults`, apply `key.path=value` overrides, and check the result.
+    """Read a YAML file or preset with its `defaults`, apply `key.path=value` overrides, and check the result.
 
     Raises `UserError` naming the file or key for anything that is not a valid configuration.
     """
-    path = Path(path)
+    path = preset("pretrain", path)
     typed = [_parse_override(override) for override in overrides]
     config = _merge([*_read_layers(path), *typed])
     if _commands_are_typed(config.data, [values for _, values in typed]):
@@ -58,7 +59,9 @@ def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str
     try:
         values = OmegaConf.load(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
+        raise UserError(
+            f"{path}: no such configuration file, nor a preset of this name; --config list names them"
+        ) from None
     except Exception as error:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
     if not isinstance(values, DictConfig):

@@ -1,10 +1,14 @@
 """docs/configuration.md, made of what the keys say: `python -m caduceus.config.reference > docs/configuration.md`."""
 
 import json
+import textwrap
 from typing import Any
 
-from caduceus.config.keys import FIXES, Key
-from caduceus.config.run import KEYS, SECTIONS
+from omegaconf import OmegaConf
+
+from caduceus.config.fixed import value_of
+from caduceus.config.keys import FIXES, Key, name_of
+from caduceus.config.run import KEYS, SECTIONS, Config
 
 _INTRODUCTION = """\
 # Configuration
@@ -23,10 +27,29 @@ def reference() -> str:
     """The whole page, in Markdown."""
     fixes = "\n".join(f"- **{name}**: {words}." for name, words in FIXES.items())
     parts = [_INTRODUCTION.format(fixes=fixes)]
-    for section, cls in SECTIONS.items():
-        parts.append(f"## {section}\n\n{_first_line(cls.__doc__)}\n\n| key | default | fixes | |\n|---|---|---|---|")
+    for section in SECTIONS:
+        parts.append(f"## {section}\n\n{about_section(section)}\n\n| key | default | fixes | |\n|---|---|---|---|")
         parts[-1] += "".join(_row(key) for key in KEYS.values() if key.section == section) + "\n"
     return "\n".join(parts)
+
+
+def annotated(config: Config) -> str:
+    """The configuration as YAML, with the words of every section and key; `load_config` of it gives it back."""
+    lines = []
+    for section in SECTIONS:
+        lines += [f"# {about_section(section)}", f"{section}:"]
+        for key in (key for key in KEYS.values() if key.section == section):
+            words = f"{key.words} {limits(key)}".strip()
+            lines += textwrap.wrap(words, 116, initial_indent="  # ", subsequent_indent="  # ")
+            value = OmegaConf.to_yaml({name_of(key.attribute): value_of(config, key)})
+            lines += textwrap.indent(value, "  ").splitlines()
+        lines.append("")
+    return "\n".join(lines)
+
+
+def about_section(section: str) -> str:
+    """What a section is about: a sentence."""
+    return (SECTIONS[section].__doc__ or "").strip().splitlines()[0]
 
 
 def limits(key: Key) -> str:
@@ -44,10 +67,6 @@ def shown(value: Any) -> str:
 def _row(key: Key) -> str:
     words = f"{key.words} {limits(key)}".strip().replace("|", "\\|")
     return f"\n| `{key.name}` | `{shown(key.default)}` | {key.fixes} | {words} |"
-
-
-def _first_line(docstring: str | None) -> str:
-    return (docstring or "").strip().splitlines()[0]
 
 
 if __name__ == "__main__":

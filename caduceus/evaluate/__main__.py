@@ -9,17 +9,25 @@ from caduceus.config import load_config
 from caduceus.data.shards import SPLITS
 from caduceus.errors import UserError, run_command
 
+_START = """
+Says what a trained model is worth. To begin, give it a run:
+
+  {caduceus-evaluate} heldout --run runs/ps-1k  # loss on held-out sequences, per species
+  {caduceus-evaluate} heldout --run runs/ps-1k data.path=shards/yeast  # the same on other shards
+  {caduceus-evaluate} --help  # what else it can do
+"""
+
 
 def main() -> int:
     """Parse the command line, evaluate, and print one JSON object."""
-    parser = Parser(prog="python -m caduceus.evaluate", description="What a trained model is worth.")
+    parser = Parser(called="caduceus-evaluate", start=_START, description="What a trained model is worth.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="heldout")
     heldout = commands.add_parser("heldout", help="loss on held-out sequences, per species, in nats per labelled base")
     source = heldout.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--run", metavar="RUN", help="a run directory (its newest checkpoint), or one of its checkpoints"
     )
-    source.add_argument("--export", metavar="DIR", help="a published checkpoint, such as caduceus.model.hub exports")
+    source.add_argument("--export", metavar="DIR", help="a published checkpoint, such as caduceus.hub exports")
     heldout.add_argument("--config", metavar="FILE", help="data and masks; default the run's own config.yaml")
     heldout.add_argument("--split", choices=SPLITS, default="valid")
     heldout.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
@@ -33,7 +41,8 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     from caduceus.data.loader import build_validation
     from caduceus.distributed.ranks import choose_device
     from caduceus.evaluate.heldout import held_out_loss
-    from caduceus.model.hub import load_published, load_trained, run_of
+    from caduceus.hub import load
+    from caduceus.hub.folders import run_of
     from caduceus.ops import check_backend
 
     if arguments.config is None and arguments.run is None:
@@ -42,7 +51,7 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
         )
     config = load_config(arguments.config or run_of(arguments.run).config_path, arguments.overrides)
     device = choose_device(config.run.device)
-    model = load_trained(arguments.run) if arguments.run else load_published(arguments.export)
+    model = load(arguments.run or arguments.export)
     config.model = model.config  # decides which strands a sample may show
     dtype = next(model.parameters()).dtype
     check_backend(model.backend, device, dtype, config.model.d_state, config.model.d_conv)
@@ -50,5 +59,10 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     return held_out_loss(model.to(device), batches, device, config.train.precision)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

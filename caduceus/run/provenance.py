@@ -30,6 +30,8 @@ def code_version() -> dict[str, str | None]:
     recorded = Path(__file__).resolve().parents[2] / CODE_VERSION
     if recorded.exists():
         return json.loads(recorded.read_text())
+    if _git("ls-files", "--error-unmatch", __file__) is None:  # installed, perhaps inside of another repository
+        return {"git_commit": None, "git_diff": None}
     return {"git_commit": _git("rev-parse", "HEAD"), "git_diff": _git("diff", "HEAD")}
 
 

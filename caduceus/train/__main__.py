@@ -1,24 +1,37 @@
-"""python -m caduceus.train --config configs/pretrain/NAME.yaml [key.path=value …]"""
+"""python -m caduceus.train --config NAME|FILE [--show] [key.path=value …]"""
 
+import argparse
 import logging
 import signal
 import warnings
 
-from caduceus.arguments import Parser
-from caduceus.config import load_config
+from caduceus.arguments import Parser, PresetAction
+from caduceus.config import SECTIONS, load_config
+from caduceus.config.reference import about_section, annotated
 from caduceus.errors import run_command
+from caduceus.presets import preset_list
+
+_START = """
+Pre-trains a Caduceus on shards of genomes. To begin, make shards, then train on them:
+
+  {caduceus-shard} --genome sacCer3 --out shards/yeast
+  {caduceus-train} --config demo data.path=shards/yeast run.dir=runs/yeast  # small: minutes on two CPU cores
+  {caduceus-train} --config ps-1k data.path=shards/yeast  # as published, for a GPU
+
+  {caduceus-train} --config list  # the presets: published models, at 1 kb to 1 Mb
+  {caduceus-train} --config ps-1k --show  # what a run would get, key by key, with words
+  {caduceus-train} --help  # options, presets and sections of keys
+"""
 
 
 def main() -> int:
     """Parse the command line and train; returns the exit status."""
-    parser = Parser(prog="python -m caduceus.train", description="Pre-train Caduceus.")
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="configuration, such as configs/pretrain/*.yaml"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     set_up_logging()
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.show:
+        print(annotated(config), end="")
+        return 0
     from caduceus.train.trainer import train
 
     status = train(config)
@@ -32,7 +45,34 @@ def set_up_logging() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(
         main, interrupted="interrupted before a checkpoint was made; the same command goes on from the newest one"
     )
+
+
+def _parser() -> Parser:
+    sections = "\n".join(f"  {f'{name}.':12} {about_section(name)}" for name in SECTIONS)
+    parser = Parser(
+        called="caduceus-train",
+        start=_START,
+        description="Pre-train Caduceus, on one process or, under torchrun, many.",
+        epilog=f"presets:\n{preset_list('pretrain')}\n\nsections of keys (--show prints all their keys):\n{sections}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        action=PresetAction,
+        kind="pretrain",
+        metavar="NAME|FILE",
+        help="a preset, or a YAML file; list shows the presets",
+    )
+    parser.add_argument("--show", action="store_true", help="print the configuration that results, and train nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
+    return parser
+
+
+if __name__ == "__main__":
+    command()

@@ -12,10 +12,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from caduceus.allocator import keep_freed_memory
+from caduceus.config import Config
 from caduceus.distributed.strategy import Strategy
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def keep_freed_memory_for(config: Config) -> None:
+    """Set the C allocator for training on CPU, before the first tensor is made."""
+    keep_freed_memory(saving=config.train.activation_checkpointing != "none")
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""Blocked gzip (bgzip): random access to the decompressed bytes through a table of blocks.
+"""Blocked gzip (bgzip): checks every block of a file and makes the table of blocks that random access goes by.
 
 Format: SAM specification, section 4.1, https://samtools.github.io/hts-specs/SAMv1.pdf
 """
@@ -11,7 +11,7 @@ from isal import isal_zlib  # three times as fast as zlib
 
 from caduceus.errors import UserError
 from caduceus.gunzip import GZIP_MAGIC, count_foreign_bytes
-from data_prep.genome.pinned import PinnedFile, SequentialReader
+from data_prep.genome.pinned import SequentialReader
 
 _FIXED_HEADER = struct.Struct("<4BI2BH")
 _TRAILER_SIZE = 8
@@ -57,30 +57,6 @@ class BlockTable:
         pairs = np.frombuffer(content, "<u8", offset=8).astype(np.int64).reshape(-1, 2)
         compressed, decompressed = np.concatenate([np.zeros((1, 2), np.int64), pairs]).T
         return cls(compressed, decompressed)
-
-
-class BgzfFile:
-    """The decompressed bytes of a bgzip file, with the `pread` of a plain file."""
-
-    def __init__(self, file: PinnedFile, blocks: BlockTable) -> None:
-        self.path = file.path
-        self._file, self._blocks = file, blocks
-
-    def pread(self, offset: int, count: int) -> bytes:
-        """Exactly `count` decompressed bytes from `offset`."""
-        if not count:
-            return b""
-        starts = self._blocks.decompressed
-        first = int(np.searchsorted(starts, offset, "right")) - 1
-        stop = int(np.searchsorted(starts, offset + count, "left"))
-        edges = self._blocks.compressed[first : stop + 1]
-        packed = memoryview(self._file.pread(int(edges[0]), int(edges[-1] - edges[0])))
-        pieces = [
-            _inflate(packed[begin:end], self.path, int(edges[0]) + begin)
-            for begin, end in zip((edges[:-1] - edges[0]).tolist(), (edges[1:] - edges[0]).tolist(), strict=True)
-        ]
-        skip = offset - int(starts[first])
-        return b"".join(pieces)[skip : skip + count]
 
 
 class BlockScanner:

@@ -18,9 +18,10 @@ from pathlib import Path
 from caduceus.errors import UserError
 from caduceus.files import CHUNK, write_atomically
 from caduceus.gunzip import GZIP_MAGIC, Gunzip
-from data_prep.genome.bgzf import BgzfFile, BlockScanner, BlockTable, is_bgzf
+from data_prep.genome.bgzf import BlockScanner, BlockTable, is_bgzf
 from data_prep.genome.fasta_scan import Contig, FastaScanner
 from data_prep.genome.pinned import PinnedFile, SequentialReader
+from data_prep.genome.regions import FastaRegions
 from data_prep.progress import Progress, note
 
 RACY_NS = 2_000_000_000
@@ -40,10 +41,11 @@ class Tables:
 
 
 class FastaReader:
-    """Contigs of a FASTA, read with case and IUPAC codes as stored."""
+    """Contigs of a FASTA, read with case and IUPAC codes as stored, but U as T."""
 
-    def __init__(self, text: PinnedFile | BgzfFile, tables: Tables) -> None:
-        self._text, self._table = text, tables.contigs
+    def __init__(self, file: PinnedFile, tables: Tables) -> None:
+        gzi = tables.blocks.to_bytes() if tables.blocks is not None else None
+        self._regions = FastaRegions(file, _format_fai(tables.contigs), gzi)
         self.sha256 = tables.sha256
         self.notes = tables.notes
         self._has_uracil = tables.has_uracil
@@ -51,24 +53,11 @@ class FastaReader:
         self.descriptions = {name: contig.description for name, contig in tables.contigs.items()}
 
     def read(self, contig: str, start: int, end: int) -> bytes:
-        """Bases start … end-1 of a contig as ASCII, U read as T; the caller has checked the range."""
+        """Bases start … end-1 of a contig as ASCII; the caller has checked the range."""
         if start == end:
             return b""
-        row = self._table[contig]
-        first, last = _text_offset(row, start), _text_offset(row, end - 1) + 1
-        bases = self._text.pread(first, last - first)
-        if row.line_width > row.line_bases:
-            bases = bases.replace(b"\n", b"")
-            if len(bases) != end - start:
-                bases = bases.replace(b"\r", b"")
-        if len(bases) != end - start:
-            raise UserError(f"{self._text.path}: contig {contig!r} changed while in use; run the command again")
+        bases = self._regions.read(contig, start, end)
         return bases.translate(_DNA_OF_RNA) if self._has_uracil else bases
-
-
-def _text_offset(row: Contig, position: int) -> int:
-    line, column = divmod(position, row.line_bases)
-    return row.offset + line * row.line_width + column
 
 
 def open_fasta(path: Path, cache_dir: Path) -> FastaReader:
@@ -86,7 +75,7 @@ def open_fasta(path: Path, cache_dir: Path) -> FastaReader:
             tables, bases_path = store.extract_bases()
     if bases_path is not None:
         return FastaReader(PinnedFile(bases_path), tables)
-    return FastaReader(file if tables.blocks is None else BgzfFile(file, tables.blocks), tables)
+    return FastaReader(file, tables)
 
 
 def _scan(file: PinnedFile, bases=None, label: str = "checking") -> Tables:

@@ -37,7 +37,13 @@ class PinnedFile:
     def check_unchanged(self) -> None:
         """Raise a `UserError` where the file's size or time of change is another than at the start."""
         descriptor = self._descriptor if self._descriptor is not None else self._open()
-        status = os.fstat(descriptor)
+        self._require(os.fstat(descriptor))
+
+    def require_same(self, path: Path) -> None:
+        """Raise a `UserError` where what stands at `path` is another file than this one, or has changed since."""
+        self._require(path.stat())
+
+    def _require(self, status: os.stat_result) -> None:
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
             raise UserError(f"{self.path}: was changed while in use; run the command again")
 

@@ -12,10 +12,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
+from caduceus.presets import CONFIGS
 from data_prep.argument_types import is_url
 from data_prep.plan.aliases import read_aliases
 
-REGISTRY = Path(__file__).resolve().parents[2] / "configs" / "genome"
+REGISTRY = CONFIGS / "genome"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 

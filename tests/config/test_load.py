@@ -135,3 +135,13 @@ def test_double_precision_is_refused_for_backends_without_it(preset: Path, backe
     with pytest.raises(UserError, match=rf"^train\.precision: ops\.backend={backend} does not .* fp64; use naive"):
         load_config(preset, [f"ops.backend={backend}", "train.precision=fp64"])
     assert load_config(preset, ["train.precision=fp64"]).ops.backend == "auto"
+
+
+def test_a_file_of_the_name_of_a_preset_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("ps-1k").model.d_model == 256
+    assert (load_config("ps-1k").run.name, load_config("ps-1k").run.dir) == ("ps-1k", "runs/ps-1k")
+    (tmp_path / "ps-1k").write_text("model: {d_model: 32}\n")
+    assert load_config("ps-1k").model.d_model == 32
+    with pytest.raises(UserError, match=r"^ps-2k: no such configuration file, nor a preset .* --config list"):
+        load_config("ps-2k")

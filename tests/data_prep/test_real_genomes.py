@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from caduceus.data.shards import load_manifest
+from caduceus.errors import UserError
 from tests.data_prep.genomes import reverse_complement, shard, tree_digest
 
 pytestmark = pytest.mark.slow
@@ -117,6 +118,9 @@ def test_blacklist_of_an_assembly(shared_data: Path, tmp_path: Path) -> None:
     bed = shared_data / "intervals" / "hg19-blacklist.v2.bed.gz"
     out = tmp_path / "out"
     options = ("--species", "human", "--out", out, "--exclude-bed", bed, "--cache-dir", tmp_path / "cache")
+    with pytest.raises(UserError, match=r"hg19-blacklist\.v2\.bed\.gz:1: the genome has no contig 'chr\d+', but 20"):
+        shard("--fasta", shared_data / "human" / "20.fa.gz", *options)
+    options += ("--allow-unknown-contigs",)
     shard("--fasta", shared_data / "human" / "20.fa.gz", *options)
     length = load_manifest(out)["species"][0]["contigs"][0]["length"]
     mask = np.zeros(length, dtype=bool)

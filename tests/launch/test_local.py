@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from caduceus.run.directory import RunDirectory
+from launch.history import attempts
 from launch.status import overview
 from tests.conftest import REPOSITORY
 from tests.slurm.small_runs import PATIENCE, command, held, process_of, wait_until_training, write_config
@@ -50,11 +51,14 @@ def test_a_local_job_is_interrupted_killed_and_cancelled(small_shards, tmp_path)
 
     job = start(tmp_path, config)
     wait_until_training(run, 3)
-    assert command("runs", tmp_path, "cancel", "run").returncode == 0
+    cancelled = command("runs", tmp_path, "cancel", "run")
     assert not overview(RunDirectory(run)).live
-    again = start(tmp_path, config)  # while the first command is still telling its end
+    again = start(tmp_path, config)  # at once: the cancelled one may still be on its way out
+    assert cancelled.returncode == 0 and "its newest checkpoint is of step " in cancelled.stdout
     job.communicate(timeout=PATIENCE)
     assert job.returncode == 1
     wait_until_training(run, 4)
+    assert [attempt.reason for attempt in attempts(RunDirectory(run))] == ["stopped", "failed", "ended by SLURM", None]
     assert command("runs", tmp_path, "cancel", "run").returncode == 0
     again.communicate(timeout=PATIENCE)
+    assert overview(RunDirectory(run)).state == "cancelled"

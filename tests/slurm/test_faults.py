@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from caduceus.errors import Kind
 from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, read_ends
 from launch import history
 from launch.history import attempts
 from launch.scheduler import IN_QUEUE
@@ -130,6 +132,39 @@ def a_mistake_is_not_repeated(on: Setting) -> None:
     assert "state       given up: ops.backend: 'triton'" in runs(on.directory, "status", run)
 
 
+def a_loader_worker_that_is_killed_before_the_first_step(on: Setting) -> None:
+    """Its rank crashes, and the innocent one that shares its sequences must not count as a mistake of the user."""
+    run, killed = on.directory / "run", on.directory / "killed"
+    preset = on.directory / "deadly.yaml"
+    request = "executor: slurm\ncpus_per_task: 1\nmem: 500M\n"
+    preset.write_text(f"{request}env: {{PYTHONPATH: {on.directory}}}\n")
+    (on.directory / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "def die():\n"
+        "    frame, names = sys._getframe(), set()\n"
+        "    while frame := frame.f_back:\n"
+        "        names.add(frame.f_code.co_filename)\n"
+        "    in_loader = any(name.endswith('torch/utils/data/dataloader.py') for name in names)\n"
+        "    if in_loader and os.environ.get('SLURM_PROCID') == '1':\n"
+        f"        os.close(os.open({str(killed)!r}, os.O_CREAT | os.O_EXCL))\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"if not os.path.exists({str(killed)!r}):\n"
+        "    os.register_at_fork(after_in_child=die)\n"
+    )
+    shared = ["--nodes", "2", "parallel.context=2", "data.workers=1", "train.steps=2", f"run.dir={run}"]
+    job = job_of(on.launch("--cluster", preset, *shared))
+    assert wait_for_end(on.cluster, job) == "COMPLETED"
+    assert killed.exists()
+    first, second = attempts(RunDirectory(run))
+    assert (first.reason, first.refused, first.gave_up) == (history.FAILED, False, False)
+    ends = read_ends(ends_folder(run, job, 0))
+    assert {rank: end.kind for rank, end in ends.items()} in (
+        {0: Kind.PEER, 1: Kind.CRASH},
+        {1: Kind.CRASH},  # srun may end the other rank before it has told
+    )
+    assert "worker" in first.error and second.reason == history.COMPLETE
+
+
 def a_bad_node_is_left_out(on: Setting) -> None:
     run = on.directory / "run"
     prolog = on.directory / "prolog.sh"
@@ -152,6 +187,7 @@ def a_bad_node_is_left_out(on: Setting) -> None:
 
 
 SCENARIOS = [
+    a_loader_worker_that_is_killed_before_the_first_step,
     a_bad_node_is_left_out,
     the_time_limit,
     a_save_that_outlasts_the_time_limit,

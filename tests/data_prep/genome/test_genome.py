@@ -17,7 +17,7 @@ from data_prep.genome.genome import open_genome
 from tests.data_prep.genome_files import FASTA, Contigs, bgzip, cache_of, check, settled, twobit
 from tests.data_prep.genomes import dataset_of, shard, tar_samples
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 BASES = "ACGTacgtNnRYKMSWBDHVrykmswbdhvUu"
 
 contig_tables = st.dictionaries(
@@ -121,6 +121,22 @@ def test_large_chunks_and_long_lines(tmp_path, monkeypatch):
             check(open_genome(path, tmp_path / "cache"), contigs)
             assert (tmp_path / f"{path.name}.fai").exists()
             assert not list((tmp_path / "cache").glob("*.bases"))  # regular lines are read in place
+
+
+@pytest.mark.parametrize("block", [65536, 65280, 4096])
+def test_bgzip_blocks_of_any_size_are_read_from_any_place(tmp_path, block, rng):
+    """Blocks of 65,536 bytes, the most that the format allows, are what some tools write."""
+    bases = rng.choice(np.frombuffer(b"ACGT", np.uint8), 300_000).tobytes()
+    for width in (60, 300_000):
+        lines = [bases[at : at + width] for at in range(0, len(bases), width)]
+        path = tmp_path / f"{width}.fa"
+        path.write_bytes(bgzip(b">a\n" + b"\n".join(lines) + b"\n", block))
+        genome = open_genome(path, tmp_path / "cache")
+        borders = [block * number for number in range(1, 300_000 // block)][:70]
+        for start in [0, 59, 60, 61, *borders, *(border - 3 for border in borders)]:
+            for place in range(max(start - 2, 0), start + 3):
+                assert genome.read("a", place, place + 200) == bases[place : place + 200]
+        assert genome.read("a", 0, 300_000) == bases
 
 
 def test_descriptions_and_names(folder):

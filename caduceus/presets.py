@@ -1,0 +1,30 @@
+"""The YAML files of configs/, by name: models and runs, clusters, genomes. Imports no torch."""
+
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent / "configs"
+"""In a clone this is a link to configs/; an installed package holds the files."""
+
+
+def preset(kind: str, name: str | Path) -> Path:
+    """The file that `name` means: a path, or the name of a preset of configs/KIND/ where no such file is here."""
+    path = Path(name)
+    known = CONFIGS / kind / f"{name}.yaml"
+    return known if len(path.parts) == 1 and not path.exists() and known.is_file() else path
+
+
+def presets(kind: str) -> dict[str, str]:
+    """The names of configs/KIND/, each with what it is: the first line of its file."""
+    return {path.stem: _words(path) for path in sorted((CONFIGS / kind).glob("*.yaml"))}
+
+
+def preset_list(kind: str) -> str:
+    """`presets` as lines to read."""
+    found = presets(kind)
+    width = max(map(len, found), default=0)
+    return "\n".join(f"  {name:{width}}  {words}" for name, words in found.items())
+
+
+def _words(path: Path) -> str:
+    first = path.read_text().partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
