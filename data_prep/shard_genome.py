@@ -129,6 +129,19 @@ def add_plan_options(group: Any) -> None:
         help="pass over rows of tables about contigs, or places on them, that the genome does not hold",
         default=argparse.SUPPRESS,
     )
+    _add_choices(group)
+    for split in ("valid", "test"):
+        group.add_argument(
+            f"--{split}-contigs",
+            nargs="+",
+            metavar="C",
+            help=f"contigs of the {split} split",
+            default=argparse.SUPPRESS,
+        )
+
+
+def _add_choices(group: Any) -> None:
+    """Options that take one of several words, several values, or none."""
     group.add_argument("--strands", choices=STRANDS, help="which strands are stored (both)", default=argparse.SUPPRESS)
     group.add_argument("--tail", choices=TAILS, help="the end of a segment (short)", default=argparse.SUPPRESS)
     group.add_argument(
@@ -151,14 +164,6 @@ def add_plan_options(group: Any) -> None:
         help="cut out of train what valid or test hold (except with --interval-mode extend)",
         default=argparse.SUPPRESS,
     )
-    for split in ("valid", "test"):
-        group.add_argument(
-            f"--{split}-contigs",
-            nargs="+",
-            metavar="C",
-            help=f"contigs of the {split} split",
-            default=argparse.SUPPRESS,
-        )
 
 
 def refuse_unused(args: argparse.Namespace) -> None:
