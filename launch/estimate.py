@@ -26,7 +26,7 @@ REPLAYED_PER_CHANNEL, MOST_REPLAYED = 32, 2**31
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and Adam's two moments in fp32."""
 GPU_BYTES = 80_000_000_000
-"""Of an H100."""
+"""Memory of an H100."""
 
 
 @dataclass(frozen=True)

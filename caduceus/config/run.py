@@ -292,14 +292,19 @@ class WandbConfig:
 
     mode: str = key(
         "auto",
-        "auto is online when logged in to W&B, offline otherwise.",
+        "auto is WANDB_MODE where that is set; else online when logged in to W&B, offline otherwise.",
         fixes="nothing",
         choices=("auto", "online", "offline", "disabled"),
     )
-    project: str = key("caduceus", "Project of W&B.", fixes="nothing")
-    entity: str | None = key(None, "User or team of W&B; null is your own.", fixes="nothing")
-    group: str | None = key(None, "Group of runs in W&B.", fixes="nothing")
-    tags: list[str] = key([], "Tags of the run in W&B.", fixes="nothing")
+    project: str | None = key(None, "Project of W&B; null is WANDB_PROJECT, or caduceus.", fixes="nothing")
+    entity: str | None = key(None, "User or team of W&B; null is WANDB_ENTITY, or your own.", fixes="nothing")
+    group: str | None = key(None, "Group of runs in W&B; null is WANDB_RUN_GROUP.", fixes="nothing")
+    tags: list[str] = key([], "Tags of the run in W&B; none is WANDB_TAGS.", fixes="nothing")
+    notes: str | None = key(None, "Notes on the run in W&B; null is WANDB_NOTES.", fixes="nothing")
+    job_type: str | None = key(None, "Type of the run in W&B, such as pretrain.", fixes="nothing")
+    required: bool = key(
+        False, "Refuse to start where W&B cannot be reached, instead of sending it later.", fixes="nothing"
+    )
 
 
 @dataclass
@@ -317,7 +322,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-SECTIONS: dict[str, type] = {section.name: section.type for section in fields(Config)}
+SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Config)}
 """The dataclass of each section; its docstring says what the section is about."""
 KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() for found in keys_of(section, cls)}
 """Every key, by its name `section.key`."""
