@@ -24,7 +24,7 @@ GPU_SCRATCH, CPU_SCRATCH = 2**28, 2**29
 CPU_HEAP = 1.1
 """Bytes that a process on a CPU holds for each byte of its tensors."""
 GPU_BYTES = 80_000_000_000
-"""Of an H100."""
+"""Memory of an H100."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """python launch/runs.py list [DIR] | status RUN | logs RUN [--rank R] [-f] | stop RUN | cancel RUN
-                       resume RUN [--nodes M] [key.path=value …]
+                       resume RUN [--nodes M] [key.path=value …] | sync RUN
 
 Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it tells what SLURM has forgotten.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
+from caduceus.monitor.wandb.process import sync
 from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs, scheduler
 from launch.history import Attempt, Submission, submissions
@@ -46,7 +47,7 @@ def main() -> int:
     """Do what the command line asks for; returns the exit status."""
     arguments = parse_arguments()
     if arguments.action in ("list", "status", "logs"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it silently
     if arguments.action == "list":
         print(summary(find_runs(arguments.directory)))
         return 0
@@ -55,6 +56,8 @@ def main() -> int:
         print(status(run))
     elif arguments.action == "logs":
         show_log(run, arguments.rank, arguments.follow)
+    elif arguments.action == "sync":
+        return sync(run)
     elif arguments.action == "stop":
         stop(run)
     elif arguments.action == "cancel":
@@ -78,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "status": "step, loss, rate, time left, checkpoints, and every start and end so far",
         "logs": "the newest log of a rank",
         "stop": "save a checkpoint, end, and stay so until resumed",
+        "sync": "send Weights & Biases what it lacks of the run",
         "cancel": "end at once; what came after the newest checkpoint is lost",
         "resume": "submit again as before, or with another number of nodes or other settings",
     }
@@ -89,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     added["resume"].add_argument("--nodes", type=int, metavar="M", help="on another number of nodes")
     settings = "settings to change, such as train.micro_batch=2"
     added["resume"].add_argument("overrides", nargs="*", metavar="key.path=value", help=settings)
-    # Of subcommands argparse takes positional arguments only before the first option.
+    # argparse takes the positional arguments of a subcommand only before its first option.
     arguments, further = parser.parse_known_args()
     if further and (arguments.action != "resume" or any(text.startswith("-") for text in further)):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
