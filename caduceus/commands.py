@@ -11,7 +11,7 @@ COMMANDS = {
     "caduceus-launch-shard": "python launch/shard.py",
     "caduceus-runs": "python launch/runs.py",
     "caduceus-evaluate": "python -m caduceus.evaluate",
-    "caduceus-hub": "python -m caduceus.model.hub",
+    "caduceus-hub": "python -m caduceus.hub",
 }
 """What `pip install` puts on the path, and how the same is called in a clone."""
 

@@ -59,7 +59,7 @@ def main() -> int:
     command("launch/slurm.py", "--cluster", "local", "--config", CONFIG, *settings)
 
     say("3  Export it in the published format, and evaluate the export on the same masked bases")
-    command("-m", "caduceus.model.hub", "export", "--run", run, "--out", export)
+    command("-m", "caduceus.hub", "export", "--run", run, "--out", export)
     evaluation = ["-m", "caduceus.evaluate", "heldout", "--export", export, "--config", f"{run}/config.yaml"]
     exported = command(*evaluation, capture=True)
 

@@ -1,5 +1,5 @@
 """python launch/runs.py list [DIR] | status RUN | logs RUN [--rank R] [-f] | stop RUN | cancel RUN
-                       resume RUN [--nodes M] [key.path=value …]
+                       resume RUN [--nodes M] [key.path=value …] | sync RUN
 
 Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it tells what SLURM has forgotten.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
+from caduceus.monitor.wandb.process import sync
 from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs, scheduler
 from launch.history import Attempt, Submission, submissions
@@ -55,6 +56,8 @@ def main() -> int:
         print(status(run))
     elif arguments.action == "logs":
         show_log(run, arguments.rank, arguments.follow)
+    elif arguments.action == "sync":
+        return sync(run)
     elif arguments.action == "stop":
         stop(run)
     elif arguments.action == "cancel":
@@ -78,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "status": "step, loss, rate, time left, checkpoints, and every start and end so far",
         "logs": "the newest log of a rank",
         "stop": "save a checkpoint, end, and stay so until resumed",
+        "sync": "send Weights & Biases what it lacks of the run",
         "cancel": "end at once; what came after the newest checkpoint is lost",
         "resume": "submit again as before, or with another number of nodes or other settings",
     }

@@ -117,7 +117,7 @@ def wandb_place(wandb: WandbConfig) -> str:
     """Where the run is to be seen in W&B, as far as it is known before it starts."""
     if wandb.mode in ("offline", "disabled"):
         return wandb.mode
-    project = "/".join(filter(None, [wandb.entity, wandb.project]))
+    project = "/".join(filter(None, [wandb.entity, wandb.project or "caduceus"]))
     return f"project {project}; the log has the link of the run"
 
 

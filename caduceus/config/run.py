@@ -355,14 +355,19 @@ class WandbConfig:
 
     mode: str = key(
         "auto",
-        "auto is online when logged in to W&B, offline otherwise.",
+        "auto is WANDB_MODE where that is set; else online when logged in to W&B, offline otherwise.",
         fixes="nothing",
         choices=("auto", "online", "offline", "disabled"),
     )
-    project: str = key("caduceus", "Project of W&B.", fixes="nothing")
-    entity: str | None = key(None, "User or team of W&B; null is your own.", fixes="nothing")
-    group: str | None = key(None, "Group of runs in W&B.", fixes="nothing")
-    tags: list[str] = key([], "Tags of the run in W&B.", fixes="nothing")
+    project: str | None = key(None, "Project of W&B; null is WANDB_PROJECT, or caduceus.", fixes="nothing")
+    entity: str | None = key(None, "User or team of W&B; null is WANDB_ENTITY, or your own.", fixes="nothing")
+    group: str | None = key(None, "Group of runs in W&B; null is WANDB_RUN_GROUP.", fixes="nothing")
+    tags: list[str] = key([], "Tags of the run in W&B; none is WANDB_TAGS.", fixes="nothing")
+    notes: str | None = key(None, "Notes on the run in W&B; null is WANDB_NOTES.", fixes="nothing")
+    job_type: str | None = key(None, "Type of the run in W&B, such as pretrain.", fixes="nothing")
+    required: bool = key(
+        False, "Refuse to start where W&B cannot be reached, instead of sending it later.", fixes="nothing"
+    )
 
 
 @dataclass

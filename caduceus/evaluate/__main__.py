@@ -27,7 +27,7 @@ def main() -> int:
     source.add_argument(
         "--run", metavar="RUN", help="a run directory (its newest checkpoint), or one of its checkpoints"
     )
-    source.add_argument("--export", metavar="DIR", help="a published checkpoint, such as caduceus.model.hub exports")
+    source.add_argument("--export", metavar="DIR", help="a published checkpoint, such as caduceus.hub exports")
     heldout.add_argument("--config", metavar="FILE", help="data and masks; default the run's own config.yaml")
     heldout.add_argument("--split", choices=SPLITS, default="valid")
     heldout.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
@@ -41,7 +41,8 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     from caduceus.data.loader import build_validation
     from caduceus.distributed.ranks import choose_device
     from caduceus.evaluate.heldout import held_out_loss
-    from caduceus.model.hub import load_published, load_trained, run_of
+    from caduceus.hub import load
+    from caduceus.hub.folders import run_of
     from caduceus.ops import check_backend
 
     if arguments.config is None and arguments.run is None:
@@ -50,7 +51,7 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
         )
     config = load_config(arguments.config or run_of(arguments.run).config_path, arguments.overrides)
     device = choose_device(config.run.device)
-    model = load_trained(arguments.run) if arguments.run else load_published(arguments.export)
+    model = load(arguments.run or arguments.export)
     config.model = model.config  # decides which strands a sample may show
     dtype = next(model.parameters()).dtype
     check_backend(model.backend, device, dtype, config.model.d_state, config.model.d_conv)

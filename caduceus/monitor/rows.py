@@ -1,48 +1,42 @@
-"""Where people watch a run: metrics.jsonl, the console, Weights & Biases."""
+"""Where people watch a run: rows go to metrics.jsonl, and from there to the terminal and to Weights & Biases."""
 
 import json
 import logging
 import math
-import sys
 import time
 from typing import Any
 
-from rich.console import Console
-
 from caduceus.config import Config
-from caduceus.monitor.wandb import WandbRun
+from caduceus.monitor.terminal import Terminal
+from caduceus.monitor.view import View, clock
+from caduceus.monitor.wandb.identity import status
+from caduceus.monitor.wandb.process import WandbProcess
 from caduceus.run.directory import RunDirectory
-
-_QUIET_SECONDS = 30.0
-"""Pause between progress lines when nobody watches a terminal."""
-_TERMINAL_SECONDS = 0.2
 
 _log = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Writes every row to metrics.jsonl, a progress line to the console, and the row to W&B.
+    """Writes every row to metrics.jsonl, shows it, and has W&B brought up to it.
 
-    Use as a context manager. `wandb_id` resumes that W&B run; the id in use is kept in the attribute of that name.
-    Only one rank is `active`; the others' monitors do nothing.
+    Use as a context manager. Only one rank is `active`; the others' monitors do nothing.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, wandb_id: str | None, active: bool) -> None:
+    def __init__(self, config: Config, run: RunDirectory, active: bool) -> None:
         self._config = config
         self._active = active
-        self.wandb_id = wandb_id
+        self.stopped = False
+        """Whether the run ends before its last step, to be started again."""
         if not active:
             return
         self._run = run
+        self._started = time.monotonic()
+        self.wandb = WandbProcess(config, run.path)
         self._file = run.metrics_path.open("ab", buffering=0)
         self._unwritten = b""
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._terminal = sys.stderr.isatty()
-        self._last_line = 0.0
-        self._started = time.monotonic()
-        self._first_step: int | None = None
-        self._wandb = WandbRun(config, run, wandb_id)
-        self.wandb_id = self._wandb.id
+        self._view = View(run, config.run.name or run.path.name, config.train.steps, config.valid.every)
+        self._recall()
+        self._terminal = Terminal(self._view)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -51,22 +45,18 @@ class Monitor:
         if not self._active:
             return
         self._file.close()
-        if self._terminal:
-            self._console.print()
-        self._wandb.finish(exit_code=1 if exception[0] else 0)
+        self._terminal.close()
+        reason = f"{type(exception[1]).__name__}: {exception[1]}" if exception[1] else None
+        self.wandb.end(1 if exception[0] else 0, self.stopped, reason)
+        if not exception[0]:
+            self._summarise()
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Record a training row and show progress now and then."""
         if not self._active:
             return
         self._record(row)
-        if self._first_step is None:
-            self._first_step = row["step"] - 1
-        pause = _TERMINAL_SECONDS if self._terminal else _QUIET_SECONDS
-        last = row["step"] == self._config.train.steps
-        if time.monotonic() - self._last_line >= pause or last:
-            self._last_line = time.monotonic()
-            self._show(self._progress_line(row), stay=last)
+        self._terminal.refresh(last=row["step"] == self._config.train.steps)
 
     def log_validation(self, row: dict[str, Any]) -> None:
         """Record and show a validation row."""
@@ -75,7 +65,7 @@ class Monitor:
         self._record(row)
         species = [f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("valid_loss/")]
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
-        self._show(f"step {row['step']:,}  [bold]valid loss {row['valid_loss']:.4f}[/]{detail}", stay=True)
+        self._terminal.tell_validation(f"step {row['step']:,}  valid loss {row['valid_loss']:.4f}{detail}")
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step` from metrics.jsonl: they are about to be made again."""
@@ -84,6 +74,14 @@ class Monitor:
         self._file.close()
         self._run.truncate_metrics(step)
         self._file = self._run.metrics_path.open("ab", buffering=0)
+        self._view.reset()
+        self._recall()
+
+    def _recall(self) -> None:
+        """Show again what earlier starts had come to."""
+        for row in self._run.metrics():
+            self._view.take(row)
+        self._view.begin_start()
 
     def _record(self, row: dict[str, Any]) -> None:
         # JSON knows no NaN.
@@ -94,25 +92,24 @@ class Monitor:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:  # a full disk: the next checkpoint ends the run, unless there is room again by then
             _log.warning("%s: %s; its last rows wait in memory", self._file.name, error.strerror)
-        self._wandb.log(row)
+        self._view.take(finite, time.monotonic())
 
-    def _progress_line(self, row: dict[str, Any]) -> str:
-        steps, done = self._config.train.steps, row["step"]
-        elapsed = time.monotonic() - self._started
-        left = elapsed / (done - self._first_step) * (steps - done)
-        return (
-            f"step {done:,}/{steps:,}  [bold]loss {row['loss']:.4f}[/]  lr {row['lr']:.2e}  "
-            f"grad norm {row['grad_norm']:.2f}  {row['tokens_per_second']:,.0f} bases/s  "
-            f"{_clock(elapsed)} passed, {_clock(left)} left"
-        )
+    def _summarise(self) -> None:
+        """Say how the run stands and where everything of it is."""
+        view, path = self._view, self._run.path
+        done = "stopped" if self.stopped else "finished"
+        _log.info("%s at step %s of %s after %s", done, f"{view.step:,}", f"{view.steps:,}", self._clock())
+        if view.best_valid is not None and view.valid is not None:
+            best = f"best {view.best_valid[1]:.4f} at step {view.best_valid[0]:,}"
+            _log.info("  valid loss   %.4f (%s)", view.valid[1], best)
+        _log.info("  rows         %s", self._run.metrics_path)
+        checkpoints = self._run.checkpoints()
+        if checkpoints:
+            _log.info("  checkpoint   %s", checkpoints[-1].path)
+        sent = status(path)
+        if sent is not None and self.wandb.pid is not None:
+            has = "" if sent.state == "complete" else f"{sent.state}; `python launch/runs.py sync {path}` sends it"
+            _log.info("  W&B          %s", "  ".join(filter(None, [sent.url, has])))
 
-    def _show(self, line: str, stay: bool) -> None:
-        self._console.print(
-            f"\r\x1b[2K{line}" if self._terminal else line, end="\n" if stay or not self._terminal else ""
-        )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    def _clock(self) -> str:
+        return clock(time.monotonic() - self._started)

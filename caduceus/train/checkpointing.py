@@ -44,7 +44,6 @@ class Progress:
     step: int
     tokens: int
     loader: dict[str, Any]
-    wandb_id: str | None = None
     warmup_steps: int | None = None
     """Of the learning rate; None in a checkpoint of a version that did not keep it."""
     health: Health = field(default_factory=Health)
@@ -157,7 +156,7 @@ class Checkpoints:
         health = replace(
             before.health, skipped_steps=progress.health.skipped_steps, rewinds=progress.health.rewinds + 1
         )
-        return replace(before, loader=position, wandb_id=progress.wandb_id, health=health)
+        return replace(before, loader=position, health=health)
 
     def _write(
         self, write: Callable[[Path], None], writing: Path, progress: dict[str, Any], rng: dict[str, Any]
@@ -203,6 +202,7 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
     with strategy.ranks.agreeing():
         _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
         values = json.loads((checkpoint.path / "progress.json").read_text())
+        values.pop("wandb_id", None)  # stood here once; the run directory keeps it
     return Progress(**{**values, "health": Health(**values["health"])})
 
 

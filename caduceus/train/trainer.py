@@ -85,10 +85,9 @@ def _train(
                 layout = {"ranks": ranks.world, "strands": ranks.strands, "context": ranks.context}
                 facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
                 run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
-            monitor = Monitor(config, run, progress.wandb_id, active=ranks.is_main)
+            monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with stop.listening(), monitor, scheduled_garbage_collection():
-        progress.wandb_id = monitor.wandb_id
         batches = iter(loader)
         _log.info("ready to train after %.1f s", time.monotonic() - started)
         while progress.step < config.train.steps:
@@ -123,6 +122,7 @@ def _train(
             if last or stopping:
                 stop.is_saved()
             if stopping:
+                monitor.stopped = True
                 _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
                 return EXIT_REQUEUE
     return 0

@@ -93,6 +93,9 @@ OTHER: dict[str, Any] = {
     "wandb.entity": "another",
     "wandb.group": "another",
     "wandb.tags": ["another"],
+    "wandb.notes": "another",
+    "wandb.job_type": "another",
+    "wandb.required": True,
 }
 """Another value of each key than a small run has."""
 

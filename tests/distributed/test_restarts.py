@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from caduceus.config import Config
-from caduceus.model.hub import load_trained
+from caduceus.hub import load
 from tests.distributed.layouts import LAYOUTS, Layout, Observed, config_of, train_all
 
 pytestmark = pytest.mark.slow
@@ -122,7 +122,7 @@ def test_zero_goes_on_with_another_stage_or_says_why_not(plan: Plan, observed: d
 @pytest.mark.parametrize("stage", range(4))
 def test_weights_of_a_zero_run_are_read_without_deepspeed(plan: Plan, observed: dict, stage: int) -> None:
     weights, expected = (
-        load_trained(plan.directory / name).state_dict() for name in (f"whole ZeRO {stage}, 2 ranks", "whole DDP 2")
+        load(plan.directory / name).state_dict() for name in (f"whole ZeRO {stage}, 2 ranks", "whole DDP 2")
     )
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5, msg=name)

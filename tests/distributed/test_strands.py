@@ -17,7 +17,7 @@ from caduceus.data.loader import build_validation
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strands import StrandGroup
 from caduceus.evaluate.heldout import held_out_loss
-from caduceus.model.hub import load_trained
+from caduceus.hub import load
 from tests.distributed.layouts import Layout, config_of, train_all
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import numbers
@@ -128,10 +128,10 @@ def test_a_run_counts_validates_and_ends_as_on_one_rank(damaged_shards: Path, tm
     rows, expected = (numbers(run.run.dir) for run in (shared, alone))
     assert expected[-2]["substituted_samples"] > 4 and "valid_loss/small" in expected[-1]
     assert rows == [pytest.approx(row, rel=1e-9) for row in expected]
-    weights, expected_weights = (load_trained(run.run.dir).state_dict() for run in (shared, alone))
+    weights, expected_weights = (load(run.run.dir).state_dict() for run in (shared, alone))
     for name, tensor in expected_weights.items():
         torch.testing.assert_close(weights[name], tensor, rtol=1e-9, atol=1e-9)
-    model, batches = load_trained(shared.run.dir).double(), build_validation(shared)
+    model, batches = load(shared.run.dir).double(), build_validation(shared)
     assert held_out_loss(model, batches, torch.device("cpu")) == {
         name: pytest.approx(rows[-1][name], rel=1e-6) for name in ("valid_loss", "valid_loss/small")
     }

@@ -6,8 +6,3 @@ from tests.model.golden import NAMES, Golden, load_golden
 @pytest.fixture(params=NAMES)
 def golden(request: pytest.FixtureRequest) -> Golden:
     return load_golden(request.param)
-
-
-@pytest.fixture
-def golden_ps() -> Golden:
-    return load_golden("ps_fused")

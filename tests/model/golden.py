@@ -7,9 +7,8 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
+from caduceus.hub.published import PublishedLayout, from_published
 from caduceus.model.caduceus import CaduceusForMaskedLM
-from caduceus.model.hub import from_published
-from caduceus.model.published import PublishedLayout
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "golden"
 NAMES = [

@@ -1,97 +1,257 @@
-"""What becomes of a run whose Weights & Biases client fails: the real client, offline."""
+"""The real W&B client against a stand-in of its server: W&B has what metrics.jsonl has, whatever happens on the way."""
 
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from caduceus.config import Config
-from caduceus.run.directory import RunDirectory
-from caduceus.train.stopping import EXIT_REQUEUE
+from caduceus.errors import UserError
+from caduceus.monitor.wandb.identity import identity
+from caduceus.monitor.wandb.process import WandbProcess, sync
+from launch import runs
+from tests.monitor.conftest import STEPS, Watched, make_step, sent_rows, status
+from tests.monitor.wandb_server import WandbServer
 from tests.train.conftest import SmallRun
 
 pytestmark = pytest.mark.slow
 
-STEPS = 150
+
+def children_of(parent: int, name: bytes = b"sender") -> list[int]:
+    """The processes below a process whose command line has this name."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if name in (process / "cmdline").read_bytes():
+                above = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                found += [int(process.name)] if above == parent else []
+        except OSError:
+            continue
+    return found
 
 
-@pytest.fixture
-def config(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setenv("WANDB_API_KEY", "")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    sections = {"train": {"steps": STEPS}, "valid": {"every": 50}, "checkpoint": {"every": 1000}}
-    return small_run.config("watched", wandb={"mode": "offline"}, **sections)
+def clients_of(parent: int) -> list[int]:
+    """The processes of W&B's client below a process."""
+    return children_of(parent, b"wandb-core")
 
 
-def start_and_kill_the_service(small_run: SmallRun, config: Config) -> subprocess.Popen:
-    """A training whose W&B service process was killed after a few steps."""
-    process, run = small_run.start(config), RunDirectory(config.run.dir)
-    while len(run.metrics()) < 3:
-        time.sleep(0.01)
-        assert process.poll() is None, process.communicate()[1]
-    (service,) = service_processes(process.pid)
-    os.kill(service, signal.SIGKILL)
-    return process
+def wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
-def service_processes(parent: int) -> list[int]:
-    tasks = Path(f"/proc/{parent}/task").glob("*/children")
-    children = [int(pid) for children in tasks for pid in children.read_text().split()]
-    return [pid for pid in children if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
-
-
-def test_a_run_survives_its_service_and_resumes_the_same_wandb_run(small_run: SmallRun, config: Config) -> None:
-    process = start_and_kill_the_service(small_run, config)
-    message = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, message
-    run = RunDirectory(config.run.dir)
-    assert [row["step"] for row in run.metrics() if "loss" in row] == list(range(1, STEPS + 1))
-    assert sum("wandb" in line and "goes on without" in line for line in message.splitlines()) == 1, message
-    assert "Traceback" not in message
-    config.train.steps, config.run.allow_change = STEPS + 2, ["train.steps"]
-    process = small_run.start(config)
-    message = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, message
-    directories = list((run.path / "wandb").glob("offline-run-*"))
-    assert len(directories) == 2
-    assert len({path.name.rsplit("-", 1)[1] for path in directories}) == 1
-
-
-def test_what_a_killed_start_leaves_is_in_the_run_and_goes_at_the_next(
-    small_run: SmallRun, config: Config, tmp_path: Path, monkeypatch
+def test_a_stopped_and_resumed_run_is_one_wandb_run_with_the_rows_of_metrics(
+    server: WandbServer, watched: Watched
 ) -> None:
-    (tmp_path / "system").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "system"))
-    process, run = small_run.start(config), RunDirectory(config.run.dir)
-    while len(run.metrics()) < 3:
-        time.sleep(0.01)
-        assert process.poll() is None, process.communicate()[1]
-    process.kill()
-    process.communicate()
-    left = {path.name for path in (run.path / "wandb" / "tmp").iterdir()}
-    assert any("wandb-media" in name for name in left) and any("wandb-artifacts" in name for name in left)
-    assert not list((tmp_path / "system").glob("*wandb*"))
-    config.train.steps, config.run.allow_change = 6, ["train.steps"]
-    for mode in ("offline", "disabled"):  # a start without W&B tidies up as well
-        (run.path / "wandb" / "tmp" / f"left before {mode}").mkdir(parents=True, exist_ok=True)
-        config.wandb.mode = mode
+    watched.go_on(1, 25, stopped=True)
+    run = server.only_run()
+    assert sent_rows(run) == watched.rows()
+    assert run.preempting and run.exit_code == 75
+    assert status(watched.path)["state"] == "complete" and status(watched.path)["step"] == 25
+    watched.go_on(21, STEPS)  # from the checkpoint of step 20
+    assert server.only_run() is run
+    assert sent_rows(run) == watched.rows()
+    assert run.written_twice == 0 and run.exit_code == 0
+    assert run.name == identity(watched.path).id and server.url in identity(watched.path).url
+    assert not server.unknown
+
+
+def test_a_failed_run_ends_as_failed_with_its_reason(server: WandbServer, watched: Watched) -> None:
+    with pytest.raises(UserError), watched.monitor() as monitor:
+        make_step(monitor, 1)
+        raise UserError("data.path: gone")
+    run = server.only_run()
+    assert run.exit_code == 1 and "data.path: gone" in run.summary
+    assert [row["step"] for row in sent_rows(run)] in ([], [1])
+
+
+def test_steps_made_again_with_other_samples_replace_the_former_ones(watched: Watched, monkeypatch) -> None:
+    with WandbServer(can_rewind=True) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        watched.go_on(1, 25, stopped=True)
+        watched.go_on(21, STEPS, shift=64)
+        run = server.only_run()
+        assert run.rewinds == 1
+        assert sent_rows(run) == watched.rows()
+
+
+def test_where_the_server_cannot_rewind_a_new_run_has_every_step_once(
+    server: WandbServer, watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched.go_on(1, 25, stopped=True)
+    (former,) = server.runs
+    watched.go_on(21, STEPS, shift=64)
+    assert len(server.runs) == 2
+    now = identity(watched.path)
+    assert now.former == [former] and sent_rows(server.runs[now.id]) == watched.rows()
+    assert sum("goes on as" in message for message in caplog.messages) == 1
+
+
+def test_a_rewind_in_one_start_leaves_no_stale_step(monkeypatch: pytest.MonkeyPatch, watched: Watched) -> None:
+    with WandbServer(can_rewind=True) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        with watched.monitor() as monitor:
+            for step in range(1, 26):
+                make_step(monitor, step)
+            wait_for(lambda: server.runs and len(server.only_run().history) >= 22)
+            monitor.rewind(20)
+            for step in range(21, STEPS + 1):
+                make_step(monitor, step, shift=64)
+        assert sent_rows(server.only_run()) == watched.rows()
+
+
+def test_a_killed_client_loses_no_step(server: WandbServer, watched: Watched) -> None:
+    kills = 0
+    with watched.monitor() as monitor:
+        for step in range(1, STEPS + 1):
+            make_step(monitor, step)
+            if step in (10, 30):
+                wait_for(lambda step=step: server.runs and len(server.only_run().history) >= step - 1)
+                (client,) = clients_of(monitor.wandb.pid)
+                os.kill(client, signal.SIGKILL)
+                kills += 1
+    assert kills == 2
+    assert sent_rows(server.only_run()) == watched.rows() and server.only_run().written_twice == 0
+
+
+def test_signals_to_everyone_end_neither_the_sender_nor_the_run(server: WandbServer, watched: Watched) -> None:
+    with watched.monitor() as monitor:
+        make_step(monitor, 1)
+        wait_for(lambda: server.runs)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            for process in [monitor.wandb.pid, *clients_of(monitor.wandb.pid)]:
+                os.kill(process, number)
+        for step in range(2, STEPS + 1):
+            make_step(monitor, step)
+    assert sent_rows(server.only_run()) == watched.rows()
+
+
+def test_an_outage_in_mid_run_is_made_up_for(
+    server: WandbServer, watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    with watched.monitor() as monitor:
+        for step in range(1, 11):
+            make_step(monitor, step)
+        wait_for(lambda: server.runs and len(server.only_run().history) >= 9)
+        server.fail("refuse")
+        for step in range(11, 31):
+            make_step(monitor, step)
+        wait_for(lambda: status(watched.path)["state"] == "waiting", 60)
+        server.fail(None)
+        wait_for(lambda: status(watched.path)["state"] == "online", 60)
+        for step in range(31, STEPS + 1):
+            make_step(monitor, step)
+    assert sent_rows(server.only_run()) == watched.rows()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "Connection refused" in warnings[0]
+
+
+def test_sync_sends_what_an_offline_run_has(
+    server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(tmp_path / "offline", mode="offline")
+    watched.go_on(1, 15, stopped=True)
+    watched.go_on(11, STEPS)
+    assert not server.runs and status(watched.path)["state"] == "offline"
+    monkeypatch.setattr("sys.argv", ["runs.py", "sync", str(watched.path)])
+    assert runs.main() == 0
+    assert sent_rows(server.only_run()) == watched.rows()
+    assert sync(watched.run) == 0  # has everything already
+    assert sent_rows(server.only_run()) == watched.rows() and server.only_run().written_twice == 0
+    assert f"every step up to {STEPS}" in capsys.readouterr().out
+    server.fail(401)
+    assert sync(watched.run) == 1
+    assert "refuses the API key" in capsys.readouterr().out
+
+
+def test_a_deleted_run_goes_on_under_a_new_id(
+    server: WandbServer, watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched.go_on(1, 10, stopped=True)
+    (former,) = server.runs
+    server.deleted.add(former)
+    del server.runs[former]
+    watched.go_on(11, STEPS)
+    assert server.only_run().name != former
+    assert sent_rows(server.only_run()) == watched.rows()
+    assert sum(record.levelname == "WARNING" for record in caplog.records) == 1
+
+
+def test_another_entity_and_a_changed_configuration_are_taken(server: WandbServer, watched: Watched) -> None:
+    watched.go_on(1, 10, stopped=True)
+    watched.config.train.lr = 0.5
+    watched.run.keep_config(watched.config)
+    watched.go_on(11, STEPS)
+    assert server.only_run().config["train"]["value"]["lr"] == 0.5
+
+
+def test_environment_variables_hold_where_the_configuration_is_silent(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setenv("WANDB_PROJECT", "of-the-environment")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "not-this")
+    watched = Watched(tmp_path / "run", group="of-the-configuration")
+    watched.go_on(1, 5)
+    properties = server.only_run().properties
+    assert properties["project"] == "of-the-environment" and properties["tags"] == ["a", "b"]
+    assert properties["groupName"] == "of-the-configuration"
+    assert any("WANDB_PROJECT" in message for message in caplog.messages)
+    assert not any("WANDB_RUN_GROUP" in message for message in caplog.messages)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    Watched(tmp_path / "disabled").go_on(1, 2)
+    assert len(server.runs) == 1
+
+
+def test_required_refuses_a_start_without_wandb(server: WandbServer, tmp_path: Path) -> None:
+    server.fail(500)
+    watched = Watched(tmp_path / "run", required=True)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"wandb.required: .*500"):
+        watched.go_on(1, 2)
+    assert time.monotonic() - began < 15
+    server.fail(None)
+    watched.go_on(1, 2)
+    assert sent_rows(server.only_run()) == watched.rows()
+
+
+def test_the_id_is_kept_from_the_first_second(server: WandbServer, watched: Watched) -> None:
+    server.fail("refuse")
+    for _ in range(3):
+        watched.go_on(1, 1, stopped=True)
+    server.fail(None)
+    watched.go_on(1, STEPS)
+    assert server.only_run().name == identity(watched.path).id
+    assert json.loads((watched.path / "wandb" / "run.json").read_text())["former"] == []
+
+
+def test_nothing_stays_in_the_temporary_directory_after_kills(
+    small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = tmp_path / "system"
+    system.mkdir()
+    monkeypatch.setenv("TMPDIR", str(system))
+    config = small_run.config("killed", wandb={"mode": "offline"}, train={"steps": 100_000})
+    for kill_sender in (False, True):
         process = small_run.start(config)
-        message = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, message
-        assert not list((run.path / "wandb").glob("tmp/*"))
-
-
-def test_a_stop_signal_that_also_ends_the_service_still_saves(small_run: SmallRun, config: Config) -> None:
-    process = start_and_kill_the_service(small_run, config)
-    process.send_signal(signal.SIGTERM)
-    message = process.communicate(timeout=300)[1]
-    assert process.returncode == EXIT_REQUEUE, message
-    run = RunDirectory(config.run.dir)
-    (checkpoint,) = run.checkpoints()
-    assert checkpoint.damage() is None and checkpoint.step == run.metrics()[-1]["step"] < STEPS
-    assert json.loads((checkpoint.path / "progress.json").read_text())["wandb_id"]
-    assert "Traceback" not in message
+        wait_for(lambda: any(system.glob("*/*wandb*")), 60)
+        assert not list(system.glob("*wandb-media*")) and not list(system.glob("*wandb-artifacts*"))
+        senders = children_of(process.pid)
+        process.kill()
+        process.communicate()
+        if kill_sender:
+            for sender in senders:
+                os.kill(sender, signal.SIGKILL)
+        else:
+            wait_for(lambda: not list(system.glob("*wandb*")), 90)
+    config.wandb.mode, config.train.steps, config.run.allow_change = "disabled", 1, ["train.steps"]
+    assert any(system.glob("*wandb*"))
+    WandbProcess(config, Path(config.run.dir))  # a start without W&B tidies up as well
+    assert not list(system.glob("*wandb*"))

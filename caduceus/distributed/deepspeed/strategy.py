@@ -28,7 +28,7 @@ from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
 from caduceus.distributed.strategy import BuildOptimizer, Strategy, set_learning_rate
 from caduceus.errors import UserError
 from caduceus.files import dump_json
-from caduceus.model.hub import WEIGHTS
+from caduceus.hub.folders import WEIGHTS
 
 _LAYOUT = "layout.json"
 _POLL_SECONDS = 0.2

@@ -8,10 +8,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from caduceus import CaduceusConfig, CaduceusForMaskedLM
+from caduceus import CaduceusConfig, CaduceusForMaskedLM, hub
 from caduceus.config import Config, RunConfig
 from caduceus.errors import UserError, run_command
-from caduceus.model import hub
+from caduceus.hub.__main__ import main
 from caduceus.run.directory import RunDirectory
 
 
@@ -28,7 +28,7 @@ def small_model(**keys) -> CaduceusForMaskedLM:
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as exit_:
-        run_command(lambda: hub.main(list(arguments)))
+        run_command(lambda: main(list(arguments)))
     captured = capsys.readouterr()
     return exit_.value.code, captured.out, captured.err
 
@@ -94,7 +94,7 @@ def test_a_failed_save_leaves_the_earlier_export(tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(hub, "save_file", full_disk)
+    monkeypatch.setattr(hub.folders, "save_file", full_disk)
     with pytest.raises(UserError, match=r"could not be written .*No space left"):
         hub.save_published(small_model(d_model=10), tmp_path / "export")
     assert equal_models(hub.load_published(tmp_path / "export"), model)
@@ -107,13 +107,14 @@ def test_export_takes_a_run_a_checkpoint_or_an_import(tmp_path, capsys):
     status, out, _ = call(capsys, "export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "newest"))
     assert status == 0 and "exported" in out
     assert equal_models(hub.load_published(tmp_path / "newest"), model)
+    assert equal_models(hub.load(tmp_path / "newest"), model) and equal_models(hub.load(tmp_path / "run"), model)
 
     first = tmp_path / "run" / "checkpoints" / "step-00000001"
     assert call(capsys, "export", "--run", str(first), "--out", str(tmp_path / "first"))[0] == 0
     assert not hub.load_published(tmp_path / "first").embedding.weight.any()
 
     assert call(capsys, "import", "--from", str(tmp_path / "newest"), "--out", str(tmp_path / "own"))[0] == 0
-    assert equal_models(hub.load_trained(tmp_path / "own"), model)
+    assert equal_models(hub.load(tmp_path / "own"), model)
     assert call(capsys, "export", "--run", str(tmp_path / "own"), "--out", str(tmp_path / "again"))[0] == 0
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "newest" / file).read_bytes()
@@ -150,7 +151,7 @@ def test_wrong_directories_are_refused_in_one_line(tmp_path, capsys):
         ("export", "--run", str(empty)): "not a run directory",
         ("export", "--run", str(tmp_path / "absent")): "not a run directory",
         ("export", "--run", str(unfinished)): "no complete checkpoint yet",
-        ("export", "--run", str(good)): "config.yaml: no such configuration file",
+        ("export", "--run", directory("g", whole, None)): "config.yaml: no such configuration file",
     }
     for arguments, message in cases.items():
         status, out, err = call(capsys, *arguments, "--out", str(tmp_path / "out"))
@@ -164,12 +165,12 @@ def test_an_own_checkpoint_of_another_model_is_refused(tmp_path):
     config = (tmp_path / "own" / "config.yaml").read_text()
     (tmp_path / "own" / "config.yaml").write_text(config.replace("n_layer: 2", "n_layer: 3"))
     with pytest.raises(UserError, match=r"not a checkpoint of the model in .*config.yaml") as refused:
-        hub.load_trained(tmp_path / "own")
+        hub.load(tmp_path / "own")
     assert "\n" not in str(refused.value)
 
     make_run(tmp_path / "run", small_model())
     config = (tmp_path / "run" / "config.yaml").read_text()
     (tmp_path / "run" / "config.yaml").write_text(config.replace("n_layer: 2", "n_layer: 3"))
     with pytest.raises(UserError, match=r"not a checkpoint of the model in .*config.yaml") as refused:
-        hub.load_trained(tmp_path / "run")
+        hub.load(tmp_path / "run")
     assert "\n" not in str(refused.value)

@@ -5,8 +5,8 @@ import torch
 
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.errors import UserError
-from caduceus.model.hub import from_published, to_published
-from caduceus.model.published import config_from_published
+from caduceus.hub import from_published, to_published
+from caduceus.hub.published import config_from_published
 
 EMBEDDING = "caduceus.backbone.embeddings.word_embeddings.embedding.weight"
 MIXER = "caduceus.backbone.layers.1.mixer.submodule"

@@ -1,12 +1,8 @@
-"""Published checkpoints, in and out of our own runs.
+"""Folders that hold a model: runs and their checkpoints, imports, and published checkpoints.
 
 A published checkpoint is a directory with `config.json` and `model.safetensors` (or `pytorch_model.bin`), in the key
-layout of the repository kuleshov-group/caduceus, which `transformers` loads through that repository's remote code.
-
-    python -m caduceus.model.hub export --run RUN_DIR_OR_CHECKPOINT --out DIR
-    python -m caduceus.model.hub import --from DIR --out DIR
-
-`import` writes `config.yaml` (the `model:` section) and `model.safetensors` (our own names); `export` reads them.
+layout of the repository kuleshov-group/caduceus, which `transformers` loads through that repository's remote code. An
+import holds `config.yaml` (the `model:` section) and `model.safetensors` (our own names).
 """
 
 import json
@@ -25,16 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from caduceus.arguments import Parser
 from caduceus.config import load_config
-from caduceus.errors import UserError, run_command
+from caduceus.errors import UserError
 from caduceus.files import dump_json, replacing_directory
+from caduceus.hub.published import PublishedLayout, config_from_published, from_published, to_published
 from caduceus.model.caduceus import CaduceusForMaskedLM
-from caduceus.model.published import PublishedLayout, config_from_published, from_published, to_published
 from caduceus.run.checkpoints import MARKER
 from caduceus.run.directory import RunDirectory
-
-__all__ = ["from_published", "load_published", "load_trained", "save_imported", "save_published", "to_published"]
 
 PUBLISHED_CONFIG = "config.json"
 OWN_CONFIG = "config.yaml"
@@ -54,6 +47,12 @@ _TRANSFORMERS_KEYS = {
     "torch_dtype": "float32",
 }
 """What `transformers` needs beside the model's configuration: its name for the model, and where the code is."""
+
+
+def load(path: str | Path) -> CaduceusForMaskedLM:
+    """The model of a run directory (its newest valid checkpoint), of one of its checkpoints, of an export or another
+    published checkpoint, or of an import. Raises `UserError` naming file or key for whatever does not fit."""
+    return load_published(path) if (Path(path) / PUBLISHED_CONFIG).is_file() else _load_own(Path(path))
 
 
 def load_published(directory: str | Path) -> CaduceusForMaskedLM:
@@ -98,9 +97,7 @@ def run_of(path: str | Path) -> RunDirectory:
     return RunDirectory.open(path.resolve().parents[1] if (path / MARKER).is_file() else path)
 
 
-def load_trained(path: str | Path) -> CaduceusForMaskedLM:
-    """The model of a run directory (its newest valid checkpoint), of one of its checkpoints, or of an import."""
-    path = Path(path)
+def _load_own(path: Path) -> CaduceusForMaskedLM:
     if (path / MARKER).is_file():
         weights, config_path = path, run_of(path).config_path
     elif (path / WEIGHTS).is_file():
@@ -132,34 +129,6 @@ def save_imported(model: CaduceusForMaskedLM, directory: str | Path) -> None:
     with _new_directory(directory, {OWN_CONFIG, WEIGHTS}) as writing:
         save_file(model.state_dict(), writing / WEIGHTS)
         OmegaConf.save(OmegaConf.create({"model": asdict(model.config)}), writing / OWN_CONFIG)
-
-
-_START = """
-Turns a trained model into a published checkpoint, and back. To begin:
-
-  {caduceus-hub} export --run runs/ps-1k --out my-caduceus
-  {caduceus-hub} import --from my-caduceus --out weights
-"""
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = Parser(called="caduceus-hub", start=_START, description="Published Caduceus checkpoints, in and out.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write a trained model as a published checkpoint")
-    export.add_argument("--run", required=True, metavar="RUN_DIR_OR_CHECKPOINT", dest="source")
-    import_ = commands.add_parser("import", help="read a published checkpoint into our own layout")
-    import_.add_argument("--from", required=True, metavar="DIR", dest="source")
-    for command in (export, import_):
-        command.add_argument("--out", required=True, metavar="DIR")
-    options = parser.parse_args(arguments)
-    if options.command == "export":
-        model = load_trained(options.source)
-        save_published(model, options.out)
-    else:
-        model = load_published(options.source)
-        save_imported(model, options.out)
-    print(f"{options.out}: {options.command}ed {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 @contextmanager
@@ -205,12 +174,3 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise UserError(f"{path}: expected a dict of tensors")
     return state_dict
-
-
-def command() -> None:
-    """The command line."""
-    run_command(main)
-
-
-if __name__ == "__main__":
-    command()

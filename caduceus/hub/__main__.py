@@ -1,0 +1,47 @@
+"""Published Caduceus checkpoints, in and out of our own runs.
+
+    python -m caduceus.hub export --run RUN_DIR_OR_CHECKPOINT --out DIR
+    python -m caduceus.hub import --from DIR --out DIR
+
+`import` writes `config.yaml` (the `model:` section) and `model.safetensors` (our own names); `export` reads them.
+"""
+
+from caduceus.arguments import Parser
+from caduceus.errors import run_command
+from caduceus.hub.folders import load, load_published, save_imported, save_published
+
+_START = """
+Turns a trained model into a published checkpoint, and back. To begin:
+
+  {caduceus-hub} export --run runs/ps-1k --out my-caduceus
+  {caduceus-hub} import --from my-caduceus --out weights
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = Parser(called="caduceus-hub", start=_START, description="Published Caduceus checkpoints, in and out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write a trained model as a published checkpoint")
+    export.add_argument("--run", required=True, metavar="RUN_DIR_OR_CHECKPOINT", dest="source")
+    import_ = commands.add_parser("import", help="read a published checkpoint into our own layout")
+    import_.add_argument("--from", required=True, metavar="DIR", dest="source")
+    for command in (export, import_):
+        command.add_argument("--out", required=True, metavar="DIR")
+    options = parser.parse_args(arguments)
+    if options.command == "export":
+        model = load(options.source)
+        save_published(model, options.out)
+    else:
+        model = load_published(options.source)
+        save_imported(model, options.out)
+    print(f"{options.out}: {options.command}ed {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def command() -> None:
+    """The command line."""
+    run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,131 @@
+"""What is shown of a run while it trains, worked out from its rows and its directory."""
+
+import time
+from collections import deque
+from statistics import fmean, median
+from typing import Any
+
+from caduceus.run.directory import RunDirectory
+
+RECENT_STEPS = 50
+"""Steps over which rates, and the trend of the loss, are taken."""
+WARM_UP_STEPS = 2
+"""First steps of a start, which compile and warm up: rates leave them out as soon as there are others."""
+_LOOK_SECONDS = 5.0
+
+
+class View:
+    """How a run stands. Rows of metrics.jsonl go in, in their order."""
+
+    def __init__(self, run: RunDirectory, name: str, steps: int, valid_every: int) -> None:
+        self.name = name
+        self.steps = steps
+        self._run = run
+        self._valid_every = valid_every
+        self._looked = 0.0
+        self.checkpoint = 0
+        """Step of the newest checkpoint; 0 is none."""
+        self.checkpoint_time = 0.0
+        self.starts = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.row: dict[str, Any] = {}
+        self.valid: tuple[int, float] | None = None
+        self.best_valid: tuple[int, float] | None = None
+        self._losses: deque[float] = deque(maxlen=2 * RECENT_STEPS)
+        self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._rates: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._validation_seconds: deque[float] = deque(maxlen=5)
+        self._before: float | None = None
+        self._steps_seen = 0
+
+    def begin_start(self) -> None:
+        """A start begins: its first steps are slow."""
+        self._steps_seen, self._before = 0, None
+
+    def take(self, row: dict[str, Any], now: float | None = None) -> None:
+        """Take in a row; `now` is the monotonic time at which it was made, None where that is not known."""
+        if "valid_loss" in row:
+            self._take_validation(row, now)
+        if "loss" not in row:
+            return
+        self.row = row
+        self._steps_seen += 1
+        if row["loss"] is not None:
+            self._losses.append(row["loss"])
+        took = row["seconds"] if now is None or self._before is None else now - self._before
+        self._before = now
+        if self._steps_seen <= WARM_UP_STEPS + 1:
+            self._seconds.clear()
+            self._rates.clear()
+        self._seconds.append(took)
+        self._rates.append(row["tokens_per_second"])
+
+    def _take_validation(self, row: dict[str, Any], now: float | None) -> None:
+        if row["valid_loss"] is not None:
+            self.valid = (row["step"], row["valid_loss"])
+            if self.best_valid is None or row["valid_loss"] < self.best_valid[1]:
+                self.best_valid = self.valid
+        if now is not None and self._before is not None:
+            self._validation_seconds.append(now - self._before)
+            self._before = now
+
+    def look(self) -> None:
+        """Look at the run directory, now and then."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS and self._looked:
+            return
+        self._looked = time.monotonic()
+        found = self._run.checkpoints()
+        self.starts = len(self._run.starts())
+        if found:
+            self.checkpoint = found[-1].step
+            try:
+                self.checkpoint_time = found[-1].path.stat().st_mtime
+            except OSError:  # it has just been removed
+                return
+
+    @property
+    def step(self) -> int:
+        return self.row.get("step", 0)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean over the recent steps."""
+        recent = list(self._losses)[-RECENT_STEPS:]
+        return fmean(recent) if recent else None
+
+    @property
+    def trend(self) -> float | None:
+        """How far the mean loss of the recent steps is from that of as many before; None where there are too few."""
+        losses = list(self._losses)
+        half = len(losses) // 2
+        return fmean(losses[half:]) - fmean(losses[:half]) if half >= 5 else None
+
+    @property
+    def bases_per_second(self) -> float | None:
+        return median(self._rates) if self._rates else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        return median(self._seconds) if self._seconds else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last step, with the validations to come; None until it can be told."""
+        if self.seconds_per_step is None:
+            return None
+        left = (self.steps - self.step) * self.seconds_per_step
+        if self._validation_seconds and self._valid_every:
+            validations = self.steps // self._valid_every - self.step // self._valid_every
+            left += validations * fmean(self._validation_seconds)
+        return left
+
+
+def clock(seconds: float) -> str:
+    """Such as 3 d 04:05 or 0:12:34."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d}:{minutes:02d}" if days else f"{hours}:{minutes:02d}:{seconds:02d}"

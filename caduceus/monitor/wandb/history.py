@@ -1,0 +1,55 @@
+"""Rows of metrics.jsonl as W&B's history has them: one row per step, names in spaces."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+_AXES = ("step", "samples", "tokens")
+_SPACES = {
+    "train": ("loss", "lr", "grad_norm"),
+    "health": ("skipped_steps", "substituted_samples"),
+}
+_SPACE_OF = {name: space for space, names in _SPACES.items() for name in names}
+SAME = 1e-3
+"""Relative difference up to which a step that was made again counts as the same: only its rounding changed."""
+
+
+def wandb_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl under W&B's names: train/, valid/, perf/, health/; null is NaN, as it was."""
+    return {wandb_name(key): math.nan if value is None else value for key, value in row.items()}
+
+
+def wandb_name(key: str) -> str:
+    """W&B's name of a key of metrics.jsonl: loss is train/loss, valid_loss/hg38 is valid/loss/hg38."""
+    if key in _AXES or "/" in key.removeprefix("valid_loss/"):
+        return key
+    if key.startswith("valid_"):
+        return key.replace("_", "/", 1)
+    return f"{_SPACE_OF.get(key, 'perf')}/{key}"
+
+
+def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per step, in the order of steps: a validation's numbers join those of its step's training."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        steps.setdefault(row["step"], {}).update(row)
+    return [steps[step] for step in sorted(steps)]
+
+
+def essence(row: dict[str, Any]) -> dict[str, Any]:
+    """What tells two makings of a step apart: its samples and losses."""
+    return {key: row.get(key) for key in ("step", "samples", "loss", "valid_loss")}
+
+
+def is_same_step(sent: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Whether a step that was made again is, but for its clock and its rounding, the one that was sent."""
+    now = essence(row)
+    if sent.get("samples") != now["samples"]:
+        return False
+    return all(_close(sent.get(key), now[key]) for key in ("loss", "valid_loss"))
+
+
+def _close(a: float | None, b: float | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return math.isclose(a, b, rel_tol=SAME)

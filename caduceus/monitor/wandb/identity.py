@@ -1,0 +1,83 @@
+"""Which W&B run a run directory's rows go to, and how far they have got: RUN/wandb/run.json and status.json."""
+
+import json
+import secrets
+import string
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from caduceus.files import dump_json, write_atomically
+
+_ALPHABET = string.ascii_lowercase + string.digits
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The W&B run of a training run."""
+
+    id: str
+    url: str | None = None
+    former: list[str] = field(default_factory=list)
+    """Ids that were given up: their W&B run was deleted, or holds steps that were undone and cannot be removed."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far W&B has been brought up to metrics.jsonl."""
+
+    state: str
+    """starting, online, offline, waiting (the server is out of reach), behind (ended so), complete."""
+    step: int = 0
+    """Newest step that W&B has, as far as it has told."""
+    trouble: str | None = None
+    url: str | None = None
+    time: float = 0.0
+    """Seconds since the epoch."""
+
+
+def directory(run: Path) -> Path:
+    return run / "wandb"
+
+
+def identity(run: Path) -> Identity:
+    """The identity of a run directory; made, and kept there, when it is first asked for."""
+    path = directory(run) / "run.json"
+    try:
+        return Identity(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return keep_identity(run, Identity(_new_id()))
+
+
+def renewed(run: Path) -> Identity:
+    """A new id for a run directory whose W&B run cannot be gone on with."""
+    before = identity(run)
+    return keep_identity(run, Identity(_new_id(), former=[*before.former, before.id]))
+
+
+def keep_identity(run: Path, which: Identity) -> Identity:
+    directory(run).mkdir(parents=True, exist_ok=True)
+    write_atomically(directory(run) / "run.json", dump_json(asdict(which)))
+    return which
+
+
+def keep_url(run: Path, url: str | None) -> None:
+    which = identity(run)
+    if url and url != which.url:
+        keep_identity(run, replace(which, url=url))
+
+
+def status(run: Path) -> Status | None:
+    """How far W&B has got; None where nothing was ever sent."""
+    try:
+        return Status(**json.loads((directory(run) / "status.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def keep_status(run: Path, now: Status) -> None:
+    write_atomically(directory(run) / "status.json", dump_json(asdict(replace(now, time=time.time()))))
+
+
+def _new_id() -> str:
+    return "".join(secrets.choice(_ALPHABET) for _ in range(8))

@@ -1,0 +1,30 @@
+"""What was given to W&B's client: RUN/wandb/sent.jsonl, a short row per step, by which a step made again is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from caduceus.files import append_json_line, read_json_lines, write_atomically
+
+
+class Journal:
+    """Steps that W&B has, by what tells two makings of a step apart. `last` is the newest step that W&B has."""
+
+    def __init__(self, path: Path, last: int) -> None:
+        """What of the journal W&B has: its steps up to `last`, as W&B itself tells."""
+        self._path = path
+        self.steps: dict[int, dict[str, Any]] = {row["step"]: row for row in read_json_lines(path)}
+        self.last = last
+        if any(step > last for step in self.steps):
+            self.drop_after(last)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.steps[row["step"]] = row
+        self.last = row["step"]
+        append_json_line(self._path, row)
+
+    def drop_after(self, step: int) -> None:
+        """Forget later steps: W&B does not have them."""
+        self.steps = {number: row for number, row in self.steps.items() if number <= step}
+        self.last = min(self.last, step)
+        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in self.steps.values()).encode())

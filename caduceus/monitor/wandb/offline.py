@@ -1,0 +1,92 @@
+"""The `.wandb` files that W&B's client writes offline: what steps they hold, and taking undone ones out of them.
+
+A file is a log of LevelDB's format, records cut into blocks of 32 KiB, of the client's protobuf messages.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+from caduceus.files import replacing
+
+_BLOCK = 32768
+_HEADER = struct.Struct("<4sHB")
+_MAGIC = (b":W&B", 0xBEE1, 0)
+_CHUNK = struct.Struct("<IHB")
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def run_files(directory: Path, run_id: str) -> list[Path]:
+    """The files of a run that were written offline, oldest first."""
+    return sorted(directory.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+
+
+def last_step(directory: Path, run_id: str) -> int:
+    """The newest step in a run's offline files; 0 where there is none."""
+    files = run_files(directory, run_id)
+    return max((step_of(record) for path in files for record in read_records(path)), default=0)
+
+
+def drop_steps_after(directory: Path, run_id: str, step: int) -> None:
+    """Take the history of later steps out of a run's offline files; all else in them stays."""
+    for path in run_files(directory, run_id):
+        records = list(read_records(path))
+        kept = [record for record in records if step_of(record) <= step]
+        if len(kept) < len(records):
+            write_records(path, kept)
+
+
+def step_of(record: Record) -> int:
+    """The step that a record of the history is of; 0 for other records."""
+    if record.WhichOneof("record_type") != "history":
+        return 0
+    for item in record.history.item:
+        if item.key == "_step" or list(item.nested_key) == ["_step"]:
+            return int(item.value_json)
+    return record.history.step.num
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a `.wandb` file, up to its end or to where a kill cut it."""
+    content = path.read_bytes()
+    if len(content) < _HEADER.size or _HEADER.unpack_from(content) != _MAGIC:
+        return
+    place, gathered = _HEADER.size, b""
+    while place + _CHUNK.size <= len(content):
+        room = _BLOCK - place % _BLOCK
+        if room < _CHUNK.size:
+            place += room
+            continue
+        checksum, length, kind = _CHUNK.unpack_from(content, place)
+        data = content[place + _CHUNK.size : place + _CHUNK.size + length]
+        if len(data) < length or zlib.crc32(bytes([kind]) + data) != checksum:
+            return
+        place += _CHUNK.size + length
+        gathered = data if kind in (_FULL, _FIRST) else gathered + data
+        if kind in (_FULL, _LAST):
+            record = Record()
+            record.ParseFromString(gathered)
+            yield record
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Replace a `.wandb` file by one with these records."""
+    with replacing(path) as file:
+        file.write(_HEADER.pack(*_MAGIC))
+        place = _HEADER.size
+        for record in records:
+            data, first = record.SerializeToString(), True
+            while first or data:
+                room = _BLOCK - place % _BLOCK
+                if room < _CHUNK.size:
+                    file.write(bytes(room))
+                    place += room
+                    continue
+                piece, data = data[: room - _CHUNK.size], data[room - _CHUNK.size :]
+                kind = (_FIRST if data else _FULL) if first else (_MIDDLE if data else _LAST)
+                file.write(_CHUNK.pack(zlib.crc32(bytes([kind]) + piece), len(piece), kind) + piece)
+                place += _CHUNK.size + len(piece)
+                first = False

@@ -1,0 +1,378 @@
+"""python -m caduceus.monitor.wandb.sender RUN [--trainer PID]: bring W&B up to a run's metrics.jsonl.
+
+With a trainer, until it ends; else once. It speaks to who started it in lines of JSON on stdout, and hears of the
+trainer's end on stdin. Every attempt with W&B's client begins in a fresh process image, so that nothing is left
+of a client that failed.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from caduceus.config import config_to_dict
+from caduceus.errors import UserError
+from caduceus.files import take_lock
+from caduceus.monitor.following import Follower
+from caduceus.monitor.wandb.clients import kill_clients
+from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
+from caduceus.monitor.wandb.identity import (
+    Status,
+    directory,
+    identity,
+    keep_status,
+    keep_url,
+    renewed,
+)
+from caduceus.monitor.wandb.journal import Journal
+from caduceus.monitor.wandb.place import Place, place_of
+from caduceus.monitor.wandb.server import Server, ServerTroubleError
+from caduceus.run.directory import RunDirectory
+
+_POLL_SECONDS = 0.3
+_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
+"""Between two looks at the server, and between two attempts after a failure; doubled from one to the next."""
+_LOST_SECONDS = 150.0
+"""After which a client is lost that sends nothing though the server answers and steps wait."""
+END_SECONDS = 60.0
+"""How long the last rows may take once the trainer has ended, from a server that answers."""
+_FINISH_SECONDS = 15.0
+"""How long the client may take over its own end; it tries again and again where the server fails."""
+_PREEMPTED = 75
+"""The exit status that the trainer has when it stops early; W&B calls a preempting run that ends with 0 finished."""
+_MEMORY = "CADUCEUS_WANDB_SENDER"
+"""The environment variable in which an attempt leaves word to the next one."""
+
+
+class StaleError(Exception):
+    """W&B holds a step that was undone and made again in another way; the argument is the newest step to keep."""
+
+
+class Sender:
+    """Brings W&B up to metrics.jsonl, attempt after attempt."""
+
+    def __init__(self, run: RunDirectory, trainer: int | None, messages: int) -> None:
+        self._run = run
+        self._trainer = trainer
+        self._messages = messages
+        memory = json.loads(os.environ.pop(_MEMORY, "{}"))
+        self._told: list[str] = memory.get("told", [])
+        self._attempt: int = memory.get("attempt", 0)
+        self._back_to: int | None = memory.get("back_to")
+        self._end: dict[str, Any] | None = memory.get("end", {"exit": None} if trainer is None else None)
+        self._ended_at = memory.get("ended_at", time.time() if trainer is None else None)
+        self._was_sending = False
+        self._status = Status("starting")
+        self._config = run.config()
+        self.place: Place = place_of(self._config, run.path)
+
+    def listen(self) -> None:
+        """Wait for the trainer's end in the background; from then on the last rows have `END_SECONDS`."""
+        if self._trainer is not None and self._end is None:
+            threading.Thread(target=self._await_end, daemon=True).start()
+
+    def bring_up(self) -> int:
+        """Send what W&B lacks until the run has ended; returns the exit status, 0 where W&B has all rows."""
+        try:
+            self._work(self._mode())
+        except StaleError as stale:
+            self._again(back_to=stale.args[0])
+        except Exception as error:
+            self._trouble(error)
+        return 0 if self._status.state in ("complete", "offline") else 1
+
+    def tell(self, level: str, text: str, **facts: Any) -> None:
+        """Say something to who started this process, once."""
+        if text in self._told:
+            return
+        self._told.append(text)
+        line = json.dumps({"level": level, "text": text, **facts}) + "\n"
+        try:
+            os.write(self._messages, line.encode())
+        except OSError:  # nobody listens any more
+            return
+
+    def _command(self) -> str:
+        return f"`python launch/runs.py sync {self._run.path}`"
+
+    def _mode(self) -> str:
+        if self._trainer is None:
+            return "online"
+        if self.place.mode != "auto":
+            return self.place.mode
+        return "online" if _key() is not None else "offline"
+
+    def _work(self, mode: str) -> None:
+        from caduceus.monitor.wandb import offline, session
+
+        which, place = identity(self._run.path), self.place
+        server = None
+        if mode == "online":
+            server = Server(_base_url(), _key() or _no_key())
+            entity = place.entity or server.entity()
+            last = server.last_step(entity, place.project, which.id)
+        else:
+            folder = place.directory / "wandb"
+            # What later steps were, before a kill or a rewind undid them, is made again.
+            offline.drop_steps_after(folder, which.id, self._newest_step())
+            self._back_to = None
+            last = offline.last_step(folder, which.id)
+        journal = Journal(directory(self._run.path) / "sent.jsonl", last or 0)
+        begun = self._begin(mode, which.id)
+        if begun is None:  # under this id W&B cannot be brought up to metrics.jsonl
+            which = renewed(self._run.path)
+            undone = "holds steps that were undone, and this server cannot remove them"
+            why = "was deleted" if self._back_to is None else undone
+            text = f"wandb: run {which.former[-1]} {why}; the run goes on as {which.id}, from its first step"
+            self.tell("warning", text)
+            self._back_to = None
+            journal = Journal(directory(self._run.path) / "sent.jsonl", 0)
+            begun = session.Session(place, which.id, mode, self._facts(), self._trainer)
+        if self._back_to is not None:
+            journal.drop_after(self._back_to)
+            self._back_to = None
+        keep_url(self._run.path, begun.url)
+        if server is not None:
+            self.tell("ready", f"wandb: {begun.url}", url=begun.url)
+        self._keep("online" if server else "offline", journal.last)
+        if server is None:
+            why = "not logged in to W&B, so " if self.place.mode == "auto" else ""
+            text = f"wandb: {why}run {which.id} is kept offline in {folder}; {self._command()} sends it"
+            self.tell("ready", text)
+        self._was_sending = True
+        self._follow(begun, journal, server, lambda: server.last_step(begun.entity, place.project, which.id))
+
+    def _begin(self, mode: str, run_id: str) -> Any:
+        """Begin with W&B's client; None where this id cannot be gone on with."""
+        from caduceus.monitor.wandb import session
+
+        try:
+            return session.Session(self.place, run_id, mode, self._facts(), self._trainer, self._back_to)
+        except session.IdTakenError:
+            return None
+        except Exception:
+            if self._back_to is None:
+                raise
+            return None
+
+    def _follow(self, begun: Any, journal: Journal, server: Any, server_step: Any) -> None:
+        follower, held, looked, pause = Follower(self._run.metrics_path), {}, time.monotonic(), _FIRST_PAUSE
+        seen, moved = journal.last, time.monotonic()
+        while True:
+            end = self._end
+            rows = follower.poll()
+            held = {} if follower.restarted else held
+            for row in rows:
+                if held and row["step"] != held["step"]:
+                    _send(begun, journal, held)
+                    held = {}
+                held.update(row)
+            if end is not None:
+                break
+            if server is not None and time.monotonic() - looked > pause:
+                has = self._look(server_step)
+                if has is None or has != seen or has >= journal.last - 1:
+                    seen, moved = has, time.monotonic()
+                elif time.monotonic() - moved > _LOST_SECONDS:
+                    raise RuntimeError("W&B's client sends nothing more")
+                looked, pause = time.monotonic(), min(2 * pause, _LONGEST_PAUSE)
+            time.sleep(_POLL_SECONDS)
+        if held and self._is_whole(held["step"], end):
+            _send(begun, journal, held)
+        if end.get("exit") == 0 and not end.get("stopped") and held and journal.last > held["step"]:
+            raise StaleError(held["step"])
+        if server is not None:
+            server.entity()  # a server in trouble would hold up the client's end for long
+        exit_code = end["exit"] if end.get("exit") is not None else int(self._trainer is not None)
+        exit_code = _PREEMPTED if end.get("stopped") else exit_code
+        finishing = threading.Thread(
+            target=begun.finish, args=(exit_code, bool(end.get("stopped")), end.get("reason")), daemon=True
+        )
+        finishing.start()
+        finishing.join(_FINISH_SECONDS)
+        if finishing.is_alive():
+            raise ServerTroubleError(f"{_base_url()} takes no rows")
+        if server is None:
+            self._keep("offline", journal.last)
+            return
+        for _ in range(10):
+            if (server_step() or 0) >= journal.last:
+                self._keep("complete", journal.last)
+                if self._trainer is None:
+                    self.tell("info", f"wandb: has every step up to {journal.last:,}: {begun.url}")
+                return
+            time.sleep(0.5)
+        raise RuntimeError(f"W&B has not taken the steps up to {journal.last}")
+
+    def _look(self, server_step: Any) -> int | None:
+        """What the server has; None where it is in trouble, which is told."""
+        try:
+            has = server_step() or 0
+        except ServerTroubleError as error:
+            self._warn(error)
+            self._keep("waiting", self._status.step, str(error))
+            return None
+        if self._status.state == "waiting":
+            self.tell("info", "wandb: the server answers again; it is sent what it lacks")
+        self._keep("online", has)
+        return has
+
+    def _newest_step(self) -> int:
+        rows = self._run.metrics()
+        return rows[-1]["step"] if rows else 0
+
+    def _is_whole(self, step: int, end: dict[str, Any]) -> bool:
+        """Whether the newest step has all its rows: a killed trainer may have been in the midst of its validation."""
+        if end.get("exit") == 0 or step >= self._config.train.steps:
+            return True
+        return any(checkpoint.step >= step for checkpoint in self._run.checkpoints())
+
+    def _facts(self) -> dict[str, Any]:
+        """The configuration as W&B shows it, with what the newest start found out."""
+        starts = self._run.starts()
+        facts = starts[-1] if starts else {}
+        return {**config_to_dict(self._config), "start": {**facts, "starts": len(starts), "slurm": _slurm()}}
+
+    def _trouble(self, error: Exception) -> None:
+        self._warn(error)
+        has = self._status.step
+        in_vain = self._attempt > 3 or isinstance(error, (ServerTroubleError, UserError))
+        if self._end is not None and in_vain:
+            self._keep("behind", has, str(error))
+            return
+        self._keep("waiting", has, str(error))
+        pause = time.monotonic() + min(_FIRST_PAUSE * 2**self._attempt, _LONGEST_PAUSE)
+        while time.monotonic() < pause and self._end is None:
+            time.sleep(_POLL_SECONDS)
+        self._attempt = self._attempt + 1 if not self._was_sending or self._end else 1
+        self._again(back_to=self._back_to)
+
+    def _warn(self, error: Exception) -> None:
+        text = " ".join(str(error).split()) or type(error).__name__
+        later = "" if self._trainer is None else "when it can be, or "
+        self.tell(
+            "warning",
+            f"wandb: {text}; training goes on, metrics.jsonl keeps every row, and W&B is sent what it lacks {later}by "
+            f"{self._command()}",
+            trouble=text,
+        )
+
+    def _keep(self, state: str, step: int, trouble: str | None = None) -> None:
+        self._status = Status(state, step, trouble, identity(self._run.path).url)
+        try:
+            keep_status(self._run.path, self._status)
+        except OSError:  # a full disk: the status alone is lost
+            return
+
+    def _again(self, back_to: int | None) -> NoReturn:
+        """Start afresh in this process."""
+        kill_clients()
+        memory = {"told": self._told, "attempt": self._attempt, "back_to": back_to}
+        if self._trainer is not None:
+            memory |= {"end": self._end, "ended_at": self._ended_at}
+        os.environ[_MEMORY] = json.dumps(memory)
+        os.environ.pop("WANDB_SERVICE", None)
+        os.dup2(self._messages, 1)
+        os.execv(sys.executable, [sys.executable, "-m", "caduceus.monitor.wandb.sender", *sys.argv[1:]])
+
+    def _await_end(self) -> None:
+        end: dict[str, Any] = {"exit": None, "reason": "the trainer was killed"}
+        heard = b""
+        os.set_blocking(0, False)
+        while os.getppid() == self._trainer:
+            try:
+                piece = os.read(0, 65536)
+                heard += piece
+                if b"\n" in heard:
+                    end = json.loads(heard)
+                    break
+                if not piece:
+                    break
+            except BlockingIOError:
+                time.sleep(_POLL_SECONDS)
+        self._ended_at = time.time()
+        self._end = end
+
+    def deadline(self) -> None:
+        """End this process when the last rows take too long."""
+        threading.Thread(target=self._enforce, daemon=True).start()
+
+    def _enforce(self) -> None:
+        while self._ended_at is None or time.time() - self._ended_at < END_SECONDS:
+            time.sleep(_POLL_SECONDS)
+        self._warn(RuntimeError(f"W&B has not taken the last rows within {END_SECONDS:.0f} s"))
+        self._keep("behind", self._status.step, "W&B is slow")
+        kill_clients()
+        os._exit(1)
+
+
+def _send(begun: Any, journal: Journal, row: dict[str, Any]) -> None:
+    """Give a whole step to the client, once. Raises `StaleError` where W&B has the step with other numbers."""
+    step = row["step"]
+    if step > journal.last:
+        begun.log(wandb_row(row), step)
+        journal.add(essence(row))
+    elif (sent := journal.steps.get(step)) is not None and not is_same_step(sent, row):
+        raise StaleError(step - 1)
+
+
+def _base_url() -> str:
+    import wandb
+
+    return wandb.setup().settings.base_url.rstrip("/")
+
+
+def _key() -> str | None:
+    """The user's key to W&B: of WANDB_API_KEY or of `wandb login`."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib import wbauth
+
+    try:
+        found = wbauth.authenticate_session(host=_base_url(), source="caduceus", prompt=False, update_session=False)
+    except AuthenticationError as error:
+        raise UserError(f"the API key cannot be right: {' '.join(str(error).split())}") from None
+    return getattr(found, "api_key", None)
+
+
+def _no_key() -> NoReturn:
+    raise UserError("not logged in to W&B; `wandb login` or WANDB_API_KEY gives it a key")
+
+
+def _slurm() -> dict[str, str]:
+    names = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_NODELIST", "NNODES", "JOB_PARTITION")
+    return {name.lower(): os.environ[f"SLURM_{name}"] for name in names if f"SLURM_{name}" in os.environ}
+
+
+def main() -> int:
+    """Send until the run has ended, or once; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m caduceus.monitor.wandb.sender")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--trainer", type=int)
+    arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the trainer gets them too, and its end is this process's
+    messages = os.dup(1)
+    os.dup2(2, 1)  # what W&B's client prints is not for the user's terminal
+    run = RunDirectory.open(arguments.run)
+    sender = Sender(run, arguments.trainer, messages)
+    sender.listen()
+    sender.deadline() if arguments.trainer is not None else None
+    lock = directory(run.path) / ".sender"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with take_lock(lock, wait=arguments.trainer is not None):
+            return sender.bring_up()
+    finally:
+        kill_clients()
+        if arguments.trainer is not None and os.getppid() != arguments.trainer:  # else the trainer does
+            shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

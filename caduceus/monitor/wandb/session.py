@@ -1,0 +1,87 @@
+"""One stretch of W&B's client at work for a run: begin, log, finish."""
+
+from typing import Any
+
+import wandb
+
+from caduceus.monitor.wandb.place import Place
+
+_INIT_SECONDS = 30.0
+_SEND_SECONDS = 5.0
+_FLUSH_SECONDS = 2.0
+"""How often the client's own file is brought to the disk: what it had not, a kill loses."""
+
+
+class IdTakenError(Exception):
+    """W&B does not let this id be used: its run was deleted."""
+
+
+class Session:
+    """W&B's client, between its start and its end."""
+
+    def __init__(
+        self,
+        place: Place,
+        run_id: str,
+        mode: str,
+        config: dict[str, Any],
+        trainer: int | None,
+        back_to: int | None = None,
+    ) -> None:
+        """Begin or go on with W&B run `run_id`; `back_to` a step, whose later ones W&B then forgets.
+
+        `trainer`: the process whose use of the machine W&B shows; None shows none. Raises `IdTakenError`, and what the
+        client raises where the server does not answer.
+        """
+        moment = {"resume": "allow", "id": run_id} if back_to is None else {"resume_from": f"{run_id}?_step={back_to}"}
+        watching: dict[str, Any] = {"x_disable_stats": True} if trainer is None else {"x_stats_pid": trainer}
+        settings = wandb.Settings(
+            silent=True,
+            init_timeout=_INIT_SECONDS,
+            allow_val_change=True,
+            console="wrap",
+            console_multipart=True,
+            x_file_stream_transmit_interval=_SEND_SECONDS,
+            x_graphql_retry_max=3,  # where the server fails, another attempt is made later
+            x_graphql_retry_wait_max_seconds=2.0,
+            x_transaction_log_flush_interval=_FLUSH_SECONDS,
+            disable_git=True,
+            disable_code=True,
+            **watching,
+        )
+        try:
+            self._run = wandb.init(
+                mode=mode,
+                project=place.project,
+                entity=place.entity,
+                group=place.group,
+                tags=place.tags or None,
+                name=place.name,
+                notes=place.notes,
+                job_type=place.job_type,
+                dir=place.directory,
+                config=config,
+                settings=settings,
+                **moment,
+            )
+        except Exception as error:
+            if "HTTP 409" in str(error) or "previously created and deleted" in str(error):
+                raise IdTakenError(" ".join(str(error).split())) from None
+            raise
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric("train/loss", step_metric="step", summary="last")
+        self._run.define_metric("valid/loss", step_metric="step", summary="min,last")
+        self.url: str | None = self._run.url
+        self.entity: str | None = self._run.entity
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        self._run.log(row, step=step, commit=True)
+
+    def finish(self, exit_code: int, preempting: bool, reason: str | None) -> None:
+        """Send what is left and end; a run that stopped to be started again is `preempting`."""
+        if reason:
+            self._run.summary["ended"] = reason
+        if preempting:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=exit_code)

@@ -1,0 +1,291 @@
+"""A local stand-in of W&B's server: as much of its protocol as the real client needs to start, log, resume and finish.
+
+GraphQL at /graphql, the file stream at /files/ENTITY/PROJECT/RUN/file_stream, uploads of files at /storage/. It fails
+as `fault` says, and counts requests.
+"""
+
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+ENTITY, KEY = "laboratory", "k" * 40
+
+
+@dataclass
+class ServerRun:
+    """What the server keeps of one run."""
+
+    name: str
+    project: str
+    lines: dict[str, dict[int, str]] = field(default_factory=dict)
+    """{file: {offset: line}} of the file stream."""
+    written_twice: int = 0
+    """Lines of the history at an offset that had one already."""
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: str = "{}"
+    properties: dict[str, Any] = field(default_factory=dict)
+    """The variables of the upserts, but for the empty ones."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    exit_code: int | None = None
+    preempting: bool = False
+    rewinds: int = 0
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of the history, in the order of the server's offsets."""
+        stored = self.lines.get("wandb-history.jsonl", {})
+        return [json.loads(stored[offset]) for offset in sorted(stored)]
+
+    def take(self, file: str, offset: int, content: list[str]) -> None:
+        stored = self.lines.setdefault(file, {})
+        for number, line in enumerate(content, start=offset):
+            self.written_twice += file == "wandb-history.jsonl" and number in stored
+            stored[number] = line
+
+    def count(self, file: str) -> int:
+        return len(self.lines.get(file, {}))
+
+    def tail(self, file: str) -> str:
+        stored = self.lines.get(file, {})
+        return json.dumps([stored[max(stored)]] if stored else [])
+
+
+class WandbServer:
+    """Serves while used as a context manager; `url` is WANDB_BASE_URL.
+
+    `fault`: None, or how it fails: a status such as 401 or 500, "hang" (answers after `hang_seconds`), "refuse" (the
+    port is closed), "drop" (closes connections without an answer), "garbage" (an answer that is no JSON), "busy" (429),
+    "deleted" (a run's id is taken by a deleted one), "stream" (500 of the file stream alone).
+    """
+
+    def __init__(self, can_rewind: bool = False) -> None:
+        self.runs: dict[str, ServerRun] = {}
+        self.fault: str | int | None = None
+        self.deleted: set[str] = set()
+        self.hang_seconds = 60.0
+        self.can_rewind = can_rewind
+        self.requests: list[str] = []
+        self.unknown: list[str] = []
+        self._server: _Server | None = None
+        self._lock = threading.Lock()
+        self._port = 0
+        self._open()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def __enter__(self) -> "WandbServer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Refuse connections from now on."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+    def reopen(self) -> None:
+        if self._server is None:
+            self._open()
+
+    def fail(self, fault: str | int | None) -> None:
+        """Fail in this way from now on."""
+        self.fault = fault
+        self.close() if fault == "refuse" else self.reopen()
+
+    def only_run(self) -> ServerRun:
+        (run,) = self.runs.values()
+        return run
+
+    def _open(self) -> None:
+        handler = type("Handler", (_Handler,), {"server_state": self})
+        self._server = _Server(("127.0.0.1", self._port), handler)
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """The `data` of a GraphQL request."""
+        name = (re.search(r"(?:query|mutation)\s+(\w+)", query) or re.search(r"()", query)).group(1)
+        operation = getattr(self, f"_{name}", None)
+        with self._lock:
+            self.requests.append(name)
+            if operation is not None:
+                return operation(variables)
+            if "viewer" in query:
+                return self._Viewer(variables)
+            self.unknown.append(query)
+            return {}
+
+    def _Viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
+        viewer = {"id": "1", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": {"edges": []}}
+        return {"viewer": viewer}
+
+    def _ServerFeaturesQuery(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"serverInfo": {"features": []}}
+
+    def _OrganizationCoreWeaveOrganizationID(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
+
+    def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(variables["name"])
+        entity = variables.get("entity") or ENTITY
+        bucket = None if run is None else self._bucket(run)
+        project = variables.get("project")
+        return {"model": {"id": "1", "name": project, "entity": {"id": "1", "name": entity}, "bucket": bucket}}
+
+    def _UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
+        name = variables["name"]
+        inserted = name not in self.runs
+        run = self.runs.setdefault(name, ServerRun(name, variables.get("project") or "uncategorized"))
+        run.properties.update({key: value for key, value in variables.items() if value is not None})
+        if variables.get("config"):
+            run.config = json.loads(variables["config"])
+        return {"upsertBucket": {"bucket": self._bucket(run), "inserted": inserted}}
+
+    def _RewindRun(self, variables: dict[str, Any]) -> dict[str, Any]:
+        if not self.can_rewind:
+            raise ValueError("rewinding runs is not enabled")
+        run = self.runs[variables["runName"]]
+        kept = [line for line in run.history if line["_step"] <= variables["metricValue"]]
+        run.lines["wandb-history.jsonl"] = {number: json.dumps(line) for number, line in enumerate(kept)}
+        run.rewinds += 1
+        return {"rewindRun": {"rewoundRun": self._bucket(run)}}
+
+    def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
+        files = [
+            {"name": name, "uploadUrl": f"{self.url}/storage/{variables['run']}/{name}"} for name in variables["files"]
+        ]
+        return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+
+    def _MarkRunFilesUploaded(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"markRunFilesUploaded": {"success": True}}
+
+    def _bucket(self, run: ServerRun) -> dict[str, Any]:
+        project = {"id": "1", "name": run.project, "entity": {"id": "1", "name": ENTITY}}
+        counts = {"historyLineCount": run.count("wandb-history.jsonl"), "logLineCount": run.count("output.log")}
+        return {
+            "id": run.name,
+            "name": run.name,
+            "displayName": run.properties.get("displayName") or run.name,
+            "description": "",
+            "sweepName": None,
+            "project": project,
+            "config": json.dumps(run.config),
+            "summaryMetrics": run.summary,
+            **counts,
+            "eventsLineCount": run.count("wandb-events.jsonl"),
+            "historyTail": run.tail("wandb-history.jsonl"),
+            "eventsTail": run.tail("wandb-events.jsonl"),
+            "tags": run.properties.get("tags") or [],
+            "notes": run.properties.get("notes"),
+            "wandbConfig": json.dumps({"t": 1}),
+        }
+
+
+class _Server(ThreadingHTTPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that are killed hang up in the midst of things."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_state: WandbServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._respond(200, {})
+
+    def do_PUT(self) -> None:
+        self._store()
+
+    def do_POST(self) -> None:
+        body = self._read()
+        state, path = self.server_state, urlsplit(self.path).path
+        stream = re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path)
+        if self._failed(stream is not None):
+            return
+        if self.headers.get("Authorization") is None:
+            self._respond(401, {"errors": [{"message": "user is not logged in"}]})
+        elif stream:
+            self._stream(stream.group(3), json.loads(body))
+        else:
+            request = json.loads(body)
+            name = (request.get("variables") or {}).get("name")
+            if "upsertBucket" in request["query"] and name in state.deleted:
+                message = f"run {name} was previously created and deleted; try a new run name"
+                self._respond(409, {"errors": [{"message": message}]})
+                return
+            try:
+                self._respond(200, {"data": state.answer(request["query"], request.get("variables") or {})})
+            except ValueError as error:
+                self._respond(200, {"errors": [{"message": str(error)}], "data": None})
+
+    def _stream(self, name: str, chunk: dict[str, Any]) -> None:
+        state = self.server_state
+        with state._lock:
+            state.requests.append("file_stream")
+            run = state.runs[name]
+            for file, part in (chunk.get("files") or {}).items():
+                if file == "wandb-summary.json":
+                    run.summary = part["content"][-1]
+                else:
+                    run.take(file, part["offset"], part["content"])
+            run.preempting = run.preempting or bool(chunk.get("preempting"))
+            if chunk.get("complete"):
+                run.exit_code = chunk.get("exitcode")
+        self._respond(200, {"exitcode": None, "limits": {}})
+
+    def _store(self) -> None:
+        body = self._read()
+        if self._failed(False):
+            return
+        _, _, run, name = urlsplit(self.path).path.split("/", 3)
+        with self.server_state._lock:
+            self.server_state.runs[run].files[name] = body
+        self._respond(200, {})
+
+    def _read(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _failed(self, stream: bool) -> bool:
+        """Fail as the server's fault says; whether it did."""
+        state = self.server_state
+        fault = state.fault
+        if fault == "hang":
+            time.sleep(state.hang_seconds)
+        if fault in ("hang", "drop"):
+            self.close_connection = True
+        elif fault == "garbage":
+            self._write(200, b"<html>a proxy's page of log-in</html>")
+        elif fault == "busy":
+            self._respond(429, {"errors": [{"message": "rate limit exceeded"}]})
+        elif isinstance(fault, int) or (fault == "stream" and stream):
+            status = fault if isinstance(fault, int) else 500
+            self._respond(status, {"errors": [{"message": f"failing with {status}"}]})
+        else:
+            return False
+        return True
+
+    def _respond(self, status: int, answer: dict[str, Any]) -> None:
+        self._write(status, json.dumps(answer).encode())
+
+    def _write(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
