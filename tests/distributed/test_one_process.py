@@ -63,7 +63,9 @@ def losses(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         config = config_of(Layout("", 1, STRATEGIES[name]), small_shards, directory / f"{name} from two", **STEPS)
         config.run.allow_change = ["train.steps"]
         configs[f"{name} from two"] = config
-    train_alone(list(configs.values()))
+    apart = configs["ZeRO 3"]  # DeepSpeed keeps groups of ranks beyond the run that made them
+    train_alone([config for config in configs.values() if config is not apart])
+    train_alone([apart])
     return {name: [row["loss"] for row in RunDirectory(config.run.dir).metrics()] for name, config in configs.items()}
 
 
