@@ -11,7 +11,7 @@ import pytest
 
 from caduceus.errors import UserError
 from caduceus.monitor.wandb.identity import identity
-from caduceus.monitor.wandb.process import WandbProcess, sync
+from caduceus.monitor.wandb.process import sync
 from launch import runs
 from tests.monitor.conftest import STEPS, Watched, children_of, make_step, sent_rows, status, write_rows
 from tests.monitor.wandb_server import WandbServer
