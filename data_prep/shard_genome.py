@@ -90,75 +90,67 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_VALUES = {
+    "window": (int, "N", "longest window, in bases (1048576)"),
+    "stride": (int, "N", "distance between window starts (the window)"),
+    "min_window": (int, "N", "shortest window (1024, or --window if that is less)"),
+    "cut_gaps": (int, "N", "runs of N this long separate segments; 0: none do (10000)"),
+    "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
+    "include": (str, "RE", "use the contigs whose whole name matches, instead of --contigs"),
+    "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
+    "aliases": (str, "FILE|URL", "table of contig names, or an NCBI assembly report"),
+    "intervals": (str, "BED|URL", "regions to use, split by column 4 if there is one; 'registry': the published ones"),
+    "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
+    "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
+    "test_fraction": (float, "F", "share of the blocks that are test (0)"),
+    "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
+    "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
+}
+_CHOICES = {
+    "contigs": (
+        CONTIGS,
+        "auto: no organelles, viruses, decoys, other versions and what is on no chromosome, and refused where under "
+        "half of the bases would be left (auto); primary: the same, never refused; all: every contig",
+    ),
+    "strands": (STRANDS, "which strands are stored (both)"),
+    "tail": (TAILS, "the end of a segment (short)"),
+    "interval_mode": (
+        INTERVAL_MODES,
+        "a row of --intervals is cut into windows (tile), is a window (exact), or is extended to --window bases and "
+        "moved inward at the end of its contig (extend); in the last two none may be longer than --window",
+    ),
+}
+_LISTS = {
+    "exclude_bed": ("BED|URL", "regions to leave out; 'registry': the genome's blacklist"),
+    "valid_contigs": ("C", "contigs of the valid split"),
+    "test_contigs": ("C", "contigs of the test split"),
+}
+_SWITCHES = {
+    "allow_unknown_contigs": (
+        "store_true",
+        "pass over rows of tables about contigs, or places on them, that the genome does not hold",
+    ),
+    "forbid_leakage": (
+        argparse.BooleanOptionalAction,
+        "cut out of train what valid or test hold (except with --interval-mode extend)",
+    ),
+}
+
+
 def add_plan_options(group: Any) -> None:
     """One option per field of `PlanOptions`; what is not given is left out of the result."""
-    options = {
-        "window": (int, "N", "longest window, in bases (1048576)"),
-        "stride": (int, "N", "distance between window starts (the window)"),
-        "min_window": (int, "N", "shortest window (1024, or --window if that is less)"),
-        "cut_gaps": (int, "N", "runs of N this long separate segments; 0: none do (10000)"),
-        "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
-        "include": (str, "RE", "use the contigs whose whole name matches, instead of --contigs"),
-        "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
-        "aliases": (str, "FILE|URL", "table of contig names, or an NCBI assembly report"),
-        "intervals": (
-            str,
-            "BED|URL",
-            "regions to use, split by column 4 if there is one; 'registry': the published ones",
-        ),
-        "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
-        "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
-        "test_fraction": (float, "F", "share of the blocks that are test (0)"),
-        "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
-        "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
-    }
-    for name, (kind, metavar, text) in options.items():
-        group.add_argument(
-            "--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS
-        )
-    group.add_argument(
-        "--contigs",
-        choices=CONTIGS,
-        help="auto: no organelles, viruses, decoys, other versions and what is on no chromosome, and refused where "
-        "under half of the bases would be left (auto); primary: the same, never refused; all: every contig",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument(
-        "--allow-unknown-contigs",
-        action="store_true",
-        help="pass over rows of tables about contigs, or places on them, that the genome does not hold",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument("--strands", choices=STRANDS, help="which strands are stored (both)", default=argparse.SUPPRESS)
-    group.add_argument("--tail", choices=TAILS, help="the end of a segment (short)", default=argparse.SUPPRESS)
-    group.add_argument(
-        "--interval-mode",
-        choices=INTERVAL_MODES,
-        help="a row of --intervals is cut into windows (tile), is a window (exact), or is extended to --window "
-        "bases and moved inward at the end of its contig (extend); in the last two none may be longer than --window",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument(
-        "--exclude-bed",
-        nargs="+",
-        metavar="BED|URL",
-        help="regions to leave out; 'registry': the genome's blacklist",
-        default=argparse.SUPPRESS,
-    )
-    group.add_argument(
-        "--forbid-leakage",
-        action=argparse.BooleanOptionalAction,
-        help="cut out of train what valid or test hold (except with --interval-mode extend)",
-        default=argparse.SUPPRESS,
-    )
-    for split in ("valid", "test"):
-        group.add_argument(
-            f"--{split}-contigs",
-            nargs="+",
-            metavar="C",
-            help=f"contigs of the {split} split",
-            default=argparse.SUPPRESS,
-        )
+
+    def add(key: str, text: str, **more: Any) -> None:
+        group.add_argument(option_name(key), help=text, default=argparse.SUPPRESS, **more)
+
+    for key, (kind, metavar, text) in _VALUES.items():
+        add(key, text, type=kind, metavar=metavar)
+    for key, (choices, text) in _CHOICES.items():
+        add(key, text, choices=choices)
+    for key, (metavar, text) in _LISTS.items():
+        add(key, text, nargs="+", metavar=metavar)
+    for key, (action, text) in _SWITCHES.items():
+        add(key, text, action=action)
 
 
 def refuse_unused(args: argparse.Namespace) -> None:

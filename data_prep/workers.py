@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_sentinel
 from typing import Any
@@ -51,6 +52,15 @@ class Workers:
             for future in done:
                 yield waiting.pop(future), future.result()
             submit(len(done))
+
+    @contextmanager
+    def aborted_on_error(self) -> Iterator[None]:
+        """End the processes before an error, or Ctrl-C, leaves the block."""
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
 
     def abort(self) -> None:
         """End the processes in the middle of what they do, and wait until they are gone."""

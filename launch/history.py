@@ -26,7 +26,7 @@ COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
 UNSAVED = "time limit before the last save was done"
 LOST = "lost"
-"""Of an attempt that left no end: its node died, it was requeued by hand, or everything was killed at once."""
+"""How an attempt ended that left no end: its node died, it was requeued by hand, or everything was killed at once."""
 FAILURES = (FAILED, BAD_NODE, UNSAVED)
 """What makes a run be given up when it comes again and again without a new checkpoint in between."""
 
@@ -53,7 +53,7 @@ class Attempt:
     ended: str | None = None
     nodes: str = ""
     step: int = 0
-    """Of the newest checkpoint, at the attempt's end or, before that, at its start."""
+    """Step of the newest checkpoint, at the attempt's end or, before that, at its start."""
     reason: str | None = None
     error: str | None = None
     gave_up: bool = False

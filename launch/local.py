@@ -24,7 +24,7 @@ from launch.request import JobRequest
 from launch.submission import snapshot_code
 
 _LONGEST_MINUTES = 60 * 24 * 3650
-"""Of a job without a time limit."""
+"""The time limit of a job that asks for none."""
 _CANCELLED = 143
 """Exit status of a controller that was told to kill its job."""
 GRACE_SECONDS = 10
@@ -35,6 +35,11 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
     """Run as a job of this machine, show the first rank's output until it ends, and return its exit status."""
     if request.setup or request.srun or request.python:
         raise UserError("setup, srun, python: a local job runs in this shell's environment, with this Python")
+    given = visible_gpus(os.environ)
+    if given and len(given) < request.gpus_per_node:
+        raise UserError(
+            f"gpus_per_node: {request.gpus_per_node} asked for, but CUDA_VISIBLE_DEVICES gives this shell {len(given)}"
+        )
     code = snapshot_code(run.path)
     logs = run.path.absolute() / "logs"
     executor = _Executor(logs)

@@ -18,7 +18,7 @@ from launch.refusals import refuse_run_in_use
 _LOCK_SECONDS = 60
 """How long a submission waits for another one of the same run."""
 _GLANCE_SECONDS = 2
-"""How long a submission at most holds the lock of the process that trains."""
+"""How long a submission waits for the lock of training, which another submission holds for a moment."""
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """python -m launch.requeue RUN STATUS: the last line of a batch script, when its srun has ended with STATUS.
-python -m launch.requeue RUN TERM: what it does on SIGTERM. If that is the time limit, the processes are still at their
-last save, and SLURM kills them and the script when KillWait is over; the job has to go back into the queue before.
+python -m launch.requeue RUN TERM: what the script runs on SIGTERM. If that is the time limit, the processes are still
+at their last save, and SLURM kills them and the script when KillWait is over; the job must be in the queue before.
 
 Writes down how the processes ended, and puts the job back into SLURM's queue where the run is to go on by itself. A run
 that fails again and again without a new checkpoint in between is given up, and one with a mistake that only its user
@@ -146,7 +146,7 @@ def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: str, bad_
         print(f"{reason}: no further job was submitted; {by_hand}", flush=True)
         return False
     if bad_nodes:
-        # Of a waiting job only. A requeued one waits at least until its last process, this one, has ended.
+        # SLURM takes this for a waiting job only. A requeued one waits at least until this process has ended.
         excluded = ",".join(filter(None, [slurm_job.excluded, *sorted(set(bad_nodes))]))
         try:
             scheduler.exclude_nodes(later[0], excluded)

@@ -48,7 +48,7 @@ def main() -> int:
     """Do what the command line asks for; returns the exit status."""
     arguments = parse_arguments()
     if arguments.action in ("list", "status", "logs"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it silently
     if arguments.action == "list":
         print(summary(find_runs(arguments.directory)))
         return 0
@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     added["resume"].add_argument("--nodes", type=int, metavar="M", help="on another number of nodes")
     settings = "settings to change, such as train.micro_batch=2"
     added["resume"].add_argument("overrides", nargs="*", metavar="key.path=value", help=settings)
-    # Of subcommands argparse takes positional arguments only before the first option.
+    # argparse takes the positional arguments of a subcommand only before its first option.
     arguments, further = parser.parse_known_args()
     if further and (arguments.action != "resume" or any(text.startswith("-") for text in further)):
         parser.error(f"unrecognized arguments: {' '.join(further)}")

@@ -160,7 +160,7 @@ def live_jobs(jobs: Sequence[str]) -> dict[str, JobState]:
 
 
 def may_be_live(job: str) -> bool:
-    """Whether a job waits or runs; of a job that SLURM does not speak of, for want of an answer, it does."""
+    """Whether a job waits or runs, or SLURM does not tell."""
     try:
         return bool(live_jobs([job]))
     except SilentError:

@@ -18,6 +18,7 @@ import submitit
 
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
+from caduceus.files import append_json_line, locked, read_json_lines
 from data_prep.argument_types import genomes_file
 from data_prep.check.merge import merge
 from data_prep.plan.species import SpeciesRequest, identity
@@ -27,6 +28,7 @@ from data_prep.write.directory import SpeciesDirectory
 from data_prep.write.shard_writer import reopen_genome
 from data_prep.write.sharding import make_dataset
 from data_prep.write.summary import print_summary
+from launch import scheduler
 from launch.capacity import slurm_complaint
 from launch.logs import log_path
 from launch.request import JobRequest, add_request_options, requested_job, sbatch_parameters
@@ -60,10 +62,10 @@ class MergeTask:
     """Brings the datasets of the species together, and removes what is then not needed."""
 
     parts: tuple[Path, ...]
-    """Of the species that the dataset does not hold yet."""
+    """Datasets of the species that `out` does not hold yet."""
     out: Path
     requests: tuple[SpeciesRequest, ...]
-    """Of all its species: those that it held before may have been given other weights."""
+    """All species of `out`: those that it held before may have been given other weights."""
 
     def __call__(self) -> None:
         if self.parts:
@@ -122,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def refuse_missing_files(requests: list[SpeciesRequest]) -> None:
-    """Raise `UserError` for the first file that a job would look for in vain."""
+    """Raise `UserError` for the first file that a job would not find."""
     for request in requests:
         options = request.options
         for path in (request.fasta, options.aliases, options.intervals, *options.exclude_bed):
@@ -148,13 +150,26 @@ def submit(job_request: JobRequest, tasks: list[ShardTask], end: MergeTask) -> N
     executor = _executor(job_request, folder, f"shard-{end.out.name}")
     refuse_what_slurm_refuses(executor, job_request)
     folder.mkdir(parents=True, exist_ok=True)
-    snapshot_code(folder)
-    jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]
-    last = _executor(job_request, folder, f"merge-{end.out.name}", dependency=f"afterok:{jobs[0].split('_')[0]}")
-    merging = submitted(lambda: last.submit(end)).job_id
+    names = [task.request.name for task in tasks]
+    with locked(folder / ".submitting"):
+        refuse_species_in_work(folder, names, end.out)
+        snapshot_code(folder)
+        jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]
+        append_json_line(folder / "submissions.jsonl", {"species": names, "jobs": jobs})
+        last = _executor(job_request, folder, f"merge-{end.out.name}", dependency=f"afterok:{jobs[0].split('_')[0]}")
+        merging = submitted(lambda: last.submit(end)).job_id
+        append_json_line(folder / "submissions.jsonl", {"species": names, "jobs": [merging]})
     print(f"species:       {len(jobs)}, jobs {jobs[0]} … {jobs[-1]}; merged by job {merging}")
     print(f"log:           {log_path(folder / 'logs', merging)}")
     print(f"next:          squeue -j {jobs[0].split('_')[0]},{merging}   (the same command again after a failure)")
+
+
+def refuse_species_in_work(folder: Path, names: list[str], out: Path) -> None:
+    """Raise `UserError` where jobs that make one of the species, or merge it, wait or run."""
+    rows = read_json_lines(folder / "submissions.jsonl")
+    jobs = [job for row in rows if {*row["species"]} & {*names} for job in row["jobs"]]
+    for job in scheduler.live_jobs(jobs):
+        raise UserError(f"--out: {out} is being made by job {job}; wait for it, or: scancel {job.split('_')[0]}")
 
 
 def work_folder(out: Path) -> Path:
@@ -166,7 +181,7 @@ def _executor(job_request: JobRequest, folder: Path, name: str, **more: Any) -> 
     executor = SlurmExecutor(folder / "logs", python=job_request.python)
     parameters = sbatch_parameters(job_request, name)
     parameters["setup"].append(pythonpath(folder))
-    # A job that waits for others that have failed would wait for ever.
+    # Otherwise a job that waits for others which have failed never ends.
     parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
     executor.update_parameters(**parameters, **more)
     return executor

@@ -110,7 +110,8 @@ def show(config: Config, request: JobRequest) -> None:
 
 
 def described_estimate(config: Config, request: JobRequest) -> str:
-    return estimate(config, request.world).describe(gpus=request.gpus_per_node > 0)
+    gpus = request.gpus_per_node > 0
+    return estimate(config, request.world, gpus).describe(gpus)
 
 
 def wandb_place(wandb: WandbConfig) -> str:

@@ -8,14 +8,16 @@ not be fetched is noted beside the shards, so that no process of the node asks f
 
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from caduceus.data.remote import RefusalError, RemoteError, read_chunks
 from caduceus.errors import RetryError, UserError
@@ -71,8 +73,7 @@ class ShardCache:
             except FileNotFoundError:
                 self.fetch(shard)
                 continue
-            now = time.time_ns()  # the kernel's own time stamps are some milliseconds coarse
-            os.utime(descriptor, ns=(now, now))
+            _touch(descriptor)
             return descriptor
 
     def has_checked(self, shard: Shard) -> bool:
@@ -80,14 +81,14 @@ class ShardCache:
         lock = _stat(_lock_path(shard.path))
         return lock is not None and lock.st_mtime_ns >= self._made * 1e9
 
-    def fetch(self, shard: Shard) -> None:
-        """Have the shard on disk.
+    def fetch(self, shard: Shard, *, wait: bool = True) -> None:
+        """Have the shard on disk; without `wait`, `BlockingIOError` where another process is fetching it.
 
         Raises `UnavailableError` where it cannot be had, and `RetryError` where nothing can: the server is not reached
         for one shard after several attempts, and then not for another one either.
         """
         shard.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(_lock_path(shard.path)):
+        with locked(_lock_path(shard.path), wait=wait):
             if shard.path.exists():
                 return
             self._require_no_recent_failure(shard)
@@ -103,8 +104,7 @@ class ShardCache:
                 _failure_path(shard.path).write_text(str(error))
                 self._judge_server(shard, error)
                 raise UnavailableError(str(error)) from error
-            now = time.time_ns()
-            os.utime(_lock_path(shard.path), ns=(now, now))  # which is how `has_checked` knows
+            _touch(_lock_path(shard.path))  # which is how `has_checked` knows
             _failure_path(shard.path).unlink(missing_ok=True)
             self._unreachable.pop(_dataset(shard), None)
 
@@ -163,8 +163,9 @@ class ShardCache:
         """Remove shards, the longest unused first, until at most `allowed` bytes are left; whether that succeeded."""
         partials = list(self.directory.glob("*/*/.*.tar.partial"))
         _remove_abandoned(partials)
-        sizes = {path: status for path in self.directory.glob("*/*/*.tar") if (status := _stat(path))}
+        # Partial files first: one that is finished meanwhile is then counted twice, and not left out.
         used = sum(status.st_size for path in partials if (status := _stat(path)))
+        sizes = {path: status for path in self.directory.glob("*/*/*.tar") if (status := _stat(path))}
         used += sum(status.st_size for status in sizes.values())
         for path in sorted(sizes, key=lambda path: sizes[path].st_mtime_ns):
             if used <= allowed:
@@ -174,38 +175,78 @@ class ShardCache:
         return used <= allowed
 
 
+class _Wish(NamedTuple):
+    """A shard, and the number of the sample for which it will have to be fetched."""
+
+    shard: Shard
+    sample: int
+
+
 class Prefetcher:
-    """Fetches the shards that a process will need, in the background. What fails is left to the reader to report."""
+    """Fetches the shards that a process will need, in order of need, in the background.
+
+    One half of the cache is for what is being read, the other for what is fetched and not yet read from: where that is
+    full, fetching pauses, and goes on as reading advances. What fails is left to the reader to report.
+    """
 
     def __init__(self, cache: ShardCache) -> None:
         self._cache = cache
-        self._wanted: list[Shard] = []
+        self._share = cache.limit / 2 if cache.limit else math.inf
+        self._in_use: OrderedDict[Path, int] = OrderedDict()
+        """Bytes of the shards that the half for reading will hold after the last sample that is planned."""
+        self._in_use_bytes = 0
+        self._wishes: deque[_Wish] = deque()
+        self._ahead: list[_Wish] = []
+        """Fetched, or being fetched, and not yet read from."""
+        self._reached = 0
         self._changed = threading.Condition()
         for _ in range(_PREFETCH_THREADS):
             threading.Thread(target=self._work, daemon=True).start()
 
-    def want(self, shards: Sequence[Shard]) -> None:
-        """Forget earlier wishes and fetch these in order, as many as half of the cache holds."""
-        total, kept = 0, []
-        for shard in shards:
-            total += shard.bytes
-            if self._cache.limit and kept and total > self._cache.limit / 2:
-                break
-            kept.append(shard)
+    def want(self, shards: Sequence[Shard], first: int) -> None:
+        """Fetch what the samples number `first`, `first` + 1, … need, after what earlier ones do; a shard for each."""
         with self._changed:
-            self._wanted = kept
+            for sample, shard in enumerate(shards, start=first):
+                if shard.path in self._in_use:
+                    self._in_use.move_to_end(shard.path)
+                    continue
+                self._wishes.append(_Wish(shard, sample))
+                self._in_use[shard.path] = shard.bytes
+                self._in_use_bytes += shard.bytes
+                while self._in_use_bytes > self._share and len(self._in_use) > 1:
+                    self._in_use_bytes -= self._in_use.popitem(last=False)[1]
             self._changed.notify_all()
+
+    def advance(self, sample: int) -> None:
+        """All samples before this one have been read, so that their shards were opened after what lies ahead came."""
+        with self._changed:
+            self._reached = sample
+            if self._ahead and self._ahead[0].sample < sample:
+                self._ahead = [wish for wish in self._ahead if wish.sample >= sample]
+                self._changed.notify_all()
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._wanted:
+                while (shard := self._next()) is None:
                     self._changed.wait()
-                shard = self._wanted.pop(0)
             try:
-                os.close(self._cache.open(shard))
-            except (OSError, UserError) as error:
+                if not _touch(shard.path):
+                    self._cache.fetch(shard, wait=False)
+            except (OSError, UserError) as error:  # also where another process is fetching it
                 log.debug("data: prefetching %s: %s", shard.path, error)
+
+    def _next(self) -> Shard | None:
+        """The shard to fetch now, if there is one and there is room for it."""
+        if not self._wishes:
+            return None
+        wish = self._wishes[0]
+        ahead = sum(other.shard.bytes for other in self._ahead)
+        if self._ahead and ahead + wish.shard.bytes > self._share:
+            return None
+        if wish.sample >= self._reached:
+            self._ahead.append(wish)
+        return self._wishes.popleft().shard
 
 
 def _persistently(attempt: Callable[[], T], waits: Sequence[float]) -> T:
@@ -263,6 +304,16 @@ def _failure_path(path: Path) -> Path:
 def _dataset(shard: Shard) -> Path:
     """The folder of the cache that keeps the shard's dataset, which all lies on one server."""
     return shard.path.parents[1]
+
+
+def _touch(file: Path | int) -> bool:
+    """Set the time of a file to now; whether it is there."""
+    now = time.time_ns()  # the kernel's own time stamps are some milliseconds coarse
+    try:
+        os.utime(file, ns=(now, now))
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -69,14 +69,19 @@ class SampleReader:
                 return replace(arrays, substituted=notes, choices=choices)
             self._condemn(taken[invalid > 0])
 
-    def prefetch(self, samples: np.ndarray) -> None:
-        """Have the shards of these samples fetched into the cache, in order of need, while others are read."""
+    def prefetch(self, samples: np.ndarray, first: int) -> None:
+        """Have the shards of samples number `first`, `first` + 1, … of this reader fetched while others are read."""
         if self._dataset.cache is None:
             return
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(self._dataset.cache)
-        shards, first = np.unique(self._crops.windows["shard"][samples["window"]], return_index=True)
-        self._prefetcher.want([self._crops.shards[shard] for shard in shards[np.argsort(first)]])
+        shards = self._crops.windows["shard"][samples["window"]].tolist()
+        self._prefetcher.want([self._crops.shards[shard] for shard in shards], first)
+
+    def advance(self, sample: int) -> None:
+        """Say that reading has come to all of this reader's samples before number `sample`."""
+        if self._prefetcher is not None:
+            self._prefetcher.advance(sample)
 
     def log(self) -> None:
         """Show the commands that the reading runs."""

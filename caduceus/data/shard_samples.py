@@ -76,12 +76,17 @@ class _MicroBatches(IterableDataset):
             return self._order.locate(self._schedule.samples(numbers).reshape(-1))
 
         following = plan(0)
+        self._reader.prefetch(following, 0)
+        taken = 0
         for chunk in itertools.count(1):
             samples, following = following, plan(chunk)
-            self._reader.prefetch(np.concatenate([samples, following]))
+            self._reader.prefetch(following, chunk * len(samples))
             for micro_batch in samples.reshape(planned, -1):
                 try:
-                    yield to_batch(self._reader.read(micro_batch))
+                    batch = to_batch(self._reader.read(micro_batch))
                 except UserError as error:
                     yield error
                     return
+                taken += len(micro_batch)
+                self._reader.advance(taken)
+                yield batch

@@ -5,6 +5,7 @@ import logging
 import os
 
 import torch
+from torch import nn
 
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config, ParallelConfig
@@ -34,7 +35,7 @@ def build_strategy(config: Config, ranks: Ranks, build_optimizer: BuildOptimizer
     model.share_sequences(ranks.context_group)
     if config.parallel.strategy == "auto":
         config = copy.deepcopy(config)
-        reason = _choose(config.parallel, sum(parameter.numel() for parameter in model.parameters()), ranks.world)
+        reason = choose_strategy(config.parallel, model, ranks.world)
         if ranks.is_main:
             _log.info("parallel.strategy: auto chose '%s' (%s)", config.parallel.strategy, reason)
     if ranks.is_main and (unused := _unused_keys(config.parallel)):
@@ -64,8 +65,12 @@ def _unused_keys(parallel: ParallelConfig) -> list[str]:
     return [f"parallel.{name}" for name in names if getattr(parallel, name) != getattr(default, name)]
 
 
+def choose_strategy(parallel: ParallelConfig, model: nn.Module, world: int) -> str:
+    """Set what `auto` takes for a model on `world` ranks, and for how many of them `shard` is; returns why."""
+    return _choose(parallel, sum(parameter.numel() for parameter in model.parameters()), world)
+
+
 def _choose(parallel: ParallelConfig, parameters: int, world: int) -> str:
-    """Set what `auto` takes; returns why."""
     if world == 1:
         parallel.strategy = "single"
         return "one process"

@@ -1,6 +1,7 @@
 """A run directory: where everything of one run lies, and which of its checkpoints can be trusted. Imports no torch.
 
-config.yaml          resolved configuration            provenance.json   what ran: code, packages, hosts, fingerprints
+config.yaml          the configuration as asked for    resolved.yaml     what every `auto` became at the last start
+provenance.json      code, packages, hosts, fingerprints
 metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/
 checkpoints/step-00001000/COMPLETE                     marker, written last: sizes and sha256 of the checkpoint's files
 checkpoints/latest                                     link to the newest complete checkpoint
@@ -33,6 +34,7 @@ class RunDirectory:
         self.path = Path(path)
         self.metrics_path = self.path / "metrics.jsonl"
         self.config_path = self.path / "config.yaml"
+        self.resolved_path = self.path / "resolved.yaml"
         self.provenance_path = self.path / "provenance.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.logs_path = self.path / "logs"

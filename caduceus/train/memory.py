@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.distributed.strategy import Strategy
+from caduceus.model.costs import MOMENTS
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -64,7 +65,7 @@ def moment_bytes_to_come(strategy: Strategy) -> int:
     if strategy.optimizer.state:
         return 0
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in strategy.model.parameters())
-    return 2 * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
+    return MOMENTS * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
 
 
 class TensorBytes(TorchDispatchMode):

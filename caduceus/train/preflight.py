@@ -17,6 +17,7 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.files import show_bytes
+from caduceus.model.costs import CHECKPOINT_BYTES
 from caduceus.ops import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
@@ -24,8 +25,6 @@ from caduceus.train.recomputation import run_micro_batch, too_large
 
 MAX_CLOCK_SKEW = 60.0
 """Seconds. More, and times in logs, file systems and budgets of time are not to be trusted."""
-_STATE_BYTES = 12
-"""Of a parameter in a checkpoint: its value and AdamW's two moments, in fp32."""
 _BATCHES_AHEAD = 2
 """Batches that torch's DataLoader keeps ready for each worker."""
 _BYTES_PER_BASE = 8
@@ -77,7 +76,7 @@ def check_before_start(
         report = Report(
             host=socket.gethostname(),
             clock=time.time(),
-            disk=_disk_problem(run.path, _STATE_BYTES * parameters),
+            disk=_disk_problem(run.path, CHECKPOINT_BYTES * parameters),
             shared_memory=_shared_memory_problem(config, ranks),
         )
     reports = ranks.gather_objects(report)

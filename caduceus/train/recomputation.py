@@ -21,11 +21,11 @@ from caduceus.train import memory
 _log = logging.getLogger(__name__)
 
 
-def recompute_to_fit(config: Config, strategy: Strategy) -> None:
-    """Set how many blocks of the model recompute their activations or their scans' inputs, the same on all ranks.
+def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
+    """Set and return how many blocks of the model recompute their activations, and how many their scans' inputs.
 
-    Measured are a micro-batch with all blocks but the last recomputed whole, and what a block adds that keeps more. The
-    last block keeps all: the backward pass would recompute it before it can free anything.
+    All ranks take the same. Measured are a micro-batch with all blocks but the last recomputed whole, and what a block
+    adds that keeps more. The last block keeps all: the backward pass would recompute it before it can free anything.
     """
     ranks, layers = strategy.ranks, config.model.n_layer
     model: CaduceusForMaskedLM = getattr(strategy.model, "module", strategy.model)
@@ -40,7 +40,7 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> None:
     whole, inputs = model.checkpoint_blocks, model.checkpoint_scan_inputs = max(counts)
     least, lean, full, free = rows[counts.index((whole, inputs))]
     if not ranks.is_main:
-        return
+        return whole, inputs
     needed = least + inputs * lean + (layers - 1 - whole - inputs) * full
     sizes = [f"{count / 2**20:,.0f} MiB" for count in (needed, free, lean, full)]
     _log.info(
@@ -51,6 +51,7 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> None:
     )
     if needed > free:
         _log.warning("this is more than there is; lower train.micro_batch or share sequences by parallel.context")
+    return whole, inputs
 
 
 def bytes_added_by_a_block(config: Config, ranks: Ranks) -> tuple[int, int]:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from caduceus.config import CaduceusConfig, Config
+from caduceus.config import Config
+from caduceus.model.costs import exponentials_per_base, flops_per_base
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,6 @@ _PEAKS = {
 """By a part of the name that torch reports; the first that fits counts."""
 
 
-def flops_per_base(model: CaduceusConfig) -> int:
-    """Floating-point operations in matrix products, forward and backward (twice the forward), for a base."""
-    d, e = model.d_model, model.d_inner
-    directions = 2 if model.bidirectional else 1
-    projections = directions if model.bidirectional and not model.bidirectional_weight_tie else 1
-    mixer = projections * (d * 2 * e + e * d) + directions * (
-        e * (model.dt_rank + 2 * model.d_state) + model.dt_rank * e
-    )
-    per_stream = model.n_layer * mixer + d * model.padded_vocab_size
-    return 3 * 2 * per_stream * _streams(model)
-
-
-def exponentials_per_base(model: CaduceusConfig) -> int:
-    """Exponentials of the scans, which decay E x N states in each direction, forward and backward."""
-    directions = 2 if model.bidirectional else 1
-    return 2 * model.n_layer * directions * model.d_inner * model.d_state * _streams(model)
-
-
 def utilization(config: Config, bases_per_second: float, device: torch.device) -> dict[str, float]:
     """`mfu` and `scan_roofline`: shares of a GPU's peaks at this rate per GPU; empty for a device of unknown peaks."""
     peaks = _peaks(device)
@@ -59,10 +42,6 @@ def utilization(config: Config, bases_per_second: float, device: torch.device) -
         "mfu": flops_per_base(config.model) * bases_per_second / flops,
         "scan_roofline": exponentials_per_base(config.model) * bases_per_second / peaks.exponentials,
     }
-
-
-def _streams(model: CaduceusConfig) -> int:
-    return 2 if model.rcps else 1
 
 
 @functools.cache

@@ -59,7 +59,7 @@ class SpeciesPlan:
     request: SpeciesRequest
     contigs: dict[str, int]
     contig_keys: list[str]
-    windows: np.ndarray  # WINDOW_DTYPE, in genome order
+    windows: np.ndarray  # PLANNED_DTYPE, in genome order
     strands: np.ndarray
     shards: list[ShardPlan]
     report: dict[str, Any]

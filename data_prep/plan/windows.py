@@ -11,7 +11,7 @@ from data_prep.plan.intervals import EMPTY, covered, difference, intersection, s
 from data_prep.plan.line import GenomeLine
 from data_prep.plan.options import PlanOptions
 
-WINDOW_DTYPE = np.dtype(
+PLANNED_DTYPE = np.dtype(
     [
         ("contig", "<u4"),  # row of the species' contig table
         ("start", "<u8"),
@@ -26,7 +26,7 @@ DROPPED = ("excluded", "gap", "outside_intervals", "leakage", "low_acgt", "betwe
 
 @dataclass(frozen=True)
 class GenomeWindows:
-    """The windows of the used contigs (WINDOW_DTYPE, sorted), and where the bases of these contigs went.
+    """The windows of the used contigs (PLANNED_DTYPE, sorted), and where the bases of these contigs went.
 
     `kept` and each of `dropped` (keys DROPPED) count bases once; together they are the contigs. `split_bases` counts
     the bases of each split once. `low_acgt_windows` counts the windows that `--min-acgt` left out. `leaked`: bases of
@@ -136,7 +136,7 @@ def enough_acgt(windows: np.ndarray, non_acgt: np.ndarray, min_acgt: float) -> n
 
 
 def footprint(windows: np.ndarray) -> np.ndarray:
-    """The set of bases that lie in at least one of the windows (WINDOW_DTYPE), all on one line."""
+    """The set of bases that lie in at least one of the windows (PLANNED_DTYPE), all on one line."""
     return union(np.stack([windows["start"], windows["end"]], axis=1).astype(np.int64))
 
 
@@ -188,10 +188,10 @@ def _windows_of_rows(
 
 
 def _table(windows: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Windows on the line as a sorted table (WINDOW_DTYPE)."""
-    tables = [np.empty(0, dtype=WINDOW_DTYPE)]
+    """Windows on the line as a sorted table (PLANNED_DTYPE)."""
+    tables = [np.empty(0, dtype=PLANNED_DTYPE)]
     for split, of_split in windows.items():
-        table = np.zeros(len(of_split), dtype=WINDOW_DTYPE)
+        table = np.zeros(len(of_split), dtype=PLANNED_DTYPE)
         table["split"] = SPLITS.index(split)
         table["start"], table["end"], table["pad"] = of_split.T
         tables.append(table)

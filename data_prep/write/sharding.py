@@ -1,4 +1,4 @@
-"""The work of `shard_genome.py`: open and scan the genomes, plan every species, write what is missing, seal it.
+"""Does the work of `shard_genome.py`: open and scan the genomes, plan every species, write what is missing, seal it.
 
 Nothing is written, not even the directory, before all genomes have been read and planned without an error.
 """
@@ -20,10 +20,20 @@ from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_s
 from data_prep.progress import Progress
 from data_prep.workers import Workers
 from data_prep.write.directory import SpeciesDirectory, check_species, locked, refuse_if_locked, write_manifest
-from data_prep.write.shard_writer import reopen_genome, shard_tasks, write_shard
+from data_prep.write.shard_writer import ShardTask, reopen_genome, shard_tasks, write_shard
 
 _SCAN_BASES = 1 << 24
 _SPARE_BYTES = 1 << 20
+
+
+@dataclass
+class SpeciesWork:
+    """One species on its way from its genome to its shards; `plan` is there once the genome has been scanned."""
+
+    request: SpeciesRequest
+    genome: Genome
+    directory: SpeciesDirectory
+    plan: SpeciesPlan | None = None
 
 
 def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: bool = False) -> dict[str, Any]:
@@ -31,65 +41,68 @@ def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: b
 
     With `add`, species that `out` holds already stay beside the new ones.
     """
-    check_species(out, [request.name for request in requests], add)
+    names = [request.name for request in requests]
+    check_species(out, names, add)
     refuse_if_locked(out)
     with Workers(workers) as pool:
-        genomes = open_genomes(requests, pool)
-        directories = [SpeciesDirectory(out, identity(*pair)) for pair in zip(requests, genomes, strict=True)]
-        todo = [number for number, directory in enumerate(directories) if not directory.finished()]
-        plans = plan_all([requests[i] for i in todo], [genomes[i] for i in todo], pool)
-        require_space(out, [directories[i] for i in todo], plans)
-        with locked(out):
-            check_species(out, [request.name for request in requests], add)
-            try:
-                write_species([directories[i] for i in todo], plans, pool)
-            except BaseException:
-                pool.abort()  # before the lock is gone, and what the processes were writing with it
-                raise
-            for directory, request in zip(directories, requests, strict=True):
-                directory.update_weight(partial(weight, request))
+        species = open_species(requests, out, pool)
+        unfinished = [work for work in species if not work.directory.finished()]
+        plan_species_of(unfinished, pool)
+        require_space(out, unfinished)
+        with locked(out), pool.aborted_on_error():  # the processes end before the lock is gone
+            check_species(out, names, add)
+            write_species(unfinished, pool)
+            for work in species:
+                work.directory.update_weight(partial(weight, work.request))
             return write_manifest(out)
 
 
-def open_genomes(requests: list[SpeciesRequest], pool: Workers) -> list[Genome]:
-    """Open and check every genome; an error names the file."""
+def open_species(requests: list[SpeciesRequest], out: Path, pool: Workers) -> list[SpeciesWork]:
+    """Open and check the genome of every species; an error names the file."""
     genomes: dict[int, Genome] = {}
     with Progress("opening genomes", len(requests), "files") as progress:
         for number, genome in pool.run(_open, [(request.fasta, request.cache_dir) for request in requests]):
             genomes[number] = genome
             progress.add(1)
-    return [genomes[number] for number in range(len(requests))]
+    return [
+        SpeciesWork(request, genomes[number], SpeciesDirectory(out, identity(request, genomes[number])))
+        for number, request in enumerate(requests)
+    ]
 
 
-def plan_all(requests: list[SpeciesRequest], genomes: list[Genome], pool: Workers) -> list[SpeciesPlan]:
-    """Scan the genomes and plan every species."""
-    tasks = [task for number, genome in enumerate(genomes) for task in scan_tasks(number, requests[number], genome)]
-    pieces: list[dict[str, list[Scan]]] = [{name: [] for name in genome.contigs} for genome in genomes]
+def plan_species_of(species: list[SpeciesWork], pool: Workers) -> None:
+    """Scan the genomes and give every species its plan."""
+    scans = scan_genomes(species, pool)
+    with Progress("planning", sum(len(work.genome.contigs) for work in species), "contigs") as progress:
+        for work, of_contigs in zip(species, scans, strict=True):
+            try:
+                work.plan = plan_species(work.request, work.genome, of_contigs)
+            except UserError as error:
+                raise UserError(f"species {work.request.name} ({work.request.fasta}): {error}") from None
+            progress.add(len(work.genome.contigs))
+
+
+def scan_genomes(species: list[SpeciesWork], pool: Workers) -> list[dict[str, Scan]]:
+    """The scan of every contig of every species."""
+    tasks = [task for number, work in enumerate(species) for task in scan_tasks(number, work.request, work.genome)]
     scanned: dict[int, list[Scan]] = {}
-    with Progress("scanning", sum(sum(genome.contigs.values()) for genome in genomes), "bp") as progress:
+    with Progress("scanning", sum(task.bases for task in tasks), "bp") as progress:
         for number, scans in pool.run(_scan, tasks):
             scanned[number] = scans
             progress.add(tasks[number].bases)
+    pieces: list[dict[str, list[Scan]]] = [{name: [] for name in work.genome.contigs} for work in species]
     for number, task in enumerate(tasks):
         for (contig, _, _), piece in zip(task.pieces, scanned[number], strict=True):
             pieces[task.species][contig].append(piece)
-    plans = []
-    with Progress("planning", sum(len(genome.contigs) for genome in genomes), "contigs") as progress:
-        for request, genome, parts in zip(requests, genomes, pieces, strict=True):
-            try:
-                plans.append(plan_species(request, genome, {name: join_scans(parts[name]) for name in genome.contigs}))
-            except UserError as error:
-                raise UserError(f"species {request.name} ({request.fasta}): {error}") from None
-            progress.add(len(genome.contigs))
-    return plans
+    return [{name: join_scans(parts) for name, parts in of_contigs.items()} for of_contigs in pieces]
 
 
-def require_space(out: Path, directories: list["SpeciesDirectory"], plans: list[SpeciesPlan]) -> None:
+def require_space(out: Path, species: list[SpeciesWork]) -> None:
     """Refuse where the file system has not the room for what is still to be written."""
     needed = 0
-    for directory, plan in zip(directories, plans, strict=True):
-        for shard in plan.shards:
-            tar = directory.path / shard.name
+    for work in species:
+        for shard in work.plan.shards:
+            tar = work.directory.path / shard.name
             whole = tar.exists() and tar.stat().st_size == shard.size
             needed += 0 if whole else shard.size + _SPARE_BYTES
     existing = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
@@ -100,43 +113,47 @@ def require_space(out: Path, directories: list["SpeciesDirectory"], plans: list[
         )
 
 
-def write_species(directories: list[SpeciesDirectory], plans: list[SpeciesPlan], pool: Workers) -> None:
+def write_species(species: list[SpeciesWork], pool: Workers) -> None:
     """Write the missing shards of every species; a species is sealed when its last shard is done."""
-    tasks, owners = [], []
-    shards: list[dict[str, dict[str, Any]]] = []
-    for number, (directory, plan) in enumerate(zip(directories, plans, strict=True)):
-        shards.append(directory.begin())
-        missing = [task for task in shard_tasks(plan, directory.path) if task.path.name not in shards[number]]
+    tasks: list[ShardTask] = []
+    owners: list[int] = []
+    finished: list[dict[str, dict[str, Any]]] = []
+    for number, work in enumerate(species):
+        finished.append(work.directory.begin())
+        missing = [
+            task for task in shard_tasks(work.plan, work.directory.path) if task.path.name not in finished[number]
+        ]
         tasks += missing
         owners += [number] * len(missing)
         if not missing:
-            directory.finish(species_part(plan, directory, shards[number]))
+            work.directory.finish(species_part(work, finished[number]))
     with Progress("writing shards", sum(task.size for task in tasks), "B") as progress:
         for task_number, shard in pool.run(write_shard, tasks):
             number = owners[task_number]
-            directories[number].record(shard)
-            shards[number][shard["name"]] = shard
+            work = species[number]
+            work.directory.record(shard)
+            finished[number][shard["name"]] = shard
             progress.add(shard["bytes"])
-            if len(shards[number]) == len(plans[number].shards):
-                directories[number].finish(species_part(plans[number], directories[number], shards[number]))
+            if len(finished[number]) == len(work.plan.shards):
+                work.directory.finish(species_part(work, finished[number]))
 
 
-def species_part(plan: SpeciesPlan, directory: SpeciesDirectory, shards: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A species' part of the manifest."""
+def species_part(work: SpeciesWork, shards: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A species' part of the manifest; `shards`: name -> its row."""
     splits = {}
     for split in SPLITS:
-        rows = [shards[shard.name] for shard in plan.shards if shard.split == split]
+        rows = [shards[shard.name] for shard in work.plan.shards if shard.split == split]
         if rows:
             totals = {key: sum(row[key] for row in rows) for key in ("samples", "bases")}
             splits[split] = {**totals, "shards": rows}
-    described = {key: value for key, value in directory.identity.items() if key != "species"}
+    described = {key: value for key, value in work.directory.identity.items() if key != "species"}
     return {
-        "name": plan.request.name,
-        "weight": weight(plan.request, plan.report),
+        "name": work.request.name,
+        "weight": weight(work.request, work.plan.report),
         **described,
-        "contigs": [{"name": name, "length": length} for name, length in plan.contigs.items()],
+        "contigs": [{"name": name, "length": length} for name, length in work.plan.contigs.items()],
         "splits": splits,
-        "report": plan.report,
+        "report": work.plan.report,
     }
 
 

@@ -216,7 +216,7 @@ def test_a_pipe_that_fails_late_is_an_error() -> None:
 def test_prefetching_has_shards_ready_before_they_are_opened(server: Server, tmp_path: Path) -> None:
     genome = ShardedGenome(server.url, ShardCache(tmp_path))
     wanted = genome.table("fly", "train").shards
-    Prefetcher(ShardCache(tmp_path)).want(wanted)
+    Prefetcher(ShardCache(tmp_path)).want(wanted, 0)
     deadline = time.monotonic() + 300
     while len(tars(tmp_path)) < len(wanted) and time.monotonic() < deadline:
         time.sleep(0.01)

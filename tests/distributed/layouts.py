@@ -16,7 +16,7 @@ from caduceus.config import Config, config_from_dict
 from caduceus.data.loader import Batch, TrainLoader
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import ONE_LINE
-from caduceus.train import trainer
+from caduceus.train import setup, trainer
 from tests.distributed.ranks import on_ranks
 
 
@@ -112,7 +112,7 @@ def _train_here(rank: int, configs: list[Config], weighed: Collection[str]) -> l
 def _train_observed(config: Config, weigh: bool) -> Observed:
     observed = Observed()
     with pytest.MonkeyPatch.context() as patch, _recording_samples(observed):
-        build = trainer.build_strategy
+        build = setup.build_strategy
         started, before = time.monotonic(), _tensor_bytes() if weigh else 0
 
         def build_observed(*arguments: Any) -> Strategy:
@@ -138,7 +138,7 @@ def _train_observed(config: Config, weigh: bool) -> Observed:
             strategy.clip, strategy.step = observed_clip, observed_step
             return strategy
 
-        patch.setattr(trainer, "build_strategy", build_observed)
+        patch.setattr(setup, "build_strategy", build_observed)
         # It collects all garbage at the start, which would take most of the time of short trainings.
         patch.setattr(trainer, "scheduled_garbage_collection", contextlib.nullcontext)
         try:

@@ -70,6 +70,28 @@ def test_what_jobs_would_fail_for_is_refused_before(fake_slurm, monkeypatch, tmp
     assert not fake_slurm.asked("sbatch") and not (tmp_path / "out").exists()
 
 
+def test_species_that_jobs_are_at_are_not_submitted_again_and_others_are(fake_slurm, monkeypatch, tmp_path, capsys):
+    species, out = write_species(tmp_path), tmp_path / "out"
+    command = ["shard.py", "--genomes", str(species), "--out", str(out), "--cluster", "cpu"]
+    monkeypatch.setattr(sys, "argv", command)
+    submits = f'case "$*" in *--test-only*) exit 0;; esac; echo x >> {tmp_path}/n'
+    fake_slurm.answer("sbatch", f"{submits}; set -- $(/usr/bin/wc -l {tmp_path}/n); echo Submitted batch job $1")
+    assert shard.main() == 0
+    assert "jobs 1_0 … 1_1; merged by job 2" in capsys.readouterr().out
+    for live, job in (("1|1_1|RUNNING|None", "1_1"), ("2|2_N/A|PENDING|Dependency", "2")):
+        fake_slurm.answer("squeue", f"echo '{live}'")
+        with pytest.raises(UserError, match=f"out is being made by job {job}; wait for it, or: scancel {job[0]}"):
+            shard.main()
+    assert len(fake_slurm.asked("sbatch")) == 2
+    write_random_fasta(tmp_path / "c.fa", 3, {"chr1": 4000})
+    species.write_text("species:\n- {name: third, fasta: c.fa}\n")
+    assert shard.main() == 0
+    species = write_species(tmp_path)
+    fake_slurm.answer("squeue", "exit 0")
+    assert shard.main() == 0
+    assert len(fake_slurm.asked("sbatch")) == 6
+
+
 @pytest.mark.slow
 def test_on_this_machine_and_again(tmp_path):
     species = write_species(tmp_path)

@@ -100,26 +100,35 @@ def test_wrong_use_is_one_line_and_leaves_no_run(launch, small_config, tmp_path,
     assert not (tmp_path / "runs" / "small" / "submissions.json").exists()
 
 
-def test_the_plan_of_a_million_bases_on_512_gpus(launch, capsys):
+def test_a_local_job_gets_no_other_gpus_than_this_shell(launch, small_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,MIG-1")
+    preset = tmp_path / "four.yaml"
+    preset.write_text("executor: local\ngpus_per_node: 4\ntime: '0'\n")
+    with pytest.raises(UserError, match="gpus_per_node: 4 asked for, but CUDA_VISIBLE_DEVICES gives this shell 2"):
+        launch("--config", small_config, "--cluster", str(preset), "run.dir=run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimate_of_a_million_bases_on_512_gpus(launch, capsys):
     config = str(REPOSITORY / "configs" / "pretrain" / "ph-1m.yaml")
     layout = ["parallel.context=8", "train.global_batch=64"]
     assert launch("--dry-run", "--config", config, "--nodes", "64", "--cluster", "h100x8", *layout) == 0
-    plan = capsys.readouterr().out.splitlines()[0]
-    assert "512 ranks, 8 to a sequence (parallel.strands=1 parallel.context=8), with 1 sequence a step" in plan
-    assert "131,072 bases at a time each; 7.73M parameters" in plan
-    # 131,072 bases of 0.65 us; 256 channels and 16 layers of 36 bytes for each: all blocks fit, none is recomputed.
-    assert plan.endswith("unmeasured estimate for H100: 0.085 s a step, 21.6 GB")
+    estimate = capsys.readouterr().out.splitlines()[0]
+    assert "512 ranks, 8 to a sequence (parallel.strands=1 parallel.context=8), with 1 sequence a step" in estimate
+    assert "131,072 bases at a time each; 7.73M parameters" in estimate
+    # 131,072 bases of 0.65 us; 256 channels and 16 layers of 35.8 bytes for each: all blocks fit, none is recomputed.
+    assert estimate.endswith("unmeasured estimate for H100: 0.085 s a step, 21.5 GB")
 
 
 @pytest.mark.parametrize(("millions", "nodes"), [(1, 2), (2, 4), (4, 8), (8, 16)])
-def test_the_plan_of_longer_contexts_on_more_gpus(launch, capsys, millions, nodes):
+def test_the_estimate_of_longer_contexts_on_more_gpus(launch, capsys, millions, nodes):
     config = str(REPOSITORY / "configs" / "pretrain" / "ps-1m.yaml")
     layout = [f"data.seq_len={millions * 2**20}", "parallel.strands=2", f"parallel.context={8 * millions}"]
     assert launch("--dry-run", "--config", config, "--nodes", str(nodes), "--cluster", "h100x8", *layout) == 0
-    plan = capsys.readouterr().out.splitlines()[0]
+    estimate = capsys.readouterr().out.splitlines()[0]
     shared = f"{8 * nodes} ranks, {16 * millions} to a sequence ({' '.join(layout[1:])}), with 1 sequence a step"
-    assert f"{shared}, 131,072 bases at a time each; 7.73M parameters" in plan
-    assert plan.endswith("unmeasured estimate for H100: 0.085 s a step, 21.6 GB")
+    assert f"{shared}, 131,072 bases at a time each; 7.73M parameters" in estimate
+    assert estimate.endswith("unmeasured estimate for H100: 0.085 s a step, 21.5 GB")
     layout[-1] = f"parallel.context={16 * millions}"
     with pytest.raises(UserError, match=r"strands: 2 x .* ranks share a sequence, which does not divide"):
         launch("--dry-run", "--config", config, "--nodes", str(nodes), "--cluster", "h100x8", *layout)

@@ -356,7 +356,7 @@ def _wait(condition: Callable[[], bool], what: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise ClusterError(f"waited {seconds:.0f} s in vain for {what}")
+            raise ClusterError(f"waited {seconds:.0f} s for {what}")
         time.sleep(0.1)
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 STEPS = 40
 PATIENCE = 300
-"""Seconds after which a test waits in vain: a busy machine needs a minute to start a few processes with torch."""
+"""Seconds after which a test gives up: a busy machine needs a minute to start a few processes with torch."""
 ENDLESS = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "REQUEUED")
 REQUEST = ["--cluster", "cpu", "--cpus-per-task", "1", "--mem", "500M"]
 
@@ -86,10 +86,10 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 def wait_until(ask: Callable[[], T], enough: Callable[[T], object], what: str) -> T:
-    """Ask again and again until an answer is enough, and return it; in vain, the test fails with the last answer."""
+    """Ask until an answer is enough, and return it; after `PATIENCE` the test fails with the last one."""
     deadline = time.monotonic() + PATIENCE
     while not enough(answer := ask()):
-        assert time.monotonic() < deadline, f"waited {PATIENCE} s in vain for {what}; at last: {answer!r}"
+        assert time.monotonic() < deadline, f"waited {PATIENCE} s for {what}; at last: {answer!r}"
         time.sleep(0.2)
     return answer
 

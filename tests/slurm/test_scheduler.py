@@ -19,6 +19,7 @@ from tests.slurm.small_runs import PATIENCE, REQUEST, job_of, launch, runs, stat
 pytestmark = pytest.mark.slow
 
 HOSTILE = {
+    "SLURM_CLUSTERS": "onemachine",  # this one is kept
     "SLURM_TIME_FORMAT": "relative",
     "SQUEUE_STATES": "CANCELLED",
     "SQUEUE_PARTITION": "urgent",

@@ -19,7 +19,7 @@ from caduceus.data.shard_samples import ShardSamples
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, RetryError, UserError, kind_of
 from caduceus.run.directory import RunDirectory
-from caduceus.train import trainer
+from caduceus.train import setup, trainer
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import SmallRun, numbers
 
@@ -73,7 +73,7 @@ FAULTS = {
         "shard.tar: cannot be read",
     ),
     "every read": (1, ShardFiles, "read_into", no_space, "neither could 10 other crops be read"),
-    "the model's check": (1, trainer, "check_model", no_space, "No space left"),
+    "the model's check": (1, setup, "check_model", no_space, "No space left"),
     "other shards": (1, ShardSamples, "what_decides_the_order", other_order, "rank 1 on .*: data.path leads to other"),
     "a worker": (1, SampleReader, "read", lost_worker, "a worker was killed"),
     "DeepSpeed's file": (

@@ -13,7 +13,7 @@ from caduceus.distributed.build import build_strategy
 from caduceus.distributed.layout import RESERVE, blocks_to_recompute
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
-from caduceus.train import memory, recomputation, trainer
+from caduceus.train import memory, recomputation, setup, trainer
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.recomputation import run_micro_batch
 from tests.distributed.ranks import on_ranks
@@ -130,7 +130,7 @@ def train_each(rank: int, configs: dict[str, Config]) -> dict[str, tuple[int, in
         with pytest.MonkeyPatch.context() as patch:
             strategies = []
             build = lambda *given, to=strategies: to.append(build_strategy(*given)) or to[0]  # noqa: E731
-            patch.setattr(trainer, "build_strategy", build)
+            patch.setattr(setup, "build_strategy", build)
             pretend_that_free_is(patch, (2**60, 0)[rank])
             assert trainer.train(config) == 0
         model = getattr(strategies[0].model, "module", strategies[0].model)

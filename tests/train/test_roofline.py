@@ -6,8 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.config import Config
+from caduceus.model.costs import exponentials_per_base, flops_per_base
 from caduceus.train import roofline
-from caduceus.train.roofline import exponentials_per_base, flops_per_base, utilization
+from caduceus.train.roofline import utilization
 
 
 @pytest.mark.parametrize("rcps", [False, True])

@@ -182,9 +182,9 @@ def test_a_run_that_fails_leaves_nothing_half_written(fasta: Path, tmp_path: Pat
 
     out = tmp_path / "out"
 
-    def fail(directories, plans, pool) -> None:
-        directories[0].begin()
-        (directories[0].path / ".train-000000.tar.1.tmp").write_bytes(b"half")
+    def fail(species, pool) -> None:
+        species[0].directory.begin()
+        (species[0].directory.path / ".train-000000.tar.1.tmp").write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sharding, "write_species", fail)

@@ -17,7 +17,7 @@ from data_prep.genome.genome import open_genome
 from tests.data_prep.genome_files import FASTA, Contigs, bgzip, cache_of, check, settled, twobit
 from tests.data_prep.genomes import dataset_of, shard, tar_samples
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 BASES = "ACGTacgtNnRYKMSWBDHVrykmswbdhvUu"
 
 contig_tables = st.dictionaries(

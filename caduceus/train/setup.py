@@ -1,0 +1,180 @@
+"""What happens once at a start: open the run and its data, decide every `auto`, build the model, resume, check."""
+
+import copy
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from caduceus.config import Config
+from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
+from caduceus.data.samples import resolve_strands
+from caduceus.distributed.build import build_model, build_strategy, choose_strategy
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.strategy import Strategy
+from caduceus.files import write_atomically
+from caduceus.ops import resolve_backend
+from caduceus.run.directory import RunDirectory
+from caduceus.train.checkpointing import Checkpoints, Progress
+from caduceus.train.optimizer import build_optimizer, default_warmup
+from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
+from caduceus.train.recomputation import recompute_to_fit
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a key of the configuration stands for in this start."""
+
+    key: str
+    asked: Any
+    takes: Any
+    because: str
+
+
+@dataclass
+class Resolved:
+    """A configuration with every `auto` decided, and the decisions."""
+
+    config: Config
+    decisions: list[Decision] = field(default_factory=list)
+
+    def decide(self, key: str, asked: Any, takes: Any, because: str) -> None:
+        """Note what a key takes, for the table and resolved.yaml."""
+        self.decisions.append(Decision(key, asked, takes, because))
+
+    def table(self) -> str:
+        """The decisions, one a line, in columns."""
+        rows = [("key", "asked", "takes", "because")]
+        rows += [(row.key, _word(row.asked), _word(row.takes), row.because) for row in self.decisions]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = ("  ".join([*map(str.ljust, row, widths), row[3]]) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def to_yaml(self) -> str:
+        """The decisions as sections of keys, each with `asked`, `takes` and `because`."""
+        sections: dict[str, dict[str, Any]] = {}
+        for row in self.decisions:
+            section, _, name = row.key.partition(".")
+            told = {"asked": row.asked, "takes": row.takes, "because": row.because}
+            sections.setdefault(section, {})[name] = told
+        return OmegaConf.to_yaml(OmegaConf.create(sections))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The run directory, which the main rank holds, and this rank's part of the data."""
+
+    run: RunDirectory
+    loader: TrainLoader
+    validation: ValidationLoader | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a start has built, ready for the first step. `config` has every `auto` decided."""
+
+    config: Config
+    strategy: Strategy
+    checkpoints: Checkpoints
+    progress: Progress
+
+
+def open_run(config: Config, ranks: Ranks) -> Opened:
+    """Open data and run directory on all ranks together; refuses what cannot be trained, before anything is written."""
+    part = {
+        "rank": ranks.data_rank,
+        "world": ranks.data_world,
+        "positions": ranks.positions(config.data.seq_len),
+        "device": ranks.device,
+    }
+    peers = ranks.largest_of_peers if ranks.shares_samples else None
+    run = RunDirectory(config.run.dir)
+    with ranks.agreeing():
+        check_model(config, ranks.device)
+        loader = build_loader(config, "train", **part, largest_of_peers=peers)
+        validation = build_validation(config, **part) if config.valid.every else None
+        if ranks.is_main:
+            run = RunDirectory.create_or_resume(config)
+    refuse_other_data(loader, ranks)
+    return Opened(run, loader, validation)
+
+
+def set_up(config: Config, ranks: Ranks, opened: Opened, started: float) -> Setup:
+    """Decide every `auto` of the configuration, once and the same on all ranks; build, resume and check what follows.
+
+    The decisions are logged as one table and written to RUN/resolved.yaml. `started`: monotonic time of the start.
+    """
+    run, loader = opened.run, opened.loader
+    resolved = _resolve(config, ranks)
+    strategy = build_strategy(resolved.config, ranks, build_optimizer)
+    checkpoints = Checkpoints(config, run, strategy)
+    progress = _resume(config, run, loader, checkpoints)
+    check_before_start(resolved.config, run, strategy, checkpoints.group)
+    if config.train.activation_checkpointing == "auto":
+        whole, inputs = recompute_to_fit(resolved.config, strategy)
+        words = f"{whole} of {config.model.n_layer} blocks whole, and what feeds the scan of {inputs} others"
+        resolved.decide("train.activation_checkpointing", "auto", words, "as few as the free memory demands")
+    because = "a tenth of train.steps" if progress.step == 0 else "kept from the start of the run"
+    if config.train.warmup_steps is None or config.train.warmup_steps != progress.warmup_steps:
+        resolved.decide("train.warmup_steps", config.train.warmup_steps, progress.warmup_steps, because)
+    check_gpu_memory(resolved.config, strategy)
+    with ranks.agreeing(), run.telling_of_disks():
+        if ranks.is_main:
+            _log.info("%s", resolved.table())
+            run.keep_config(config)
+            write_atomically(run.resolved_path, resolved.to_yaml().encode())
+            run.truncate_metrics(progress.step)
+            layout = {"ranks": ranks.world, "strands": ranks.strands, "context": ranks.context}
+            facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
+            run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
+    return Setup(resolved.config, strategy, checkpoints, progress)
+
+
+def _resolve(config: Config, ranks: Ranks) -> Resolved:
+    """Every `auto`, null or 0 that follows from the configuration and the ranks alone."""
+    resolved = Resolved(copy.deepcopy(config))
+    now, device = resolved.config, ranks.device.type
+    if config.run.device == "auto":
+        now.run.device = device
+        resolved.decide("run.device", "auto", device, "there is a GPU" if device == "cuda" else "torch sees no GPU")
+    if config.ops.backend == "auto":
+        dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+        now.ops.backend = resolve_backend("auto", ranks.device, dtype)
+        resolved.decide("ops.backend", "auto", now.ops.backend, f"the fastest on {device}")
+    if config.data.strands == "auto":
+        now.data.strands = resolve_strands(config)
+        seen = "both strands by itself" if config.model.rcps else "one strand at a time"
+        resolved.decide("data.strands", "auto", now.data.strands, f"the model sees {seen}")
+    for name, takes in (("strands", ranks.strands), ("context", ranks.context)):
+        if getattr(config.parallel, name) != takes:
+            asked = getattr(config.parallel, name)
+            setattr(now.parallel, name, takes)
+            because = f"gives each of {ranks.world} ranks a part of a global batch of {config.train.global_batch}"
+            resolved.decide(f"parallel.{name}", asked, takes, because)
+    if config.parallel.strategy == "auto":
+        because = choose_strategy(now.parallel, build_model(now, ranks.strand_group), ranks.world)
+        resolved.decide("parallel.strategy", "auto", now.parallel.strategy, because)
+        if now.parallel.shard != config.parallel.shard:
+            resolved.decide("parallel.shard", config.parallel.shard, now.parallel.shard, "the ranks of a node")
+    return resolved
+
+
+def _resume(config: Config, run: RunDirectory, loader: TrainLoader, checkpoints: Checkpoints) -> Progress:
+    started = time.monotonic()
+    progress = checkpoints.resume(loader)
+    if progress is None:
+        return Progress(step=0, tokens=0, loader=loader.state(), warmup_steps=default_warmup(config.train))
+    _log.info(
+        "resuming %s after step %d (%d samples), loaded in %.1f s",
+        *(run.path, progress.step, loader.samples_consumed, time.monotonic() - started),
+    )
+    return progress
+
+
+def _word(value: Any) -> str:
+    return "null" if value is None else str(value)
