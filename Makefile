@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test test-fast lint bench docs
+.PHONY: demo test test-fast lint coverage bench docs
 
 # torch by its exact release first: an open range would bring the CUDA build, which a laptop does not need.
 # DeepSpeed's set-up asks torch what there is to build, hence no isolation; nothing is compiled.
@@ -30,6 +30,13 @@ test-fast: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
+
+# Which lines the tests in one process run; what they do in processes of their own does not count.
+coverage: $(VENV)/installed
+	$(PY) -m coverage run -m pytest -m 'not slow'
+	$(PY) -m coverage report
 
 # The pages that are made of the code; tests compare them with it.
 docs: $(VENV)/installed

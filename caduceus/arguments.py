@@ -26,7 +26,9 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, whole_number)
         self.register("type", float, number)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """As of argparse. Called with nothing, the command prints its `start` and ends with status 2."""
         if args is None and self._start is not None and len(sys.argv) == 1:
             print(with_commands(self._start).strip())

@@ -25,7 +25,7 @@ class UserError(Exception):
 
     kind = Kind.USER
     status = 2
-    """Of the process that ends with it."""
+    """Exit status of the process that ends with it."""
 
 
 class NodeError(UserError):

@@ -21,6 +21,7 @@ LONGEST_FIRST = (
     "distributed/test_guards.py",
     "ops/test_triton.py",
     "slurm/test_launch.py",
+    "slurm/test_scheduler.py",
     "distributed/test_strands.py",
     "slurm/test_virtual_cluster.py",
     "demo/test_run.py",

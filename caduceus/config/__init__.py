@@ -2,10 +2,10 @@
 
 from caduceus.config.fixed import Change, changes, order_values
 from caduceus.config.load import config_from_dict, config_to_dict, load_config, save_config
+from caduceus.config.model import CaduceusConfig
 from caduceus.config.run import (
     KEYS,
     SECTIONS,
-    CaduceusConfig,
     CheckpointConfig,
     Config,
     DataConfig,

@@ -1,6 +1,7 @@
 """Which values no run can have beside each other. What a key can have by itself stands with the key."""
 
-from caduceus.config.run import KEYS, SECTIONS, Config, check_section
+from caduceus.config.keys import check_section
+from caduceus.config.run import KEYS, SECTIONS, Config
 from caduceus.errors import UserError
 
 

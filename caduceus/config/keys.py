@@ -80,10 +80,17 @@ def key(default: Any, words: str, *, fixes: Fixes, choices: tuple[Any, ...] = ()
 def keys_of(section: str, cls: type) -> Iterator[Key]:
     """The keys of a section's dataclass, in its order."""
     for field in dataclasses.fields(cls):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
         kind = getattr(field.type, "__name__", str(field.type)) if field.type is not Any else "any"
         kind = str(field.type) if "[" in str(field.type) or "|" in str(field.type) else kind
         yield Key(f"{section}.{name_of(field.name)}", field.name, kind, default, **field.metadata)
+
+
+def check_section(section: str, values: Any) -> None:
+    """Raise `UserError` for the first key of a section whose value it cannot have."""
+    for described in keys_of(section, type(values)):
+        described.check(getattr(values, described.attribute))
 
 
 def name_of(attribute: str) -> str:

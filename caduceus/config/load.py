@@ -43,7 +43,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain nested dicts and lists, every key present."""
-    values = OmegaConf.to_container(OmegaConf.structured(config))
+    values: Any = OmegaConf.to_container(OmegaConf.structured(config))
     return {section: {name_of(name): value for name, value in keys.items()} for section, keys in values.items()}
 
 
@@ -104,7 +104,7 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
         except OmegaConfBaseException as error:
             raise UserError(f"{origin}: {name_of(error.full_key or 'value')}: {_one_line(error)}") from None
     try:
-        config = OmegaConf.to_object(merged)
+        config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
     refuse_impossible_values(config)
@@ -112,13 +112,14 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
 
 
 def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, prefix: str = "") -> None:
-    for key in values:
-        if key not in (names := list(map(name_of, known))):
+    for key in map(str, values):
+        names = list(map(name_of, map(str, known)))
+        if key not in names:
             raise UserError(f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(names)}")
         if OmegaConf.is_dict(known[attribute_of(key)]):
             if not OmegaConf.is_dict(values[key]):
-                names = ", ".join(map(name_of, known[key]))
-                raise UserError(f"{origin}: {prefix}{key}: expected a mapping with keys {names}")
+                inner = ", ".join(map(name_of, known[key]))
+                raise UserError(f"{origin}: {prefix}{key}: expected a mapping with keys {inner}")
             _refuse_unknown_keys(known[key], values[key], origin, f"{prefix}{key}.")
 
 

@@ -19,7 +19,7 @@ be resumed with another value:
 
 {fixes}
 
-This page is written by `make docs` from [caduceus/config/run.py](../caduceus/config/run.py).
+This page is written by `make docs` from the keys in [caduceus/config](../caduceus/config).
 """
 
 

@@ -1,73 +1,10 @@
 """The sections of a run's configuration and their keys. Imports no torch."""
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from caduceus.alphabet import VOCAB_SIZE
 from caduceus.config.keys import Key, key, keys_of
-from caduceus.errors import UserError
-
-
-@dataclass
-class CaduceusConfig:
-    """The model. Keys and defaults are the published ones (Schiff et al. 2024, arXiv:2403.03234)."""
-
-    d_model: int = key(256, "Width of one strand's hidden state.", fixes="numbers", least=1)
-    n_layer: int = key(4, "Blocks of the model.", fixes="numbers", least=1)
-    vocab_size: int = key(VOCAB_SIZE, "Tokens of the alphabet.", fixes="numbers")
-    pad_vocab_size_multiple: int = key(
-        8, "The vocabulary is padded up to a multiple of this.", fixes="numbers", least=1
-    )
-    d_state: int = key(16, "States per inner channel of the scan.", fixes="numbers", least=1)
-    d_conv: int = key(4, "Width of the causal convolution, in bases.", fixes="numbers", least=1)
-    expand: int = key(2, "Inner channels per model channel.", fixes="numbers", least=1)
-    rcps: bool = key(
-        False,
-        "Caduceus-PS: both strands share parameters; reverse-complement equivariant. False is Caduceus-Ph.",
-        fixes="numbers",
-    )
-    bidirectional: bool = key(True, "Scan every sequence in both directions.", fixes="numbers")
-    bidirectional_strategy: str = key(
-        "add", "How the outputs of the two directions join.", fixes="numbers", choices=("add", "ew_multiply")
-    )
-    bidirectional_weight_tie: bool = key(
-        True, "Share the in and out projections between the directions.", fixes="numbers"
-    )
-    rms_norm: bool = key(True, "RMSNorm; False is LayerNorm.", fixes="numbers")
-    norm_epsilon: float = key(1e-5, "Added to the variance in a norm.", fixes="numbers", above=0)
-    residual_in_fp32: bool = key(
-        True,
-        "Sum the blocks' outputs in fp32; False in the type of products, bf16 with `train.precision: bf16`, which "
-        "keeps less memory and rounds every sum. (Published training was in fp32 either way: its embeddings are.)",
-        fixes="numbers",
-    )
-    fused_add_norm: bool = key(
-        True,
-        "With rcps, the block form: True swaps the strands in every block, as the published checkpoints were trained; "
-        "False is the paper's equation. Without rcps both are the same function.",
-        fixes="numbers",
-    )
-
-    @property
-    def d_inner(self) -> int:
-        """Inner channels E of the scan."""
-        return self.expand * self.d_model
-
-    @property
-    def dt_rank(self) -> int:
-        """Rank of the projection that makes the step sizes."""
-        return math.ceil(self.d_model / 16)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        multiple = self.pad_vocab_size_multiple
-        return math.ceil(self.vocab_size / multiple) * multiple
-
-    def __post_init__(self) -> None:
-        check_section("model", self)
-        if self.vocab_size != VOCAB_SIZE:
-            raise UserError(f"model.vocab_size: the DNA alphabet has {VOCAB_SIZE} tokens, got {self.vocab_size}")
+from caduceus.config.model import CaduceusConfig
 
 
 @dataclass
@@ -385,13 +322,7 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-SECTIONS: dict[str, type] = {section.name: section.default_factory for section in fields(Config)}
+SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Config)}
 """The dataclass of each section; its docstring says what the section is about."""
 KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() for found in keys_of(section, cls)}
 """Every key, by its name `section.key`."""
-
-
-def check_section(section: str, values: Any) -> None:
-    """Raise `UserError` for the first key of a section whose value it cannot have."""
-    for described in keys_of(section, type(values)):
-        described.check(getattr(values, described.attribute))

@@ -215,13 +215,12 @@ def build_loader(
     *,
     rank: int = 0,
     world: int = 1,
-    start: int = 0,
     micro_batch: int | None = None,
     positions: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     largest_of_peers: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> TrainLoader:
-    """The training batches of data-parallel rank `rank` of `world`, beginning after `start` samples of all ranks.
+    """The training batches of data-parallel rank `rank` of `world`, from the first on: `seek` goes elsewhere.
 
     `micro_batch` defaults to `train.micro_batch`. `positions` (first, end) is the slice of every sequence that this
     rank reads; default the whole. The batches come on `device`. Ranks that read slices of the same sequences must take
@@ -231,9 +230,7 @@ def build_loader(
     schedule = RankSchedule(config.train.global_batch, micro_batch or config.train.micro_batch, rank, world)
     stream = config.data.mode == "stream"
     samples = StreamSamples(config, positions) if stream else ShardSamples(config, split, positions)
-    loader = TrainLoader(config, samples, schedule, device, None if stream else largest_of_peers)
-    loader.seek(start)
-    return loader
+    return TrainLoader(config, samples, schedule, device, None if stream else largest_of_peers)
 
 
 def build_validation(

@@ -8,6 +8,8 @@ The gradients of the halos meet in a collective, so every rank's result must dep
 begins.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -50,12 +52,12 @@ class _AllGather(torch.autograd.Function):
     """(…) on each of R ranks -> (R, …) on all; a gradient goes back to where its part came from, summed over ranks."""
 
     @staticmethod
-    def forward(ctx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _gathered(part, group)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         own = torch.empty_like(gradient[0])
         dist.reduce_scatter(own, list(gradient.contiguous().unbind()), group=ctx.group)
         return own, None

@@ -67,7 +67,7 @@ def check_layout(config: Config, world: int) -> Sharing:
 
 
 def _smallest_sharing(config: Config, world: int, asked: Sharing) -> Sharing | None:
-    """Of the arrangements that are as asked (0: any), the one of fewest ranks a sample in which each gets a part.
+    """The arrangement that gives every rank a part with the fewest ranks a sample, among those as asked (0: any).
 
     Strands cost less than slices, and come first.
     """

@@ -88,7 +88,7 @@ class Ranks:
         return self._sample_group is not None
 
     def largest_of_peers(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise maximum over this rank and its peers, in place; on the CPU without a word to the GPU."""
+        """Elementwise maximum over this rank and its peers, in place; of tensors on the CPU, without the GPU."""
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._sample_group)
         return values
 
@@ -223,7 +223,7 @@ def make_deterministic(deterministic: bool) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `run.device`; with several GPUs in sight, the one of this local rank."""
+    """The device of `run.device`; where it sees several GPUs, the one of this local rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":

@@ -1,7 +1,7 @@
 """How the processes of a run meet, and see before they compute together that they are of one run: `joined`.
 
 What they tell each other goes through the store at which they meet: processes that differ in their layout, or of which
-some have no GPU, would wait for each other for ever in the first collective.
+some have no GPU, would wait for each other without end in the first collective.
 """
 
 import contextlib
@@ -27,12 +27,10 @@ from caduceus.files import dump_json
 
 MEETING = timedelta(minutes=15)
 """Ranks that are started together come within this."""
-
-
 COLLECTIVE_MARGIN = timedelta(minutes=10)
 """A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
-FOR_EVER = timedelta(days=365)
-"""Of a collective, where a step may take any time; the libraries know no other for ever."""
+NO_TIMEOUT = timedelta(days=365)
+"""Timeout of collectives where a step may take any time; the libraries always want one."""
 FLIGHT_RECORDS = "2000"
 """Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
 
@@ -164,12 +162,8 @@ def joined(config: Config) -> Iterator[Ranks]:
         store, members = meet(member, rank, world, timeout)
     refuse_strangers(members, rank)
     if rank == 0 and (sharing.strands, sharing.context) != (config.parallel.strands or 1, config.parallel.context or 1):
-        _log.info(
-            "%s: chosen, as a global batch of %d sequences gives not every one of %d ranks a part",
-            sharing,
-            config.train.global_batch,
-            world,
-        )
+        why = "as a global batch of %d sequences cannot give each of %d ranks a part"
+        _log.info(f"%s: chosen, {why}", sharing, config.train.global_batch, world)
     if not joined_already:
         _start_collectives(config, device, store, rank, world, timeout)
     try:
@@ -203,8 +197,8 @@ def _start_collectives(
 
 
 def _collective_timeout(stall_minutes: float) -> timedelta:
-    if not 0 < stall_minutes < FOR_EVER / timedelta(minutes=1):
-        return FOR_EVER
+    if not 0 < stall_minutes < NO_TIMEOUT / timedelta(minutes=1):
+        return NO_TIMEOUT
     return timedelta(minutes=stall_minutes) + COLLECTIVE_MARGIN
 
 

@@ -4,6 +4,8 @@ The streams of the strands meet in the logits alone. So all that the ranks excha
 once per micro-batch, and nothing on the way back: from there on both compute the same, and each takes half of the loss.
 """
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor, autograd
 
@@ -27,12 +29,12 @@ class StrandGroup:
 
 class _Sum(autograd.Function):
     @staticmethod
-    def forward(ctx, part: Tensor, strands: StrandGroup) -> Tensor:
+    def forward(ctx: Any, part: Tensor, strands: StrandGroup) -> Tensor:
         ctx.size = strands.size
         total = part.clone()
         dist.all_reduce(total, group=strands.group)
         return total
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.size, None

@@ -83,7 +83,7 @@ class Strategy:
     def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
         """Copy model and optimizer to host memory; the function returned writes the copy into a directory.
 
-        All ranks together call that function, on any thread; they talk over `group`, which is nobody else's meanwhile.
+        All ranks together call that function, on any thread; they talk over `group`, which nothing else uses then.
         """
         state = BlockingAsyncStager().stage(self.state_dict())
         return lambda directory: self._write(state, directory, group)

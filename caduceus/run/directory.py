@@ -56,6 +56,7 @@ class RunDirectory:
         Refuses one that another process trains in, and one whose configuration differs in a key that decides the
         run's numbers, unless `run.allow_change` names that key.
         """
+        assert config.run.dir is not None, "load_config gives a run its directory"
         run = cls(config.run.dir)
         with run.telling_of_disks():
             if run.config_path.is_file() or run.checkpoints():

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from caduceus.errors import Kind, PeerError, kind_of, one_line
 from caduceus.files import dump_json, write_atomically
@@ -64,7 +65,7 @@ def record_end_here(error: BaseException) -> None:
 
 def record_end(folder: Path, rank: int, error: BaseException | None = None) -> None:
     """Write down how this rank ends. A disk that takes no file takes no end either: what ends it is told anyway."""
-    facts = {} if error is None else {"kind": kind_of(error), "message": one_line(error)}
+    facts: dict[str, Any] = {} if error is None else {"kind": kind_of(error), "message": one_line(error)}
     if isinstance(error, PeerError):
         facts |= {"peer": error.rank, "peer_kind": error.peer_kind}
     end = End(rank, socket.gethostname(), time.time(), **facts)
@@ -82,8 +83,8 @@ def read_ends(folder: Path) -> dict[int, End]:
 def first_cause(ends: dict[int, End]) -> End | None:
     """The end that the others follow from: a mistake, then a bad node, then the earliest crash; None if none failed."""
     order = [Kind.USER, Kind.NODE, Kind.CRASH, Kind.RETRY, Kind.PEER]
-    failed = [end for end in ends.values() if end.kind is not None]
-    return min(failed, key=lambda end: (order.index(end.kind), end.time), default=None)
+    failed = [(order.index(end.kind), end.time, end) for end in ends.values() if end.kind is not None]
+    return min(failed, key=lambda found: found[:2], default=(0, 0.0, None))[2]
 
 
 def _end(values: dict) -> End:

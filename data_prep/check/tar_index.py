@@ -12,8 +12,8 @@ import numpy as np
 from caduceus.data.shards import SAMPLE_DTYPE, STRAND_SYMBOLS, ShardIndex
 from caduceus.errors import UserError
 from data_prep.plan.composition import composition
+from data_prep.tar_format import BLOCK, END, member_header
 from data_prep.write.index_rows import listed_runs, run_table
-from data_prep.write.tar_format import BLOCK, END, member_header
 
 STORED_DTYPE = np.dtype([("contig", "<u4"), ("start", "<u8"), ("end", "<u8"), ("strand", "u1")])
 NO_WINDOWS = np.empty(0, dtype=STORED_DTYPE)

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 from caduceus.errors import UserError
 from caduceus.files import CHUNK, write_atomically
@@ -78,7 +79,7 @@ def open_fasta(path: Path, cache_dir: Path) -> FastaReader:
     return FastaReader(file, tables)
 
 
-def _scan(file: PinnedFile, bases=None, label: str = "checking") -> Tables:
+def _scan(file: PinnedFile, bases: BinaryIO | None = None, label: str = "checking") -> Tables:
     """Read the whole file once; `bases` receives the bases alone."""
     scanner = FastaScanner(file.path, bases)
     blocks = gunzip = None

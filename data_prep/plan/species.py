@@ -17,7 +17,7 @@ from data_prep.plan.contigs import Selection, alias_notes, describe_left_out, re
 from data_prep.plan.options import PlanOptions
 from data_prep.plan.regions import Regions, build_regions
 from data_prep.plan.windows import GenomeWindows, cut_windows, hash_rows
-from data_prep.write.tar_format import END, SampleJson, json_sizes, member_size
+from data_prep.tar_format import END, SampleJson, json_sizes, member_size
 
 _KEY_NAME_CHARACTERS = 24
 _SHUFFLE, _STRAND = 1, 2  # what a hash is for

@@ -15,9 +15,9 @@ from caduceus.files import replacing, write_atomically
 from data_prep.genome.genome import Genome, open_genome
 from data_prep.plan.composition import composition
 from data_prep.plan.species import SpeciesPlan
+from data_prep.tar_format import BLOCK, END, SampleJson, member_header, padding
 from data_prep.write.directory import writing
 from data_prep.write.index_rows import listed_runs, reverse_runs, run_table
-from data_prep.write.tar_format import BLOCK, END, SampleJson, member_header, padding
 
 _WRITE_BYTES = 1 << 20
 _COMPLEMENT = COMPLEMENT_BYTE.tobytes()

@@ -11,7 +11,7 @@ from data_prep.progress import format_amount
 def print_summary(manifest: dict[str, Any], directory: Path) -> None:
     """Print one row per species, with the windows of each split, the table of
     contigs that are left out, and a line for each reason that other bases are."""
-    rows = [("species", "genome", "N", "lower", "GC", "kept", *SPLITS, "shards", "size")]
+    rows: list[tuple[str, ...]] = [("species", "genome", "N", "lower", "GC", "kept", *SPLITS, "shards", "size")]
     rows += [_row(part) for part in manifest["species"]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print(directory)

@@ -126,7 +126,9 @@ def test_a_restart_anywhere_goes_on_identically(configure: Callable[..., Config]
         resumed = build_loader(config)
         resumed.load_state(state)
         assert_same(take(resumed, 60 - 6 * step), whole[6 * step :])
-        assert_same(take(build_loader(config, start=24 * step), 60 - 6 * step), whole[6 * step :])
+        sought = build_loader(config)
+        sought.seek(24 * step)
+        assert_same(take(sought, 60 - 6 * step), whole[6 * step :])
 
 
 def test_a_restart_may_change_ranks_and_micro_batch(configure: Callable[..., Config]) -> None:
@@ -135,14 +137,16 @@ def test_a_restart_may_change_ranks_and_micro_batch(configure: Callable[..., Con
     first = take(build_loader(config), 12)
     rest = []
     for rank in range(3):
-        loader = build_loader(config, rank=rank, world=3, start=48, micro_batch=8)
+        loader = build_loader(config, rank=rank, world=3, micro_batch=8)
+        loader.seek(48)
         rest += take(loader, 3)
     assert rows_by_number(first + rest) == whole
 
 
 def test_the_position_is_reached_at_once_at_a_billion_samples(configure: Callable[..., Config]) -> None:
     start = 24 * (10**9 // 24)
-    loader = build_loader(configure(), start=start)
+    loader = build_loader(configure())
+    loader.seek(start)
     batch = next(iter(loader))
     assert batch.g.tolist() == list(range(start, start + 4))
     assert loader.describe(start)["species"] in ("fly", "worm")
@@ -301,7 +305,7 @@ def test_batches_that_do_not_divide_are_refused(configure: Callable[..., Config]
     with pytest.raises(UserError, match=r"train\.global_batch: 24 is not a multiple of train\.micro_batch 4 times 5"):
         build_loader(configure(), rank=0, world=5)
     with pytest.raises(ValueError, match="25 samples"):
-        build_loader(configure(), start=25)
+        build_loader(configure()).seek(25)
 
 
 def test_a_split_without_windows_is_refused(configure: Callable[..., Config]) -> None:

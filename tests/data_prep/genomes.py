@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from caduceus.data.shards import load_manifest
 from caduceus.errors import UserError
 from data_prep.shard_genome import main
 
+SMALL = ("--window", 500, "--min-window", 20, "--min-acgt", 0, "--workers", 1)
+"""Options for contigs of some hundred bases."""
 COMPLEMENT = str.maketrans("ACGTURYSWKMBDHVNacgturyswkmbdhvn", "TGCAAYRSWMKVHDBNtgcaayrswmkvhdbn")
 
 
@@ -86,3 +89,9 @@ def tree_digest(directory: Path) -> dict[str, str]:
         for path in files
         if not path.name.startswith(".")
     }
+
+
+def windows_of(directory: Path) -> set[tuple[str, str, int, int]]:
+    """Split, contig, start and end of every window of a dataset."""
+    texts = [json.loads(files["json"]) for files in tar_samples(directory).values()]
+    return {(text["split"], text["contig"], text["start"], text["end"]) for text in texts}

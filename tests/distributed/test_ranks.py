@@ -7,13 +7,13 @@ import torch.distributed as dist
 
 from caduceus.config import Config
 from caduceus.distributed.fsdp import sharding_mesh
-from caduceus.distributed.rendezvous import COLLECTIVE_MARGIN, FOR_EVER, joined
+from caduceus.distributed.rendezvous import COLLECTIVE_MARGIN, NO_TIMEOUT, joined
 from tests.distributed.layouts import Layout, config_of
 from tests.distributed.ranks import on_ranks
 
 
 @pytest.mark.parametrize(
-    ("minutes", "timeout"), [(2, timedelta(minutes=2) + COLLECTIVE_MARGIN), (0, FOR_EVER), (1e300, FOR_EVER)]
+    ("minutes", "timeout"), [(2, timedelta(minutes=2) + COLLECTIVE_MARGIN), (0, NO_TIMEOUT), (1e300, NO_TIMEOUT)]
 )
 def test_a_collective_may_take_longer_than_a_step(tmp_path: Path, minutes: float, timeout: timedelta) -> None:
     config = config_of(Layout("", 1, {"strategy": "ddp"}), tmp_path, tmp_path / "run", stall_minutes=minutes)

@@ -16,7 +16,9 @@ SINGLE = Layout("single", 1, {"strategy": "single"})
 ZERO = [Layout(f"ZeRO {stage}", 2, {"strategy": "deepspeed", "zero_stage": stage}) for stage in range(4)]
 ON_TWO = [layout for layout in LAYOUTS if layout.world == 2]
 MOVES = ["single", "DDP 2", "FSDP 2", "strands 2", "context 2", "single"]
-LEG, SAMPLES_A_STEP = 10, 8
+LEG, SAMPLES_A_STEP = 5, 8
+HALF, WHOLE = 2, 4
+"""Steps before and after a restart on the same layout, or on another number of ranks."""
 TOLERANCES = {"fp32": 1e-4, "fp64": 1e-9}
 
 
@@ -58,14 +60,14 @@ def observed(plan: Plan) -> dict[str, list[Observed]]:
         if name != "single"
     ]
     for layout in ON_TWO:
-        on_two += [plan.leg(f"whole {layout.name}", layout, 8), plan.leg(f"broken {layout.name}", layout, 4)]
-        on_two += [plan.leg(f"broken {layout.name}", layout, 8)]
-    on_two += [plan.leg(f"regrouped {stage}", zero, 4) for stage, zero in enumerate(ZERO)]
-    on_two += [plan.leg("stage 1 to 2", ZERO[1], 4), plan.leg("stage 1 to 2", ZERO[2], 8)]
-    on_two += [plan.leg("whole ZeRO 3, 2 ranks", ZERO[1], 9), plan.leg("whole DDP 2", ZERO[1], 9)]
-    on_four = [plan.leg(f"regrouped {n}", Layout("", 4, zero.parallel), 8) for n, zero in enumerate(ZERO)]
+        on_two += [plan.leg(f"whole {layout.name}", layout, WHOLE), plan.leg(f"broken {layout.name}", layout, HALF)]
+        on_two += [plan.leg(f"broken {layout.name}", layout, WHOLE)]
+    on_two += [plan.leg(f"regrouped {stage}", zero, HALF) for stage, zero in enumerate(ZERO)]
+    on_two += [plan.leg("stage 1 to 2", ZERO[1], HALF), plan.leg("stage 1 to 2", ZERO[2], WHOLE)]
+    on_two += [plan.leg("whole ZeRO 3, 2 ranks", ZERO[1], WHOLE + 1), plan.leg("whole DDP 2", ZERO[1], WHOLE + 1)]
+    on_four = [plan.leg(f"regrouped {n}", Layout("", 4, zero.parallel), WHOLE) for n, zero in enumerate(ZERO)]
     last = [plan.leg(f"moved-{p}", SINGLE, LEG * len(MOVES), p) for p in TOLERANCES]
-    last += [plan.leg("whole ZeRO 2, 2 ranks", SINGLE, 9)]
+    last += [plan.leg("whole ZeRO 2, 2 ranks", SINGLE, WHOLE + 1)]
     observed = {}
     for world, configs in ((1, first), (2, on_two), (4, on_four), (1, last)):
         for config, of_ranks in zip(configs, train_all(world, configs), strict=True):
@@ -92,14 +94,16 @@ def test_on_the_same_layout_a_restart_changes_no_bit(plan: Plan, observed: dict,
     whole, broken = plan.rows(f"whole {layout.name}"), plan.rows(f"broken {layout.name}")
     numbers = ("step", "samples", "loss", "grad_norm")
     assert [[row[n] for n in numbers] for row in broken] == [[row[n] for n in numbers] for row in whole]
-    assert len(whole) == 8
+    assert len(whole) == WHOLE
 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_zero_goes_on_with_another_number_of_ranks(plan: Plan, observed: dict, stage: int) -> None:
-    ranks = observed[f"regrouped {stage} until 8"]
+    ranks = observed[f"regrouped {stage} until {WHOLE}"]
     assert ranks[0].refusal is None
-    assert sorted(sample for rank in ranks for sample in rank.samples) == list(range(32, 64))
+    assert sorted(sample for rank in ranks for sample in rank.samples) == list(
+        range(HALF * SAMPLES_A_STEP, WHOLE * SAMPLES_A_STEP)
+    )
     assert plan.losses(f"regrouped {stage}") == pytest.approx(plan.losses(f"whole ZeRO {stage}, 2 ranks"), rel=1e-5)
     assert not list((plan.directory / f"regrouped {stage}" / "checkpoints").glob(".*"))
 
@@ -111,7 +115,7 @@ def test_zero_goes_on_with_another_stage_or_says_why_not(plan: Plan, observed: d
         ("whole DDP 2", "single, ddp or fsdp"),
         ("whole ZeRO 2, 2 ranks", "parallel.strategy=deepspeed"),
     ):
-        for rank in observed[f"{name} until 9"]:
+        for rank in observed[f"{name} until {WHOLE + 1}"]:
             assert named in rank.refusal
 
 

@@ -81,7 +81,8 @@ class FakeSlurm:
 
 
 @pytest.fixture
-def fake_slurm(launch, tmp_path) -> FakeSlurm:
+def fake_slurm(launch, monkeypatch, tmp_path) -> FakeSlurm:
+    monkeypatch.setattr("launch.submission.PACKAGES", ("launch",))  # nothing starts that would need the others
     return FakeSlurm(tmp_path / "bin")
 
 

@@ -84,7 +84,7 @@ def test_a_run_of_this_machine_is_not_resumed_on_several_nodes(run, steer, fake_
 def test_a_mistake_in_a_deepspeed_file_is_seen_before_submitting(launch, fake_slurm, small_config, tmp_path):
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"overlap_com": true}}')
     settings = ["parallel.strategy=deepspeed", "parallel.deepspeed_config=ds.json"]
-    with pytest.raises(UserError, match=r"ds\.json sets zero_optimization\.overlap_com, which DeepSpeed"):
+    with pytest.raises(UserError, match=r"ds\.json sets zero_optimization\.overlap_com, which is not"):
         launch("--config", small_config, *REQUEST, "run.dir=run", *settings)
     assert not fake_slurm.asked("sbatch") and not (tmp_path / "run").exists()
 

@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,44 +15,15 @@ from caduceus.errors import UserError
 from data_prep.write import sharding
 from data_prep.write.report import split_coverage
 from tests.data_prep.genomes import (
-    random_bases,
+    SMALL,
     read_fasta,
     reverse_complement,
     shard,
     tar_samples,
     tree_digest,
+    windows_of,
     write_fasta,
 )
-
-SMALL = ("--window", 500, "--min-window", 20, "--min-acgt", 0, "--workers", 1)
-
-
-@pytest.fixture(scope="module")
-def genomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three genomes, fly, worm and weed."""
-    folder = tmp_path_factory.mktemp("genomes")
-    rng = np.random.default_rng(5)
-    for name, lengths in {"fly": (4000, 2500), "worm": (3000, 700), "weed": (6000, 100)}.items():
-        contigs = {f"chr{number}": random_bases(rng, length) for number, length in enumerate(lengths, 1)}
-        write_fasta(folder / f"{name}.fa", {**contigs, "chrM": random_bases(rng, 60)})
-    return folder
-
-
-@pytest.fixture
-def shards(genomes: Path, tmp_path: Path):
-    """Shards one genome into a fresh directory; returns that and its part of the manifest."""
-
-    def make(*options: object, species: str = "fly") -> tuple[Path, dict]:
-        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        shard("--fasta", genomes / f"{species}.fa", "--species", species, "--out", out, *SMALL, *options)
-        return out, load_manifest(out)["species"][0]
-
-    return make
-
-
-def windows_of(directory: Path) -> set[tuple[str, str, int, int]]:
-    texts = [json.loads(files["json"]) for files in tar_samples(directory).values()]
-    return {(text["split"], text["contig"], text["start"], text["end"]) for text in texts}
 
 
 def test_rows_of_a_bed_file_are_the_windows(shards, tmp_path: Path) -> None:
@@ -397,88 +367,3 @@ def test_genome_entry_brings_its_names_splits_and_blacklist(genomes: Path, tmp_p
     found = windows_of(tmp_path / "listed")
     assert {split for split, *_ in found} == {"train"}
     assert all(end <= 100 or start >= 200 for _, contig, start, end in found if contig == "chr2")
-
-
-def test_tables_of_comments_only_exclude_nothing_and_say_so(shards, tmp_path: Path) -> None:
-    bed = tmp_path / "none.bed"
-    bed.write_text("# nothing\ntrack\n\n")
-    _, part = shards("--exclude-bed", bed)
-    assert part["report"]["notes"] == ["--exclude-bed: none.bed holds no interval: nothing is excluded by it"]
-    with pytest.raises(UserError, match=r"none\.bed holds no interval, so there is nothing to use"):
-        shards("--intervals", bed)
-
-
-def test_rows_without_effect_are_refused_unless_allowed(shards, tmp_path: Path) -> None:
-    bed = tmp_path / "other.bed"
-    bed.write_text("chr1\t10\t20\nchr7\t10\t20\nchr2\t2500\t2600\n")
-    with pytest.raises(UserError, match=r"other\.bed:2: the genome has no contig 'chr7', but chr1, chr2; --aliases"):
-        shards("--exclude-bed", bed)
-    bed.write_text("chr1\t10\t20\nchr2\t2500\t2600\n")
-    with pytest.raises(UserError, match=r"other\.bed:2: starts at 2,500, beyond the end of chr2 with 2,500 bases"):
-        shards("--exclude-bed", bed)
-    _, part = shards("--exclude-bed", bed, "--allow-unknown-contigs")
-    assert part["report"]["dropped"]["excluded"] == 10
-    assert part["report"]["notes"] == ["--exclude-bed: 1 of 2 rows are on places that the genome does not hold: chr2"]
-
-
-def test_a_permission_that_is_given_later_needs_no_other_shards(genomes: Path, shards) -> None:
-    out, _ = shards()
-    before = tree_digest(out)
-    shard("--fasta", genomes / "fly.fa", "--species", "fly", "--out", out, *SMALL, "--allow-unknown-contigs")
-    assert tree_digest(out) == before
-
-
-def test_a_dataset_of_an_earlier_version_is_the_same_dataset(genomes: Path, shards) -> None:
-    """Its manifest does not name the options that came later."""
-    out, part = shards()
-    del part["plan"]["contigs"]
-    (out / "fly" / "species.json").write_text(json.dumps(part))
-    shard("--fasta", genomes / "fly.fa", "--species", "fly", "--out", out, *SMALL)
-    assert "contigs" not in load_manifest(out)["species"][0]["plan"]
-    with pytest.raises(UserError, match="holds contigs 'auto', but now it is 'all'"):
-        shard("--fasta", genomes / "fly.fa", "--species", "fly", "--out", out, *SMALL, "--contigs", "all")
-
-
-BLOCKS = "split_block: 200, valid_fraction: 0.4, test_fraction: 0.2"
-OVERRIDES = {
-    # defaults, a species' own options -> the splits that the species has
-    ("blocks", BLOCKS, "split_block: null"): {"train"},
-    ("no fractions", BLOCKS, "valid_fraction: 0, test_fraction: 0"): {"train"},
-    ("one fraction", BLOCKS, "test_fraction: 0"): {"train", "valid"},
-    ("one fraction by null", BLOCKS, "valid_fraction: null"): {"train", "test"},
-    ("contigs instead", BLOCKS, "valid_contigs: [chr2]"): {"train", "valid"},
-    ("blocks instead", "valid_contigs: [chr2]", "split_block: 200, test_fraction: 0.4"): {"train", "test"},
-    ("no contigs", "valid_contigs: [chr2]", "valid_contigs: null"): {"train"},
-    ("no list of contigs", "valid_contigs: [chr2]", "valid_contigs: []"): {"train"},
-    ("rows", "intervals: rows.bed, interval_mode: exact", "intervals: null"): {"train"},
-    ("pattern", "include: chr2", "contigs: all"): {"train"},
-}
-
-
-@pytest.mark.parametrize("case", OVERRIDES, ids=lambda case: case[0])
-def test_a_species_switches_off_what_the_defaults_say(genomes: Path, tmp_path: Path, case: tuple) -> None:
-    _, defaults, own = case
-    (tmp_path / "rows.bed").write_text("chr1\t0\t400\tvalid\n")
-    path = tmp_path / "species.yaml"
-    path.write_text(
-        f"defaults: {{window: 500, min_window: 20, min_acgt: 0, {defaults}}}\n"
-        f"species: [{{name: fly, fasta: {genomes / 'fly.fa'}, {own}}}, {{name: worm, fasta: {genomes / 'worm.fa'}}}]\n"
-    )
-    shard("--genomes", path, "--out", tmp_path / "out", "--workers", 1)
-    fly, worm = load_manifest(tmp_path / "out")["species"]
-    assert set(fly["splits"]) == OVERRIDES[case]
-    assert set(worm["splits"]) != {"train"} or "include" in defaults
-    if case[0] == "pattern":
-        assert [contig["name"] for contig in fly["contigs"]] == ["chr1", "chr2", "chrM"]
-
-
-def test_defaults_that_contradict_themselves_are_still_refused(genomes: Path, tmp_path: Path) -> None:
-    path = tmp_path / "species.yaml"
-    path.write_text(f"defaults: {{split_block: 2000}}\nspecies: [{{name: fly, fasta: {genomes / 'fly.fa'}}}]\n")
-    with pytest.raises(UserError, match="--split-block: give --valid-fraction or --test-fraction"):
-        shard("--genomes", path, "--out", tmp_path / "out", "--workers", 1)
-    path.write_text(
-        f"defaults: {{contigs: [chr1]}}\nspecies: [{{name: fly, fasta: {genomes / 'fly.fa'}}}]\n",
-    )
-    with pytest.raises(UserError, match=r"--contigs: must be auto or all or primary, got \['chr1'\]; 'include' takes"):
-        shard("--genomes", path, "--out", tmp_path / "out", "--workers", 1)

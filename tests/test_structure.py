@@ -1,0 +1,45 @@
+"""Files and functions stay short enough to read: their limits, and where they do not hold."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 8
+PACKAGES = ("caduceus", "data_prep", "launch", "demo", "benchmarks")
+
+
+def sources() -> list[Path]:
+    return [path for name in PACKAGES for path in sorted((REPOSITORY / name).rglob("*.py"))]
+
+
+def is_kernel(path: Path) -> bool:
+    """Whether a file holds kernels: loops over operands that cannot be cut without cost."""
+    return "kernels" in path.stem or path.name in ("vectors.py", "scan_arithmetic.py")
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and not any("jit" in ast.unparse(mark) for mark in node.decorator_list):
+            yield node
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    given = function.args
+    names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_file_and_its_functions_are_short(path: Path) -> None:
+    if is_kernel(path):
+        return
+    assert len(path.read_text().splitlines()) <= FILE_LINES
+    for function in functions(path):
+        where = f"{function.name}, line {function.lineno}"
+        assert function.end_lineno - function.lineno < FUNCTION_LINES, where
+        if "ops" not in path.parts:  # an op takes the operands that its definition has
+            assert parameters(function) <= PARAMETERS, where
