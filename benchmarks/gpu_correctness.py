@@ -21,7 +21,7 @@ from torch import Tensor
 
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
-from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops.triton import scan_launches
 
 sys.path.append(str(Path(__file__).parents[1]))  # the tests are not installed

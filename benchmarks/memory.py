@@ -37,8 +37,9 @@ from triton.runtime.jit import JITFunction
 from caduceus.allocator import keep_freed_memory
 from caduceus.config import CaduceusConfig
 from caduceus.distributed.layout import blocks_to_recompute
-from caduceus.model import bimamba
-from caduceus.model.caduceus import CaduceusForMaskedLM, residual_dtype
+from caduceus.model import mamba
+from caduceus.model.block import residual_dtype
+from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops.triton import conv, cross_entropy, device, norm, scan
 from caduceus.train.memory import TensorBytes, kept_storages, peak_bytes
 
@@ -111,14 +112,14 @@ def named_kept_storages(config: CaduceusConfig, length: int, recompute_scan_inpu
 
         return run
 
-    convolve = noting(bimamba.bidirectional_conv1d, ("x, the convolution's input",), "u, the convolution's output")
+    convolve = noting(mamba.bidirectional_conv1d, ("x, the convolution's input",), "u, the convolution's output")
     scan_names = ("", "dt", "", "B, C and what dt is projected from", "", "", "z, the gate")
-    scanned = noting(bimamba.bidirectional_scan, scan_names, "y, the scan's output")
+    scanned = noting(mamba.bidirectional_scan, scan_names, "y, the scan's output")
     with (
         on_fake_gpu(),
         torch.autocast("cpu", torch.bfloat16),
-        patch.object(bimamba, "bidirectional_conv1d", convolve),
-        patch.object(bimamba, "bidirectional_scan", scanned),
+        patch.object(mamba, "bidirectional_conv1d", convolve),
+        patch.object(mamba, "bidirectional_scan", scanned),
     ):
         block = CaduceusForMaskedLM(config, backend="triton").blocks[0]
         shape = (2 if config.rcps else 1, 1, length, config.d_model)

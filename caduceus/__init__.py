@@ -14,7 +14,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
-    from caduceus.model.caduceus import CaduceusForMaskedLM
+    from caduceus.model.heads import CaduceusForMaskedLM
 
 __all__ = ["CaduceusConfig", "CaduceusForMaskedLM"]
 __version__ = "0.1.0"
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "CaduceusForMaskedLM":
-        from caduceus.model.caduceus import CaduceusForMaskedLM
+        from caduceus.model.heads import CaduceusForMaskedLM
 
         return CaduceusForMaskedLM
     raise AttributeError(f"module 'caduceus' has no attribute {name!r}")

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "ShardedGenome": "caduceus.data.reader",
+    "ShardedGenome": "caduceus.data.genome",
     "Batch": "caduceus.data.batch",
     "build_loader": "caduceus.data.loader",
     "build_validation": "caduceus.data.loader",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from caduceus.data.tokenizer import SampleArrays
+from caduceus.data.objective import SampleArrays
 from caduceus.errors import UserError
 
 FILLER = -1

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from caduceus.data.reader import WINDOW_DTYPE, WindowTable
-from caduceus.data.shards import MIN_RUN
+from caduceus.data.format import MIN_RUN
+from caduceus.data.genome import WINDOW_DTYPE, WindowTable
 from caduceus.errors import UserError
 
 

@@ -11,9 +11,10 @@ from caduceus.alphabet import IS_ACGT_BYTE
 from caduceus.config import DataConfig
 from caduceus.data.cache import ShardCache
 from caduceus.data.crops import CropTable
+from caduceus.data.genome import ShardedGenome, WindowTable
 from caduceus.data.order import MIXTURE_BLOCK
-from caduceus.data.reader import ShardedGenome, ShardFiles, WindowTable
 from caduceus.data.remote import log_commands, refuse_commands
+from caduceus.data.shard_files import ShardFiles
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)

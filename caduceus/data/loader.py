@@ -17,7 +17,7 @@ from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config, order_values
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
 from caduceus.data.dataset import open_dataset
-from caduceus.data.sample_reader import SUBSTITUTES, SampleReader
+from caduceus.data.reading import SUBSTITUTES, SampleReader
 from caduceus.data.samples import resolve_strands, validation_samples
 from caduceus.data.shard_samples import ShardSamples
 from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation

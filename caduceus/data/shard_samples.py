@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from caduceus.config import Config
 from caduceus.data.batch import Batch, RankSchedule, to_batch
 from caduceus.data.dataset import log_dataset, open_dataset
-from caduceus.data.sample_reader import SampleReader
+from caduceus.data.reading import SampleReader
 from caduceus.data.samples import TrainingOrder, resolve_strands
 from caduceus.errors import UserError
 

@@ -17,11 +17,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from caduceus.alphabet import IS_ACGT_BYTE, IS_IUPAC_BYTE
 from caduceus.config import Config, DataConfig
 from caduceus.data.batch import Batch, RankSchedule, to_batch
+from caduceus.data.objective import Objective, SampleArrays
 from caduceus.data.order import Purpose, key, permute
 from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.data.samples import SAMPLE_DTYPE, resolve_strands
 from caduceus.data.tars import TarReport, read_members
-from caduceus.data.tokenizer import SampleArrays, Tokenizer
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class StreamSamples:
         self._seed = config.train.seed
         self._both_strands = resolve_strands(config) == "both"
         self._urls = expand_urls(config.data.path, "data.path", config.data.allow_commands)
-        self._tokenizer = Tokenizer(config.data, positions)
+        self._objective = Objective(config.data, positions)
 
     def log(self) -> None:
         log_commands(self._urls)
@@ -70,7 +70,7 @@ class StreamSamples:
         samples["g"] = g
         samples["strand"] = key(self._seed, Purpose.STRAND, g) >> np.uint64(63) if self._both_strands else 0
         samples["mask_key"] = key(self._seed, Purpose.MASK, g)
-        return tokens_of_crops(self._tokenizer, np.stack(crops), samples)
+        return tokens_of_crops(self._objective, np.stack(crops), samples)
 
     def crops(self, start: int, consumer: int, consumers: int, notes: list[str]) -> Iterator[np.ndarray]:
         """Shuffled crops for one worker of one rank, for ever. What cannot be used adds a line to `notes`."""
@@ -122,7 +122,7 @@ class StreamValidation:
         crops.close()
         if notes:
             raise UserError(f"data.valid_path: {notes[0]}")
-        self._tokenizer = Tokenizer(data, positions)
+        self._objective = Objective(data, positions)
         self.samples = np.zeros(len(self._crops), SAMPLE_DTYPE)
         self.samples["g"] = np.arange(len(self._crops))
         self.samples["mask_key"] = key(Purpose.VALIDATION, self.samples["g"])
@@ -131,7 +131,7 @@ class StreamValidation:
         log_commands(self._urls)
 
     def read(self, samples: np.ndarray) -> SampleArrays:
-        return tokens_of_crops(self._tokenizer, self._crops[samples["g"]], samples)
+        return tokens_of_crops(self._objective, self._crops[samples["g"]], samples)
 
 
 def expand_urls(path: Any, name: str, allow_commands: bool) -> list[str]:
@@ -193,11 +193,11 @@ def _crops_of_member(name: str, content: bytes, data: DataConfig, report: TarRep
             yield crop
 
 
-def tokens_of_crops(tokenizer: Tokenizer, crops: np.ndarray, samples: np.ndarray) -> SampleArrays:
+def tokens_of_crops(objective: Objective, crops: np.ndarray, samples: np.ndarray) -> SampleArrays:
     """Tokens of whole forward crops (B, seq_len) uint8 on the strands that `samples` name."""
     mirrored = samples["strand"] == 1
     length = crops.shape[1]
-    needed = np.empty((len(crops), tokenizer.end - tokenizer.first), np.uint8)
-    needed[~mirrored] = crops[~mirrored, tokenizer.first : tokenizer.end]
-    needed[mirrored] = crops[mirrored, length - tokenizer.end : length - tokenizer.first]
-    return tokenizer.tokens(needed, mirrored, samples)[0]
+    needed = np.empty((len(crops), objective.end - objective.first), np.uint8)
+    needed[~mirrored] = crops[~mirrored, objective.first : objective.end]
+    needed[mirrored] = crops[mirrored, length - objective.end : length - objective.first]
+    return objective.tokens(needed, mirrored, samples)[0]

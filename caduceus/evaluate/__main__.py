@@ -6,7 +6,7 @@ import logging
 
 from caduceus.arguments import Parser
 from caduceus.config import load_config
-from caduceus.data.shards import SPLITS
+from caduceus.data.format import SPLITS
 from caduceus.errors import UserError, run_command
 
 _START = """

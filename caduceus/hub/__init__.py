@@ -1,6 +1,14 @@
 """Models in and out: the published layout, and folders that hold a model. `python -m caduceus.hub export|import`."""
 
 from caduceus.hub.folders import load, load_published, save_imported, save_published
-from caduceus.hub.published import from_published, to_published
+from caduceus.hub.published import from_published, hidden_states_to_published, to_published
 
-__all__ = ["from_published", "load", "load_published", "save_imported", "save_published", "to_published"]
+__all__ = [
+    "from_published",
+    "hidden_states_to_published",
+    "load",
+    "load_published",
+    "save_imported",
+    "save_published",
+    "to_published",
+]

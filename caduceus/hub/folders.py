@@ -25,7 +25,7 @@ from caduceus.config import load_config
 from caduceus.errors import UserError
 from caduceus.files import dump_json, replacing_directory
 from caduceus.hub.published import PublishedLayout, config_from_published, from_published, to_published
-from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.run.checkpoints import MARKER
 from caduceus.run.directory import RunDirectory
 

@@ -1,6 +1,6 @@
 """Configuration and state dict of the published Caduceus code (repository kuleshov-group/caduceus) <-> our model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from caduceus.alphabet import PAD, complement_map
 from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
-from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.model.heads import CaduceusForMaskedLM
 
 _REQUIRED = object()
 # Keys that are ours too, with the defaults of the published code.
@@ -86,6 +86,11 @@ def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Cad
 def to_published(model: CaduceusForMaskedLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, state dict) of the published code. A tied weight stands under each of its names."""
     return config_to_published(model.config), PublishedLayout(model.config).to_published(model.state_dict())
+
+
+def hidden_states_to_published(hidden_states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Hidden states (S, B, L, D) as published code gives them: (B, L, S·D), the second strand channel-flipped."""
+    return tuple(torch.cat([states[0], *(strand.flip(-1) for strand in states[1:])], -1) for states in hidden_states)
 
 
 def config_from_published(published: dict[str, Any]) -> CaduceusConfig:

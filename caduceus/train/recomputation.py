@@ -15,7 +15,7 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.evaluate.heldout import autocast
-from caduceus.model.caduceus import residual_dtype
+from caduceus.model.block import residual_dtype
 from caduceus.train import memory
 
 _log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from caduceus.data.shards import index_path, load_manifest
+from caduceus.data.format import index_path, load_manifest
 from caduceus.errors import UserError
 from caduceus.files import replacing_directory
 from data_prep.write.directory import check_species, damaged_shards, locked, read_part, shard_rows, write_manifest

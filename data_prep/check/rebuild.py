@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.data.shards import index_path
+from caduceus.data.format import index_path
 from caduceus.errors import UserError
 from caduceus.files import dump_json, sha256_of, write_atomically
 from data_prep.check.tar_index import TarContent, read_tar

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from caduceus.data.shards import SAMPLE_DTYPE, STRAND_SYMBOLS, ShardIndex
+from caduceus.data.format import INDEX_DTYPE, STRAND_SYMBOLS, ShardIndex
 from caduceus.errors import UserError
 from data_prep.plan.composition import composition
 from data_prep.tar_format import BLOCK, END, member_header
@@ -59,7 +59,7 @@ def read_tar(path: Path, contig_rows: Mapping[str, int]) -> TarContent:
             windows.append((contig, start, end, strand))
             keys.append(key)
             descriptions.append(description)
-    index = ShardIndex(np.array(samples, dtype=SAMPLE_DTYPE), np.concatenate([run_table(0, listed_runs(b"")), *runs]))
+    index = ShardIndex(np.array(samples, dtype=INDEX_DTYPE), np.concatenate([run_table(0, listed_runs(b"")), *runs]))
     return TarContent(index, np.array(windows, dtype=STORED_DTYPE), keys, descriptions)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.data.shards import SAMPLE_DTYPE, SPLITS, ShardIndex, index_path, load_manifest
+from caduceus.data.format import INDEX_DTYPE, SPLITS, ShardIndex, index_path, load_manifest
 from caduceus.errors import UserError
 from caduceus.files import sha256_of
 from data_prep.check.tar_index import NO_WINDOWS, TarContent, read_tar
@@ -106,7 +106,7 @@ def content_problems(task: CheckTask, tar: Path, content: TarContent, index: Sha
         yield f"{index_path(tar)}: lists {len(listed):,} samples, the tar holds {len(found):,}"
         return
     for row in np.flatnonzero(found != listed):
-        fields = [name for name in SAMPLE_DTYPE.names if found[row][name] != listed[row][name]]
+        fields = [name for name in INDEX_DTYPE.names if found[row][name] != listed[row][name]]
         changed = "crc32" in fields and {"crc32", "acgt", "lower"}.issuperset(fields)
         what = "its bases were changed (crc32)" if changed else f"index and tar differ in {', '.join(fields)}"
         yield f"{tar}: {content.keys[row]}: {what}"

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from caduceus.data.shards import SPLITS
+from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
 from caduceus.tables import refuse_line
 from data_prep.plan.bed import Bed, BedRow, read_bed

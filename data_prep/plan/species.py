@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.data.shards import SPLITS, shard_name
+from caduceus.data.format import SPLITS, shard_name
 from caduceus.errors import UserError
 from data_prep.genome.genome import Genome
 from data_prep.plan.aliases import AliasTable, read_aliases

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from caduceus.data.shards import SPLITS
+from caduceus.data.format import SPLITS
 from data_prep.plan.composition import Scan
 from data_prep.plan.intervals import EMPTY, covered, difference, intersection, size, union
 from data_prep.plan.line import GenomeLine

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from caduceus.data.shards import build_manifest, index_path, load_manifest
+from caduceus.data.format import build_manifest, index_path, load_manifest
 from caduceus.errors import UserError
 from caduceus.files import (
     append_json_line,

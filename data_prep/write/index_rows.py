@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from caduceus.data.shards import MIN_RUN, RUN_DTYPE
+from caduceus.data.format import MIN_RUN, RUN_DTYPE
 from data_prep.plan.composition import non_acgt_runs
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.data.shards import SPLITS, ShardIndex, index_path
+from caduceus.data.format import SPLITS, ShardIndex, index_path
 from caduceus.files import write_atomically
 from data_prep.plan.intervals import union
 from data_prep.progress import format_amount

@@ -10,7 +10,7 @@ import numpy as np
 from isal import isal_zlib  # its crc32 is several times as fast as zlib's
 
 from caduceus.alphabet import COMPLEMENT_BYTE
-from caduceus.data.shards import RUN_DTYPE, SAMPLE_DTYPE, STRAND_SYMBOLS, ShardIndex, index_path
+from caduceus.data.format import INDEX_DTYPE, RUN_DTYPE, STRAND_SYMBOLS, ShardIndex, index_path
 from caduceus.files import replacing, write_atomically
 from data_prep.genome.genome import Genome, open_genome
 from data_prep.plan.composition import composition
@@ -121,7 +121,7 @@ class _TarStream:
 
 
 def _write_samples(task: ShardTask, genome: Genome, tar: _TarStream) -> ShardIndex:
-    samples = np.zeros(int(task.strands.sum()), dtype=SAMPLE_DTYPE)
+    samples = np.zeros(int(task.strands.sum()), dtype=INDEX_DTYPE)
     runs: list[np.ndarray] = [np.empty(0, dtype=RUN_DTYPE)]
     json_of = {
         row: SampleJson(task.species, task.assembly, name, task.split) for row, (name, _) in task.contigs.items()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.data.shards import SPLITS
+from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
 from data_prep.genome.genome import Genome
 from data_prep.plan.composition import Scan, join_scans, scan

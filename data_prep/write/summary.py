@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from caduceus.data.shards import SPLITS
+from caduceus.data.format import SPLITS
 from data_prep.plan.contigs import left_out_table
 from data_prep.progress import format_amount
 

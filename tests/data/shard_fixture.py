@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from caduceus.data.shards import MIN_RUN, RUN_DTYPE, SAMPLE_DTYPE, ShardIndex, build_manifest
+from caduceus.data.format import INDEX_DTYPE, MIN_RUN, RUN_DTYPE, ShardIndex, build_manifest
 from caduceus.files import dump_json
 
 PAIRS = dict(zip("ACGTURYSWKMBDHVNacgturyswkmbdhvn", "TGCAAYRSWMKVHDBNtgcaayrswmkvhdbn", strict=True))
@@ -95,7 +95,7 @@ def _write_shard(path: Path, species: str, stored: list[tuple[int, str, int, str
             samples.append((0, len(bases), contig_id, start, strand == "-", acgt, lower, zlib.crc32(bases.encode())))
             for run in re.finditer(f"[^ACGTacgt]{{{MIN_RUN},}}", bases):
                 runs.append((row, run.start(), len(run.group())))
-    table = np.array(samples, SAMPLE_DTYPE)
+    table = np.array(samples, INDEX_DTYPE)
     with tarfile.open(path) as tar:
         table["offset"] = [member.offset_data for member in tar if member.name.endswith(".seq")]
     index = ShardIndex(table, np.array(runs, RUN_DTYPE)).to_bytes()

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from caduceus.data.crops import CropTable
-from caduceus.data.reader import ShardedGenome
-from caduceus.data.shards import MIN_RUN
+from caduceus.data.format import MIN_RUN
+from caduceus.data.genome import ShardedGenome
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species, tile, write_dataset
 

@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from caduceus.config import Config
-from caduceus.data import Batch, ShardedGenome, build_loader, build_validation, sample_reader
-from caduceus.data.reader import ShardFiles
+from caduceus.data import Batch, ShardedGenome, build_loader, build_validation, reading
+from caduceus.data.shard_files import ShardFiles
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_reader, "READ_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(reading, "READ_WAITS", (0.0, 0.0))
 
 
 @pytest.fixture

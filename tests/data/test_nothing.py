@@ -13,7 +13,7 @@ from caduceus.config import Config, config_from_dict
 from caduceus.data import build_loader, build_validation
 from caduceus.errors import UserError
 from caduceus.evaluate.heldout import held_out_loss
-from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.model.heads import CaduceusForMaskedLM
 from tests.data.shard_fixture import Species, random_bases, tile, write_dataset
 from tests.data.test_stream import write_tar
 

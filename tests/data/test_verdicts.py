@@ -12,7 +12,7 @@ import pytest
 
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader
-from caduceus.data.reader import ShardFiles
+from caduceus.data.shard_files import ShardFiles
 from caduceus.data.verdicts import Verdicts
 from tests.data.shard_server import Server
 

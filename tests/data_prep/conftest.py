@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from caduceus.data.shards import load_manifest
+from caduceus.data.format import load_manifest
 from tests.data_prep.genomes import SMALL, random_bases, shard, write_fasta
 
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no fault of the code

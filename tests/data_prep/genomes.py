@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.data.shards import load_manifest
+from caduceus.data.format import load_manifest
 from caduceus.errors import UserError
 from data_prep.shard_genome import main
 

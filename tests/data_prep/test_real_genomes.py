@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from caduceus.data.shards import load_manifest
+from caduceus.data.format import load_manifest
 from caduceus.errors import UserError
 from tests.data_prep.genomes import reverse_complement, shard, tree_digest
 

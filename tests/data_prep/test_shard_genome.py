@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from caduceus.data.shards import ShardIndex, index_path, load_manifest
+from caduceus.data.format import ShardIndex, index_path, load_manifest
 from tests.data_prep.genomes import (
     random_bases,
     read_fasta,

@@ -13,7 +13,7 @@ from caduceus.config import Config, config_from_dict
 from caduceus.distributed import build
 from caduceus.distributed.build import build_model, build_strategy
 from caduceus.distributed.ranks import Ranks
-from caduceus.model.caduceus import Block
+from caduceus.model.block import Block
 from caduceus.train.optimizer import build_optimizer
 from tests.distributed.ranks import on_ranks
 

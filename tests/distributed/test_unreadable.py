@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from caduceus.config import Config
-from caduceus.data import ShardedGenome, build_loader, sample_reader
-from caduceus.data.reader import ShardFiles
+from caduceus.data import ShardedGenome, build_loader, reading
+from caduceus.data.shard_files import ShardFiles
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import ONE_LINE, one_line
 from tests.distributed.layouts import Layout, config_of, train_all
@@ -94,7 +94,7 @@ def take_with_a_failing_disk(rank: int, config: Config, share: int, failing: boo
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardFiles, "read_into", fail_on_bad_bytes)
-        patch.setattr(sample_reader, "READ_WAITS", (0.0, 0.0))
+        patch.setattr(reading, "READ_WAITS", (0.0, 0.0))
         width = config.data.seq_len // share
         peers = Ranks(rank, share, share, torch.device("cpu")).largest_of_peers if share > 1 else None
         loader = build_loader(config, positions=(rank * width, (rank + 1) * width), largest_of_peers=peers)

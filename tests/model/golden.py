@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from caduceus.hub.published import PublishedLayout, from_published
-from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.model.heads import CaduceusForMaskedLM
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "golden"
 NAMES = [

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caduceus.alphabet import complement_map
-from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import naive
 
 

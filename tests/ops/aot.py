@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from caduceus.config import CaduceusConfig
-from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
 from caduceus.ops.triton import conv, cross_entropy, device, norm, scan, scan_launches
 from tests.ops.offsets import narrow_products

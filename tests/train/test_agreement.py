@@ -13,8 +13,8 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader
-from caduceus.data.reader import ShardFiles
-from caduceus.data.sample_reader import SampleReader
+from caduceus.data.reading import SampleReader
+from caduceus.data.shard_files import ShardFiles
 from caduceus.data.shard_samples import ShardSamples
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, RetryError, UserError, kind_of

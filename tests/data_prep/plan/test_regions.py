@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from caduceus.data.shards import load_manifest
+from caduceus.data.format import load_manifest
 from caduceus.errors import UserError
 from tests.data_prep.genomes import SMALL, shard, tree_digest
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caduceus.data.shards import SPLITS
+from caduceus.data.format import SPLITS
 from data_prep.plan.composition import Composition, Scan, composition, join_scans, runs_where, scan
 from data_prep.plan.intervals import EMPTY, complement, covered, difference, intersection, size, union
 from data_prep.plan.options import PlanOptions

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from caduceus.data.shards import load_manifest
+from caduceus.data.format import load_manifest
 from caduceus.errors import UserError
 from data_prep.write import sharding
 from data_prep.write.report import split_coverage

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from caduceus.data.shards import ShardIndex, index_path, load_manifest
+from caduceus.data.format import ShardIndex, index_path, load_manifest
 from caduceus.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.data_prep.genomes import random_bases, shard, tree_digest, write_fasta

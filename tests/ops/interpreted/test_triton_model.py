@@ -6,7 +6,7 @@ import torch
 from caduceus import ops
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
-from caduceus.model.caduceus import CaduceusForMaskedLM
+from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops.triton import scan as triton_scan
 from tests.model.packed import check_packed_rows
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caduceus.alphabet import BASE_TOKENS, IGNORE_LABEL, MASK, PAD, UNK
-from caduceus.data.masking import Masking, mask_bases, shift_bases, weigh_repeats
+from caduceus.data.objective import Masking, mask_bases, shift_bases, weigh_repeats
 from caduceus.data.order import key
 from tests.data.shard_fixture import complement_string, random_bases
 

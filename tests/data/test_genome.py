@@ -11,8 +11,8 @@ import webdataset
 
 from caduceus.data import ShardedGenome
 from caduceus.data.cache import Shard
-from caduceus.data.reader import MAX_OPEN_FILES, ShardFiles
-from caduceus.data.shards import FORMAT, FORMAT_VERSION, build_manifest
+from caduceus.data.format import FORMAT, FORMAT_VERSION, build_manifest
+from caduceus.data.shard_files import MAX_OPEN_FILES, ShardFiles
 from caduceus.errors import UserError
 from caduceus.files import dump_json, fingerprint
 from tests.data.shard_fixture import Species, complement_string, random_bases, tile, write_dataset

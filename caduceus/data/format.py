@@ -25,7 +25,7 @@ STRAND_SYMBOLS = ("+", "-")
 MIN_RUN = 16
 """Shortest run of non-ACGT codes that an index lists."""
 
-SAMPLE_DTYPE = np.dtype(
+INDEX_DTYPE = np.dtype(
     [
         ("offset", "<u8"),  # of the first base, in bytes from the start of the tar
         ("length", "<u4"),  # bases
@@ -48,7 +48,7 @@ RUN_DTYPE = np.dtype(
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Index of one tar: `samples` (SAMPLE_DTYPE, in tar order) and `runs` (RUN_DTYPE, by sample and start)."""
+    """Index of one tar: `samples` (INDEX_DTYPE, in tar order) and `runs` (RUN_DTYPE, by sample and start)."""
 
     samples: np.ndarray
     runs: np.ndarray
@@ -56,7 +56,7 @@ class ShardIndex:
     def to_bytes(self) -> bytes:
         """The .npz file; the same tables give the same bytes."""
         buffer = io.BytesIO()
-        np.savez(buffer, samples=self.samples.astype(SAMPLE_DTYPE), runs=self.runs.astype(RUN_DTYPE))
+        np.savez(buffer, samples=self.samples.astype(INDEX_DTYPE), runs=self.runs.astype(RUN_DTYPE))
         return buffer.getvalue()
 
     @classmethod
@@ -69,7 +69,7 @@ class ShardIndex:
             raise UserError(f"{path}: the index is missing; shard the genome again, or restore the file") from None
         except Exception as error:
             raise UserError(f"{path}: not a shard index ({error})") from None
-        if index.samples.dtype != SAMPLE_DTYPE or index.runs.dtype != RUN_DTYPE:
+        if index.samples.dtype != INDEX_DTYPE or index.runs.dtype != RUN_DTYPE:
             raise UserError(f"{path}: not an index of format {FORMAT_VERSION}")
         return index
 

@@ -11,10 +11,10 @@ import numpy as np
 from caduceus.config import DataConfig
 from caduceus.data.cache import Prefetcher, UnavailableError
 from caduceus.data.dataset import Dataset
-from caduceus.data.reader import ShardFiles
+from caduceus.data.format import STRAND_SYMBOLS
+from caduceus.data.objective import Objective, SampleArrays
 from caduceus.data.remote import log_commands
-from caduceus.data.shards import STRAND_SYMBOLS
-from caduceus.data.tokenizer import SampleArrays, Tokenizer
+from caduceus.data.shard_files import ShardFiles
 from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
 
@@ -47,7 +47,7 @@ class SampleReader:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._tokenizer = Tokenizer(data, positions)
+        self._objective = Objective(data, positions)
         self._substitute = substitute
         self._verdicts = Verdicts(self._files.identities(), len(self._crops.windows)) if data.check_crc else None
         self._damaged_windows: set[int] = set()
@@ -64,7 +64,7 @@ class SampleReader:
         while True:
             taken, choices, bases, notes = self._read_bases(samples, least)
             mirrored = taken["strand"] != self._crops.windows["strand"][taken["window"]]
-            arrays, invalid = self._tokenizer.tokens(bases, mirrored, taken)
+            arrays, invalid = self._objective.tokens(bases, mirrored, taken)
             if not invalid.any():
                 return replace(arrays, substituted=notes, choices=choices)
             self._condemn(taken[invalid > 0])
@@ -116,7 +116,7 @@ class SampleReader:
         self, samples: np.ndarray, least: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
         """The samples taken, which choices (B,) they are, their bases (B, n) uint8, a line for each substitute."""
-        bases = np.empty((len(samples), self._tokenizer.end - self._tokenizer.first), np.uint8)
+        bases = np.empty((len(samples), self._objective.end - self._objective.first), np.uint8)
         taken, choices, notes = samples, least, []
         shards, offsets = self._stored_places(samples)
         sound = (self._sound(samples["window"]) & (least == 0)).tolist()
@@ -137,10 +137,10 @@ class SampleReader:
     def _stored_places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard (B,) of each sample, and the offset (B,) in it of the stored bases that hold the slice."""
         windows = self._crops.windows[samples["window"]]
-        from_left = samples["begin"] + self._tokenizer.first
-        from_right = samples["begin"] + self._crops.seq_len - self._tokenizer.end
+        from_left = samples["begin"] + self._objective.first
+        from_right = samples["begin"] + self._crops.seq_len - self._objective.end
         forward = np.where(samples["strand"] == 1, from_right, from_left)
-        mirrored = windows["length"].astype(np.int64) - forward - (self._tokenizer.end - self._tokenizer.first)
+        mirrored = windows["length"].astype(np.int64) - forward - (self._objective.end - self._objective.first)
         stored = np.where(windows["strand"] == 1, mirrored, forward)
         return windows["shard"], windows["offset"].astype(np.int64) + stored
 

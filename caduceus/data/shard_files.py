@@ -1,0 +1,105 @@
+"""Positional reads from the tars of a dataset, local or cached. Imports no torch."""
+
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from caduceus.data.cache import Shard, ShardCache
+
+MAX_OPEN_FILES = 128
+"""Descriptors one process keeps open; hundreds of species have more shards than a process may open."""
+MAX_OPEN_CACHED = 4
+"""The same for cached shards: one that was evicted takes its disk space until the last process closes it."""
+
+
+class ShardFiles:
+    """Positional reads from shards with a bounded number of open files. Safe to pickle and to fork."""
+
+    def __init__(self, shards: Sequence[Shard], cache: ShardCache | None = None) -> None:
+        self.shards = shards
+        self._cache = cache
+        self._most = MAX_OPEN_CACHED if cache else MAX_OPEN_FILES
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._ends: dict[tuple[int, int], int] = {}
+
+    def read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
+        """Fill `buffer` (n,) uint8 from byte `offset` of file number `file`. Raises OSError, also where it ends."""
+        descriptor = self._descriptor(file)
+        view = memoryview(buffer)
+        while view:
+            count = os.preadv(descriptor, [view], offset)
+            if count == 0:
+                raise OSError(f"{self.shards[file].path}: ends before byte {offset + len(view)}")
+            view, offset = view[count:], offset + count
+
+    def is_checked(self, file: int) -> bool:
+        """Whether a cache has found the whole file to be the manifest's since the start. Raises OSError."""
+        if self._cache is None:
+            return False
+        self._descriptor(file)
+        return self._cache.has_checked(self.shards[file])
+
+    def identities(self) -> list[tuple]:
+        """What tells the files from others, and local ones from what may stand in their place later."""
+        if self._cache:
+            return [(str(shard.path), shard.sha256) for shard in self.shards]
+        statuses = ((str(shard.path), shard.path.stat()) for shard in self.shards)
+        return [(path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in statuses]
+
+    def genome_end(self, window: np.void) -> int:
+        """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises OSError.
+
+        Only KEY.json tells, which follows the bases: padding that the index lists looks like N of the genome, and less
+        than 16 is not listed; a segment may end anywhere, at a gap or an excluded interval, so neither the contig's
+        length nor the neighbouring windows say it.
+        """
+        start, length = int(window["start"]), int(window["length"])
+        if not window["may_be_padded"]:
+            return start + length
+        file, offset = int(window["shard"]), int(window["offset"])
+        if (file, offset) not in self._ends:
+            header = np.empty(tarfile.BLOCKSIZE, np.uint8)
+            at = offset + length + -length % tarfile.BLOCKSIZE
+            self.read_into(file, at, header)
+            try:
+                member = tarfile.TarInfo.frombuf(header.tobytes(), "utf-8", "strict")
+                text = np.empty(member.size, np.uint8)
+                self.read_into(file, at + tarfile.BLOCKSIZE, text)
+                described = json.loads(text.tobytes())
+                if described["end"] - start + described.get("pad", 0) != length:
+                    raise ValueError("other bases than the index")
+            except (tarfile.HeaderError, ValueError, KeyError, TypeError) as error:
+                raise OSError(f"{self.shards[file].path}: byte {at}: no description of a sample ({error!r})") from None
+            self._ends[file, offset] = described["end"]
+        return self._ends[file, offset]
+
+    def forget(self, file: int) -> None:
+        """Close a file, and have a cached one fetched again when it is next read."""
+        if file in self._open:
+            os.close(self._open.pop(file))
+        if self._cache:
+            self.shards[file].path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _descriptor(self, file: int) -> int:
+        if file in self._open:
+            self._open.move_to_end(file)
+            return self._open[file]
+        if len(self._open) >= self._most:
+            os.close(self._open.popitem(last=False)[1])
+        shard = self.shards[file]
+        self._open[file] = self._cache.open(shard) if self._cache else os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[file]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()

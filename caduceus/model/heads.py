@@ -1,0 +1,85 @@
+"""Heads on the backbone, and the model that is trained: `CaduceusForMaskedLM`.
+
+Shapes: B batch, L length, D d_model, V padded vocabulary, S streams.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from caduceus.alphabet import IGNORE_LABEL
+from caduceus.model.backbone import Backbone
+from caduceus.model.mamba import project
+from caduceus.ops import head_cross_entropy
+
+
+class MaskedLMOutput(NamedTuple):
+    """What `CaduceusForMaskedLM` returns. Losses are in nats, in at least fp32, and None without labels.
+
+    A tuple, because wrappers of modules (FSDP2, DeepSpeed) look for tensors in tuples only.
+    """
+
+    loss: Tensor | None = None
+    """`loss_sum / weight_sum`; 0, with zero gradients, where no base is labelled."""
+    logits: Tensor | None = None
+    """(B, L, V)"""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """As of `BackboneOutput`: (S, B, L, D) each, in forward coordinates."""
+    loss_sum: Tensor | None = None
+    """Sum over labelled bases of weight times cross-entropy."""
+    weight_sum: Tensor | None = None
+    """Sum of the weights of labelled bases; their number where no weights are given."""
+
+
+class CaduceusForMaskedLM(Backbone):
+    """The backbone with a language-model head tied to the embedding; so the head has no parameters of its own.
+
+    With `strands`, the two streams of a Caduceus-PS meet in the logits: `.logits` and `.loss` are those of both,
+    `.loss_sum`, from which gradients are to be taken, and `.weight_sum` this rank's half.
+    """
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        output_hidden_states: bool = False,
+        pad_mask: Tensor | None = None,
+        return_logits: bool = True,
+        starts: Tensor | None = None,
+    ) -> MaskedLMOutput:
+        """Predict every base, and the loss of the labelled ones where `labels` are given.
+
+        input_ids (B, L) int64; labels (B, L) int64, `IGNORE_LABEL` where nothing is to be predicted (others outside the
+        vocabulary: see `head_cross_entropy`); loss_weights (B, L) of the labelled bases. pad_mask (B, L) bool is true
+        at positions that are only padding of the batch: results at all other positions are those of the unpadded
+        sequences. (A [PAD] token stands for N and is an ordinary input.) starts (B, L) bool is true at the first
+        positions of sequences that are packed into a row: results are those of each by itself. With `return_logits`
+        false the head runs at labelled positions only and `.logits` is None.
+
+        Packed sequences may not be shared between ranks: a `ValueError`. All backends but triton run them one after
+        another and read `starts` for that, which breaks a compiled graph.
+        """
+        held, hidden_states = super().forward(input_ids, output_hidden_states, pad_mask, starts)
+        head = self._head()
+        logits = self._logits(held, head) if return_logits else None
+        if labels is None:
+            return MaskedLMOutput(logits=logits, hidden_states=hidden_states)
+        loss_sum, weight_sum = head_cross_entropy(
+            held, head, labels, loss_weights, ignore_label=IGNORE_LABEL, strands=self.strands, backend=self.backend
+        )
+        loss = loss_sum / torch.where(weight_sum > 0, weight_sum, 1)
+        return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum)
+
+    def _head(self) -> Tensor:
+        """The head of each stream, (S, V, D): what it predicts is a base of the forward strand."""
+        table, mirrored = self.embedding.weight, self.norm_f.mirrored_stream
+        streams = range(len(self.streams))
+        return torch.stack([self._for_complement(table) if stream == mirrored else table for stream in streams])
+
+    def _logits(self, normed: Tensor, head: Tensor) -> Tensor:
+        """normed (S, B, L, D), head (S, V, D) -> logits (B, L, V), in at least fp32 over both strands."""
+        logits = project(normed, head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(0)
+        return logits if self.strands is None else self.strands.sum(logits)
