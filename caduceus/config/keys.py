@@ -28,7 +28,6 @@ class Key:
     """As users write it: `section.key`."""
     attribute: str
     """Of the section's dataclass."""
-    type: str
     default: Any
     words: str
     fixes: Fixes
@@ -82,9 +81,7 @@ def keys_of(section: str, cls: type) -> Iterator[Key]:
     for field in dataclasses.fields(cls):
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
-        kind = getattr(field.type, "__name__", str(field.type)) if field.type is not Any else "any"
-        kind = str(field.type) if "[" in str(field.type) or "|" in str(field.type) else kind
-        yield Key(f"{section}.{name_of(field.name)}", field.name, kind, default, **field.metadata)
+        yield Key(f"{section}.{name_of(field.name)}", field.name, default, **field.metadata)
 
 
 def check_section(section: str, values: Any) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -205,10 +206,16 @@ def test_among_other_runs(at_once, scenario):
 def test_a_dead_controller_a_dead_node_and_a_dead_slurmd(slurm_cluster, config, undisturbed, tmp_path):
     pair, alone, cut = (tmp_path / name for name in ("pair", "alone", "cut"))
     requests = {pair: ["--nodes", "2"], alone: [], cut: ["--exclude", "n[0-1]"]}
-    jobs = {
-        run: job_of(launch(tmp_path, "--config", config, *REQUEST, *request, f"run.dir={run}"))
-        for run, request in requests.items()
-    }
+    requests = {run: [*REQUEST, "--sbatch", "hold", *request] for run, request in requests.items()}
+    with ThreadPoolExecutor(len(requests)) as threads:  # each takes seconds to start Python
+        started = {
+            run: threads.submit(launch, tmp_path, "--config", config, *request, f"run.dir={run}")
+            for run, request in requests.items()
+        }
+        jobs = {run: job_of(result.result()) for run, result in started.items()}
+    for job in jobs.values():  # one after the other, as the nodes that each gets depend on the order
+        slurm_cluster.run("scontrol", "release", job)
+        wait_until(lambda job=job: state_of(slurm_cluster, job), "RUNNING".__eq__, "its start")
     with contextlib.ExitStack() as stack:
         first = {}
         for run, nodes in {pair: "n[0-1]", alone: "n0", cut: "n2"}.items():
@@ -218,13 +225,14 @@ def test_a_dead_controller_a_dead_node_and_a_dead_slurmd(slurm_cluster, config, 
         rank = process_of(pair, rank=1)
         os.kill(rank, signal.SIGKILL)  # now the batch script wants to requeue, and nobody answers
         wait_for(lambda: not Path(f"/proc/{rank}").exists(), "the rank's death")
+        assert last_step(cut) < STEPS
+        slurm_cluster.kill_node("n2")  # SLURM takes its time to see that, while the pair starts again
         slurm_cluster.start_controller()
         assert wait_until_training(pair, 2).nodes == "n[0-1]"
         peer = stack.enter_context(held(pair))
-        slurm_cluster.kill_node("n2")
         slurm_cluster.kill("n0")  # its processes live on
         wait_for(lambda: len(attempts(RunDirectory(alone))) == 2, "SLURM to start the run anew")
-        assert all(last_step(run) < STEPS for run in jobs)
+        assert all(last_step(run) < STEPS for run in (pair, alone))
     # What is left on n0 goes on: one without its peer, one beside the new attempt, whose the run directory now is.
     ends = {pair: [history.FAILED, history.COMPLETE], alone: [history.COMPLETE], cut: [history.COMPLETE]}
     for run, job in jobs.items():

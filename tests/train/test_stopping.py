@@ -106,9 +106,12 @@ def test_impatient_signals_change_nothing_of_the_end(small_run: SmallRun, long: 
     for number in signals:
         process.send_signal(number)
         time.sleep(0.02)
-    while process.poll() is None:  # while it saves, takes its loader apart and leaves
+    while run.checkpoints()[-1].step == 1 and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    while process.poll() is None:  # while it closes what it has open, and leaves
         process.send_signal(signals[0])
-        time.sleep(0.02)
+        time.sleep(0.05)
     message = process.communicate()[1]
     assert process.returncode == EXIT_REQUEUE, message
     assert run.checkpoints()[-1].step == run.metrics()[-1]["step"] >= 3
