@@ -136,7 +136,7 @@ def our_step(
     recompute_to_fit(config, strategy)
     input_ids, labels = make_batch(batch, length, device)
     step = training_step(strategy.model, lambda: strategy.model(input_ids, labels, return_logits=False).loss, device)
-    return step, (strategy.model.checkpoint_blocks, strategy.model.checkpoint_scan_inputs)
+    return step, (strategy.model.recomputed_blocks, strategy.model.recomputed_scan_inputs)
 
 
 def published_step(

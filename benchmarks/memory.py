@@ -162,7 +162,7 @@ def counted(config: CaduceusConfig, backend: str, length: int, recomputed: tuple
 def model_that_recomputes(config: CaduceusConfig, backend: str, recomputed: tuple[int, int]) -> CaduceusForMaskedLM:
     """`recomputed`: blocks recomputed whole, and others of which the scan's inputs are."""
     model = CaduceusForMaskedLM(config, backend=backend)
-    model.checkpoint_blocks, model.checkpoint_scan_inputs = recomputed
+    model.recomputed_blocks, model.recomputed_scan_inputs = recomputed
     return model
 
 

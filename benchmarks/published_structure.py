@@ -55,9 +55,9 @@ class PublishedBlock(nn.Module):
 class PublishedStructure(nn.Module):
     """input_ids (B, L), labels (B, L) -> loss over all positions, (B, L, V) logits in fp32, as the published code."""
 
-    def __init__(self, config: CaduceusConfig, backend: str, checkpoint_blocks: bool = False) -> None:
+    def __init__(self, config: CaduceusConfig, backend: str, recomputed_blocks: bool = False) -> None:
         super().__init__()
-        self.config, self.checkpoint_blocks = config, checkpoint_blocks
+        self.config, self.recomputed_blocks = config, recomputed_blocks
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.blocks = nn.ModuleList(PublishedBlock(config, backend) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_epsilon)
@@ -68,7 +68,7 @@ class PublishedStructure(nn.Module):
             streams.append(streams[0].flip(1, 2))
         for block in self.blocks:
             for i, residual in enumerate(streams):
-                if self.checkpoint_blocks:
+                if self.recomputed_blocks:
                     streams[i] = residual + checkpoint(block, residual, use_reentrant=False)
                 else:
                     streams[i] = residual + block(residual)

@@ -17,6 +17,7 @@ from pathlib import Path
 from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
+from caduceus.monitor.wandb.identity import status as wandb_status
 from caduceus.monitor.wandb.process import sync
 from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs, scheduler
@@ -153,6 +154,9 @@ def status(run: RunDirectory) -> str:
         lines.append(("last step", f"{duration(now.quiet_seconds)} ago"))
     checkpoint = run.checkpoint_path(now.checkpoint)
     lines.append(("checkpoint", str(checkpoint) if now.checkpoint else "none yet"))
+    sent = wandb_status(run.path)
+    if sent is not None:
+        lines.append(("W&B", f"{sent.state}, has step {sent.step:,}   {sent.url or ''}".rstrip()))
     if now.jobs:
         lines.append(("job", " ".join(now.jobs)))
     if now.attempts:

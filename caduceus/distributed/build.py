@@ -48,9 +48,9 @@ def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusF
     with torch.device("meta"):
         model = CaduceusForMaskedLM(config.model, config.ops.backend, strands=strands)
     if config.train.activation_checkpointing == "block":
-        model.checkpoint_blocks = config.model.n_layer
+        model.recomputed_blocks = config.model.n_layer
     elif config.train.activation_checkpointing == "scan":
-        model.checkpoint_scan_inputs = config.model.n_layer
+        model.recomputed_scan_inputs = config.model.n_layer
     if config.train.compile:
         torch._dynamo.config.recompile_limit = _GRAPHS_OF_A_BLOCK
         for block in model.blocks:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from caduceus.alphabet import complement_map
 from caduceus.config import CaduceusConfig
@@ -37,8 +37,8 @@ class BackboneOutput(NamedTuple):
 class Backbone(nn.Module):
     """Embedding, blocks and final norm of Caduceus-Ph, Caduceus-PS or uni-directional Mamba.
 
-    `backend` names the implementation of the ops (see `caduceus.ops`). Of the first `checkpoint_blocks` blocks
-    the backward pass recomputes the activations instead of keeping them; of the `checkpoint_scan_inputs` blocks after
+    `backend` names the implementation of the ops (see `caduceus.ops`). Of the first `recomputed_blocks` blocks
+    the backward pass recomputes the activations instead of keeping them; of the `recomputed_scan_inputs` blocks after
     them it recomputes only what feeds the scan. (The first, because it comes to them last, when those of all others are
     freed.)
 
@@ -49,17 +49,17 @@ class Backbone(nn.Module):
         self,
         config: CaduceusConfig,
         backend: str = "auto",
-        checkpoint_blocks: int = 0,
+        recomputed_blocks: int = 0,
         strands: Strands | None = None,
-        checkpoint_scan_inputs: int = 0,
+        recomputed_scan_inputs: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
         self.strands = strands
         self.streams = range(2 if config.rcps else 1) if strands is None else range(strands.rank, strands.rank + 1)
         self.backend = backend
-        self.checkpoint_blocks = checkpoint_blocks
-        self.checkpoint_scan_inputs = checkpoint_scan_inputs
+        self.recomputed_blocks = recomputed_blocks
+        self.recomputed_scan_inputs = recomputed_scan_inputs
         swaps_strands = config.rcps and config.fused_add_norm
         # Counted from the first stream that is here.
         mirrored = [((layer if swaps_strands else 1) - self.streams[0]) % 2 for layer in range(config.n_layer)]
@@ -107,12 +107,12 @@ class Backbone(nn.Module):
         hidden, residual = self._embed(input_ids), None
         hidden_states = [self._by_strand(hidden, first=0)] if output_hidden_states else None
         for number, block in enumerate(self.blocks, start=1):
-            if number <= self.checkpoint_blocks and torch.is_grad_enabled():
+            if number <= self.recomputed_blocks and torch.is_grad_enabled():
                 if residual is not None:  # a block would keep both for its backward pass; of their sum it keeps one
                     hidden, residual = (residual + hidden).to(residual.dtype), None
-                hidden, residual = checkpoint(block, hidden, residual, pad_mask, starts, use_reentrant=False)
+                hidden, residual = recompute(block, hidden, residual, pad_mask, starts, use_reentrant=False)
             else:
-                scan_inputs = number <= self.checkpoint_blocks + self.checkpoint_scan_inputs
+                scan_inputs = number <= self.recomputed_blocks + self.recomputed_scan_inputs
                 recompute_scan_inputs = scan_inputs and torch.is_grad_enabled()
                 hidden, residual = block(hidden, residual, pad_mask, starts, recompute_scan_inputs)
             if output_hidden_states and number < len(self.blocks):

@@ -1,4 +1,4 @@
-"""python -m caduceus.train --config NAME|FILE [--show] [key.path=value …]"""
+"""python -m caduceus.train --config NAME|FILE [--show] [--quiet] [key.path=value …]"""
 
 import argparse
 import logging
@@ -27,7 +27,7 @@ Pre-trains a Caduceus on shards of genomes. To begin, make shards, then train on
 def main() -> int:
     """Parse the command line and train; returns the exit status."""
     arguments = _parser().parse_args()
-    set_up_logging()
+    set_up_logging(quiet=arguments.quiet)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.show:
         print(annotated(config), end="")
@@ -39,9 +39,9 @@ def main() -> int:
     return status
 
 
-def set_up_logging() -> None:
-    """Messages of the run as plain lines on stderr."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def set_up_logging(quiet: bool = False) -> None:
+    """Messages of the run as plain lines on stderr; `quiet` leaves warnings alone."""
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
 
 
@@ -61,6 +61,7 @@ def _parser() -> Parser:
         epilog=f"presets:\n{preset_list('pretrain')}\n\nsections of keys (--show prints all their keys):\n{sections}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     parser.add_argument(
         "--config",
         required=True,

@@ -30,14 +30,14 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
     ranks, layers = strategy.ranks, config.model.n_layer
     model: CaduceusForMaskedLM = getattr(strategy.model, "module", strategy.model)
     free = memory.free_memory(ranks.device)
-    model.checkpoint_blocks, model.checkpoint_scan_inputs = layers - 1, 0
+    model.recomputed_blocks, model.recomputed_scan_inputs = layers - 1, 0
     least = memory.peak_bytes(ranks.device, lambda: run_micro_batch(config, strategy))
     least += memory.moment_bytes_to_come(strategy)
     with refusing_what_is_too_large(config, ranks):
         added = bytes_added_by_a_block(config, ranks) if layers > 1 else (0, 0)
     rows = [tuple(map(int, row)) for row in ranks.gather([least, *added, free]).tolist()]
     counts = [blocks_to_recompute(*row, layers) for row in rows]
-    whole, inputs = model.checkpoint_blocks, model.checkpoint_scan_inputs = max(counts)
+    whole, inputs = model.recomputed_blocks, model.recomputed_scan_inputs = max(counts)
     least, lean, full, free = rows[counts.index((whole, inputs))]
     if not ranks.is_main:
         return whole, inputs

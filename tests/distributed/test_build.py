@@ -55,7 +55,7 @@ def test_no_block_is_left_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     input_ids = torch.full((2, 9), 7)
     pad_mask = torch.zeros(2, 9, dtype=torch.bool)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for model.checkpoint_blocks, model.checkpoint_scan_inputs in ((2, 0), (0, 0), (0, 2), (1, 1)):
+        for model.recomputed_blocks, model.recomputed_scan_inputs in ((2, 0), (0, 0), (0, 2), (1, 1)):
             for mask in (None, pad_mask):
                 model(input_ids, input_ids, pad_mask=mask).loss.backward()
                 with torch.no_grad():

@@ -25,11 +25,11 @@ BACKENDS = ("naive", "cpu")
 
 
 def losses_and_gradients(
-    model_keys: dict, backend: str, positions: slice, context: ContextGroup | None, checkpoint_scan_inputs: int = 0
+    model_keys: dict, backend: str, positions: slice, context: ContextGroup | None, recomputed_scan_inputs: int = 0
 ) -> dict[str, Tensor]:
     torch.manual_seed(0)
     config = CaduceusConfig(d_model=8, n_layer=LAYERS, d_state=4, **model_keys)
-    model = CaduceusForMaskedLM(config, backend, checkpoint_scan_inputs=checkpoint_scan_inputs).double()
+    model = CaduceusForMaskedLM(config, backend, recomputed_scan_inputs=recomputed_scan_inputs).double()
     model.share_sequences(context)
     input_ids = torch.randint(7, 11, (2, LENGTH))
     labels = torch.where(torch.rand(2, LENGTH) < 0.5, input_ids, IGNORE_LABEL)

@@ -155,7 +155,7 @@ def test_checkpointed_blocks_give_the_same_gradients_bit_for_bit(rcps):
     pad_mask[0, -2:] = True
     results = []
     for blocks in range(len(model.blocks) + 1):
-        model.checkpoint_blocks = blocks
+        model.recomputed_blocks = blocks
         output = model(input_ids, labels, pad_mask=pad_mask)
         output.loss.backward()
         results.append({"loss": output.loss.detach(), **gradients(model)})
@@ -185,12 +185,12 @@ def test_bf16_autocast_stays_close_and_keeps_fp32_where_it_matters(rcps, backend
         assert (gradient - expected[name]).norm() < 0.1 * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("checkpoint_blocks", [0, 2])
+@pytest.mark.parametrize("recomputed_blocks", [0, 2])
 @pytest.mark.parametrize("residual_in_fp32", [True, False])
-def test_the_residual_is_summed_in_the_type_that_is_asked_for(residual_in_fp32, checkpoint_blocks):
+def test_the_residual_is_summed_in_the_type_that_is_asked_for(residual_in_fp32, recomputed_blocks):
     config = CaduceusConfig(rcps=True, residual_in_fp32=residual_in_fp32, **{**SMALL, "d_model": 32})
     model, input_ids = build(config, torch.float32), tokens()
-    model.checkpoint_blocks = checkpoint_blocks
+    model.recomputed_blocks = recomputed_blocks
     exact = model(input_ids).logits
     sums = []
     for norm in (*(block.norm for block in model.blocks), model.norm_f):

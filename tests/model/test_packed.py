@@ -27,7 +27,7 @@ def test_recomputed_blocks_keep_sequences_apart():
     ids, starts = torch.randint(7, 11, (1, 7)), torch.tensor([[True, False, False, True, False, True, False]])
     gradients = []
     for blocks in (0, 2):
-        model.checkpoint_blocks = blocks
+        model.recomputed_blocks = blocks
         model(ids, ids, starts=starts).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()

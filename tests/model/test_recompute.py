@@ -33,7 +33,7 @@ def results(
     model: CaduceusForMaskedLM, input_ids: Tensor, scan_inputs: int, bf16: bool = False, **given
 ) -> list[Tensor]:
     """The loss and all gradients, of a pass that recomputes the inputs of `scan_inputs` scans."""
-    model.checkpoint_scan_inputs = scan_inputs
+    model.recomputed_scan_inputs = scan_inputs
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = model(input_ids, input_ids, return_logits=False, **given).loss
     loss.backward()
@@ -68,7 +68,7 @@ def test_naive_gives_the_same_bits(form: str) -> None:
 def test_whole_blocks_come_first() -> None:
     model, input_ids = build("ps")
     plain = results(model, input_ids, 0)
-    model.checkpoint_blocks = 1
+    model.recomputed_blocks = 1
     for scan_inputs in range(LAYERS + 1):
         assert same_bits(results(model, input_ids, scan_inputs), plain)
 
@@ -88,7 +88,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize(("whole", "scan_inputs"), [(0, 0), (0, 1), (0, 2), (1, 1), (2, 0), (2, 1)])
 def test_the_scan_runs_again_only_in_whole_blocks(whole: int, scan_inputs: int) -> None:
     model, input_ids = build("ps")
-    model.checkpoint_blocks = whole
+    model.recomputed_blocks = whole
     with Calls() as calls:
         results(model, input_ids, scan_inputs)
     assert calls.number["caduceus::cpu_scan"] == LAYERS + whole
@@ -112,7 +112,7 @@ def test_nothing_that_feeds_the_scan_is_kept(form: str) -> None:
 
 def test_a_second_backward_pass_makes_them_once_more() -> None:
     model, input_ids = build("ph")
-    model.checkpoint_scan_inputs = LAYERS
+    model.recomputed_scan_inputs = LAYERS
     loss = model(input_ids, input_ids, return_logits=False).loss
     parameters = list(model.parameters())
     assert same_bits(*([*torch.autograd.grad(loss, parameters, retain_graph=True)] for _ in range(2)))
@@ -121,7 +121,7 @@ def test_a_second_backward_pass_makes_them_once_more() -> None:
 def test_evaluation_keeps_nothing() -> None:
     model, input_ids = build("ph")
     expected = model(input_ids).logits
-    model.checkpoint_scan_inputs = LAYERS
+    model.recomputed_scan_inputs = LAYERS
     with torch.no_grad():
         assert torch.equal(model(input_ids).logits, expected)
 

@@ -1,6 +1,9 @@
 """A stand-in of W&B's server that the real client talks to, and runs whose rows are made up."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,3 +90,36 @@ def sent_rows(run: ServerRun) -> list[dict[str, Any]]:
 
 def status(path: Path) -> dict[str, Any]:
     return json.loads((path / "wandb" / "status.json").read_text())
+
+
+def history_of(file: Path) -> list[dict[str, Any]]:
+    """The history in a `.wandb` file, without what the client adds to a row."""
+    from caduceus.monitor.wandb.offline import read_records
+
+    rows = []
+    for record in read_records(file):
+        items = record.history.item if record.WhichOneof("record_type") == "history" else []
+        row = {(item.nested_key[0] if item.nested_key else item.key): json.loads(item.value_json) for item in items}
+        if row:
+            rows.append({key: value for key, value in row.items() if not key.startswith("_")})
+    return rows
+
+
+def children_of(parent: int, name: bytes = b"sender") -> list[int]:
+    """The processes below a process whose command line has this name."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if name in (process / "cmdline").read_bytes():
+                above = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                found += [int(process.name)] if above == parent else []
+        except OSError:
+            continue
+    return found
+
+
+def write_rows(path: Path, first: int) -> subprocess.Popen:
+    """An offline start of a run in a process that can be killed: it makes the steps from `first` on, five a second."""
+    command = [sys.executable, "-m", "tests.monitor.rows_writer", str(path), str(first)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "WANDB_API_KEY": ""}
+    return subprocess.Popen(command, env=environment)

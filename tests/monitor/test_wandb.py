@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,26 +11,12 @@ import pytest
 
 from caduceus.errors import UserError
 from caduceus.monitor.wandb.identity import identity
-from caduceus.monitor.wandb.process import WandbProcess, sync
+from caduceus.monitor.wandb.process import sync
 from launch import runs
-from tests.monitor.conftest import STEPS, Watched, make_step, sent_rows, status
+from tests.monitor.conftest import STEPS, Watched, children_of, make_step, sent_rows, status, write_rows
 from tests.monitor.wandb_server import WandbServer
-from tests.train.conftest import SmallRun
 
 pytestmark = pytest.mark.slow
-
-
-def children_of(parent: int, name: bytes = b"sender") -> list[int]:
-    """The processes below a process whose command line has this name."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if name in (process / "cmdline").read_bytes():
-                above = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-                found += [int(process.name)] if above == parent else []
-        except OSError:
-            continue
-    return found
 
 
 def clients_of(parent: int) -> list[int]:
@@ -232,26 +219,24 @@ def test_the_id_is_kept_from_the_first_second(server: WandbServer, watched: Watc
     assert json.loads((watched.path / "wandb" / "run.json").read_text())["former"] == []
 
 
-def test_nothing_stays_in_the_temporary_directory_after_kills(
-    small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_stays_in_the_temporary_directory_after_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system = tmp_path / "system"
     system.mkdir()
     monkeypatch.setenv("TMPDIR", str(system))
-    config = small_run.config("killed", wandb={"mode": "offline"}, train={"steps": 100_000})
+    monkeypatch.setattr(tempfile, "tempdir", None)
     for kill_sender in (False, True):
-        process = small_run.start(config)
+        process = write_rows(tmp_path / "run", 1)
         wait_for(lambda: any(system.glob("*/*wandb*")), 60)
         assert not list(system.glob("*wandb-media*")) and not list(system.glob("*wandb-artifacts*"))
         senders = children_of(process.pid)
         process.kill()
-        process.communicate()
+        process.wait()
         if kill_sender:
             for sender in senders:
                 os.kill(sender, signal.SIGKILL)
         else:
             wait_for(lambda: not list(system.glob("*wandb*")), 90)
-    config.wandb.mode, config.train.steps, config.run.allow_change = "disabled", 1, ["train.steps"]
     assert any(system.glob("*wandb*"))
-    WandbProcess(config, Path(config.run.dir))  # a start without W&B tidies up as well
+    disabled = Watched(tmp_path / "run", mode="disabled")
+    disabled.go_on(1, 1)  # a start without W&B tidies up as well
     assert not list(system.glob("*wandb*"))

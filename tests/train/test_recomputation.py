@@ -34,7 +34,7 @@ WAYS = [(whole, inputs) for whole in range(LAYERS) for inputs in range(LAYERS - 
 
 
 def peak_bytes(strategy: Strategy, config: Config, whole: int, inputs: int) -> int:
-    strategy.model.checkpoint_blocks, strategy.model.checkpoint_scan_inputs = whole, inputs
+    strategy.model.recomputed_blocks, strategy.model.recomputed_scan_inputs = whole, inputs
     return memory.peak_bytes(ALONE.device, lambda: run_micro_batch(config, strategy))
 
 
@@ -134,7 +134,7 @@ def train_each(rank: int, configs: dict[str, Config]) -> dict[str, tuple[int, in
             pretend_that_free_is(patch, (2**60, 0)[rank])
             assert trainer.train(config) == 0
         model = getattr(strategies[0].model, "module", strategies[0].model)
-        found[name] = model.checkpoint_blocks, model.checkpoint_scan_inputs
+        found[name] = model.recomputed_blocks, model.recomputed_scan_inputs
     return found
 
 

@@ -81,7 +81,7 @@ def test_what_feeds_the_scan_is_recomputed_to_the_same_bits(monkeypatch):
     input_ids, starts = torch.randint(7, 11, (1, 10)), torch.zeros(1, 10, dtype=torch.bool)
     starts[0, 6] = True
     results = []
-    for model.checkpoint_scan_inputs in (0, 1):
+    for model.recomputed_scan_inputs in (0, 1):
         loss = model(input_ids, input_ids, starts=starts, return_logits=False).loss
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,0 +1,70 @@
+"""python -m caduceus.monitor RUN [RUN …]: how runs stand that train elsewhere, from their directories alone.
+
+In a terminal a panel per run, which follows them until Ctrl-C; elsewhere a line per run.
+"""
+
+import contextlib
+import signal
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from caduceus.arguments import Parser
+from caduceus.errors import UserError, run_command
+from caduceus.monitor.following import Follower
+from caduceus.monitor.terminal import panel, plain_line
+from caduceus.monitor.view import View
+from caduceus.run.directory import RunDirectory
+
+_POLL_SECONDS = 1.0
+
+
+class Followed:
+    """A run that trains elsewhere."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `UserError` where there is no run."""
+        run = RunDirectory.open(path)
+        config = run.config()
+        self.view = View(run, path.resolve().name, config.train.steps, config.valid.every)
+        self._follower = Follower(run.metrics_path)
+
+    def poll(self) -> None:
+        """Take in what was added since the last time."""
+        rows = self._follower.poll()
+        if self._follower.restarted:
+            self.view.reset()
+        for row in rows:
+            self.view.take(row)
+        self.view.look()
+
+
+def main() -> int:
+    """Show the runs; returns the exit status."""
+    parser = Parser(prog="python -m caduceus.monitor", description="Watch runs from their directories.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    arguments = parser.parse_args()
+    followed = [Followed(path) for path in arguments.runs]
+    console = Console(highlight=False)
+    for run in followed:
+        run.poll()
+    if not console.is_terminal:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+        for run in followed:
+            print(f"{run.view.name}: {plain_line(run.view) if run.view.row else 'no steps yet'}")
+        return 0
+    if 5 * len(followed) > console.height:
+        raise UserError(f"{len(followed)} runs do not fit a terminal of {console.height} lines; watch fewer at a time")
+    with contextlib.suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
+        while True:
+            for run in followed:
+                run.poll()
+            live.update(panel([run.view for run in followed], console.width), refresh=True)
+            time.sleep(_POLL_SECONDS)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

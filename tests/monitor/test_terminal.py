@@ -1,0 +1,115 @@
+"""What people see of a run in a terminal."""
+
+import io
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from caduceus.monitor.__main__ import Followed, main
+from caduceus.monitor.terminal import panel, plain_line
+from caduceus.monitor.view import View
+from tests.monitor.conftest import STEPS, Watched, make_step
+
+
+def view_of(watched: Watched, steps: int = 1000, valid_every: int = 100) -> View:
+    return View(watched.run, "a-run-whose-name-is-longer-than-anyone-would-want", steps, valid_every)
+
+
+def row(step: int, seconds: float = 0.5) -> dict[str, float]:
+    clock = {"tokens_per_second": 1e6, "seconds": seconds, "peak_memory_bytes": 80 << 30, "grad_norm": 12.5}
+    return {"step": step, "samples": step, "tokens": step, "loss": 1.2345, "lr": 8e-3, **clock}
+
+
+@pytest.fixture
+def disabled(tmp_path: Path) -> Watched:
+    return Watched(tmp_path / "run", mode="disabled")
+
+
+def test_time_left_leaves_out_compilation_and_knows_validations(disabled: Watched) -> None:
+    view, now = view_of(disabled), 0.0
+    for step in range(1, 21):
+        now += 300.0 if step <= 2 else 0.5  # the first steps compile
+        view.take(row(step), now)
+    assert view.seconds_left == pytest.approx(0.5 * 980, rel=0.2)
+    for step in range(21, 101):
+        now += 0.5
+        view.take(row(step), now)
+    view.take({"step": 100, "valid_loss": 1.2}, now + 60.0)
+    view.take(row(101), now + 60.5)
+    assert view.seconds_left == pytest.approx(0.5 * 899 + 9 * 60.0, rel=0.01)
+
+
+def test_time_left_of_a_run_that_trains_elsewhere(disabled: Watched) -> None:
+    view = view_of(disabled)
+    for step in range(1, 21):
+        view.take(row(step, 300.0 if step == 1 else 0.5))
+    assert view.seconds_left == pytest.approx(0.5 * 980, rel=0.2)
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+@pytest.mark.parametrize("steps", [3, 999])
+def test_the_panel_never_wraps(disabled: Watched, width: int, steps: int) -> None:
+    view = view_of(disabled)
+    for step in range(1, steps + 1):
+        view.take(row(step))
+    view.take({"step": steps, "valid_loss": 1.1})
+    view.take({"step": steps, "valid_loss": 1.3})
+    view.checkpoint, view.starts = 123_456, 17
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(panel([view], width))
+    lines = console.file.getvalue().rstrip("\n").split("\n")
+    assert len(lines) == 4 and max(map(cell_len, lines)) <= width
+
+
+def test_progress_elsewhere_is_plain_lines_and_quiet_is_quiet(
+    disabled: Watched, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    disabled.go_on(1, STEPS)
+    assert f"step {STEPS}/{STEPS}" in caplog.text and "valid loss" in caplog.text
+    assert str(disabled.run.metrics_path) in caplog.text  # the summary
+    assert "\x1b" not in caplog.text
+    caplog.clear()
+    caplog.set_level(logging.WARNING)
+    disabled.go_on(1, STEPS)
+    assert caplog.text == "" and capfd.readouterr().err == ""
+
+
+def test_a_run_is_followed_from_its_directory_through_a_rewind(disabled: Watched) -> None:
+    followed = Followed(disabled.path)
+    with disabled.monitor() as monitor:
+        for step in range(1, 21):
+            make_step(monitor, step)
+        followed.poll()
+        assert followed.view.step == 20 and followed.view.valid == (20, pytest.approx(1.3))
+        monitor.rewind(10)
+        make_step(monitor, 11, shift=64)
+        followed.poll()
+        assert followed.view.step == 11 and followed.view.valid[0] == 10
+        assert followed.view.row["samples"] == 8 * 11 + 64
+
+
+def test_a_line_per_run_where_there_is_no_terminal(
+    disabled: Watched, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disabled.go_on(1, 20)
+    monkeypatch.setattr("sys.argv", ["monitor", str(disabled.path), str(disabled.path)])
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(f"step 20/{STEPS}" in line for line in lines)
+    assert plain_line(Followed(disabled.path).view).startswith("step 0/")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "caduceus.monitor", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 2 and "not a run directory" in done.stderr and "Traceback" not in done.stderr
