@@ -20,16 +20,10 @@ from caduceus.config import config_to_dict
 from caduceus.errors import UserError
 from caduceus.files import take_lock
 from caduceus.monitor.following import Follower
+from caduceus.monitor.wandb.account import base_url, key, no_key, slurm
 from caduceus.monitor.wandb.clients import kill_clients
 from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
-from caduceus.monitor.wandb.identity import (
-    Status,
-    directory,
-    identity,
-    keep_status,
-    keep_url,
-    renewed,
-)
+from caduceus.monitor.wandb.identity import Status, directory, identity, keep_status, keep_url, renewed
 from caduceus.monitor.wandb.journal import Journal
 from caduceus.monitor.wandb.place import Place, place_of
 from caduceus.monitor.wandb.server import Server, ServerTroubleError
@@ -106,7 +100,7 @@ class Sender:
             return "online"
         if self.place.mode != "auto":
             return self.place.mode
-        return "online" if _key() is not None else "offline"
+        return "online" if key() is not None else "offline"
 
     def _work(self, mode: str) -> None:
         from caduceus.monitor.wandb import offline, session
@@ -114,7 +108,7 @@ class Sender:
         which, place = identity(self._run.path), self.place
         server = None
         if mode == "online":
-            server = Server(_base_url(), _key() or _no_key())
+            server = Server(base_url(), key() or no_key())
             entity = place.entity or server.entity()
             last = server.last_step(entity, place.project, which.id)
         else:
@@ -197,7 +191,7 @@ class Sender:
         finishing.start()
         finishing.join(_FINISH_SECONDS)
         if finishing.is_alive():
-            raise ServerTroubleError(f"{_base_url()} takes no rows")
+            raise ServerTroubleError(f"{base_url()} takes no rows")
         if server is None:
             self._keep("offline", journal.last)
             return
@@ -237,7 +231,7 @@ class Sender:
         """The configuration as W&B shows it, with what the newest start found out."""
         starts = self._run.starts()
         facts = starts[-1] if starts else {}
-        return {**config_to_dict(self._config), "start": {**facts, "starts": len(starts), "slurm": _slurm()}}
+        return {**config_to_dict(self._config), "start": {**facts, "starts": len(starts), "slurm": slurm()}}
 
     def _trouble(self, error: Exception) -> None:
         self._warn(error)
@@ -320,33 +314,6 @@ def _send(begun: Any, journal: Journal, row: dict[str, Any]) -> None:
         journal.add(essence(row))
     elif (sent := journal.steps.get(step)) is not None and not is_same_step(sent, row):
         raise StaleError(step - 1)
-
-
-def _base_url() -> str:
-    import wandb
-
-    return wandb.setup().settings.base_url.rstrip("/")
-
-
-def _key() -> str | None:
-    """The user's key to W&B: of WANDB_API_KEY or of `wandb login`."""
-    from wandb.errors import AuthenticationError
-    from wandb.sdk.lib import wbauth
-
-    try:
-        found = wbauth.authenticate_session(host=_base_url(), source="caduceus", prompt=False, update_session=False)
-    except AuthenticationError as error:
-        raise UserError(f"the API key cannot be right: {' '.join(str(error).split())}") from None
-    return getattr(found, "api_key", None)
-
-
-def _no_key() -> NoReturn:
-    raise UserError("not logged in to W&B; `wandb login` or WANDB_API_KEY gives it a key")
-
-
-def _slurm() -> dict[str, str]:
-    names = ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID", "RESTART_COUNT", "JOB_NODELIST", "NNODES", "JOB_PARTITION")
-    return {name.lower(): os.environ[f"SLURM_{name}"] for name in names if f"SLURM_{name}" in os.environ}
 
 
 def main() -> int:
