@@ -9,7 +9,8 @@ NEEDS = ("a cluster", "the network", "a GPU")
 """What a block may be marked with, as `<!-- needs a cluster -->` on the line before it, and is then not run."""
 
 _BLOCK = re.compile(
-    r"^(?:<!-- needs (?P<needs>.+?) -->\n)?```(?P<language>console|python)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?:<!-- needs (?P<needs>.+?) -->\n)?```(?P<language>console|python)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 
 

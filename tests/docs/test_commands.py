@@ -49,7 +49,9 @@ def run(command: list[str] | str, where: Path, block: Block) -> None:
     done = subprocess.run(
         command, shell=isinstance(command, str), cwd=where, env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 0, f"{block.page.name}:{block.line}: {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert done.returncode == 0, (
+        f"{block.page.name}:{block.line}: {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    )
 
 
 @pytest.mark.slow
