@@ -17,16 +17,8 @@ from tests.docs.pages import NEEDS, Block, blocks
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CODE = ("caduceus", "data_prep", "launch", "configs", "demo", "tests", "benchmarks")
 SMALL = [
-    "model.d_model=16",
-    "model.n_layer=1",
-    "data.seq_len=256",
-    "data.workers=0",
-    "train.steps=2",
-    "train.global_batch=2",
-    "train.micro_batch=1",
-    "train.precision=fp32",
-    "valid.samples=2",
-    "run.device=cpu",
+    *("model.d_model=16", "model.n_layer=1", "data.seq_len=256", "data.workers=0", "valid.samples=2", "run.device=cpu"),
+    *("train.steps=2", "train.global_batch=2", "train.micro_batch=1", "train.precision=fp32"),
 ]
 """What a training of a page gets on top, to be over in seconds."""
 TRAINS = ("-m caduceus.train", "caduceus-train", "launch/slurm.py --cluster local")
