@@ -168,7 +168,7 @@ def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache
     if longest < data.seq_len:
         return (
             f"data.seq_len: {data.seq_len} bases, but the longest window {where} has {longest}; choose a shorter "
-            "sequence, or shard with a longer --window"
+            "sequence, or, where its contigs are longer than that, shard with a longer --window"
         )
     if not CropTable([source.table], data.seq_len, data.min_acgt).size:
         return f"data.min_acgt: no crop of {data.seq_len} bases {where} has {data.min_acgt:.0%} of ACGT; lower it"
