@@ -6,5 +6,6 @@ from tests.interpreter import INTERPRETED, run_interpreted
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a whole file of tests, interpreted
 def test_interpreted_golden_files():
     run_interpreted("slow", INTERPRETED / "test_triton_golden.py")

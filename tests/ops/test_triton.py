@@ -17,6 +17,7 @@ def test_interpreted_kernels():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a whole file of tests, interpreted
 @pytest.mark.parametrize("name", SLOW)
 def test_interpreted_kernels_over_more_shapes(name):
     run_interpreted("slow", INTERPRETED / name)
