@@ -39,6 +39,7 @@ class RunDirectory:
         self.checkpoints_path = self.path / "checkpoints"
         self.logs_path = self.path / "logs"
         self.stop_path = self.path / "STOP"
+        self.save_path = self.path / "SAVE"
         self._lock = RunLock(self.path)
 
     @classmethod
@@ -61,7 +62,7 @@ class RunDirectory:
         with run.telling_of_disks():
             if run.config_path.is_file() or run.checkpoints():
                 run._refuse_other_config(config)
-            elif run.path.is_dir() and any(run.path.iterdir()) and not run._lock.path.exists():
+            elif run._holds_something_else():
                 raise UserError(
                     f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
                 )
@@ -71,6 +72,12 @@ class RunDirectory:
             if not run.config_path.is_file():
                 save_config(config, run.config_path)
         return run
+
+    def _holds_something_else(self) -> bool:
+        """Whether the directory holds files, and neither a run's nor a wish of the user's that came before them."""
+        if not self.path.is_dir() or self._lock.path.exists():
+            return False
+        return any(path not in (self.stop_path, self.save_path) for path in self.path.iterdir())
 
     @contextlib.contextmanager
     def telling_of_disks(self) -> Iterator[None]:

@@ -29,7 +29,7 @@ class StopRequest:
 
     def __init__(self, run: RunDirectory, watches: bool, started: float, budget: float) -> None:
         self._stop_file = run.stop_path
-        self._save_file = run.path / "SAVE"
+        self._save_file = run.save_path
         self._watches = watches
         self._end = started + budget if budget else float("inf")
         self._signal: str | None = None

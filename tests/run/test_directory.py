@@ -244,6 +244,14 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize("wish", ["STOP", "SAVE"])
+def test_a_wish_that_comes_before_the_run_is_no_other_use_of_the_directory(tmp_path: Path, wish: str) -> None:
+    (tmp_path / wish).touch()
+    run = RunDirectory.create_or_resume(make_config(tmp_path))
+    assert run.config_path.is_file() and (tmp_path / wish).is_file()
+    run.release()
+
+
 def test_metrics_after_the_checkpoint_are_dropped_with_a_torn_last_line(run: RunDirectory) -> None:
     rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 6)]
     text = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "lo'
