@@ -7,7 +7,8 @@ from tests.conftest import REPOSITORY
 
 def test_what_the_page_quotes_is_said_by_the_code() -> None:
     page = (REPOSITORY / "docs" / "recovery.md").read_text()
-    sources = [path.read_text() for folder in ("caduceus", "data_prep", "launch") for path in (REPOSITORY / folder).rglob("*.py")]
+    folders = ("caduceus", "data_prep", "launch")
+    sources = [path.read_text() for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # texts that go on in the next line
     quotes = re.findall(r"^\*\*`(.+?)`", page, re.M)
     assert len(quotes) >= 19
