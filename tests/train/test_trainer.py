@@ -165,7 +165,9 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(small_run: SmallRun
     stopped_after = run.checkpoints()[-1].step
     assert [row["step"] for row in run.metrics()] == list(range(1, stopped_after + 1))
     config.train.steps, config.run.allow_change = stopped_after + 2, ["train.steps"]
-    assert train(config) == 0
+    process = small_run.start(config)
+    message = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, message
     assert run.checkpoints()[-1].step == stopped_after + 2
 
 
