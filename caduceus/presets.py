@@ -10,7 +10,7 @@ def preset(kind: str, name: str | Path) -> Path:
     """The file that `name` means: a path, or the name of a preset of configs/KIND/ where no such file is here."""
     path = Path(name)
     known = CONFIGS / kind / f"{name}.yaml"
-    return known if len(path.parts) == 1 and not path.exists() and known.is_file() else path
+    return known if len(path.parts) == 1 and not path.is_file() and known.is_file() else path
 
 
 def presets(kind: str) -> dict[str, str]:

@@ -145,3 +145,9 @@ def test_a_file_of_the_name_of_a_preset_wins(tmp_path: Path, monkeypatch: pytest
     assert load_config("ps-1k").model.d_model == 32
     with pytest.raises(UserError, match=r"^ps-2k: no such configuration file, nor a preset .* --config list"):
         load_config("ps-2k")
+
+
+def test_a_folder_of_a_presets_name_does_not_hide_it(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo").run.name == "demo"
