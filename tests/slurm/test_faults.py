@@ -58,10 +58,10 @@ def signal_requeue_and_a_killed_rank(on: Setting) -> None:
     assert_undisturbed(run, on.undisturbed)
 
 
-def limit_to_this_minute(on: Setting, job: str) -> None:
-    """Let a job's time end with the minute that it is in, however long its processes took to start."""
+def end_in_minutes(on: Setting, job: str, count: int) -> None:
+    """Let a job end with the minute that it is in, the first of `count`, however slowly its processes started."""
     minutes = on.cluster.run("squeue", "--noheader", f"--jobs={job}", "--Format=TimeUsed").strip().split(":")[-2]
-    on.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(minutes) + 1}")
+    on.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(minutes) + count}")
 
 
 def give_an_hour_once_requeued(on: Setting, job: str) -> None:
@@ -71,14 +71,14 @@ def give_an_hour_once_requeued(on: Setting, job: str) -> None:
 
 def the_time_limit(on: Setting) -> None:
     preset = on.directory / "in-time.yaml"
-    preset.write_text("executor: slurm\ncpus_per_task: 1\nmem: 500M\ntime: '60'\nsignal_seconds: 30\n")
+    preset.write_text("executor: slurm\ncpus_per_task: 1\nmem: 500M\ntime: '60'\nsignal_seconds: 180\n")
     run = on.directory / "run"
     job = job_of(on.launch("--cluster", preset, "--nodes", "2", f"run.dir={run}"))
     wait_until_training(run, 1)
     log = run / "logs" / f"{job}_0_log.out"
     with held(run) as rank:  # so that the run is not over before its time is up
         assert last_step(run) < STEPS
-        limit_to_this_minute(on, job)
+        end_in_minutes(on, job, 3)  # so the signal is due at once, and leaves a busy machine two minutes to save
         wait_for(
             lambda: "SIGUSR2" in log.read_text() or has_pending_signal(rank, signal.SIGUSR2),
             "SLURM's signal before the time limit",
@@ -102,7 +102,7 @@ def a_save_that_outlasts_the_time_limit(on: Setting) -> None:
     job = job_of(on.launch("--cluster", preset, "--nodes", "2", f"run.dir={run}"))
     wait_until_training(run, 1)
     slow.touch()
-    limit_to_this_minute(on, job)
+    end_in_minutes(on, job, 1)
     give_an_hour_once_requeued(on, job)
     slow.unlink()
     assert wait_for_end(on.cluster, job) == "COMPLETED"
