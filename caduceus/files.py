@@ -2,13 +2,15 @@
 
 import errno
 import fcntl
+import filecmp
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +28,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
     """A file to write, which becomes `path` at the end of the block; where the block raises, nothing of it stays."""
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb", buffering=buffering) as file:
             yield file
@@ -39,6 +41,24 @@ def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
     sync(path.parent)
 
 
+def keep_first(new: Path, path: Path) -> None:
+    """Give the finished file `new` the name `path`, unless a file of the same bytes has it: then that one stays.
+
+    For what several processes make at once, and one may be reading already while another finishes. `new` is gone after.
+    """
+    with suppress(OSError):  # there already, or a file system without hard links
+        os.link(new, path)
+    try:
+        is_there = new.samefile(path) or filecmp.cmp(new, path, shallow=False)
+    except FileNotFoundError:
+        is_there = False
+    if is_there:
+        new.unlink()
+    else:
+        new.replace(path)
+    sync(path.parent)
+
+
 @contextmanager
 def replacing_directory(path: str | Path) -> Iterator[Path]:
     """A new directory to fill, which takes the place of `path` at the end of the block.
@@ -46,7 +66,7 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
     Where the block raises, nothing of it stays, and what stood at `path` still does.
     """
     path = Path(path)
-    new, old = _temporary(path), path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    new, old = temporary_name(path), temporary_name(path)
     try:
         new.mkdir(parents=True)
         yield new
@@ -198,8 +218,9 @@ def is_open_as(file: IO[Any], path: Path) -> bool:
         return False
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def temporary_name(path: Path) -> Path:
+    """A name beside `path`, `.NAME.….tmp`, that no other process has: ids of processes recur on other nodes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 _locks: "weakref.WeakSet[IO[bytes]]" = weakref.WeakSet()

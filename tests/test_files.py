@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from caduceus.files import (
     append_json_line,
     is_locked,
+    keep_first,
     locked,
     read_json_lines,
     replacing,
@@ -79,8 +81,34 @@ def test_content_and_name_are_on_the_disk_before_a_write_returns(tmp_path: Path,
     with replacing(tmp_path / "a.tar", buffering=0) as file:
         file.write(b"bases")
         assert not (tmp_path / "a.tar").exists()
-    assert synced == [str(tmp_path / f".a.tar.{os.getpid()}.tmp"), str(tmp_path)]
+    content, folder = map(Path, synced)
+    assert fnmatch(content.name, ".a.tar.*.tmp") and content.parent == folder == tmp_path
     assert (tmp_path / "a.tar").read_bytes() == b"bases"
+
+
+def test_two_writers_of_one_file_spoil_nothing_though_their_process_ids_are_equal(tmp_path: Path) -> None:
+    path = tmp_path / "a.fai"  # two blocks of one process stand for processes of two nodes
+    with replacing(path) as first:
+        first.write(b"first")
+        with replacing(path) as second:
+            second.write(b"second, longer")
+        assert path.read_bytes() == b"second, longer"
+    assert path.read_bytes() == b"first" and names(tmp_path) == ["a.fai"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize("there", [None, b"ACGT", b"ACG", b"ACGA"], ids=["nothing", "equal", "cut", "spoilt"])
+def test_of_equal_files_the_first_stays(tmp_path: Path, monkeypatch, there: bytes | None, has_links: bool) -> None:
+    if not has_links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no hard links")))
+    path, new = tmp_path / "x.bases", tmp_path / ".x.tmp"
+    if there is not None:
+        path.write_bytes(there)
+    before = path.stat() if there is not None else None
+    new.write_bytes(b"ACGT")
+    keep_first(new, path)
+    assert path.read_bytes() == b"ACGT" and names(tmp_path) == ["x.bases"]
+    assert (before is not None and os.path.samestat(before, path.stat())) == (there == b"ACGT")
 
 
 def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

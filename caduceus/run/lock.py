@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from caduceus.errors import RetryError
-from caduceus.files import is_locked, locked, take_lock
+from caduceus.files import is_locked, locked, take_lock, write_atomically
 
 ENDING_SECONDS = 10.0
 """How long a start waits for the process before it, which may be ending: a killed one first gives its memory back."""
@@ -113,9 +113,7 @@ class RunLock:
 
     def shut_out_holder(self) -> None:
         """Make way for the next process, though the holder may live on where it cannot be reached."""
-        fresh = self._directory / f".lock.{os.getpid()}"
-        fresh.touch()
-        fresh.replace(self.path)
+        write_atomically(self.path, b"")
 
     def is_lost(self) -> bool:
         """Whether this process, which took the lock, has lost it to another one."""

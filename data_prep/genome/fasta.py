@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from caduceus.errors import UserError
-from caduceus.files import CHUNK, write_atomically
+from caduceus.files import CHUNK, keep_first, temporary_name, write_atomically
 from caduceus.gunzip import GZIP_MAGIC, Gunzip
 from data_prep.genome.bgzf import BlockScanner, BlockTable, is_bgzf
 from data_prep.genome.fasta_scan import Contig, FastaScanner
@@ -149,7 +149,7 @@ class _Store:
 
     def extract_bases(self) -> tuple[Tables, Path]:
         """Scan the file and keep its bases, contig after contig without line ends, in the cache directory."""
-        temporary = self._stem.with_name(f".{self._stem.name}.{os.getpid()}.bases.tmp")
+        temporary = temporary_name(self._cached_table(".bases"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as bases:
@@ -157,7 +157,7 @@ class _Store:
                 bases.flush()
                 os.fsync(bases.fileno())
             bases_path = self._bases_path(tables.sha256)
-            temporary.replace(bases_path)
+            keep_first(temporary, bases_path)
         except OSError as error:
             raise UserError(
                 f"{self._folder}: cannot keep the bases of {self._file.path.name} here ({error.strerror}); "
@@ -197,8 +197,9 @@ class _Store:
         """Beside the file, else in the cache directory; the genome can be read without either."""
         neighbour = self._neighbour_table(suffix)
         if neighbour.is_file():
-            if neighbour.read_bytes() == content:
-                return
+            with suppress(OSError):
+                if neighbour.read_bytes() == content:
+                    return
             note(f"{neighbour} does not match {self._file.path.name} and is not used; delete it to have it made anew")
         elif _is_writable(neighbour.parent):
             with suppress(OSError):

@@ -146,6 +146,49 @@ def test_two_processes_build_the_cache_at_once(tmp_path):
     assert left == [".bases", ".fai", ".json"]
 
 
+@pytest.mark.parametrize(
+    "text", [gzip.compress(FASTA), FASTA.replace(b"ACGTACGT\n", b"ACG\nTACGT\n\n")], ids=["gzip", "uneven lines"]
+)
+def test_bases_that_another_process_makes_as_well_stay_the_same_file(folder, text, monkeypatch):
+    path, scan, faster = settled(folder(text)), fasta._scan, []
+
+    def overtaken(*args, **kwargs):
+        tables = scan(*args, **kwargs)
+        if not faster:  # between this one's scan and its end, another one begins, ends and is in use
+            faster.append(None)
+            faster[0] = open_genome(path, cache_of(path))
+        return tables
+
+    monkeypatch.setattr(fasta, "_scan", overtaken)
+    slower = open_genome(path, cache_of(path))
+    for genome in (*faster, slower):
+        check(genome, {"a": "ACGTACGTACGT", "b": "GGCC"})
+    assert sorted(file.suffix for file in cache_of(path).iterdir()) == [".bases", ".fai", ".json"]
+
+
+def test_spoilt_bases_of_the_right_length_are_made_anew(folder):
+    path = settled(folder(gzip.compress(FASTA)))
+    open_genome(path, cache_of(path))
+    for file in cache_of(path).iterdir():
+        file.write_bytes(b"TTTTACGTACGTGGCC") if file.suffix == ".bases" else file.unlink()
+    check(open_genome(path, cache_of(path)), {"a": "ACGTACGTACGT", "b": "GGCC"})
+
+
+def test_table_that_cannot_be_read_is_not_used(folder, capfd, monkeypatch):
+    path = settled(folder(FASTA))
+    fai, read = path.with_name("genome.fa.fai"), Path.read_bytes
+    fai.write_bytes(b"a\t12\t6\t8\t9\n")
+
+    def guarded(file):  # as the superuser, whom permissions do not stop, runs this too
+        if file == fai:
+            raise PermissionError(13, "Permission denied")
+        return read(file)
+
+    monkeypatch.setattr(Path, "read_bytes", guarded)
+    check(open_genome(path, cache_of(path)), {"a": "ACGTACGTACGT", "b": "GGCC"})
+    assert "genome.fa.fai does not match genome.fa and is not used" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_one_genome_in_several_processes(tmp_path, method):
     bases = np.frombuffer(b"ACGT", np.uint8)[np.random.default_rng(3).integers(0, 4, 200_000)].tobytes()
