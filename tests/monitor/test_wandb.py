@@ -13,7 +13,7 @@ from caduceus.errors import UserError
 from caduceus.monitor.wandb.identity import identity
 from caduceus.monitor.wandb.process import sync
 from launch import runs
-from tests.monitor.conftest import STEPS, Watched, children_of, make_step, sent_rows, status, write_rows
+from tests.monitor.conftest import STEPS, Watched, children_of, make_step, sent_rows, status, wait_for, write_rows
 from tests.monitor.wandb_server import WandbServer
 
 pytestmark = pytest.mark.slow
@@ -22,13 +22,6 @@ pytestmark = pytest.mark.slow
 def clients_of(parent: int) -> list[int]:
     """The processes of W&B's client below a process."""
     return children_of(parent, b"wandb-core")
-
-
-def wait_for(condition, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_stopped_and_resumed_run_is_one_wandb_run_with_the_rows_of_metrics(

@@ -6,6 +6,8 @@ as `fault` says, and counts requests.
 
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,6 +16,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 ENTITY, KEY = "laboratory", "k" * 40
+_OF_ENTITY: dict[Any, tuple[int, dict[str, Any]]] = {
+    "forbidden": (403, {"errors": [{"message": "permission denied"}]}),
+    "no entity": (404, {"errors": [{"message": "entity laboratory not found during upsertBucket"}]}),
+}
 
 
 @dataclass
@@ -59,8 +65,10 @@ class WandbServer:
     """Serves while used as a context manager; `url` is WANDB_BASE_URL.
 
     `fault`: None, or how it fails: a status such as 401 or 500, "hang" (answers after `hang_seconds`), "refuse" (the
-    port is closed), "drop" (closes connections without an answer), "garbage" (an answer that is no JSON), "busy" (429),
-    "deleted" (a run's id is taken by a deleted one), "stream" (500 of the file stream alone).
+    port is closed), "drop" (closes connections without an answer), "reset" (resets them in the midst of an answer),
+    "garbage" (an answer that is no JSON), "busy" (429), "forbidden" and "no entity" (403 and 404 of everything that is
+    about a run, as of another's entity), "stream" (500 of the file stream alone). Requests of more than `most_bytes`
+    are refused with 413.
     """
 
     def __init__(self, can_rewind: bool = False) -> None:
@@ -68,6 +76,7 @@ class WandbServer:
         self.fault: str | int | None = None
         self.deleted: set[str] = set()
         self.hang_seconds = 60.0
+        self.most_bytes = 1 << 30
         self.can_rewind = can_rewind
         self.requests: list[str] = []
         self.unknown: list[str] = []
@@ -214,6 +223,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._read()
+        if len(body) > self.server_state.most_bytes:
+            self._respond(413, {"errors": [{"message": "request entity too large"}]})
+            return
         state, path = self.server_state, urlsplit(self.path).path
         stream = re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path)
         if self._failed(stream is not None):
@@ -225,6 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             request = json.loads(body)
             name = (request.get("variables") or {}).get("name")
+            if state.fault in _OF_ENTITY and name is not None:
+                self._respond(*_OF_ENTITY[state.fault])
+                return
             if "upsertBucket" in request["query"] and name in state.deleted:
                 message = f"run {name} was previously created and deleted; try a new run name"
                 self._respond(409, {"errors": [{"message": message}]})
@@ -268,6 +283,11 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             time.sleep(state.hang_seconds)
         if fault in ("hang", "drop"):
+            self.close_connection = True
+        elif fault == "reset":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
             self.close_connection = True
         elif fault == "garbage":
             self._write(200, b"<html>a proxy's page of log-in</html>")

@@ -5,6 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.files import append_json_line, read_json_lines, write_atomically
+from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
+
+
+class StaleError(Exception):
+    """W&B holds a step that was undone and made again in another way; the argument is the newest step to keep."""
 
 
 class Journal:
@@ -28,3 +33,13 @@ class Journal:
         self.steps = {number: row for number, row in self.steps.items() if number <= step}
         self.last = min(self.last, step)
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in self.steps.values()).encode())
+
+
+def send(begun: Any, journal: Journal, row: dict[str, Any]) -> None:
+    """Give a whole step to the client, once. Raises `StaleError` where W&B has the step with other numbers."""
+    step = row["step"]
+    if step > journal.last:
+        begun.log(wandb_row(row), step)
+        journal.add(essence(row))
+    elif (sent := journal.steps.get(step)) is not None and not is_same_step(sent, row):
+        raise StaleError(step - 1)

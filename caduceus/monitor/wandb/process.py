@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from caduceus.config import Config
 from caduceus.errors import UserError
@@ -52,7 +52,8 @@ class WandbProcess:
                 raise UserError(f"wandb.required: is true, but {place.from_environment[0]} turns W&B off; unset it")
             return
         with self._guarded():
-            identity(run)
+            with contextlib.suppress(OSError):  # a full disk: the other process says so, and tries again
+                identity(run)
             self._start()
         if config.wandb.required:
             self._require()
@@ -82,8 +83,7 @@ class WandbProcess:
 
     def _start(self) -> None:
         self._temporary.mkdir(mode=0o700)
-        log = self._run / "wandb" / "client.log"
-        with log.open("wb") as client_log:
+        with _client_log(self._run) as client_log:
             self._process = subprocess.Popen(
                 [*_command(self._run), "--trainer", str(os.getpid())],
                 stdin=subprocess.PIPE,
@@ -144,12 +144,19 @@ def sync(run: RunDirectory) -> int:
         raise UserError(f"{run.path}: its rows are being sent already; see {run.path}/wandb/status.json") from None
     if not run.metrics():
         raise UserError(f"{run.path}: has no rows to send yet")
-    with (run.path / "wandb" / "client.log").open("wb") as client_log:
+    with _client_log(run.path) as client_log:
         process = subprocess.Popen(_command(run.path), stdout=subprocess.PIPE, stderr=client_log, env=_environment())
         for line in process.stdout:
             with contextlib.suppress(ValueError):
                 print(json.loads(line)["text"], flush=True)
     return process.wait()
+
+
+def _client_log(run: Path) -> BinaryIO:
+    """Where W&B's client may print; nowhere, where the disk takes nothing more."""
+    with contextlib.suppress(OSError):
+        return (run / "wandb" / "client.log").open("wb")
+    return Path(os.devnull).open("wb")
 
 
 def _command(run: Path) -> list[str]:

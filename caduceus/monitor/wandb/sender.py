@@ -16,15 +16,14 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from caduceus.config import config_to_dict
 from caduceus.errors import UserError
 from caduceus.files import take_lock
 from caduceus.monitor.following import Follower
-from caduceus.monitor.wandb.account import base_url, key, no_key, slurm
-from caduceus.monitor.wandb.clients import kill_clients
-from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
+from caduceus.monitor.wandb.account import base_url, key, no_key
+from caduceus.monitor.wandb.clients import Watch, kill_clients
+from caduceus.monitor.wandb.facts import facts_of, fitting
 from caduceus.monitor.wandb.identity import Status, directory, identity, keep_status, keep_url, renewed
-from caduceus.monitor.wandb.journal import Journal
+from caduceus.monitor.wandb.journal import Journal, StaleError, send
 from caduceus.monitor.wandb.place import Place, place_of
 from caduceus.monitor.wandb.server import Server, ServerTroubleError
 from caduceus.run.directory import RunDirectory
@@ -36,16 +35,14 @@ _LOST_SECONDS = 150.0
 """After which a client is lost that sends nothing though the server answers and steps wait."""
 END_SECONDS = 60.0
 """How long the last rows may take once the trainer has ended, from a server that answers."""
+_BEGIN_SECONDS = 75.0
+"""How long an attempt may take to begin: the client has 30 s, and the server is asked before it."""
 _FINISH_SECONDS = 15.0
 """How long the client may take over its own end; it tries again and again where the server fails."""
 _PREEMPTED = 75
 """The exit status that the trainer has when it stops early; W&B calls a preempting run that ends with 0 finished."""
 _MEMORY = "CADUCEUS_WANDB_SENDER"
 """The environment variable in which an attempt leaves word to the next one."""
-
-
-class StaleError(Exception):
-    """W&B holds a step that was undone and made again in another way; the argument is the newest step to keep."""
 
 
 class Sender:
@@ -64,7 +61,7 @@ class Sender:
         self._was_sending = False
         self._status = Status("starting")
         self._config = run.config()
-        self.place: Place = place_of(self._config, run.path)
+        self.place: Place = fitting(place_of(self._config, run.path))
 
     def listen(self) -> None:
         """Wait for the trainer's end in the background; from then on the last rows have `END_SECONDS`."""
@@ -73,11 +70,16 @@ class Sender:
 
     def bring_up(self) -> int:
         """Send what W&B lacks until the run has ended; returns the exit status, 0 where W&B has all rows."""
+        from caduceus.monitor.wandb import session  # imports the client's library, which takes long
+
+        beginning = Watch(self._lose_client, _BEGIN_SECONDS)
         try:
-            self._work(self._mode())
+            session.start_client()
+            self._work(self._mode(), beginning)
         except StaleError as stale:
             self._again(back_to=stale.args[0])
         except Exception as error:
+            beginning.stop()
             self._trouble(error)
         return 0 if self._status.state in ("complete", "offline") else 1
 
@@ -102,7 +104,13 @@ class Sender:
             return self.place.mode
         return "online" if key() is not None else "offline"
 
-    def _work(self, mode: str) -> None:
+    def _lose_client(self, reason: str) -> None:
+        """Give up what waits for the client in another thread."""
+        self._trouble(RuntimeError(reason))
+        kill_clients()
+        os._exit(1)
+
+    def _work(self, mode: str, beginning: Watch) -> None:
         from caduceus.monitor.wandb import offline, session
 
         which, place = identity(self._run.path), self.place
@@ -140,6 +148,7 @@ class Sender:
             text = f"wandb: {why}run {which.id} is kept offline in {folder}; {self._command()} sends it"
             self.tell("ready", text)
         self._was_sending = True
+        beginning.stop()
         self._follow(begun, journal, server, lambda: server.last_step(begun.entity, place.project, which.id))
 
     def _begin(self, mode: str, run_id: str) -> Any:
@@ -164,7 +173,7 @@ class Sender:
             held = {} if follower.restarted else held
             for row in rows:
                 if held and row["step"] != held["step"]:
-                    _send(begun, journal, held)
+                    send(begun, journal, held)
                     held = {}
                 held.update(row)
             if end is not None:
@@ -178,7 +187,7 @@ class Sender:
                 looked, pause = time.monotonic(), min(2 * pause, _LONGEST_PAUSE)
             time.sleep(_POLL_SECONDS)
         if held and self._is_whole(held["step"], end):
-            _send(begun, journal, held)
+            send(begun, journal, held)
         if end.get("exit") == 0 and not end.get("stopped") and held and journal.last > held["step"]:
             raise StaleError(held["step"])
         if server is not None:
@@ -228,10 +237,12 @@ class Sender:
         return any(checkpoint.step >= step for checkpoint in self._run.checkpoints())
 
     def _facts(self) -> dict[str, Any]:
-        """The configuration as W&B shows it, with what the newest start found out."""
-        starts = self._run.starts()
-        facts = starts[-1] if starts else {}
-        return {**config_to_dict(self._config), "start": {**facts, "starts": len(starts), "slurm": slurm()}}
+        facts, cut = facts_of(self._run, self._config)
+        if cut:
+            level = "warning" if any(not name.startswith("start.") for name in cut) else "info"
+            text = f"wandb: {', '.join(cut)}: too long for W&B, which gets the beginning; {self._run.path} has all"
+            self.tell(level, text)
+        return facts
 
     def _trouble(self, error: Exception) -> None:
         self._warn(error)
@@ -304,16 +315,6 @@ class Sender:
         self._keep("behind", self._status.step, "W&B is slow")
         kill_clients()
         os._exit(1)
-
-
-def _send(begun: Any, journal: Journal, row: dict[str, Any]) -> None:
-    """Give a whole step to the client, once. Raises `StaleError` where W&B has the step with other numbers."""
-    step = row["step"]
-    if step > journal.last:
-        begun.log(wandb_row(row), step)
-        journal.add(essence(row))
-    elif (sent := journal.steps.get(step)) is not None and not is_same_step(sent, row):
-        raise StaleError(step - 1)
 
 
 def main() -> int:

@@ -16,6 +16,11 @@ class IdTakenError(Exception):
     """W&B does not let this id be used: its run was deleted."""
 
 
+def start_client() -> None:
+    """Start the client's process, which lives until this one ends."""
+    wandb.setup()
+
+
 class Session:
     """W&B's client, between its start and its end."""
 

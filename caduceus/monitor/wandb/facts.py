@@ -1,0 +1,54 @@
+"""What W&B shows as a run's configuration, and what of it is too long for W&B.
+
+Its server refuses a configuration that is too large, and with it the whole run.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from caduceus.config import Config, config_to_dict
+from caduceus.monitor.wandb.account import slurm
+from caduceus.monitor.wandb.place import Place
+from caduceus.run.directory import RunDirectory
+
+MOST_CHARACTERS = 20_000
+"""Of one value; W&B's limit is on their sum."""
+_TAG_CHARACTERS = 64
+"""W&B's client takes no longer tag."""
+
+
+def facts_of(run: RunDirectory, config: Config) -> tuple[dict[str, Any], list[str]]:
+    """The configuration with what the newest start found out, shortened, and the names of the keys that were."""
+    starts = run.starts()
+    facts = starts[-1] if starts else {}
+    return shortened({**config_to_dict(config), "start": {**facts, "starts": len(starts), "slurm": slurm()}})
+
+
+def fitting(place: Place) -> Place:
+    """The place with notes and tags as long as W&B takes them."""
+    notes = place.notes if place.notes is None else _cut(place.notes)
+    return replace(place, notes=notes, tags=[tag[:_TAG_CHARACTERS] for tag in place.tags])
+
+
+def shortened(facts: dict[str, Any], where: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The facts with each long text and list cut, and the names of the keys that were."""
+    short: dict[str, Any] = {}
+    cut: list[str] = []
+    for name, value in facts.items():
+        full = f"{where}{name}"
+        if isinstance(value, dict):
+            short[name], inner = shortened(value, f"{full}.")
+            cut += inner
+        elif len(text := value if isinstance(value, str) else json.dumps(value, default=str)) > MOST_CHARACTERS:
+            short[name] = _cut(text)
+            cut.append(full)
+        else:
+            short[name] = value
+    return short, cut
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]} … {len(text):,} characters in all"
