@@ -5,17 +5,24 @@ copies are kept equal by all-reducing gradients between them.
 """
 
 import contextlib
+import logging
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from caduceus.config import Config
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
+
+_UNEVEN = 1.1
+"""Times its share that a rank may hold before a warning."""
+
+_log = logging.getLogger(__name__)
 
 
 class FSDP(Strategy):
@@ -23,8 +30,16 @@ class FSDP(Strategy):
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
         offload = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
+        holders = config.parallel.shard or self.ranks.world
+        if self.ranks.is_main and (share := largest_share(model, holders)) > _UNEVEN / holders:
+            _log.warning(
+                "parallel.shard: %d ranks cannot share this model evenly: one of them holds %.0f %% of the parameters "
+                "instead of %.0f %%; a number of ranks that divides model.d_model (%d) can",
+                *(holders, 100 * share, 100 / holders, config.model.d_model),
+            )
         options = {
             "mesh": sharding_mesh(self.ranks, config.parallel.shard),
+            "shard_placement_fn": lambda parameter: shard_axis(parameter, holders),
             # Parameters and gradients stay fp32 (A_log and dt do not bear bf16); autocast computes GEMMs in bf16.
             "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
             "offload_policy": offload if config.parallel.cpu_offload else OffloadPolicy(),
@@ -43,6 +58,26 @@ class FSDP(Strategy):
 
     def clip(self, clip_norm: float) -> torch.Tensor:
         return super().clip(clip_norm).full_tensor()
+
+
+def shard_axis(parameter: torch.Tensor, holders: int) -> Shard:
+    """The axis along which `holders` ranks share a parameter: the largest that they can divide evenly.
+
+    Where there is none it is the first, the only one that FSDP2 cuts unevenly. Many parameters begin with an axis of
+    one or two directions, along which one or two ranks would hold all of them.
+    """
+    even = [axis for axis, size in enumerate(parameter.shape) if size % holders == 0]
+    return Shard(max(even, key=lambda axis: parameter.shape[axis], default=0))
+
+
+def largest_share(model: nn.Module, holders: int) -> float:
+    """Part of all parameters that the rank which holds most of them has, where `holders` ranks share them."""
+    parameters = list(model.parameters())
+    held = 0
+    for parameter in parameters:
+        size = parameter.shape[shard_axis(parameter, holders).dim]
+        held += parameter.numel() // size * -(-size // holders)
+    return held / sum(parameter.numel() for parameter in parameters)
 
 
 def sharding_mesh(ranks: Ranks, shard: int) -> DeviceMesh:

@@ -109,7 +109,8 @@ class View:
 
     @property
     def seconds_per_step(self) -> float | None:
-        return median(self._seconds) if self._seconds else None
+        """Median of the recent steps; None during the first ones of a start, which compile and fill caches."""
+        return median(self._seconds) if self._steps_seen > WARM_UP_STEPS else None
 
     @property
     def seconds_left(self) -> float | None:
