@@ -22,11 +22,20 @@ def head_cross_entropy(
 def launch_forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
 ) -> tuple[Tensor, Tensor]:
-    programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
+    S, V, D = weight.shape
     B, L = labels.shape
-    sums = hidden.new_empty(2, B, triton.cdiv(L, ROWS), dtype=torch.float32)
+    sequence_tiles = triton.cdiv(L, ROWS)
+    tiles = B * sequence_tiles
+    operands = (hidden, weight, labels, labels if loss_weights is None else loss_weights)
+    sums = hidden.new_empty(2, B, sequence_tiles, dtype=torch.float32)
     with device_of(hidden):
-        kernels.cross_entropy_forward_kernel[(programs,)](*operands, sums, *sizes, **options)
+        kernels.cross_entropy_forward_kernel[(_programs(tiles, hidden),)](
+            *(operand.contiguous() for operand in operands),
+            sums,
+            *(S, B * L, L, sequence_tiles, tiles, D, V, ignore_label),
+            HAS_WEIGHTS=loss_weights is not None,
+            **_options(V),
+        )
     loss_sums, weight_sums = sums.sum(-1)
     return loss_sums.clone(), weight_sums.clone()
 
@@ -44,12 +53,22 @@ def _(hidden, weight, labels, loss_weights, ignore_label):
 def launch_backward(
     dloss: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight; dloss (B,) is contiguous."""
-    programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
+    """Gradients of hidden and weight; dloss (B,)."""
+    S, V, D = weight.shape
+    tokens = labels.numel()
+    programs = _programs(triton.cdiv(tokens, ROWS), hidden)
+    token_gradient = torch.where((labels < 0) | (labels >= V), torch.nan, dloss.float()[:, None])
+    if loss_weights is not None:
+        token_gradient = token_gradient * loss_weights
+    operands = (hidden, weight, labels, token_gradient.float())
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     dweight = torch.zeros(programs, *weight.shape, dtype=torch.float32, device=weight.device)
     with device_of(hidden):
-        kernels.cross_entropy_backward_kernel[(programs,)](*operands, dloss, dhidden, dweight, *sizes, **options)
+        kernels.cross_entropy_backward_kernel[(programs,)](
+            *(operand.contiguous() for operand in operands),
+            *(dhidden, dweight, S, tokens, D, V, ignore_label),
+            **_options(V),
+        )
     return dhidden, dweight.sum(0).to(weight.dtype)
 
 
@@ -69,18 +88,16 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, _dweight_sum):
-    return *cross_entropy_backward(dloss.contiguous(), *ctx.saved_tensors, ctx.ignore_label), None, None, None
+    return *cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_label), None, None, None
 
 
 cross_entropy_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _arguments(hidden, weight, labels, loss_weights, ignore_label) -> tuple[int, tuple, tuple, dict]:
-    """(programs, tensors, sizes, compile-time options) of both kernels."""
-    S, V, D = weight.shape
-    B, L = labels.shape
-    programs = max(1, min(B * triton.cdiv(L, ROWS), 4 * multiprocessors(hidden.device)))
-    tensors = (hidden, weight, labels, labels if loss_weights is None else loss_weights)
-    options = {"ROWS": ROWS, "VB": max(16, triton.next_power_of_2(V)), "DB": CHANNELS, **LAUNCH}
-    options["HAS_WEIGHTS"] = loss_weights is not None
-    return programs, tuple(t.contiguous() for t in tensors), (S, B, L, D, V, ignore_label), options
+def _programs(tiles: int, tensor: Tensor) -> int:
+    return max(1, min(tiles, 4 * multiprocessors(tensor.device)))
+
+
+def _options(V: int) -> dict[str, object]:
+    """Compile-time options of both kernels."""
+    return {"ROWS": ROWS, "VB": max(16, triton.next_power_of_2(V)), "DB": CHANNELS, **LAUNCH}

@@ -1,6 +1,6 @@
-"""Kernels of head + cross-entropy. A program takes tiles of ROWS tokens of one sequence each and skips those without a
-labelled base, so logits exist only in registers. Streams are summed into the logits before the softmax. Of a label that
-is neither ignored nor in the vocabulary, loss and gradients are NaN.
+"""Kernels of head + cross-entropy. A program takes tiles of ROWS tokens, in the forward pass of one sequence each, and
+skips those without a labelled base, so logits exist only in registers. Streams are summed into the logits before the
+softmax. Of a label that is neither ignored nor in the vocabulary, the loss is NaN.
 """
 
 import triton
@@ -34,8 +34,10 @@ def cross_entropy_forward_kernel(
     loss_weight_ptr,
     sums_ptr,
     S,
-    batch,
+    tokens,
     L,
+    sequence_tiles,
+    tiles,
     D,
     V,
     ignore,
@@ -44,12 +46,11 @@ def cross_entropy_forward_kernel(
     DB: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """sums (2, batch, tiles): over the labelled tokens of a tile, of weight · cross-entropy and of weight."""
+    """sums (2, tiles): over the labelled tokens of a tile, of weight · cross-entropy and of weight."""
     v = tl.arange(0, VB)
-    tokens = tl.cast(batch, tl.int64) * L
-    tiles = tl.cdiv(L, ROWS)  # of a sequence
-    for tile in range(tl.program_id(0), batch * tiles, tl.num_programs(0)):
-        sequence, place = tile // tiles, tile % tiles * ROWS + tl.arange(0, ROWS)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        sequence = tile // sequence_tiles
+        place = tl.cast(tile % sequence_tiles, tl.int64) * ROWS + tl.arange(0, ROWS)
         row = tl.cast(sequence, tl.int64) * L + place
         label = tl.load(label_ptr + row, mask=place < L, other=ignore)
         use = label != ignore
@@ -65,8 +66,9 @@ def cross_entropy_forward_kernel(
                 weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
             loss = tl.sum(weight * (normaliser - own), axis=0)
             weight_sum = tl.sum(weight, axis=0)
-        tl.store(sums_ptr + tile, loss)
-        tl.store(sums_ptr + batch * tiles + tile, weight_sum)
+        sum_at = sums_ptr + tl.cast(tile, tl.int64)
+        tl.store(sum_at, loss)
+        tl.store(sum_at + tiles, weight_sum)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -74,41 +76,35 @@ def cross_entropy_backward_kernel(
     hidden_ptr,
     weight_ptr,
     label_ptr,
-    loss_weight_ptr,
-    dloss_ptr,
+    token_gradient_ptr,
     dhidden_ptr,
     dweight_ptr,
     S,
-    batch,
-    L,
+    tokens,
     D,
     V,
     ignore,
     ROWS: tl.constexpr,
     VB: tl.constexpr,
     DB: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
 ):
-    """dhidden (S, tokens, D), zero at tokens without a label; dweight (programs, S, V, D), which begins as zero."""
+    """dhidden (S, tokens, D), zero at tokens without a label; dweight (programs, S, V, D), which begins as zero.
+
+    token_gradient (tokens,) fp32: of the loss with respect to the cross-entropy of each labelled token.
+    """
     v = tl.arange(0, VB)
     dweight_ptr += tl.program_id(0).to(tl.int64) * S * V * D
-    tokens = tl.cast(batch, tl.int64) * L
-    tiles = tl.cdiv(L, ROWS)  # of a sequence
-    for tile in range(tl.program_id(0), batch * tiles, tl.num_programs(0)):
-        sequence, place = tile // tiles, tile % tiles * ROWS + tl.arange(0, ROWS)
-        row = tl.cast(sequence, tl.int64) * L + place
-        label = tl.load(label_ptr + row, mask=place < L, other=ignore)
+    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        label = tl.load(label_ptr + row, mask=row < tokens, other=ignore)
         use = label != ignore
         labelled = tl.max(use.to(tl.int32), axis=0) > 0
         dlogits = tl.zeros([ROWS, VB], tl.float32)
         if labelled:
             logits = _logits(hidden_ptr, weight_ptr, row, use, S, tokens, D, v, V, ROWS, VB, DB)
             e = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-            weight = use.to(tl.float32) * tl.load(dloss_ptr + sequence).to(tl.float32)
-            if HAS_WEIGHTS:
-                weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
+            weight = tl.load(token_gradient_ptr + row, mask=use, other=0.0)
             onehot = (v[None, :] == label[:, None]).to(tl.float32)
-            weight = tl.where(use & ((label < 0) | (label >= V)), float("nan"), weight)
             dlogits = weight[:, None] * (e / tl.sum(e, axis=1)[:, None] - onehot)
         for s in range(S):
             for start in range(0, D, DB):
@@ -126,5 +122,5 @@ def cross_entropy_backward_kernel(
                     tl.store(dweight_ptr + w_at, dw, mask=w_mask)
                 else:
                     dh = tl.zeros([ROWS, DB], tl.float32)
-                tl.store(dhidden_ptr + h_at, dh.to(dhidden_ptr.dtype.element_ty), mask=(place < L)[:, None] & inside)
+                tl.store(dhidden_ptr + h_at, dh.to(dhidden_ptr.dtype.element_ty), mask=(row < tokens)[:, None] & inside)
         tl.debug_barrier()
