@@ -1,4 +1,4 @@
-"""Head + cross-entropy at labelled positions on the GPU. Shapes: S streams, D channels, V vocabulary."""
+"""Head + cross-entropy at labelled positions on the GPU. Shapes: S streams, B sequences, D channels, V vocabulary."""
 
 import torch
 import triton
@@ -23,11 +23,12 @@ def launch_forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
 ) -> tuple[Tensor, Tensor]:
     programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
-    sums = hidden.new_empty(programs, 2, dtype=torch.float32)
+    B, L = labels.shape
+    sums = hidden.new_empty(2, B, triton.cdiv(L, ROWS), dtype=torch.float32)
     with device_of(hidden):
         kernels.cross_entropy_forward_kernel[(programs,)](*operands, sums, *sizes, **options)
-    total = sums.sum(0)
-    return total[0].clone(), total[1].clone()
+    loss_sums, weight_sums = sums.sum(-1)
+    return loss_sums.clone(), weight_sums.clone()
 
 
 cross_entropy_forward = torch.library.custom_op(
@@ -37,13 +38,13 @@ cross_entropy_forward = torch.library.custom_op(
 
 @cross_entropy_forward.register_fake
 def _(hidden, weight, labels, loss_weights, ignore_label):
-    return tuple(hidden.new_empty((), dtype=torch.float32) for _ in range(2))
+    return tuple(hidden.new_empty(labels.shape[0], dtype=torch.float32) for _ in range(2))
 
 
 def launch_backward(
     dloss: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight."""
+    """Gradients of hidden and weight; dloss (B,) is contiguous."""
     programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     dweight = torch.zeros(programs, *weight.shape, dtype=torch.float32, device=weight.device)
@@ -68,7 +69,7 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, dloss, _dweight_sum):
-    return *cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.ignore_label), None, None, None
+    return *cross_entropy_backward(dloss.contiguous(), *ctx.saved_tensors, ctx.ignore_label), None, None, None
 
 
 cross_entropy_forward.register_autograd(_backward, setup_context=_save_for_backward)
@@ -77,9 +78,9 @@ cross_entropy_forward.register_autograd(_backward, setup_context=_save_for_backw
 def _arguments(hidden, weight, labels, loss_weights, ignore_label) -> tuple[int, tuple, tuple, dict]:
     """(programs, tensors, sizes, compile-time options) of both kernels."""
     S, V, D = weight.shape
-    tokens = labels.numel()
-    programs = max(1, min(triton.cdiv(tokens, ROWS), 4 * multiprocessors(hidden.device)))
+    B, L = labels.shape
+    programs = max(1, min(B * triton.cdiv(L, ROWS), 4 * multiprocessors(hidden.device)))
     tensors = (hidden, weight, labels, labels if loss_weights is None else loss_weights)
     options = {"ROWS": ROWS, "VB": max(16, triton.next_power_of_2(V)), "DB": CHANNELS, **LAUNCH}
     options["HAS_WEIGHTS"] = loss_weights is not None
-    return programs, tuple(t.contiguous() for t in tensors), (S, tokens, D, V, ignore_label), options
+    return programs, tuple(t.contiguous() for t in tensors), (S, B, L, D, V, ignore_label), options

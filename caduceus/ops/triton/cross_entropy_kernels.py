@@ -1,6 +1,6 @@
-"""Kernels of head + cross-entropy. A program takes tiles of ROWS tokens and skips those without a labelled base, so
-logits exist only in registers. Streams are summed into the logits before the softmax. Of a label that is neither
-ignored nor in the vocabulary, loss and gradients are NaN.
+"""Kernels of head + cross-entropy. A program takes tiles of ROWS tokens of one sequence each and skips those without a
+labelled base, so logits exist only in registers. Streams are summed into the logits before the softmax. Of a label that
+is neither ignored nor in the vocabulary, loss and gradients are NaN.
 """
 
 import triton
@@ -34,7 +34,8 @@ def cross_entropy_forward_kernel(
     loss_weight_ptr,
     sums_ptr,
     S,
-    tokens,
+    batch,
+    L,
     D,
     V,
     ignore,
@@ -43,14 +44,16 @@ def cross_entropy_forward_kernel(
     DB: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """sums (programs, 2): over a program's labelled tokens, of weight · cross-entropy and of weight."""
+    """sums (2, batch, tiles): over the labelled tokens of a tile, of weight · cross-entropy and of weight."""
     v = tl.arange(0, VB)
-    losses = tl.zeros([ROWS], tl.float32)
-    weights = tl.zeros([ROWS], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        label = tl.load(label_ptr + row, mask=row < tokens, other=ignore)
+    tokens = tl.cast(batch, tl.int64) * L
+    tiles = tl.cdiv(L, ROWS)  # of a sequence
+    for tile in range(tl.program_id(0), batch * tiles, tl.num_programs(0)):
+        sequence, place = tile // tiles, tile % tiles * ROWS + tl.arange(0, ROWS)
+        row = tl.cast(sequence, tl.int64) * L + place
+        label = tl.load(label_ptr + row, mask=place < L, other=ignore)
         use = label != ignore
+        loss, weight_sum = 0.0, 0.0
         if tl.max(use.to(tl.int32), axis=0) > 0:
             logits = _logits(hidden_ptr, weight_ptr, row, use, S, tokens, D, v, V, ROWS, VB, DB)
             top = tl.max(logits, axis=1)
@@ -60,11 +63,10 @@ def cross_entropy_forward_kernel(
             weight = use.to(tl.float32)
             if HAS_WEIGHTS:
                 weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
-            losses += weight * (normaliser - own)
-            weights += weight
-    sums_ptr += tl.program_id(0).to(tl.int64) * 2
-    tl.store(sums_ptr, tl.sum(losses, axis=0))
-    tl.store(sums_ptr + 1, tl.sum(weights, axis=0))
+            loss = tl.sum(weight * (normaliser - own), axis=0)
+            weight_sum = tl.sum(weight, axis=0)
+        tl.store(sums_ptr + tile, loss)
+        tl.store(sums_ptr + batch * tiles + tile, weight_sum)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -77,7 +79,8 @@ def cross_entropy_backward_kernel(
     dhidden_ptr,
     dweight_ptr,
     S,
-    tokens,
+    batch,
+    L,
     D,
     V,
     ignore,
@@ -88,18 +91,20 @@ def cross_entropy_backward_kernel(
 ):
     """dhidden (S, tokens, D), zero at tokens without a label; dweight (programs, S, V, D), which begins as zero."""
     v = tl.arange(0, VB)
-    dloss = tl.load(dloss_ptr).to(tl.float32)
     dweight_ptr += tl.program_id(0).to(tl.int64) * S * V * D
-    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        label = tl.load(label_ptr + row, mask=row < tokens, other=ignore)
+    tokens = tl.cast(batch, tl.int64) * L
+    tiles = tl.cdiv(L, ROWS)  # of a sequence
+    for tile in range(tl.program_id(0), batch * tiles, tl.num_programs(0)):
+        sequence, place = tile // tiles, tile % tiles * ROWS + tl.arange(0, ROWS)
+        row = tl.cast(sequence, tl.int64) * L + place
+        label = tl.load(label_ptr + row, mask=place < L, other=ignore)
         use = label != ignore
         labelled = tl.max(use.to(tl.int32), axis=0) > 0
         dlogits = tl.zeros([ROWS, VB], tl.float32)
         if labelled:
             logits = _logits(hidden_ptr, weight_ptr, row, use, S, tokens, D, v, V, ROWS, VB, DB)
             e = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-            weight = use.to(tl.float32) * dloss
+            weight = use.to(tl.float32) * tl.load(dloss_ptr + sequence).to(tl.float32)
             if HAS_WEIGHTS:
                 weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
             onehot = (v[None, :] == label[:, None]).to(tl.float32)
@@ -121,5 +126,5 @@ def cross_entropy_backward_kernel(
                     tl.store(dweight_ptr + w_at, dw, mask=w_mask)
                 else:
                     dh = tl.zeros([ROWS, DB], tl.float32)
-                tl.store(dhidden_ptr + h_at, dh.to(dhidden_ptr.dtype.element_ty), mask=(row < tokens)[:, None] & inside)
+                tl.store(dhidden_ptr + h_at, dh.to(dhidden_ptr.dtype.element_ty), mask=(place < L)[:, None] & inside)
         tl.debug_barrier()
