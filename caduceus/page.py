@@ -40,7 +40,8 @@ p, li, figcaption {{ color: var(--faint); margin: .2rem 0; }} .scroll {{ overflo
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; font-size: 14px; }}
 th {{ font-weight: 600; color: var(--faint); }} th, td {{ padding: .3rem .55rem; text-align: right;
   border-bottom: 1px solid var(--line); white-space: nowrap; }} th:first-child, td:first-child {{ text-align: left; }}
-svg {{ display: block; width: 100%; height: auto; }} svg text {{ fill: var(--ink); font-size: 10px; }}
+svg {{ display: block; width: 100%; height: auto; }} svg.wide {{ min-width: 700px; }}
+svg text {{ fill: var(--ink); font-size: 10px; }}
 .key span {{ display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; border-radius: 2px; }}
 .warn {{ color: var(--valid); font-weight: 600; }}
 summary {{ cursor: pointer; font-weight: 600; padding: .4rem 0; }}

@@ -132,7 +132,7 @@ def _fate_bar(part: dict[str, Any]) -> str:
         left, top = (left + width, top) if one_row else (left, top + _ROW)
     label = _text(part["name"], 0, 13)
     height = _ROW * (1 if one_row else len(shares)) + 4
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{label}{"".join(boxes)}</svg>'
+    return _picture(f"Where the bases of {part['name']} went; the table below has the numbers", height, [label, *boxes])
 
 
 def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
@@ -151,7 +151,7 @@ def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
             rows += _pieces(covered[split].get(number), scale, top, split)
     more = f"<p>and {len(contigs) - len(shown)} shorter contigs</p>" if len(contigs) > len(shown) else ""
     height = len(shown) * (_ROW + 4) + 4
-    svg = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(rows)}</svg>'
+    svg = _picture(f"Where the splits lie along the contigs of {part['name']}", height, rows)
     return f"<details{' open' if opened else ''}><summary>{escape(part['name'])}</summary>{svg}{more}</details>"
 
 
@@ -193,6 +193,12 @@ def _legend() -> str:
     names = (*SPLITS, "dropped")
     keys = (f'<span style="background: var(--{name})"></span>{name}' for name in names)
     return f'<p class="key">{"".join(keys)}</p>'
+
+
+def _picture(words: str, height: int, shapes: list[str]) -> str:
+    """An SVG that scrolls by itself where the page is too narrow for its letters."""
+    head = f'viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(words)}"'
+    return f'<div class="scroll" tabindex="0"><svg class="wide" {head}>{"".join(shapes)}</svg></div>'
 
 
 def _box(left: float, top: float, width: float, height: float, name: str, title: str = "") -> str:
