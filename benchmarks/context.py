@@ -104,7 +104,7 @@ def timed(model: CaduceusForMaskedLM, length: int, repeats: int) -> tuple[float,
     input_ids, labels = batch(length)
 
     def forward() -> torch.Tensor:
-        return model(input_ids, labels, return_logits=False).loss_sum
+        return model(input_ids, labels, return_logits=False).loss_sum.sum()
 
     losses: list[torch.Tensor] = []
     bytes_forward = count_bytes(lambda: losses.append(forward()))

@@ -97,6 +97,9 @@ def summarise(run: RunDirectory, exported_loss: float, picture: Path) -> None:
     console.print("The export loads back with the same loss.")
     plot_losses(metrics, [row for row in baselines if row.name in (COMPOSITION, best)], picture)
     console.print(f"Loss curve: {picture}")
+    report = run.path / "report" / "report.html"
+    if report.is_file():
+        console.print(f"Report, with every curve: {report}")
 
 
 def compare(loss: float, other: float) -> str:

@@ -20,13 +20,14 @@ from typing import Any
 from caduceus.errors import UserError
 from caduceus.files import append_json_line, dump_json, read_json_lines, write_atomically
 from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import ends_folder, read_ends
 from caduceus.run.provenance import provenance
 
 COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
 TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
 UNSAVED = "time limit before the last save was done"
 LOST = "lost"
-"""How an attempt ended that left no end: its node died, it was requeued by hand, or everything was killed at once."""
+"""How an attempt ended of which neither its job nor its ranks left an end: its node died, or all was killed at once."""
 FAILURES = (FAILED, BAD_NODE, UNSAVED)
 """What makes a run be given up when it comes again and again without a new checkpoint in between."""
 
@@ -116,17 +117,27 @@ def attempts(run: RunDirectory) -> list[Attempt]:
     in_order = list(found.values())
     for attempt, after in pairwise(in_order):
         if attempt.reason is None:
-            attempt.reason = LOST
+            by_itself = ended_by_itself(run, attempt)
+            attempt.reason = LOST if not by_itself else TAKEN if after.job == attempt.job else SIGNAL
             attempt.step = began.get((after.job, after.restart), attempt.step)
     return in_order
+
+
+def ended_by_itself(run: RunDirectory, attempt: Attempt) -> bool:
+    """Whether the ranks of an attempt say that they stopped with a checkpoint, though its job wrote down no end.
+
+    So it is after `scontrol requeue` from elsewhere, where SLURM kills the batch script before its last line.
+    """
+    ends = read_ends(ends_folder(run.path, attempt.job, attempt.restart))
+    return 0 in ends and all(end.kind is None for end in ends.values())
 
 
 def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
     """How many of the newest attempts of these jobs failed one after the other with no new checkpoint between them.
 
     Bad nodes count as well: where every node is bad, it is not the nodes. So do saves that take longer than the time
-    that is kept for them. Other time limits, preemption and attempts that
-    left no end, as after a requeue by hand, count neither way.
+    that is kept for them. Other time limits, preemption, a requeue by hand and attempts that left no end count neither
+    way.
     """
     failures, step = 0, None
     for attempt in reversed([attempt for attempt in attempts(run) if attempt.job in jobs]):

@@ -13,6 +13,8 @@ from launch.scheduler import IN_QUEUE, JobState, SilentError
 
 RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
 _RECENT_ROWS = 50
+_STOPPED_BY = {"TIMEOUT": history.TIME_LIMIT, "PREEMPTED": history.PREEMPTED, "CANCELLED": history.TAKEN}
+"""Why ranks stopped with a checkpoint, by the state in which SLURM ended their job."""
 _State = tuple[str, str | None, list[str]]
 
 
@@ -128,8 +130,12 @@ def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
     if not found or found[-1].reason is not None:
         return found
     last = found[-1]
-    error = last_error(run, submitted[-1].logs, last.job, last.restart) if submitted else None
-    reason, told = (history.FAILED, error) if error else (history.LOST, _signs_of_life(run, last.job, submitted))
+    if history.ended_by_itself(run, last):
+        reason, told = _STOPPED_BY.get(scheduler.end_of(last.job) or "", history.SIGNAL), None
+    elif error := last_error(run, submitted[-1].logs, last.job, last.restart) if submitted else None:
+        reason, told = history.FAILED, error
+    else:
+        reason, told = history.LOST, _signs_of_life(run, last.job, submitted)
     with contextlib.suppress(OSError):  # who may only look
         history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
     last.reason, last.error, last.step = reason, told, newest_step(run)

@@ -287,6 +287,13 @@ class RunConfig:
 
 
 @dataclass
+class MonitorConfig:
+    """What is kept for those who watch a run."""
+
+    report: bool = key(True, "Make RUN/report/report.html when the run is complete.", fixes="nothing")
+
+
+@dataclass
 class WandbConfig:
     """Weights & Biases."""
 
@@ -319,6 +326,7 @@ class Config:
     valid: ValidConfig = field(default_factory=ValidConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
 

@@ -104,6 +104,15 @@ class TrainLoader:
         """Where sample g lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
         return self._samples.describe(g)
 
+    @property
+    def species(self) -> tuple[str, ...]:
+        """Those that samples are drawn from, by row."""
+        return self._samples.species
+
+    def species_rows(self, batch: Batch) -> torch.Tensor:
+        """The row of `species` that each sample of a batch is of, (B,) int64 on the CPU."""
+        return torch.from_numpy(self._samples.species_rows(batch.g.numpy()))
+
     def __iter__(self) -> Iterator[Batch]:
         batches = DataLoader(
             self._samples.micro_batches(self._schedule, self._handed_out),

@@ -51,6 +51,15 @@ class ShardSamples:
     def describe(self, g: int) -> dict[str, Any]:
         return self._reader.describe(self._order.locate(np.array([g]))[0])
 
+    @property
+    def species(self) -> tuple[str, ...]:
+        """Those that samples are drawn from, by row."""
+        return tuple(source.species for source in self._dataset.sources)
+
+    def species_rows(self, numbers: np.ndarray) -> np.ndarray:
+        """Samples (B,) -> the row of `species` (B,) that each is drawn from; a substitute is of the same one."""
+        return self._order.mixture.locate(numbers)[0]
+
     def read(self, numbers: np.ndarray, least: np.ndarray) -> Batch:
         """Samples (B,), of which peers that share them could not read the crops before the `least` (B,) of each."""
         return to_batch(self._reader.read(self._order.locate(numbers), least))

@@ -57,6 +57,13 @@ class StreamSamples:
     def what_decides_the_order(self) -> dict[str, Any]:
         return {"urls": self._urls, "stream_key": self._data.stream_key}
 
+    @property
+    def species(self) -> tuple[str, ...]:
+        return (SPECIES,)
+
+    def species_rows(self, numbers: np.ndarray) -> np.ndarray:
+        return np.zeros(len(numbers), np.int64)
+
     def describe(self, g: int) -> dict[str, Any]:
         return {"species": SPECIES, "sample": g}
 

@@ -33,7 +33,7 @@ def held_out_loss(
     for species, batch in each(batches):
         with autocast(device, precision):
             output = model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
-        sums[rows[species]] += torch.stack([output.loss_sum, output.weight_sum]).double()
+        sums[rows[species]] += torch.stack([output.loss_sum, output.weight_sum]).sum(1, dtype=torch.float64)
     model.train(training)
     sums = add_up(sums)
     loss, weight = sums.sum(0).tolist()

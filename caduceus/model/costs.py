@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from caduceus.config import CaduceusConfig
 
 MOMENTS = 2
-"""That AdamW keeps of each parameter, of the parameter's size."""
+"""Tensors that AdamW keeps of each parameter, each of the parameter's size."""
 _FP32 = 4
 CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
 """Of a parameter in a checkpoint: value and moments."""

@@ -6,12 +6,13 @@ Shapes: B batch, L length, D d_model, V padded vocabulary, S streams.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from caduceus.alphabet import IGNORE_LABEL
+from caduceus.config import CaduceusConfig
 from caduceus.model.backbone import Backbone
 from caduceus.model.mamba import project
-from caduceus.ops import head_cross_entropy
+from caduceus.ops import Strands, head_cross_entropy
 
 
 class MaskedLMOutput(NamedTuple):
@@ -21,23 +22,59 @@ class MaskedLMOutput(NamedTuple):
     """
 
     loss: Tensor | None = None
-    """`loss_sum / weight_sum`; 0, with zero gradients, where no base is labelled."""
+    """The sum of `loss_sum` over the sum of `weight_sum`; 0, with zero gradients, where no base is labelled."""
     logits: Tensor | None = None
     """(B, L, V)"""
     hidden_states: tuple[Tensor, ...] | None = None
     """As of `BackboneOutput`: (S, B, L, D) each, in forward coordinates."""
     loss_sum: Tensor | None = None
-    """Sum over labelled bases of weight times cross-entropy."""
+    """(B,) of each sequence, the sum over its labelled bases of weight times cross-entropy."""
     weight_sum: Tensor | None = None
-    """Sum of the weights of labelled bases; their number where no weights are given."""
+    """(B,) of each sequence, the sum of the weights of its labelled bases; their number where no weights are given."""
+
+
+class MaskedLMHead(nn.Module):
+    """Predicts the bases of the forward strand from the final norms of the streams, S of them on this rank.
+
+    It has no parameters of its own: its rows, (S, V, D), are those of the embedding's table and come with every call.
+    """
+
+    def __init__(self, strands: Strands | None, backend: str) -> None:
+        super().__init__()
+        self.strands = strands
+        self.backend = backend
+
+    def forward(self, held: Tensor, rows: Tensor) -> Tensor:
+        """held (S, B, L, D) -> logits (B, L, V), in at least fp32, summed over both strands wherever they are."""
+        logits = project(held, rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(0)
+        return logits if self.strands is None else self.strands.sum(logits)
+
+    def sums(self, held: Tensor, rows: Tensor, labels: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`loss_sum` and `weight_sum` of `MaskedLMOutput`; logits exist at labelled positions only."""
+        return head_cross_entropy(
+            held, rows, labels, loss_weights, ignore_label=IGNORE_LABEL, strands=self.strands, backend=self.backend
+        )
 
 
 class CaduceusForMaskedLM(Backbone):
-    """The backbone with a language-model head tied to the embedding; so the head has no parameters of its own.
+    """The backbone and a `MaskedLMHead` that is tied to its embedding.
 
-    With `strands`, the two streams of a Caduceus-PS meet in the logits: `.logits` and `.loss` are those of both,
+    It is a backbone, and does not hold one, so that its parameters have the same names in every checkpoint. With
+    `strands`, the two streams of a Caduceus-PS meet in the logits: `.logits` and `.loss` are those of both,
     `.loss_sum`, from which gradients are to be taken, and `.weight_sum` this rank's half.
     """
+
+    def __init__(
+        self,
+        config: CaduceusConfig,
+        backend: str = "auto",
+        recomputed_blocks: int = 0,
+        strands: Strands | None = None,
+        recomputed_scan_inputs: int = 0,
+    ) -> None:
+        super().__init__(config, backend, recomputed_blocks, strands, recomputed_scan_inputs)
+        self.head = MaskedLMHead(strands, backend)
 
     def forward(
         self,
@@ -62,24 +99,17 @@ class CaduceusForMaskedLM(Backbone):
         another and read `starts` for that, which breaks a compiled graph.
         """
         held, hidden_states = super().forward(input_ids, output_hidden_states, pad_mask, starts)
-        head = self._head()
-        logits = self._logits(held, head) if return_logits else None
+        rows = self._head_rows()
+        logits = self.head(held, rows) if return_logits else None
         if labels is None:
             return MaskedLMOutput(logits=logits, hidden_states=hidden_states)
-        loss_sum, weight_sum = head_cross_entropy(
-            held, head, labels, loss_weights, ignore_label=IGNORE_LABEL, strands=self.strands, backend=self.backend
-        )
-        loss = loss_sum / torch.where(weight_sum > 0, weight_sum, 1)
+        loss_sum, weight_sum = self.head.sums(held, rows, labels, loss_weights)
+        weight = weight_sum.sum()
+        loss = loss_sum.sum() / torch.where(weight > 0, weight, 1)
         return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum)
 
-    def _head(self) -> Tensor:
-        """The head of each stream, (S, V, D): what it predicts is a base of the forward strand."""
+    def _head_rows(self) -> Tensor:
+        """The head's rows for each stream, (S, V, D): what it predicts is a base of the forward strand."""
         table, mirrored = self.embedding.weight, self.norm_f.mirrored_stream
         streams = range(len(self.streams))
         return torch.stack([self._for_complement(table) if stream == mirrored else table for stream in streams])
-
-    def _logits(self, normed: Tensor, head: Tensor) -> Tensor:
-        """normed (S, B, L, D), head (S, V, D) -> logits (B, L, V), in at least fp32 over both strands."""
-        logits = project(normed, head)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(0)
-        return logits if self.strands is None else self.strands.sum(logits)

@@ -1,6 +1,7 @@
 """python -m caduceus.monitor RUN [RUN …]: how runs stand that train elsewhere, from their directories alone.
 
-In a terminal a panel per run, which follows them until Ctrl-C; elsewhere a line per run.
+In a terminal a panel per run, which follows them until Ctrl-C; elsewhere a line per run. With --report FILE one HTML
+page of them instead.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from rich.live import Live
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
 from caduceus.monitor.following import Follower
+from caduceus.monitor.report.write import write_report
 from caduceus.monitor.terminal import panel, plain_line
 from caduceus.monitor.view import View
 from caduceus.run.directory import RunDirectory
@@ -45,7 +47,12 @@ def main() -> int:
     """Show the runs; returns the exit status."""
     parser = Parser(prog="python -m caduceus.monitor", description="Watch runs from their directories.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page (HTML) with curves and differences")
     arguments = parser.parse_args()
+    if arguments.report is not None:
+        write_report(arguments.runs, arguments.report)
+        print(arguments.report)
+        return 0
     followed = [Followed(path) for path in arguments.runs]
     console = Console(highlight=False)
     for run in followed:

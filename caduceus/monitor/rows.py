@@ -4,9 +4,11 @@ import json
 import logging
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 from caduceus.config import Config
+from caduceus.monitor.report.write import report_of_finished
 from caduceus.monitor.terminal import Terminal
 from caduceus.monitor.view import View, clock
 from caduceus.monitor.wandb.identity import status
@@ -49,7 +51,8 @@ class Monitor:
         reason = f"{type(exception[1]).__name__}: {exception[1]}" if exception[1] else None
         self.wandb.end(1 if exception[0] else 0, self.stopped, reason)
         if not exception[0]:
-            self._summarise()
+            done = not self.stopped and self._config.monitor.report
+            self._summarise(report_of_finished(self._run.path) if done else None)
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Record a training row and show progress now and then."""
@@ -94,7 +97,7 @@ class Monitor:
             _log.warning("%s: %s; its last rows wait in memory", self._file.name, error.strerror)
         self._view.take(finite, time.monotonic())
 
-    def _summarise(self) -> None:
+    def _summarise(self, report: Path | None) -> None:
         """Say how the run stands and where everything of it is."""
         view, path = self._view, self._run.path
         done = "stopped" if self.stopped else "finished"
@@ -106,6 +109,8 @@ class Monitor:
         checkpoints = self._run.checkpoints()
         if checkpoints:
             _log.info("  checkpoint   %s", checkpoints[-1].path)
+        if report is not None:
+            _log.info("  report       %s", report)
         sent = status(path)
         if sent is not None and self.wandb.pid is not None:
             has = "" if sent.state == "complete" else f"{sent.state}; `python launch/runs.py sync {path}` sends it"

@@ -300,13 +300,13 @@ def head_cross_entropy(
     strands: Strands | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens; logits exist only there.
+    """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens of each sequence, (B,) each.
 
-    hidden (S, B, L, D) and the head weight (S, V, D): streams are summed into the logits. labels (B, L), `ignore_label`
-    where nothing is labelled; loss_weights (B, L), by default 1. Both sums are 0 where no token is labelled. With
-    `strands`, S is 1, the other stream is on another rank, which has the same labels, and each gets half of both sums.
-    Any other label outside 0 … V - 1 is a `ValueError` on a CPU, where the loss is `naive`'s; otherwise, as nothing
-    waits for a GPU to see it, the loss and its gradients are NaN.
+    Logits exist at labelled tokens only. hidden (S, B, L, D) and the head weight (S, V, D): streams are summed into the
+    logits. labels (B, L), `ignore_label` where nothing is labelled; loss_weights (B, L), by default 1. Both sums are in
+    at least fp32, and 0 where no token is labelled. With `strands`, S is 1, the other stream is on another rank, which
+    has the same labels, and each gets half of both sums. Any other label outside 0 … V - 1 is a `ValueError` on a CPU,
+    where the loss is `naive`'s; otherwise, as nothing waits for a GPU to see it, the loss and its gradients are NaN.
     """
     check_head(hidden, weight, labels, loss_weights)
     if strands is not None:

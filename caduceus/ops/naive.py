@@ -132,23 +132,24 @@ def head_cross_entropy(
     ignore_label: int,
     add_up: Callable[[Tensor], Tensor] = lambda logits: logits,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens, in at least fp32.
+    """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens of each sequence, (B,) each.
 
-    The logits of a token are the sum over streams of hidden (S, …, D) · weight (S, V, D). `add_up` adds to the logits
-    (labelled tokens, V) of these streams those of others. A label outside 0 … V - 1 that is not `ignore_label` is a
-    `ValueError` on a CPU; elsewhere, where to look would be to wait, the loss is NaN.
+    In at least fp32. The logits of a token are the sum over streams of hidden (S, B, L, D) · weight (S, V, D). `add_up`
+    adds to the logits (labelled tokens, V) of these streams those of others. A label outside 0 … V - 1 that is not
+    `ignore_label` is a `ValueError` on a CPU; elsewhere, where to look would be to wait, the loss is NaN.
     """
     compute = torch.promote_types(hidden.dtype, torch.float32)
-    labelled = labels.flatten() != ignore_label
-    rows = hidden.flatten(1, -2)[:, labelled].to(compute)
+    labelled = labels != ignore_label
+    rows = hidden[:, labelled].to(compute)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = torch.einsum("smd,svd->mv", rows, weight.to(compute))
-    targets = labels.flatten()[labelled].long()
+    targets = labels[labelled].long()
     known = (targets >= 0) & (targets < weight.shape[1])
     if targets.device.type == "cpu" and not known.all():
         wrong = targets[~known][0].item()
         raise ValueError(f"labels: {wrong} is neither below the vocabulary's {weight.shape[1]} nor ignored")
     losses = F.cross_entropy(add_up(logits), targets.where(known, 0), reduction="none")
     losses = losses * torch.where(known, 1, torch.nan)
-    weights = torch.ones_like(losses) if loss_weights is None else loss_weights.flatten()[labelled].to(compute)
-    return (losses * weights).sum(), weights.sum()
+    weights = torch.ones_like(losses) if loss_weights is None else loss_weights[labelled].to(compute)
+    nothing = losses.new_zeros(labels.shape)
+    return nothing.masked_scatter(labelled, losses * weights).sum(-1), nothing.masked_scatter(labelled, weights).sum(-1)

@@ -12,6 +12,7 @@ from typing import IO
 
 from caduceus.errors import RetryError
 from caduceus.files import is_locked, locked, take_lock, write_atomically
+from caduceus.run.agent import AGENT
 
 ENDING_SECONDS = 10.0
 """How long a start waits for the process before it, which may be ending: a killed one first gives its memory back."""
@@ -35,18 +36,27 @@ class Holder:
     """Where `pid` means this process: the boot and the PID namespace. None where the system does not tell."""
     started: str | None = None
     """When the process began, in ticks of that boot: tells it from a later one of the same number."""
+    agent: int | None = None
+    """The torchrun that started the process, if one did."""
 
     @classmethod
     def of_this_process(cls) -> "Holder":
         pid = os.getpid()
         job = os.environ.get("SLURM_JOB_ID")
-        return cls(socket.gethostname(), pid, job, time.time(), _this_machine(), _start_of(pid))
+        return cls(socket.gethostname(), pid, job, time.time(), _this_machine(), _start_of(pid), AGENT)
 
     def is_dead(self) -> bool:
         """Whether it has certainly ended: it ran on this machine, and does so no more."""
         if self.machine is None or self.machine != _this_machine():
             return False
         return _start_of(self.pid) != self.started
+
+    def is_orphan(self) -> bool:
+        """Whether it is a rank whose torchrun is gone: it stops at its next step, with a checkpoint."""
+        if self.agent is None or self.machine is None or self.machine != _this_machine():
+            return False
+        stat = _stat_of(self.pid)
+        return stat is not None and int(stat[1]) != self.agent
 
     def __str__(self) -> str:
         job = f" of SLURM job {self.slurm_job}" if self.slurm_job else ""
@@ -65,7 +75,10 @@ class RunLock:
         """Seconds by which the clock of the file system, which may be a server's, was ahead when this took the lock."""
 
     def take(self) -> None:
-        """Lock the directory for this process. Raises `RetryError` where another one trains in it and does not end."""
+        """Lock the directory for this process. Raises `RetryError` where another one trains in it and does not end.
+
+        One that is stopping, as its torchrun is gone, is waited for however long its step takes.
+        """
         began, told = time.monotonic(), False
         while self._file is None:
             with suppress(BlockingIOError):
@@ -76,14 +89,16 @@ class RunLock:
                 self._take_from_the_dead(holder)
                 continue
             waited = time.monotonic() - began
-            if waited > ENDING_SECONDS:
-                name = holder or "its name is not known"
+            is_ending = holder is not None and holder.is_orphan()
+            name = holder or "its name is not known"
+            if waited > ENDING_SECONDS and not is_ending:
                 raise RetryError(
                     f"run.dir: another process is training in {self._directory} ({name}); stop it or choose another"
                 )
             if waited > _QUIET_SECONDS and not told:
                 told = True
-                _log.info("%s: in use by %s; waiting for it to end", self._directory, holder or "another process")
+                why = ", which is stopping as its torchrun is gone" if is_ending else ""
+                _log.info("%s: in use by another process (%s%s); waiting for it to end", self._directory, name, why)
             time.sleep(_PAUSE_SECONDS)
         self._claim = json.dumps(asdict(Holder.of_this_process()))
         self._file.truncate(0)
@@ -140,8 +155,13 @@ def _this_machine() -> str | None:
 
 def _start_of(pid: int) -> str | None:
     """When a process of this machine began; None where there is none, or only a zombie that waits for its parent."""
+    stat = _stat_of(pid)
+    return None if stat is None or stat[0] in "ZX" else stat[19]
+
+
+def _stat_of(pid: int) -> list[str] | None:
+    """What Linux tells of a process behind its name: state, parent, …; None where there is none."""
     try:
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else numbers[18]

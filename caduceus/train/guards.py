@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caduceus.config import TrainConfig
-from caduceus.data.batch import Batch
 from caduceus.data.loader import TrainLoader
 from caduceus.errors import UserError
 from caduceus.files import append_json_line
@@ -69,15 +68,12 @@ class Health:
         self.mean_loss += (loss - self.mean_loss) / min(self.counted_losses, LOSS_MEMORY)
 
 
-def report_skipped_step(
-    logs: Path, rank: int, loader: TrainLoader, step: int, reason: str, batches: list[Batch]
-) -> None:
-    """Write down which samples of this rank a skipped step held: a line of JSON in logs/skipped-rank0.jsonl.
+def report_skipped_step(logs: Path, rank: int, loader: TrainLoader, step: int, reason: str, numbers: list[int]) -> None:
+    """Write down the samples of this rank that a skipped step may be due to, as a line of logs/skipped-rank0.jsonl.
 
     Where that cannot be written, or where they lie cannot be read, their numbers go to the log.
     """
     path = logs / f"skipped-rank{rank}.jsonl"
-    numbers = [g for batch in batches for g in batch.g.tolist()]
     try:
         samples = [{"g": g, **loader.describe(g)} for g in numbers]
         append_json_line(path, {"step": step, "rank": rank, "reason": reason, "samples": samples})

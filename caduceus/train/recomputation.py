@@ -93,7 +93,7 @@ def run_micro_batch(config: Config, strategy: Strategy) -> None:
             with strategy.accumulating(last):
                 with autocast(ranks.device, train.precision):
                     output = strategy.model(tokens, tokens, None, return_logits=False)
-                strategy.backward(output.loss_sum / tokens.numel())
+                strategy.backward(output.loss_sum.sum() / tokens.numel())
     strategy.discard_gradients()
 
 

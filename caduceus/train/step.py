@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
@@ -36,18 +37,20 @@ def training_step(
     weight = torch.stack([_label_weight(batch) for batch in micro_batches]).sum() / ranks.strands  # each has all labels
     weight = ranks.sum(weight).item() or 1.0
     clock.lap("communication")
-    shares = []
+    shares, sums = [], []
     for number, batch in enumerate(micro_batches, start=1):
         with strategy.accumulating(last=number == loader.per_step):
             with autocast(ranks.device, config.train.precision):
                 output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
-            share = output.loss_sum / weight
+            share = output.loss_sum.sum() / weight
             clock.lap("forward")
             with clock.watching(strategy.model):
                 strategy.backward(share)
             clock.lap("exchange")
         shares.append(share.detach().double())
-    loss = ranks.sum(torch.stack(shares).sum()).item()
+        sums.append(torch.stack([output.loss_sum, output.weight_sum]).detach().double())
+    by_species = sums_by_species(loader, micro_batches, sums)
+    loss, *by_species = ranks.sum(torch.cat([torch.stack(shares).sum()[None], by_species.flatten()])).tolist()
     clock.lap("communication")
     lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
     grad_norm = strategy.clip(config.train.clip_norm).item()
@@ -61,7 +64,7 @@ def training_step(
     progress.tokens += config.train.global_batch * config.data.seq_len
     progress.loader = loader.state()
     if not updating:
-        suspects = _suspects(micro_batches, torch.stack(shares).tolist(), loss)
+        suspects = _suspects(micro_batches, sums, loss)
         if suspects:
             reason = "the loss leapt" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
             logs = RunDirectory(config.run.dir).logs_path
@@ -71,6 +74,7 @@ def training_step(
         "samples": loader.samples_consumed,
         "tokens": progress.tokens,
         "loss": loss,
+        **_losses_by_species(loader.species, by_species),
         "lr": lr,
         "grad_norm": grad_norm,
         "skipped_steps": progress.health.skipped_steps,
@@ -84,8 +88,30 @@ def _label_weight(batch: Batch) -> torch.Tensor:
     return weights.sum(dtype=torch.float64)
 
 
-def _suspects(micro_batches: list[Batch], losses: list[float], total: float) -> list[Batch]:
-    """This rank's micro-batches that made the loss non-finite; all of them where the total of all ranks is finite."""
+def sums_by_species(loader: TrainLoader, batches: list[Batch], sums: list[torch.Tensor]) -> torch.Tensor:
+    """Add up sums (2, B) of each batch's sequences, of losses and of weights, by species: (species, 2) float64.
+
+    Without rows where there is but one species, whose loss is the whole. (On a GPU, index_add_ would add in an order
+    that differs from run to run.)
+    """
+    if len(loader.species) == 1:
+        return sums[0].new_zeros(0, 2)
+    values = torch.cat(sums, dim=1)
+    rows = torch.cat([loader.species_rows(batch) for batch in batches])
+    of_species = F.one_hot(rows, len(loader.species)).bool().to(values.device, non_blocking=True)
+    return torch.where(of_species, values[:, :, None], 0).sum(1).T
+
+
+def _losses_by_species(species: tuple[str, ...], sums: list[float]) -> dict[str, float]:
+    """Mean loss of each species that this step has labelled bases of."""
+    pairs = zip(species, sums[0::2], sums[1::2], strict=True) if sums else ()
+    return {f"loss/{name}": loss / weight for name, loss, weight in pairs if weight}
+
+
+def _suspects(micro_batches: list[Batch], sums: list[torch.Tensor], total: float) -> list[int]:
+    """This rank's samples whose own loss is not finite; all of them where the total of all ranks is finite."""
+    numbers = torch.cat([batch.g for batch in micro_batches])
     if math.isfinite(total):
-        return micro_batches
-    return [batch for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
+        return numbers.tolist()
+    losses = torch.cat([losses for losses, _ in sums])
+    return numbers[~losses.isfinite().cpu()].tolist()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from caduceus.run.agent import AGENT, agent_is_gone
 from caduceus.run.directory import RunDirectory
 
 EXIT_REQUEUE = 75
@@ -23,8 +24,8 @@ _log = logging.getLogger(__name__)
 class StopRequest:
     """Collects requests to stop or save on one rank; the training loop asks at every step boundary.
 
-    A signal reaches one rank or all; only the main rank `watches` the files and the clock, `budget` seconds of it from
-    the beginning of the monotonic time `started` (0: no limit).
+    A signal reaches one rank or all, and so does the end of their torchrun; only the main rank `watches` the files and
+    the clock, `budget` seconds of it from the beginning of the monotonic time `started` (0: no limit).
     """
 
     def __init__(self, run: RunDirectory, watches: bool, started: float, budget: float) -> None:
@@ -35,14 +36,20 @@ class StopRequest:
         self._signal: str | None = None
         self._first_interrupt: float | None = None
         self._ending = False
+        self._is_orphan = False
         if watches:
             self._remove_old_stop_file(run.file_clock_lead)
 
     @property
     def requested(self) -> bool:
-        """Whether a stop signal came, someone touched the file STOP, or the time is up."""
-        return self._signal is not None or (
-            self._watches and (self._stop_file.exists() or time.monotonic() >= self._end)
+        """Whether a stop signal came, torchrun is gone, someone touched the file STOP, or the time is up."""
+        if not self._is_orphan and agent_is_gone():
+            self._is_orphan = True
+            _log.warning("torchrun, which started this rank, is gone: stopping after this step with a checkpoint")
+        return (
+            self._signal is not None
+            or self._is_orphan
+            or (self._watches and (self._stop_file.exists() or time.monotonic() >= self._end))
         )
 
     def save_requested(self) -> bool:
@@ -97,8 +104,7 @@ def _command_began() -> float:
     """
     if "SUBMITIT_EXECUTOR" in os.environ:
         return float("-inf")
-    pids = [os.getpid(), os.getppid()] if "TORCHELASTIC_RUN_ID" in os.environ else [os.getpid()]
-    return time.time() - max(map(_age, pids))
+    return time.time() - max(_age(pid) for pid in (os.getpid(), AGENT) if pid is not None)
 
 
 def _age(pid: int) -> float:

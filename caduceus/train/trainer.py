@@ -20,7 +20,7 @@ from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.setup import Opened, Setup, open_run, set_up
 from caduceus.train.step import training_step
 from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
-from caduceus.train.watchdog import Watchdog
+from caduceus.train.watchdog import Watchdog, show_stacks_when_asked
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def train(config: Config) -> int:
     checkpoint.
     """
     started = time.monotonic()
+    show_stacks_when_asked()
     if config.run.device == "cpu" or not torch.cuda.is_available():
         keep_freed_memory_for(config)
     with joined(config) as ranks:

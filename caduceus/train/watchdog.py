@@ -1,9 +1,10 @@
-"""Ends a process that hangs, and leaves behind what all its threads were doing."""
+"""Ends a process that hangs, and leaves behind what all its threads were doing; SIGUSR1 shows that at any time."""
 
 import contextlib
 import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,12 @@ _NO_MORE = object()
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+
+def show_stacks_when_asked() -> None:
+    """On SIGUSR1 the stacks of all threads go to this process's stderr, and it goes on: also from within a hang."""
+    if sys.__stderr__ is not None:
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 
 
 class Watchdog:

@@ -10,7 +10,7 @@ from caduceus.errors import UserError
 from caduceus.tables import refuse_line
 from data_prep.plan.aliases import AliasTable
 from data_prep.plan.options import PlanOptions
-from data_prep.plan.organelles import organelle_of
+from data_prep.plan.organelles import OrganelleFinder
 
 # The first rule that matches the whole name decides. What is an organelle is told by more than the name.
 _RULES = {
@@ -174,9 +174,9 @@ def _kinds(
     contigs: Mapping[str, int], titles: Mapping[str, str], options: PlanOptions, aliases: AliasTable
 ) -> dict[str, str | None]:
     """Why each contig is left out by the patterns or by its kind; None where neither does."""
-    longest = max(contigs.values(), default=0)
+    organelles = OrganelleFinder(contigs)
     kinds: dict[str, str | None] = {}
-    for name, length in contigs.items():
+    for name in contigs:
         names = names_of(name, aliases)
         if options.exclude is not None and any(re.fullmatch(options.exclude, form) for form in names):
             kinds[name] = BY_PATTERN
@@ -187,8 +187,7 @@ def _kinds(
         elif name in aliases.kinds:
             kinds[name] = aliases.kinds[name]
         else:
-            organelle = organelle_of(name, titles.get(name, ""), length, longest, contigs)
-            kinds[name] = organelle or kind_by_name(name)
+            kinds[name] = organelles.kind(name, titles.get(name, "")) or kind_by_name(name)
     return kinds
 
 

@@ -1,11 +1,15 @@
 """Which contigs are genomes of mitochondria and plastids: told by name, title, length and the contigs beside them."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _SHARE_OF_LONGEST = 0.25
-"""What a single letter may name at most as an organelle, of the longest contig."""
+"""Of the longest contig: what a single letter may name as an organelle where its length is a rare one."""
+_SHARE_OF_BASES = 0.5
+"""Of all bases: what a single letter may name as an organelle where its length is a usual one."""
+_NOT_OF_A_SERIES = frozenset("mcpuwxyziv")
+"""Letters that name an organelle, a sex chromosome, what is unplaced, or a Roman number."""
 # Sequences of the nucleus, or of unknown origin, that are about organelles.
 _ABOUT = re.compile(
     r"similar to|resembl|-like\b|\blike\b|-derived|derived from|-related|related to|homolog|nuclear|\bnu[mp]ts?\b"
@@ -22,6 +26,8 @@ _END = rf"\b(?=\W*$|\s*[,;:|\])]|\s+({_NEXT_WORDS})\b)"
 class _Organelle:
     names: re.Pattern[str]  # that no chromosome has
     letter: str  # that a chromosome may have as well
+    shortest: int  # bases of the shortest known genome of the kind, rounded down
+    usual: range  # lengths of nearly all of them, in bases
     title: re.Pattern[str]
     longest: int  # bases of the longest known genome of the kind, rounded up
 
@@ -39,6 +45,8 @@ _ORGANELLES = {
             r"|NC_037304|NC_001284|NC_002333|NC_040902|NC_053523)(\.\d+)?"  # A. thaliana (2), zebrafish, chicken (2)
         ),
         "m",
+        5_900,
+        range(10_000, 2_000_001),
         _pattern(
             rf"\bmitochondri(on|al (genome|dna|chromosome|sequence)){_END}|(organelle|location)\s*[=:]\s*mitochondri"
             r"|^MT dna:"
@@ -51,6 +59,8 @@ _ORGANELLES = {
             r"|(NC_000932|NC_001320|NC_001666|NC_002762)(\.\d+)?"  # A. thaliana, rice, maize, wheat
         ),
         "c",
+        11_000,
+        range(100_000, 220_001),
         _pattern(
             rf"\b(chloroplast|plastid|apicoplast)( (genome|dna|chromosome|sequence))?{_END}"
             r"|(organelle|location)\s*[=:]\s*(chloroplast|plastid|apicoplast)|^Pt dna:"
@@ -60,28 +70,52 @@ _ORGANELLES = {
 }
 
 
-def organelle_of(name: str, title: str, length: int, longest: int, contigs: Collection[str]) -> str | None:
-    """The organelle that a contig of `length` bases is the genome of; None for anything else.
+class OrganelleFinder:
+    """Tells the organelles among the `contigs` (name -> length) of a genome."""
 
-    `title` is the whole header, `longest` the length of the genome's longest contig, `contigs` all their names. A title
-    that says so, or a name that no chromosome has, is enough for a sequence of a fitting length. A name of one letter
-    is, where no chromosome has a letter beside it and the sequence is far shorter than the longest.
-    """
-    bare = re.sub(r"^chr", "", name, flags=re.IGNORECASE)
-    for kind, organelle in _ORGANELLES.items():
-        if length > organelle.longest:
-            continue
-        if organelle.title.search(title) and not _ABOUT.search(title):
-            return kind
-        is_lettered = bare.lower() == organelle.letter
-        if is_lettered and _has_neighbour_letter(name, contigs):
-            continue
-        if organelle.names.fullmatch(name) or (is_lettered and length <= _SHARE_OF_LONGEST * longest):
-            return kind
-    return None
+    def __init__(self, contigs: Mapping[str, int]) -> None:
+        self._contigs = contigs
+        self._longest = max(contigs.values(), default=0)
+        self._bases = sum(contigs.values())
+        self._letters = {bare for name in contigs if len(bare := _bare(name)) == 1 and bare.isalpha()}
+
+    def kind(self, name: str, title: str) -> str | None:
+        """The organelle that a contig is the genome of; None for anything else. `title`: its whole header.
+
+        A title that says so, or a name that no chromosome has, is enough for a sequence of a fitting length. A name of
+        one letter is, where neither the letters of other contigs nor the title make it a chromosome, and its length is
+        usual for the organelle, or possible and far below that of the longest contig.
+        """
+        length, bare = self._contigs[name], _bare(name)
+        for kind, organelle in _ORGANELLES.items():
+            if length > organelle.longest:
+                continue
+            if organelle.title.search(title) and not _ABOUT.search(title):
+                return kind
+            is_lettered = bare == organelle.letter
+            if is_lettered and self._has_lettered_chromosomes(bare):
+                continue
+            if organelle.names.fullmatch(name):
+                return kind
+            if is_lettered and not _is_titled_chromosome(bare, title) and self._fits(length, organelle):
+                return kind
+        return None
+
+    def _fits(self, length: int, organelle: _Organelle) -> bool:
+        """Whether the length, and its share of the genome, are those of the organelle."""
+        if length in organelle.usual and length <= _SHARE_OF_BASES * self._bases:
+            return True
+        return organelle.shortest <= length <= _SHARE_OF_LONGEST * self._longest
+
+    def _has_lettered_chromosomes(self, letter: str) -> bool:
+        """Whether chromosomes have letters, as A to F: one beside this letter, or two that stand for nothing else."""
+        neighbours = {chr(ord(letter) + step) for step in (-1, 1)}
+        return bool(self._letters & neighbours) or len(self._letters - _NOT_OF_A_SERIES) > 1
 
 
-def _has_neighbour_letter(name: str, contigs: Collection[str]) -> bool:
-    """Whether a contig is named by the letter before or after this one's, as chromosomes A to F are."""
-    stem, letter = name[:-1], name[-1]
-    return any(stem + chr(ord(letter) + step) in contigs for step in (-1, 1))
+def _bare(name: str) -> str:
+    return name.lower().removeprefix("chr")
+
+
+def _is_titled_chromosome(letter: str, title: str) -> bool:
+    return re.search(rf"\bchromosome:? {letter}\b", title, re.IGNORECASE) is not None

@@ -9,6 +9,7 @@ import numpy as np
 
 from caduceus.data.format import SPLITS, ShardIndex, index_path
 from caduceus.files import write_atomically
+from caduceus.page import page, table
 from data_prep.plan.intervals import union
 from data_prep.progress import format_amount
 from data_prep.write.summary import left_out_lines, percent
@@ -28,31 +29,15 @@ _REASONS = {
     "tail": "tails",
     "short": "too short",
 }
-_STYLE = """
-:root { --ink: #1c2733; --faint: #6b7785; --line: #d9dfe5; --paper: #ffffff;
-  --train: #3566a8; --valid: #e0872c; --test: #3c9a6b; --dropped: #c9ced4; --bare: #eef1f4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e9ee; --faint: #97a3b0; --line: #3a4551; --paper: #141a21;
-  --train: #6d9be0; --valid: #f0a557; --test: #5fc091; --dropped: #56616d; --bare: #252e38; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 960px;
-  margin: 2.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p, li { color: var(--faint); margin: .2rem 0; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; font-size: 14px; }
-th { font-weight: 600; color: var(--faint); } th, td { padding: .3rem .55rem; text-align: right;
-  border-bottom: 1px solid var(--line); white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 10px; }
-.key span { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; border-radius: 2px; }
-.warn { color: var(--valid); font-weight: 600; } summary { cursor: pointer; font-weight: 600; padding: .4rem 0; }
-"""
 
 
 def write_report(directory: Path, manifest: dict[str, Any]) -> None:
     """Write `report.html` beside the manifest that is about to be written."""
     species = manifest["species"]
     names = ", ".join(part["name"] for part in species[:4]) + (", …" if len(species) > 4 else "")
-    title = f"Shards of {escape(names)}"
+    title = f"Shards of {names}"
     parts = [
-        f"<h1>{title}</h1>",
+        f"<h1>{escape(title)}</h1>",
         f"<p>{len(species)} species, fingerprint {manifest['fingerprint'][:16]}</p>",
         "<h2>Species</h2>",
         _species_table(species),
@@ -68,12 +53,7 @@ def write_report(directory: Path, manifest: dict[str, Any]) -> None:
         _legend(),
         *(_ideogram(directory / part["name"], part, opened=len(species) <= 8) for part in species),
     ]
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    body = "\n".join(parts)
-    write_atomically(
-        directory / "report.html",
-        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'.encode(),
-    )
+    write_atomically(directory / "report.html", page(title, parts))
 
 
 def _species_table(species: list[dict[str, Any]]) -> str:
@@ -96,7 +76,7 @@ def _species_table(species: list[dict[str, Any]]) -> str:
             windows = [f"{report['splits'][split]['windows']:,}" for split in SPLITS]
         size = format_amount(sum(shard["bytes"] for shard in shards), "B")
         rows.append([part["name"], part["assembly"], *known, f"{part['weight']:.4g}", *windows, len(shards), size])
-    return _table(headings, rows)
+    return table(headings, rows)
 
 
 def _fate_table(species: list[dict[str, Any]]) -> str:
@@ -113,7 +93,7 @@ def _fate_table(species: list[dict[str, Any]]) -> str:
         for part in species
         for line in left_out_lines(part["report"])
     ]
-    return _table(headings, rows) + f"<ul>{''.join(notes)}</ul>"
+    return table(headings, rows) + f"<ul>{''.join(notes)}</ul>"
 
 
 def _left_out_table(species: list[dict[str, Any]]) -> str:
@@ -125,7 +105,7 @@ def _left_out_table(species: list[dict[str, Any]]) -> str:
     ]
     if not rows:
         return "<p>none</p>"
-    return _table(["species", "kind", "contigs", "bases", "share", "why", "names"], rows)
+    return table(["species", "kind", "contigs", "bases", "share", "why", "names"], rows)
 
 
 def _leakage_table(species: list[dict[str, Any]]) -> str:
@@ -135,7 +115,7 @@ def _leakage_table(species: list[dict[str, Any]]) -> str:
         rows.append([part["name"], f"{train:,}", *(f"{leaked[key]:,}" for key in ("valid", "test", "either"))])
         rows[-1].append(percent(leaked["either"], train))
     headings = ["bases", "train", "also in valid", "also in test", "in either", "share of train"]
-    return _table(headings, rows)
+    return table(headings, rows)
 
 
 def _fate_bar(part: dict[str, Any]) -> str:
@@ -152,7 +132,7 @@ def _fate_bar(part: dict[str, Any]) -> str:
         left, top = (left + width, top) if one_row else (left, top + _ROW)
     label = _text(part["name"], 0, 13)
     height = _ROW * (1 if one_row else len(shares)) + 4
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{label}{"".join(boxes)}</svg>'
+    return _picture(f"Where the bases of {part['name']} went; the table below has the numbers", height, [label, *boxes])
 
 
 def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
@@ -171,7 +151,7 @@ def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
             rows += _pieces(covered[split].get(number), scale, top, split)
     more = f"<p>and {len(contigs) - len(shown)} shorter contigs</p>" if len(contigs) > len(shown) else ""
     height = len(shown) * (_ROW + 4) + 4
-    svg = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img">{"".join(rows)}</svg>'
+    svg = _picture(f"Where the splits lie along the contigs of {part['name']}", height, rows)
     return f"<details{' open' if opened else ''}><summary>{escape(part['name'])}</summary>{svg}{more}</details>"
 
 
@@ -215,10 +195,10 @@ def _legend() -> str:
     return f'<p class="key">{"".join(keys)}</p>'
 
 
-def _table(headings: list[str], rows: list[list[Any]]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
+def _picture(words: str, height: int, shapes: list[str]) -> str:
+    """An SVG that scrolls by itself where the page is too narrow for its letters."""
+    head = f'viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(words)}"'
+    return f'<div class="scroll" tabindex="0"><svg class="wide" {head}>{"".join(shapes)}</svg></div>'
 
 
 def _box(left: float, top: float, width: float, height: float, name: str, title: str = "") -> str:

@@ -210,7 +210,7 @@ def test_the_metrics_count_what_was_replaced(configure: Callable[..., Config], s
 def train(config: Config, directory: Path) -> subprocess.CompletedProcess:
     config.model.d_model, config.model.n_layer = 16, 1
     config.run.dir, config.run.device, config.wandb.mode = str(directory / "run"), "cpu", "disabled"
-    config.valid.every = 0
+    config.valid.every, config.monitor.report = 0, False
     save_config(config, directory / "config.yaml")
     command = [sys.executable, "-m", "caduceus.train", "--config", str(directory / "config.yaml")]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -78,6 +78,8 @@ def test_the_whole_demo(package, tmp_path):
     metrics = run.metrics()
     valid_loss = [row["valid_loss"] for row in metrics if "valid_loss" in row]
     assert [row["step"] for row in metrics if "loss" in row] == list(range(1, 9))
+    assert f"Report, with every curve: {out}/run/report/report.html" in printed.replace("\n", "")
+    assert (out / "run" / "report" / "report.html").stat().st_size > 50_000
 
     losses = losses_in(printed)
     assert len(losses) == 8

@@ -34,7 +34,7 @@ def losses_and_gradients(
     input_ids = torch.randint(7, 11, (2, LENGTH))
     labels = torch.where(torch.rand(2, LENGTH) < 0.5, input_ids, IGNORE_LABEL)
     output = model(input_ids[:, positions], labels[:, positions])
-    output.loss_sum.backward()
+    output.loss_sum.sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {"loss": output.loss_sum.detach(), "logits": output.logits.detach(), **gradients}
 

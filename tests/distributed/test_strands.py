@@ -61,7 +61,7 @@ def outcome(
     starts = torch.zeros(2, LENGTH, dtype=torch.bool)
     starts[0, 20] = starts[1, 5] = starts[1, 33] = True
     output = model(input_ids[:, positions], labels, weights, starts=starts if name.startswith("packed") else None)
-    output.loss_sum.backward()
+    output.loss_sum.sum().backward()
     gradients = {path: parameter.grad for path, parameter in model.named_parameters()}
     sums = {"loss_sum": output.loss_sum.detach(), "weight_sum": output.weight_sum}
     values = {"logits": output.logits.detach(), "loss": output.loss.detach(), **sums, **gradients}

@@ -86,6 +86,56 @@ def test_a_lost_attempt_ended_with_the_checkpoint_that_the_next_one_found(run):
     assert [(attempt.reason, attempt.step) for attempt in attempts(run)] == [("lost", 50), ("time limit", 70)]
 
 
+SAVED, CRASHED = {0: None, 1: None}, {0: None, 1: ValueError("3")}
+
+
+def leave_ends(run: RunDirectory, restart: int, ends: dict[int, Exception | None]) -> None:
+    for rank, error in ends.items():
+        record_end(ends_folder(run.path, "7", restart), rank, error)
+
+
+@pytest.mark.parametrize(
+    ("ends", "next_job", "reason"),
+    [
+        (SAVED, "7", history.TAKEN),
+        (SAVED, "8", history.SIGNAL),
+        ({0: None}, "7", history.TAKEN),
+        ({1: None}, "7", history.LOST),
+        (CRASHED, "7", history.LOST),
+        ({}, "7", history.LOST),
+    ],
+)
+def test_ends_of_the_ranks_count_where_their_job_wrote_none(run, ends, next_job, reason):
+    add_attempt(run, 1, None, 0, 0)
+    leave_ends(run, 1, ends)
+    leave_ends(run, 0, SAVED)  # of another attempt
+    add_attempt(run, 2, None, 50, 0, job=next_job)
+    assert [(attempt.reason, attempt.step) for attempt in attempts(run)] == [(reason, 50), (None, 50)]
+
+
+@pytest.mark.parametrize(
+    ("slurm", "ends", "state", "why"),
+    [
+        ("TIMEOUT", SAVED, "interrupted", history.TIME_LIMIT),
+        ("PREEMPTED", SAVED, "interrupted", history.PREEMPTED),
+        ("CANCELLED by 1000", SAVED, "cancelled", None),
+        ("", SAVED, "interrupted", history.SIGNAL),
+        ("CANCELLED", CRASHED, "failed", "ValueError: 3"),
+        ("CANCELLED", {}, "lost", "job 7 ended as CANCELLED; last sign of life: none"),
+    ],
+)
+def test_the_newest_attempt_ended_as_its_ranks_say(run, fake_slurm, slurm, ends, state, why):
+    record_submission(run, Submission(run.path, ["7"], "slurm", run.logs_path, {}))
+    add_attempt(run, 0, None, 0, 0)
+    add_checkpoint(run, 50)
+    leave_ends(run, 0, ends)
+    fake_slurm.answer("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    fake_slurm.answer("sacct", f"echo '{slurm}'")
+    now = overview(run)
+    assert (now.state, now.why, now.checkpoint) == (state, why, 50)
+    assert now.attempts[-1].ended and overview(run).state == state, "written down at the first look"
+
+
 @pytest.mark.parametrize(
     ("status", "job", "reason"),
     [

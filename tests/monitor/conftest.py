@@ -45,7 +45,12 @@ class Watched:
     def __init__(self, path: Path, **wandb: Any) -> None:
         self.path = path
         self.config: Config = config_from_dict(
-            {"train": {"steps": STEPS}, "run": {"dir": str(path), "name": "watched"}, "wandb": wandb}
+            {
+                "train": {"steps": STEPS},
+                "run": {"dir": str(path), "name": "watched"},
+                "wandb": wandb,
+                "monitor": {"report": False},
+            }
         )
         self.run = RunDirectory.create_or_resume(self.config)
 

@@ -27,6 +27,12 @@ LEAVES_A_CHILD = TAKE + (
 )
 FORKS = TAKE + "import os; child = os.fork() or time.sleep(60); print(child, flush=True); time.sleep(60)"
 
+RANK = TAKE + (
+    "import os; print(os.getpid(), flush=True)\n"
+    "while os.getppid() == lock.holder().agent: time.sleep(0.01)\n"
+    "time.sleep(1.5)  # its step"
+)
+
 
 @pytest.fixture
 def start():
@@ -75,7 +81,7 @@ def test_a_holder_that_ends_in_a_moment_is_waited_for(start: Callable, tmp_path:
     holder.stdout.readline()
     with caplog.at_level("INFO"):
         RunLock(tmp_path).take()
-    assert caplog.text.count(f"in use by process {holder.pid} on ") == 1
+    assert caplog.text.count(f"in use by another process (process {holder.pid} on ") == 1
 
 
 def test_a_holder_that_does_not_end_is_named(start: Callable, tmp_path: Path, monkeypatch) -> None:
@@ -84,6 +90,25 @@ def test_a_holder_that_does_not_end_is_named(start: Callable, tmp_path: Path, mo
     holder.stdout.readline()
     with pytest.raises(UserError, match=rf"another process is training in .* \(process {holder.pid} on "):
         RunLock(tmp_path).take()
+
+
+def test_a_rank_whose_torchrun_is_gone_is_waited_for_until_it_ends(
+    start: Callable, tmp_path, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr(lock, "ENDING_SECONDS", 0.3)
+    monkeypatch.setattr(lock, "_QUIET_SECONDS", 0.1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    agent = start(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}, sys.argv[1]])", tmp_path)
+    rank = int(agent.stdout.readline())
+    with pytest.raises(UserError, match=rf"\(process {rank} on "):
+        RunLock(tmp_path).take()
+    agent.kill()
+    began = time.monotonic()
+    with caplog.at_level("INFO"):
+        RunLock(tmp_path).take()
+    assert time.monotonic() - began > 3 * lock.ENDING_SECONDS
+    assert f"in use by another process (process {rank} on " in caplog.text
+    assert "which is stopping as its torchrun is gone" in caplog.text
 
 
 def test_of_several_starts_after_a_killed_one_a_single_one_trains(start: Callable, tmp_path: Path, monkeypatch) -> None:

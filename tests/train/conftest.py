@@ -31,6 +31,7 @@ class SmallRun:
             "checkpoint": {"every": 3, "keep": 2},
             "run": {"dir": str(self.directory / name), "name": name, "device": "cpu"},
             "wandb": {"mode": "disabled"},
+            "monitor": {"report": False},
         }
         for section, keys in sections.items():
             values[section] = {**values.get(section, {}), **keys}
@@ -64,3 +65,13 @@ def consumed_samples(path: Path) -> list[int]:
         row = json.loads(line)
         steps[row["step"]] = row["samples"]
     return [sample for step in sorted(steps) for sample in steps[step]]
+
+
+def children_of(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task").glob("*/children")
+    return [int(pid) for children in tasks for pid in children.read_text().split()]
+
+
+def command_of(pid: int) -> bytes:
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.read_bytes() if path.exists() else b""

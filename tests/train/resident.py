@@ -39,7 +39,7 @@ def main(mode: str, free: int) -> None:
     memory.keep_freed_memory_for(config)
     strategy = build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")), build_optimizer)
     tokens = torch.full((1, 64), 7)
-    strategy.model(tokens, tokens, return_logits=False).loss_sum.backward()  # loads the kernels
+    strategy.model(tokens, tokens, return_logits=False).loss_sum.sum().backward()  # loads the kernels
     strategy.discard_gradients()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew

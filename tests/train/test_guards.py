@@ -77,6 +77,34 @@ def test_a_spike_rewinds_to_the_checkpoint_and_goes_on_with_later_samples(small_
     assert json.loads(report)["reason"] == "the loss leapt"
 
 
+def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, monkeypatch) -> None:
+    config = small_run.config("nan", train={"steps": 2, "max_skipped_steps": 1}, valid={"every": 0})
+    step_of_the_trainer, seen = trainer.training_step, []
+
+    def striking(config, strategy, loader, batches, progress):
+        def passing_by():
+            for batch in batches:
+                seen.append(batch.g)
+                yield batch
+
+        def struck(module, inputs, output):
+            sums = output.loss_sum.clone()
+            sums[seen.pop(0) == 11] = float("nan")  # one of the second step
+            return output._replace(loss_sum=sums)
+
+        hook = strategy.model.register_forward_hook(struck)
+        try:
+            return step_of_the_trainer(config, strategy, loader, passing_by(), progress)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(trainer, "training_step", striking)
+    assert trainer.train(config) == 0
+    (report,) = (Path(config.run.dir) / "logs" / "skipped-rank0.jsonl").read_text().splitlines()
+    (sample,) = json.loads(report)["samples"]
+    assert sample["g"] == 11 and sample["end"] - sample["start"] == 128
+
+
 def test_a_loss_that_always_leaps_ends_the_run(small_run: SmallRun, monkeypatch) -> None:
     monkeypatch.setattr(guards, "LOSS_MEMORY", 3)
     train = {"steps": 8, "spike_factor": 3.0}

@@ -16,7 +16,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
 from tests.conftest import shard, write_random_fasta
-from tests.train.conftest import SmallRun, consumed_samples, numbers
+from tests.train.conftest import SmallRun, children_of, command_of, consumed_samples, numbers
 
 
 def losses(config: Config) -> list[float]:
@@ -116,16 +116,6 @@ def test_killed_with_its_workers_alive_the_same_command_goes_on_at_once(small_ru
     assert len(workers) == 2 and all(command_of(pid) for pid in workers), "their parent is gone, and they are not yet"
     assert train(config) == 0
     process.communicate()
-
-
-def children_of(parent: int) -> list[int]:
-    tasks = Path(f"/proc/{parent}/task").glob("*/children")
-    return [int(pid) for children in tasks for pid in children.read_text().split()]
-
-
-def command_of(pid: int) -> bytes:
-    path = Path(f"/proc/{pid}/cmdline")
-    return path.read_bytes() if path.exists() else b""
 
 
 @pytest.mark.slow

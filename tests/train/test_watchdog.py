@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from caduceus.train import trainer, watchdog
 from caduceus.train.checkpointing import SAVE_TIMEOUT
 from caduceus.train.watchdog import Watchdog
-from tests.train.conftest import SmallRun
+from tests.train.conftest import SmallRun, numbers
 
 SECONDS = 1.2
 
@@ -55,6 +56,21 @@ def test_a_hang_ends_the_process_and_leaves_its_stacks(tmp_path: Path, how: str,
         assert stacks.read_text().startswith("rank 3, a batch, ")
         assert ("in items_of_which_the_third_hangs" in stacks.read_text()) == (how == "an item")
         assert "rank 3: a batch has taken more than train.stall_minutes=0.02; " in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_stacks_are_shown_when_asked_and_the_run_goes_on(small_run: SmallRun) -> None:
+    config = small_run.config("asked", train={"steps": 60})
+    process = small_run.start(config)
+    metrics = Path(config.run.dir) / "metrics.jsonl"
+    while not metrics.exists() or not metrics.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 0
+    assert "Current thread 0x" in told and "in _loop" in told and "Thread 0x" in told  # the watchdog's own
+    assert [row["step"] for row in numbers(config.run.dir) if "loss" in row] == list(range(1, 61))
 
 
 def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch) -> None:

@@ -20,7 +20,9 @@ def wandb_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def wandb_name(key: str) -> str:
-    """W&B's name of a key of metrics.jsonl: loss is train/loss, valid_loss/hg38 is valid/loss/hg38."""
+    """W&B's name of a key of metrics.jsonl: loss/hg38 is train/loss/hg38, valid_loss/hg38 is valid/loss/hg38."""
+    if key.startswith("loss/"):
+        return f"train/{key}"
     if key in _AXES or "/" in key.removeprefix("valid_loss/"):
         return key
     if key.startswith("valid_"):

@@ -1,4 +1,4 @@
-"""Head + cross-entropy at labelled positions on the GPU. Shapes: S streams, D channels, V vocabulary."""
+"""Head + cross-entropy at labelled positions on the GPU. Shapes: S streams, B sequences, D channels, V vocabulary."""
 
 import torch
 import triton
@@ -22,12 +22,22 @@ def head_cross_entropy(
 def launch_forward(
     hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
 ) -> tuple[Tensor, Tensor]:
-    programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
-    sums = hidden.new_empty(programs, 2, dtype=torch.float32)
+    S, V, D = weight.shape
+    B, L = labels.shape
+    sequence_tiles = triton.cdiv(L, ROWS)
+    tiles = B * sequence_tiles
+    operands = (hidden, weight, labels, labels if loss_weights is None else loss_weights)
+    sums = hidden.new_empty(2, B, sequence_tiles, dtype=torch.float32)
     with device_of(hidden):
-        kernels.cross_entropy_forward_kernel[(programs,)](*operands, sums, *sizes, **options)
-    total = sums.sum(0)
-    return total[0].clone(), total[1].clone()
+        kernels.cross_entropy_forward_kernel[(_programs(tiles, hidden),)](
+            *(operand.contiguous() for operand in operands),
+            sums,
+            *(S, B * L, L, sequence_tiles, tiles, D, V, ignore_label),
+            HAS_WEIGHTS=loss_weights is not None,
+            **_options(V),
+        )
+    loss_sums, weight_sums = sums.sum(-1)
+    return loss_sums.clone(), weight_sums.clone()
 
 
 cross_entropy_forward = torch.library.custom_op(
@@ -37,18 +47,28 @@ cross_entropy_forward = torch.library.custom_op(
 
 @cross_entropy_forward.register_fake
 def _(hidden, weight, labels, loss_weights, ignore_label):
-    return tuple(hidden.new_empty((), dtype=torch.float32) for _ in range(2))
+    return tuple(hidden.new_empty(labels.shape[0], dtype=torch.float32) for _ in range(2))
 
 
 def launch_backward(
     dloss: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, ignore_label: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight."""
-    programs, operands, sizes, options = _arguments(hidden, weight, labels, loss_weights, ignore_label)
+    """Gradients of hidden and weight; dloss (B,)."""
+    S, V, D = weight.shape
+    tokens = labels.numel()
+    programs = _programs(triton.cdiv(tokens, ROWS), hidden)
+    token_gradient = torch.where((labels < 0) | (labels >= V), torch.nan, dloss.float()[:, None])
+    if loss_weights is not None:
+        token_gradient = token_gradient * loss_weights
+    operands = (hidden, weight, labels, token_gradient.float())
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     dweight = torch.zeros(programs, *weight.shape, dtype=torch.float32, device=weight.device)
     with device_of(hidden):
-        kernels.cross_entropy_backward_kernel[(programs,)](*operands, dloss, dhidden, dweight, *sizes, **options)
+        kernels.cross_entropy_backward_kernel[(programs,)](
+            *(operand.contiguous() for operand in operands),
+            *(dhidden, dweight, S, tokens, D, V, ignore_label),
+            **_options(V),
+        )
     return dhidden, dweight.sum(0).to(weight.dtype)
 
 
@@ -74,12 +94,10 @@ def _backward(ctx, dloss, _dweight_sum):
 cross_entropy_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _arguments(hidden, weight, labels, loss_weights, ignore_label) -> tuple[int, tuple, tuple, dict]:
-    """(programs, tensors, sizes, compile-time options) of both kernels."""
-    S, V, D = weight.shape
-    tokens = labels.numel()
-    programs = max(1, min(triton.cdiv(tokens, ROWS), 4 * multiprocessors(hidden.device)))
-    tensors = (hidden, weight, labels, labels if loss_weights is None else loss_weights)
-    options = {"ROWS": ROWS, "VB": max(16, triton.next_power_of_2(V)), "DB": CHANNELS, **LAUNCH}
-    options["HAS_WEIGHTS"] = loss_weights is not None
-    return programs, tuple(t.contiguous() for t in tensors), (S, tokens, D, V, ignore_label), options
+def _programs(tiles: int, tensor: Tensor) -> int:
+    return max(1, min(tiles, 4 * multiprocessors(tensor.device)))
+
+
+def _options(V: int) -> dict[str, object]:
+    """Compile-time options of both kernels."""
+    return {"ROWS": ROWS, "VB": max(16, triton.next_power_of_2(V)), "DB": CHANNELS, **LAUNCH}

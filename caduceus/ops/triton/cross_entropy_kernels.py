@@ -1,6 +1,6 @@
-"""Kernels of head + cross-entropy. A program takes tiles of ROWS tokens and skips those without a labelled base, so
-logits exist only in registers. Streams are summed into the logits before the softmax. Of a label that is neither
-ignored nor in the vocabulary, loss and gradients are NaN.
+"""Kernels of head + cross-entropy. A program takes tiles of ROWS tokens, in the forward pass of one sequence each, and
+skips those without a labelled base, so logits exist only in registers. Streams are summed into the logits before the
+softmax. Of a label that is neither ignored nor in the vocabulary, the loss is NaN.
 """
 
 import triton
@@ -35,6 +35,9 @@ def cross_entropy_forward_kernel(
     sums_ptr,
     S,
     tokens,
+    L,
+    sequence_tiles,
+    tiles,
     D,
     V,
     ignore,
@@ -43,14 +46,15 @@ def cross_entropy_forward_kernel(
     DB: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """sums (programs, 2): over a program's labelled tokens, of weight · cross-entropy and of weight."""
+    """sums (2, tiles): over the labelled tokens of a tile, of weight · cross-entropy and of weight."""
     v = tl.arange(0, VB)
-    losses = tl.zeros([ROWS], tl.float32)
-    weights = tl.zeros([ROWS], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        label = tl.load(label_ptr + row, mask=row < tokens, other=ignore)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        sequence = tile // sequence_tiles
+        place = tl.cast(tile % sequence_tiles, tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = tl.cast(sequence, tl.int64) * L + place
+        label = tl.load(label_ptr + row, mask=place < L, other=ignore)
         use = label != ignore
+        loss, weight_sum = 0.0, 0.0
         if tl.max(use.to(tl.int32), axis=0) > 0:
             logits = _logits(hidden_ptr, weight_ptr, row, use, S, tokens, D, v, V, ROWS, VB, DB)
             top = tl.max(logits, axis=1)
@@ -60,11 +64,11 @@ def cross_entropy_forward_kernel(
             weight = use.to(tl.float32)
             if HAS_WEIGHTS:
                 weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
-            losses += weight * (normaliser - own)
-            weights += weight
-    sums_ptr += tl.program_id(0).to(tl.int64) * 2
-    tl.store(sums_ptr, tl.sum(losses, axis=0))
-    tl.store(sums_ptr + 1, tl.sum(weights, axis=0))
+            loss = tl.sum(weight * (normaliser - own), axis=0)
+            weight_sum = tl.sum(weight, axis=0)
+        sum_at = sums_ptr + tl.cast(tile, tl.int64)
+        tl.store(sum_at, loss)
+        tl.store(sum_at + tiles, weight_sum)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -72,8 +76,7 @@ def cross_entropy_backward_kernel(
     hidden_ptr,
     weight_ptr,
     label_ptr,
-    loss_weight_ptr,
-    dloss_ptr,
+    token_gradient_ptr,
     dhidden_ptr,
     dweight_ptr,
     S,
@@ -84,11 +87,12 @@ def cross_entropy_backward_kernel(
     ROWS: tl.constexpr,
     VB: tl.constexpr,
     DB: tl.constexpr,
-    HAS_WEIGHTS: tl.constexpr,
 ):
-    """dhidden (S, tokens, D), zero at tokens without a label; dweight (programs, S, V, D), which begins as zero."""
+    """dhidden (S, tokens, D), zero at tokens without a label; dweight (programs, S, V, D), which begins as zero.
+
+    token_gradient (tokens,) fp32: of the loss with respect to the cross-entropy of each labelled token.
+    """
     v = tl.arange(0, VB)
-    dloss = tl.load(dloss_ptr).to(tl.float32)
     dweight_ptr += tl.program_id(0).to(tl.int64) * S * V * D
     for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -99,11 +103,8 @@ def cross_entropy_backward_kernel(
         if labelled:
             logits = _logits(hidden_ptr, weight_ptr, row, use, S, tokens, D, v, V, ROWS, VB, DB)
             e = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-            weight = use.to(tl.float32) * dloss
-            if HAS_WEIGHTS:
-                weight *= tl.load(loss_weight_ptr + row, mask=use, other=0.0).to(tl.float32)
+            weight = tl.load(token_gradient_ptr + row, mask=use, other=0.0)
             onehot = (v[None, :] == label[:, None]).to(tl.float32)
-            weight = tl.where(use & ((label < 0) | (label >= V)), float("nan"), weight)
             dlogits = weight[:, None] * (e / tl.sum(e, axis=1)[:, None] - onehot)
         for s in range(S):
             for start in range(0, D, DB):

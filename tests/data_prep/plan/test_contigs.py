@@ -80,6 +80,49 @@ def test_organelles_are_told_by_several_signs() -> None:
     assert choose({"B": LONG, "C": PLASTID}, titles=titles).left_out == {"plastid": {"C": PLASTID}}
 
 
+def left_out(lengths: dict[str, int], titles: dict[str, str] | None = None) -> list[str]:
+    return [name for contigs in choose(lengths, titles=titles).left_out.values() for name in contigs]
+
+
+def test_an_organelle_of_one_letter_is_told_by_its_length_beside_short_chromosomes() -> None:
+    linkage_groups = {f"LG{number}": 400_000 - 50_000 * number for number in range(5)}
+    assert left_out(linkage_groups | {"ChrC": PLASTID, "ChrM": 366_924}) == ["ChrC", "ChrM"]
+    assert left_out(linkage_groups | {"C": 95_000, "M": 366_924}) == ["C", "M"], (
+        "95,000: below a quarter of the longest"
+    )
+    assert left_out(linkage_groups | {"C": 230_000}) == [], "no usual length, and as long as the others"
+    assert left_out({"C": PLASTID}) == [], "the whole genome"
+    assert left_out({"C": PLASTID, "1": 120_000}) == [], "most of the genome"
+
+
+@pytest.mark.parametrize("length", [1_000, 10_999])
+@pytest.mark.parametrize("stem", ["contig{}", "A{}"])
+def test_what_is_shorter_than_any_plastid_is_none(stem: str, length: int) -> None:
+    others = {stem.format(letter): LONG for letter in "ABCDEF"}
+    assert left_out(others | {"C": length}) == []
+    assert left_out(others | {"C": 11_400}) == ["C"]
+    assert left_out(others | {"M": 5_000}) == [] and left_out(others | {"M": 5_970}) == ["M"]
+
+
+@pytest.mark.parametrize("names", ["A C E", "a C F", "chrA C chrG", "A B C", "chrD chrC", "D c"])
+def test_a_letter_is_a_chromosome_where_other_chromosomes_have_letters(names: str) -> None:
+    lengths = {name: PLASTID if name.lower() in ("c", "chrc") else LONG for name in names.split()}
+    assert left_out(lengths) == []
+
+
+@pytest.mark.parametrize("names", ["1 2 C", "X Y C", "chrI chrII chrV chrX C", "U Z W C", "A01 C01 C", "A 1 C"])
+def test_letters_of_sexes_and_numbers_make_no_series(names: str) -> None:
+    assert left_out({name: PLASTID if name == "C" else LONG for name in names.split()})[-1:] == ["C"]
+
+
+def test_a_title_makes_a_letter_a_chromosome() -> None:
+    lengths, title = {"1": LONG, "C": PLASTID}, "C Some fungus strain 7 chromosome C, complete sequence"
+    assert left_out(lengths, {"C": title}) == []
+    assert left_out(lengths, {"C": "C dna:chromosome chromosome:TAIR10:C:1:154478:1 REF"}) == ["C"], (
+        "of any, in Ensembl"
+    )
+
+
 SCAFFOLDS = {
     "RefSeq, one mitochondrion": {**{f"NW_0{number}.1": 50_000 for number in range(40)}, "NC_012345.1": 16_500},
     "names with the word": {**{f"Mu_scaffold_{number}": 90_000 for number in range(20)}, "ctg1": 10_000},

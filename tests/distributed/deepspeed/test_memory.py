@@ -62,7 +62,7 @@ def _weigh_a_training(rank: int, stage: int) -> Held:
         hooks = [model.blocks[-1].register_forward_hook(weigh("forward"))]
         hooks.append(model.blocks[0].register_forward_hook(watch_the_gradient))
         with strategy.accumulating(True):
-            strategy.backward(strategy.model(tokens, tokens, None, return_logits=False).loss_sum / LENGTH)
+            strategy.backward(strategy.model(tokens, tokens, None, return_logits=False).loss_sum.sum() / LENGTH)
         strategy.clip(1.0)
         strategy.step(1e-3)
         for hook in hooks:

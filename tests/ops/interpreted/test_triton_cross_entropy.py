@@ -13,36 +13,45 @@ FP32 = 1e-5
 HALF = {torch.float16: 5e-4, torch.bfloat16: 8e-3}
 
 
-def compare(streams: int, tokens: int, D: int, weighted: bool, labelled: float, dtype=torch.float32, tolerance=FP32):
-    generator = torch.Generator(torch.get_default_device()).manual_seed(tokens)
-    hidden = torch.randn(streams, 1, tokens, D, generator=generator).to(dtype)
+def compare(
+    streams: int, shape: tuple[int, int], D: int, weighted: bool, labelled: float, dtype=torch.float32, tolerance=FP32
+):
+    generator = torch.Generator(torch.get_default_device()).manual_seed(shape[1])
+    hidden = torch.randn(streams, *shape, D, generator=generator).to(dtype)
     weight = torch.randn(streams, 16, D, generator=generator) / D**0.5
-    labels = torch.randint(7, 11, (1, tokens), generator=generator)
-    labels[torch.rand(1, tokens, generator=generator) >= labelled] = IGNORE
-    loss_weights = torch.rand(1, tokens, generator=generator) if weighted else None
+    labels = torch.randint(7, 11, shape, generator=generator)
+    labels[torch.rand(shape, generator=generator) >= labelled] = IGNORE
+    loss_weights = torch.rand(shape, generator=generator) if weighted else None
+    of_sequence = 1.0 + torch.arange(shape[0])  # so that none passes for another in the gradients
     results = {}
     for backend in ("naive", "triton"):
         h, w = ((t.double() if backend == "naive" else t).detach().requires_grad_() for t in (hidden, weight))
         loss, total = ops.head_cross_entropy(h, w, labels, loss_weights, ignore_label=IGNORE, backend=backend)
-        results[backend] = [loss, total, *torch.autograd.grad(3 * loss, [h, w])]
+        results[backend] = [loss, total, *torch.autograd.grad(3 * loss @ of_sequence.to(loss.dtype), [h, w])]
     for right, found in zip(results["naive"], results["triton"], strict=True):
         assert found.shape == right.shape
         assert (right - found.double()).abs().max() <= tolerance * right.abs().max()
 
 
 def test_two_streams_are_summed_before_the_softmax():
-    compare(2, 40, 20, weighted=True, labelled=0.3)
+    compare(2, (1, 40), 20, weighted=True, labelled=0.3)
+
+
+def test_the_sums_of_each_sequence():
+    compare(1, (3, 21), 4, weighted=True, labelled=0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("streams", "tokens", "D", "labelled"), [(1, 1, 1, 1.0), (3, 33, 65, 0.2), (1, 70, 64, 1.0)])
-def test_sizes(streams, tokens, D, labelled, weighted):
-    compare(streams, tokens, D, weighted, labelled)
+@pytest.mark.parametrize(
+    ("streams", "shape", "D", "labelled"), [(1, (1, 1), 1, 1.0), (3, (3, 33), 65, 0.2), (1, (5, 14), 64, 1.0)]
+)
+def test_sizes(streams, shape, D, labelled, weighted):
+    compare(streams, shape, D, weighted, labelled)
 
 
 def test_nothing_labelled_is_zero_with_zero_gradient():
-    compare(2, 35, 8, weighted=False, labelled=0.0)
+    compare(2, (2, 35), 8, weighted=False, labelled=0.0)
 
 
 @pytest.mark.parametrize("label", [-100, 16, 2**40])
@@ -105,7 +114,7 @@ def test_offsets_past_2_to_the_31(tmp_path, device, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision(dtype):
-    compare(2, 40, 20, True, 0.5, dtype, HALF[dtype])
+    compare(2, (2, 20), 20, True, 0.5, dtype, HALF[dtype])
 
 
 @pytest.mark.slow
@@ -119,7 +128,7 @@ def test_composes_with_torch(weighted):
         torch.full((1, 5), 7),
         torch.rand(1, 5) if weighted else None,
     )
-    torch.library.opcheck(cross_entropy_backward, (torch.ones(()), *tensors, IGNORE))
+    torch.library.opcheck(cross_entropy_backward, (torch.ones(1), *tensors, IGNORE))
     for leaf in tensors[:2]:
         leaf.requires_grad_()
     torch.library.opcheck(cross_entropy_forward, (*tensors, IGNORE))

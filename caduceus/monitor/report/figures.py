@@ -1,0 +1,196 @@
+"""The report's figures, by matplotlib: inline SVG whose colours follow the page's, and PNG for slides."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from caduceus.monitor.report.history import History, binned
+from caduceus.monitor.report.runs import Reported
+from caduceus.page import COLOURS
+
+AXES = {"tokens": "tokens, billions", "step": "steps", "hours": "hours of training steps"}
+"""What curves are drawn against: {name: label}."""
+BINS = 300
+_SERIES = [name for name in COLOURS if name.startswith("series")]
+_MARKS = {"start": ("^", "series2"), "rewind": ("D", "series3"), "checkpoint": ("o", "series0")}
+_MOST_SPECIES = 8
+_SIZE = (5.0, 3.4)
+"""Inches: so wide that its letters keep their size on a page of 400 pixels."""
+_INK, _FAINT, _LINE = (COLOURS[name][0] for name in ("ink", "faint", "line"))
+_STYLE = {
+    "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "legend.fontsize": 8, "path.simplify": False,
+    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _FAINT, "xtick.color": _FAINT, "ytick.color": _FAINT,
+    "axes.grid": True, "grid.color": _LINE, "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False, "axes.axisbelow": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A figure of one quantity: name (of its files), title, unit, and the column of training rows that it shows.
+
+    of: what is drawn of the column's values. valid: whether validations are drawn too.
+    """
+
+    name: str
+    title: str
+    unit: str
+    column: str
+    of: Callable[[np.ndarray], np.ndarray] = np.asarray
+    valid: bool = False
+    logarithmic: bool = False
+
+
+def _perplexity(loss: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(loss)
+    return np.where(np.isfinite(perplexity), perplexity, np.nan)
+
+
+CURVES = (
+    Curves("loss", "Loss", "nats per labelled base", "loss", valid=True),
+    Curves("perplexity", "Perplexity", "exp of the loss", "loss", _perplexity, valid=True),
+    Curves("throughput", "Throughput", "tokens per second", "tokens_per_second"),
+    Curves("memory", "Memory at its peak", "GiB, most of any rank", "peak_memory_bytes", lambda held: held / 2**30),
+    Curves("grad_norm", "Gradient norm", "before clipping", "grad_norm", logarithmic=True),
+    Curves("lr", "Learning rate", "", "lr"),
+)
+
+
+@rc_context(_STYLE)
+def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
+    """One quantity of all runs: a mean with the band of least and greatest values, validations as dots."""
+    figure, axes = _figure(curves.title + (f", {curves.unit}" if curves.unit else ""), axis)
+    shown = []
+    for number, run in enumerate(runs):
+        colour, history = colour_of(number), run.history
+        values = curves.of(history.train[curves.column])
+        if curves.logarithmic:
+            values = np.where(values > 0, values, np.nan)
+        x, mean, least, most = binned(history.at(history.train["step"], axis), values, BINS)
+        name = _shortened(run.name)
+        label = f"{name}, train" if curves.valid else name
+        axes.plot(x, mean, color=colour, linewidth=0.9, label=label, gid=f"train-{number}")
+        if len(values) > BINS:
+            axes.fill_between(x, least, most, color=colour, alpha=0.2, linewidth=0)
+        shown.append(mean)
+        if curves.valid and len(history.valid_steps):
+            y = curves.of(history.valid["valid_loss"])
+            x = history.at(history.valid_steps, axis)
+            style = {"color": colour, "linestyle": "--", "linewidth": 1.1, "gid": f"valid-{number}"}
+            axes.plot(x, y, marker="o", markersize=3, label=f"{name}, valid", **style)
+            shown.append(y)
+    if curves.logarithmic and any(np.isfinite(values).any() for values in shown):
+        axes.set_yscale("log")
+    elif curves.column == "tokens_per_second":
+        axes.yaxis.set_major_formatter(EngFormatter())
+    elif curves.valid:
+        _leave_out_first_steps(axes, shown)
+    return _with_legend(figure, axes)
+
+
+@rc_context(_STYLE)
+def draw_species(runs: Sequence[Reported], axis: str) -> Figure | None:
+    """Validation loss of each species; None where there is at most one. A run's lines share their style."""
+    names = sorted({name for run in runs for name in run.history.valid if "/" in name})[:_MOST_SPECIES]
+    if len(names) < 2:
+        return None
+    figure, axes = _figure("Validation loss per species, nats per labelled base", axis)
+    for number, run in enumerate(runs):
+        for place, name in enumerate(names):
+            if name in run.history.valid:
+                species = name.partition("/")[2]
+                label = (
+                    _shortened(species) if len(runs) == 1 else f"{_shortened(run.name, 16)}, {_shortened(species, 12)}"
+                )
+                style = {"color": colour_of(place), "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1.1}
+                style |= {"marker": "o", "markersize": 3, "gid": f"species-{number}-{place}"}
+                x = run.history.at(run.history.valid_steps, axis)
+                axes.plot(x, run.history.valid[name], label=label, **style)
+    return _with_legend(figure, axes)
+
+
+@rc_context(_STYLE)
+def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
+    """A lane per run with its starts, rewinds and the checkpoints that are on the disk."""
+    figure, axes = _figure("Starts, rewinds and checkpoints", axis, (_SIZE[0], 1.4 + 0.3 * len(runs)))
+    for lane, run in enumerate(runs):
+        history: History = run.history
+        axes.plot([0, history.at(history.train["step"][-1:], axis)[0]], [lane, lane], color=_FAINT, linewidth=1)
+        for kind, (marker, colour) in _MARKS.items():
+            steps = np.array([event.step for event in run.events if event.kind == kind and event.step is not None])
+            height = np.full(len(steps), lane + (0.18 if kind == "checkpoint" else -0.18 if kind == "rewind" else 0.0))
+            where = history.at(steps, axis)
+            style = {"marker": marker, "linestyle": "none", "markersize": 5, "color": COLOURS[colour][0]}
+            axes.plot(where, height, label=None if lane else kind, gid=f"{kind}-{lane}", **style)
+    axes.set_yticks(range(len(runs)), [_shortened(run.name, 16) for run in runs])
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    return _with_legend(figure, axes, columns=3)
+
+
+def colour_of(number: int) -> str:
+    return COLOURS[_SERIES[number % len(_SERIES)]][0]
+
+
+def to_svg(figure: Figure, name: str, words: str) -> str:
+    """SVG for a page: its colours are the page's variables, its ids its own, and it names no other file.
+
+    words: what a reader who does not see the figure is told.
+    """
+    with rc_context({**_STYLE, "svg.hashsalt": name}):
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = written.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for variable in ("ink", "faint", "line", *_SERIES):
+        svg = svg.replace(COLOURS[variable][0], f"var(--{variable})")
+    box = re.search(r'viewBox="([^"]*)"', svg)[1]
+    svg = f'<svg viewBox="{box}" role="img" aria-label="{words}">' + svg[svg.index(">") + 1 :]
+    return re.sub(r"\n\s*", "\n", svg)
+
+
+def to_png(figure: Figure) -> bytes:
+    """PNG on white, for slides."""
+    written = io.BytesIO()
+    with rc_context(_STYLE):
+        figure.savefig(written, format="png", dpi=200, facecolor="white")
+    return written.getvalue()
+
+
+def _figure(title: str, axis: str, size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(AXES[axis])
+    return figure, axes
+
+
+def _with_legend(figure: Figure, axes: Axes, columns: int = 2) -> Figure:
+    figure.legend(loc="outside lower left", ncols=columns)
+    return figure
+
+
+def _leave_out_first_steps(axes: Axes, shown: Sequence[np.ndarray]) -> None:
+    """Let the first steps, before even the base composition is learnt, not flatten everything that follows."""
+    later = np.concatenate([values[len(values) // 20 :] if len(values) > 40 else values for values in shown])
+    later = later[np.isfinite(later)]
+    if len(later) and later.max() > later.min():
+        margin = 0.05 * (later.max() - later.min())
+        axes.set_ylim(later.min() - margin, later.max() + margin)
+
+
+def _shortened(text: str, longest: int = 20) -> str:
+    text = text.lstrip("_").replace("$", r"\$")  # matplotlib hides the labels that begin so, and sets $ as formulas
+    half = longest // 2  # paths differ at either end
+    return text if len(text) <= longest else f"{text[:half]}…{text[half + 1 - longest :]}"

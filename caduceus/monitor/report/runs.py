@@ -1,0 +1,134 @@
+"""What a report tells of a run besides its rows: state, events, configuration."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from caduceus.config import config_to_dict
+from caduceus.errors import UserError
+from caduceus.monitor.report.history import History, read_history
+from caduceus.run.directory import RunDirectory
+from caduceus.run.ends import first_cause, read_ends
+
+_FRESH_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a run. step: where, None where that is not known. time: seconds since the epoch."""
+
+    kind: str
+    step: int | None
+    time: float | None
+    words: str
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A run as the report shows it. config: {key: value}, with what every `auto` became at the last start."""
+
+    name: str
+    path: Path
+    history: History
+    events: list[Event]
+    state: str
+    steps: int
+    config: dict[str, str]
+
+
+def read_run(path: Path) -> Reported:
+    """Read a run directory; `UserError` where it is none or has no rows."""
+    run = RunDirectory.open(path)
+    config = run.config()
+    try:
+        history = read_history(run.metrics_path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: metrics.jsonl is missing; the run has made no steps yet") from None
+    except OSError as error:
+        raise UserError(f"{run.metrics_path}: {error.strerror}") from None
+    if not len(history.train["step"]):
+        raise UserError(f"{run.metrics_path}: holds no training rows; the run has made no steps yet")
+    events = _events(run, history)
+    state = _state(run, history, events, config.train.steps)
+    settings = _settings(config_to_dict(config), run.resolved_path)
+    return Reported(path.resolve().name, path, history, events, state, config.train.steps, settings)
+
+
+def differences(runs: list[Reported]) -> list[tuple[str, list[str]]]:
+    """(key, value in each run) of every key in which the runs' configurations are not the same."""
+    keys = sorted({key for run in runs for key in run.config})
+    rows = [(key, [run.config.get(key, "–") for run in runs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _settings(config: dict[str, Any], resolved_path: Path) -> dict[str, str]:
+    settings = {f"{section}.{key}": _shown(value) for section, keys in config.items() for key, value in keys.items()}
+    with contextlib.suppress(Exception):  # a file that an interrupted disk left: what was asked for is known
+        resolved: Any = OmegaConf.to_container(OmegaConf.load(resolved_path))
+        for section, keys in resolved.items():
+            for key, told in keys.items():
+                asked, takes = _shown(told["asked"]), _shown(told["takes"])
+                settings[f"{section}.{key}"] = takes if asked == takes else f"{asked} → {takes}"
+    return settings
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _events(run: RunDirectory, history: History) -> list[Event]:
+    starts = [_start(number, start) for number, start in enumerate(run.starts()) if isinstance(start, dict)]
+    rewinds = [
+        Event("rewind", step, None, f"rewind to step {step:,}; {samples:,} samples passed over")
+        for step, samples in history.jumps()
+    ]
+    checkpoints = []
+    for checkpoint in run.checkpoints():
+        with contextlib.suppress(OSError):  # it has just been removed
+            made = checkpoint.path.stat().st_mtime
+            checkpoints.append(Event("checkpoint", checkpoint.step, made, f"checkpoint of step {checkpoint.step:,}"))
+    return [*starts, *rewinds, *checkpoints, *_ends(run.path)]
+
+
+def _start(number: int, start: dict[str, Any]) -> Event:
+    moment = None
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        moment = datetime.strptime(start["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    step = start.get("step")
+    step = step if isinstance(step, int) else None
+    where = f" on {start['host']}" if start.get("host") else ""
+    ranks = f", {start['ranks']} ranks" if isinstance(start.get("ranks"), int) and start["ranks"] > 1 else ""
+    words = f"restart {number}" if number else "start"
+    return Event("start", step, moment, f"{words} after step {step or 0:,}{where}{ranks}")
+
+
+def _ends(path: Path) -> list[Event]:
+    """The end of each attempt that left one: a job's, as a process that is started by hand leaves none."""
+    events = []
+    for folder in sorted((path / "logs" / "ends").glob("*-*")):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            ends = read_ends(folder)
+            cause = first_cause(ends)
+            latest = max((end.time for end in ends.values()), default=None)
+            if cause is not None:
+                kind = cause.kind.value if cause.kind else "failed"
+                events.append(Event("end", None, cause.time, f"{kind} on {cause.host}: {cause.message}"))
+            elif latest is not None:
+                events.append(Event("end", None, latest, "ended by itself"))
+    return events
+
+
+def _state(run: RunDirectory, history: History, events: list[Event], steps: int) -> str:
+    step = int(history.train["step"][-1])
+    if step >= steps:
+        return "finished"
+    if run.is_in_use() or time.time() - run.metrics_path.stat().st_mtime < _FRESH_SECONDS:
+        return "in training"
+    latest = max((event for event in events if event.time is not None), key=lambda event: event.time, default=None)
+    failed = latest is not None and latest.kind == "end" and latest.words != "ended by itself"
+    return f"failed: {latest.words}" if failed else f"stopped at step {step:,} of {steps:,}"
