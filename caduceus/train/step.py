@@ -49,8 +49,8 @@ def training_step(
             clock.lap("exchange")
         shares.append(share.detach().double())
         sums.append(torch.stack([output.loss_sum, output.weight_sum]).detach().double())
-    by_species = sums_by_species(loader, micro_batches, sums)
-    loss, *by_species = ranks.sum(torch.cat([torch.stack(shares).sum()[None], by_species.flatten()])).tolist()
+    totals = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
+    loss, *by_species = ranks.sum(torch.cat(totals)).tolist()
     clock.lap("communication")
     lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
     grad_norm = strategy.clip(config.train.clip_norm).item()
@@ -64,8 +64,7 @@ def training_step(
     progress.tokens += config.train.global_batch * config.data.seq_len
     progress.loader = loader.state()
     if not updating:
-        suspects = _suspects(micro_batches, sums, loss)
-        if suspects:
+        if suspects := _suspects(micro_batches, sums, loss):
             reason = "the loss leapt" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
             logs = RunDirectory(config.run.dir).logs_path
             report_skipped_step(logs, ranks.rank, loader, progress.step, reason, suspects)
