@@ -63,11 +63,10 @@ def training_step(
     progress.step += 1
     progress.tokens += config.train.global_batch * config.data.seq_len
     progress.loader = loader.state()
-    if not updating:
-        if suspects := _suspects(micro_batches, sums, loss):
-            reason = "the loss leapt" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
-            logs = RunDirectory(config.run.dir).logs_path
-            report_skipped_step(logs, ranks.rank, loader, progress.step, reason, suspects)
+    if not updating and (suspects := _suspects(micro_batches, sums, loss)):
+        reason = "the loss leapt" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
+        logs = RunDirectory(config.run.dir).logs_path
+        report_skipped_step(logs, ranks.rank, loader, progress.step, reason, suspects)
     return {
         "step": progress.step,
         "samples": loader.samples_consumed,
