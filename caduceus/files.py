@@ -26,7 +26,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
-    """A file to write, which becomes `path` at the end of the block; where the block raises, nothing of it stays."""
+    """A file to write, which becomes `path` at the end of the block; where the block raises, it leaves no file."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -63,7 +63,7 @@ def keep_first(new: Path, path: Path) -> None:
 def replacing_directory(path: str | Path) -> Iterator[Path]:
     """A new directory to fill, which takes the place of `path` at the end of the block.
 
-    Where the block raises, nothing of it stays, and what stood at `path` still does.
+    Where the block raises, no temporary file stays, and what stood at `path` still does.
     """
     path = Path(path)
     new, old = temporary_name(path), temporary_name(path)
@@ -227,7 +227,7 @@ _locks: "weakref.WeakSet[IO[bytes]]" = weakref.WeakSet()
 
 
 def _leave_locks_to_parent() -> None:
-    """In a forked process: let go of the parent's locks, which would outlive the parent with this process.
+    """Release the parent's locks in a forked process, which would hold them after the parent's end.
 
     The descriptors stay valid, so that what is closed or flushed later in this process touches nothing.
     """
