@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from caduceus.alphabet import PAD, complement_map
+from caduceus.alphabet import CADUCEUS, IGNORE_LABEL, PLANTCAD
 from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
 from caduceus.model.heads import CaduceusForMaskedLM
@@ -26,6 +26,10 @@ _SHARED_KEYS = {
     "bidirectional_weight_tie": True,
     "rcps": False,
 }
+_VOCAB_SIZES = {12: 12, 16: 12, 8: 8}
+"""Ours for each published `vocab_size`: published checkpoints of Caduceus count the rows that pad its table."""
+_PAD_TOKEN_IDS = {CADUCEUS: CADUCEUS.pad, PLANTCAD: IGNORE_LABEL}
+"""`pad_token_id` of published configurations, which is the label that published code ignores."""
 _SSM_SIZES = {"d_state": 16, "d_conv": 4, "expand": 2}
 # Keys that say how a model was initialised, saved or is called, not which function it is.
 _SSM_KEYS_WITHOUT_EFFECT = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}
@@ -78,7 +82,7 @@ def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Cad
             raise UserError(f"{duplicate}: differs from {name}, to which it should be tied")
     for name in layout.complement_maps:
         if not torch.equal(state_dict[name].cpu(), expected[name]):
-            raise UserError(f"{name}: not the complement of the DNA alphabet")
+            raise UserError(f"{name}: not the complement of the vocabulary '{model.config.vocabulary.name}'")
     model.to(state_dict[layout.embedding].dtype).load_state_dict(layout.from_published(state_dict))
     return model
 
@@ -108,32 +112,31 @@ def config_from_published(published: dict[str, Any]) -> CaduceusConfig:
             if value is _REQUIRED:
                 raise UserError(f"{prefix}{key}: missing from the configuration")
             values[key] = _checked_type(f"{prefix}{key}", value, type(getattr(CaduceusConfig, key)))
-    config = CaduceusConfig(**values)
+    _require(published, "vocab_size", *_VOCAB_SIZES)
+    config = CaduceusConfig(**values, vocab_size=_VOCAB_SIZES[published.get("vocab_size", 12)])
 
-    complement = complement_map(config.padded_vocab_size).tolist()
+    complement = _complement(config)
     _require(published, "model_type", "caduceus")
-    _require(published, "vocab_size", config.vocab_size, config.padded_vocab_size)
     _require(published, "vocab_size_padded", config.padded_vocab_size)
     _require(ssm, "dt_rank", "auto", config.dt_rank, prefix="ssm_cfg.")
     _require(ssm, "conv_bias", True, prefix="ssm_cfg.")
     _require(ssm, "bias", False, prefix="ssm_cfg.")
     given = published.get("complement_map")
     if given is not None and [given.get(str(i), given.get(i)) for i in range(len(given))] != complement[: len(given)]:
-        raise UserError("complement_map: not the complement of the DNA alphabet")
+        raise UserError(f"complement_map: not the complement of the vocabulary '{config.vocabulary.name}'")
     return config
 
 
 def config_to_published(config: CaduceusConfig) -> dict[str, Any]:
     """The published configuration of the same function; `config_from_published` gives `config` back."""
     sizes = {key: getattr(config, key) for key in _SSM_SIZES}
-    complement = complement_map(config.padded_vocab_size).tolist()
     return {
         **{key: getattr(config, key) for key in _SHARED_KEYS},
         "vocab_size": config.vocab_size,
         "vocab_size_padded": config.padded_vocab_size,
         "ssm_cfg": {**sizes, "dt_rank": "auto", "conv_bias": True, "bias": False},
-        "complement_map": {str(token): other for token, other in enumerate(complement)},
-        "pad_token_id": PAD,
+        "complement_map": {str(token): other for token, other in enumerate(_complement(config))},
+        "pad_token_id": _PAD_TOKEN_IDS[config.vocabulary],
     }
 
 
@@ -163,7 +166,7 @@ class PublishedLayout:
         for name, duplicate in self.tied():
             published[duplicate] = published[name]
         for name in self.complement_maps:
-            published[name] = torch.from_numpy(complement_map(self.config.padded_vocab_size))
+            published[name] = torch.tensor(_complement(self.config))
         return {name: tensor.detach().clone() for name, tensor in published.items()}
 
     def from_published(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -218,6 +221,10 @@ class PublishedLayout:
                 for index, direction in enumerate(directions[:1] if tied else directions):
                     name = f"{self._mixer(layer)}.mamba_{direction}.{theirs}"
                     yield _Entry(f"blocks.{layer}.mixer.{ours}", index, name)
+
+
+def _complement(config: CaduceusConfig) -> list[int]:
+    return config.vocabulary.complement(config.padded_vocab_size).tolist()
 
 
 def _refuse(names: set[str], problem: str) -> None:
