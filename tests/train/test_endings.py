@@ -91,7 +91,8 @@ def failing_run(config: Config, name: str) -> Ending:
         rank.join()
     failed = float(directory.with_suffix(".failed").read_text())
     messages = [directory.with_suffix(f".{rank}.log").read_text() for rank in range(2)]
-    return Ending([rank.exitcode for rank in ranks], messages, read_ends(directory.with_suffix(".ends")), ended - failed)
+    statuses, ends = [rank.exitcode for rank in ranks], read_ends(directory.with_suffix(".ends"))
+    return Ending(statuses, messages, ends, ended - failed)
 
 
 def wait_for_all(ranks: list[multiprocessing.Process], seconds: float) -> None:
