@@ -98,7 +98,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_pickled(path: Path) -> dict[str, Any]:
     """What torch.save wrote, without running any code of the file: numbers of numpy and omegaconf are read as well."""
-    numpy_types = [np.dtype, np._core.multiarray.scalar, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU")]
+    numpy_types = [np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU")]
     nodes = (omegaconf.nodes, omegaconf.base, omegaconf.dictconfig, omegaconf.listconfig)
     configurations = [value for module in nodes for value in vars(module).values() if _is_of_omegaconf(value)]
     safe = [*numpy_types, *configurations, typing.Any, collections.defaultdict, dict, list, int, float, str, bool]

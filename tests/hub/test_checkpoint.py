@@ -1,4 +1,4 @@
-"""Whatever form published weights come in, they load: files, shards, pickles, Lightning; and `show` says what they are."""
+"""Whatever form published weights come in, they load: files, shards, pickles, Lightning; and `show` tells."""
 
 import json
 import logging
