@@ -1,8 +1,8 @@
 """Bases -> token ids for `transformers`, as fast as memory: a table of bytes instead of a search for words.
 
 Any letter is one token, upper or lower case; U is T. `mode="plain"` shows a sequence as pre-training does: N and other
-IUPAC codes by the vocabulary's rule, nothing appended. `mode="published"` is the published Caduceus tokenizer: N has the
-token N, and a sequence ends with [SEP]. Special tokens may stand in a string, as in `ACG[MASK]T`.
+IUPAC codes by the rule of the vocabulary, nothing appended. `mode="published"` is the published Caduceus tokenizer: N
+has the token N, and a sequence ends with [SEP]. Special tokens may stand in a string, as in `ACG[MASK]T`.
 """
 
 import re
