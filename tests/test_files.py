@@ -31,9 +31,8 @@ HOLDER = """
 import os, sys, time
 from caduceus.files import take_lock
 lock = take_lock(sys.argv[1])
-child = os.fork()
-if child:
-    print(child, flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)  # by the child, which has then let go of the lock
 time.sleep(60)
 """
 
@@ -180,16 +179,21 @@ def test_a_child_forked_while_a_lock_is_waited_for_does_not_hold_it(tmp_path: Pa
     opened = str(path)
     while sum(os.path.realpath(file) == opened for file in Path("/proc/self/fd").iterdir()) < 2:
         time.sleep(0.01)
+    ready, tell = os.pipe()
     child = os.fork()
     if not child:
+        os.write(tell, b"!")
         signal.pause()
     try:
+        os.read(ready, 1)
         holder.close()
         waiting.join(10)
         assert not waiting.is_alive() and not is_locked(path)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
 
 
 def test_the_end_of_a_child_does_not_end_the_lock(tmp_path: Path) -> None:
