@@ -30,7 +30,7 @@ class FSDP(Strategy):
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
         offload = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
-        holders = config.parallel.shard or self.ranks.world
+        self._holders = holders = config.parallel.shard or self.ranks.world
         if self.ranks.is_main and (share := largest_share(model, holders)) > _UNEVEN / holders:
             _log.warning(
                 "parallel.shard: %d ranks cannot share this model evenly: one of them holds %.0f %% of the parameters "
@@ -55,6 +55,10 @@ class FSDP(Strategy):
     def backward(self, loss: torch.Tensor) -> None:
         # FSDP averages over ranks, and the shares of the loss are to be added up.
         (loss * self.ranks.world).backward()
+
+    @property
+    def copies(self) -> int:
+        return self.ranks.world // self._holders
 
     def clip(self, clip_norm: float) -> torch.Tensor:
         return super().clip(clip_norm).full_tensor()

@@ -10,6 +10,8 @@ with Y held channel-flipped and F the flip of channels. Here tensors stay where 
 mirrored stream, to which F M' F applies, is stream 0 in even blocks and stream 1 in odd ones.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from caduceus.alphabet import complement_map
 from caduceus.config import CaduceusConfig
 from caduceus.model.block import Block, Norm, residual_dtype
+from caduceus.model.observer import Observer
 from caduceus.ops import Context, Strands
 
 
@@ -129,6 +132,19 @@ class Backbone(nn.Module):
         """From now on every sequence is a slice of one that goes on over the ranks of `context`."""
         for block in self.blocks:
             block.mixer.context = context
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[Observer]:
+        """Within, one forward pass tells the observer what it looks like from within."""
+        observer = Observer()
+        observed = [module for block in self.blocks for module in (block, block.mixer)]
+        for module in observed:
+            module.observer = observer
+        try:
+            yield observer
+        finally:
+            for module in observed:
+                module.observer = None
 
     def no_weight_decay_parameters(self) -> set[str]:
         """Names of the parameters that published training exempts from weight decay: biases, norms, A_log and D."""

@@ -17,6 +17,7 @@ from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step
 from caduceus.train.metrics import StepClock, measurements
 from caduceus.train.optimizer import learning_rate
+from caduceus.train.vitals import Vitals
 
 
 def training_step(
@@ -29,7 +30,7 @@ def training_step(
     gradient is not finite, or whose loss leapt, consumes its samples and updates nothing: loss and norm are global, so
     all ranks see the same.
     """
-    ranks = strategy.ranks
+    ranks, vitals = strategy.ranks, Vitals(config, strategy, progress.step + 1)
     clock = StepClock(ranks.device)
     with ranks.agreeing():
         micro_batches = [next(batches) for _ in range(loader.per_step)]
@@ -40,7 +41,7 @@ def training_step(
     shares, sums = [], []
     for number, batch in enumerate(micro_batches, start=1):
         with strategy.accumulating(last=number == loader.per_step):
-            with autocast(ranks.device, config.train.precision):
+            with autocast(ranks.device, config.train.precision), vitals.observing(number):
                 output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
             share = output.loss_sum.sum() / weight
             clock.lap("forward")
@@ -53,10 +54,12 @@ def training_step(
     loss, *by_species = ranks.sum(torch.cat(totals)).tolist()
     clock.lap("communication")
     lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
+    vitals.before_update()
     grad_norm = strategy.clip(config.train.clip_norm).item()
     updating = progress.health.may_update(loss, grad_norm, config.train)
     if updating:
         strategy.step(lr)
+        vitals.after_update()
     else:
         strategy.discard_gradients()
     clock.lap("optimizer")
@@ -76,7 +79,7 @@ def training_step(
         "lr": lr,
         "grad_norm": grad_norm,
         "skipped_steps": progress.health.skipped_steps,
-        **measurements(config, ranks, loader, clock),
+        **measurements(config, ranks, loader, clock, vitals),
     }
 
 
