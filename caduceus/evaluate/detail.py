@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from caduceus.alphabet import BASE_TOKENS, COMPLEMENT_TOKEN, IGNORE_LABEL
+from caduceus.alphabet import IGNORE_LABEL, Vocabulary
 from caduceus.data.batch import Batch
 
 REGIONS = ("nonrepeat", "repeat")
@@ -21,7 +21,6 @@ _OF_REGION = 3
 _CONFUSION = _OF_REGION * len(REGIONS)
 _STRANDS = _CONFUSION + len(BASES) ** 2
 _COLUMNS = _STRANDS + 2
-_FIRST = BASE_TOKENS[0]
 
 Mirror = Callable[[torch.Tensor], torch.Tensor]
 """(B, L, …) of sequences, or of this rank's slices of them -> the same of the sequences read backwards."""
@@ -30,7 +29,8 @@ Mirror = Callable[[torch.Tensor], torch.Tensor]
 class Details:
     """Sums over the labelled bases of each species. `sums` (species, columns) float64 add up over ranks."""
 
-    def __init__(self, species: Sequence[str], device: torch.device) -> None:
+    def __init__(self, species: Sequence[str], vocabulary: Vocabulary, device: torch.device) -> None:
+        self._first = vocabulary.bases[0]
         self._rows = {name: row for row, name in enumerate(species)}
         self.sums = torch.zeros(len(species), _COLUMNS, dtype=torch.float64, device=device)
 
@@ -39,7 +39,7 @@ class Details:
         labelled = batch.labels != IGNORE_LABEL
         labels, logits = batch.labels[labelled], logits[labelled]
         losses = F.cross_entropy(logits, labels, reduction="none")
-        true, taken = labels - _FIRST, _of_bases(logits).argmax(-1)
+        true, taken = labels - self._first, self._of_bases(logits).argmax(-1)
         sums, right = self.sums[self._rows[species]], true == taken
         repeats = torch.zeros_like(right) if batch.repeats is None else batch.repeats[labelled]
         for number, region in enumerate((~repeats, repeats)):
@@ -54,7 +54,7 @@ class Details:
         logits (B, L, V) of the batch; reverse (B, L, V) of its reverse complement, position by position the same bases.
         """
         labelled = batch.labels != IGNORE_LABEL
-        forward, backward = (_of_bases(values[labelled]).double().softmax(-1) for values in (logits, reverse))
+        forward, backward = (self._of_bases(values[labelled]).double().softmax(-1) for values in (logits, reverse))
         distance = (forward - backward.flip(-1)).abs().sum(-1) / 2  # A C G T backwards are their complements
         self.sums[self._rows[species], _STRANDS:] += torch.stack([distance.sum(), labelled.sum()])
 
@@ -70,10 +70,14 @@ class Details:
             row |= {f"valid_confusion/{true}{t}": s for t, s in zip(BASES, shares, strict=True) if not math.isnan(s)}
         return row
 
+    def _of_bases(self, logits: torch.Tensor) -> torch.Tensor:
+        """(n, V) -> (n, 4)."""
+        return logits[:, self._first : self._first + len(BASES)]
 
-def reverse_complement_of(batch: Batch, mirror: Mirror) -> torch.Tensor:
+
+def reverse_complement_of(batch: Batch, vocabulary: Vocabulary, mirror: Mirror) -> torch.Tensor:
     """The input (B, L) of the batch's sequences, or slices of them, on the other strand."""
-    complement = torch.from_numpy(COMPLEMENT_TOKEN).to(batch.input_ids.device)
+    complement = torch.from_numpy(vocabulary.complement(len(vocabulary.tokens))).to(batch.input_ids.device)
     return mirror(complement[batch.input_ids])
 
 
@@ -83,11 +87,6 @@ def of_loss(loss: float) -> dict[str, float]:
         "valid_perplexity": math.exp(loss) if loss < 700 else math.inf,
         "valid_bits_per_base": loss / math.log(2),
     }
-
-
-def _of_bases(logits: torch.Tensor) -> torch.Tensor:
-    """(n, V) -> (n, 4)."""
-    return logits[:, _FIRST : _FIRST + len(BASES)]
 
 
 def _told(suffix: str, regions: Sequence[torch.Tensor], strands: torch.Tensor) -> dict[str, float]:

@@ -34,7 +34,8 @@ def held_out_loss(
     model.eval()
     rows = {species: row for row, species in enumerate(batches.species)}
     sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
-    details, mirrored = Details(batches.species, device), set()
+    vocabulary = getattr(model, "module", model).config.vocabulary
+    details, mirrored = Details(batches.species, vocabulary, device), set()
     for species, batch in each(batches):
         with autocast(device, precision):
             output = model(batch.input_ids, batch.labels, batch.loss_weights)
@@ -43,7 +44,7 @@ def held_out_loss(
         if mirror is not None and species not in mirrored:
             mirrored.add(species)
             with autocast(device, precision):
-                reverse = model(reverse_complement_of(batch, mirror)).logits
+                reverse = model(reverse_complement_of(batch, vocabulary, mirror)).logits
             details.add_strands(species, output.logits, mirror(reverse), batch)
     model.train(training)
     sums, of_details = add_up(sums), add_up(details.sums)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from caduceus.alphabet import IGNORE_LABEL
 from caduceus.data import ShardedGenome, build_loader
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.ranks import Ranks
@@ -43,7 +44,7 @@ def test_norms_ratios_and_epochs_are_those_of_the_first_update(small_run: SmallR
     strategy = build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")), build_optimizer)
     loader = build_loader(config)
     batches = [batch for _, batch in zip(range(2), loader, strict=False)]
-    labelled = sum(int((batch.labels != 4).sum()) for batch in batches)
+    labelled = sum(int((batch.labels != IGNORE_LABEL).sum()) for batch in batches)
     for batch in batches:
         (strategy.model(batch.input_ids, batch.labels).loss_sum.sum() / labelled).backward()
     named = dict(strategy.model.named_parameters())
