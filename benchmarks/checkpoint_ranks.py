@@ -4,7 +4,7 @@
 
 Processor time in one process, which plays the first rank: unpickling what the others plan to write, the common plan,
 pickling it for them, and unpickling what they have written. It holds Python's lock, so training waits meanwhile.
-Written by `all` ranks (a whole copy planned by each, as before), by those of one `copy` that 8 ranks share, or by `one`.
+Written by `all` ranks, each of which plans a whole copy, by those of one `copy` that 8 ranks share, or by `one`.
 """
 
 import argparse
