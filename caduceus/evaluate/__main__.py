@@ -13,7 +13,7 @@ from caduceus.errors import UserError, run_command
 from caduceus.evaluate.commands import add_embed
 
 _START = """
-Uses a trained model, and says what it is worth. To begin, give it a run:
+Says what a trained model is worth, and uses it. To begin, give it a run:
 
   {caduceus-evaluate} heldout --run runs/ps-1k  # loss on held-out sequences, per species
   {caduceus-evaluate} embed --model runs/ps-1k --input genes.fa --out genes.npz  # a vector for each sequence
