@@ -87,7 +87,6 @@ def _transformers_step(options: argparse.Namespace, use_mambapy: bool) -> Callab
     )
     model = MambaForCausalLM(config)
     input_ids, labels = _batch(options)
-    labels = labels.masked_fill(labels == IGNORE_LABEL, -100)
     return _training_step(model, lambda: model(input_ids, labels=labels).loss)
 
 

@@ -32,7 +32,7 @@ import webdataset
 from machine import processor
 
 from caduceus.allocator import keep_freed_memory
-from caduceus.alphabet import BYTE_TO_TOKEN, IGNORE_LABEL, IS_ACGT_BYTE, MASK, TOKENS, A
+from caduceus.alphabet import CADUCEUS, IGNORE_LABEL, IS_ACGT_BYTE
 from caduceus.config import config_from_dict
 from caduceus.data import ShardedGenome, build_loader
 
@@ -134,12 +134,12 @@ def webdataset_batches(shards: Path, seq_len: int, batch: int) -> Batches:
     source = mixed()
     while True:
         bases = np.stack(list(itertools.islice(source, batch)))
-        tokens = BYTE_TO_TOKEN[bases]
+        tokens = CADUCEUS.encode(bases)
         chosen = (rng.random(bases.shape, np.float32) < MASK_PROB) & IS_ACGT_BYTE[bases]
         kind = rng.random(bases.shape, np.float32)
-        labels = np.where(chosen, tokens, IGNORE_LABEL)
-        random_tokens = rng.integers(A, A + 4, bases.shape, dtype=np.uint8)
-        inputs = np.where(chosen & (kind < MASK_TOKEN_PROB), MASK, tokens)
+        labels = np.where(chosen, tokens.astype(np.int8), IGNORE_LABEL)
+        random_tokens = rng.integers(CADUCEUS.bases[0], CADUCEUS.bases[3] + 1, bases.shape, dtype=np.uint8)
+        inputs = np.where(chosen & (kind < MASK_TOKEN_PROB), CADUCEUS.mask, tokens)
         shown_at_random = chosen & (kind >= MASK_TOKEN_PROB) & (kind < MASK_TOKEN_PROB + RANDOM_TOKEN_PROB)
         inputs = np.where(shown_at_random, random_tokens, inputs)
         yield torch.from_numpy(inputs).long(), torch.from_numpy(labels).long()
@@ -148,7 +148,7 @@ def webdataset_batches(shards: Path, seq_len: int, batch: int) -> Batches:
 def pyfaidx_batches(fasta: Path, seq_len: int, batch: int) -> Batches:
     genome = pyfaidx.Fasta(str(fasta))
     lengths = {record.name: len(record) for record in genome}
-    vocabulary = {token: number for number, token in enumerate(TOKENS)}
+    vocabulary = {token: number for number, token in enumerate(CADUCEUS.tokens)}
     complement = {"A": "T", "C": "G", "G": "C", "T": "A"}
     rng = random.Random(0)
 
@@ -164,8 +164,8 @@ def pyfaidx_batches(fasta: Path, seq_len: int, batch: int) -> Batches:
         as_mask = torch.bernoulli(torch.full(tokens.shape, MASK_TOKEN_PROB)).bool() & chosen
         rest = RANDOM_TOKEN_PROB / (1 - MASK_TOKEN_PROB)
         at_random = torch.bernoulli(torch.full(tokens.shape, rest)).bool() & chosen & ~as_mask
-        tokens[as_mask] = MASK
-        tokens[at_random] = torch.randint(A, A + 4, tokens.shape)[at_random]
+        tokens[as_mask] = CADUCEUS.mask
+        tokens[at_random] = torch.randint(CADUCEUS.bases[0], CADUCEUS.bases[3] + 1, tokens.shape)[at_random]
         return tokens, labels
 
     while True:

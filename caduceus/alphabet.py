@@ -1,18 +1,17 @@
-"""The DNA alphabet: token ids, complements, and the tables between bytes, tokens and reverse complements.
+"""The DNA alphabet: bytes, their complements, and the vocabularies that published models have of it.
 
-Token ids are those of the published Caduceus tokenizer. All tables are 256-entry numpy arrays indexed by byte,
-so that encoding and reverse complementing are one gather each.
+A model's vocabulary, found by its number of tokens, says which token a base is and which token complements it; inputs,
+masks and labels follow it. Tables are 256-entry numpy arrays indexed by byte, so that encoding and reverse
+complementing are one gather each.
 """
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-CLS, SEP, BOS, MASK, PAD, RESERVED, UNK = range(7)
-A, C, G, T, N = range(7, 12)
-VOCAB_SIZE = 12
-TOKENS = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", "A", "C", "G", "T", "N")
-BASE_TOKENS = (A, C, G, T)
-IGNORE_LABEL = PAD
-"""Label of a position that is not predicted; the published code uses the id of [PAD]."""
+IGNORE_LABEL = -100
+"""Label of a position that is not predicted, in every vocabulary."""
 
 _IUPAC = b"ACGTURYSWKMBDHVN"
 _IUPAC_COMPLEMENT = b"TGCAAYRSWMKVHDBN"
@@ -26,26 +25,8 @@ def _complement_bytes() -> np.ndarray:
     return table
 
 
-def _byte_to_token() -> np.ndarray:
-    table = np.full(256, UNK, dtype=np.uint8)
-    for byte, token in zip(b"ACGTN", (A, C, G, T, PAD), strict=True):
-        table[byte] = table[byte + 32] = token
-    return table
-
-
-def complement_map(vocab_size: int) -> np.ndarray:
-    """Complement of every token id, (vocab_size,) int64: swaps A/T and C/G, everything else maps to itself."""
-    table = np.arange(vocab_size, dtype=np.int64)
-    table[[A, C, G, T]] = [T, G, C, A]
-    return table
-
-
 COMPLEMENT_BYTE = _complement_bytes()
 """(256,) uint8: IUPAC complement of a base byte, case kept."""
-BYTE_TO_TOKEN = _byte_to_token()
-"""(256,) uint8: input token of a base byte. N stands as [PAD], as in the published training; other codes as [UNK]."""
-COMPLEMENT_TOKEN = complement_map(VOCAB_SIZE)
-"""(12,) int64: complement of a token."""
 IS_ACGT_BYTE = np.isin(np.arange(256, dtype=np.uint8), np.frombuffer(b"ACGTacgt", np.uint8))
 """(256,) bool: the bytes that can be labels."""
 IS_IUPAC_BYTE = np.isin(np.arange(256, dtype=np.uint8), np.frombuffer(_IUPAC + _IUPAC.lower(), np.uint8))
@@ -57,6 +38,58 @@ def reverse_complement(bases: np.ndarray) -> np.ndarray:
     return COMPLEMENT_BYTE[bases[::-1]]
 
 
-def encode(bases: np.ndarray) -> np.ndarray:
-    """Token ids of ASCII bases, (L,) uint8 -> (L,) uint8."""
-    return BYTE_TO_TOKEN[bases]
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a published model. The bases A, C, G, T are four ids in a row, the highest that inputs have."""
+
+    name: str
+    tokens: tuple[str, ...]
+    """By id. A model's table may have more rows, which pad it and complement themselves."""
+    n: str
+    """The token that N is shown as; IUPAC codes other than A, C, G, T and N are shown as [UNK]."""
+
+    @property
+    def mask(self) -> int:
+        return self.tokens.index("[MASK]")
+
+    @property
+    def pad(self) -> int:
+        return self.tokens.index("[PAD]")
+
+    @property
+    def unk(self) -> int:
+        return self.tokens.index("[UNK]")
+
+    @cached_property
+    def bases(self) -> tuple[int, int, int, int]:
+        """Ids of A, C, G and T."""
+        a = [token.upper() for token in self.tokens].index("A")
+        return a, a + 1, a + 2, a + 3
+
+    @cached_property
+    def of_byte(self) -> np.ndarray:
+        """(256,) uint8: input token of a base byte, whatever its case."""
+        table = np.full(256, self.unk, dtype=np.uint8)
+        for byte, token in zip(b"ACGTN", (*self.bases, self.tokens.index(self.n)), strict=True):
+            table[byte] = table[byte + 32] = token
+        return table
+
+    def encode(self, bases: np.ndarray) -> np.ndarray:
+        """Token ids of ASCII bases, (L,) uint8 -> (L,) uint8."""
+        return self.of_byte[bases]
+
+    def complement(self, rows: int) -> np.ndarray:
+        """Complement of every token id, (rows,) int64: swaps A/T and C/G, everything else maps to itself."""
+        table = np.arange(rows, dtype=np.int64)
+        table[list(self.bases)] = self.bases[::-1]
+        return table
+
+
+CADUCEUS = Vocabulary(
+    "caduceus", ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *"ACGTN"), n="[PAD]"
+)
+"""Of the published Caduceus; N stands as [PAD], as in its training."""
+PLANTCAD = Vocabulary("plantcad", ("[PAD]", "[MASK]", "[UNK]", *"acgt"), n="[UNK]")
+"""Of the published PlantCaduceus and PlantCAD2."""
+VOCABULARIES = {12: CADUCEUS, 8: PLANTCAD}
+"""By `model.vocab_size`, as published: PlantCAD's counts a row that no token has."""

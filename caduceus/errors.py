@@ -7,6 +7,7 @@ another rank. Anything else is a crash, with its traceback.
 import enum
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 
@@ -87,6 +88,24 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def tell(error: BaseException, interrupted: str = "interrupted") -> int:
+    """Say on stderr what ends the process, as a line where one explains it; returns the exit status.
+
+    `interrupted` is said after Ctrl-C.
+    """
+    if isinstance(error, SystemExit):  # by which all has been said
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, ONE_LINE):
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more must not change the status
+        print(interrupted, file=sys.stderr)
+        return 130
+    traceback.print_exception(error)
+    return 1
+
+
 def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> None:
     """Run a command line's `main` and exit with its status; `ONE_LINE` errors become one line and their status.
 
@@ -94,11 +113,6 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
     """
     try:
         status = main()
-    except ONE_LINE as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = error.status
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more must not change the status
-        print(interrupted, file=sys.stderr)
-        status = 130
+    except (*ONE_LINE, KeyboardInterrupt) as error:
+        status = tell(error, interrupted)
     sys.exit(status or 0)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from caduceus.alphabet import IGNORE_LABEL, encode
+from caduceus.alphabet import CADUCEUS, IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data import ShardedGenome
 from caduceus.data.loader import build_validation
@@ -27,7 +27,7 @@ def training_sequences(directory: str) -> Iterator[np.ndarray]:
         for window in table.windows:
             start, contig = int(window["start"]), table.contigs[window["contig"]]
             bases = genome.read(species, contig, start, start + int(window["length"]))
-            yield kmer.codes_of_tokens(encode(bases))
+            yield kmer.codes_of_tokens(CADUCEUS.encode(bases))
 
 
 def validation_set(config: Config) -> tuple[np.ndarray, np.ndarray]:

@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from caduceus import alphabet
+from caduceus.alphabet import CADUCEUS
 
 HIDDEN = 4
 
 
 def codes_of_tokens(tokens: np.ndarray) -> np.ndarray:
     """Codes of token ids, same shape, int64. [MASK], [PAD] and [UNK] are HIDDEN."""
-    codes = tokens.astype(np.int64) - alphabet.A
+    codes = tokens.astype(np.int64) - CADUCEUS.bases[0]
     return np.where((codes >= 0) & (codes < 4), codes, HIDDEN)
 
 

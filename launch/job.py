@@ -12,6 +12,7 @@ from caduceus.config import Config
 from caduceus.errors import ONE_LINE, Kind
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, recording_end
+from caduceus.run.leaving import leaving
 from launch import history, scheduler
 from launch.history import submissions
 from launch.node import check_node, node_defaults, own_slice
@@ -28,6 +29,10 @@ class TrainTask:
 
     def __call__(self) -> int:
         """Train; returns the trainer's exit status. What happens then is for the batch script (launch/requeue.py)."""
+        with leaving():
+            return self._run()
+
+    def _run(self) -> int:
         # Until the trainer listens, a signal ends the process: there is nothing to save yet, and submitit's own
         # handlers would swallow it or requeue from one rank alone.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):

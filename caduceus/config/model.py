@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from caduceus.alphabet import VOCAB_SIZE
+from caduceus.alphabet import VOCABULARIES, Vocabulary
 from caduceus.config.keys import check_section, key
-from caduceus.errors import UserError
 
 
 @dataclass
@@ -14,7 +13,13 @@ class CaduceusConfig:
 
     d_model: int = key(256, "Width of one strand's hidden state.", fixes="numbers", least=1)
     n_layer: int = key(4, "Blocks of the model.", fixes="numbers", least=1)
-    vocab_size: int = key(VOCAB_SIZE, "Tokens of the alphabet.", fixes="numbers")
+    vocab_size: int = key(
+        12,
+        "Tokens, which say what the vocabulary is: 12 is Caduceus's, 8 PlantCAD's, with ids and a complement of its "
+        "own. Inputs, masks and labels follow it; shards serve both.",
+        fixes="numbers",
+        choices=tuple(VOCABULARIES),
+    )
     pad_vocab_size_multiple: int = key(
         8, "The vocabulary is padded up to a multiple of this.", fixes="numbers", least=1
     )
@@ -59,11 +64,14 @@ class CaduceusConfig:
         return math.ceil(self.d_model / 16)
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens of inputs and labels."""
+        return VOCABULARIES[self.vocab_size]
+
+    @property
     def padded_vocab_size(self) -> int:
         multiple = self.pad_vocab_size_multiple
         return math.ceil(self.vocab_size / multiple) * multiple
 
     def __post_init__(self) -> None:
         check_section("model", self)
-        if self.vocab_size != VOCAB_SIZE:
-            raise UserError(f"model.vocab_size: the DNA alphabet has {VOCAB_SIZE} tokens, got {self.vocab_size}")

@@ -258,11 +258,11 @@ def build_validation(
     """
     micro_batch = micro_batch or config.train.micro_batch
     if config.data.mode == "stream":
-        reader = StreamValidation(config.data, config.valid.samples, positions)
+        reader = StreamValidation(config, positions)
         chosen = {SPECIES: reader.samples}
     else:
         dataset = open_dataset(config.data, split)
-        reader = SampleReader(dataset, config.data, positions)
+        reader = SampleReader(dataset, config, positions)
         chosen = validation_samples(dataset, config.valid.samples)
     return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 

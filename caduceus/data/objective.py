@@ -13,30 +13,28 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from caduceus.alphabet import (
-    BASE_TOKENS,
-    BYTE_TO_TOKEN,
-    COMPLEMENT_BYTE,
-    IGNORE_LABEL,
-    IS_IUPAC_BYTE,
-    MASK,
-)
+from caduceus.alphabet import COMPLEMENT_BYTE, IGNORE_LABEL, IS_IUPAC_BYTE, Vocabulary
 from caduceus.config import DataConfig
 
 _INVALID = 255
 _CHUNK = 1024
-_FIRST_BASE, _LAST_BASE = min(BASE_TOKENS), max(BASE_TOKENS)
-assert tuple(sorted(BASE_TOKENS)) == tuple(range(_FIRST_BASE, _LAST_BASE + 1)), "the kernel draws from a range"
 
 
-def _token_tables() -> np.ndarray:
+class Tokens(NamedTuple):
+    """A vocabulary, as the kernels take it."""
+
+    of_byte: np.ndarray
     """(2, 256) uint8: token of a stored byte as it is and complemented; a byte that no genome may hold is invalid."""
-    tokens = np.where(IS_IUPAC_BYTE, BYTE_TO_TOKEN, _INVALID).astype(np.uint8)
-    complemented = np.where(IS_IUPAC_BYTE, BYTE_TO_TOKEN[COMPLEMENT_BYTE], _INVALID).astype(np.uint8)
-    return np.stack([tokens, complemented])
+    mask: np.uint8
+    first_base: np.uint8
+    """A, C, G and T are the four ids from here on, and the highest."""
 
-
-_TOKENS = _token_tables()
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> "Tokens":
+        as_stored = np.where(IS_IUPAC_BYTE, vocabulary.of_byte, _INVALID)
+        complemented = np.where(IS_IUPAC_BYTE, vocabulary.of_byte[COMPLEMENT_BYTE], _INVALID)
+        table = np.stack([as_stored, complemented]).astype(np.uint8)
+        return cls(table, np.uint8(vocabulary.mask), np.uint8(vocabulary.bases[0]))
 
 
 class Masking(NamedTuple):
@@ -65,14 +63,16 @@ def _hash(key: np.uint64, position: np.uint64) -> np.uint64:
 
 
 @numba.njit(nogil=True, cache=True)
-def _mask(bases, mirrored, keys, first, labelled, shown_as_mask, shown_as_mask_or_random, tokens, input_ids, labels):
+def _mask(bases, mirrored, keys, first, masking, tokens, input_ids, labels):
     rows, length = bases.shape
+    labelled, shown_as_mask, shown_as_mask_or_random = masking
+    of_byte, mask, first_base = tokens
     invalid = np.zeros(rows, np.int64)
     # Chunks, so that hashing is a vector loop, and the choice of positions has no branch to mispredict.
     draws = np.empty(_CHUNK, np.uint64)
     chosen = np.empty(_CHUNK, np.int64)
     for row in range(rows):
-        table = tokens[1] if mirrored[row] else tokens[0]
+        table = of_byte[1] if mirrored[row] else of_byte[0]
         source = bases[row, ::-1] if mirrored[row] else bases[row, ::1]
         for begin in range(0, length, _CHUNK):
             count = min(_CHUNK, length - begin)
@@ -85,14 +85,14 @@ def _mask(bases, mirrored, keys, first, labelled, shown_as_mask, shown_as_mask_o
                 labels[row, begin + i] = IGNORE_LABEL
                 invalid[row] += token == _INVALID
                 chosen[picked] = i
-                picked += (draws[i] >> np.uint64(32) < labelled) & (token >= _FIRST_BASE)
+                picked += (draws[i] >> np.uint64(32) < labelled) & (token >= first_base)
             for i in chosen[:picked]:
                 labels[row, begin + i] = input_ids[row, begin + i]
                 kind = (draws[i] >> np.uint64(2)) & np.uint64(0x3FFFFFFF)
                 if kind < shown_as_mask:
-                    input_ids[row, begin + i] = MASK
+                    input_ids[row, begin + i] = mask
                 elif kind < shown_as_mask_or_random:
-                    input_ids[row, begin + i] = np.uint8(_FIRST_BASE + (draws[i] & np.uint64(3)))
+                    input_ids[row, begin + i] = np.uint8(first_base + (draws[i] & np.uint64(3)))
     return invalid
 
 
@@ -100,9 +100,10 @@ def _mask(bases, mirrored, keys, first, labelled, shown_as_mask, shown_as_mask_o
 def _shift(bases, mirrored, tokens, input_ids, labels):
     rows, given = bases.shape
     length = input_ids.shape[1]
+    of_byte, _, first_base = tokens
     invalid = np.zeros(rows, np.int64)
     for row in range(rows):
-        table = tokens[1] if mirrored[row] else tokens[0]
+        table = of_byte[1] if mirrored[row] else of_byte[0]
         for i in range(given):
             token = table[bases[row, given - 1 - i if mirrored[row] else i]]
             if token == _INVALID:
@@ -110,7 +111,7 @@ def _shift(bases, mirrored, tokens, input_ids, labels):
             if i < length:
                 input_ids[row, i] = token
             if i > 0:
-                labels[row, i - 1] = token if token >= _FIRST_BASE else np.uint8(IGNORE_LABEL)
+                labels[row, i - 1] = np.int8(token) if token >= first_base else np.int8(IGNORE_LABEL)
         if given == length:
             labels[row, length - 1] = IGNORE_LABEL
     return invalid
@@ -129,26 +130,28 @@ def _weigh(bases, mirrored, shift, repeat_weight, weights):
 
 
 def mask_bases(
-    bases: np.ndarray, mirrored: np.ndarray, keys: np.ndarray, first: int, masking: Masking
+    bases: np.ndarray, mirrored: np.ndarray, keys: np.ndarray, first: int, masking: Masking, tokens: Tokens
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masked-base inputs and labels of positions first … first+L-1 of each sample.
 
     `bases` (B, L) uint8 as stored; the rows with `mirrored` (B,) bool are read as their reverse complement, of which
-    they are the same positions. `keys` (B,) uint64. Returns `input_ids` (B, L) uint8, `labels` (B, L) uint8 with
+    they are the same positions. `keys` (B,) uint64. Returns `input_ids` (B, L) uint8, `labels` (B, L) int8 with
     `IGNORE_LABEL` where nothing is predicted, and the count (B,) of bytes that are no IUPAC code.
     """
-    input_ids, labels = np.empty(bases.shape, np.uint8), np.empty(bases.shape, np.uint8)
-    invalid = _mask(bases, mirrored, keys, first, *masking, _TOKENS, input_ids, labels)
+    input_ids, labels = np.empty(bases.shape, np.uint8), np.empty(bases.shape, np.int8)
+    invalid = _mask(bases, mirrored, keys, first, masking, tokens, input_ids, labels)
     return input_ids, labels, invalid
 
 
-def shift_bases(bases: np.ndarray, mirrored: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def shift_bases(
+    bases: np.ndarray, mirrored: np.ndarray, length: int, tokens: Tokens
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Next-base inputs and labels of `length` positions; `bases` has one column more, or ends with the sample.
 
     Shapes and results as of `mask_bases`, without masking: the label of a position is the base after it.
     """
-    input_ids, labels = np.empty((len(bases), length), np.uint8), np.empty((len(bases), length), np.uint8)
-    invalid = _shift(bases, mirrored, _TOKENS, input_ids, labels)
+    input_ids, labels = np.empty((len(bases), length), np.uint8), np.empty((len(bases), length), np.int8)
+    invalid = _shift(bases, mirrored, tokens, input_ids, labels)
     return input_ids, labels, invalid
 
 
@@ -166,7 +169,7 @@ class SampleArrays:
     input_ids: np.ndarray
     """(B, L) uint8."""
     labels: np.ndarray
-    """(B, L) uint8, `IGNORE_LABEL` where nothing is predicted."""
+    """(B, L) int8, `IGNORE_LABEL` where nothing is predicted."""
     loss_weights: np.ndarray | None
     """(B, L) float32; None where all are 1."""
     g: np.ndarray
@@ -178,18 +181,19 @@ class SampleArrays:
 
 
 class Objective:
-    """Tokens of samples, or of the slice `positions` (first, end) of each.
+    """Tokens of samples in the model's vocabulary, or of the slice `positions` (first, end) of each.
 
     Attributes: `first` and `end` of the positions whose bases it needs. With next_base these are one more than the
     slice has, where the sample goes on, because the last label is the base after it.
     """
 
-    def __init__(self, data: DataConfig, positions: tuple[int, int] | None = None) -> None:
+    def __init__(self, data: DataConfig, vocabulary: Vocabulary, positions: tuple[int, int] | None = None) -> None:
         self.first, end = positions or (0, data.seq_len)
         self._length = end - self.first
         self._shift = int(data.objective == "next_base")
         self.end = min(end + self._shift, data.seq_len)
         self._masking = Masking.of(data.mask_prob, data.mask_token_prob, data.random_token_prob)
+        self._tokens = Tokens.of(vocabulary)
         self._repeat_weight = data.repeat_weight
 
     def tokens(self, bases: np.ndarray, mirrored: np.ndarray, samples: np.ndarray) -> tuple[SampleArrays, np.ndarray]:
@@ -198,10 +202,10 @@ class Objective:
         Rows with `mirrored` (B,) bool are read as their reverse complement. `samples` (B,) SAMPLE_DTYPE.
         """
         if self._shift:
-            input_ids, labels, invalid = shift_bases(bases, mirrored, self._length)
+            input_ids, labels, invalid = shift_bases(bases, mirrored, self._length, self._tokens)
         else:
             keys = samples["mask_key"].copy()  # out of the packed record, as the kernel needs it
-            input_ids, labels, invalid = mask_bases(bases, mirrored, keys, self.first, self._masking)
+            input_ids, labels, invalid = mask_bases(bases, mirrored, keys, self.first, self._masking, self._tokens)
         weights = None
         if self._repeat_weight != 1:
             weights = weigh_repeats(bases, mirrored, self._length, self._shift, self._repeat_weight)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.config import DataConfig
+from caduceus.config import Config
 from caduceus.data.cache import Prefetcher, UnavailableError
 from caduceus.data.dataset import Dataset
 from caduceus.data.format import STRAND_SYMBOLS
@@ -40,16 +40,16 @@ class SampleReader:
     def __init__(
         self,
         dataset: Dataset,
-        data: DataConfig,
+        config: Config,
         positions: tuple[int, int] | None = None,
         substitute: Callable[[int, int], np.ndarray] | None = None,
     ) -> None:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._objective = Objective(data, positions)
+        self._objective = Objective(config.data, config.model.vocabulary, positions)
         self._substitute = substitute
-        self._verdicts = Verdicts(self._files.identities(), len(self._crops.windows)) if data.check_crc else None
+        self._verdicts = Verdicts(self._files.identities(), len(self._crops.windows)) if config.data.check_crc else None
         self._damaged_windows: set[int] = set()
         self._invalid_crops: set[tuple[int, int]] = set()
         self._prefetcher: Prefetcher | None = None

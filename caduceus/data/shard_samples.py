@@ -33,7 +33,7 @@ class ShardSamples:
         both_strands = resolve_strands(config) == "both"
         self._dataset = open_dataset(data, split)
         self._order = TrainingOrder(self._dataset, seed, both_strands, data.shuffle_block)
-        self._reader = SampleReader(self._dataset, data, positions, self._order.substitute)
+        self._reader = SampleReader(self._dataset, config, positions, self._order.substitute)
 
     def log(self) -> None:
         log_dataset(self._dataset, self._order.mixture.counts)

@@ -43,7 +43,7 @@ class StreamSamples:
         self._seed = config.train.seed
         self._both_strands = resolve_strands(config) == "both"
         self._urls = expand_urls(config.data.path, "data.path", config.data.allow_commands)
-        self._objective = Objective(config.data, positions)
+        self._objective = Objective(config.data, config.model.vocabulary, positions)
 
     def log(self) -> None:
         log_commands(self._urls)
@@ -119,17 +119,18 @@ class _StreamMicroBatches(IterableDataset):
 class StreamValidation:
     """The first crops of `data.valid_path`, kept in memory; reads like a `SampleReader`."""
 
-    def __init__(self, data: DataConfig, limit: int, positions: tuple[int, int] | None) -> None:
+    def __init__(self, config: Config, positions: tuple[int, int] | None) -> None:
+        data = config.data
         if data.valid_path is None:
             raise UserError("data.valid_path: needed to validate in stream mode; name its tars, or set valid.every=0")
         self._urls = expand_urls(data.valid_path, "data.valid_path", data.allow_commands)
         notes: list[str] = []
         crops = crops_of_tars(iter(self._urls), data, notes, tars=len(set(self._urls)))
-        self._crops = np.stack(list(itertools.islice(crops, limit)))
+        self._crops = np.stack(list(itertools.islice(crops, config.valid.samples)))
         crops.close()
         if notes:
             raise UserError(f"data.valid_path: {notes[0]}")
-        self._objective = Objective(data, positions)
+        self._objective = Objective(data, config.model.vocabulary, positions)
         self.samples = np.zeros(len(self._crops), SAMPLE_DTYPE)
         self.samples["g"] = np.arange(len(self._crops))
         self.samples["mask_key"] = key(Purpose.VALIDATION, self.samples["g"])

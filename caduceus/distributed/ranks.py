@@ -8,6 +8,7 @@ exchange logits once per micro-batch; so all ranks of a sample sit on one node. 
 
 import os
 import socket
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -205,10 +206,10 @@ class Ranks:
 
 def is_lost_contact(error: BaseException) -> bool:
     """Whether torch.distributed itself raised the error, as it does where a peer is gone."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    while modules and modules[-1] == "torch._ops":  # by which functional collectives are called
+        modules.pop()
+    raised_in = modules[-1] if modules else ""
     plain = type(error) is RuntimeError or isinstance(error, dist.DistError)
     return plain and raised_in.startswith(("torch.distributed.", "torch.nn.parallel.distributed"))
 

@@ -24,6 +24,7 @@ from caduceus.distributed.layout import check_layout
 from caduceus.distributed.ranks import Ranks, choose_device, is_lost_contact, make_deterministic
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank, one_line
 from caduceus.files import dump_json
+from caduceus.run.leaving import among_peers
 
 MEETING = timedelta(minutes=15)
 """Ranks that are started together come within this."""
@@ -164,19 +165,37 @@ def joined(config: Config) -> Iterator[Ranks]:
     if rank == 0 and (sharing.strands, sharing.context) != (config.parallel.strands or 1, config.parallel.context or 1):
         why = "as a global batch of %d sequences cannot give each of %d ranks a part"
         _log.info(f"%s: chosen, {why}", sharing, config.train.global_batch, world)
-    if not joined_already:
+    arranged = world, sharing.context, device, timeout, sharing.strands
+    if joined_already:
+        with _telling_lost_contact(rank):
+            yield Ranks(rank, *arranged)
+        return
+    with among_peers() if world > 1 else _destroying_group():
         _start_collectives(config, device, store, rank, world, timeout)
+        with _telling_lost_contact(rank):
+            yield Ranks(rank, *arranged)
+    if world > 1:  # after a failure it stays: NCCL destroys it on all ranks together
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _destroying_group() -> Iterator[None]:
     try:
-        yield Ranks(rank, world, sharing.context, device, timeout, sharing.strands)
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _telling_lost_contact(rank: int) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         if not is_lost_contact(error):
             raise
         _log.warning("a collective failed on rank %d", rank, exc_info=error)
         host = socket.gethostname()
         raise PeerError(f"rank {rank} on {host}: lost contact with another rank ({one_line(error)})") from error
-    finally:
-        if not joined_already:
-            dist.destroy_process_group()
 
 
 def _start_collectives(

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caduceus.alphabet import encode
 from caduceus.config import CaduceusConfig
 from caduceus.distributed.ranks import choose_device
 from caduceus.errors import UserError
@@ -57,7 +56,7 @@ class Runner:
 
     def ids(self, bases: np.ndarray) -> Tensor:
         """Token ids (…) int64 on the device of ASCII bases (…) uint8."""
-        return torch.from_numpy(encode(bases).astype(np.int64)).to(self.device)
+        return torch.from_numpy(self.config.vocabulary.encode(bases).astype(np.int64)).to(self.device)
 
     def batches(self, lengths: list[int], most: int, longest: int) -> Iterator[tuple[list[int], bool]]:
         """Which sequences to run together, in their order, and whether they are to be packed into one row.

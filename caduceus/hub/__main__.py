@@ -1,20 +1,26 @@
 """Published Caduceus checkpoints, in and out of our own runs.
 
     python -m caduceus.hub export --run RUN_DIR_OR_CHECKPOINT --out DIR
-    python -m caduceus.hub import --from DIR --out DIR
+    python -m caduceus.hub import --from FOLDER_OR_FILE --out DIR
+    python -m caduceus.hub show FOLDER_OR_FILE
 
 `import` writes `config.yaml` (the `model:` section) and `model.safetensors` (our own names); `export` reads them.
 """
 
+import logging
+
 from caduceus.arguments import Parser
 from caduceus.errors import run_command
-from caduceus.hub.folders import load, load_published, save_imported, save_published
+from caduceus.hub.checkpoint import load_published
+from caduceus.hub.folders import load, save_imported, save_published
+from caduceus.hub.show import contents
 
 _START = """
 Turns a trained model into a published checkpoint, and back. To begin:
 
   {caduceus-hub} export --run runs/ps-1k --out my-caduceus
   {caduceus-hub} import --from my-caduceus --out weights
+  {caduceus-hub} show my-caduceus  # what a folder holds: of a run, an export, or any published checkpoint
 """
 
 
@@ -25,13 +31,21 @@ def main(arguments: list[str] | None = None) -> None:
     export = commands.add_parser("export", help="write a trained model as a published checkpoint")
     export.add_argument("--run", required=True, metavar="RUN_DIR_OR_CHECKPOINT", dest="source")
     import_ = commands.add_parser("import", help="read a published checkpoint into our own layout")
-    import_.add_argument("--from", required=True, metavar="DIR", dest="source")
+    import_.add_argument("--from", required=True, metavar="FOLDER_OR_FILE", dest="source")
+    show = commands.add_parser("show", help="say what a folder or a file of weights holds")
+    show.add_argument("source", metavar="FOLDER_OR_FILE")
     for command in (export, import_):
         command.add_argument("--out", required=True, metavar="DIR")
     options = parser.parse_args(arguments)
+    if options.command == "show":
+        told = contents(options.source)
+        width = max(map(len, told))
+        print("\n".join(f"{name:{width}}  {value}" for name, value in told.items()))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.command == "export":
         model = load(options.source)
-        save_published(model, options.out)
+        save_published(model, options.out, options.source)
     else:
         model = load_published(options.source)
         save_imported(model, options.out)

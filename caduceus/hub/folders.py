@@ -1,38 +1,34 @@
 """Folders that hold a model: runs and their checkpoints, imports, and published checkpoints.
 
-A published checkpoint is a directory with `config.json` and `model.safetensors` (or `pytorch_model.bin`), in the key
-layout of the repository kuleshov-group/caduceus, which `transformers` loads through that repository's remote code. An
-import holds `config.yaml` (the `model:` section) and `model.safetensors` (our own names).
+A published checkpoint is a directory with `config.json` and `model.safetensors`, in the key layout of the repository
+kuleshov-group/caduceus, which `transformers` loads through that repository's remote code. An import holds `config.yaml`
+(the `model:` section) and `model.safetensors` (our own names).
 """
 
 import json
-import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from caduceus.config import load_config
 from caduceus.errors import UserError
-from caduceus.files import dump_json, replacing_directory
-from caduceus.hub.published import PublishedLayout, config_from_published, from_published, to_published
+from caduceus.files import replacing_directory
+from caduceus.hub.card import CARD, model_card
+from caduceus.hub.checkpoint import PUBLISHED_CONFIG, load_published
+from caduceus.hub.published import to_published
+from caduceus.hub.weights import WEIGHTS, read_safetensors
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.run.checkpoints import MARKER
 from caduceus.run.directory import RunDirectory
 
-PUBLISHED_CONFIG = "config.json"
 OWN_CONFIG = "config.yaml"
-WEIGHTS = "model.safetensors"
-PICKLED_WEIGHTS = "pytorch_model.bin"
 
 _REMOTE_CODE = "kuleshov-group/caduceus-ps_seqlen-131k_d_model-256_n_layer-16"
 _TRANSFORMERS_KEYS = {
@@ -44,51 +40,46 @@ _TRANSFORMERS_KEYS = {
         "AutoModelForMaskedLM": f"{_REMOTE_CODE}--modeling_caduceus.CaduceusForMaskedLM",
         "AutoModelForSequenceClassification": f"{_REMOTE_CODE}--modeling_caduceus.CaduceusForSequenceClassification",
     },
-    "torch_dtype": "float32",
 }
 """What `transformers` needs beside the model's configuration: its name for the model, and where the code is."""
 
 
 def load(path: str | Path) -> CaduceusForMaskedLM:
     """The model of a run directory (its newest valid checkpoint), of one of its checkpoints, of an export or another
-    published checkpoint, or of an import. Raises `UserError` naming file or key for whatever does not fit."""
-    return load_published(path) if (Path(path) / PUBLISHED_CONFIG).is_file() else _load_own(Path(path))
+    published checkpoint (see `load_published`), or of an import. Raises `UserError` naming file or key for whatever
+    does not fit."""
+    return _load_own(Path(path)) if is_own(path) else load_published(path)
 
 
-def load_published(directory: str | Path) -> CaduceusForMaskedLM:
-    """Our model from a published checkpoint's directory; `UserError` naming file or key for whatever does not fit."""
-    directory = Path(directory)
-    if not (directory / PUBLISHED_CONFIG).is_file():
-        raise UserError(f"{directory}: not a published checkpoint ({PUBLISHED_CONFIG} is missing)")
-    config = _read_json(directory / PUBLISHED_CONFIG)
-    if (directory / WEIGHTS).is_file():
-        weights = directory / WEIGHTS
-        state_dict = _read_safetensors(weights)
-    elif (directory / PICKLED_WEIGHTS).is_file():
-        weights = directory / PICKLED_WEIGHTS
-        state_dict = _read_pickled(weights)
-    else:
-        raise UserError(f"{directory}: not a published checkpoint (neither {WEIGHTS} nor {PICKLED_WEIGHTS} is there)")
-    try:
-        layout = PublishedLayout(config_from_published(config))
-    except UserError as error:
-        raise UserError(f"{directory / PUBLISHED_CONFIG}: {error}") from None
-    try:
-        # transformers writes a tied weight under one of its names only.
-        return from_published(config, layout.with_tied_names(state_dict))
-    except UserError as error:
-        raise UserError(f"{weights}: {error}") from None
+def is_own(path: str | Path) -> bool:
+    """Whether `path` is a run, a checkpoint of one, or an import; published checkpoints are the other folders."""
+    return any((Path(path) / name).exists() for name in (MARKER, OWN_CONFIG))
 
 
-def save_published(model: CaduceusForMaskedLM, directory: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` as a published checkpoint; `directory` appears when complete.
+def save_published(model: CaduceusForMaskedLM, directory: str | Path, source: str | Path | None = None) -> None:
+    """Write a published checkpoint with a model card; `directory` appears when complete.
 
-    An earlier one in `directory` is replaced; a directory that holds other files is refused.
+    An earlier one in `directory` is replaced; a directory that holds other files is refused. `source`: the run or
+    checkpoint that the model is of, whose data and losses the card then tells.
     """
     config, state_dict = to_published(model)
-    with _new_directory(directory, {PUBLISHED_CONFIG, WEIGHTS}) as writing:
+    with _new_directory(directory, {PUBLISHED_CONFIG, WEIGHTS, CARD}) as writing:
         save_file(state_dict, writing / WEIGHTS, metadata={"format": "pt"})
-        (writing / PUBLISHED_CONFIG).write_bytes(dump_json({**_TRANSFORMERS_KEYS, **config}))
+        # Not sorted: published code takes the values of complement_map in the order in which they stand.
+        dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+        values = dict(sorted({**_TRANSFORMERS_KEYS, "torch_dtype": dtype, **config}.items()))
+        (writing / PUBLISHED_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        (writing / CARD).write_text(_card(model, source))
+
+
+def _card(model: CaduceusForMaskedLM, source: str | Path | None) -> str:
+    """The model card; `source` adds what its run tells."""
+    if source is None or not is_own(source):
+        return model_card(model.config)
+    run, checkpoints = run_of(source), []
+    if (Path(source) / MARKER).is_file():
+        checkpoints = [found for found in run.checkpoints() if found.path.samefile(source)]
+    return model_card(model.config, run, checkpoints[0].step if checkpoints else None)
 
 
 def run_of(path: str | Path) -> RunDirectory:
@@ -111,7 +102,7 @@ def _load_own(path: Path) -> CaduceusForMaskedLM:
     model = CaduceusForMaskedLM(load_config(config_path).model)
     try:
         if (weights / WEIGHTS).is_file():
-            state = _read_safetensors(weights / WEIGHTS)
+            state = read_safetensors(weights / WEIGHTS)
         else:
             state = model.state_dict()
             with warnings.catch_warnings():
@@ -146,31 +137,3 @@ def _new_directory(directory: str | Path, files: set[str]) -> Iterator[Path]:
             yield writing
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: could not be written ({error})") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return values
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not readable as safetensors ({error})") from None
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not readable as a PyTorch state dict ({reason})") from None
-    if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise UserError(f"{path}: expected a dict of tensors")
-    return state_dict

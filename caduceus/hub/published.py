@@ -1,4 +1,4 @@
-"""Configuration and state dict of the published Caduceus code (repository kuleshov-group/caduceus) <-> our model."""
+"""State dict of the published Caduceus code (repository kuleshov-group/caduceus) <-> our model."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -6,43 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from caduceus.alphabet import PAD, complement_map
 from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
+from caduceus.hub.published_config import complement, config_from_published, config_to_published, refuse
 from caduceus.model.heads import CaduceusForMaskedLM
 
-_REQUIRED = object()
-# Keys that are ours too, with the defaults of the published code.
-_SHARED_KEYS = {
-    "d_model": _REQUIRED,
-    "n_layer": _REQUIRED,
-    "rms_norm": True,
-    "fused_add_norm": True,
-    "residual_in_fp32": True,
-    "pad_vocab_size_multiple": 8,
-    "norm_epsilon": 1e-5,
-    "bidirectional": True,
-    "bidirectional_strategy": "add",
-    "bidirectional_weight_tie": True,
-    "rcps": False,
-}
-_SSM_SIZES = {"d_state": 16, "d_conv": 4, "expand": 2}
-# Keys that say how a model was initialised, saved or is called, not which function it is.
-_SSM_KEYS_WITHOUT_EFFECT = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}
-_KEYS_WITHOUT_EFFECT = {
-    "_name_or_path",
-    "_commit_hash",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "gradient_checkpointing_stride",
-    "initializer_cfg",
-    "output_hidden_states",
-    "pad_token_id",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-}
 _MIXER_NAMES = {
     "in_proj": "in_proj.weight",
     "conv_weight": "conv1d.weight",
@@ -65,8 +33,8 @@ def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Cad
     model = CaduceusForMaskedLM(config_from_published(config))
     layout = PublishedLayout(model.config)
     expected = layout.to_published(model.state_dict())
-    _refuse(expected.keys() - state_dict.keys(), "missing from the state dict")
-    _refuse(state_dict.keys() - expected.keys(), "in the state dict, but not part of this model")
+    refuse(expected.keys() - state_dict.keys(), "missing from the state dict")
+    refuse(state_dict.keys() - expected.keys(), "in the state dict, but not part of this model")
     for name, tensor in expected.items():
         given = state_dict[name]
         if given.shape != tensor.shape:
@@ -78,7 +46,7 @@ def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Cad
             raise UserError(f"{duplicate}: differs from {name}, to which it should be tied")
     for name in layout.complement_maps:
         if not torch.equal(state_dict[name].cpu(), expected[name]):
-            raise UserError(f"{name}: not the complement of the DNA alphabet")
+            raise UserError(f"{name}: not the complement of the vocabulary '{model.config.vocabulary.name}'")
     model.to(state_dict[layout.embedding].dtype).load_state_dict(layout.from_published(state_dict))
     return model
 
@@ -91,50 +59,6 @@ def to_published(model: CaduceusForMaskedLM) -> tuple[dict[str, Any], dict[str, 
 def hidden_states_to_published(hidden_states: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Hidden states (S, B, L, D) as published code gives them: (B, L, S·D), the second strand channel-flipped."""
     return tuple(torch.cat([states[0], *(strand.flip(-1) for strand in states[1:])], -1) for states in hidden_states)
-
-
-def config_from_published(published: dict[str, Any]) -> CaduceusConfig:
-    """Our configuration from a published one (`config.json`); `UserError` for what we cannot honour."""
-    ssm = published.get("ssm_cfg") or {}
-    known = {"model_type", "vocab_size", "vocab_size_padded", "complement_map", "ssm_cfg"}
-    _refuse(published.keys() - _SHARED_KEYS.keys() - _KEYS_WITHOUT_EFFECT - known, "unknown key in the configuration")
-    known_ssm = {*_SSM_SIZES, *_SSM_KEYS_WITHOUT_EFFECT, "dt_rank", "conv_bias", "bias"}
-    _refuse({f"ssm_cfg.{key}" for key in ssm.keys() - known_ssm}, "unknown key in the configuration")
-
-    values = {}
-    for source, keys, prefix in ((published, _SHARED_KEYS, ""), (ssm, _SSM_SIZES, "ssm_cfg.")):
-        for key, default in keys.items():
-            value = source.get(key, default)
-            if value is _REQUIRED:
-                raise UserError(f"{prefix}{key}: missing from the configuration")
-            values[key] = _checked_type(f"{prefix}{key}", value, type(getattr(CaduceusConfig, key)))
-    config = CaduceusConfig(**values)
-
-    complement = complement_map(config.padded_vocab_size).tolist()
-    _require(published, "model_type", "caduceus")
-    _require(published, "vocab_size", config.vocab_size, config.padded_vocab_size)
-    _require(published, "vocab_size_padded", config.padded_vocab_size)
-    _require(ssm, "dt_rank", "auto", config.dt_rank, prefix="ssm_cfg.")
-    _require(ssm, "conv_bias", True, prefix="ssm_cfg.")
-    _require(ssm, "bias", False, prefix="ssm_cfg.")
-    given = published.get("complement_map")
-    if given is not None and [given.get(str(i), given.get(i)) for i in range(len(given))] != complement[: len(given)]:
-        raise UserError("complement_map: not the complement of the DNA alphabet")
-    return config
-
-
-def config_to_published(config: CaduceusConfig) -> dict[str, Any]:
-    """The published configuration of the same function; `config_from_published` gives `config` back."""
-    sizes = {key: getattr(config, key) for key in _SSM_SIZES}
-    complement = complement_map(config.padded_vocab_size).tolist()
-    return {
-        **{key: getattr(config, key) for key in _SHARED_KEYS},
-        "vocab_size": config.vocab_size,
-        "vocab_size_padded": config.padded_vocab_size,
-        "ssm_cfg": {**sizes, "dt_rank": "auto", "conv_bias": True, "bias": False},
-        "complement_map": {str(token): other for token, other in enumerate(complement)},
-        "pad_token_id": PAD,
-    }
 
 
 class _Entry(NamedTuple):
@@ -163,7 +87,7 @@ class PublishedLayout:
         for name, duplicate in self.tied():
             published[duplicate] = published[name]
         for name in self.complement_maps:
-            published[name] = torch.from_numpy(complement_map(self.config.padded_vocab_size))
+            published[name] = torch.tensor(complement(self.config))
         return {name: tensor.detach().clone() for name, tensor in published.items()}
 
     def from_published(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -218,24 +142,3 @@ class PublishedLayout:
                 for index, direction in enumerate(directions[:1] if tied else directions):
                     name = f"{self._mixer(layer)}.mamba_{direction}.{theirs}"
                     yield _Entry(f"blocks.{layer}.mixer.{ours}", index, name)
-
-
-def _refuse(names: set[str], problem: str) -> None:
-    if names:
-        first, *rest = sorted(names)
-        raise UserError(f"{first}: {problem}" + (f" (and {len(rest)} more, such as {rest[0]})" if rest else ""))
-
-
-def _checked_type(key: str, value: Any, expected: type) -> Any:
-    if key == "bidirectional_strategy" and value is None:
-        return "add"
-    if expected is float and type(value) is int:
-        return float(value)
-    if type(value) is not expected:
-        raise UserError(f"{key}: expected {expected.__name__}, got {value!r}")
-    return value
-
-
-def _require(values: dict[str, Any], key: str, *allowed: Any, prefix: str = "") -> None:
-    if key in values and values[key] not in allowed:
-        raise UserError(f"{prefix}{key}: only {' or '.join(map(repr, allowed))} is supported, got {values[key]!r}")

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from caduceus.alphabet import complement_map
 from caduceus.config import CaduceusConfig
 from caduceus.model.block import Block, Norm, residual_dtype
 from caduceus.ops import Context, Strands
@@ -80,7 +79,8 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def init_ends(self, generator: torch.Generator | None = None) -> None:
         """The part of `init_weights` outside the blocks, which comes first."""
-        self.complement.copy_(torch.from_numpy(complement_map(self.config.padded_vocab_size)))
+        complement = self.config.vocabulary.complement(self.config.padded_vocab_size)
+        self.complement.copy_(torch.from_numpy(complement))
         self.embedding.weight.normal_(std=0.02, generator=generator)
         self.norm_f.init_weights()
 

@@ -39,8 +39,9 @@ class MaskedLMHead(nn.Module):
     It has no parameters of its own: its rows, (S, V, D), are those of the embedding's table and come with every call.
     """
 
-    def __init__(self, strands: Strands | None, backend: str) -> None:
+    def __init__(self, config: CaduceusConfig, strands: Strands | None, backend: str) -> None:
         super().__init__()
+        self.pad = config.vocabulary.pad
         self.strands = strands
         self.backend = backend
 
@@ -52,6 +53,7 @@ class MaskedLMHead(nn.Module):
 
     def sums(self, held: Tensor, rows: Tensor, labels: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """`loss_sum` and `weight_sum` of `MaskedLMOutput`; logits exist at labelled positions only."""
+        labels = labels.masked_fill(labels == self.pad, IGNORE_LABEL)
         return head_cross_entropy(
             held, rows, labels, loss_weights, ignore_label=IGNORE_LABEL, strands=self.strands, backend=self.backend
         )
@@ -74,7 +76,7 @@ class CaduceusForMaskedLM(Backbone):
         recomputed_scan_inputs: int = 0,
     ) -> None:
         super().__init__(config, backend, recomputed_blocks, strands, recomputed_scan_inputs)
-        self.head = MaskedLMHead(strands, backend)
+        self.head = MaskedLMHead(config, strands, backend)
 
     def forward(
         self,
@@ -88,8 +90,9 @@ class CaduceusForMaskedLM(Backbone):
     ) -> MaskedLMOutput:
         """Predict every base, and the loss of the labelled ones where `labels` are given.
 
-        input_ids (B, L) int64; labels (B, L) int64, `IGNORE_LABEL` where nothing is to be predicted (others outside the
-        vocabulary: see `head_cross_entropy`); loss_weights (B, L) of the labelled bases. pad_mask (B, L) bool is true
+        input_ids (B, L) int64; labels (B, L) int64, `IGNORE_LABEL` or, as in published code, [PAD] where nothing is to
+        be predicted (others outside the vocabulary: see `head_cross_entropy`); loss_weights (B, L) of the labelled
+        bases. pad_mask (B, L) bool is true
         at positions that are only padding of the batch: results at all other positions are those of the unpadded
         sequences. (A [PAD] token stands for N and is an ordinary input.) starts (B, L) bool is true at the first
         positions of sequences that are packed into a row: results are those of each by itself. With `return_logits`

@@ -10,6 +10,9 @@ from caduceus.config import SECTIONS, load_config
 from caduceus.config.reference import about_section, annotated
 from caduceus.errors import run_command
 from caduceus.presets import preset_list
+from caduceus.run.leaving import leaving
+
+_INTERRUPTED = "interrupted before a checkpoint was made; the same command goes on from the newest one"
 
 _START = """
 Pre-trains a Caduceus on shards of genomes. To begin, make shards, then train on them:
@@ -34,7 +37,8 @@ def main() -> int:
         return 0
     from caduceus.train.trainer import train
 
-    status = train(config)
+    with leaving(_INTERRUPTED):
+        status = train(config)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run has ended, and its status tells how
     return status
 
@@ -47,9 +51,7 @@ def set_up_logging(quiet: bool = False) -> None:
 
 def command() -> None:
     """The command line."""
-    run_command(
-        main, interrupted="interrupted before a checkpoint was made; the same command goes on from the newest one"
-    )
+    run_command(main, _INTERRUPTED)
 
 
 def _parser() -> Parser:

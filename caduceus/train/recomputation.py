@@ -86,7 +86,7 @@ def run_micro_batch(config: Config, strategy: Strategy) -> None:
     Where a step accumulates gradients it is two, since the second one finds gradients in memory.
     """
     ranks, train = strategy.ranks, config.train
-    tokens = torch.full(micro_batch_shape(config, ranks), 7, device=ranks.device)
+    tokens = torch.full(micro_batch_shape(config, ranks), config.model.vocabulary.bases[0], device=ranks.device)
     per_step = train.global_batch // (train.micro_batch * ranks.data_world)
     with refusing_what_is_too_large(config, ranks):
         for last in (False, True)[per_step == 1 :]:

@@ -14,9 +14,11 @@ from caduceus.errors import RetryError
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
+from caduceus.run.leaving import heard
 from caduceus.train.checkpointing import SAVE_TIMEOUT
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.memory import keep_freed_memory_for
+from caduceus.train.recomputation import refusing_what_is_too_large
 from caduceus.train.setup import Opened, Setup, open_run, set_up
 from caduceus.train.step import training_step
 from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
@@ -52,7 +54,7 @@ def _train(config: Config, ranks: Ranks, opened: Opened, watchdog: Watchdog, sta
         with ranks.agreeing(), run.telling_of_disks():
             monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
-    with stop.listening(), monitor, scheduled_garbage_collection():
+    with stop.listening(), monitor, scheduled_garbage_collection(), heard():
         _log.info("ready to train after %.1f s", time.monotonic() - started)
         return _loop(setup, opened, monitor, stop, watchdog)
 
@@ -63,7 +65,7 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
     run, loader, validation = opened.run, opened.loader, opened.validation
     batches = iter(loader)
     while progress.step < config.train.steps:
-        with watchdog.over(f"step {progress.step + 1}"):
+        with watchdog.over(f"step {progress.step + 1}"), refusing_what_is_too_large(config, strategy.ranks):
             row = training_step(config, strategy, loader, batches, progress)
         monitor.log_training(row)
         collect_garbage(progress.step)
@@ -78,7 +80,8 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
                 continue
         last = progress.step == config.train.steps
         if validation is not None and (last or progress.step % config.valid.every == 0):
-            monitor.log_validation(_validate(config, strategy, validation, watchdog, progress.step))
+            with refusing_what_is_too_large(config, strategy.ranks):
+                monitor.log_validation(_validate(config, strategy, validation, watchdog, progress.step))
         with watchdog.over(f"the agreement after step {progress.step}"):
             wishes = strategy.ranks.gather(
                 [stop.requested and not last, stop.save_requested(), checkpoints.failed, run.is_taken_over()]

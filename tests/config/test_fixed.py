@@ -19,7 +19,7 @@ from tests.train.conftest import SmallRun, numbers
 OTHER: dict[str, Any] = {
     "model.d_model": 32,
     "model.n_layer": 1,
-    "model.vocab_size": 13,
+    "model.vocab_size": 8,
     "model.pad_vocab_size_multiple": 4,
     "model.d_state": 8,
     "model.d_conv": 3,

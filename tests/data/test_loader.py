@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from caduceus.alphabet import IGNORE_LABEL, encode
+from caduceus.alphabet import CADUCEUS, IGNORE_LABEL
 from caduceus.config import Config, save_config
 from caduceus.data import Batch, build_loader, build_validation
 from caduceus.data.batch import FILLER, RankSchedule
@@ -60,7 +60,7 @@ def test_samples_are_the_genome_on_the_strand_they_name(
             where = loader.describe(g)
             bases = genomes[where["species"]][where["contig"]][where["start"] : where["end"]]
             shown = complement_string(bases) if where["strand"] == "-" else bases
-            truth = encode(np.frombuffer(shown.encode(), np.uint8))
+            truth = CADUCEUS.encode(np.frombuffer(shown.encode(), np.uint8))
             labelled = labels != IGNORE_LABEL
             assert (ids[~labelled] == truth[~labelled]).all() and (labels[labelled] == truth[labelled]).all()
             assert 0 < labelled.sum() < 256 / 2

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from caduceus.alphabet import IGNORE_LABEL, encode
+from caduceus.alphabet import CADUCEUS, IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader
 from caduceus.errors import UserError
@@ -85,7 +85,7 @@ def test_batches_do_not_depend_on_the_stored_strands(
             where = loader.describe(g)
             bases = contigs[where["contig"]][where["start"] : where["end"]]
             shown = complement_string(bases) if where["strand"] == "-" else bases
-            truth = torch.from_numpy(encode(np.frombuffer(shown.encode(), np.uint8))).long()
+            truth = torch.from_numpy(CADUCEUS.encode(np.frombuffer(shown.encode(), np.uint8))).long()
             labels = batch.labels[row]
             assert torch.equal(torch.where(labels == IGNORE_LABEL, batch.input_ids[row], labels), truth)
 
@@ -131,7 +131,7 @@ def test_padding_is_never_read_as_the_genome(
         for row, g in enumerate(batch.g.tolist()):
             where = loader.describe(g)
             bases = contigs[where["contig"]][where["start"] : where["end"]].ljust(100, "N")
-            truth = torch.from_numpy(encode(np.frombuffer(bases.encode(), np.uint8))).long()
+            truth = torch.from_numpy(CADUCEUS.encode(np.frombuffer(bases.encode(), np.uint8))).long()
             labels = batch.labels[row]
             assert torch.equal(torch.where(labels == IGNORE_LABEL, batch.input_ids[row], labels), truth)
             partial += where["end"] - where["start"] < 100

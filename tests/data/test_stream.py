@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from caduceus.alphabet import IGNORE_LABEL, encode
+from caduceus.alphabet import CADUCEUS, IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data import Batch, build_loader, build_validation
 from caduceus.errors import UserError
@@ -67,7 +67,7 @@ def texts(batches: list[Batch]) -> list[bytes]:
 
 def usable_crops(sequences: list[str]) -> list[bytes]:
     crops = [text[begin : begin + 64] for text in sequences for begin in range(0, len(text) - 63, 64)]
-    return [encode(np.frombuffer(crop.encode(), np.uint8)).tobytes() for crop in crops]
+    return [CADUCEUS.encode(np.frombuffer(crop.encode(), np.uint8)).tobytes() for crop in crops]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -83,7 +83,7 @@ def test_samples_are_the_usable_crops(stream: Callable[..., Config], sequences: 
 def test_both_strands_are_shown(stream: Callable[..., Config], sequences: list[str]) -> None:
     forward = set(usable_crops(sequences))
     backward = {
-        encode(np.frombuffer(complement_string(text[begin : begin + 64]).encode(), np.uint8)).tobytes()
+        CADUCEUS.encode(np.frombuffer(complement_string(text[begin : begin + 64]).encode(), np.uint8)).tobytes()
         for text in sequences
         for begin in range(0, len(text) - 63, 64)
     }

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from caduceus.alphabet import IGNORE_LABEL, A
+from caduceus.alphabet import CADUCEUS, IGNORE_LABEL
 from caduceus.data.loader import build_validation
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
@@ -93,7 +93,7 @@ def test_the_whole_demo(package, tmp_path):
     assert len(labels) == 16
     training = np.concatenate([np.concatenate([bases, 3 - bases]) for bases in genomes.values()])
     composition = np.bincount(training, minlength=4) / len(training)
-    truth = labels[labels != IGNORE_LABEL] - A
+    truth = labels[labels != IGNORE_LABEL] - CADUCEUS.bases[0]
     # The k-mer models count no base within four of a window's end: 40 of 80,000.
     assert losses["base composition"] == pytest.approx(-np.log(composition[truth]).mean(), abs=5e-4)
     assert f"{len(truth):,} labelled bases" in " ".join(printed.split())

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,19 +24,26 @@ _IMPORTED = "tests.distributed.imported"
 
 def on_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(rank, *arguments)` on `world` processes; what each returned, by rank."""
-    _start_server()
+    start_server()
     with tempfile.TemporaryDirectory() as directory:
         given = world, directory, dict(os.environ), function, arguments
         mp.start_processes(_join_and_run, given, nprocs=world, start_method="forkserver")
         return [torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _start_server() -> None:
+def start_server() -> None:
     """The process to fork from, one for all tests of this process."""
     multiprocessing.set_forkserver_preload([_IMPORTED])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(_REPOSITORY), prepend=os.pathsep)
         multiprocessing.forkserver.ensure_running()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _join_and_run(

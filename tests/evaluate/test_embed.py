@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from caduceus import CaduceusForMaskedLM
-from caduceus.alphabet import encode, reverse_complement
+from caduceus.alphabet import reverse_complement
 from caduceus.evaluate import embed as embed_module
 from caduceus.evaluate.embed import EmbedOptions, embed, embed_file
 from caduceus.evaluate.model import Runner
@@ -27,7 +27,7 @@ def slow(model: CaduceusForMaskedLM, text: str, layer: int, strands: str) -> np.
     """(L, D), or with concatenated strands (L, 2 D)."""
 
     def states(bases: np.ndarray) -> torch.Tensor:
-        ids = torch.from_numpy(encode(bases).astype(np.int64))[None]
+        ids = torch.from_numpy(model.config.vocabulary.encode(bases).astype(np.int64))[None]
         return model(ids, output_hidden_states=True).hidden_states[layer][:, 0]
 
     bases = np.frombuffer(text.encode(), np.uint8)

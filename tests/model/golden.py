@@ -1,4 +1,4 @@
-"""The nine golden files: inputs, outputs and gradients of the published implementation, run in fp32."""
+"""The golden files: inputs, outputs and gradients of the published implementation, run in fp32."""
 
 import json
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ NAMES = [
     "ps_unfused",
     "ps_unidirectional_fused",
     "ps_untied_fused",
+    "plantcad1_ps_fused",
 ]
 
 

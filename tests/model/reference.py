@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from caduceus.alphabet import complement_map
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import naive
 
@@ -13,7 +12,7 @@ def published_logits(model: CaduceusForMaskedLM, input_ids: Tensor) -> Tensor:
     """Logits (B, L, V) of `model`'s parameters, by the published computation."""
     config = model.config
     table = model.embedding.weight
-    complement = torch.from_numpy(complement_map(config.padded_vocab_size))
+    complement = torch.from_numpy(config.vocabulary.complement(config.padded_vocab_size))
     if not config.rcps:
         residual = F.embedding(input_ids, table)
         for block in model.blocks:

@@ -1,0 +1,94 @@
+"""The model card of an export: what the model is, what it was trained on, and how well it did."""
+
+from typing import Any
+
+from caduceus.config import CaduceusConfig
+from caduceus.model.costs import parameter_count
+from caduceus.run.directory import RunDirectory
+
+CARD = "README.md"
+
+_TEXT = """---
+library_name: transformers
+pipeline_tag: fill-mask
+tags:
+- biology
+- dna
+- caduceus
+---
+
+# {title}
+
+A Caduceus ([Schiff et al. 2024](https://arxiv.org/abs/2403.03234)): a bi-directional language model of DNA, which
+predicts bases from their context. `config.json` and `model.safetensors` are in the layout of the published code.
+
+{model}
+{training}"""
+
+
+def model_card(config: CaduceusConfig, run: RunDirectory | None = None, step: int | None = None) -> str:
+    """The card, in Markdown. Of a `run` it tells data, fingerprint and the losses up to `step`."""
+    title, training = describe(config), ""
+    if run is not None:
+        title, training = f"{run.config().run.name}: {title}", _training(run, step)
+    return _TEXT.format(title=title, model=_table(facts(config)), training=training)
+
+
+def describe(config: CaduceusConfig) -> str:
+    """The kind of model, in a few words."""
+    if config.rcps:
+        return "Caduceus-PS, equivariant to the reverse complement"
+    return "Caduceus-Ph" if config.bidirectional else "uni-directional Mamba"
+
+
+def facts(config: CaduceusConfig) -> dict[str, Any]:
+    """What there is to say of a model, by its name."""
+    form = "streams swap in every block (fused_add_norm)" if config.fused_add_norm else "streams keep their places"
+    vocabulary = config.vocabulary
+    bases = ", ".join(f"{base} {token}" for base, token in zip("ACGT", vocabulary.bases, strict=True))
+    return {
+        "kind": describe(config),
+        "parameters": f"{parameter_count(config):,}",
+        "layers": config.n_layer,
+        "width (d_model)": config.d_model,
+        "states (d_state)": config.d_state,
+        "vocabulary": f"{vocabulary.name}: {bases}; [MASK] {vocabulary.mask}, [PAD] {vocabulary.pad}",
+        **({"block form": form} if config.rcps else {}),
+        **({"in and out projections": _tie(config)} if config.bidirectional else {}),
+    }
+
+
+def _tie(config: CaduceusConfig) -> str:
+    return "shared by the directions" if config.bidirectional_weight_tie else "of each direction its own"
+
+
+def _training(run: RunDirectory, step: int | None) -> str:
+    """The chapter on the run; empty for a run that has trained nothing."""
+    rows = [row for row in run.metrics() if step is None or row["step"] <= step]
+    trained = [row for row in rows if "loss" in row]
+    if not trained:
+        return ""
+    config, start = run.config(), (run.starts() or [{}])[-1]
+    data, last = config.data, trained[-1]
+    told: dict[str, Any] = {
+        "steps": last["step"],
+        "samples": f"{last['samples']:,}",
+        "bases": f"{last['tokens']:,}",
+        "sequence length": f"{data.seq_len:,}",
+        "objective": f"{data.objective}, {data.mask_prob:.0%} of the bases" if data.objective == "mlm" else "next base",
+        "loss weight of soft-masked bases": data.repeat_weight,
+        "fingerprint of the data's order": start.get("data_fingerprint", "not known"),
+        "code": start.get("git_commit") or "not known",
+        "training loss at the last step": f"{last['loss']:.4f} nats per labelled base",
+    }
+    validated = next((row for row in reversed(rows) if "valid_loss" in row), {})
+    for name, loss in validated.items():
+        if name.startswith("valid_loss"):
+            species = name.partition("/")[2]
+            of = f", {species}" if species else ""
+            told[f"validation loss{of}, step {validated['step']}"] = f"{loss:.4f} nats per labelled base"
+    return f"\n## Training\n\n{_table(told)}"
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())

@@ -1,0 +1,102 @@
+"""A published checkpoint: where its configuration and its weights are, and the model that they make."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from caduceus.errors import UserError
+from caduceus.hub.published import PublishedLayout, from_published
+from caduceus.hub.published_config import config_from_published, keys_without_effect
+from caduceus.hub.weights import WEIGHTS, Weights, find_weights, read_json, read_weights
+from caduceus.model.heads import CaduceusForMaskedLM
+
+PUBLISHED_CONFIG = "config.json"
+_CONFIGS = (PUBLISHED_CONFIG, "model_config.json")
+"""Names of the configuration: of transformers' folders, and of what the published training writes."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class PublishedCheckpoint:
+    """What was read of a folder, or of one file of weights with its configuration beside it or inside."""
+
+    config_path: Path
+    config: dict[str, Any]
+    weights: Weights
+
+    @classmethod
+    def open(cls, path: str | Path) -> "PublishedCheckpoint":
+        """Read the files of `path`; `UserError` naming the one that is missing or cannot be read."""
+        path = Path(path)
+        if path.is_file():
+            folders, file = (path.parent, path.parent.parent), path
+        else:
+            folders, file = (path,), find_weights(path) or find_weights(path / "checkpoints")
+        found = (folder / name for folder in folders for name in _CONFIGS if (folder / name).is_file())
+        config_path = next(found, None)
+        if config_path is None and (file is None or file.suffix == ".safetensors" or file.name.endswith(".json")):
+            missing = f"{PUBLISHED_CONFIG} is missing" if path.exists() else "there is no such folder or file"
+            raise UserError(f"{path}: neither a run nor a published checkpoint ({missing})")
+        config = None if config_path is None else _without_wrapping(read_json(config_path))
+        if file is None:
+            raise UserError(f"{path}: not a published checkpoint (no weights are there, such as {WEIGHTS})")
+        weights = read_weights(file)
+        if config is None:
+            config = _config_within(weights.hyper_parameters)
+            if config is None:
+                raise UserError(
+                    f"{path}: neither tells its configuration nor has a {PUBLISHED_CONFIG} beside it; the published "
+                    "training writes model_config.json"
+                )
+        return cls(config_path or file, config, weights)
+
+    def model(self) -> CaduceusForMaskedLM:
+        """The model, every tensor accounted for. Keys and tensors that it has no use for are named in the log."""
+        try:
+            layout = PublishedLayout(config_from_published(self.config))
+        except UserError as error:
+            raise UserError(f"{self.config_path}: {error}") from None
+        for path, names in ((self.config_path, keys_without_effect(self.config)), (self.path, self.weights.left_out)):
+            if names:
+                _log.info("%s: no part of the model, and left out: %s", path, ", ".join(names))
+        try:
+            # transformers writes a tied weight under one of its names only.
+            return from_published(self.config, layout.with_tied_names(self.weights.tensors))
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+
+    @property
+    def path(self) -> Path:
+        """Of the weights."""
+        return self.weights.path
+
+
+def load_published(path: str | Path) -> CaduceusForMaskedLM:
+    """Our model from a published checkpoint, a folder or one file of weights.
+
+    Folders of transformers, also sharded or pickled, those of the published training with model_config.json and
+    Lightning's .ckpt, and such a .ckpt alone. Raises `UserError` naming file or key for whatever does not fit.
+    """
+    return PublishedCheckpoint.open(path).model()
+
+
+def _without_wrapping(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration itself: hydra's has it under `config`, and says what class it is for."""
+    inner = config.get("config")
+    config = inner if isinstance(inner, dict) else config
+    return {key: value for key, value in config.items() if key != "_target_"}
+
+
+def _config_within(values: Any) -> dict[str, Any] | None:
+    """The model's configuration, wherever it is in what Lightning keeps of a training's."""
+    values = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
+    if not isinstance(values, dict):
+        return None
+    if {"d_model", "n_layer"} <= values.keys():
+        return _without_wrapping(values)
+    inner = (_config_within(value) for value in values.values())
+    return next((found for found in inner if found is not None), None)

@@ -1,0 +1,150 @@
+"""Files of weights, of whatever form: safetensors or pickled, whole or in shards, published or of Lightning."""
+
+import collections
+import json
+import pickle
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import omegaconf
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from caduceus.errors import UserError
+
+WEIGHTS = "model.safetensors"
+PICKLED_WEIGHTS = "pytorch_model.bin"
+_NAMES = (WEIGHTS, f"{WEIGHTS}.index.json", PICKLED_WEIGHTS, f"{PICKLED_WEIGHTS}.index.json", "last.ckpt")
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
+"""Under which trainers keep the state dict in a checkpoint: Lightning, most loops, and DeepSpeed."""
+_ANCHOR = "backbone.embeddings.word_embeddings"
+"""In the name of the embedding, whichever module holds the model."""
+
+
+@dataclass
+class Weights:
+    """Tensors under the published names, and what else the file tells."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    left_out: list[str] = field(default_factory=list)
+    """Names of tensors beside the language model's, such as of a trainer's metrics or of another head."""
+    hyper_parameters: Any = None
+    """What Lightning keeps of the configuration; None in other files."""
+
+
+def find_weights(folder: Path) -> Path | None:
+    """The file of weights in a published folder, or the index of its shards; None where there is none."""
+    named = [folder / name for name in _NAMES if (folder / name).is_file()]
+    others = sorted(path for pattern in ("*.safetensors", "*.ckpt") for path in folder.glob(pattern))
+    if named:
+        return named[0]
+    if len(others) > 1:
+        names = ", ".join(path.name for path in others[:3])
+        raise UserError(f"{folder}: holds several files of weights ({names}); name one of them")
+    return others[0] if others else None
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors of a file, or of the shards that an index names. `UserError` for what cannot be read safely."""
+    if path.name.endswith(".index.json"):
+        checkpoint = _read_shards(path)
+    elif path.suffix == ".safetensors":
+        checkpoint = read_safetensors(path)
+    else:
+        checkpoint = _read_pickled(path)
+    state = _state_dict_in(checkpoint, path)
+    tensors, left_out = _with_published_prefix(state, path)
+    hyper_parameters = None if state is checkpoint else checkpoint.get("hyper_parameters")
+    return Weights(path, tensors, left_out, hyper_parameters)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of one JSON object."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return values
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file of safetensors."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not readable as safetensors ({error})") from None
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    placed = read_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise UserError(f"{index}: expected a 'weight_map' of tensors to files")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(placed.values())):
+        path = index.parent / Path(name).name
+        tensors |= read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    if missing := sorted(placed.keys() - tensors.keys()):
+        raise UserError(f"{index}: {missing[0]} is in none of its files")
+    return tensors
+
+
+def _read_pickled(path: Path) -> dict[str, Any]:
+    """What torch.save wrote, without running any code of the file: numbers of numpy and omegaconf are read as well."""
+    numpy_types = [np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU")]
+    nodes = (omegaconf.nodes, omegaconf.base, omegaconf.dictconfig, omegaconf.listconfig)
+    configurations = [value for module in nodes for value in vars(module).values() if _is_of_omegaconf(value)]
+    safe = [*numpy_types, *configurations, typing.Any, collections.defaultdict, dict, list, int, float, str, bool]
+    try:
+        with torch.serialization.safe_globals(safe):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not readable as a PyTorch state dict ({reason})") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: expected a dict of tensors")
+    return checkpoint
+
+
+def _is_of_omegaconf(value: Any) -> bool:
+    return isinstance(value, type) and value.__module__.startswith("omegaconf.")
+
+
+def _state_dict_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The dict of tensors itself, or the one that a trainer's checkpoint holds."""
+    while checkpoint and not all(isinstance(value, Tensor) for value in checkpoint.values()):
+        inner = [checkpoint[key] for key in _STATE_KEYS if isinstance(checkpoint.get(key), dict)]
+        if not inner:
+            kinds = sorted({type(value).__name__ for value in checkpoint.values()} - {"Tensor", "Parameter"})
+            raise UserError(f"{path}: expected a dict of tensors; it holds values of type {', '.join(kinds)}")
+        checkpoint = inner[0]
+    return checkpoint
+
+
+def _with_published_prefix(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The language model's tensors as the published code names them, and the names of the others.
+
+    Trainers and wrappers put `model.`, `module.` or `_orig_mod.` in front; a backbone saved alone lacks `caduceus.`.
+    """
+    prefixes = {name.partition(_ANCHOR)[0] for name in state if _ANCHOR in name}
+    if len(prefixes) != 1:
+        found = "none" if not prefixes else f"several, below {', '.join(map(repr, sorted(prefixes)))}"
+        raise UserError(f"{path}: expected the tensors of one Caduceus ({_ANCHOR}.…), found {found}")
+    inside = prefixes.pop()
+    outside = inside.removesuffix("caduceus.")
+    tensors, left_out = {}, []
+    for name, tensor in state.items():
+        if name.startswith(f"{inside}backbone."):
+            tensors["caduceus." + name.removeprefix(inside)] = tensor
+        elif name.startswith((f"{outside}lm_head.", f"{inside}caduceus.")):
+            tensors[name.removeprefix(outside)] = tensor
+        else:
+            left_out.append(name)
+    return tensors, sorted(left_out)
