@@ -1,6 +1,7 @@
 """Embeddings equal a slow computation of each sequence by itself, whatever the file, the batch and the piece."""
 
 import gzip
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_vectors_of_bases_are_found_by_sequence_in_both_formats(tmp_path: Path, 
         embed_file(runner, SequenceSource(path), tmp_path / name, options)
     with np.load(tmp_path / "out.npz") as found:
         offsets = found["offsets"]
-        parts = [found["embeddings"][i:j] for i, j in zip(offsets[:-1], offsets[1:], strict=True)]
+        parts = [found["embeddings"][i:j] for i, j in itertools.pairwise(offsets)]
     rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
     for number, vectors in enumerate(expected):
         assert np.array_equal(parts[number], vectors)
