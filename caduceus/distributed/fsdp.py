@@ -30,7 +30,7 @@ class FSDP(Strategy):
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
         offload = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
-        self._holders = holders = config.parallel.shard or self.ranks.world
+        holders = self._holders = config.parallel.shard or self.ranks.world
         if self.ranks.is_main and (share := largest_share(model, holders)) > _UNEVEN / holders:
             _log.warning(
                 "parallel.shard: %d ranks cannot share this model evenly: one of them holds %.0f %% of the parameters "
@@ -46,6 +46,10 @@ class FSDP(Strategy):
         }
         initialise(model, config.train, self.ranks.device, lambda part: fully_shard(part, **options))
         return model
+
+    @property
+    def writers(self) -> int:
+        return self._holders
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
         self.model.set_requires_gradient_sync(last)

@@ -21,6 +21,11 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 """Range of the step sizes at initialisation, and the smallest allowed (Gu and Dao 2023, arXiv:2312.00752)."""
 
 
+Carried = tuple[Tensor, Tensor]
+"""What a run carries from one piece of a sequence into the next: the inputs that the convolution's taps still see,
+(B, at most K - 1, E), and the state of the scan, (B, E, N)."""
+
+
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """Linear maps without bias, x (G, …, in) by weight (G, out, in), or (1, out, in) for all of x -> (G, …, out)."""
     if weight.shape[0] == 1:
@@ -206,6 +211,39 @@ class BiMamba(nn.Module):
             )
 
         return self._project_out(apply(scan_inputs, scan), projection)
+
+    def mix_piece(self, hidden: Tensor, backwards: bool, carried: list[Carried | None]) -> tuple[Tensor, list]:
+        """What the runs that go one way make of a piece of longer sequences, and what they carry into the next piece.
+
+        hidden (S, B, l, D); `carried` by stream, None before the first piece. Zeros for a stream without such a run.
+        With `bidirectional_strategy: add` both ways add up to the mixer's output, else they are to be multiplied.
+        """
+        mixed, handed_on = torch.zeros_like(hidden), list(carried)
+        for stream, rows in enumerate(hidden):
+            direction = int(backwards != (stream == self.mirrored_stream))
+            if direction < len(self.conv_weight):
+                mixed[stream], handed_on[stream] = self._mix_run(rows, stream, direction, backwards, carried[stream])
+        return mixed, handed_on
+
+    def _mix_run(
+        self, rows: Tensor, stream: int, direction: int, backwards: bool, carried: Carried | None
+    ) -> tuple[Tensor, Carried]:
+        """One stream of a piece in one direction: rows (B, l, D) -> (B, l, D)."""
+        projection, where = direction % self.in_proj.shape[0], {"reverse": backwards, "backend": self.backend}
+        in_proj = self._for_streams(self.in_proj[projection], -1, stream + 1)[-1]
+        out_proj = self._for_streams(self.out_proj[projection], 0, stream + 1)[-1]
+        x, z = (F.linear(rows, weight) for weight in in_proj.chunk(2))
+        taps, state = carried or (x[:, :0], None)
+        seen = torch.cat([x, taps] if backwards else [taps, x], 1)
+        first = 0 if backwards else taps.shape[1]
+        u = causal_conv1d(seen, self.conv_weight[direction], self.conv_bias[direction], **where)
+        u = u.narrow(1, first, x.shape[1])
+        dt, B, C = self._project_scan_inputs(u, self.x_proj[direction, None], self.dt_proj[direction, None], None)
+        A, D, dt_bias = _negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
+        y, state = selective_scan(u, dt, A, B, C, D, z, dt_bias, initial_state=state, return_final_state=True, **where)
+        width = min(self.config.d_conv - 1, seen.shape[1])
+        taps = seen.narrow(1, 0 if backwards else seen.shape[1] - width, width).clone()
+        return F.linear(y, out_proj), (taps, state)
 
     def _project_in(self, hidden: Tensor, projection: int, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x and z, (S, B, L, E) each. Two products instead of one give two contiguous results."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
@@ -100,7 +101,7 @@ class DeepSpeed(Strategy):
         if gradients:
             self.model.step()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, group: dist.ProcessGroup | None = None) -> None:
         with self._agreeing_on_files():
             self.model.save_checkpoint(directory, tag=FOLDER, save_latest=False)
         weights = self._gather_weights()
