@@ -38,18 +38,7 @@ def training_step(
     weight = torch.stack([_label_weight(batch) for batch in micro_batches]).sum() / ranks.strands  # each has all labels
     weight = ranks.sum(weight).item() or 1.0
     clock.lap("communication")
-    shares, sums = [], []
-    for number, batch in enumerate(micro_batches, start=1):
-        with strategy.accumulating(last=number == loader.per_step):
-            with autocast(ranks.device, config.train.precision), vitals.observing(number):
-                output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
-            share = output.loss_sum.sum() / weight
-            clock.lap("forward")
-            with clock.watching(strategy.model):
-                strategy.backward(share)
-            clock.lap("exchange")
-        shares.append(share.detach().double())
-        sums.append(torch.stack([output.loss_sum, output.weight_sum]).detach().double())
+    shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
     totals = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
     loss, *by_species = ranks.sum(torch.cat(totals)).tolist()
     clock.lap("communication")
@@ -81,6 +70,25 @@ def training_step(
         "skipped_steps": progress.health.skipped_steps,
         **measurements(config, ranks, loader, clock, vitals),
     }
+
+
+def _pass_through(
+    config: Config, strategy: Strategy, micro_batches: list[Batch], weight: float, clock: StepClock, vitals: Vitals
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Forward and backward passes; of each micro-batch its share of the loss, and (2, B) losses and weights."""
+    shares, sums = [], []
+    for number, batch in enumerate(micro_batches, start=1):
+        with strategy.accumulating(last=number == len(micro_batches)):
+            with autocast(strategy.ranks.device, config.train.precision), vitals.observing(number):
+                output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
+            share = output.loss_sum.sum() / weight
+            clock.lap("forward")
+            with clock.watching(strategy.model):
+                strategy.backward(share)
+            clock.lap("exchange")
+        shares.append(share.detach().double())
+        sums.append(torch.stack([output.loss_sum, output.weight_sum]).detach().double())
+    return shares, sums
 
 
 def _label_weight(batch: Batch) -> torch.Tensor:
