@@ -5,7 +5,7 @@ import logging
 import math
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,10 @@ class TrainLoader:
         """Those that samples are drawn from, by row."""
         return self._samples.species
 
+    def epochs(self) -> dict[str, float]:
+        """How often the samples so far have gone through the crops of each species; empty where that is not known."""
+        return self._samples.epochs(self.samples_consumed)
+
     def species_rows(self, batch: Batch) -> torch.Tensor:
         """The row of `species` that each sample of a batch is of, (B,) int64 on the CPU."""
         return torch.from_numpy(self._samples.species_rows(batch.g.numpy()))
@@ -211,11 +215,27 @@ class ValidationLoader:
         for species, chosen in self._chosen.items():
             mine = self._rank + self._world * np.arange(math.ceil(len(chosen) / self._world))
             for numbers in np.split(mine, range(self._micro_batch, len(mine), self._micro_batch)):
-                batch = to_batch(self._reader.read(chosen[numbers % len(chosen)]))
-                filler = torch.from_numpy(numbers >= len(chosen))
-                batch.labels[filler] = IGNORE_LABEL
-                batch.g[filler] = FILLER
-                yield species, batch.to(self._device)
+                yield species, self._batch(chosen, numbers)
+
+    def crops(self, species: str, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Some crops of a species, by their numbers (`Batch.g`); every rank gets all, in batches as it usually does."""
+        chosen = self._chosen[species]
+        for first in range(0, len(numbers), self._micro_batch):
+            some = np.full(self._micro_batch, len(chosen))
+            some[: len(numbers) - first] = numbers[first : first + self._micro_batch]
+            yield self._batch(chosen, some)
+
+    def describe(self, species: str, number: int) -> dict[str, Any]:
+        """Where a crop lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
+        return self._reader.describe(self._chosen[species][number])
+
+    def _batch(self, chosen: np.ndarray, numbers: np.ndarray) -> Batch:
+        """The crops `numbers`, of which those that are beyond the last one are fillers."""
+        batch = to_batch(self._reader.read(chosen[numbers % len(chosen)]))
+        filler = torch.from_numpy(numbers >= len(chosen))
+        batch.labels[filler] = IGNORE_LABEL
+        batch.g[filler] = FILLER
+        return batch.to(self._device)
 
 
 def build_loader(
@@ -262,7 +282,7 @@ def build_validation(
         chosen = {SPECIES: reader.samples}
     else:
         dataset = open_dataset(config.data, split)
-        reader = SampleReader(dataset, config, positions)
+        reader = SampleReader(dataset, config, positions, repeats=True)
         chosen = validation_samples(dataset, config.valid.samples)
     return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 

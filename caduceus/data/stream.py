@@ -67,6 +67,10 @@ class StreamSamples:
     def describe(self, g: int) -> dict[str, Any]:
         return {"species": SPECIES, "sample": g}
 
+    def epochs(self, g: int) -> dict[str, float]:
+        """A stream does not know how long an epoch is."""
+        return {}
+
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
         """A rank's micro-batches from number `first` on, without end; each worker yields every n-th of them."""
         return _StreamMicroBatches(self, schedule, first)
@@ -130,13 +134,17 @@ class StreamValidation:
         crops.close()
         if notes:
             raise UserError(f"data.valid_path: {notes[0]}")
-        self._objective = Objective(data, config.model.vocabulary, positions)
+        self._objective = Objective(data, config.model.vocabulary, positions, repeats=True)
         self.samples = np.zeros(len(self._crops), SAMPLE_DTYPE)
         self.samples["g"] = np.arange(len(self._crops))
         self.samples["mask_key"] = key(Purpose.VALIDATION, self.samples["g"])
 
     def log(self) -> None:
         log_commands(self._urls)
+
+    def describe(self, sample: np.void) -> dict[str, Any]:
+        """What is known of a crop: a stream has no coordinates."""
+        return {"species": SPECIES, "sample": int(sample["g"])}
 
     def read(self, samples: np.ndarray) -> SampleArrays:
         return tokens_of_crops(self._objective, self._crops[samples["g"]], samples)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
 from caduceus.model.mamba import BiMamba, with_mirrored_channels
+from caduceus.model.observer import Observer
 from caduceus.ops import add_norm
 
 
@@ -58,6 +59,7 @@ class Block(nn.Module):
         options = {"mirrored_stream": mirrored_stream, "mirror_channels": mirror_channels, "backend": backend}
         self.norm = Norm(config, **options)
         self.mixer = BiMamba(config, **options)
+        self.observer: Observer | None = None
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         self.norm.init_weights()
@@ -73,4 +75,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(mixer(norm(residual + hidden)), residual + hidden), (S, B, L, D) each; the next block adds them."""
         normed, residual = self.norm(hidden, residual)
-        return self.mixer(normed, pad_mask, starts, recompute_scan_inputs), residual
+        mixed = self.mixer(normed, pad_mask, starts, recompute_scan_inputs)
+        if self.observer is not None:
+            self.observer.streams(residual, mixed)
+        return mixed, residual

@@ -66,7 +66,7 @@ def check_before_start(
 ) -> None:
     """Check disk, shared memory, clocks and collectives, on all ranks together.
 
-    `saving`: the group over which checkpoints are agreed on. Raises on every rank, with a line that names the first
+    `saving`: the group of those that write checkpoints. Raises on every rank, with a line that names the first
     rank that fails, its host and what to do: there a `UserError`, or `NodeError` where its node is at fault, and a
     `PeerError` on the others.
     """
@@ -129,7 +129,7 @@ def _try_collectives(strategy: Strategy, saving: dist.ProcessGroup | None) -> No
             groups[f"the ranks that {name} parameters"] = mesh.get_group(name)
     tried = [(name, group, ranks.device) for name, group in groups.items()]
     if saving is not None:
-        tried.append(("all ranks, for checkpoints,", saving, torch.device("cpu")))
+        tried.append(("the ranks that write checkpoints", saving, torch.device("cpu")))
     for name, group, device in tried:
         size = dist.get_world_size(group)
         ones = torch.ones(1, device=device)
