@@ -60,6 +60,10 @@ class FSDP(Strategy):
         # FSDP averages over ranks, and the shares of the loss are to be added up.
         (loss * self.ranks.world).backward()
 
+    @property
+    def copies(self) -> int:
+        return self.ranks.world // self._holders
+
     def clip(self, clip_norm: float) -> torch.Tensor:
         return super().clip(clip_norm).full_tensor()
 

@@ -74,6 +74,12 @@ class Ranks:
         width = seq_len // self.context
         return self.context_rank * width, (self.context_rank + 1) * width
 
+    def mirrored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, L, …) of this rank's slices of sequences -> the same of the sequences read backwards."""
+        if self.context_group is None:
+            return tensor.flip(1)
+        return self.context_group.all_gather(tensor)[self.context - 1 - self.context_rank].flip(1)
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place."""
         if self.world > 1:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from caduceus.config import Config, TrainConfig
@@ -31,6 +32,14 @@ DEEPSPEED_FOLDER = "deepspeed"
 
 BuildOptimizer = Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]
 """Makes the optimizer of a model on the meta device or in memory."""
+
+
+class Part(NamedTuple):
+    """Of a parameter and its gradient what a rank holds."""
+
+    name: str
+    weight: torch.Tensor
+    gradient: torch.Tensor | None
 
 
 class Strategy:
@@ -71,6 +80,23 @@ class Strategy:
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         self.discard_gradients()
+
+    @property
+    def network(self) -> nn.Module:
+        """The model itself, without what wraps it."""
+        return getattr(self.model, "module", self.model)
+
+    @property
+    def copies(self) -> int:
+        """How many ranks hold the same part of each parameter."""
+        return self.ranks.world
+
+    def parts(self) -> list[Part]:
+        """What this rank holds of each parameter, and of its gradient between the backward pass and the step."""
+        return [
+            Part(name, _local(parameter.detach()), None if parameter.grad is None else _local(parameter.grad))
+            for name, parameter in self.network.named_parameters()
+        ]
 
     def discard_gradients(self) -> None:
         """Clear the gradients; instead of `step`, the step is skipped."""
@@ -130,6 +156,10 @@ class Strategy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Single(Strategy):

@@ -42,7 +42,7 @@ class Progress:
     tokens: int
     loader: dict[str, Any]
     warmup_steps: int | None = None
-    """Of the learning rate; None in a checkpoint of a version that did not keep it."""
+    """Steps in which the learning rate rises; None in a checkpoint of a version that did not keep them."""
     health: Health = field(default_factory=Health)
 
 

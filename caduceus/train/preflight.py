@@ -28,7 +28,7 @@ MAX_CLOCK_SKEW = 60.0
 _BATCHES_AHEAD = 2
 """Batches that torch's DataLoader keeps ready for each worker."""
 _BYTES_PER_BASE = 8
-"""Of a batch on its way from a worker: token, label and weight, rounded up."""
+"""Bytes that a base takes on its way from a worker: token, label and weight, rounded up."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 

@@ -122,5 +122,6 @@ def _validate(
         config.train.precision,
         add_up=ranks.sum,
         each=lambda batches: watchdog.over_each(what, ranks.together(batches)),
+        mirror=None if config.data.objective == "next_base" else ranks.mirrored,
     )
     return {"step": step, **losses}
