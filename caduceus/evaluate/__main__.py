@@ -47,7 +47,7 @@ def main() -> int:
 
 def _heldout(arguments: argparse.Namespace) -> None:
     from caduceus.data.loader import build_validation
-    from caduceus.distributed.ranks import choose_device
+    from caduceus.distributed.ranks import Ranks, choose_device
     from caduceus.evaluate.heldout import held_out_loss
     from caduceus.hub import load
     from caduceus.hub.folders import run_of
@@ -64,7 +64,9 @@ def _heldout(arguments: argparse.Namespace) -> None:
     dtype = next(model.parameters()).dtype
     check_backend(model.backend, device, dtype, config.model.d_state, config.model.d_conv)
     batches = build_validation(config, arguments.split, device=device)
-    print(json.dumps(held_out_loss(model.to(device), batches, device, config.train.precision), indent=1))
+    mirror = None if config.data.objective == "next_base" else Ranks(0, 1, 1, device).mirrored
+    told = held_out_loss(model.to(device), batches, device, config.train.precision, mirror=mirror)
+    print(json.dumps(told, indent=1))
 
 
 def command() -> None:

@@ -10,6 +10,8 @@ with Y held channel-flipped and F the flip of channels. Here tensors stay where 
 mirrored stream, to which F M' F applies, is stream 0 in even blocks and stream 1 in odd ones.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from caduceus.config import CaduceusConfig
 from caduceus.model.block import Block, Norm, residual_dtype
+from caduceus.model.observer import Observer
 from caduceus.ops import Context, Strands
 
 
@@ -125,9 +128,22 @@ class Backbone(nn.Module):
         return BackboneOutput(normed, hidden_states)
 
     def share_sequences(self, context: Context | None) -> None:
-        """From now on every sequence is a slice of one that goes on over the ranks of `context`."""
+        """Make every sequence from now on a slice of one that the ranks of `context` share."""
         for block in self.blocks:
             block.mixer.context = context
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[Observer]:
+        """Within, one forward pass tells the observer what it looks like from within."""
+        observer = Observer()
+        observed = [module for block in self.blocks for module in (block, block.mixer)]
+        for module in observed:
+            module.observer = observer
+        try:
+            yield observer
+        finally:
+            for module in observed:
+                module.observer = None
 
     def no_weight_decay_parameters(self) -> set[str]:
         """Names of the parameters that published training exempts from weight decay: biases, norms, A_log and D."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
+from caduceus.model.observer import POSITIONS, Observer
 from caduceus.model.recompute import with_operands_made_again
 from caduceus.ops import PAD_DT, Context, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
 
@@ -57,6 +58,7 @@ class BiMamba(nn.Module):
         self.mirror_channels = mirror_channels
         self.backend = backend
         self.context: Context | None = None
+        self.observer: Observer | None = None
         directions = 2 if config.bidirectional else 1
         projections = 1 if config.bidirectional_weight_tie else directions
         d_model, d_inner, rank, states = config.d_model, config.d_inner, config.dt_rank, config.d_state
@@ -100,6 +102,8 @@ class BiMamba(nn.Module):
         bool, true where a packed sequence begins: nothing crosses its border in either direction. With
         `recompute_scan_inputs` the backward pass computes convolution, step sizes, B and C again, but not the scan."""
         config = self.config
+        if self.observer is not None:
+            self._show_steps(self.observer, hidden)
         if config.bidirectional:
             jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
         else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
@@ -108,6 +112,26 @@ class BiMamba(nn.Module):
         if recompute_scan_inputs:
             return _uncompiled(mix, hidden, pad_mask, starts, with_operands_made_again)
         return mix(hidden, pad_mask, starts, _apply)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _show_steps(self, observer: Observer, hidden: Tensor) -> None:
+        """Tell step sizes and decays in the middle of the first sequence, as its first stream meets them."""
+        config, middle = self.config, hidden.shape[2] // 2
+        some = hidden[:, 0, max(0, middle - POSITIONS // 2) : middle + POSITIONS // 2]
+        inside = slice(config.d_conv - 1, 1 - config.d_conv) if some.shape[1] > 2 * config.d_conv else slice(None)
+        steps = []
+        for direction in range(self.D.shape[0]):
+            weight = self._for_streams(self.in_proj[direction % self.in_proj.shape[0]], -1, hidden.shape[0])
+            x = F.linear(some[:1], weight[0].chunk(2)[0])
+            back = (direction == 1) != (self.mirrored_stream == 0)
+            u = causal_conv1d(x, self.conv_weight[direction], self.conv_bias[direction], reverse=back, backend="naive")
+            dt, _, _ = self._project_scan_inputs(
+                u[:, inside], self.x_proj[direction, None], self.dt_proj[direction, None], None
+            )
+            dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+            steps.append(F.softplus(dt[0] + self.dt_bias[direction]))
+        observer.steps(torch.stack(steps), _negative_exp(self.A_log))
 
     def _mix_directions_jointly(
         self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Callable[..., Tensor]

@@ -15,7 +15,7 @@ from typing import TextIO, TypeVar
 from caduceus.run.ends import record_end_here
 
 _GRACE_SECONDS = 5.0
-"""From the dump to the end: the other ranks hang as well, and write their stacks before they lose their peers."""
+"""Time between the dump and the end, in which the other ranks, which hang too, write their stacks."""
 
 _NO_MORE = object()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from caduceus.distributed.ranks import PATIENCE
 from caduceus.train import trainer, watchdog
-from caduceus.train.checkpointing import SAVE_TIMEOUT
 from caduceus.train.watchdog import Watchdog
 from tests.train.conftest import SmallRun, numbers
 
@@ -84,7 +84,7 @@ def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch)
     monkeypatch.setattr(Watchdog, "over", noted)
     train, valid = {"steps": 2, "micro_batch": 8}, {"every": 2, "samples": 8}
     assert trainer.train(small_run.config("run", train=train, valid=valid)) == 0
-    long = SAVE_TIMEOUT.total_seconds()
+    long = PATIENCE.total_seconds()
     batch = ("a batch of the validation after step 2", 0.0)
     assert watched == [
         ("the opening of the data", long),

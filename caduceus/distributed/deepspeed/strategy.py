@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,7 +26,7 @@ from caduceus.distributed.deepspeed.package import naming_its_file, need_deepspe
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
-from caduceus.distributed.strategy import BuildOptimizer, Strategy, set_learning_rate
+from caduceus.distributed.strategy import BuildOptimizer, Part, Strategy, set_learning_rate
 from caduceus.errors import UserError
 from caduceus.files import dump_json
 from caduceus.hub.folders import WEIGHTS
@@ -81,6 +82,13 @@ class DeepSpeed(Strategy):
         set_learning_rate(self.optimizer, lr)
         self.model.step()
 
+    def parts(self) -> list[Part]:
+        """In stage 3 nothing, and in 1 and 2 no gradients: DeepSpeed cuts those without regard to parameters."""
+        if self.zero_stage == 3:
+            return []
+        parts = super().parts()
+        return parts if self.zero_stage == 0 else [part._replace(gradient=None) for part in parts]
+
     def discard_gradients(self) -> None:
         if self.zero_stage == 0:
             self.model.zero_grad()
@@ -93,7 +101,7 @@ class DeepSpeed(Strategy):
         if gradients:
             self.model.step()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, group: dist.ProcessGroup | None = None) -> None:
         with self._agreeing_on_files():
             self.model.save_checkpoint(directory, tag=FOLDER, save_latest=False)
         weights = self._gather_weights()
