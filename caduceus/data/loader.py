@@ -5,7 +5,7 @@ import logging
 import math
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ _LABELS_EXPECTED = 64
 
 
 class TrainLoader:
-    """Iterates over a rank's micro-batches, for ever, from the position `samples_consumed` on.
+    """Iterates over a rank's micro-batches without end, from the position `samples_consumed` on.
 
     Attributes: `fingerprint` of everything that decides the order, `seed`, `global_batch`, `per_step` (micro-batches of
     this rank in an optimizer step), `samples_consumed` (of all ranks, by the optimizer steps whose batches were all
@@ -109,6 +109,10 @@ class TrainLoader:
         """Those that samples are drawn from, by row."""
         return self._samples.species
 
+    def epochs(self) -> dict[str, float]:
+        """How often the samples so far have gone through the crops of each species; empty where that is not known."""
+        return self._samples.epochs(self.samples_consumed)
+
     def species_rows(self, batch: Batch) -> torch.Tensor:
         """The row of `species` that each sample of a batch is of, (B,) int64 on the CPU."""
         return torch.from_numpy(self._samples.species_rows(batch.g.numpy()))
@@ -165,7 +169,7 @@ class TrainLoader:
                 raise UserError(f"data.max_substituted: {self.substituted} {what}; the last: {line}")
 
     def _require_labels(self, batch: Batch) -> None:
-        """Refuse to go on for ever at a loss of 0 where no labelled base counts."""
+        """Refuse to train at a loss of 0 where no labelled base counts."""
         if self._positions_without_label is None:
             return
         labelled = batch.labels != IGNORE_LABEL
@@ -211,11 +215,27 @@ class ValidationLoader:
         for species, chosen in self._chosen.items():
             mine = self._rank + self._world * np.arange(math.ceil(len(chosen) / self._world))
             for numbers in np.split(mine, range(self._micro_batch, len(mine), self._micro_batch)):
-                batch = to_batch(self._reader.read(chosen[numbers % len(chosen)]))
-                filler = torch.from_numpy(numbers >= len(chosen))
-                batch.labels[filler] = IGNORE_LABEL
-                batch.g[filler] = FILLER
-                yield species, batch.to(self._device)
+                yield species, self._batch(chosen, numbers)
+
+    def crops(self, species: str, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Some crops of a species, by their numbers (`Batch.g`); every rank gets all, in batches as it usually does."""
+        chosen = self._chosen[species]
+        for first in range(0, len(numbers), self._micro_batch):
+            some = np.full(self._micro_batch, len(chosen))
+            some[: len(numbers) - first] = numbers[first : first + self._micro_batch]
+            yield self._batch(chosen, some)
+
+    def describe(self, species: str, number: int) -> dict[str, Any]:
+        """Where a crop lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
+        return self._reader.describe(self._chosen[species][number])
+
+    def _batch(self, chosen: np.ndarray, numbers: np.ndarray) -> Batch:
+        """The crops `numbers`, of which those that are beyond the last one are fillers."""
+        batch = to_batch(self._reader.read(chosen[numbers % len(chosen)]))
+        filler = torch.from_numpy(numbers >= len(chosen))
+        batch.labels[filler] = IGNORE_LABEL
+        batch.g[filler] = FILLER
+        return batch.to(self._device)
 
 
 def build_loader(
@@ -262,7 +282,7 @@ def build_validation(
         chosen = {SPECIES: reader.samples}
     else:
         dataset = open_dataset(config.data, split)
-        reader = SampleReader(dataset, config, positions)
+        reader = SampleReader(dataset, config, positions, repeats=True)
         chosen = validation_samples(dataset, config.valid.samples)
     return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 
@@ -292,7 +312,7 @@ def _leave_signals_to_the_trainer() -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """A process that ends by an error sends its workers one SIGTERM and waits for them, for ever if they ignore it.
+    """A process that ends by an error sends its workers one SIGTERM and waits for them, without end if they ignore it.
 
     Registered after multiprocessing's own handler, so it runs before that.
     """

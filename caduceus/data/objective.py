@@ -178,16 +178,27 @@ class SampleArrays:
     """A line for each sample that could not be read and what stands for it."""
     choices: np.ndarray | None = None
     """(B,) int64, the crop taken for each sample: 0 its own, n its n-th substitute; None where there is no choice."""
+    repeats: np.ndarray | None = None
+    """(B, L) bool, whether the base to be predicted is soft-masked; None where nobody asked."""
 
 
 class Objective:
     """Tokens of samples in the model's vocabulary, or of the slice `positions` (first, end) of each.
 
+    With `repeats`, the arrays tell which bases are soft-masked.
+
     Attributes: `first` and `end` of the positions whose bases it needs. With next_base these are one more than the
     slice has, where the sample goes on, because the last label is the base after it.
     """
 
-    def __init__(self, data: DataConfig, vocabulary: Vocabulary, positions: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        vocabulary: Vocabulary,
+        positions: tuple[int, int] | None = None,
+        repeats: bool = False,
+    ) -> None:
+        self._repeats = repeats
         self.first, end = positions or (0, data.seq_len)
         self._length = end - self.first
         self._shift = int(data.objective == "next_base")
@@ -209,4 +220,7 @@ class Objective:
         weights = None
         if self._repeat_weight != 1:
             weights = weigh_repeats(bases, mirrored, self._length, self._shift, self._repeat_weight)
-        return SampleArrays(input_ids, labels, weights, samples["g"].copy()), invalid
+        arrays = SampleArrays(input_ids, labels, weights, samples["g"].copy())
+        if self._repeats:
+            arrays.repeats = weigh_repeats(bases, mirrored, self._length, self._shift, 0.0) == 0
+        return arrays, invalid

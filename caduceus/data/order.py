@@ -121,6 +121,12 @@ class Mixture:
             k[here] = block * self.counts[one] + block_number[position[here]]
         return source, k
 
+    def drawn(self, g: int) -> np.ndarray:
+        """How many of the first `g` samples are of each source, (S,) int64."""
+        block, position = divmod(g, MIXTURE_BLOCK)
+        source, _ = self._table(block)
+        return block * self.counts + np.bincount(source[:position], minlength=len(self.counts))
+
     def _table(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each position of a block, and how many samples of that source precede it in the block."""
         if block not in self._tables:

@@ -34,7 +34,8 @@ class SampleReader:
     With `data.check_crc`, a window's crc32 is checked when it is first read from on this node, unless a cache has
     checked the shard's sha256 since the start. What cannot be read soundly is
     retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that
-    is no base, may be met by one alone of the peers that share a sample: they have to agree on the crops to take.
+    is no base, may be met by one alone of the peers that share a sample: they have to agree on the crops to take. With
+    `repeats`, the samples tell which of their bases are soft-masked.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class SampleReader:
         config: Config,
         positions: tuple[int, int] | None = None,
         substitute: Callable[[int, int], np.ndarray] | None = None,
+        repeats: bool = False,
     ) -> None:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._objective = Objective(config.data, config.model.vocabulary, positions)
+        self._objective = Objective(config.data, config.model.vocabulary, positions, repeats)
         self._substitute = substitute
         self._verdicts = Verdicts(self._files.identities(), len(self._crops.windows)) if config.data.check_crc else None
         self._damaged_windows: set[int] = set()

@@ -60,12 +60,17 @@ class ShardSamples:
         """Samples (B,) -> the row of `species` (B,) that each is drawn from; a substitute is of the same one."""
         return self._order.mixture.locate(numbers)[0]
 
+    def epochs(self, g: int) -> dict[str, float]:
+        """How often the first `g` samples have gone through the crops of each species."""
+        epochs = self._order.mixture.drawn(g) / self._order.epochs.sizes
+        return dict(zip(self.species, epochs.tolist(), strict=True))
+
     def read(self, numbers: np.ndarray, least: np.ndarray) -> Batch:
         """Samples (B,), of which peers that share them could not read the crops before the `least` (B,) of each."""
         return to_batch(self._reader.read(self._order.locate(numbers), least))
 
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
-        """A rank's micro-batches from number `first` on, for ever; each worker yields every n-th of them."""
+        """A rank's micro-batches from number `first` on, without end; each worker yields every n-th of them."""
         return _MicroBatches(self._order, self._reader, schedule, first)
 
 

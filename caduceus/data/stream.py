@@ -67,8 +67,12 @@ class StreamSamples:
     def describe(self, g: int) -> dict[str, Any]:
         return {"species": SPECIES, "sample": g}
 
+    def epochs(self, g: int) -> dict[str, float]:
+        """A stream does not know how long an epoch is."""
+        return {}
+
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
-        """A rank's micro-batches from number `first` on, for ever; each worker yields every n-th of them."""
+        """A rank's micro-batches from number `first` on, without end; each worker yields every n-th of them."""
         return _StreamMicroBatches(self, schedule, first)
 
     def tokens(self, crops: list[np.ndarray], g: np.ndarray) -> SampleArrays:
@@ -80,7 +84,7 @@ class StreamSamples:
         return tokens_of_crops(self._objective, np.stack(crops), samples)
 
     def crops(self, start: int, consumer: int, consumers: int, notes: list[str]) -> Iterator[np.ndarray]:
-        """Shuffled crops for one worker of one rank, for ever. What cannot be used adds a line to `notes`."""
+        """Shuffled crops for one worker of one rank, without end. What cannot be used adds a line to `notes`."""
         urls = self._urls_of(start, consumer, consumers)
         crops = crops_of_tars(urls, self._data, notes, tars=len(set(self._urls)))
         seed = int(key(self._seed, Purpose.CROP, start, consumer)[0])
@@ -130,13 +134,17 @@ class StreamValidation:
         crops.close()
         if notes:
             raise UserError(f"data.valid_path: {notes[0]}")
-        self._objective = Objective(data, config.model.vocabulary, positions)
+        self._objective = Objective(data, config.model.vocabulary, positions, repeats=True)
         self.samples = np.zeros(len(self._crops), SAMPLE_DTYPE)
         self.samples["g"] = np.arange(len(self._crops))
         self.samples["mask_key"] = key(Purpose.VALIDATION, self.samples["g"])
 
     def log(self) -> None:
         log_commands(self._urls)
+
+    def describe(self, sample: np.void) -> dict[str, Any]:
+        """What is known of a crop: a stream has no coordinates."""
+        return {"species": SPECIES, "sample": int(sample["g"])}
 
     def read(self, samples: np.ndarray) -> SampleArrays:
         return tokens_of_crops(self._objective, self._crops[samples["g"]], samples)

@@ -30,7 +30,7 @@ class FSDP(Strategy):
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
         offload = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
-        holders = config.parallel.shard or self.ranks.world
+        holders = self._holders = config.parallel.shard or self.ranks.world
         if self.ranks.is_main and (share := largest_share(model, holders)) > _UNEVEN / holders:
             _log.warning(
                 "parallel.shard: %d ranks cannot share this model evenly: one of them holds %.0f %% of the parameters "
@@ -47,6 +47,10 @@ class FSDP(Strategy):
         initialise(model, config.train, self.ranks.device, lambda part: fully_shard(part, **options))
         return model
 
+    @property
+    def writers(self) -> int:
+        return self._holders
+
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
         self.model.set_requires_gradient_sync(last)
         self.model.set_is_last_backward(last)
@@ -55,6 +59,10 @@ class FSDP(Strategy):
     def backward(self, loss: torch.Tensor) -> None:
         # FSDP averages over ranks, and the shares of the loss are to be added up.
         (loss * self.ranks.world).backward()
+
+    @property
+    def copies(self) -> int:
+        return self.ranks.world // self._holders
 
     def clip(self, clip_norm: float) -> torch.Tensor:
         return super().clip(clip_norm).full_tensor()

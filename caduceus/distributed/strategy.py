@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from caduceus.config import Config, TrainConfig
@@ -31,6 +32,14 @@ DEEPSPEED_FOLDER = "deepspeed"
 
 BuildOptimizer = Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]
 """Makes the optimizer of a model on the meta device or in memory."""
+
+
+class Part(NamedTuple):
+    """Of a parameter and its gradient what a rank holds."""
+
+    name: str
+    weight: torch.Tensor
+    gradient: torch.Tensor | None
 
 
 class Strategy:
@@ -72,19 +81,47 @@ class Strategy:
         self.optimizer.step()
         self.discard_gradients()
 
+    @property
+    def network(self) -> nn.Module:
+        """The model itself, without what wraps it."""
+        return getattr(self.model, "module", self.model)
+
+    @property
+    def copies(self) -> int:
+        """How many ranks hold the same part of each parameter."""
+        return self.ranks.world
+
+    def parts(self) -> list[Part]:
+        """What this rank holds of each parameter, and of its gradient between the backward pass and the step."""
+        return [
+            Part(name, _local(parameter.detach()), None if parameter.grad is None else _local(parameter.grad))
+            for name, parameter in self.network.named_parameters()
+        ]
+
     def discard_gradients(self) -> None:
         """Clear the gradients; instead of `step`, the step is skipped."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def save(self, directory: Path) -> None:
-        """Write model and optimizer into `directory`, all ranks together."""
-        self._write(self.state_dict(), directory, None)
+    @property
+    def writers(self) -> int:
+        """How many ranks, from the first on, hold one whole copy of model and optimizer, and write it."""
+        return 1
+
+    def save(self, directory: Path, group: dist.ProcessGroup | None) -> None:
+        """Write model and optimizer into `directory`; `group`: of the `writers`, where these are several.
+
+        Every rank calls it. It returns on the first rank when all is written, on others when their part is.
+        """
+        if self.ranks.rank < self.writers:
+            self._write(self.state_dict(), directory, group)
 
     def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
-        """Copy model and optimizer to host memory; the function returned writes the copy into a directory.
+        """Copy what this rank is to write to host memory; the function returned is as `save`, of the copy.
 
-        All ranks together call that function, on any thread; they talk over `group`, which nothing else uses then.
+        Every rank calls that function, on any thread; the writers talk over `group`, which nothing else uses then.
         """
+        if self.ranks.rank >= self.writers:
+            return lambda directory: None
         state = BlockingAsyncStager().stage(self.state_dict())
         return lambda directory: self._write(state, directory, group)
 
@@ -92,12 +129,12 @@ class Strategy:
         # A fifth of the time that it takes a processor, and the sha256 of the whole files says more.
         torch.serialization.set_crc32_options(False)
         writer = _Writer(directory)
-        dcp.save(state, storage_writer=writer, process_group=group, no_dist=self.ranks.world == 1)
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=self.writers == 1)
 
     def load(self, directory: Path) -> None:
         """Restore model and optimizer in place from a complete checkpoint, all ranks together.
 
-        Raises `RuntimeError`, `ValueError` or `CheckpointException` for a checkpoint of another model.
+        Raises `RuntimeError` or `ValueError` for a checkpoint of another model.
         """
         if (directory / DEEPSPEED_FOLDER).is_dir():
             raise UserError(
@@ -105,7 +142,8 @@ class Strategy:
                 "parallel.strategy=deepspeed"
             )
         state = self.state_dict()
-        dcp.load(state, checkpoint_id=directory, no_dist=self.ranks.world == 1)
+        with self.ranks.agreeing():  # each reads its own part, and no rank plans for the others
+            _read(state, directory)
         self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,6 +158,10 @@ class Strategy:
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
 
 
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Single(Strategy):
     """One process with a whole model."""
 
@@ -127,6 +169,13 @@ class Single(Strategy):
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def _read(state: dict[str, Any], directory: Path) -> None:
+    try:
+        dcp.load(state, checkpoint_id=directory, no_dist=True)
+    except dcp.CheckpointException as error:  # which is no Exception
+        raise RuntimeError(str(error)) from error
 
 
 class _Writer(dcp.FileSystemWriter):

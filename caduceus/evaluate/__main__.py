@@ -1,4 +1,6 @@
-"""python -m caduceus.evaluate heldout (--run RUN | --export DIR --config FILE) [--split valid] [key.path=value …]"""
+"""python -m caduceus.evaluate heldout (--run RUN | --export DIR --config FILE) [--split valid] [key.path=value …]
+python -m caduceus.evaluate embed|variants --model DIR --input FILE --out FILE [--help for more]
+"""
 
 import argparse
 import json
@@ -8,20 +10,23 @@ from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError, run_command
+from caduceus.evaluate.commands import add_embed, add_variants
 
 _START = """
-Says what a trained model is worth. To begin, give it a run:
+Says what a trained model is worth, and uses it. To begin, give it a run:
 
   {caduceus-evaluate} heldout --run runs/ps-1k  # loss on held-out sequences, per species
+  {caduceus-evaluate} embed --model runs/ps-1k --input genes.fa --out genes.npz  # a vector for each sequence
+  {caduceus-evaluate} variants --model runs/ps-1k --input my.vcf --genome genome.fa --out scored.vcf  # their effects
   {caduceus-evaluate} heldout --run runs/ps-1k data.path=shards/yeast  # the same on other shards
   {caduceus-evaluate} --help  # what else it can do
 """
 
 
 def main() -> int:
-    """Parse the command line, evaluate, and print one JSON object."""
-    parser = Parser(called="caduceus-evaluate", start=_START, description="What a trained model is worth.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="heldout")
+    """Parse the command line and run the verb."""
+    parser = Parser(called="caduceus-evaluate", start=_START, description="Use a trained model; what it is worth.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="VERB")
     heldout = commands.add_parser("heldout", help="loss on held-out sequences, per species, in nats per labelled base")
     source = heldout.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -31,15 +36,18 @@ def main() -> int:
     heldout.add_argument("--config", metavar="FILE", help="data and masks; default the run's own config.yaml")
     heldout.add_argument("--split", choices=SPLITS, default="valid")
     heldout.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
+    heldout.set_defaults(handler=_heldout)
+    add_embed(commands)
+    add_variants(commands)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    print(json.dumps(_heldout(arguments), indent=1))
+    arguments.handler(arguments)
     return 0
 
 
-def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
+def _heldout(arguments: argparse.Namespace) -> None:
     from caduceus.data.loader import build_validation
-    from caduceus.distributed.ranks import choose_device
+    from caduceus.distributed.ranks import Ranks, choose_device
     from caduceus.evaluate.heldout import held_out_loss
     from caduceus.hub import load
     from caduceus.hub.folders import run_of
@@ -56,7 +64,9 @@ def _heldout(arguments: argparse.Namespace) -> dict[str, float]:
     dtype = next(model.parameters()).dtype
     check_backend(model.backend, device, dtype, config.model.d_state, config.model.d_conv)
     batches = build_validation(config, arguments.split, device=device)
-    return held_out_loss(model.to(device), batches, device, config.train.precision)
+    mirror = None if config.data.objective == "next_base" else Ranks(0, 1, 1, device).mirrored
+    told = held_out_loss(model.to(device), batches, device, config.train.precision, mirror=mirror)
+    print(json.dumps(told, indent=1))
 
 
 def command() -> None:

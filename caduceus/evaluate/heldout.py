@@ -1,4 +1,4 @@
-"""Loss on held-out sequences, per species."""
+"""Loss on held-out sequences, per species, and what else a validation tells."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -9,6 +9,7 @@ from torch import nn
 from caduceus.data.batch import Batch
 from caduceus.data.loader import ValidationLoader
 from caduceus.errors import UserError
+from caduceus.evaluate.detail import Details, Mirror, of_loss, reverse_complement_of
 
 
 @torch.no_grad()
@@ -19,23 +20,34 @@ def held_out_loss(
     precision: str = "fp32",
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     each: Callable[[ValidationLoader], Iterable[tuple[str, Batch]]] = iter,
+    mirror: Mirror | None = None,
 ) -> dict[str, float]:
     """Cross-entropy over all labelled bases (weighted by `loss_weights` where there are any), in nats.
 
-    `add_up` adds a tensor up over the ranks that share the batches, and `each` is what iterates over these.
-    Returns {"valid_loss": …, "valid_loss/SPECIES": …}; a species without a labelled base is left out. Raises
-    `UserError` where no base at all is labelled and counts.
+    `add_up` adds a tensor up over the ranks that share the batches, and `each` is what iterates over these. With
+    `mirror`, the first batch of each species is also predicted from its reverse complement.
+    Returns {"valid_loss": …, "valid_loss/SPECIES": …}, a species without a labelled base left out; and what
+    `docs/watching.md` says of a validation: perplexity, bits per base, accuracy, by region and species, confusion, how
+    far the strands disagree. Raises `UserError` where no base at all is labelled and counts.
     """
     training = model.training
     model.eval()
     rows = {species: row for row, species in enumerate(batches.species)}
     sums = torch.zeros(len(rows), 2, dtype=torch.float64, device=device)
+    vocabulary = getattr(model, "module", model).config.vocabulary
+    details, mirrored = Details(batches.species, vocabulary, device), set()
     for species, batch in each(batches):
         with autocast(device, precision):
-            output = model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
+            output = model(batch.input_ids, batch.labels, batch.loss_weights)
         sums[rows[species]] += torch.stack([output.loss_sum, output.weight_sum]).sum(1, dtype=torch.float64)
+        details.add(species, output.logits, batch)
+        if mirror is not None and species not in mirrored:
+            mirrored.add(species)
+            with autocast(device, precision):
+                reverse = model(reverse_complement_of(batch, vocabulary, mirror)).logits
+            details.add_strands(species, output.logits, mirror(reverse), batch)
     model.train(training)
-    sums = add_up(sums)
+    sums, of_details = add_up(sums), add_up(details.sums)
     loss, weight = sums.sum(0).tolist()
     if weight == 0:
         raise UserError(
@@ -46,6 +58,8 @@ def held_out_loss(
     return {
         "valid_loss": loss / weight,
         **{f"valid_loss/{name}": loss / weight for name, (loss, weight) in species if weight},
+        **of_loss(loss / weight),
+        **details.row(of_details.cpu()),
     }
 
 

@@ -10,6 +10,8 @@ with Y held channel-flipped and F the flip of channels. Here tensors stay where 
 mirrored stream, to which F M' F applies, is stream 0 in even blocks and stream 1 in odd ones.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from caduceus.config import CaduceusConfig
 from caduceus.model.block import Block, Norm, residual_dtype
+from caduceus.model.observer import Observer
 from caduceus.ops import Context, Strands
 
 
@@ -104,8 +107,8 @@ class Backbone(nn.Module):
         """
         if output_hidden_states and self.strands is not None:
             raise ValueError("output_hidden_states: this rank has one of the two strands alone")
-        hidden, residual = self._embed(input_ids), None
-        hidden_states = [self._by_strand(hidden, first=0)] if output_hidden_states else None
+        hidden, residual = self.embed(input_ids), None
+        hidden_states = [self.hidden_state(0, hidden)] if output_hidden_states else None
         for number, block in enumerate(self.blocks, start=1):
             if number <= self.recomputed_blocks and torch.is_grad_enabled():
                 if residual is not None:  # a block would keep both for its backward pass; of their sum it keeps one
@@ -116,8 +119,7 @@ class Backbone(nn.Module):
                 recompute_scan_inputs = scan_inputs and torch.is_grad_enabled()
                 hidden, residual = block(hidden, residual, pad_mask, starts, recompute_scan_inputs)
             if output_hidden_states and number < len(self.blocks):
-                first = 1 - block.mixer.mirrored_stream if self.config.fused_add_norm else 0
-                hidden_states.append(self._by_strand(hidden, first))
+                hidden_states.append(self.hidden_state(number, hidden))
         normed, _ = self.norm_f(hidden, residual)
         if output_hidden_states:
             if self.config.fused_add_norm:
@@ -126,9 +128,22 @@ class Backbone(nn.Module):
         return BackboneOutput(normed, hidden_states)
 
     def share_sequences(self, context: Context | None) -> None:
-        """From now on every sequence is a slice of one that goes on over the ranks of `context`."""
+        """Make every sequence from now on a slice of one that the ranks of `context` share."""
         for block in self.blocks:
             block.mixer.context = context
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[Observer]:
+        """Within, one forward pass tells the observer what it looks like from within."""
+        observer = Observer()
+        observed = [module for block in self.blocks for module in (block, block.mixer)]
+        for module in observed:
+            module.observer = observer
+        try:
+            yield observer
+        finally:
+            for module in observed:
+                module.observer = None
 
     def no_weight_decay_parameters(self) -> set[str]:
         """Names of the parameters that published training exempts from weight decay: biases, norms, A_log and D."""
@@ -148,8 +163,8 @@ class Backbone(nn.Module):
             {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
         ]
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        """The streams (S, B, L, D): the bases, and for Caduceus-PS their complements."""
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The streams (S, B, L, D) as the first block gets them: the bases, and for Caduceus-PS their complements."""
         table, size = self.embedding.weight, self.config.padded_vocab_size
         tables = torch.cat([self._for_complement(table) if stream == 1 else table for stream in self.streams])
         embedded = F.embedding(torch.stack([input_ids + row * size for row in range(len(self.streams))]), tables)
@@ -159,6 +174,11 @@ class Backbone(nn.Module):
         """Rows of the complementary tokens, channel-flipped where the block form holds the second strand so."""
         table = table[self.complement]
         return table.flip(-1) if self.config.fused_add_norm else table
+
+    def hidden_state(self, number: int, hidden: Tensor) -> Tensor:
+        """Entry `number` of `BackboneOutput.hidden_states` from what the embedding (0) or block `number` gave."""
+        swapped = number > 0 and self.config.fused_add_norm
+        return self._by_strand(hidden, 1 - self.blocks[number - 1].mixer.mirrored_stream if swapped else 0)
 
     def by_strand(self, held: Tensor) -> Tensor:
         """The final norm (S, B, L, D): the forward strand in front, the other one after it, no channels flipped."""

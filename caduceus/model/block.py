@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
 from caduceus.model.mamba import BiMamba, with_mirrored_channels
+from caduceus.model.observer import Observer
 from caduceus.ops import add_norm
 
 
@@ -15,7 +16,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def residual_dtype(config: CaduceusConfig, weight: Tensor) -> torch.dtype:
-    """Of the residual in a model with such weights: at least fp32, or without `residual_in_fp32` as products are."""
+    """The residual's type in a model with such weights: at least fp32, or the products' without `residual_in_fp32`."""
     return torch.promote_types(weight.dtype, torch.float32) if config.residual_in_fp32 else product_dtype(weight)
 
 
@@ -58,6 +59,7 @@ class Block(nn.Module):
         options = {"mirrored_stream": mirrored_stream, "mirror_channels": mirror_channels, "backend": backend}
         self.norm = Norm(config, **options)
         self.mixer = BiMamba(config, **options)
+        self.observer: Observer | None = None
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         self.norm.init_weights()
@@ -73,4 +75,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(mixer(norm(residual + hidden)), residual + hidden), (S, B, L, D) each; the next block adds them."""
         normed, residual = self.norm(hidden, residual)
-        return self.mixer(normed, pad_mask, starts, recompute_scan_inputs), residual
+        mixed = self.mixer(normed, pad_mask, starts, recompute_scan_inputs)
+        if self.observer is not None:
+            self.observer.streams(residual, mixed)
+        return mixed, residual

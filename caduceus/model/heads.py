@@ -102,7 +102,7 @@ class CaduceusForMaskedLM(Backbone):
         another and read `starts` for that, which breaks a compiled graph.
         """
         held, hidden_states = super().forward(input_ids, output_hidden_states, pad_mask, starts)
-        rows = self._head_rows()
+        rows = self.head_rows()
         logits = self.head(held, rows) if return_logits else None
         if labels is None:
             return MaskedLMOutput(logits=logits, hidden_states=hidden_states)
@@ -111,7 +111,7 @@ class CaduceusForMaskedLM(Backbone):
         loss = loss_sum.sum() / torch.where(weight > 0, weight, 1)
         return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum)
 
-    def _head_rows(self) -> Tensor:
+    def head_rows(self) -> Tensor:
         """The head's rows for each stream, (S, V, D): what it predicts is a base of the forward strand."""
         table, mirrored = self.embedding.weight, self.norm_f.mirrored_stream
         streams = range(len(self.streams))

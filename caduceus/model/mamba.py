@@ -13,11 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
+from caduceus.model.observer import POSITIONS, Observer
 from caduceus.model.recompute import with_operands_made_again
 from caduceus.ops import PAD_DT, Context, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 """Range of the step sizes at initialisation, and the smallest allowed (Gu and Dao 2023, arXiv:2312.00752)."""
+
+
+Carried = tuple[Tensor, Tensor]
+"""What a run carries from one piece of a sequence into the next: the inputs that the convolution's taps still see,
+(B, at most K - 1, E), and the state of the scan, (B, E, N)."""
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
@@ -52,6 +58,7 @@ class BiMamba(nn.Module):
         self.mirror_channels = mirror_channels
         self.backend = backend
         self.context: Context | None = None
+        self.observer: Observer | None = None
         directions = 2 if config.bidirectional else 1
         projections = 1 if config.bidirectional_weight_tie else directions
         d_model, d_inner, rank, states = config.d_model, config.d_inner, config.dt_rank, config.d_state
@@ -95,6 +102,8 @@ class BiMamba(nn.Module):
         bool, true where a packed sequence begins: nothing crosses its border in either direction. With
         `recompute_scan_inputs` the backward pass computes convolution, step sizes, B and C again, but not the scan."""
         config = self.config
+        if self.observer is not None:
+            self._show_steps(self.observer, hidden)
         if config.bidirectional:
             jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
         else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
@@ -103,6 +112,26 @@ class BiMamba(nn.Module):
         if recompute_scan_inputs:
             return _uncompiled(mix, hidden, pad_mask, starts, with_operands_made_again)
         return mix(hidden, pad_mask, starts, _apply)
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _show_steps(self, observer: Observer, hidden: Tensor) -> None:
+        """Tell step sizes and decays in the middle of the first sequence, as its first stream meets them."""
+        config, middle = self.config, hidden.shape[2] // 2
+        some = hidden[:, 0, max(0, middle - POSITIONS // 2) : middle + POSITIONS // 2]
+        inside = slice(config.d_conv - 1, 1 - config.d_conv) if some.shape[1] > 2 * config.d_conv else slice(None)
+        steps = []
+        for direction in range(self.D.shape[0]):
+            weight = self._for_streams(self.in_proj[direction % self.in_proj.shape[0]], -1, hidden.shape[0])
+            x = F.linear(some[:1], weight[0].chunk(2)[0])
+            back = (direction == 1) != (self.mirrored_stream == 0)
+            u = causal_conv1d(x, self.conv_weight[direction], self.conv_bias[direction], reverse=back, backend="naive")
+            dt, _, _ = self._project_scan_inputs(
+                u[:, inside], self.x_proj[direction, None], self.dt_proj[direction, None], None
+            )
+            dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+            steps.append(F.softplus(dt[0] + self.dt_bias[direction]))
+        observer.steps(torch.stack(steps), _negative_exp(self.A_log))
 
     def _mix_directions_jointly(
         self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Callable[..., Tensor]
@@ -182,6 +211,39 @@ class BiMamba(nn.Module):
             )
 
         return self._project_out(apply(scan_inputs, scan), projection)
+
+    def mix_piece(self, hidden: Tensor, backwards: bool, carried: list[Carried | None]) -> tuple[Tensor, list]:
+        """What the runs that go one way make of a piece of longer sequences, and what they carry into the next piece.
+
+        hidden (S, B, l, D); `carried` by stream, None before the first piece. Zeros for a stream without such a run.
+        With `bidirectional_strategy: add` both ways add up to the mixer's output, else they are to be multiplied.
+        """
+        mixed, handed_on = torch.zeros_like(hidden), list(carried)
+        for stream, rows in enumerate(hidden):
+            direction = int(backwards != (stream == self.mirrored_stream))
+            if direction < len(self.conv_weight):
+                mixed[stream], handed_on[stream] = self._mix_run(rows, stream, direction, backwards, carried[stream])
+        return mixed, handed_on
+
+    def _mix_run(
+        self, rows: Tensor, stream: int, direction: int, backwards: bool, carried: Carried | None
+    ) -> tuple[Tensor, Carried]:
+        """One stream of a piece in one direction: rows (B, l, D) -> (B, l, D)."""
+        projection, where = direction % self.in_proj.shape[0], {"reverse": backwards, "backend": self.backend}
+        in_proj = self._for_streams(self.in_proj[projection], -1, stream + 1)[-1]
+        out_proj = self._for_streams(self.out_proj[projection], 0, stream + 1)[-1]
+        x, z = (F.linear(rows, weight) for weight in in_proj.chunk(2))
+        taps, state = carried or (x[:, :0], None)
+        seen = torch.cat([x, taps] if backwards else [taps, x], 1)
+        first = 0 if backwards else taps.shape[1]
+        u = causal_conv1d(seen, self.conv_weight[direction], self.conv_bias[direction], **where)
+        u = u.narrow(1, first, x.shape[1])
+        dt, B, C = self._project_scan_inputs(u, self.x_proj[direction, None], self.dt_proj[direction, None], None)
+        A, D, dt_bias = _negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
+        y, state = selective_scan(u, dt, A, B, C, D, z, dt_bias, initial_state=state, return_final_state=True, **where)
+        width = min(self.config.d_conv - 1, seen.shape[1])
+        taps = seen.narrow(1, 0 if backwards else seen.shape[1] - width, width).clone()
+        return F.linear(y, out_proj), (taps, state)
 
     def _project_in(self, hidden: Tensor, projection: int, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x and z, (S, B, L, E) each. Two products instead of one give two contiguous results."""

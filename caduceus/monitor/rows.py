@@ -58,7 +58,8 @@ class Monitor:
         """Record a training row and show progress now and then."""
         if not self._active:
             return
-        self._record(row)
+        left = self._view.seconds_left
+        self._record(row if left is None else {**row, "seconds_left": round(left)})
         self._terminal.refresh(last=row["step"] == self._config.train.steps)
 
     def log_validation(self, row: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.ranks import Ranks
 from caduceus.train.roofline import utilization
+from caduceus.train.vitals import Vitals
 
 CLOCK_KEYS = frozenset(
     {
@@ -27,6 +28,7 @@ CLOCK_KEYS = frozenset(
         "peak_memory_bytes",
         "mfu",
         "scan_roofline",
+        "seconds_left",
     }
 )
 """Keys whose values depend on the machine and its load; all others are the same whenever a run is repeated."""
@@ -80,7 +82,9 @@ class StepClock:
         return event
 
 
-def measurements(config: Config, ranks: Ranks, loader: TrainLoader, clock: StepClock) -> dict[str, float | int]:
+def measurements(
+    config: Config, ranks: Ranks, loader: TrainLoader, clock: StepClock, vitals: Vitals
+) -> dict[str, float | int]:
     """What the ranks saw in a step, put together with one exchange.
 
     The parts of the step's time are means over ranks. `communication_seconds` is what the loop itself waits for others;
@@ -91,7 +95,7 @@ def measurements(config: Config, ranks: Ranks, loader: TrainLoader, clock: StepC
     """
     laps = clock.seconds()
     mine = [*laps.values(), _peak_memory(ranks.device), loader.substituted]
-    rows = ranks.gather(mine)
+    rows, of_vitals = ranks.gather([*mine, *vitals.numbers()]).tensor_split([len(mine)], dim=1)
     data, communication, forward, backward, exchange, optimizer = rows[:, : len(_LAPS)].mean(0).tolist()
     seconds = rows[:, : len(_LAPS)].sum(1).max().item()
     alone = rows[:, _ALONE].sum(1)
@@ -108,6 +112,8 @@ def measurements(config: Config, ranks: Ranks, loader: TrainLoader, clock: StepC
         "straggler_seconds": (alone.max() - alone.min()).item(),
         "peak_memory_bytes": int(rows[:, -2].max()),
         **utilization(config, tokens_per_second / ranks.world, ranks.device),
+        **vitals.row(of_vitals),
+        **({f"epoch/{species}": epoch for species, epoch in loader.epochs().items()} if vitals.on else {}),
     }
 
 

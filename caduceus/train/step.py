@@ -17,6 +17,7 @@ from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step
 from caduceus.train.metrics import StepClock, measurements
 from caduceus.train.optimizer import learning_rate
+from caduceus.train.vitals import Vitals
 
 
 def training_step(
@@ -29,7 +30,7 @@ def training_step(
     gradient is not finite, or whose loss leapt, consumes its samples and updates nothing: loss and norm are global, so
     all ranks see the same.
     """
-    ranks = strategy.ranks
+    ranks, vitals = strategy.ranks, Vitals(config, strategy, progress.step + 1)
     clock = StepClock(ranks.device)
     with ranks.agreeing():
         micro_batches = [next(batches) for _ in range(loader.per_step)]
@@ -37,26 +38,17 @@ def training_step(
     weight = torch.stack([_label_weight(batch) for batch in micro_batches]).sum() / ranks.strands  # each has all labels
     weight = ranks.sum(weight).item() or 1.0
     clock.lap("communication")
-    shares, sums = [], []
-    for number, batch in enumerate(micro_batches, start=1):
-        with strategy.accumulating(last=number == loader.per_step):
-            with autocast(ranks.device, config.train.precision):
-                output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
-            share = output.loss_sum.sum() / weight
-            clock.lap("forward")
-            with clock.watching(strategy.model):
-                strategy.backward(share)
-            clock.lap("exchange")
-        shares.append(share.detach().double())
-        sums.append(torch.stack([output.loss_sum, output.weight_sum]).detach().double())
+    shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
     totals = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
     loss, *by_species = ranks.sum(torch.cat(totals)).tolist()
     clock.lap("communication")
     lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
+    vitals.before_update()
     grad_norm = strategy.clip(config.train.clip_norm).item()
     updating = progress.health.may_update(loss, grad_norm, config.train)
     if updating:
         strategy.step(lr)
+        vitals.after_update()
     else:
         strategy.discard_gradients()
     clock.lap("optimizer")
@@ -76,8 +68,27 @@ def training_step(
         "lr": lr,
         "grad_norm": grad_norm,
         "skipped_steps": progress.health.skipped_steps,
-        **measurements(config, ranks, loader, clock),
+        **measurements(config, ranks, loader, clock, vitals),
     }
+
+
+def _pass_through(
+    config: Config, strategy: Strategy, micro_batches: list[Batch], weight: float, clock: StepClock, vitals: Vitals
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Forward and backward passes; of each micro-batch its share of the loss, and (2, B) losses and weights."""
+    shares, sums = [], []
+    for number, batch in enumerate(micro_batches, start=1):
+        with strategy.accumulating(last=number == len(micro_batches)):
+            with autocast(strategy.ranks.device, config.train.precision), vitals.observing(number):
+                output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
+            share = output.loss_sum.sum() / weight
+            clock.lap("forward")
+            with clock.watching(strategy.model):
+                strategy.backward(share)
+            clock.lap("exchange")
+        shares.append(share.detach().double())
+        sums.append(torch.stack([output.loss_sum, output.weight_sum]).detach().double())
+    return shares, sums
 
 
 def _label_weight(batch: Batch) -> torch.Tensor:

@@ -88,6 +88,7 @@ OTHER: dict[str, Any] = {
     "run.device": "auto",
     "run.time_budget_minutes": 60.0,
     "run.allow_change": ["train.lr"],
+    "monitor.every": 7,
     "monitor.report": False,
     "wandb.mode": "offline",
     "wandb.project": "another",

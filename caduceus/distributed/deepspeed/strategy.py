@@ -7,6 +7,7 @@ learning rate, clipping, precision and batches.
 import contextlib
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,7 +27,7 @@ from caduceus.distributed.deepspeed.package import naming_its_file, need_deepspe
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
-from caduceus.distributed.strategy import BuildOptimizer, Strategy, set_learning_rate
+from caduceus.distributed.strategy import BuildOptimizer, Part, Strategy, set_learning_rate
 from caduceus.errors import UserError
 from caduceus.files import dump_json
 from caduceus.hub.folders import WEIGHTS
@@ -43,6 +45,8 @@ class DeepSpeed(Strategy):
         block = max(_count(block) for block in model.blocks)
         options = engine_options(config, ranks.data_world, _count(model), block)
         deepspeed = need_deepspeed(ranks.device.type)
+        if ranks.device.index is not None:  # for which it takes LOCAL_RANK, also where a rank sees but its own GPU
+            os.environ["LOCAL_RANK"] = str(ranks.device.index)
         self.ranks = ranks
         self.zero_stage = config.parallel.zero_stage
         file = config.parallel.deepspeed_config
@@ -81,6 +85,13 @@ class DeepSpeed(Strategy):
         set_learning_rate(self.optimizer, lr)
         self.model.step()
 
+    def parts(self) -> list[Part]:
+        """In stage 3 nothing, and in 1 and 2 no gradients: DeepSpeed cuts those without regard to parameters."""
+        if self.zero_stage == 3:
+            return []
+        parts = super().parts()
+        return parts if self.zero_stage == 0 else [part._replace(gradient=None) for part in parts]
+
     def discard_gradients(self) -> None:
         if self.zero_stage == 0:
             self.model.zero_grad()
@@ -93,7 +104,7 @@ class DeepSpeed(Strategy):
         if gradients:
             self.model.step()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, group: dist.ProcessGroup | None = None) -> None:
         with self._agreeing_on_files():
             self.model.save_checkpoint(directory, tag=FOLDER, save_latest=False)
         weights = self._gather_weights()

@@ -24,7 +24,7 @@ _MOST_SPECIES = 8
 _SIZE = (5.0, 3.4)
 """Inches: so wide that its letters keep their size on a page of 400 pixels."""
 _INK, _FAINT, _LINE = (COLOURS[name][0] for name in ("ink", "faint", "line"))
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "legend.fontsize": 8, "path.simplify": False,
     "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _FAINT, "xtick.color": _FAINT, "ytick.color": _FAINT,
     "axes.grid": True, "grid.color": _LINE, "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
@@ -64,10 +64,10 @@ CURVES = (
 )
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
     """One quantity of all runs: a mean with the band of least and greatest values, validations as dots."""
-    figure, axes = _figure(curves.title + (f", {curves.unit}" if curves.unit else ""), axis)
+    figure, axes = new_figure(curves.title + (f", {curves.unit}" if curves.unit else ""), axis)
     shown = []
     for number, run in enumerate(runs):
         colour, history = colour_of(number), run.history
@@ -75,7 +75,7 @@ def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
         if curves.logarithmic:
             values = np.where(values > 0, values, np.nan)
         x, mean, least, most = binned(history.at(history.train["step"], axis), values, BINS)
-        name = _shortened(run.name)
+        name = shortened(run.name)
         label = f"{name}, train" if curves.valid else name
         axes.plot(x, mean, color=colour, linewidth=0.9, label=label, gid=f"train-{number}")
         if len(values) > BINS:
@@ -93,34 +93,33 @@ def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
         axes.yaxis.set_major_formatter(EngFormatter())
     elif curves.valid:
         _leave_out_first_steps(axes, shown)
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def draw_species(runs: Sequence[Reported], axis: str) -> Figure | None:
     """Validation loss of each species; None where there is at most one. A run's lines share their style."""
-    names = sorted({name for run in runs for name in run.history.valid if "/" in name})[:_MOST_SPECIES]
+    names = sorted({name for run in runs for name in run.history.valid if name.startswith("valid_loss/")})
+    names = names[:_MOST_SPECIES]
     if len(names) < 2:
         return None
-    figure, axes = _figure("Validation loss per species, nats per labelled base", axis)
+    figure, axes = new_figure("Validation loss per species, nats per labelled base", axis)
     for number, run in enumerate(runs):
         for place, name in enumerate(names):
             if name in run.history.valid:
                 species = name.partition("/")[2]
-                label = (
-                    _shortened(species) if len(runs) == 1 else f"{_shortened(run.name, 16)}, {_shortened(species, 12)}"
-                )
+                label = shortened(species) if len(runs) == 1 else f"{shortened(run.name, 16)}, {shortened(species, 12)}"
                 style = {"color": colour_of(place), "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1.1}
                 style |= {"marker": "o", "markersize": 3, "gid": f"species-{number}-{place}"}
                 x = run.history.at(run.history.valid_steps, axis)
                 axes.plot(x, run.history.valid[name], label=label, **style)
-    return _with_legend(figure, axes)
+    return with_legend(figure, axes)
 
 
-@rc_context(_STYLE)
+@rc_context(STYLE)
 def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
     """A lane per run with its starts, rewinds and the checkpoints that are on the disk."""
-    figure, axes = _figure("Starts, rewinds and checkpoints", axis, (_SIZE[0], 1.4 + 0.3 * len(runs)))
+    figure, axes = new_figure("Starts, rewinds and checkpoints", axis, (_SIZE[0], 1.4 + 0.3 * len(runs)))
     for lane, run in enumerate(runs):
         history: History = run.history
         axes.plot([0, history.at(history.train["step"][-1:], axis)[0]], [lane, lane], color=_FAINT, linewidth=1)
@@ -130,10 +129,10 @@ def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
             where = history.at(steps, axis)
             style = {"marker": marker, "linestyle": "none", "markersize": 5, "color": COLOURS[colour][0]}
             axes.plot(where, height, label=None if lane else kind, gid=f"{kind}-{lane}", **style)
-    axes.set_yticks(range(len(runs)), [_shortened(run.name, 16) for run in runs])
+    axes.set_yticks(range(len(runs)), [shortened(run.name, 16) for run in runs])
     axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-    return _with_legend(figure, axes, columns=3)
+    return with_legend(figure, axes, columns=3)
 
 
 def colour_of(number: int) -> str:
@@ -145,7 +144,7 @@ def to_svg(figure: Figure, name: str, words: str) -> str:
 
     words: what a reader who does not see the figure is told.
     """
-    with rc_context({**_STYLE, "svg.hashsalt": name}):
+    with rc_context({**STYLE, "svg.hashsalt": name}):
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = written.getvalue()
@@ -163,20 +162,20 @@ def to_svg(figure: Figure, name: str, words: str) -> str:
 def to_png(figure: Figure) -> bytes:
     """PNG on white, for slides."""
     written = io.BytesIO()
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(written, format="png", dpi=200, facecolor="white")
     return written.getvalue()
 
 
-def _figure(title: str, axis: str, size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
+def new_figure(title: str, axis: str, size: tuple[float, float] = _SIZE) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel(AXES[axis])
+    axes.set_xlabel(AXES.get(axis, axis))
     return figure, axes
 
 
-def _with_legend(figure: Figure, axes: Axes, columns: int = 2) -> Figure:
+def with_legend(figure: Figure, axes: Axes, columns: int = 2) -> Figure:
     figure.legend(loc="outside lower left", ncols=columns)
     return figure
 
@@ -190,7 +189,7 @@ def _leave_out_first_steps(axes: Axes, shown: Sequence[np.ndarray]) -> None:
         axes.set_ylim(later.min() - margin, later.max() + margin)
 
 
-def _shortened(text: str, longest: int = 20) -> str:
+def shortened(text: str, longest: int = 20) -> str:
     text = text.lstrip("_").replace("$", r"\$")  # matplotlib hides the labels that begin so, and sets $ as formulas
     half = longest // 2  # paths differ at either end
     return text if len(text) <= longest else f"{text[:half]}…{text[half + 1 - longest :]}"

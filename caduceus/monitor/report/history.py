@@ -17,13 +17,16 @@ _COLUMNS = ("step", "tokens", "samples", "loss", "lr", "grad_norm", "tokens_per_
 class History:
     """The rows of a metrics.jsonl. A value that a row lacks, or that was not finite, is NaN.
 
-    train: columns of the training rows, each (steps,). valid_steps, valid: steps of the validations and, for
-    `valid_loss` and each `valid_loss/SPECIES`, their values. unreadable: whole lines that are no rows.
+    train: columns of the training rows, each (steps,). valid_steps, valid: steps of the validations and their values
+    by name, which begin with `valid_`. vital_steps, vitals: the same of the steps that tell of kinds of parameters and
+    of layers, `grad_norm/KIND` and so on. unreadable: whole lines that are no rows.
     """
 
     train: dict[str, np.ndarray]
     valid_steps: np.ndarray
     valid: dict[str, np.ndarray]
+    vital_steps: np.ndarray
+    vitals: dict[str, np.ndarray]
     unreadable: int
 
     @property
@@ -62,6 +65,7 @@ def read_history(path: Path) -> History:
     """
     train = {name: array("d") for name in _COLUMNS}
     valid: dict[int, dict[str, float]] = {}
+    vitals: dict[int, dict[str, float]] = {}
     unreadable = 0
     with path.open("rb") as file:
         for line in file:
@@ -72,25 +76,37 @@ def read_history(path: Path) -> History:
             step = row["step"]
             if "loss" in row:
                 if train["step"] and step <= train["step"][-1]:
-                    _forget(train, valid, step)
+                    _forget(train, (valid, vitals), step)
                 for name, column in train.items():
                     column.append(_number(row.get(name)))
+                told = {name: _number(value) for name, value in row.items() if _is_vital(name)}
+                vitals |= {step: told} if told else {}
             if "valid_loss" in row:
-                valid[step] = {name: _number(value) for name, value in row.items() if name.startswith("valid_loss")}
-    names = sorted({name for values in valid.values() for name in values})
-    steps = sorted(valid)
-    columns = {name: np.array([valid[step].get(name, math.nan) for step in steps]) for name in names}
+                valid[step] = {name: _number(value) for name, value in row.items() if name.startswith("valid_")}
     arrays = {name: np.array(column) for name, column in train.items()}
-    return History(arrays, np.array(steps, dtype=np.int64), columns, unreadable)
+    return History(arrays, *_columns(valid), *_columns(vitals), unreadable)
 
 
-def _forget(train: dict[str, array], valid: dict[int, dict[str, float]], step: int) -> None:
+def _is_vital(name: str) -> bool:
+    return "/" in name and not name.startswith("loss/")
+
+
+def _columns(rows: dict[int, dict[str, float]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps, and a column for each name that any of them has."""
+    names = dict.fromkeys(name for values in rows.values() for name in values)
+    steps = sorted(rows)
+    columns = {name: np.array([rows[step].get(name, math.nan) for step in steps]) for name in names}
+    return np.array(steps, dtype=np.int64), columns
+
+
+def _forget(train: dict[str, array], others: tuple[dict[int, Any], ...], step: int) -> None:
     """Drop what was made from `step` on before it was made again."""
     first = bisect_left(train["step"], step)
     for column in train.values():
         del column[first:]
-    for made in [made for made in valid if made >= step]:
-        del valid[made]
+    for rows in others:
+        for made in [made for made in rows if made >= step]:
+            del rows[made]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

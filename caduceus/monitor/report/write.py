@@ -1,10 +1,11 @@
 """Put the report of runs together: one HTML page that needs no other file, and a PNG of each figure beside it."""
 
+import functools
 import logging
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -16,11 +17,16 @@ from caduceus.errors import UserError
 from caduceus.files import write_atomically
 from caduceus.monitor.report.history import History, binned
 from caduceus.monitor.report.runs import Reported, differences, read_run
+from caduceus.monitor.report.validation import validation_tables
 from caduceus.monitor.view import clock
 from caduceus.page import page, table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from caduceus.monitor.report.figures import Curves
+
+    Draw = Callable[[Sequence[Reported], str], Figure | None]
 
 REPORT_SECONDS = 60.0
 """How long the end of a run waits for its report."""
@@ -60,6 +66,8 @@ def write_report(paths: Sequence[Path], target: Path) -> None:
         *(_unreadable(run) for run in runs if run.history.unreadable),
         "<h2>Curves</h2>",
         figures,
+        "<h2>Validation</h2>",
+        validation_tables(runs),
         "<h2>Events</h2>",
         _events_table(runs),
         "<h2>Differences between the configurations</h2>",
@@ -114,24 +122,19 @@ def _figures(runs: Sequence[Reported]) -> tuple[str, dict[str, bytes]]:
         raise UserError(
             f"--report: matplotlib cannot be imported ({error}); install it: pip install matplotlib"
         ) from None
-    drawn = [(curves.name, _words(curves, runs)) for curves in figures.CURVES]
-    by_name = {curves.name: curves for curves in figures.CURVES}
-    drawn.insert(2, ("species", "Validation loss per species; the values are in the tables of numbers below."))
-    drawn.append(("events", "Starts, rewinds and checkpoints of each run; the table of events below has them all."))
     parts, pictures = [], {}
-    for name, words in drawn:
+    for name, words, draw, by_layer in _drawings(runs):
         variants = ""
         for axis in figures.AXES:
-            if name == "species":
-                figure = figures.draw_species(runs, axis)
-            else:
-                figure = figures.draw_events(runs, axis) if name == "events" else None
-                figure = figure or figures.draw_curves(by_name[name], runs, axis)
+            figure = draw(runs, axis)
             if figure is None:
                 break
             if axis == "tokens":
                 pictures[name] = figures.to_png(figure)
-            variants += f'<div class="on-{axis}">{figures.to_svg(figure, f"{name}-{axis}", escape(words))}</div>'
+            svg = figures.to_svg(figure, f"{name}-{axis}", escape(words))
+            variants += svg if by_layer else f'<div class="on-{axis}">{svg}</div>'
+            if by_layer:
+                break
         if variants:
             parts.append(f"<figure>{variants}<figcaption>{escape(words)}</figcaption></figure>")
     choices = "".join(
@@ -140,6 +143,22 @@ def _figures(runs: Sequence[Reported]) -> tuple[str, dict[str, bytes]]:
     )
     html = f'<div class="axes">Against: {choices}<div class="curves">{"".join(parts)}</div></div>'
     return html, pictures
+
+
+def _drawings(runs: Sequence[Reported]) -> Iterator[tuple[str, str, "Draw", bool]]:
+    """Name, words, what draws it, and whether its axis are the layers, of each figure in the page's order."""
+    from caduceus.monitor.report import figures
+    from caduceus.monitor.report.details import DETAILS
+
+    species = "Validation loss per species; the values are in the tables of numbers below."
+    events = "Starts, rewinds and checkpoints of each run; the table of events below has them all."
+    curves = [(c.name, _words(c, runs), functools.partial(figures.draw_curves, c), False) for c in figures.CURVES]
+    yield from curves[:2]
+    yield "species", species, figures.draw_species, False
+    yield from curves[2:]
+    for detail in DETAILS:
+        yield detail.name, detail.words, detail.draw, detail.by_layer
+    yield "events", events, figures.draw_events, False
 
 
 def _words(curves: "Curves", runs: Sequence[Reported]) -> str:
@@ -211,13 +230,14 @@ def _numbers(run: Reported) -> str:
     columns = [binned(step, values, NUMBERS)[1] for values in (step, history.hours, *(history.train[n] for n in names))]
     train = [[f"{row[0]:.0f}", *(_shown(value, ".6g") for value in row[1:])] for row in zip(*columns, strict=True)]
     chosen = np.unique(np.linspace(0, len(history.valid_steps) - 1, NUMBERS).round().astype(int))
+    columns = [name for name in history.valid if "/" not in name or name.startswith("valid_loss/")]
     valid = [
-        [str(history.valid_steps[at]), *(_shown(values[at], ".6g") for values in history.valid.values())]
+        [str(history.valid_steps[at]), *(_shown(history.valid[name][at], ".6g") for name in columns)]
         for at in (chosen if len(history.valid_steps) else [])
     ]
     together = f", means of about {len(step) / NUMBERS:,.0f} steps" if len(step) > NUMBERS else ""
     some = f", {len(valid)} of {len(history.valid_steps)}" if len(valid) < len(history.valid_steps) else ""
-    validations = f"<h3>Validation{some}</h3>{table(['step', *history.valid], valid)}" if valid else ""
+    validations = f"<h3>Validation{some}</h3>{table(['step', *columns], valid)}" if valid else ""
     training = f"<h3>Training{together}</h3>{table(['step', 'hours', *names], train)}"
     return f"<details><summary>Numbers of {escape(run.name)}</summary>{training}{validations}</details>"
 

@@ -6,8 +6,11 @@ from typing import Any
 
 _AXES = ("step", "samples", "tokens")
 _SPACES = {
-    "train": ("loss", "lr", "grad_norm"),
-    "health": ("skipped_steps", "substituted_samples"),
+    "train": ("loss", "lr", "epoch"),
+    "health": (
+        *("skipped_steps", "substituted_samples", "grad_norm", "update_ratio", "residual_rms", "mixer_rms"),
+        *(f"{what}_{quantile}" for what in ("dt", "decay") for quantile in ("p05", "p50", "p95")),
+    ),
 }
 _SPACE_OF = {name: space for space, names in _SPACES.items() for name in names}
 SAME = 1e-3
@@ -21,13 +24,13 @@ def wandb_row(row: dict[str, Any]) -> dict[str, Any]:
 
 def wandb_name(key: str) -> str:
     """W&B's name of a key of metrics.jsonl: loss/hg38 is train/loss/hg38, valid_loss/hg38 is valid/loss/hg38."""
-    if key.startswith("loss/"):
-        return f"train/{key}"
-    if key in _AXES or "/" in key.removeprefix("valid_loss/"):
+    if key in _AXES:
         return key
     if key.startswith("valid_"):
         return key.replace("_", "/", 1)
-    return f"{_SPACE_OF.get(key, 'perf')}/{key}"
+    if key == "grad_norm":  # of all; those of the kinds of parameters are many
+        return "train/grad_norm"
+    return f"{_SPACE_OF.get(key.partition('/')[0], 'perf')}/{key}"
 
 
 def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ from tests.train.conftest import SmallRun
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PNGS = ["events", "grad_norm", "loss", "lr", "memory", "perplexity", "throughput"]
+DETAILS = ["accuracy", "epochs", "gradients", "regions", "strands", "updates"]
+BY_LAYER = ["reach", "scales", "steps"]
 
 
 class Page(HTMLParser):
@@ -99,14 +101,14 @@ def assert_self_contained(page: Page) -> None:
 
 @pytest.mark.slow
 def test_two_real_runs(small_run: SmallRun, tmp_path: Path) -> None:
-    first = small_run.config("first", train={"steps": 6}, monitor={"report": True})
+    first = small_run.config("first", train={"steps": 6}, monitor={"report": True, "every": 2})
     second = small_run.config("second", train={"steps": 4, "lr": 0.004}, checkpoint={"every": 2})
     assert train(first) == 0 and train(second) == 0
     assert not (tmp_path / "second" / "report").exists()  # tests leave it out where it is not their matter
     made_at_the_end = Page(tmp_path / "first" / "report" / "report.html")
     assert_self_contained(made_at_the_end)
     names = sorted(path.stem for path in (tmp_path / "first" / "report").glob("*.png"))
-    assert names == [f"report-{name}" for name in PNGS]
+    assert names == [f"report-{name}" for name in sorted(PNGS + DETAILS + BY_LAYER)]
     assert matplotlib.image.imread(tmp_path / "first" / "report" / "report-loss.png").std() > 0.01
 
     target = tmp_path / "deep" / "both.html"
@@ -138,6 +140,7 @@ def test_two_real_runs(small_run: SmallRun, tmp_path: Path) -> None:
         ]
     assert page.table("key", "first") == [
         ["checkpoint.every", "3", "2"],
+        ["monitor.every", "2", "100"],
         ["monitor.report", "true", "false"],
         ["run.dir", str(tmp_path / "first"), str(tmp_path / "second")],
         ["run.name", "first", "second"],
@@ -145,7 +148,17 @@ def test_two_real_runs(small_run: SmallRun, tmp_path: Path) -> None:
         ["train.steps", "6", "4"],
     ]
     assert [label for label in page.labels if label.startswith("Loss of the training steps. first: ")]
-    assert len(page.labels) == 3 * len(PNGS)
+    assert len(page.labels) == 3 * len(PNGS + DETAILS) + len(BY_LAYER)
+    for number, name in enumerate(("first", "second")):
+        last = [row for row in RunDirectory.open(tmp_path / name).metrics() if "valid_loss" in row][-1]
+        shown = page.table("run", "species")[number]
+        expected = [last[f"valid_{key}"] for key in ("loss", "loss_nonrepeat", "loss_repeat", "accuracy")]
+        assert shown[:7] == [name, "small", str(last["step"]), *(f"{value:.4f}" for value in expected)]
+        confusion = [rows[1:] for rows in page.tables if rows[0][0] == "true base"][number]
+        assert confusion[0] == ["A", *(f"{last[f'valid_confusion/A{taken}']:.1%}" for taken in "ACGT")]
+    drawn = line_of(page.text, "gradients-step", "line-0-0")
+    rows = [row for row in RunDirectory.open(tmp_path / "first").metrics() if "grad_norm/embedding" in row]
+    assert_drawn(drawn, [2, 4, 6], [np.log(row["grad_norm/embedding"]) for row in rows])
 
 
 def test_differences_are_exact(tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""Embeddings of sequences: one vector each, or one for each base, of any layer and both strands.
+
+Sequences of one length are a batch; others are packed into one row, and none sees another. Longer ones than `piece` are
+run in pieces, which gives the same numbers (see `caduceus.model.pieces`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from caduceus.alphabet import reverse_complement
+from caduceus.errors import UserError
+from caduceus.evaluate.embeddings_file import check_embeddings_name, write_embeddings
+from caduceus.evaluate.model import Runner, layer_number
+from caduceus.evaluate.parts import Parts, cut
+from caduceus.evaluate.sequences import Item, SequenceSource
+from caduceus.evaluate.windows import checked_bases
+from caduceus.files import sha256_of
+from caduceus.model.pieces import Visitor, run_in_pieces
+
+POOLS = ("mean", "max", "centre", "base")
+STRANDS = ("average", "concatenate", "forward")
+_PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """What to make of each sequence.
+
+    pool: over its bases by mean or max, at its `centre` (base L // 2), or at a place counted from 0; `base`: a vector
+    for each base. layer: 0 the embedding, k what block k adds, n_layer or -1 the final norm. strands: the average of
+    both in forward coordinates, both one after the other, or the forward strand's alone; Caduceus-PS has both anyhow,
+    other models are run on the reverse complement too. piece: longest sequence in one pass. batch_bases: of a batch,
+    by default as suits the device.
+    """
+
+    pool: str = "mean"
+    layer: int = -1
+    strands: str = "average"
+    piece: int = 65_536
+    batch_bases: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS and not self.pool.isdecimal():
+            raise UserError(f"--pool: choose one of {', '.join(POOLS)} or a place counted from 0, got {self.pool!r}")
+        if self.strands not in STRANDS:
+            raise UserError(f"--strands: choose one of {', '.join(STRANDS)}, got {self.strands!r}")
+        for name in ("piece", "batch_bases"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
+
+
+def embed(
+    runner: Runner, sequences: Sequence[str | np.ndarray], options: EmbedOptions | None = None
+) -> np.ndarray | list[np.ndarray]:
+    """Embeddings of sequences in memory, text or ASCII bytes: (n, D) or, with pool `base`, a list of (L, D).
+
+    D is twice the model's where strands are concatenated.
+    """
+    options = options or EmbedOptions()
+    bases = [checked_bases(s, f"sequence {n}") if isinstance(s, str) else s for n, s in enumerate(sequences, 1)]
+    layer = layer_number(options.layer, runner.config)
+    most = runner.batch_bases(options.batch_bases)
+    results: list[np.ndarray] = []
+    with torch.no_grad(), runner.autocast():
+        for batch, packed in runner.batches([len(b) for b in bases], most, options.piece):
+            results += _embed_batch(runner, [bases[number] for number in batch], packed, layer, options)
+    return results if options.pool == "base" else np.stack(results)
+
+
+def embed_file(runner: Runner, source: SequenceSource, out: str | Path, options: EmbedOptions) -> None:
+    """Embed what `source` holds and write it to `out`, .npz or .parquet; killed, the same call goes on."""
+    check_embeddings_name(out)
+    items = source.items()
+    layer_number(options.layer, runner.config)
+    _check_places(items, source, options)
+    origin = {
+        "verb": "embed",
+        "model": runner.origin(),
+        "input_sha256": sha256_of(source.input),
+        "source": {key: value and str(value) for key, value in asdict(source).items()},
+        "options": asdict(options),
+    }
+    if source.genome is not None:
+        origin["genome_sha256"] = sha256_of(source.genome)
+    parts = cut(items, lambda item: item.length, _PART_BASES, _PART_SEQUENCES)
+    store = Parts(out, origin)
+
+    def compute(part: Sequence[Item]) -> dict[str, np.ndarray]:
+        found = embed(runner, [item.read() for item in part], options)
+        return {"embeddings": np.concatenate(found) if options.pool == "base" else found}
+
+    if store.run("embedding", parts, lambda item: item.length, compute, "bases"):
+        lengths = [item.length for item in items] if options.pool == "base" else None
+        vectors = (arrays["embeddings"] for arrays in store.load(len(parts)))
+        write_embeddings(out, [item.name for item in items], lengths, vectors)
+        store.finish(sequences=len(items), bases=sum(item.length for item in items))
+    store.barrier()
+
+
+def _check_places(items: list[Item], source: SequenceSource, options: EmbedOptions) -> None:
+    if options.pool.isdecimal():
+        short = next((item for item in items if item.length <= int(options.pool)), None)
+        if short is not None:
+            raise UserError(
+                f"--pool: {source.input}: {short.name} has {short.length:,} bases and none at place {options.pool}"
+            )
+
+
+def _embed_batch(
+    runner: Runner, bases: list[np.ndarray], packed: bool, layer: int, options: EmbedOptions
+) -> list[np.ndarray]:
+    """The result of each sequence of a batch: (D,), or (L, D) by base."""
+    pools = [_Pool(options, len(one)) for one in bases]
+    _run(runner, bases, packed, layer, options.piece, [pool.take for pool in pools])
+    if not runner.config.rcps and options.strands != "forward":
+        reverse = [reverse_complement(one) for one in bases]
+        _run(runner, reverse, packed, layer, options.piece, [pool.take_reverse for pool in pools])
+    return [pool.result() for pool in pools]
+
+
+def _run(runner: Runner, bases: list[np.ndarray], packed: bool, layer: int, piece: int, takers: list[Visitor]) -> None:
+    """Hand each sequence's hidden states, (S, l, D) from a first position on, to its taker."""
+    if len(bases[0]) > piece:
+        ids = runner.ids(bases[0][None])
+        run_in_pieces(runner.model, ids, piece, {layer: lambda first, states: takers[0](first, states[:, 0])})
+        return
+    ids = runner.ids(np.concatenate(bases)[None] if packed else np.stack(bases))
+    lengths = [len(one) for one in bases]
+    starts = None
+    if packed:
+        starts = torch.zeros_like(ids, dtype=torch.bool)
+        starts[0, np.cumsum([0, *lengths[:-1]])] = True
+    states = runner.states(ids, layer, starts)
+    rows = states[:, 0].split(lengths, 1) if packed else states.unbind(1)
+    for take, row in zip(takers, rows, strict=True):
+        take(0, row)
+
+
+class _Pool:
+    """What a sequence's hidden states come to, taken piece by piece; strands are pooled apart and then joined."""
+
+    def __init__(self, options: EmbedOptions, length: int) -> None:
+        self.options, self.length = options, length
+        self.found: dict[int, Tensor] = {}
+
+    def take(self, first: int, states: Tensor, strand: int = 0) -> None:
+        """states (S, l, D) of the positions from `first` on, forward coordinates; `strand`: the first of them."""
+        for number, rows in enumerate(states, start=strand):
+            if number == 0 or self.options.strands != "forward":
+                self._take_strand(first, rows, number)
+
+    def take_reverse(self, first: int, states: Tensor) -> None:
+        """As `take`, of the reverse complement in its own coordinates, by a model with one stream."""
+        self.take(self.length - first - states.shape[1], states.flip(1), strand=1)
+
+    def _take_strand(self, first: int, rows: Tensor, strand: int) -> None:
+        pool, before = self.options.pool, self.found.get(strand)
+        if pool == "mean":
+            total = rows.sum(0, dtype=torch.float64) / self.length
+            self.found[strand] = total if before is None else before + total
+        elif pool == "max":
+            largest = rows.amax(0)
+            self.found[strand] = largest if before is None else torch.maximum(before, largest)
+        elif pool == "base":
+            if before is None:
+                before = self.found[strand] = rows.new_empty(self.length, rows.shape[1])
+            before[first : first + len(rows)] = rows
+        else:
+            place = self.length // 2 if pool == "centre" else int(pool)
+            if first <= place < first + len(rows):
+                self.found[strand] = rows[place - first].clone()
+        self.dtype = torch.promote_types(rows.dtype, torch.float32)
+
+    def result(self) -> np.ndarray:
+        strands = torch.stack([self.found[strand] for strand in sorted(self.found)]).to(self.dtype)
+        joined = torch.cat(tuple(strands), -1) if self.options.strands == "concatenate" else strands.mean(0)
+        return joined.cpu().numpy()

@@ -1,0 +1,72 @@
+"""Files of embeddings, written as they come: .npz for numpy, .parquet for everything else. Imports no torch.
+
+.npz: `names` (n,) and `embeddings` (n, D); by base also `offsets` (n + 1,), sequence i being rows offsets[i] to
+offsets[i + 1] of `embeddings` (bases, D). .parquet: columns `name` and `embedding`; by base also `position` from 0.
+"""
+
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from caduceus.errors import UserError
+from caduceus.evaluate.columns import PARQUET, package
+from caduceus.files import replacing
+
+
+def check_embeddings_name(out: str | Path) -> None:
+    suffix = Path(out).suffix.lower()
+    if suffix not in (".npz", *PARQUET):
+        raise UserError(f"--out: {out} should end in .npz or .parquet, which says its format")
+    if suffix in PARQUET:
+        package("pyarrow")
+
+
+def write_embeddings(
+    out: str | Path, names: list[str], lengths: list[int] | None, vectors: Iterable[np.ndarray]
+) -> None:
+    """Write `vectors`, (…, D) one after another, of sequences, or with `lengths` of all bases of each sequence."""
+    if Path(out).suffix.lower() == ".npz":
+        _write_npz(Path(out), names, lengths, iter(vectors))
+    else:
+        _write_parquet(Path(out), names, lengths, vectors)
+
+
+def _write_npz(out: Path, names: list[str], lengths: list[int] | None, vectors: Iterator[np.ndarray]) -> None:
+    first = next(vectors)
+    rows = len(names) if lengths is None else sum(lengths)
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False}
+    with replacing(out) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("embeddings.npy", "w", force_zip64=True) as entry:
+            np.lib.format.write_array_header_2_0(entry, {**header, "shape": (rows, first.shape[1])})
+            entry.write(first.tobytes())
+            for part in vectors:
+                entry.write(part.tobytes())
+        arrays = {"names": np.array(names)}
+        if lengths is not None:
+            arrays["offsets"] = np.cumsum([0, *lengths])
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w") as entry:
+                np.lib.format.write_array(entry, array)
+
+
+def _write_parquet(out: Path, names: list[str], lengths: list[int] | None, vectors: Iterable[np.ndarray]) -> None:
+    arrow, parquet = package("pyarrow"), package("pyarrow.parquet")
+    counts = [1] * len(names) if lengths is None else lengths
+    ends, row = np.cumsum(counts), 0
+    with replacing(out) as file:
+        writer = None
+        for part in vectors:
+            rows = np.arange(row, row + len(part))
+            row += len(part)
+            owners = np.searchsorted(ends, rows, side="right")
+            flat = arrow.array(np.ascontiguousarray(part).reshape(-1))
+            columns = {"name": arrow.array([names[owner] for owner in owners])}
+            if lengths is not None:
+                columns["position"] = arrow.array(rows - (ends - counts)[owners])
+            columns["embedding"] = arrow.FixedSizeListArray.from_arrays(flat, part.shape[1])
+            table = arrow.table(columns)
+            writer = writer or parquet.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+        writer.close()

@@ -1,0 +1,69 @@
+"""Bases to be fed to a model: checked sequences, and windows of a genome that may reach beyond a contig's ends.
+
+Imports no torch.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from caduceus.alphabet import IS_IUPAC_BYTE
+from caduceus.errors import UserError
+from data_prep.genome.genome import Genome, open_genome
+from data_prep.plan.aliases import AliasTable, read_aliases
+from data_prep.plan.contigs import Selection
+
+_UPPER_DNA = bytes.maketrans(b"acgturyswkmbdhvnU", b"ACGTTRYSWKMBDHVNT")
+
+
+def checked_bases(text: str, place: str) -> np.ndarray:
+    """The bases of a sequence as upper-case ASCII, (L,) uint8; U is read as T. `place` is named where it is none."""
+    text = text.strip()
+    if not text:
+        raise UserError(f"{place}: the sequence is empty")
+    bases = np.frombuffer(text.encode(errors="replace").translate(_UPPER_DNA), np.uint8)
+    wrong = ~IS_IUPAC_BYTE[bases]
+    if wrong.any():
+        first = int(wrong.argmax())
+        shown = text[first] if text.isascii() else "a character that is not ASCII"
+        raise UserError(
+            f"{place}: {shown!r} at base {first + 1:,} of the sequence is none; it takes A, C, G, T, N and IUPAC codes"
+        )
+    return bases
+
+
+class Windows:
+    """A genome whose contigs are found by any of their names, read in windows."""
+
+    def __init__(self, genome: str | Path, aliases: str | Path | None = None) -> None:
+        self.genome: Genome = open_genome(genome)
+        table = read_aliases(Path(aliases)) if aliases is not None else AliasTable()
+        self._names = Selection(self.genome.contigs, {}, table)
+        self._found: dict[str, str | None] = {}
+
+    @property
+    def contigs(self) -> dict[str, int]:
+        return self.genome.contigs
+
+    def find(self, name: str) -> str | None:
+        """The contig that a name means: itself, by the table of aliases, or with `chr` added or taken away."""
+        if name not in self._found:
+            self._found[name] = self._names.find(name)
+        return self._found[name]
+
+    def require(self, name: str, place: str) -> str:
+        """As `find`; a name that means no contig is a `UserError`."""
+        found = self.find(name)
+        if found is None:
+            known = ", ".join(list(self.contigs)[:5]) + (", …" if len(self.contigs) > 5 else "")
+            raise UserError(
+                f"{place}: the genome has no contig {name!r}, but {known}; --aliases takes a table of names"
+            )
+        return found
+
+    def read(self, contig: str, start: int, end: int) -> np.ndarray:
+        """Upper-case ASCII of 0-based [start, end), (end - start,) uint8; N stands beyond the contig's ends."""
+        inside = max(start, 0), max(min(end, self.contigs[contig]), max(start, 0))
+        read = self.genome.read(contig, *inside).translate(_UPPER_DNA) if inside[0] < inside[1] else b""
+        left = min(max(-start, 0), end - start)
+        return np.frombuffer(b"N" * left + read + b"N" * (end - start - left - len(read)), np.uint8)

@@ -1,0 +1,182 @@
+"""Figures of what rows tell besides losses and rates: regions, strands, kinds of parameters, layers, epochs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from caduceus.monitor.report.figures import STYLE, colour_of, new_figure, shortened, with_legend
+from caduceus.monitor.report.runs import Reported
+
+_DASHES = ("-", "--", ":", "-.")
+_COLOURS = 8
+_MOST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Detail:
+    """A figure: name (of its files), title, words for its caption; `draw` gives None where there is nothing to show.
+
+    by_layer: whether it shows layers of the newest row that tells of them, so that no other axis makes sense.
+    """
+
+    name: str
+    words: str
+    draw: Callable[[Sequence[Reported], str], Figure | None]
+    by_layer: bool = False
+
+
+def _of_validations(title: str, columns: dict[str, str]) -> Callable[[Sequence[Reported], str], Figure | None]:
+    """Draws these columns of the validations, {label: column}."""
+
+    def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
+        series = [
+            [(label, run.history.valid[c]) for label, c in columns.items() if c in run.history.valid] for run in runs
+        ]
+        return _lines(title, runs, axis, series, [run.history.valid_steps for run in runs])
+
+    return draw
+
+
+def _of_vitals(title: str, prefix: str, logarithmic: bool) -> Callable[[Sequence[Reported], str], Figure | None]:
+    """Draws each column `prefix`/NAME of the steps that tell of the network."""
+
+    def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
+        series = [
+            [(n.partition("/")[2], v) for n, v in run.history.vitals.items() if n.startswith(f"{prefix}/")]
+            for run in runs
+        ]
+        figure = _lines(title, runs, axis, series, [run.history.vital_steps for run in runs])
+        if figure is not None and logarithmic:
+            figure.axes[0].set_yscale("log")
+        return figure
+
+    return draw
+
+
+@rc_context(STYLE)
+def _lines(
+    title: str,
+    runs: Sequence[Reported],
+    axis: str,
+    series: Sequence[Sequence[tuple[str, np.ndarray]]],
+    steps: Sequence[np.ndarray],
+) -> Figure | None:
+    """A colour for each label, and dashes for each run. series: of each run, (label, values)."""
+    labels = list(dict.fromkeys(label for lines in series for label, _ in lines))[:_MOST_LINES]
+    if not labels:
+        return None
+    figure, axes = new_figure(title, axis)
+    for number, (run, lines) in enumerate(zip(runs, series, strict=True)):
+        x = run.history.at(steps[number], axis)
+        for label, values in lines:
+            if label in labels:
+                place = labels.index(label)
+                style = {"color": colour_of(place), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.1}
+                style |= {"marker": "os"[place // _COLOURS % 2], "markersize": 3, "gid": f"line-{number}-{place}"}
+                axes.plot(x, values, label=shortened(label) if number == 0 and label else None, **style)
+    _name_dashes(axes, runs)
+    return with_legend(figure, axes, columns=3)
+
+
+def _by_layer(title: str, names: Sequence[str], of: Callable = np.asarray) -> Callable:
+    """Draws statistics over the layers, as the newest row tells them: the first of them as a line, others thin."""
+
+    @rc_context(STYLE)
+    def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
+        if not any(f"{names[0]}/00" in run.history.vitals for run in runs):
+            return None
+        figure, axes = new_figure(title, "layer")
+        for number, run in enumerate(runs):
+            for place, name in enumerate(names):
+                layers = sorted(key for key in run.history.vitals if key.startswith(f"{name}/"))
+                if not layers:
+                    continue
+                values = of(np.array([run.history.vitals[key][-1] for key in layers]))
+                style = {"color": colour_of(number), "linestyle": _DASHES[place], "gid": f"layer-{number}-{place}"}
+                style |= {"linewidth": 0.8 if place else 1.4, "marker": "o", "markersize": 2 if place else 3}
+                label = f"{shortened(run.name, 14)}, {_WORDS[name]}" if len(runs) > 1 else _WORDS[name]
+                axes.plot(range(len(layers)), values, label=label, **style)
+        axes.set_yscale("log")
+        return with_legend(figure, axes)
+
+    return draw
+
+
+def _name_dashes(axes: Axes, runs: Sequence[Reported]) -> None:
+    if len(runs) > 1:
+        for number, run in enumerate(runs):
+            axes.plot([], [], color="#888888", linestyle=_DASHES[number % len(_DASHES)], label=shortened(run.name))
+
+
+def _reach(decay: np.ndarray) -> np.ndarray:
+    """Bases after which a state has shrunk to 1/e."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return -1 / np.log(decay)
+
+
+_WORDS = {
+    "dt_p50": "median",
+    "dt_p05": "5 % are below",
+    "dt_p95": "95 % are below",
+    "decay_p50": "median",
+    "decay_p05": "5 % are below",
+    "decay_p95": "95 % are below",
+    "residual_rms": "residual stream before it",
+    "mixer_rms": "what it adds",
+}
+DETAILS = (
+    Detail(
+        "regions",
+        "Validation loss of bases in upper case (non-repeat) and in lower case (soft-masked: repeats).",
+        _of_validations(
+            "Validation loss by region, nats", {"non-repeat": "valid_loss_nonrepeat", "repeat": "valid_loss_repeat"}
+        ),
+    ),
+    Detail(
+        "accuracy",
+        "Share of labelled bases for which the likeliest of A, C, G and T is the true one.",
+        _of_validations(
+            "Accuracy in validation",
+            {"all": "valid_accuracy", "non-repeat": "valid_accuracy_nonrepeat", "repeat": "valid_accuracy_repeat"},
+        ),
+    ),
+    Detail(
+        "strands",
+        "How far the predictions from both strands are apart, as total variation distance (0 to 1); 0, but for "
+        "rounding, of a model that is equivariant.",
+        _of_validations("Disagreement of the strands", {"": "valid_rc_disagreement"}),
+    ),
+    Detail(
+        "gradients",
+        "Gradient norm by kind of parameter, before clipping.",
+        _of_vitals("Gradient norm by kind of parameter", "grad_norm", True),
+    ),
+    Detail(
+        "updates",
+        "Norm of a step's update over the norm of the weights, by kind of parameter.",
+        _of_vitals("Update-to-weight ratio", "update_ratio", True),
+    ),
+    Detail(
+        "steps",
+        "Step sizes dt of each layer, in the newest row that tells of them.",
+        _by_layer("Step sizes by layer", ("dt_p50", "dt_p05", "dt_p95")),
+        by_layer=True,
+    ),
+    Detail(
+        "reach",
+        "Bases after which a state has shrunk to 1/e, of each layer, over channels and states.",
+        _by_layer("Reach of states by layer, bases", ("decay_p50", "decay_p05", "decay_p95"), _reach),
+        by_layer=True,
+    ),
+    Detail(
+        "scales",
+        "Root mean square of the residual stream before each layer, and of what its mixer adds.",
+        _by_layer("Scale of activations by layer", ("residual_rms", "mixer_rms")),
+        by_layer=True,
+    ),
+    Detail("epochs", "How often the crops of each species were seen.", _of_vitals("Epochs by species", "epoch", False)),
+)

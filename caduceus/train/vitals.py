@@ -1,0 +1,95 @@
+"""What every `monitor.every`-th step tells of the network: by kind of parameter, and by layer.
+
+It reads and changes nothing: losses and updates are the same bits with it and without. Ranks put their numbers together
+in the exchange that a step ends with anyway.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from caduceus.config import Config
+from caduceus.distributed.strategy import Strategy
+from caduceus.model.observer import STATISTICS, Observer
+
+
+class Vitals:
+    """The vitals of one step, if it is one of those that have some; else it is not `on`, and costs nothing."""
+
+    def __init__(self, config: Config, strategy: Strategy, step: int) -> None:
+        every = config.monitor.every
+        self.on = bool(every) and step % every == 0
+        self._strategy = strategy
+        self._layers = config.model.n_layer
+        self._observer: Observer | None = None
+        self._kinds: dict[str, list[int]] = {}
+        self._before: list[torch.Tensor] = []
+        self._squares: dict[str, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def observing(self, micro_batch: int) -> Iterator[None]:
+        """Around the forward pass of micro-batch 1, 2, … of the step: it looks at the first."""
+        if not self.on or micro_batch > 1:
+            yield
+            return
+        with self._strategy.network.observing() as self._observer:
+            yield
+
+    def before_update(self) -> None:
+        """Take the gradients as they are before clipping, and remember the weights."""
+        if not self.on:
+            return
+        parts = self._strategy.parts()
+        for place, part in enumerate(parts):
+            self._kinds.setdefault(kind_of(part.name), []).append(place)
+        self._before = [part.weight.clone() for part in parts]
+        gradients = [part.gradient for part in parts if part.gradient is not None]
+        if gradients and len(gradients) == len(parts):
+            self._squares["gradient"] = self._by_kind(gradients)
+
+    def after_update(self) -> None:
+        """Take how far the weights have moved; not to be called where the step is skipped."""
+        if not self.on or not self._before:
+            return
+        moved = torch._foreach_sub([part.weight for part in self._strategy.parts()], self._before)
+        self._squares |= {"weight": self._by_kind(self._before), "moved": self._by_kind(moved)}
+        self._before = []
+
+    def numbers(self) -> list[float]:
+        """What this rank has seen, to be gathered from all."""
+        if not self.on:
+            return []
+        squares = [number for values in self._squares.values() for number in values.tolist()]
+        return [*squares, *self._observer.told().flatten().tolist()]
+
+    def row(self, rows: torch.Tensor) -> dict[str, float]:
+        """The entries of the step's row from the `numbers` of all ranks, (world, n) float64."""
+        if not self.on:
+            return {}
+        count, kinds = len(self._squares) * len(self._kinds), len(self._kinds)
+        totals = (rows[:, :count].sum(0) / self._strategy.copies).sqrt().split(kinds) if count else ()
+        norms = dict(zip(self._squares, totals, strict=True))
+        row: dict[str, float] = {}
+        if "gradient" in norms:
+            row |= {
+                f"grad_norm/{kind}": norm for kind, norm in zip(self._kinds, norms["gradient"].tolist(), strict=True)
+            }
+        if "moved" in norms:
+            ratios = (norms["moved"] / norms["weight"]).tolist()
+            row |= {f"update_ratio/{kind}": ratio for kind, ratio in zip(self._kinds, ratios, strict=True)}
+        layers = rows[:, count:].mean(0).view(self._layers, len(STATISTICS)).tolist()
+        for place, name in enumerate(STATISTICS):
+            row |= {f"{name}/{layer:02}": values[place] for layer, values in enumerate(layers)}
+        return row
+
+    def _by_kind(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Sums of squares over the tensors of each kind, (kinds,) float64."""
+        squares = torch.stack(torch._foreach_norm(list(tensors))).double().square()
+        return torch.stack([squares[places].sum() for places in self._kinds.values()])
+
+
+def kind_of(parameter: str) -> str:
+    """The kind of a parameter by its name: A_log of blocks.3.mixer.A_log, norm of any norm's, embedding."""
+    *path, last = parameter.split(".")
+    return path[-1].removesuffix("_f") if last in ("weight", "bias") else last
