@@ -98,3 +98,13 @@ def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch)
         ("the agreement after step 2", 0.0),
         ("the checkpoint after step 2", long),
     ]
+
+
+def test_what_nccl_knows_is_left_beside_the_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr("torch._C._distributed_c10d._dump_nccl_trace", lambda: b"records", raising=False)
+    for backend, written in (("gloo", False), ("cpu:gloo,cuda:nccl", True)):
+        monkeypatch.setattr(watchdog.dist, "get_backend_config", lambda backend=backend: backend)
+        watchdog.write_flight_records(tmp_path, 5)
+        assert (tmp_path / "nccl-rank5").exists() == written
+    assert (tmp_path / "nccl-rank5").read_bytes() == b"records"
