@@ -16,7 +16,6 @@ from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step
 from caduceus.train.metrics import StepClock, measurements
-from caduceus.train.optimizer import learning_rate
 from caduceus.train.vitals import Vitals
 
 
@@ -42,7 +41,7 @@ def training_step(
     totals = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
     loss, *by_species = ranks.sum(torch.cat(totals)).tolist()
     clock.lap("communication")
-    lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
+    lr = progress.learning_rate(config.train)
     vitals.before_update()
     grad_norm = strategy.clip(config.train.clip_norm).item()
     updating = progress.health.may_update(loss, grad_norm, config.train)
