@@ -89,6 +89,7 @@ OTHER: dict[str, Any] = {
     "run.time_budget_minutes": 60.0,
     "run.allow_change": ["train.lr"],
     "monitor.every": 7,
+    "monitor.windows": 2,
     "monitor.report": False,
     "wandb.mode": "offline",
     "wandb.project": "another",
