@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pytest
 import torch
 import torch.distributed as dist
 from machine import processor
@@ -30,6 +31,7 @@ from machine import processor
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL
+from caduceus.distributed import groups
 from caduceus.distributed.context import ContextGroup
 from caduceus.distributed.strands import StrandGroup
 from tests.distributed.ranks import on_ranks
@@ -121,29 +123,20 @@ def timed(model: CaduceusForMaskedLM, length: int, repeats: int) -> tuple[float,
 def count_bytes(run: Callable[[], None]) -> int:
     """What this rank gives to the collectives of `ContextGroup` and `StrandGroup` in `run`."""
     given = 0
-    all_gather, reduce_scatter, all_reduce = dist.all_gather, dist.reduce_scatter, dist.all_reduce
 
-    def counted_all_gather(parts: list[torch.Tensor], part: torch.Tensor, **options: object) -> None:
-        nonlocal given
-        given += part.nbytes
-        all_gather(parts, part, **options)
+    def counted(collective: Callable[..., object], position: int) -> Callable[..., object]:
+        def call(*tensors: torch.Tensor, **options: object) -> object:
+            nonlocal given
+            given += tensors[position].nbytes
+            return collective(*tensors, **options)
 
-    def counted_reduce_scatter(own: torch.Tensor, parts: list[torch.Tensor], **options: object) -> None:
-        nonlocal given
-        given += sum(part.nbytes for part in parts)
-        reduce_scatter(own, parts, **options)
+        return call
 
-    def counted_all_reduce(tensor: torch.Tensor, **options: object) -> None:
-        nonlocal given
-        given += tensor.nbytes
-        all_reduce(tensor, **options)
-
-    dist.all_gather, dist.reduce_scatter = counted_all_gather, counted_reduce_scatter
-    dist.all_reduce = counted_all_reduce
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "_ALL_GATHER", counted(groups._ALL_GATHER, 1))
+        patch.setattr(groups, "_REDUCE_SCATTER", counted(groups._REDUCE_SCATTER, 1))
+        patch.setattr(dist, "all_reduce", counted(dist.all_reduce, 0))
         run()
-    finally:
-        dist.all_gather, dist.reduce_scatter, dist.all_reduce = all_gather, reduce_scatter, all_reduce
     return given
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
-    """A file to write, which becomes `path` at the end of the block; where the block raises, nothing of it stays."""
+    """A file to write, which becomes `path` at the end of the block; where the block raises, it leaves no file."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -63,7 +64,7 @@ def keep_first(new: Path, path: Path) -> None:
 def replacing_directory(path: str | Path) -> Iterator[Path]:
     """A new directory to fill, which takes the place of `path` at the end of the block.
 
-    Where the block raises, nothing of it stays, and what stood at `path` still does.
+    Where the block raises, no temporary file stays, and what stood at `path` still does.
     """
     path = Path(path)
     new, old = temporary_name(path), temporary_name(path)
@@ -174,11 +175,12 @@ def take_lock(path: str | Path, *, wait: bool = True) -> IO[bytes]:
     """
     path = Path(path)
     while True:
-        file = path.open("ab")
+        with _opening:
+            file = path.open("ab")
+            _locks.add(file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if is_open_as(file, path):
-                _locks.add(file)
                 return file
             if not wait:
                 raise BlockingIOError(errno.EAGAIN, "its holder has just replaced or removed it", str(path))
@@ -224,13 +226,17 @@ def temporary_name(path: Path) -> Path:
 
 
 _locks: "weakref.WeakSet[IO[bytes]]" = weakref.WeakSet()
+"""Files that this process has locked or waits to lock: a lock belongs to all processes that have the file open."""
+_opening = threading.Lock()
+"""Held where a file of `_locks` is opened and where the process forks, so that a child knows all of them."""
 
 
 def _leave_locks_to_parent() -> None:
-    """In a forked process: let go of the parent's locks, which would outlive the parent with this process.
+    """Release the parent's locks in a forked process, which would hold them after the parent's end.
 
     The descriptors stay valid, so that what is closed or flushed later in this process touches nothing.
     """
+    _opening.release()
     held = [file.fileno() for file in _locks if not file.closed]
     if held:
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -240,4 +246,4 @@ def _leave_locks_to_parent() -> None:
     _locks.clear()
 
 
-os.register_at_fork(after_in_child=_leave_locks_to_parent)
+os.register_at_fork(before=_opening.acquire, after_in_parent=_opening.release, after_in_child=_leave_locks_to_parent)

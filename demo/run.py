@@ -103,7 +103,7 @@ def summarise(run: RunDirectory, exported_loss: float, picture: Path) -> None:
 
 
 def compare(loss: float, other: float) -> str:
-    """In words, how a loss stands against another."""
+    """Words that compare a loss with another."""
     if abs(loss - other) < CHANCE:
         return "level with"
     return f"{abs(loss - other):.3f} nats {'below' if loss < other else 'above'}"

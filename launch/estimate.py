@@ -18,7 +18,7 @@ SCAN_INPUTS = 0.2
 GPU_CHUNK, CPU_CHUNK = 256, 16
 """Tokens for which a scan keeps one state."""
 REPLAYED, MOST_REPLAYED = 8, 2**31
-"""Of how many states a GPU's backward pass replays one, and the most bytes of these."""
+"""A GPU's backward pass replays one state of so many, and keeps at most so many bytes of them."""
 GPU_SCRATCH, CPU_SCRATCH = 2**28, 2**29
 """Bytes besides: of libraries, and on a CPU of the whole process."""
 CPU_HEAP = 1.1

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 INTERPRETED = Path(__file__).parent / "ops" / "interpreted"
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process is such a one."""
 
 
 def run_interpreted(selection: str, path: Path = INTERPRETED) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +31,8 @@ HOLDER = """
 import os, sys, time
 from caduceus.files import take_lock
 lock = take_lock(sys.argv[1])
-child = os.fork()
-if child:
-    print(child, flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)  # by the child, which has then let go of the lock
 time.sleep(60)
 """
 
@@ -169,6 +169,31 @@ def test_a_lock_ends_with_its_holder_though_a_child_lives_on(tmp_path: Path) -> 
         with locked(lock, wait=False):
             assert is_locked(lock)
         assert not is_locked(lock)
+
+
+def test_a_child_forked_while_a_lock_is_waited_for_does_not_hold_it(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    holder = take_lock(path)
+    waiting = threading.Thread(target=lambda: take_lock(path).close(), daemon=True)
+    waiting.start()
+    opened = str(path)
+    while sum(os.path.realpath(file) == opened for file in Path("/proc/self/fd").iterdir()) < 2:
+        time.sleep(0.01)
+    ready, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(tell, b"!")
+        signal.pause()
+    try:
+        os.read(ready, 1)
+        holder.close()
+        waiting.join(10)
+        assert not waiting.is_alive() and not is_locked(path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
 
 
 def test_the_end_of_a_child_does_not_end_the_lock(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Key:
     name: str
     """As users write it: `section.key`."""
     attribute: str
-    """Of the section's dataclass."""
+    """The field of the section's dataclass."""
     default: Any
     words: str
     fixes: Fixes

@@ -32,7 +32,7 @@ class Source:
     """Share of the mixture, relative to the other sources."""
     table: WindowTable
     sha256: str
-    """Of the genome file."""
+    """Hash of the genome file."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Dataset:
 
     split: str
     addresses: tuple[str, ...]
-    """Of the directories, in the order given."""
+    """Addresses of the directories, in the order given."""
     fingerprints: tuple[str, ...]
     sources: tuple[Source, ...]
     crops: CropTable

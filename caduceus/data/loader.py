@@ -35,7 +35,7 @@ _LABELS_EXPECTED = 64
 
 
 class TrainLoader:
-    """Iterates over a rank's micro-batches, for ever, from the position `samples_consumed` on.
+    """Iterates over a rank's micro-batches without end, from the position `samples_consumed` on.
 
     Attributes: `fingerprint` of everything that decides the order, `seed`, `global_batch`, `per_step` (micro-batches of
     this rank in an optimizer step), `samples_consumed` (of all ranks, by the optimizer steps whose batches were all
@@ -169,7 +169,7 @@ class TrainLoader:
                 raise UserError(f"data.max_substituted: {self.substituted} {what}; the last: {line}")
 
     def _require_labels(self, batch: Batch) -> None:
-        """Refuse to go on for ever at a loss of 0 where no labelled base counts."""
+        """Refuse to train at a loss of 0 where no labelled base counts."""
         if self._positions_without_label is None:
             return
         labelled = batch.labels != IGNORE_LABEL
@@ -312,7 +312,7 @@ def _leave_signals_to_the_trainer() -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """A process that ends by an error sends its workers one SIGTERM and waits for them, for ever if they ignore it.
+    """A process that ends by an error sends its workers one SIGTERM and waits for them, without end if they ignore it.
 
     Registered after multiprocessing's own handler, so it runs before that.
     """

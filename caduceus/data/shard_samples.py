@@ -70,7 +70,7 @@ class ShardSamples:
         return to_batch(self._reader.read(self._order.locate(numbers), least))
 
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
-        """A rank's micro-batches from number `first` on, for ever; each worker yields every n-th of them."""
+        """A rank's micro-batches from number `first` on, without end; each worker yields every n-th of them."""
         return _MicroBatches(self._order, self._reader, schedule, first)
 
 

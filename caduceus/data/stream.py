@@ -72,7 +72,7 @@ class StreamSamples:
         return {}
 
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
-        """A rank's micro-batches from number `first` on, for ever; each worker yields every n-th of them."""
+        """A rank's micro-batches from number `first` on, without end; each worker yields every n-th of them."""
         return _StreamMicroBatches(self, schedule, first)
 
     def tokens(self, crops: list[np.ndarray], g: np.ndarray) -> SampleArrays:
@@ -84,7 +84,7 @@ class StreamSamples:
         return tokens_of_crops(self._objective, np.stack(crops), samples)
 
     def crops(self, start: int, consumer: int, consumers: int, notes: list[str]) -> Iterator[np.ndarray]:
-        """Shuffled crops for one worker of one rank, for ever. What cannot be used adds a line to `notes`."""
+        """Shuffled crops for one worker of one rank, without end. What cannot be used adds a line to `notes`."""
         urls = self._urls_of(start, consumer, consumers)
         crops = crops_of_tars(urls, self._data, notes, tars=len(set(self._urls)))
         seed = int(key(self._seed, Purpose.CROP, start, consumer)[0])

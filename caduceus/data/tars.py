@@ -141,7 +141,7 @@ class _WatchedTar(tarfile.TarFile):
         self.any_header, self.in_garbage, self.zero_blocks = True, False, 0
 
     def report_end(self) -> None:
-        """To be called when the file has ended after its last member."""
+        """Report what the end of the file shows; the caller has read its last member."""
         if not self.any_header and not self.zero_blocks:
             self.report.add("is no tar")
         elif self.zero_blocks < _END_MARKER_BLOCKS and not self.is_cut:

@@ -1,11 +1,11 @@
 """Context parallelism: the ranks of a group share a sequence, each with a contiguous slice, exactly.
 
 `caduceus.ops.split` says what they exchange: per layer, direction and stream of a sequence, a rank gives E (N + 1)
-numbers for the scan and E (K - 1) for the convolution, and on the way back E N and R E (K - 1). None depends on the
-length of the slice.
+numbers for the scan, and on the way back E N. For the convolution it gives, per stream, 2 E (K - 1), and on the way
+back 2 R E (K - 1). None depends on the length of the slice.
 
-The gradients of the halos meet in a collective, so every rank's result must depend on its halo, also where the sequence
-begins.
+The gradients of the edges meet in a collective, so every rank's result must depend on its neighbours' edges, also where
+the sequence begins.
 """
 
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from caduceus.distributed.groups import gather, sum_to_owners
 
 
 class ContextGroup:
@@ -23,41 +25,41 @@ class ContextGroup:
         self.rank = rank
         self.size = size
 
-    def halo(self, runs: list[Tensor], width: int, reverse: list[bool]) -> Tensor:
-        """The `width` positions that precede each run's slice in its direction, zeros before the sequence begins.
+    @torch.compiler.disable  # exchanges are not for a compiled graph
+    def edges(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The `width` positions before and after this rank's slice, zeros outside of the sequence.
 
-        runs: G of (B, L, E), each with its direction -> (G, B, width, E) in the order of the sequence.
+        x (S, B, L, E) -> twice (S, B, width, E).
         """
-        edges = [x[:, :width] if back else x[:, -width:] for x, back in zip(runs, reverse, strict=True)]
-        gathered = _AllGather.apply(torch.stack(edges), self.group)
-        halos = []
-        for g, backwards in enumerate(reverse):
-            neighbour = self.rank + 1 if backwards else self.rank - 1
-            inside = 0 <= neighbour < self.size
-            halos.append(gathered[neighbour % self.size, g] * inside)
-        return torch.stack(halos)
+        return _Edges.apply(x, width, self)
 
     def all_gather(self, part: Tensor) -> Tensor:
         """(…) of each rank -> (R, …) on all of them, outside of autograd."""
-        return _gathered(part, self.group)
+        return gather(part, self.group)
 
 
-def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = [torch.empty(part.shape, dtype=part.dtype, device=part.device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return torch.stack(parts)
-
-
-class _AllGather(torch.autograd.Function):
-    """(…) on each of R ranks -> (R, …) on all; a gradient goes back to where its part came from, summed over ranks."""
+class _Edges(torch.autograd.Function):
+    """Every rank gives its first and last positions to all; a gradient goes back to where its positions came from."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gathered(part, group)
+    def forward(ctx: Any, x: Tensor, width: int, context: ContextGroup) -> tuple[Tensor, Tensor]:
+        ctx.shape, ctx.context = x.shape, context
+        first_and_last = gather(torch.stack([x[:, :, :width], x[:, :, -width:]]), context.group)
+        nothing = torch.zeros_like(first_and_last[0, 0])
+        before = first_and_last[context.rank - 1, 1] if context.rank > 0 else nothing
+        after = first_and_last[context.rank + 1, 0] if context.rank + 1 < context.size else nothing
+        return before.clone(), after.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        own = torch.empty_like(gradient[0])
-        dist.reduce_scatter(own, list(gradient.contiguous().unbind()), group=ctx.group)
-        return own, None
+    def backward(ctx: Any, before: Tensor, after: Tensor) -> tuple[Tensor, None, None]:
+        context, width = ctx.context, before.shape[2]
+        parts = before.new_zeros(context.size, 2, *before.shape)
+        if context.rank > 0:
+            parts[context.rank - 1, 1] = before
+        if context.rank + 1 < context.size:
+            parts[context.rank + 1, 0] = after
+        first, last = sum_to_owners(parts, context.group)
+        gradient = before.new_zeros(ctx.shape)
+        gradient[:, :, :width] = first
+        gradient[:, :, -width:] += last  # of a short slice they overlap
+        return gradient, None, None

@@ -18,11 +18,14 @@ import torch
 import torch.distributed as dist
 
 from caduceus.distributed.context import ContextGroup
+from caduceus.distributed.groups import gather, group_of, on_device
 from caduceus.distributed.strands import StrandGroup
 from caduceus.errors import Kind, PeerError, UserError, kind_of, one_line
 
 _WEIGHTS = [Kind.PEER, Kind.RETRY, Kind.CRASH, Kind.NODE, Kind.USER]
 """Where several ranks fail at once, the last of these kinds is what all end for."""
+PATIENCE = timedelta(hours=2)
+"""How long ranks wait for one that opens data or writes a checkpoint, which a slow file system may delay."""
 _NO_MORE = object()
 
 T = TypeVar("T")
@@ -58,6 +61,8 @@ class Ranks:
         self.context_group = self._make_context_group()
         self.strand_group = self._make_strand_group()
         self._sample_group = self._make_sample_group()
+        self._patient_group = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+        self._agrees_over: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -85,9 +90,26 @@ class Ranks:
         """Largest value of all ranks: how they agree to stop, save or skip."""
         if self.world == 1:
             return value
-        tensor = torch.tensor(value, device=self.device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        tensor = torch.tensor(value, device=self._agrees_on)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._agrees_over)
         return int(tensor)
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Within, ranks that have nothing to do wait as long as `PATIENCE` for the others, and without the GPU.
+
+        Around what depends on files. What ranks compute together takes no longer than a collective of training may.
+        """
+        before, self._agrees_over = self._agrees_over, self._patient_group
+        try:
+            yield
+        finally:
+            self._agrees_over = before
+
+    @property
+    def _agrees_on(self) -> torch.device:
+        """Where what the ranks agree on has to lie."""
+        return self.device if self._agrees_over is None else torch.device("cpu")
 
     @property
     def shares_samples(self) -> bool:
@@ -101,31 +123,29 @@ class Ranks:
 
     def gather(self, numbers: list[float]) -> torch.Tensor:
         """(n,) numbers of each rank -> (world, n) float64 on the CPU, the same on all ranks."""
-        mine = torch.tensor([numbers], dtype=torch.float64, device=self.device)
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._agrees_on)
         if self.world == 1:
-            return mine.cpu()
-        rows = mine.new_empty(self.world, len(numbers))
-        dist.all_gather(list(rows.split(1)), mine)
-        return rows.cpu()
+            return mine[None].cpu()
+        return gather(mine, self._agrees_over).cpu()
 
     def gather_objects(self, value: object) -> list[object]:
         """Each rank's picklable value, on every rank."""
         if self.world == 1:
             return [value]
         values: list[object] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self._agrees_over)
         return values
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self._agrees_over)
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """The picklable value of the rank `source`, on every rank."""
         if self.world == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=source, device=self.device)
+        dist.broadcast_object_list(values, src=source, device=self._agrees_on, group=self._agrees_over)
         return values[0]
 
     def raise_together(self, error: BaseException | None) -> None:
@@ -171,43 +191,40 @@ class Ranks:
                 return
             yield item
 
-    def groups(self) -> dict[str, dist.ProcessGroup | None]:
-        """The groups of this rank by what its ranks share; None stands for all ranks."""
-        found = {"all ranks": None} if self.world > 1 else {}
+    def groups(self) -> dict[str, tuple[dist.ProcessGroup | None, torch.device]]:
+        """The groups of this rank by what its ranks share, with where it lies; None stands for all ranks."""
+        found: dict[str, tuple[dist.ProcessGroup | None, torch.device]] = {}
+        if self.world > 1:
+            found["all ranks"] = None, self.device
+            found["all ranks, for slow work,"] = self._patient_group, torch.device("cpu")
         if self.context_group is not None:
-            found["the ranks that share its strand"] = self.context_group.group
+            found["the ranks that share its strand"] = self.context_group.group, self.device
         if self.strand_group is not None:
-            found["the ranks that share its slice"] = self.strand_group.group
+            found["the ranks that share its slice"] = self.strand_group.group, self.device
         if self._sample_group is not None:
-            found["the ranks that share its samples"] = self._sample_group
+            found["the ranks that share its samples"] = self._sample_group, torch.device("cpu")
         return found
 
     def _make_context_group(self) -> ContextGroup | None:
         if self.context == 1:
             return None
-        groups = [list(range(first, first + self.context)) for first in range(0, self.world, self.context)]
-        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)
-        return ContextGroup(group, self.context_rank, self.context)
+        first = self.rank - self.context_rank
+        members = list(range(first, first + self.context))
+        return ContextGroup(group_of(members, self.timeout, on_device(self.device)), self.context_rank, self.context)
 
     def _make_strand_group(self) -> StrandGroup | None:
         if self.strands == 1:
             return None
-        shared = self.strands * self.context
-        groups = [
-            list(range(sample + slice_, sample + shared, self.context))
-            for sample in range(0, self.world, shared)
-            for slice_ in range(self.context)
-        ]
-        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)
-        return StrandGroup(group, self.strand_rank, self.strands)
+        first = self.rank - self.strand_rank * self.context
+        members = list(range(first, first + self.strands * self.context, self.context))
+        return StrandGroup(group_of(members, self.timeout, on_device(self.device)), self.strand_rank, self.strands)
 
     def _make_sample_group(self) -> dist.ProcessGroup | None:
-        if self.strand_group is None or self.context_group is None:
-            of_one_kind = self.strand_group or self.context_group
-            return of_one_kind and of_one_kind.group
         shared = self.strands * self.context
-        groups = [list(range(first, first + shared)) for first in range(0, self.world, shared)]
-        return dist.new_subgroups_by_enumeration(groups, timeout=self.timeout)[0]
+        if shared == 1:
+            return None
+        first = self.data_rank * shared
+        return group_of(list(range(first, first + shared)), self.timeout, "gloo")
 
 
 def is_lost_contact(error: BaseException) -> bool:

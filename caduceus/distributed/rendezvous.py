@@ -20,10 +20,12 @@ import torch.distributed as dist
 
 from caduceus.config import Config, config_to_dict
 from caduceus.distributed.deepspeed.package import need_deepspeed
+from caduceus.distributed.environment import allow_descriptors, choose_interface, set_nccl_defaults
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.ranks import Ranks, choose_device, is_lost_contact, make_deterministic
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank, one_line
 from caduceus.files import dump_json
+from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import among_peers
 
 MEETING = timedelta(minutes=15)
@@ -32,8 +34,6 @@ COLLECTIVE_MARGIN = timedelta(minutes=10)
 """A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
 NO_TIMEOUT = timedelta(days=365)
 """Timeout of collectives where a step may take any time; the libraries always want one."""
-FLIGHT_RECORDS = "2000"
-"""Collectives of which NCCL keeps a record, to be written to the run's logs when one times out."""
 
 _log = logging.getLogger(__name__)
 
@@ -204,7 +204,9 @@ def _start_collectives(
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-        _set_nccl_defaults(config.run.dir)
+        set_nccl_defaults(RunDirectory(config.run.dir).logs_path)
+    allow_descriptors(world)
+    choose_interface(world)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=timeout,
@@ -219,18 +221,3 @@ def _collective_timeout(stall_minutes: float) -> timedelta:
     if not 0 < stall_minutes < NO_TIMEOUT / timedelta(minutes=1):
         return NO_TIMEOUT
     return timedelta(minutes=stall_minutes) + COLLECTIVE_MARGIN
-
-
-def _set_nccl_defaults(run_directory: str) -> None:
-    """What a user has not set otherwise: a lost peer ends the process, and leaves a trace of the last collectives."""
-    trace = str(Path(run_directory) / "logs" / "nccl-rank")
-    defaults = {
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDS,
-        "TORCH_FR_DUMP_TEMP_FILE": trace,
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": FLIGHT_RECORDS,  # the same two, as torch called them until 2.8
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": trace,
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)

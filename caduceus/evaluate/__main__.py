@@ -1,5 +1,5 @@
 """python -m caduceus.evaluate heldout (--run RUN | --export DIR --config FILE) [--split valid] [key.path=value …]
-python -m caduceus.evaluate embed --model DIR --input FILE --out FILE [--help for more]
+python -m caduceus.evaluate embed|variants --model DIR --input FILE --out FILE [--help for more]
 """
 
 import argparse
@@ -10,13 +10,14 @@ from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError, run_command
-from caduceus.evaluate.commands import add_embed
+from caduceus.evaluate.commands import add_embed, add_variants
 
 _START = """
 Says what a trained model is worth, and uses it. To begin, give it a run:
 
   {caduceus-evaluate} heldout --run runs/ps-1k  # loss on held-out sequences, per species
   {caduceus-evaluate} embed --model runs/ps-1k --input genes.fa --out genes.npz  # a vector for each sequence
+  {caduceus-evaluate} variants --model runs/ps-1k --input my.vcf --genome genome.fa --out scored.vcf  # their effects
   {caduceus-evaluate} heldout --run runs/ps-1k data.path=shards/yeast  # the same on other shards
   {caduceus-evaluate} --help  # what else it can do
 """
@@ -37,6 +38,7 @@ def main() -> int:
     heldout.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
     heldout.set_defaults(handler=_heldout)
     add_embed(commands)
+    add_variants(commands)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments.handler(arguments)

@@ -34,14 +34,15 @@ class EmbedOptions:
     pool: over its bases by mean or max, at its `centre` (base L // 2), or at a place counted from 0; `base`: a vector
     for each base. layer: 0 the embedding, k what block k adds, n_layer or -1 the final norm. strands: the average of
     both in forward coordinates, both one after the other, or the forward strand's alone; Caduceus-PS has both anyhow,
-    other models are run on the reverse complement too. piece: longest sequence in one pass. batch_bases: of a batch.
+    other models are run on the reverse complement too. piece: longest sequence in one pass. batch_bases: of a batch,
+    by default as suits the device.
     """
 
     pool: str = "mean"
     layer: int = -1
     strands: str = "average"
     piece: int = 65_536
-    batch_bases: int = 32_768
+    batch_bases: int | None = None
 
     def __post_init__(self) -> None:
         if self.pool not in POOLS and not self.pool.isdecimal():
@@ -49,8 +50,9 @@ class EmbedOptions:
         if self.strands not in STRANDS:
             raise UserError(f"--strands: choose one of {', '.join(STRANDS)}, got {self.strands!r}")
         for name in ("piece", "batch_bases"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')}: must be at least 1, got {value}")
 
 
 def embed(
@@ -63,9 +65,10 @@ def embed(
     options = options or EmbedOptions()
     bases = [checked_bases(s, f"sequence {n}") if isinstance(s, str) else s for n, s in enumerate(sequences, 1)]
     layer = layer_number(options.layer, runner.config)
+    most = runner.batch_bases(options.batch_bases)
     results: list[np.ndarray] = []
     with torch.no_grad(), runner.autocast():
-        for batch, packed in runner.batches([len(b) for b in bases], options.batch_bases, options.piece):
+        for batch, packed in runner.batches([len(b) for b in bases], most, options.piece):
             results += _embed_batch(runner, [bases[number] for number in batch], packed, layer, options)
     return results if options.pool == "base" else np.stack(results)
 

@@ -54,6 +54,10 @@ class Runner:
             "precision": self.precision,
         }
 
+    def batch_bases(self, asked: int | None) -> int:
+        """Bases of a batch: as asked, or what a device computes well: what fits the caches of a CPU, or fills a GPU."""
+        return asked or (16_384 if self.device.type == "cpu" else 524_288)
+
     def ids(self, bases: np.ndarray) -> Tensor:
         """Token ids (…) int64 on the device of ASCII bases (…) uint8."""
         return torch.from_numpy(self.config.vocabulary.encode(bases).astype(np.int64)).to(self.device)

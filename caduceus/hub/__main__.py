@@ -30,6 +30,14 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a trained model as a published checkpoint")
     export.add_argument("--run", required=True, metavar="RUN_DIR_OR_CHECKPOINT", dest="source")
+    export.add_argument(
+        "--published-code", action="store_true", help="name the published repository's code instead of bringing our own"
+    )
+    export.add_argument(
+        "--published-tokens",
+        action="store_true",
+        help="for weights of the published training: the tokenizer ends sequences with [SEP], and N is a token",
+    )
     import_ = commands.add_parser("import", help="read a published checkpoint into our own layout")
     import_.add_argument("--from", required=True, metavar="FOLDER_OR_FILE", dest="source")
     show = commands.add_parser("show", help="say what a folder or a file of weights holds")
@@ -45,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.command == "export":
         model = load(options.source)
-        save_published(model, options.out, options.source)
+        published = {"published_code": options.published_code, "published_tokens": options.published_tokens}
+        save_published(model, options.out, options.source, **published)
     else:
         model = load_published(options.source)
         save_imported(model, options.out)

@@ -23,7 +23,21 @@ A Caduceus ([Schiff et al. 2024](https://arxiv.org/abs/2403.03234)): a bi-direct
 predicts bases from their context. `config.json` and `model.safetensors` are in the layout of the published code.
 
 {model}
-{training}"""
+{training}
+## Use
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+folder = "."  # where these files are
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer("ACGT[MASK]ACGT", return_tensors="pt")
+logits = model(**inputs).logits  # (1, 9, tokens)
+```
+
+Of an `attention_mask` the zeros are padding, on either side, and change nothing.
+"""
 
 
 def model_card(config: CaduceusConfig, run: RunDirectory | None = None, step: int | None = None) -> str:

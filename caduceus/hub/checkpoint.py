@@ -60,12 +60,13 @@ class PublishedCheckpoint:
             layout = PublishedLayout(config_from_published(self.config))
         except UserError as error:
             raise UserError(f"{self.config_path}: {error}") from None
-        for path, names in ((self.config_path, keys_without_effect(self.config)), (self.path, self.weights.left_out)):
+        left_out = sorted(self.weights.left_out)
+        for path, names in ((self.config_path, keys_without_effect(self.config)), (self.path, left_out)):
             if names:
                 _log.info("%s: no part of the model, and left out: %s", path, ", ".join(names))
         try:
             # transformers writes a tied weight under one of its names only.
-            return from_published(self.config, layout.with_tied_names(self.weights.tensors))
+            return from_published(self.config, layout.completed(self.weights.tensors))
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
 

@@ -1,8 +1,8 @@
 """Folders that hold a model: runs and their checkpoints, imports, and published checkpoints.
 
 A published checkpoint is a directory with `config.json` and `model.safetensors`, in the key layout of the repository
-kuleshov-group/caduceus, which `transformers` loads through that repository's remote code. An import holds `config.yaml`
-(the `model:` section) and `model.safetensors` (our own names).
+kuleshov-group/caduceus; an export has tokenizer, card and code beside them, with which `transformers` loads it. An
+import holds `config.yaml` (the `model:` section) and `model.safetensors` (our own names).
 """
 
 import json
@@ -20,9 +20,12 @@ from safetensors.torch import save_file
 from caduceus.config import load_config
 from caduceus.errors import UserError
 from caduceus.files import replacing_directory
+from caduceus.hub.auto.code import AUTO_MAP
 from caduceus.hub.card import CARD, model_card
 from caduceus.hub.checkpoint import PUBLISHED_CONFIG, load_published
 from caduceus.hub.published import to_published
+from caduceus.hub.remote_code import remote_code
+from caduceus.hub.tokenizer_files import TOKENIZER_FILE, tokenizer_files
 from caduceus.hub.weights import WEIGHTS, read_safetensors
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.run.checkpoints import MARKER
@@ -30,18 +33,8 @@ from caduceus.run.directory import RunDirectory
 
 OWN_CONFIG = "config.yaml"
 
-_REMOTE_CODE = "kuleshov-group/caduceus-ps_seqlen-131k_d_model-256_n_layer-16"
-_TRANSFORMERS_KEYS = {
-    "model_type": "caduceus",
-    "architectures": ["CaduceusForMaskedLM"],
-    "auto_map": {
-        "AutoConfig": f"{_REMOTE_CODE}--configuration_caduceus.CaduceusConfig",
-        "AutoModel": f"{_REMOTE_CODE}--modeling_caduceus.Caduceus",
-        "AutoModelForMaskedLM": f"{_REMOTE_CODE}--modeling_caduceus.CaduceusForMaskedLM",
-        "AutoModelForSequenceClassification": f"{_REMOTE_CODE}--modeling_caduceus.CaduceusForSequenceClassification",
-    },
-}
-"""What `transformers` needs beside the model's configuration: its name for the model, and where the code is."""
+PUBLISHED_CODE = "kuleshov-group/caduceus-ps_seqlen-131k_d_model-256_n_layer-16"
+"""Repository of the Hugging Face hub with the published code."""
 
 
 def load(path: str | Path) -> CaduceusForMaskedLM:
@@ -56,20 +49,42 @@ def is_own(path: str | Path) -> bool:
     return any((Path(path) / name).exists() for name in (MARKER, OWN_CONFIG))
 
 
-def save_published(model: CaduceusForMaskedLM, directory: str | Path, source: str | Path | None = None) -> None:
-    """Write a published checkpoint with a model card; `directory` appears when complete.
+def save_published(
+    model: CaduceusForMaskedLM,
+    directory: str | Path,
+    source: str | Path | None = None,
+    *,
+    published_code: bool = False,
+    published_tokens: bool = False,
+) -> None:
+    """Write a published checkpoint with tokenizer, code and model card; `directory` appears when complete.
 
     An earlier one in `directory` is replaced; a directory that holds other files is refused. `source`: the run or
-    checkpoint that the model is of, whose data and losses the card then tells.
+    checkpoint that the model is of, whose data and losses the card then tells. With `published_code` no code is
+    written, and that of the published repository is named. With `published_tokens` the tokenizer shows N and ends
+    sequences as the published training does, which is not what models see that are trained here.
     """
     config, state_dict = to_published(model)
-    with _new_directory(directory, {PUBLISHED_CONFIG, WEIGHTS, CARD}) as writing:
+    code = {} if published_code else remote_code()
+    repository = PUBLISHED_CODE if published_code else None
+    auto_map = AUTO_MAP
+    if repository is not None:
+        auto_map = {name: f"{repository}--{place}" for name, place in AUTO_MAP.items() if "Token" not in name}
+    mode = "published" if published_tokens else "plain"
+    dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
+    about = {"architectures": ["CaduceusForMaskedLM"], "auto_map": auto_map, "torch_dtype": dtype}
+    # Not sorted throughout: published code takes the values of complement_map in the order in which they stand.
+    values = dict(sorted({"model_type": "caduceus", **about, **config}.items()))
+    texts = {
+        **code,
+        **tokenizer_files(model.config.vocabulary, mode, repository),
+        PUBLISHED_CONFIG: json.dumps(values, indent=2) + "\n",
+        CARD: _card(model, source),
+    }
+    with _new_directory(directory, {*remote_code(), *texts, TOKENIZER_FILE, WEIGHTS}) as writing:
         save_file(state_dict, writing / WEIGHTS, metadata={"format": "pt"})
-        # Not sorted: published code takes the values of complement_map in the order in which they stand.
-        dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-        values = dict(sorted({**_TRANSFORMERS_KEYS, "torch_dtype": dtype, **config}.items()))
-        (writing / PUBLISHED_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-        (writing / CARD).write_text(_card(model, source))
+        for name, text in texts.items():
+            (writing / name).write_text(text)
 
 
 def _card(model: CaduceusForMaskedLM, source: str | Path | None) -> str:

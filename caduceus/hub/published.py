@@ -30,24 +30,10 @@ def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Cad
     Raises `UserError` naming the key for a configuration value that is unknown or unsupported, for a tensor that is
     missing, too many, not floating point or of the wrong shape, and for tied weights that differ.
     """
-    model = CaduceusForMaskedLM(config_from_published(config))
-    layout = PublishedLayout(model.config)
-    expected = layout.to_published(model.state_dict())
-    refuse(expected.keys() - state_dict.keys(), "missing from the state dict")
-    refuse(state_dict.keys() - expected.keys(), "in the state dict, but not part of this model")
-    for name, tensor in expected.items():
-        given = state_dict[name]
-        if given.shape != tensor.shape:
-            raise UserError(f"{name}: expected shape {list(tensor.shape)}, got {list(given.shape)}")
-        if given.is_floating_point() != tensor.is_floating_point():
-            raise UserError(f"{name}: expected a tensor like {tensor.dtype}, got {given.dtype}")
-    for name, duplicate in layout.tied():
-        if not torch.equal(state_dict[name], state_dict[duplicate]):
-            raise UserError(f"{duplicate}: differs from {name}, to which it should be tied")
-    for name in layout.complement_maps:
-        if not torch.equal(state_dict[name].cpu(), expected[name]):
-            raise UserError(f"{name}: not the complement of the vocabulary '{model.config.vocabulary.name}'")
-    model.to(state_dict[layout.embedding].dtype).load_state_dict(layout.from_published(state_dict))
+    ours = config_from_published(config)
+    model = CaduceusForMaskedLM(ours)
+    state = PublishedLayout(ours).checked(model.state_dict(), state_dict)
+    model.to(state["embedding.weight"].dtype).load_state_dict(state)
     return model
 
 
@@ -102,9 +88,33 @@ class PublishedLayout:
                 ours.setdefault(entry.ours, []).append(tensor)
         return {name: torch.stack(value) if isinstance(value, list) else value for name, value in ours.items()}
 
-    def with_tied_names(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same with every tied weight that stands under one of its names put under the other one too."""
-        filled = dict(published)
+    def checked(self, ours: dict[str, Tensor], published: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`from_published`, once every tensor is accounted for: `ours` has the names and shapes that it is to give.
+
+        Raises `UserError` for a tensor that is missing, too many, not floating point or of the wrong shape, and for
+        tied weights that differ.
+        """
+        expected = self.to_published(ours)
+        refuse(expected.keys() - published.keys(), "missing from the state dict")
+        refuse(published.keys() - expected.keys(), "in the state dict, but not part of this model")
+        for name, tensor in expected.items():
+            given = published[name]
+            if given.shape != tensor.shape:
+                raise UserError(f"{name}: expected shape {list(tensor.shape)}, got {list(given.shape)}")
+            if given.is_floating_point() != tensor.is_floating_point():
+                raise UserError(f"{name}: expected a tensor like {tensor.dtype}, got {given.dtype}")
+        for name, duplicate in self.tied():
+            if not torch.equal(published[name], published[duplicate]):
+                raise UserError(f"{duplicate}: differs from {name}, to which it should be tied")
+        for name in self.complement_maps:
+            if not torch.equal(published[name].cpu(), expected[name]):
+                raise UserError(f"{name}: not the complement of the vocabulary '{self.config.vocabulary.name}'")
+        return self.from_published(published)
+
+    def completed(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with every tied weight that stands under one of its names put under the other one too, and the
+        complement of the alphabet where it is left out."""
+        filled = {name: torch.tensor(complement(self.config)) for name in self.complement_maps} | published
         for names in self.tied():
             for present, absent in (names, names[::-1]):
                 if present in filled:

@@ -26,6 +26,8 @@ _VOCAB_SIZES = {12: 12, 16: 12, 8: 8}
 _PAD_TOKEN_IDS = {CADUCEUS: CADUCEUS.pad, PLANTCAD: IGNORE_LABEL}
 """`pad_token_id` of published configurations, which is the label that published code ignores."""
 _SSM_SIZES = {"d_state": 16, "d_conv": 4, "expand": 2}
+FUNCTION_KEYS = {*_SHARED_KEYS, "vocab_size", "vocab_size_padded", "complement_map", "ssm_cfg"}
+"""Keys of a published configuration that say which function the model is."""
 # Keys that say how a model was initialised, saved or is called, not which function it is.
 _SSM_KEYS_WITHOUT_EFFECT = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}
 _KEYS_WITHOUT_EFFECT = {
@@ -62,8 +64,8 @@ _KEYS_WITHOUT_EFFECT = {
 def config_from_published(published: dict[str, Any]) -> CaduceusConfig:
     """Our configuration from a published one (`config.json`); `UserError` for what we cannot honour."""
     ssm = published.get("ssm_cfg") or {}
-    known = {"model_type", "vocab_size", "vocab_size_padded", "complement_map", "ssm_cfg"}
-    refuse(published.keys() - _SHARED_KEYS.keys() - _KEYS_WITHOUT_EFFECT - known, "unknown key in the configuration")
+    known = FUNCTION_KEYS | _KEYS_WITHOUT_EFFECT | {"model_type"}
+    refuse(published.keys() - known, "unknown key in the configuration")
     known_ssm = {*_SSM_SIZES, *_SSM_KEYS_WITHOUT_EFFECT, "dt_rank", "conv_bias", "bias"}
     refuse({f"ssm_cfg.{key}" for key in ssm.keys() - known_ssm}, "unknown key in the configuration")
 

@@ -45,7 +45,7 @@ def _of_published(checkpoint: PublishedCheckpoint, model: CaduceusForMaskedLM) -
     }
     for name, found in (
         ("keys without effect", keys_without_effect(checkpoint.config)),
-        ("tensors left out", checkpoint.weights.left_out),
+        ("tensors left out", sorted(checkpoint.weights.left_out)),
     ):
         if found:
             told[name] = ", ".join(found)

@@ -1,15 +1,13 @@
 """Files of weights, of whatever form: safetensors or pickled, whole or in shards, published or of Lightning."""
 
-import collections
 import json
 import pickle
-import typing
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import omegaconf
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,8 +30,8 @@ class Weights:
 
     path: Path
     tensors: dict[str, Tensor]
-    left_out: list[str] = field(default_factory=list)
-    """Names of tensors beside the language model's, such as of a trainer's metrics or of another head."""
+    left_out: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors beside the language model's, such as of a trainer's metrics or of another head."""
     hyper_parameters: Any = None
     """What Lightning keeps of the configuration; None in other files."""
 
@@ -98,10 +96,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def _read_pickled(path: Path) -> dict[str, Any]:
     """What torch.save wrote, without running any code of the file: numbers of numpy and omegaconf are read as well."""
-    numpy_types = [np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU")]
-    nodes = (omegaconf.nodes, omegaconf.base, omegaconf.dictconfig, omegaconf.listconfig)
-    configurations = [value for module in nodes for value in vars(module).values() if _is_of_omegaconf(value)]
-    safe = [*numpy_types, *configurations, typing.Any, collections.defaultdict, dict, list, int, float, str, bool]
+    numbers = [np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU")]
+    safe = [*numbers, *_types_of_configurations(), Any, defaultdict, dict, list, int, float, str, bool]
     try:
         with torch.serialization.safe_globals(safe):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -113,8 +109,14 @@ def _read_pickled(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _is_of_omegaconf(value: Any) -> bool:
-    return isinstance(value, type) and value.__module__.startswith("omegaconf.")
+def _types_of_configurations() -> list[type]:
+    """Those of omegaconf, in which hydra and Lightning keep what a training was asked for."""
+    try:
+        from omegaconf import base, dictconfig, listconfig, nodes
+    except ImportError:  # where an export's own code reads weights
+        return []
+    values = [value for module in (nodes, base, dictconfig, listconfig) for value in vars(module).values()]
+    return [value for value in values if isinstance(value, type) and value.__module__.startswith("omegaconf.")]
 
 
 def _state_dict_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
@@ -128,8 +130,8 @@ def _state_dict_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
     return checkpoint
 
 
-def _with_published_prefix(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The language model's tensors as the published code names them, and the names of the others.
+def _with_published_prefix(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The language model's tensors as the published code names them, and the others.
 
     Trainers and wrappers put `model.`, `module.` or `_orig_mod.` in front; a backbone saved alone lacks `caduceus.`.
     """
@@ -139,12 +141,12 @@ def _with_published_prefix(state: dict[str, Tensor], path: Path) -> tuple[dict[s
         raise UserError(f"{path}: expected the tensors of one Caduceus ({_ANCHOR}.…), found {found}")
     inside = prefixes.pop()
     outside = inside.removesuffix("caduceus.")
-    tensors, left_out = {}, []
+    tensors, left_out = {}, {}
     for name, tensor in state.items():
         if name.startswith(f"{inside}backbone."):
             tensors["caduceus." + name.removeprefix(inside)] = tensor
         elif name.startswith((f"{outside}lm_head.", f"{inside}caduceus.")):
             tensors[name.removeprefix(outside)] = tensor
         else:
-            left_out.append(name)
-    return tensors, sorted(left_out)
+            left_out[name] = tensor
+    return tensors, left_out

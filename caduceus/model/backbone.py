@@ -128,7 +128,7 @@ class Backbone(nn.Module):
         return BackboneOutput(normed, hidden_states)
 
     def share_sequences(self, context: Context | None) -> None:
-        """From now on every sequence is a slice of one that goes on over the ranks of `context`."""
+        """Make every sequence from now on a slice of one that the ranks of `context` share."""
         for block in self.blocks:
             block.mixer.context = context
 

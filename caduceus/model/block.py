@@ -16,7 +16,7 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def residual_dtype(config: CaduceusConfig, weight: Tensor) -> torch.dtype:
-    """Of the residual in a model with such weights: at least fp32, or without `residual_in_fp32` as products are."""
+    """The residual's type in a model with such weights: at least fp32, or the products' without `residual_in_fp32`."""
     return torch.promote_types(weight.dtype, torch.float32) if config.residual_in_fp32 else product_dtype(weight)
 
 

@@ -11,9 +11,9 @@ MOMENTS = 2
 """Tensors that AdamW keeps of each parameter, each of the parameter's size."""
 _FP32 = 4
 CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
-"""Of a parameter in a checkpoint: value and moments."""
+"""Bytes that a checkpoint holds for a parameter: its value and its moments."""
 TRAINING_BYTES = (2 + MOMENTS) * _FP32
-"""Of a parameter in training: value, gradient and moments."""
+"""Bytes that training holds for a parameter: its value, gradient and moments."""
 
 
 def parameter_count(model: CaduceusConfig) -> int:

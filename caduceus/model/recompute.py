@@ -30,9 +30,9 @@ class _OperandsMadeAgain:
         self.make = make
         self.numbers = itertools.count()
         self.inside: list[int] = []
-        """Of what `make` saves, in the order in which it does."""
+        """Numbers of the tensors that `make` saves, in the order in which it saves them."""
         self.outside: dict[int, tuple[int, tuple[int, ...], tuple[int, ...], int]] = {}
-        """Of what is saved of its results: which of them, and the view of its storage."""
+        """For each saved tensor that is one of its results: which result, and the view of its storage."""
         self.results: dict[int, int] = {}
         self.values: dict[int, Tensor] = {}
 

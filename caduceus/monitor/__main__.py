@@ -58,7 +58,7 @@ def main() -> int:
     for run in followed:
         run.poll()
     if not console.is_terminal:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         for run in followed:
             print(f"{run.view.name}: {plain_line(run.view) if run.view.row else 'no steps yet'}")
         return 0

@@ -7,6 +7,7 @@ real. A slice multiplies a state by exp(A dt_1) exp(A dt_2) … = exp(A sum dt),
 its length. Strands on ranks of their own meet in the logits alone.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,10 +23,10 @@ class Context(Protocol):
     rank: int
     size: int
 
-    def halo(self, runs: list[Tensor], width: int, reverse: list[bool]) -> Tensor:
-        """The `width` positions that precede each run's slice in its direction, differentiable.
+    def edges(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The `width` positions before and after this rank's slice, zeros outside of the sequence, differentiable.
 
-        runs: G of (B, L, E) -> (G, B, width, E).
+        x (S, B, L, E) -> twice (S, B, width, E).
         """
 
     def all_gather(self, part: Tensor) -> Tensor:
@@ -102,16 +103,38 @@ class _ScanOverRanks(torch.autograd.Function):
 def carried(ends: Tensor, steps: Tensor, A: Tensor, context: Context, reverse: bool) -> Tensor:
     """What enters this rank's slice in each run's direction; `ends` (R, P, S, B, E, N) is what slices reach from zero.
 
-    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, hence with `reverse` inverted.
+    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, hence with `reverse` inverted. What a slice
+    ends with decays by all steps of the slices between: one exponential of their sum, as each small operation costs a
+    GPU's launch, and those of all layers would take as long as the layers.
     """
-    carried = torch.zeros_like(ends[0])
-    for d in range(ends.shape[1]):
-        for s in range(ends.shape[2]):
-            backwards = runs_backwards(d, s, reverse)
-            for rank in range(context.size - 1, context.rank, -1) if backwards else range(context.rank):
-                decay = torch.exp(steps[rank, d, s, ..., None] * A[d])
-                carried[d, s] = decay * carried[d, s] + ends[rank, d, s]
-    return carried
+    before, between = _places(context.rank, context.size, *ends.shape[1:3], reverse, ends.dtype, ends.device)
+    passed = (between * steps).sum(1)
+    decay = torch.exp(passed[..., None] * A[:, None, None])
+    return (before * decay * ends).sum(0)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(
+    rank: int, size: int, directions: int, streams: int, reverse: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which slices precede that of `rank` in each run, and which lie between: ones and zeros that broadcast.
+
+    (R, P, S, 1, 1, 1) of slices, and (R, R, P, S, 1, 1) of slices and those that what they end with has to pass.
+    """
+    order = torch.arange(size)
+    earlier, between = order < rank, (order[:, None] < order) & (order < rank)
+    later, between_back = order > rank, (order < order[:, None]) & (order > rank)
+    backwards = _backwards(directions, streams, reverse, order.device)
+    slices = torch.where(backwards, later[:, None, None], earlier[:, None, None])
+    passed = torch.where(backwards, between_back[:, :, None, None], between[:, :, None, None])
+    return slices[..., None, None, None].to(device, dtype), passed[..., None, None].to(device, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _backwards(directions: int, streams: int, reverse: bool, device: torch.device) -> Tensor:
+    """(P, S) of bool: which runs go right-to-left."""
+    runs = [[runs_backwards(d, s, reverse) for s in range(streams)] for d in range(directions)]
+    return torch.tensor(runs, device=device)
 
 
 def conv_over_ranks(
@@ -127,14 +150,8 @@ def conv_over_ranks(
 
     A backend that takes the halos (P, S, B, width, E) as an argument is given them; others convolve a longer slice.
     """
-    streams, length = x.shape[0], x.shape[2]
-    backwards = [runs_backwards(d, s, reverse) for d in range(directions) for s in range(streams)]
-    halos = context.halo(list(x.unbind(0)) * directions, width, backwards)
-    halos = halos.unflatten(0, (directions, streams))
+    before, after = context.edges(x, width)
     if takes_halo:
-        return convolve(x, halo=halos)
-    sides = [[torch.zeros_like(halos[0, s]) for s in range(streams)] for _ in range(2)]
-    for run, back in enumerate(backwards):
-        sides[back][run % streams] = halos.flatten(0, 1)[run]
-    before, after = (torch.stack(side) for side in sides)
-    return convolve(torch.cat([before, x, after], dim=2)).narrow(3, width, length)
+        backwards = _backwards(directions, x.shape[0], reverse, x.device)
+        return convolve(x, halo=torch.where(backwards[:, :, None, None, None], after, before))
+    return convolve(torch.cat([before, x, after], dim=2)).narrow(3, width, x.shape[2])

@@ -11,7 +11,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ import torch.distributed.checkpoint as dcp
 
 from caduceus.config import Config, config_to_dict
 from caduceus.data.loader import TrainLoader
-from caduceus.distributed.ranks import is_lost_contact
+from caduceus.distributed.groups import group_of
+from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.files import dump_json, system_error, write_atomically
@@ -30,9 +30,6 @@ from caduceus.run.checkpoints import Checkpoint
 from caduceus.run.directory import RunDirectory
 from caduceus.train.guards import MAX_REWINDS, Health
 from caduceus.train.optimizer import default_warmup, kept_warmup, learning_rate
-
-SAVE_TIMEOUT = timedelta(hours=2)
-"""A slow file system may take longer over a checkpoint than a collective of training may."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +42,7 @@ class Progress:
     tokens: int
     loader: dict[str, Any]
     warmup_steps: int | None = None
-    """Of the learning rate; None in a checkpoint of a version that did not keep it."""
+    """Steps in which the learning rate rises; None in a checkpoint of a version that did not keep them."""
     health: Health = field(default_factory=Health)
 
 
@@ -54,7 +51,7 @@ class Checkpoints:
 
     With `checkpoint.async` the state is copied to host memory, and a thread writes it while training goes on. One save
     at a time: the next one waits for it. A checkpoint counts only once the files of all ranks are on disk. `group`: of
-    the ranks that write, where these are several.
+    the ranks that hold one copy, where these are several.
     """
 
     def __init__(self, config: Config, run: RunDirectory, strategy: Strategy) -> None:
@@ -66,8 +63,8 @@ class Checkpoints:
         # Of its own, so that the thread's messages do not mix with those of training.
         self.group: dist.ProcessGroup | None = None
         if strategy.writers > 1:
-            group = dist.new_group(list(range(strategy.writers)), backend="gloo", timeout=SAVE_TIMEOUT)
-            self.group = group if self._ranks.rank < strategy.writers else None
+            first = self._ranks.rank // strategy.writers * strategy.writers
+            self.group = group_of(list(range(first, first + strategy.writers)), PATIENCE, "gloo")
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 

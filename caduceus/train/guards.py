@@ -32,7 +32,7 @@ class Health:
 
     skipped_steps: int = 0
     consecutive_skips: int = 0
-    """Of steps whose loss or gradient was not finite."""
+    """Steps in a row whose loss or gradient was not finite."""
     spiked: bool = False
     """Whether the last step was skipped because its loss leapt."""
     rewinds: int = 0

@@ -28,7 +28,7 @@ MAX_CLOCK_SKEW = 60.0
 _BATCHES_AHEAD = 2
 """Batches that torch's DataLoader keeps ready for each worker."""
 _BYTES_PER_BASE = 8
-"""Of a batch on its way from a worker: token, label and weight, rounded up."""
+"""Bytes that a base takes on its way from a worker: token, label and weight, rounded up."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -66,7 +66,7 @@ def check_before_start(
 ) -> None:
     """Check disk, shared memory, clocks and collectives, on all ranks together.
 
-    `saving`: the group of those that write checkpoints. Raises on every rank, with a line that names the first
+    `saving`: the group of those that write a checkpoint. Raises on every rank, with a line that names the first
     rank that fails, its host and what to do: there a `UserError`, or `NodeError` where its node is at fault, and a
     `PeerError` on the others.
     """
@@ -126,11 +126,10 @@ def _try_collectives(strategy: Strategy, saving: dist.ProcessGroup | None) -> No
     groups = ranks.groups()
     for mesh in {parameter.device_mesh for parameter in strategy.model.parameters() if isinstance(parameter, DTensor)}:
         for name in mesh.mesh_dim_names:
-            groups[f"the ranks that {name} parameters"] = mesh.get_group(name)
-    tried = [(name, group, ranks.device) for name, group in groups.items()]
+            groups[f"the ranks that {name} parameters"] = mesh.get_group(name), ranks.device
     if saving is not None:
-        tried.append(("the ranks that write checkpoints", saving, torch.device("cpu")))
-    for name, group, device in tried:
+        groups["the ranks that write checkpoints"] = saving, torch.device("cpu")
+    for name, (group, device) in groups.items():
         size = dist.get_world_size(group)
         ones = torch.ones(1, device=device)
         dist.all_reduce(ones, group=group)

@@ -15,7 +15,7 @@ from caduceus.model.costs import exponentials_per_base, flops_per_base
 
 @dataclass(frozen=True)
 class Peaks:
-    """Of one GPU at its boost clock, dense, from its maker's data sheet."""
+    """Peak rates of one GPU at its boost clock, for dense matrices, from its maker's data sheet."""
 
     bf16_flops: float
     fp32_flops: float

@@ -60,7 +60,7 @@ class StopRequest:
         return True
 
     def is_saved(self) -> None:
-        """To be called once the last checkpoint is complete: no signal ends this process before its own end."""
+        """Tell that the last checkpoint is complete: from now on no signal ends this process before its own end."""
         self._ending = True
 
     @contextlib.contextmanager

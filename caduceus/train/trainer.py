@@ -1,5 +1,6 @@
 """The training loop, the same on one process or many."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ import torch
 
 from caduceus.config import Config
 from caduceus.data.loader import ValidationLoader
-from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.distributed.rendezvous import joined
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import RetryError
@@ -18,7 +19,6 @@ from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
-from caduceus.train.checkpointing import SAVE_TIMEOUT
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.recomputation import refusing_what_is_too_large
@@ -45,7 +45,7 @@ def train(config: Config) -> int:
         keep_freed_memory_for(config)
     with joined(config) as ranks:
         watchdog = Watchdog(RunDirectory(config.run.dir).logs_path, ranks.rank, config.train.stall_minutes)
-        with watchdog.over("the opening of the data", SAVE_TIMEOUT.total_seconds()):
+        with _slowly(watchdog, ranks, "the opening of the data"):
             opened = open_run(config, ranks)
         try:
             return _train(config, ranks, opened, watchdog, started)
@@ -53,9 +53,16 @@ def train(config: Config) -> int:
             opened.run.release()
 
 
+@contextlib.contextmanager
+def _slowly(watchdog: Watchdog, ranks: Ranks, what: str) -> Iterator[None]:
+    """Around what waits for files: it may take as long as ranks wait for each other there."""
+    with watchdog.over(what, PATIENCE.total_seconds()), ranks.patiently():
+        yield
+
+
 def _train(config: Config, ranks: Ranks, opened: Opened, watchdog: Watchdog, started: float) -> int:
     run = opened.run
-    with watchdog.over("the start", SAVE_TIMEOUT.total_seconds()):
+    with _slowly(watchdog, ranks, "the start"):
         setup = set_up(config, ranks, opened, started)
         with ranks.agreeing(), run.telling_of_disks():
             monitor = Monitor(config, run, active=ranks.is_main)
@@ -77,7 +84,7 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
         collect_garbage(progress.step)
         progress.health.refuse_to_go_on(config.train, run.logs_path)
         if progress.health.spiked:
-            with watchdog.over("the rewind", SAVE_TIMEOUT.total_seconds()):
+            with _slowly(watchdog, strategy.ranks, "the rewind"):
                 before = checkpoints.rewind(progress, loader)
             if before is not None:
                 progress, batches = before, iter(loader)
@@ -95,7 +102,7 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
         stopping, saving, failed, taken_over = wishes.any(0).tolist()
         if taken_over:
             raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
-        with watchdog.over(f"the checkpoint after step {progress.step}", SAVE_TIMEOUT.total_seconds()):
+        with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
             if last or stopping or saving or progress.step % config.checkpoint.every == 0:
                 checkpoints.save(progress)
             if last or stopping or failed:

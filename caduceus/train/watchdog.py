@@ -12,10 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+import torch.distributed as dist
+
+from caduceus.distributed.environment import FLIGHT_FILES
 from caduceus.run.ends import record_end_here
 
-_GRACE_SECONDS = 5.0
-"""From the dump to the end: the other ranks hang as well, and write their stacks before they lose their peers."""
+_GRACE_SECONDS = 15.0
+"""Time between the dump and the end, in which the other ranks, which hang too, write what they know."""
 
 _NO_MORE = object()
 
@@ -33,7 +36,8 @@ def show_stacks_when_asked() -> None:
 class Watchdog:
     """Watches one rank: what it does may take `minutes` (0: any time).
 
-    Stacks go to logs/stacks-rank0.txt, and the process ends with status 1, as it would by any other failure.
+    Stacks go to logs/stacks-rank0.txt, on GPUs NCCL's record of the last collectives to logs/nccl-rank0, and the
+    process ends with status 1, as it would by any other failure.
     """
 
     def __init__(self, logs: Path, rank: int, minutes: float) -> None:
@@ -84,8 +88,21 @@ class Watchdog:
         told = f"rank {self._rank}: {what} has taken more than {limit}; what it was doing is in {self._path}"
         _log.error(told)
         record_end_here(TimeoutError(told))
+        with contextlib.suppress(OSError):
+            write_flight_records(self._path.parent, self._rank)
 
     def _dump(self, what: str, file: TextIO) -> None:
         file.write(f"rank {self._rank}, {what}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n")
         file.flush()
         faulthandler.dump_traceback(file)
+
+
+def write_flight_records(logs: Path, rank: int) -> None:
+    """Leave what NCCL knows of this rank's last collectives, which it would write itself only minutes later.
+
+    `torchfrtrace --prefix nccl-rank LOGS` finds the first in which ranks differ.
+    """
+    if dist.is_initialized() and "nccl" in dist.get_backend_config():
+        from torch._C._distributed_c10d import _dump_nccl_trace
+
+        (logs / f"{FLIGHT_FILES}{rank}").write_bytes(_dump_nccl_trace())

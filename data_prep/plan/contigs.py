@@ -35,7 +35,7 @@ WHY = {
 }
 """Why contigs of a kind are left out by default."""
 SMALLEST_SHARE = 0.5
-"""Of the bases that the user did not exclude: `--contigs auto` leaves out no more than the rest."""
+"""Share of the bases not excluded by the user that `--contigs auto` must keep."""
 _NAMES_SHOWN = 20
 
 

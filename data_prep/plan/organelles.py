@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _SHARE_OF_LONGEST = 0.25
-"""Of the longest contig: what a single letter may name as an organelle where its length is a rare one."""
+"""Largest share of the longest contig that an organelle named by a single letter has, where its length is rare."""
 _SHARE_OF_BASES = 0.5
-"""Of all bases: what a single letter may name as an organelle where its length is a usual one."""
+"""Largest share of all bases that an organelle named by a single letter has, where its length is usual."""
 _NOT_OF_A_SERIES = frozenset("mcpuwxyziv")
 """Letters that name an organelle, a sex chromosome, what is unplaced, or a Roman number."""
 # Sequences of the nucleus, or of unknown origin, that are about organelles.

@@ -1,13 +1,19 @@
+import contextlib
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from caduceus.config import Config
+from caduceus.distributed import groups
 from caduceus.distributed.fsdp import sharding_mesh
+from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.distributed.rendezvous import COLLECTIVE_MARGIN, NO_TIMEOUT, joined
+from tests.distributed.fake import CPU, fake_world
 from tests.distributed.layouts import Layout, config_of
 from tests.distributed.ranks import on_ranks
 
@@ -25,7 +31,10 @@ def test_a_collective_may_take_longer_than_a_step(tmp_path: Path, minutes: float
 def test_so_may_one_of_some_of_the_ranks(tmp_path: Path) -> None:
     layout = Layout("", 4, {"strategy": "fsdp", "context": 2, "strands": 2, "shard": 2})
     config = config_of(layout, tmp_path, tmp_path / "run", stall_minutes=60)
-    assert on_ranks(4, timeouts_of_groups, config) == [[timedelta(minutes=60) + COLLECTIVE_MARGIN] * 4] * 4
+    of_training = timedelta(minutes=60) + COLLECTIVE_MARGIN
+    for timeouts, descriptors in on_ranks(4, timeouts_of_groups, config):
+        assert timeouts == [of_training] * 4 + [PATIENCE]
+        assert descriptors == 4 + 3, "of a group of gloo, for each of its ranks and three more"
 
 
 @pytest.mark.slow
@@ -48,11 +57,69 @@ def places_of(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
     return found
 
 
-def timeouts_of_groups(rank: int, config: Config) -> list[timedelta]:
+def timeouts_of_groups(rank: int, config: Config) -> tuple[list[timedelta], int]:
+    """Of the groups of training and the one for slow work; and the descriptors that one more of all ranks takes."""
     with joined(config) as ranks:
         shared = [ranks.context_group.group, ranks.strand_group.group]
-        groups = [*shared, *sharding_mesh(ranks, config.parallel.shard).get_all_groups()]
-        return [timeout_of(group) for group in groups]
+        found = [*shared, *sharding_mesh(ranks, config.parallel.shard).get_all_groups(), ranks._patient_group]
+        before = open_descriptors()
+        dist.new_group(backend="gloo")
+        after = open_descriptors()
+        dist.barrier()
+        return [timeout_of(group) for group in found], after - before
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("strands", "context", "axes"), [(1, 8, [8, 8]), (2, 4, [4, 2, 8]), (2, 1, [2, 2]), (1, 1, [])]
+)
+def test_512_ranks_make_their_groups_in_as_many_turns_as_axes(strands: int, context: int, axes: list[int]) -> None:
+    """One after another they would take 64 splits of NCCL for context 8, and 256 for 2 strands of context 4."""
+    covered = [set() for _ in axes]
+    for rank in range(512):
+        with fake_world(rank, 512) as seen:
+            Ranks(rank, 512, context, CPU, timedelta(minutes=25), strands)
+        *made, patient = seen.made
+        assert [len(group.ranks) for group in made] == axes
+        assert all(group.alone and rank in group.ranks for group in made)
+        assert (len(patient.ranks), patient.backend, patient.timeout) == (512, "gloo", PATIENCE)
+        for found, group in zip(covered, made, strict=True):
+            found.add(tuple(group.ranks))
+    for found in covered:
+        assert sorted(rank for group in found for rank in group) == list(range(512)), "each in one, as NCCL splits"
+
+
+def test_groups_that_compute_are_of_nccl_and_that_of_readers_of_gloo() -> None:
+    with fake_world(0, 4) as seen:
+        Ranks(0, 4, 2, torch.device("cuda", 0), None, 2)
+    assert [group.backend for group in seen.made] == ["nccl", "nccl", "gloo", "gloo"]
+
+
+def test_slow_work_is_agreed_on_over_the_patient_group_and_no_copy_is_made_per_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with fake_world(3, 512):
+        ranks, asked = Ranks(3, 512, 1, CPU), []
+        for owner, name in ((dist, "all_reduce"), (groups, "_ALL_GATHER"), (dist, "all_gather"), (dist, "barrier")):
+            monkeypatch.setattr(owner, name, noting(asked, name, getattr(owner, name)))
+        for patient in (None, ranks._patient_group):
+            asked.clear()
+            with contextlib.nullcontext() if patient is None else ranks.patiently():
+                ranks.maximum(0)
+                assert ranks.gather([1.0, 2.0]).shape == (512, 2)
+                ranks.barrier()
+            assert asked == [("all_reduce", patient), ("_ALL_GATHER", patient), ("barrier", patient)]
+
+
+def noting(asked: list, name: str, whole: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*arguments: Any, **options: Any) -> Any:
+        asked.append((name, options.get("group")))
+        return whole(*arguments, **options)
+
+    return noted
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

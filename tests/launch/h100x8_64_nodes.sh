@@ -24,9 +24,8 @@
 
 # setup
 module load cuda
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-export NCCL_IB_HCA=mlx5
 export NCCL_SOCKET_IFNAME='^lo,docker'
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 export NCCL_DEBUG=WARN
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export PYTHONPATH=/home/lab/runs/ph-131k/code${PYTHONPATH:+:$PYTHONPATH}

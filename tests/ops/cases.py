@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from caduceus import ops
+
 
 @dataclass
 class Scan:
@@ -67,3 +69,31 @@ def assert_close(actual, expected, tolerance):
         error = (a.double() - e.double()).abs().max().item() if a.numel() else 0.0
         scale = 1 + (e.abs().max().item() if e.numel() else 0.0)
         assert error <= tolerance * scale, f"output {position}: error {error:.2e} at scale {scale:.2e}"
+
+
+def scan(module, softplus=True, reverse=False):
+    return lambda *t: module.selective_scan(*t[:8], softplus, reverse, t[8])
+
+
+def bidirectional_inputs(directions, streams, batch=2, length=21, channels=40, states=5):
+    generator = torch.Generator().manual_seed(directions + 2 * streams)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    runs = (directions, streams, batch, length)
+    x = normal(streams, batch, length, channels)
+    taps = normal(directions, channels, 4), normal(directions, channels)
+    A = -torch.rand(directions, channels, states, generator=generator, dtype=torch.float64) - 0.1
+    rest = normal(*runs, channels), A, normal(*runs, states), normal(*runs, states), normal(directions, channels)
+    return [x, *taps, *rest, normal(streams, batch, length, channels), normal(directions, channels)]
+
+
+def block(backend):
+    """Convolution and scan as the model has them."""
+
+    def run(x, weight, bias, *rest):
+        u = ops.bidirectional_conv1d(x, weight, bias, backend=backend)
+        return ops.bidirectional_scan(u, *rest, backend=backend)
+
+    return run

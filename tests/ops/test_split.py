@@ -1,11 +1,16 @@
 """A sequence in slices has the outputs and gradients of the whole, on every backend that runs here."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from caduceus.ops import cpu, naive
 from caduceus.ops.runs import scan_by_runs
+from caduceus.ops.split import carried
 from tests.ops.slices import scan_in_slices
 
 
@@ -65,3 +70,33 @@ def test_half_precision_comes_back_in_its_own_type():
         assert gradient.dtype == tensor.dtype
         scale = tensor.grad.float().abs().max()
         torch.testing.assert_close(gradient, tensor.grad, rtol=2**-6, atol=float(scale) * 2**-7)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute, as each is a launch on a GPU; views are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("rank", [0, 4, 7])
+def test_what_enters_a_slice_takes_as_many_launches_whatever_the_ranks(streams, rank):
+    """It was a few for each run and rank: 71 at 8 ranks of 2 streams."""
+    ends, steps, A = torch.rand(8, 2, streams, 1, 5, 3), torch.rand(8, 2, streams, 1, 5), -torch.rand(2, 5, 3)
+    context = SimpleNamespace(rank=rank, size=8)
+    carried(ends, steps, A, context, False)  # makes what all calls share
+    with Launches() as launches:
+        entering = carried(ends, steps, A, context, False)
+    assert launches.count <= 7
+    for d, s in itertools.product(range(2), range(streams)):
+        before = range(7, rank, -1) if (d + s) % 2 else range(rank)
+        state = torch.zeros(1, 5, 3)
+        for slice_ in before:
+            state = torch.exp(steps[slice_, d, s, ..., None] * A[d]) * state + ends[slice_, d, s]
+        torch.testing.assert_close(entering[d, s], state)

@@ -24,19 +24,16 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a program, it finds its package
+
+from tests.slurm.packages import ClusterError, install_packages, why_impossible
 
 NODES = ("n0", "n1", "n2", "n3")
 CPUS_PER_NODE = 4
 GPUS_PER_NODE = 2
-PACKAGES = {
-    # package: (what it brings, services that its installation would enable)
-    "munge": ("/usr/sbin/munged", ("munge",)),
-    "slurm-wlm": ("/usr/sbin/slurmctld", ("slurmctld", "slurmd")),
-    "slurmdbd": ("/usr/sbin/slurmdbd", ("slurmdbd",)),
-    "mariadb-server": ("/usr/sbin/mariadbd", ("mariadb",)),
-}
 HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# slurm cluster in "
 FIRST_PORT, LAST_PORT = 30000, 32767
@@ -44,10 +41,6 @@ LONGEST_DIRECTORY = 60  # a Unix socket's path has at most 107 bytes, and SLURM 
 
 SLURM_CONF = Path(__file__).with_name("slurm.conf.in")
 SLURMDBD_CONF = Path(__file__).with_name("slurmdbd.conf.in")
-
-
-class ClusterError(Exception):
-    """The cluster cannot run here, or did not start. The message is one line."""
 
 
 class Cluster:
@@ -244,56 +237,6 @@ class Cluster:
     def _add_hosts_line(self) -> None:
         line = f"127.0.0.1 {' '.join(NODES)} {HOSTS_MARK}{self.directory}"
         _edit_hosts(_is_not_left_over, [line])
-
-
-def why_impossible() -> str | None:
-    """Why no cluster can run on this machine; None where it can."""
-    if sys.platform != "linux":
-        return "SLURM runs on Linux only"
-    if os.geteuid() != 0:
-        return "starting a SLURM cluster needs root"
-    missing = _missing_packages()
-    if missing and shutil.which("apt-get") is None:
-        return f"{', '.join(missing)} not installed, and there is no apt-get to install them"
-    return None
-
-
-def install_packages() -> None:
-    """Install what is missing by apt-get, without letting the packages start or enable their services."""
-    missing = _missing_packages()
-    if not missing:
-        return
-    print(f"installing {', '.join(missing)}", file=sys.stderr)
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "--yes", "--quiet=2", "--no-install-recommends", *missing]
-    with _no_service_starts():
-        for command in (["apt-get", "update", "--quiet=2"], install):
-            result = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if result.returncode:
-                last = (result.stderr.strip() or result.stdout.strip()).splitlines()[-1:]
-                raise ClusterError(f"{' '.join(command)} failed: {''.join(last)}")
-    if shutil.which("systemctl"):
-        services = [service for package in missing for service in PACKAGES[package][1]]
-        subprocess.run(["systemctl", "--quiet", "disable", *services], capture_output=True)
-
-
-@contextlib.contextmanager
-def _no_service_starts() -> Iterator[None]:
-    """Debian's policy hook, which packages ask before they start a service; a machine's own one is respected."""
-    policy = Path("/usr/sbin/policy-rc.d")
-    if policy.exists():
-        yield
-        return
-    policy.write_text("#!/bin/sh\nexit 101\n")
-    policy.chmod(0o755)
-    try:
-        yield
-    finally:
-        policy.unlink()
-
-
-def _missing_packages() -> list[str]:
-    return [package for package, (binary, _) in PACKAGES.items() if not Path(binary).exists()]
 
 
 def _is_not_left_over(line: str) -> bool:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import NODES, Cluster, ClusterError, install_packages, why_impossible
+from tests.slurm.cluster import NODES, Cluster
+from tests.slurm.packages import ClusterError, install_packages, why_impossible
 from tests.slurm.small_runs import Setting, launch, losses, write_config
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import submitit
 
-from tests.slurm.cluster import HOSTS, NODES, Cluster, why_impossible
+from tests.slurm.cluster import HOSTS, NODES, Cluster
+from tests.slurm.packages import why_impossible
 from tests.slurm.small_runs import state_of, wait_for_end, wait_until
 
 pytestmark = pytest.mark.slow

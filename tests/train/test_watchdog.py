@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from caduceus.distributed.ranks import PATIENCE
 from caduceus.train import trainer, watchdog
-from caduceus.train.checkpointing import SAVE_TIMEOUT
 from caduceus.train.watchdog import Watchdog
 from tests.train.conftest import SmallRun, numbers
 
@@ -84,7 +84,7 @@ def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch)
     monkeypatch.setattr(Watchdog, "over", noted)
     train, valid = {"steps": 2, "micro_batch": 8}, {"every": 2, "samples": 8}
     assert trainer.train(small_run.config("run", train=train, valid=valid)) == 0
-    long = SAVE_TIMEOUT.total_seconds()
+    long = PATIENCE.total_seconds()
     batch = ("a batch of the validation after step 2", 0.0)
     assert watched == [
         ("the opening of the data", long),
@@ -98,3 +98,13 @@ def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch)
         ("the agreement after step 2", 0.0),
         ("the checkpoint after step 2", long),
     ]
+
+
+def test_what_nccl_knows_is_left_beside_the_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr("torch._C._distributed_c10d._dump_nccl_trace", lambda: b"records", raising=False)
+    for backend, written in (("gloo", False), ("cpu:gloo,cuda:nccl", True)):
+        monkeypatch.setattr(watchdog.dist, "get_backend_config", lambda backend=backend: backend)
+        watchdog.write_flight_records(tmp_path, 5)
+        assert (tmp_path / "nccl-rank5").exists() == written
+    assert (tmp_path / "nccl-rank5").read_bytes() == b"records"

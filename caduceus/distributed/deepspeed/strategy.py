@@ -7,6 +7,7 @@ learning rate, clipping, precision and batches.
 import contextlib
 import functools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,8 @@ class DeepSpeed(Strategy):
         block = max(_count(block) for block in model.blocks)
         options = engine_options(config, ranks.data_world, _count(model), block)
         deepspeed = need_deepspeed(ranks.device.type)
+        if ranks.device.index is not None:  # for which it takes LOCAL_RANK, also where a rank sees but its own GPU
+            os.environ["LOCAL_RANK"] = str(ranks.device.index)
         self.ranks = ranks
         self.zero_stage = config.parallel.zero_stage
         file = config.parallel.deepspeed_config

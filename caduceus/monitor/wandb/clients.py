@@ -37,7 +37,7 @@ def kill_clients() -> None:
 class Watch:
     """Until `stop`, calls `lost(reason)` in a thread where no client lives or the start takes more than `seconds`.
 
-    The client's library waits for ever for a process that was killed before it had begun.
+    The client's library waits without end for a process that was killed before it had begun.
     """
 
     def __init__(self, lost: Callable[[str], None], seconds: float) -> None:

@@ -13,7 +13,7 @@ from caduceus.monitor.wandb.place import Place
 from caduceus.run.directory import RunDirectory
 
 MOST_CHARACTERS = 20_000
-"""Of one value; W&B's limit is on their sum."""
+"""The longest text of one value; W&B limits the sum of all."""
 _TAG_CHARACTERS = 64
 """W&B's client takes no longer tag."""
 

@@ -46,7 +46,7 @@ class WandbProcess:
         shutil.rmtree(self._temporary, ignore_errors=True)  # of a start that was killed
         place = place_of(config, run)
         for variable in place.from_environment:
-            _log.info("wandb: %s holds, as the configuration says nothing of it", variable)
+            _log.info("wandb: %s holds, as the configuration does not set it", variable)
         if place.mode == "disabled":
             if config.wandb.required and config.wandb.mode != "disabled":
                 raise UserError(f"wandb.required: is true, but {place.from_environment[0]} turns W&B off; unset it")
@@ -60,7 +60,7 @@ class WandbProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the process that sends; None where there is none."""
+        """Id of the process that sends; None where there is none."""
         return self._process.pid if self._process is not None else None
 
     def end(self, exit_code: int, stopped: bool, reason: str | None) -> None:
@@ -183,5 +183,8 @@ def _parent(process: Path) -> int:
 
 
 def _temporary_directory(run: Path) -> Path:
-    """For what W&B's client keeps while it runs: the same at every start, so that a killed one's is found."""
+    """The directory in which W&B's client keeps its files while it runs.
+
+    It is the same at every start, so that what a killed client left is found.
+    """
     return Path(tempfile.gettempdir()) / f"caduceus-wandb-{os.getuid()}-{fingerprint(str(run.absolute()))[:12]}"

@@ -230,8 +230,11 @@ def _block(channels: int, most: int = kernels.BLOCK) -> int:
 
 
 def _forward_block(y: Tensor) -> int:
-    """As wide as leaves work for every thread. A channel's results do not depend on those beside it; sums over
-    channels in the backward pass do, and so its block depends on no number of threads."""
+    """Channels of a block: as many as leave work for every thread.
+
+    A channel's results do not depend on those beside it. Sums over channels in the backward pass do, and so its block
+    does not depend on the number of threads.
+    """
     streams, batch, _, channels = y.shape
     parts = math.ceil(torch.get_num_threads() / max(1, streams * batch))
     return _block(channels, max(LANES, min(kernels.FORWARD_BLOCK, math.ceil(channels / parts))))

@@ -41,7 +41,7 @@ def time_of_decay(dt, starts_ptr, position, L, HAS_STARTS: tl.constexpr):
 
 @triton.jit
 def load(ptr, mask):
-    """In fp32, 0 where masked; all channels where the mask is None."""
+    """Load values as fp32, 0 where masked; all channels where the mask is None."""
     values = tl.load(ptr) if mask is None else tl.load(ptr, mask=mask, other=0.0)
     return values.to(tl.float32)
 

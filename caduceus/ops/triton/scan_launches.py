@@ -24,7 +24,7 @@ WIDE_STATES = 16
 """States up to which the kernels that hold them in registers take two channels in a thread, and UNROLL tokens in a turn
 of their loops where it divides the length. More states are work enough, and what is unrolled takes long to compile."""
 WIDE_REGISTERS = 65_536 // (32 * 16)
-"""Of a thread where 16 warps are to have a place on a multiprocessor: two kernels would take some more."""
+"""Registers of a thread that let 16 warps share a multiprocessor; two kernels would take some more."""
 UNROLL = 2
 REPLAY_BYTES = 2**31
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""

@@ -104,7 +104,8 @@ def assert_self_contained(page: Page) -> None:
 @pytest.mark.slow
 def test_two_real_runs(small_run: SmallRun, tmp_path: Path) -> None:
     first = small_run.config("first", train={"steps": 6}, monitor={"report": True, "every": 2, "windows": 1})
-    second = small_run.config("second", train={"steps": 4, "lr": 0.004}, checkpoint={"every": 2}, monitor={"windows": 1})
+    keys = {"train": {"steps": 4, "lr": 0.004}, "checkpoint": {"every": 2}, "monitor": {"windows": 1}}
+    second = small_run.config("second", **keys)
     assert train(first) == 0 and train(second) == 0
     assert not (tmp_path / "second" / "report").exists()  # tests leave it out where it is not their matter
     made_at_the_end = Page(tmp_path / "first" / "report" / "report.html")

@@ -7,14 +7,14 @@ TRITON_INTERPRET=1, which tests/interpreter.py starts. Without a GPU they are no
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.interpreter import INTERPRETING
+
 collect_ignore_glob = [] if INTERPRETING or torch.cuda.is_available() else ["test_*.py"]
 
 

@@ -1,0 +1,105 @@
+"""What a rank sets for the libraries under it before it joins the others; what its user has set stays."""
+
+import fcntl
+import ipaddress
+import os
+import resource
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+FLIGHT_RECORDS = "2000"
+"""Collectives of which NCCL keeps a record, to be written to the run's logs when one hangs."""
+FLIGHT_FILES = "nccl-rank"
+"""Beginning of their files' names in the run's logs, which the rank completes; torch's tools want it so."""
+_GLOO_GROUPS = 3
+"""Groups of all ranks that a process keeps over gloo: of training, for slow work, and of those that write."""
+_OTHER_DESCRIPTORS = 512
+"""Of a process besides: files, shards, pipes of loader workers, libraries."""
+_SIOCGIFADDR = 0x8915
+_ELSEWHERE = "192.0.2.1"
+"""An address for documentation, which no network has: the way to it is the way out."""
+
+
+def allow_descriptors(world: int) -> None:
+    """Raise this process's limit of open files to what it needs; where it may not, gloo connects lazily.
+
+    A group of gloo over all ranks takes a connection to each of them, and the usual limit is 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = descriptors(world)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+    if allowed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+
+
+def descriptors(world: int) -> int:
+    """Open files that a rank of so many may need."""
+    return _GLOO_GROUPS * (world + 3) + _OTHER_DESCRIPTORS
+
+
+def choose_interface(world: int) -> None:
+    """Have gloo use the network interface that leads to MASTER_ADDR, on a run over several nodes.
+
+    By itself it takes the address of the host's name, which on many systems is one of the host to itself.
+    """
+    if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)) and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_to(os.environ["MASTER_ADDR"]) or interface_to(_ELSEWHERE)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def interface_to(host: str) -> str | None:
+    """The network interface from which packets to a host go; None where there is none but the loopback."""
+    own = own_address_towards(host)
+    if own is None or ipaddress.ip_address(own).is_loopback:
+        return None
+    return next((name for name, address in addresses() if address == own), None)
+
+
+def own_address_towards(host: str) -> str | None:
+    """The address that this machine has on its way to a host; nothing is sent."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0].partition("%")[0]
+    except OSError:
+        return None
+
+
+def addresses() -> Iterator[tuple[str, str]]:
+    """(interface, address) of this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has no address of IPv4
+                continue
+            yield name, socket.inet_ntoa(answer[20:24])
+    table = Path("/proc/net/if_inet6")
+    for line in table.read_text().splitlines() if table.is_file() else ():
+        digits, *_, name = line.split()
+        yield name, str(ipaddress.IPv6Address(int(digits, 16)))
+
+
+def set_nccl_defaults(logs: Path) -> None:
+    """A trace of the last collectives is kept, to be left in `logs` where one hangs.
+
+    What happens to a lost peer is NCCL's and torch's own choice, which has become better than ours was.
+    """
+    trace = str(logs / FLIGHT_FILES)
+    defaults = {
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDS,
+        "TORCH_FR_DUMP_TEMP_FILE": trace,
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": FLIGHT_RECORDS,  # the same two, as torch called them until 2.8
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": trace,
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

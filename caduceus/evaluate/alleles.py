@@ -1,0 +1,165 @@
+"""Variants as files give them, and as they are scored: checked against the genome, left-aligned, told apart by kind.
+
+Imports no torch.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from caduceus.errors import UserError
+
+MISMATCHES = ("refuse", "skip", "swap")
+"""What to do where REF is not what the genome has: end; leave the allele out; where ALT is, score it the other way."""
+_BASES = re.compile("[ACGT]+")
+_STEP = 64
+
+
+class BasesOf(Protocol):
+    """What is read of a genome, or of sequences that variants bring along."""
+
+    contigs: dict[str, int]
+
+    def read(self, contig: str, start: int, end: int) -> np.ndarray: ...
+
+    def find(self, name: str) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Allele:
+    """One alternative as it stands in a file; pos from 1. `place` names it in error messages."""
+
+    contig: str
+    pos: int
+    ref: str
+    alt: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is scored: `alt` in the place of `ref` at 0-based `start`, without bases that both share at an end.
+
+    Insertions and deletions stand as far left as they can. swapped: the file has the alleles the other way round, and
+    the score's sign is to be turned. kind: snv, mnv or indel; or None, and `note` says why there is no score.
+    """
+
+    contig: str
+    start: int
+    ref: str
+    alt: str
+    kind: str | None
+    swapped: bool = False
+    note: str = ""
+
+
+def prepare(
+    alleles: Iterable[Allele], genome: BasesOf, mismatch: str = "refuse", allow_unknown_contigs: bool = False
+) -> list[Variant]:
+    """The variants of alleles, in their order. A contig that the genome lacks is a `UserError`, unless allowed."""
+    variants, mismatched, checked = [], [], 0
+    for allele in alleles:
+        contig = genome.find(allele.contig)
+        if contig is None and not allow_unknown_contigs:
+            known = ", ".join(list(genome.contigs)[:5]) + (", …" if len(genome.contigs) > 5 else "")
+            raise UserError(
+                f"{allele.place}: the genome has no contig {allele.contig!r}, but {known}; --aliases takes a table of "
+                "names, --allow-unknown-contigs leaves such variants out"
+            )
+        variant = _skipped(allele, contig) or _checked(allele, contig, genome)
+        if variant.kind or variant.note == "REF mismatch":
+            checked += 1
+        if variant.note == "REF mismatch" or variant.swapped:
+            mismatched.append(allele)
+            if mismatch != "swap" and variant.swapped:
+                variant = _without_score(allele, contig, "REF mismatch")
+        variants.append(variant)
+    if mismatched and mismatch == "refuse":
+        raise UserError(_describe_mismatches(mismatched, checked, genome))
+    return variants
+
+
+def _describe_mismatches(mismatched: list[Allele], checked: int, genome: BasesOf) -> str:
+    first = mismatched[0]
+    contig, start = genome.find(first.contig), first.pos - 1
+    if start >= genome.contigs[contig] or start < 0:
+        there = f"{contig} has {genome.contigs[contig]:,} bases"
+    else:
+        there = f"the genome has {genome.read(contig, start, start + len(first.ref)).tobytes().decode()[:20]} there"
+    other = "; is it of another assembly?" if 2 * len(mismatched) > checked else ""
+    return (
+        f"{first.place}: REF is {first.ref[:20]} at {first.contig}:{first.pos}, but {there}; {len(mismatched):,} of "
+        f"{checked:,} REF alleles differ from the genome{other}; --ref-mismatch skip leaves such out, swap also scores "
+        "those whose ALT is in the genome"
+    )
+
+
+def _skipped(allele: Allele, contig: str | None) -> Variant | None:
+    """The variant without a score that an allele is by its words alone."""
+    alt = allele.alt
+    if contig is None:
+        note = "unknown contig"
+    elif alt == "*":
+        note = "spanning deletion"
+    elif "[" in alt or "]" in alt or (len(alt) > 1 and "." in (alt[0], alt[-1])):
+        note = "breakend"
+    elif alt.startswith("<"):
+        note = "symbolic"
+    elif alt in (".", ""):
+        note = "no alternative"
+    elif not _BASES.fullmatch(alt.upper()) or not _BASES.fullmatch(allele.ref.upper()):
+        note = "not ACGT"
+    elif alt.upper() == allele.ref.upper():
+        note = "same as REF"
+    else:
+        return None
+    return _without_score(allele, contig or allele.contig, note)
+
+
+def _without_score(allele: Allele, contig: str, note: str) -> Variant:
+    return Variant(contig, allele.pos - 1, allele.ref, allele.alt, None, note=note)
+
+
+def _checked(allele: Allele, contig: str, genome: BasesOf) -> Variant:
+    start, ref, alt = allele.pos - 1, allele.ref.upper(), allele.alt.upper()
+    if start < 0 or start + len(ref) > genome.contigs[contig]:
+        return _without_score(allele, contig, "REF mismatch")
+    there = genome.read(contig, start, start + max(len(ref), len(alt))).tobytes().decode()
+    if there[: len(ref)] == ref:
+        return _of_kind(contig, *left_aligned(genome, contig, start, ref, alt), swapped=False)
+    if not _BASES.fullmatch(there[: len(ref)]):
+        return _without_score(allele, contig, "not ACGT")
+    if there[: len(alt)] == alt:
+        return _of_kind(contig, *left_aligned(genome, contig, start, alt, ref), swapped=True)
+    return _without_score(allele, contig, "REF mismatch")
+
+
+def _of_kind(contig: str, start: int, ref: str, alt: str, swapped: bool) -> Variant:
+    while ref and alt and ref[0] == alt[0]:
+        start, ref, alt = start + 1, ref[1:], alt[1:]
+    while ref and alt and ref[-1] == alt[-1]:
+        ref, alt = ref[:-1], alt[:-1]
+    kind = "indel" if len(ref) != len(alt) else "snv" if len(ref) == 1 else "mnv"
+    return Variant(contig, start, ref, alt, kind, swapped)
+
+
+def left_aligned(genome: BasesOf, contig: str, start: int, ref: str, alt: str) -> tuple[int, str, str]:
+    """(start, ref, alt) as far left and as short as they can be, neither empty (Tan et al. 2015, as vt normalises)."""
+    before = _backwards(genome, contig, start)
+    while ref[-1] == alt[-1] and (start > 0 or (len(ref) > 1 and len(alt) > 1)):
+        ref, alt = ref[:-1], alt[:-1]
+        if not ref or not alt:
+            base = next(before)
+            start, ref, alt = start - 1, base + ref, base + alt
+    while len(ref) > 1 and len(alt) > 1 and ref[0] == alt[0]:
+        start, ref, alt = start + 1, ref[1:], alt[1:]
+    return start, ref, alt
+
+
+def _backwards(genome: BasesOf, contig: str, start: int) -> Iterator[str]:
+    """The bases before `start`, the nearest first."""
+    for end in range(start, 0, -_STEP):
+        yield from reversed(genome.read(contig, max(end - _STEP, 0), end).tobytes().decode())

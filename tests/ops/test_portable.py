@@ -1,0 +1,42 @@
+"""The ops that exports bring along, against the definition."""
+
+import pytest
+import torch
+
+from caduceus import ops
+from caduceus.ops import portable
+
+
+def operands(length: int, requires_grad: bool = True) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((2, 3, 1, length, 5), (2, 3, 1, length, 5), (2, 5, 4), (2, 3, 1, length, 4), (2, 3, 1, length, 4))
+    shapes = (*shapes, (2, 5), (3, 1, length, 5), (2, 5))
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    tensors[2] = -tensors[2].exp()
+    return tuple(tensor.requires_grad_(requires_grad) for tensor in tensors)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 50])
+def test_the_scan_is_the_definition(length):
+    given = operands(length)
+    results = []
+    for run in (portable.bidirectional_scan, lambda *t: ops.bidirectional_scan(*t, backend="naive")):
+        y = run(*given)
+        results.append([y, *torch.autograd.grad((y * y.detach().sin()).sum(), given)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scan_in_either_direction_is_the_definition_without_a_graph_too(reverse):
+    u, dt, A, B, C, D, z, bias = operands(31, requires_grad=False)
+    one = (u[0, 0], dt[0, 0], A[0], B[0, 0], C[0, 0], D[0], z[0], bias[0])
+    expected = ops.selective_scan(*one, reverse=reverse, backend="naive")
+    torch.testing.assert_close(portable.selective_scan(*one, reverse=reverse), expected, rtol=1e-12, atol=1e-13)
+    assert portable.selective_scan(*(t[:, :0] if t.ndim == 3 else t for t in one)).shape == (1, 0, 5)
+
+
+def test_packed_rows_are_refused():
+    x, weight = torch.ones(1, 4, 2), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="packed or shared sequences are for the package"):
+        portable.causal_conv1d(x, weight, starts=torch.ones(1, 4, dtype=torch.bool))
