@@ -1,11 +1,8 @@
-"""python -m caduceus.monitor.windows RUN STEP: draw the worst and best windows of a validation.
+"""The worst and best windows of validations: kept in RUN/windows/step-00001000/windows.json, and drawn beside it.
 
-They are kept in RUN/windows/step-00001000/windows.json, and drawn beside it by a process of its own, so that matplotlib
-takes no time of the trainer's. Of older validations the drawings are removed, and the records stay.
+A process of its own draws them, so that matplotlib takes no time of the trainer's.
 """
 
-import argparse
-import contextlib
 import json
 import logging
 import subprocess
@@ -13,12 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from caduceus.errors import UserError, run_command
 from caduceus.files import dump_json, write_atomically
 
 RECORD, DRAWN = "windows.json", "drawn"
-_KEPT = 3
-"""Newest validations whose drawings are kept."""
 _END_SECONDS = 30.0
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +53,7 @@ class Drawing:
             (folder / DRAWN).unlink(missing_ok=True)
             write_atomically(folder / RECORD, dump_json(windows))
             self._give_up()
-            command = [sys.executable, "-m", "caduceus.monitor.windows", str(self._run.resolve()), str(step)]
+            command = [sys.executable, "-m", "caduceus.monitor.report.drawing", str(self._run.resolve()), str(step)]
             self._process = subprocess.Popen(
                 ["nice", *command],
                 cwd=_ROOT,
@@ -91,34 +85,3 @@ class Drawing:
             self._process.kill()
             self._process.communicate()
             self._process = None
-
-
-def draw(run: Path, step: int) -> None:
-    """Draw the windows of a validation as PNGs beside their record, and remove drawings of older ones."""
-    try:
-        from caduceus.monitor.report.figures import to_png
-        from caduceus.monitor.report.tracks import draw_window
-    except ImportError as error:
-        raise UserError(f"matplotlib cannot be imported ({error}); install it: pip install matplotlib") from None
-    folder = folder_of(run, step)
-    for window in windows_of(run, step):
-        write_atomically(folder / picture_name(window), to_png(draw_window(window)))
-    (folder / DRAWN).touch()
-    for old in sorted((run / "windows").glob("step-*"))[:-_KEPT]:
-        for path in [old / DRAWN, *old.glob("*.png")]:
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def main() -> int:
-    """Draw; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m caduceus.monitor.windows")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("step", type=int)
-    arguments = parser.parse_args()
-    draw(arguments.run, arguments.step)
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

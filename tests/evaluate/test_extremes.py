@@ -16,6 +16,7 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.evaluate.extremes import BINS, SequenceLosses, told_windows
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor import windows as drawing
+from caduceus.monitor.report.drawing import draw
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.trainer import train
 from tests.train.conftest import SmallRun
@@ -88,7 +89,7 @@ def test_a_run_keeps_and_draws_them_or_leaves_them_out(small_run: SmallRun, monk
         later = drawing.folder_of(Path(config.run.dir), step)
         later.mkdir()
         (later / "windows.json").write_text(json.dumps(drawing.windows_of(Path(config.run.dir), 4)))
-    drawing.draw(Path(config.run.dir), 16)
+    draw(Path(config.run.dir), 16)
     assert [path.name for path in folder.iterdir()] == ["windows.json"] and len(list(later.glob("*.png"))) == 2
 
 
@@ -106,7 +107,7 @@ def test_windows_of_a_stream_have_no_coordinates_and_are_drawn(tmp_path: Path) -
     (drawing.folder_of(tmp_path, 5) / "windows.json").write_text(
         json.dumps([{**window, "bins": bins, "stretch": stretch}])
     )
-    drawing.draw(tmp_path, 5)
+    draw(tmp_path, 5)
     assert (drawing.folder_of(tmp_path, 5) / "stream_1-worst-1.png").stat().st_size > 5000
 
 
