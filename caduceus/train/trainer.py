@@ -97,7 +97,7 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
                 monitor.log_validation(*_validate(strategy, validation, watchdog, config, progress.step))
         with watchdog.over(f"the agreement after step {progress.step}"):
             wishes = strategy.ranks.gather(
-                [stop.requested and not last, stop.save_requested(), checkpoints.failed, run.is_taken_over()]
+                [stop.requested and not last, stop.save_requested(), checkpoints.failed, stop.taken_over()]
             )
         stopping, saving, failed, taken_over = wishes.any(0).tolist()
         if taken_over:
