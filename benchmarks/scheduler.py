@@ -115,7 +115,7 @@ class Issued:
 
 
 def simulate(code: Sequence[Step], warps: int, turns: int = 14, warm_up: int = 3) -> Issued:
-    """`warps` resident warps go through `code` again and again from different beginnings; the last goes on if it can."""
+    """`warps` resident warps go through `code` again and again from different beginnings, the last first."""
     chance = random.Random(0)
     ready: list[dict[str, int]] = [{} for _ in range(warps)]
     at, turn = [0] * warps, [0] * warps
