@@ -18,7 +18,7 @@ from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.files import show_bytes
 from caduceus.model.costs import CHECKPOINT_BYTES
-from caduceus.ops import check_backend
+from caduceus.ops.backends import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
 from caduceus.train.recomputation import run_micro_batch, too_large
