@@ -129,6 +129,13 @@ class MonitorConfig:
         fixes="nothing",
         least=0,
     )
+    windows: int = key(
+        1,
+        "Worst and best sequences of each species, so many of each, that a validation tells and draws base by base; 0 "
+        "leaves them out.",
+        fixes="nothing",
+        least=0,
+    )
     report: bool = key(True, "Make RUN/report/report.html when the run is complete.", fixes="nothing")
 
 

@@ -91,7 +91,7 @@ def config_of(layout: Layout, shards: Path, directory: Path, accumulation: int =
         "parallel": layout.parallel,
         "run": {"dir": str(directory), "name": directory.name, "device": "cpu"},
         "wandb": {"mode": "disabled"},
-        "monitor": {"report": False},
+        "monitor": {"report": False, "windows": 0},
     }
     return config_from_dict(values)
 
