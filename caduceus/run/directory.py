@@ -185,8 +185,8 @@ class RunDirectory:
     def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_step: int | None = None) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
-        Those of steps that `keep_every` divides stay for good (0: none), and that of `keep_step`. Of damaged ones that were set aside, as many
-        stay as of the others.
+        Those of steps that `keep_every` divides stay for good (0: none), and that of `keep_step`. Of damaged ones that
+        were set aside, as many stay as of the others.
         """
         for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
             shutil.rmtree(leftover)

@@ -14,8 +14,8 @@ FREE = ("train.steps", "train.schedule", "train.decay_steps", "train.decay_from"
 def branch_point(config: Config) -> Checkpoint:
     """The checkpoint that `train.decay_from` names.
 
-    Raises `UserError` where it is none, is damaged, where the learning rate does not stand at its height in it, or where
-    its run saw other samples or computed other numbers than this configuration would.
+    Raises `UserError` where it is none, is damaged, where the learning rate does not stand at its height in it, or
+    where its run saw other samples or computed other numbers than this configuration would.
     """
     path = Path(str(config.train.decay_from))
     step = path.name.removeprefix("step-")
@@ -26,9 +26,7 @@ def branch_point(config: Config) -> Checkpoint:
     checkpoint = Checkpoint(path, int(step))
     former = checkpoint.config()
     if former is None:
-        raise _refusal(
-            path, "does not tell its configuration in this version's keys; give a checkpoint of this version"
-        )
+        raise _refusal(path, "does not tell its configuration in this version's keys; give one of this version")
     if damage := checkpoint.damage():
         raise _refusal(path, f"is damaged: {damage}; give another checkpoint")
     _refuse_other_run(config, former, path)
@@ -52,8 +50,8 @@ def _refuse_other_height(config: Config, former: Config, checkpoint: Checkpoint)
     if former.train.schedule not in ("wsd", "constant"):
         raise _refusal(
             checkpoint.path,
-            f"is of a run with train.schedule={former.train.schedule}, whose learning rate falls all the time; give one "
-            "of a run under wsd or constant",
+            f"is of a run with train.schedule={former.train.schedule}, whose learning rate falls all the time; give "
+            "one of a run under wsd or constant",
         )
     if step < (progress["warmup_steps"] or 0):
         raise _refusal(checkpoint.path, f"is within the warm-up of {progress['warmup_steps']} steps; give a later one")
