@@ -54,7 +54,7 @@ def _heldout(arguments: argparse.Namespace) -> None:
     from caduceus.evaluate.heldout import held_out_loss
     from caduceus.hub import load
     from caduceus.hub.folders import run_of
-    from caduceus.ops import check_backend
+    from caduceus.ops.backends import check_backend
 
     if arguments.config is None and arguments.run is None:
         raise UserError(

@@ -33,8 +33,12 @@ def flops_per_base(model: CaduceusConfig) -> int:
 
 
 def exponentials_per_base(model: CaduceusConfig) -> int:
-    """Exponentials of the scans, which decay E x N states in each direction, forward and backward."""
-    return 2 * model.n_layer * _directions(model) * model.d_inner * model.d_state * streams(model)
+    """Exponentials of the scans, which decay E x N states in each direction in four passes.
+
+    Two go forward, for the states of chunks and for the outputs; two backward, for the replayed states and for the
+    gradients.
+    """
+    return 4 * model.n_layer * _directions(model) * model.d_inner * model.d_state * streams(model)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from caduceus.distributed.build import build_model, build_strategy, choose_strat
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.files import write_atomically
-from caduceus.ops import resolve_backend
+from caduceus.ops.backends import resolve_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Checkpoints, Progress
 from caduceus.train.optimizer import build_optimizer, default_warmup
