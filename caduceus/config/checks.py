@@ -1,7 +1,7 @@
 """Which values no run can have beside each other. What a key can have by itself stands with the key."""
 
 from caduceus.config.keys import check_section
-from caduceus.config.run import KEYS, SECTIONS, Config
+from caduceus.config.run import KEYS, SECTIONS, Config, profiled_steps
 from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
 
@@ -13,6 +13,8 @@ def refuse_impossible_values(config: Config) -> None:
     for name in config.run.allow_change:
         if name not in KEYS:
             raise UserError(f"run.allow_change: there is no key '{name}'; give keys such as train.steps")
+    if config.monitor.profile is not None:
+        profiled_steps(config.monitor.profile)
     data, train = config.data, config.train
     if data.mask_token_prob + data.random_token_prob > 1:
         raise UserError(

@@ -93,6 +93,8 @@ OTHER: dict[str, Any] = {
     "run.allow_change": ["train.lr"],
     "monitor.every": 7,
     "monitor.windows": 2,
+    "monitor.profile": "2:3",
+    "monitor.profile_ranks": [0, 1],
     "monitor.report": False,
     "wandb.mode": "offline",
     "wandb.project": "another",
