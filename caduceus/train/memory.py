@@ -61,7 +61,8 @@ def kept_storages(block: nn.Module, *inputs: Any) -> list[torch.UntypedStorage]:
 
 
 def moment_bytes_to_come(strategy: Strategy) -> int:
-    """Bytes on the ranks' device that the first update adds: AdamW's two moments of this rank's parameters."""
+    """Bytes on the ranks' device that the first update adds: AdamW's two moments of this rank's parameters, and the
+    average of the weights where one is kept."""
     if strategy.optimizer.state:
         return 0
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in strategy.model.parameters())
