@@ -34,8 +34,8 @@ def training_step(
     clock = StepClock(ranks.device)
     micro_batches, weight = _take(ranks, loader, batches, clock)
     shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
-    totals = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
-    totals = ranks.sum(torch.cat(totals))
+    parts = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
+    totals = ranks.sum(torch.cat(parts))
     clock.lap("communication")
     lr = progress.learning_rate(config.train)
     vitals.before_update()
