@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from caduceus.config import Config
 from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL, Sharing, blocks_to_recompute, check_layout
 from caduceus.model import costs
-from caduceus.model.costs import TRAINING_BYTES, block_bytes, parameter_count
+from caduceus.model.costs import AVERAGE_BYTES, TRAINING_BYTES, block_bytes, parameter_count
 
 SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
 SCAN_INPUTS = 0.2
@@ -74,7 +74,8 @@ def estimate(config: Config, world: int, gpus: bool = True) -> Estimate:
     full, lean, residual = (int(n * bases_in_streams) for n in (block.full, block.lean, block.residual))
     if train.precision == "bf16" and not gpus:  # its scan keeps copies of its inputs in fp32
         lean = full
-    fixed = TRAINING_BYTES * parameters // holders + int(block.gradients * bases_in_streams)
+    of_parameter = TRAINING_BYTES + AVERAGE_BYTES * bool(train.ema)
+    fixed = of_parameter * parameters // holders + int(block.gradients * bases_in_streams)
     if gpus:
         fixed += GPU_SCRATCH + min(int(block.states * bases_in_streams) // REPLAYED, MOST_REPLAYED)
     counts = {"none": (0, 0), "scan": (0, layers), "block": (layers, 0)}.get(train.activation_checkpointing)

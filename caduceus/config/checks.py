@@ -69,8 +69,8 @@ def refuse_strategy(train: TrainConfig, strategy: str) -> None:
     """Raise `UserError` where the optimizer would compute something else under a strategy than in one process."""
     if train.optimizer == "muon" and strategy in ("fsdp", "deepspeed"):
         raise UserError(
-            f"train.optimizer: muon needs whole matrices, of which parallel.strategy={strategy} gives a rank a part; use "
-            "parallel.strategy=ddp"
+            f"train.optimizer: muon needs whole matrices, of which parallel.strategy={strategy} gives a rank a part; "
+            "use parallel.strategy=ddp"
         )
     if train.ema and strategy == "deepspeed":
         raise UserError(

@@ -29,8 +29,8 @@ class TrainConfig:
     )
     optimizer: str = key(
         "adamw",
-        "muon: torch's Muon for in_proj, x_proj and out_proj, each direction a matrix of its own, at the size of AdamW's "
-        "updates; AdamW for the rest. Under single and ddp.",
+        "muon: torch's Muon for in_proj, x_proj and out_proj, each direction a matrix of its own, at the size of "
+        "AdamW's updates; AdamW for the rest. Under single and ddp.",
         fixes="numbers",
         choices=("adamw", "muon"),
     )

@@ -160,7 +160,7 @@ class Strategy:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
-    return tensor.tolocal() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Single(Strategy):

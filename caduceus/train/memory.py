@@ -65,8 +65,9 @@ def moment_bytes_to_come(strategy: Strategy) -> int:
     average of the weights where one is kept."""
     if strategy.optimizer.state:
         return 0
+    kept = MOMENTS + bool(getattr(strategy.optimizer, "decay", 0))
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in strategy.model.parameters())
-    return MOMENTS * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
+    return kept * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
 
 
 class TensorBytes(TorchDispatchMode):

@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from caduceus.config import TrainConfig
-from caduceus.distributed.strategy import AVERAGE, Strategy, local
+from caduceus.distributed.strategy import Strategy, local
 from caduceus.errors import UserError
+from caduceus.run.checkpoints import AVERAGE
 from caduceus.train.vitals import kind_of
 
 MATRICES = ("in_proj", "x_proj", "out_proj")
@@ -66,11 +67,7 @@ class RecipeOptimizer(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], decay: float, **options: Any) -> None:
         super().__init__(groups, **options)
-        self._decay = decay
-        if any(group.get("muon") for group in groups) and not hasattr(torch.optim, "Muon"):
-            raise UserError(
-                f"train.optimizer: muon needs torch 2.9 or newer, this is {torch.__version__}; use train.optimizer=adamw"
-            )
+        self.decay = decay
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -84,7 +81,7 @@ class RecipeOptimizer(torch.optim.AdamW):
         for group in groups:
             if group.get("muon"):
                 self._step_by_muon(group)
-        if self._decay:
+        if self.decay:
             self._average()
         return loss
 
@@ -112,7 +109,7 @@ class RecipeOptimizer(torch.optim.AdamW):
         muon.step()
 
     def _average(self) -> None:
-        updated = [p for group in self.param_groups for p in group["params"] if self.state[p]]
+        updated = [p for group in self.param_groups for p in group["params"] if self.state.get(p)]
         if not updated:
             return
         step = self.state[updated[0]]["step"].item()
@@ -120,7 +117,7 @@ class RecipeOptimizer(torch.optim.AdamW):
             if AVERAGE not in self.state[parameter]:
                 self.state[parameter][AVERAGE] = parameter.detach().clone()
         averages = [self.state[parameter][AVERAGE] for parameter in updated]
-        share = 1 - min(self._decay, (1 + step) / (10 + step))
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(map(local, averages)), list(map(local, updated)), share)
 
 
@@ -138,10 +135,14 @@ def averaged_weights(strategy: Strategy) -> Iterator[None]:
 def _exchange(strategy: Strategy) -> None:
     _forget_gathered(strategy)
     for parameter in strategy.network.parameters():
-        weight, average = local(parameter), local(strategy.optimizer.state[parameter][AVERAGE])
+        state = strategy.optimizer.state.get(parameter)
+        if not state:  # before the first update the average is the weights
+            continue
+        weight, average = local(parameter), local(state[AVERAGE])
         kept = weight.clone()
         weight.copy_(average)
         average.copy_(kept)
+    _forget_gathered(strategy)
 
 
 def _forget_gathered(strategy: Strategy) -> None:
