@@ -108,7 +108,7 @@ def _loop(
         if taken_over:
             raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
         with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
-            if last or stopping or saving or progress.step % config.checkpoint.every == 0:
+            if last or stopping or saving or checkpoints.are_due(progress):
                 checkpoints.save(progress)
             if last or stopping or failed:
                 checkpoints.wait()
