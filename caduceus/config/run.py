@@ -7,6 +7,7 @@ from caduceus.config.data import DataConfig
 from caduceus.config.keys import Key, key, keys_of
 from caduceus.config.model import CaduceusConfig
 from caduceus.config.train import TrainConfig
+from caduceus.errors import UserError
 
 
 @dataclass
@@ -136,6 +137,13 @@ class MonitorConfig:
         fixes="nothing",
         least=0,
     )
+    profile: str | None = key(
+        None,
+        "First and last of some steps, as 10:13, that are profiled: a trace in RUN/profile, on GPUs a snapshot of "
+        "memory, and a table in the log. null profiles none.",
+        fixes="nothing",
+    )
+    profile_ranks: list[int] = key([0], "Ranks that are profiled.", fixes="nothing", least=0)
     report: bool = key(True, "Make RUN/report/report.html when the run is complete.", fixes="nothing")
 
 
@@ -180,3 +188,16 @@ SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Con
 """The dataclass of each section; its docstring says what the section is about."""
 KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() for found in keys_of(section, cls)}
 """Every key, by its name `section.key`."""
+
+
+def profiled_steps(asked: str) -> tuple[int, int]:
+    """First and last step of `monitor.profile`. Raises `UserError` where it does not name two.
+
+    YAML takes 10:13 for a number in base 60, and so it comes here as 613.
+    """
+    first, colon, last = asked.partition(":")
+    if not colon and asked.isdigit():
+        first, last = (str(number) for number in divmod(int(asked), 60))
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise UserError(f"monitor.profile: give the first and the last step, as 10:13; got '{asked}'")
+    return int(first), int(last)

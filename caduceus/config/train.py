@@ -10,7 +10,10 @@ class TrainConfig:
     """The optimization."""
 
     steps: int = key(
-        10000, "Optimizer steps of the run. The learning rate falls to its end by the last.", fixes="numbers", least=1
+        10000,
+        "Optimizer steps of the run. Under cosine and wsd the learning rate falls to its end by the last.",
+        fixes="numbers",
+        least=1,
     )
     global_batch: int = key(8, "Sequences per optimizer step, over all ranks.", fixes="order", least=1)
     micro_batch: int = key(
@@ -20,7 +23,30 @@ class TrainConfig:
         least=1,
     )
     lr: float = key(8e-3, "Largest learning rate, at the end of the warm-up.", fixes="numbers", least=0)
-    min_lr: float = key(1e-4, "Learning rate at the end of the cosine.", fixes="numbers", least=0)
+    min_lr: float = key(
+        1e-4, "Learning rate at the end of cosine and wsd, and the least of inverse_sqrt.", fixes="numbers", least=0
+    )
+    schedule: str = key(
+        "cosine",
+        "The learning rate after the warm-up. cosine, the published one, falls to `min_lr` at `steps`. wsd stays at "
+        "`lr` and falls in the last `decay_steps`, as 1 - sqrt(share of them). constant stays. inverse_sqrt is `lr` "
+        "times sqrt(warm-up / steps made).",
+        fixes="numbers",
+        choices=("cosine", "wsd", "constant", "inverse_sqrt"),
+    )
+    decay_steps: int | None = key(
+        None,
+        "wsd: steps in which the rate falls at the end; null is a tenth of `steps`, or with `decay_from` all that "
+        "follow the checkpoint. A checkpoint is written where they begin, and kept.",
+        fixes="numbers",
+        least=1,
+    )
+    decay_from: str | None = key(
+        None,
+        "wsd: a checkpoint, as RUN/checkpoints/step-00001000, of a run under wsd or constant before its decay. The run "
+        "begins there, with its weights, optimizer and samples to come, and goes on to `steps`, counted as there.",
+        fixes="numbers",
+    )
     warmup_steps: int | None = key(
         None, "Steps of linear warm-up from 1e-6; null is a tenth of `steps`.", fixes="numbers", least=0
     )

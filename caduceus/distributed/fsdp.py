@@ -6,6 +6,7 @@ copies are kept equal by all-reducing gradients between them.
 
 import contextlib
 import logging
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ class FSDP(Strategy):
             )
         mesh = sharding_mesh(self.ranks, config.parallel.shard)
         self._copies = mesh.get_group("replicate") if self.copies > 1 else None
-        options = {
+        options: dict[str, Any] = {
             "mesh": mesh,
             "shard_placement_fn": lambda parameter: shard_axis(parameter, holders),
             # Parameters and gradients stay fp32 (A_log and dt do not bear bf16); autocast computes GEMMs in bf16.

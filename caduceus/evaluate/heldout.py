@@ -58,10 +58,10 @@ def held_out_loss(
             "validation: no base is labelled and counts for the loss; raise valid.samples, or see data.mask_prob and "
             "data.repeat_weight"
         )
-    species = zip(batches.species, sums.tolist(), strict=True)
+    of_species = zip(batches.species, sums.tolist(), strict=True)
     return {
         "valid_loss": loss / weight,
-        **{f"valid_loss/{name}": loss / weight for name, (loss, weight) in species if weight},
+        **{f"valid_loss/{name}": loss / weight for name, (loss, weight) in of_species if weight},
         **of_loss(loss / weight),
         **details.row(of_details.cpu()),
     }

@@ -12,17 +12,18 @@ MOMENTS = 2
 _FP32 = 4
 CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
 """Bytes that a checkpoint holds for a parameter: its value and its moments."""
-TRAINING_BYTES = (2 + MOMENTS) * _FP32
-"""Bytes that training holds for a parameter: its value, gradient and moments."""
 
 
 def parameter_count(model: CaduceusConfig) -> int:
     """Trainable parameters of the model."""
+    return model.n_layer * block_parameters(model) + _norm(model) + model.padded_vocab_size * model.d_model
+
+
+def block_parameters(model: CaduceusConfig) -> int:
+    """Those of one block."""
     d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
     direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
-    norm = d if model.rms_norm else 2 * d
-    block = _projections(model) * 3 * d * e + _directions(model) * direction + norm
-    return model.n_layer * block + norm + model.padded_vocab_size * d
+    return _projections(model) * 3 * d * e + _directions(model) * direction + _norm(model)
 
 
 def flops_per_base(model: CaduceusConfig) -> int:
@@ -73,6 +74,10 @@ def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: boo
 def streams(model: CaduceusConfig) -> int:
     """Strands that the model follows."""
     return 2 if model.rcps else 1
+
+
+def _norm(model: CaduceusConfig) -> int:
+    return model.d_model if model.rms_norm else 2 * model.d_model
 
 
 def _directions(model: CaduceusConfig) -> int:

@@ -17,7 +17,6 @@ from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step
 from caduceus.train.metrics import StepClock, measurements
-from caduceus.train.optimizer import learning_rate
 from caduceus.train.vitals import Vitals
 
 
@@ -35,10 +34,10 @@ def training_step(
     clock = StepClock(ranks.device)
     micro_batches, weight = _take(ranks, loader, batches, clock)
     shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
-    totals = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
-    totals = ranks.sum(torch.cat(totals))
+    parts = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
+    totals = ranks.sum(torch.cat(parts))
     clock.lap("communication")
-    lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
+    lr = progress.learning_rate(config.train)
     vitals.before_update()
     norm = strategy.clip(config.train.clip_norm)
     loss, *by_species, grad_norm = torch.cat([totals, norm.detach().to(totals)[None]]).tolist()

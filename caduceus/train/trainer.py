@@ -21,6 +21,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.memory import keep_freed_memory_for
+from caduceus.train.profiling import Profile
 from caduceus.train.recomputation import refusing_what_is_too_large
 from caduceus.train.setup import Opened, Setup, open_run, set_up
 from caduceus.train.step import training_step
@@ -65,20 +66,24 @@ def _train(config: Config, ranks: Ranks, opened: Opened, watchdog: Watchdog, sta
     with _slowly(watchdog, ranks, "the start"):
         setup = set_up(config, ranks, opened, started)
         with ranks.agreeing(), run.telling_of_disks():
+            profile = Profile(config, run.path, ranks)
             monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with stop.listening(), monitor, scheduled_garbage_collection(), heard():
         _log.info("ready to train after %.1f s", time.monotonic() - started)
-        return _loop(setup, opened, monitor, stop, watchdog)
+        return _loop(setup, opened, monitor, stop, watchdog, profile)
 
 
-def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, watchdog: Watchdog) -> int:
+def _loop(
+    setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, watchdog: Watchdog, profile: Profile
+) -> int:
     """Steps until the last one or a stop; returns the exit status."""
     config, strategy, checkpoints, progress = setup.config, setup.strategy, setup.checkpoints, setup.progress
     run, loader, validation = opened.run, opened.loader, opened.validation
     batches = iter(loader)
     while progress.step < config.train.steps:
-        with watchdog.over(f"step {progress.step + 1}"), refusing_what_is_too_large(config, strategy.ranks):
+        step = progress.step + 1
+        with profile.of(step), watchdog.over(f"step {step}"), refusing_what_is_too_large(config, strategy.ranks):
             row = training_step(config, strategy, loader, batches, progress)
         monitor.log_training(row)
         collect_garbage(progress.step)
@@ -103,7 +108,7 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
         if taken_over:
             raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
         with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
-            if last or stopping or saving or progress.step % config.checkpoint.every == 0:
+            if last or stopping or saving or checkpoints.are_due(progress):
                 checkpoints.save(progress)
             if last or stopping or failed:
                 checkpoints.wait()
