@@ -268,7 +268,8 @@ class ScanKernels:
     def _reverse(
         self, item: int, count: int, dy: Tensor, adjoints: Tensor, kept: Tensor, pieces: Tensor, sums: tuple
     ) -> None:
-        in_warps = self._sums_in_warps()
+        # Where terms of dB and dC may be rounded to bf16, as the sums are, and are as many as a warp takes.
+        in_warps = warp_sums and self.u.dtype == torch.bfloat16 and self.N % WARP_GROUP == 0 and self.block % 32 == 0
         group = WARP_GROUP if in_warps else math.gcd(self.N, GROUP)
         with device_of(self.u):
             backward_kernels.scan_backward_kernel[(self.P * count, self.blocks)](
@@ -297,10 +298,6 @@ class ScanKernels:
                 HAS_Z=self.has_z,
                 **self.options,
             )
-
-    def _sums_in_warps(self) -> bool:
-        """Whether terms of dB and dC may be rounded to bf16, as the sums are, and are as many as a warp takes."""
-        return warp_sums and self.u.dtype == torch.bfloat16 and self.N % WARP_GROUP == 0 and self.block % 32 == 0
 
     def carry(self, states: Tensor, sum_dt: Tensor, first: Tensor | None, descending: bool) -> Tensor:
         """Replace, in place, what each chunk adds by what comes into it; returns what leaves the last (P, S, B, E, N).
