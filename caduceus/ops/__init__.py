@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
 from caduceus.ops import naive
 from caduceus.ops.operands import check_conv, check_head, check_norm, check_scan
@@ -47,11 +48,13 @@ def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype
     return backend
 
 
-def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, d_state: int, d_conv: int) -> None:
+def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, model: CaduceusConfig) -> None:
     """Raises `UserError` where the backend that `backend` stands for cannot run a model of these sizes."""
     name = resolve_backend(backend, device, dtype)
     supported = getattr(import_module(f"caduceus.ops.{name}"), "SUPPORTED", {})
-    for key, value in (("d_state", d_state), ("d_conv", d_conv)):
+    bounded = ("d_conv",) if model.mixer == "mamba2" else ("d_state", "d_conv")  # mamba2's scan is torch's
+    for key in bounded:
+        value = getattr(model, key)
         if key in supported and value not in supported[key]:
             least, most = supported[key][0], supported[key][-1]
             raise UserError(
