@@ -18,7 +18,7 @@ from caduceus.files import fingerprint
 from caduceus.hub import load
 from caduceus.model.backbone import Backbone
 from caduceus.model.heads import CaduceusForMaskedLM
-from caduceus.ops import check_backend
+from caduceus.ops.backends import check_backend
 
 
 class Runner:

@@ -13,12 +13,15 @@ MOMENTS = 2
 _FP32 = 4
 CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
 """Bytes that a checkpoint holds for a parameter: its value and its moments."""
-TRAINING_BYTES = (2 + MOMENTS) * _FP32
-"""Bytes that training holds for a parameter: its value, gradient and moments."""
 
 
 def parameter_count(model: CaduceusConfig) -> int:
     """Trainable parameters of the model."""
+    return model.n_layer * block_parameters(model) + _norm(model) + model.padded_vocab_size * model.d_model
+
+
+def block_parameters(model: CaduceusConfig) -> int:
+    """Those of one block."""
     d, e, n, r, h = model.d_model, model.d_inner, model.d_state, model.dt_rank, model.heads
     if model.mixer == "mamba2":
         projections = d * (3 * e + 2 * n + h)
@@ -26,9 +29,7 @@ def parameter_count(model: CaduceusConfig) -> int:
     else:
         projections = 3 * d * e
         direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
-    norm = d if model.rms_norm else 2 * d
-    block = _projections(model) * projections + _directions(model) * direction + norm
-    return model.n_layer * block + norm + model.padded_vocab_size * d
+    return _projections(model) * projections + _directions(model) * direction + _norm(model)
 
 
 def flops_per_base(model: CaduceusConfig) -> int:
@@ -43,10 +44,14 @@ def flops_per_base(model: CaduceusConfig) -> int:
 
 
 def exponentials_per_base(model: CaduceusConfig) -> int:
-    """Exponentials of the scans in each direction, forward and backward: of a Mamba E x N, which decay each state; of a
-    Mamba-2 one for each head and position of a chunk, in three passes."""
-    of_mamba = 2 * model.d_inner * model.d_state
-    of_direction = 3 * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
+    """Exponentials of the scans, in each direction.
+
+    Mamba's decay E x N states in four passes: two go forward, for the states of chunks and for the outputs; two
+    backward, for the replayed states and for the gradients. Mamba-2's decay, for each head, a base's way to every
+    other one of its chunk, in two passes: forward, and again on the way back.
+    """
+    of_mamba = 4 * model.d_inner * model.d_state
+    of_direction = 2 * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
     return model.n_layer * _directions(model) * of_direction * streams(model)
 
 
@@ -96,6 +101,10 @@ def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, f
 def streams(model: CaduceusConfig) -> int:
     """Strands that the model follows."""
     return 2 if model.rcps else 1
+
+
+def _norm(model: CaduceusConfig) -> int:
+    return model.d_model if model.rms_norm else 2 * model.d_model
 
 
 def _directions(model: CaduceusConfig) -> int:

@@ -49,9 +49,9 @@ def foretold(way: tuple[int, int], least: int, lean: int, full: int) -> int:
     return least + inputs * lean + (LAYERS - 1 - whole - inputs) * full
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("rcps", [True, False])
-@pytest.mark.parametrize("micro_batch", [8, 4])  # alone in its step, and with gradients in memory
+@pytest.mark.parametrize(  # a micro-batch of 8 is alone in its step, one of 4 comes with gradients in memory
+    ("rcps", "micro_batch", "precision"), [(True, 8, "fp32"), (False, 4, "fp32"), (True, 4, "bf16")]
+)
 def test_the_bytes_foretold_are_those_of_a_micro_batch(small_run, rcps: bool, micro_batch: int, precision: str) -> None:
     config = automatic(small_run, rcps=rcps, micro_batch=micro_batch, precision=precision)
     measured, strategy = measure(config), build_strategy(config, ALONE, build_optimizer)

@@ -15,14 +15,14 @@ GRADIENTS = 2e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rcps", "layers", "steps"), [(False, 1, 50), (True, 2, 25)])
+@pytest.mark.parametrize(("rcps", "layers", "steps"), [(False, 1, 16), (True, 2, 12)])
 def test_training_has_the_losses_of_the_other_backend(rcps, layers, steps, monkeypatch, reference):
     monkeypatch.setattr(triton_scan, "chunk_length", lambda u: 8)  # the 10 positions of a row cross a chunk's border
     config = CaduceusConfig(d_model=8, n_layer=layers, d_state=2, rcps=rcps)
     losses = {backend: train(config, backend, steps) for backend in (reference, "triton")}
     # Rounding of 6e-8 grows with each step that follows it; a term that is missing or doubled shows at 1e-2.
     torch.testing.assert_close(losses["triton"], losses[reference], rtol=1e-4, atol=0)
-    assert losses[reference][-10:].mean() < losses[reference][:10].mean() - 0.2
+    assert losses[reference][-4:].mean() < losses[reference][:4].mean() - 0.2
 
 
 def train(config: CaduceusConfig, backend: str, steps: int) -> torch.Tensor:
