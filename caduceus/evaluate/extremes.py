@@ -14,8 +14,8 @@ from caduceus.data.batch import FILLER, Batch
 from caduceus.data.loader import ValidationLoader
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
-from caduceus.evaluate.heldout import autocast
 from caduceus.model.heads import MaskedLMOutput
+from caduceus.model.precision import autocast
 
 BINS = 200
 """Parts of a sequence in which its loss is told."""

@@ -1,7 +1,6 @@
 """Loss on held-out sequences, per species, and what else a validation tells."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from caduceus.data.loader import ValidationLoader
 from caduceus.errors import UserError
 from caduceus.evaluate.detail import Details, Mirror, of_loss, reverse_complement_of
 from caduceus.model.heads import MaskedLMOutput
+from caduceus.model.precision import autocast
 
 
 @torch.no_grad()
@@ -65,8 +65,3 @@ def held_out_loss(
         **of_loss(loss / weight),
         **details.row(of_details.cpu()),
     }
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
-    """bf16 autocast, or nothing for fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

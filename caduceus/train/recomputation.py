@@ -14,8 +14,8 @@ from caduceus.distributed.layout import RESERVE, blocks_to_recompute
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
-from caduceus.evaluate.heldout import autocast
 from caduceus.model.block import residual_dtype
+from caduceus.model.precision import autocast
 from caduceus.train import memory
 
 _log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from caduceus.config import Config
 from caduceus.data.loader import Batch, TrainLoader
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
-from caduceus.evaluate.heldout import autocast
+from caduceus.model.precision import autocast
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step

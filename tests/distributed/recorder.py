@@ -22,6 +22,8 @@ KINDS = {
     "_reduce_scatter_base_": "reduce-scatter",
     "reduce_scatter_tensor": "reduce-scatter",
     "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "alltoall_base_": "all-to-all",
     "gather_": "gather",
     "scatter_": "scatter",
     "barrier": "barrier",
