@@ -246,6 +246,7 @@ class _Study:
             **self.origin,
             "task": self.task.to_json(),
             "metric": self.metric,
+            "methods": self.options.methods,
             "copies": self.copies,
             "results": found,
             "summary": summary,
@@ -277,9 +278,10 @@ def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
 def table_of(result: dict[str, Any]) -> str:
     """The summary of a fine-tuning as lines to read."""
     summary = result["summary"]
-    names = list(next(iter(summary.values())))
+    names = names_of(Task.from_json(result["task"]))
     rows = [["", *names]]
-    for method, metrics in summary.items():
+    for method in result["methods"]:
+        metrics = summary[method]
         rows.append([method, *(f"{metrics[name]['mean']:.4f} ± {metrics[name]['spread']:.4f}" for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

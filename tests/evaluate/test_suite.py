@@ -101,6 +101,7 @@ def test_each_layout_holds_the_same(layout: str, tmp_path: Path) -> None:
     assert find_task_data(tmp_path, ["nothing"], tmp_path / "out" / "x", genome) is None
 
 
+@pytest.mark.slow
 def test_a_suite_runs_what_is_there_and_names_what_is_missing(
     tmp_path: Path, model_folder, evaluate, capsys: pytest.CaptureFixture
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_suite_runs_what_is_there_and_names_what_is_missing(
     assert json.loads((tmp_path / "out" / "suite.json").read_bytes()) == result
 
 
+@pytest.mark.slow
 def test_a_suite_that_was_killed_goes_on_and_keeps_what_is_best_on_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
