@@ -46,9 +46,8 @@ def main() -> None:
                 found = in_a_process(options, kind, dtype, piece, reference)
                 shown = f"{piece:,}" if piece else "one pass"
                 differences = [f"{value:.1e}" if piece else "" for value in (found["logits"], found["states"])]
-                print(
-                    f"| {' | '.join([kind, dtype, shown, *differences])} | {found['mib']:,.0f} | {found['seconds']:.1f} |"
-                )
+                cells = [kind, dtype, shown, *differences, f"{found['mib']:,.0f}", f"{found['seconds']:.1f}"]
+                print(f"| {' | '.join(cells)} |", flush=True)
             reference.unlink()
 
 
