@@ -124,9 +124,10 @@ def nodes() -> list[Nodes]:
         raise SilentError(f"SLURM does not answer ({last_line(result.stderr)})")
     found = []
     for partition, up, state, count, cpus, memory, gres, limit in _fields(result.stdout, 8):
-        numbers = (int(re.match(r"\d*", text)[0] or 0) for text in (count, cpus, memory))
+        numbers = [int(re.match(r"\d*", text)[0] or 0) for text in (count, cpus, memory)]
         name = partition.removesuffix("*")
-        found.append(Nodes(name, partition.endswith("*"), up == "up", state, *numbers, gres, limit))
+        values = (name, partition.endswith("*"), up == "up", state, *numbers, gres, limit)
+        found.append(Nodes(*values))
     return found
 
 

@@ -55,7 +55,7 @@ def _heldout(arguments: argparse.Namespace) -> None:
     from caduceus.evaluate.heldout import held_out_loss
     from caduceus.hub import load
     from caduceus.hub.folders import run_of
-    from caduceus.ops import check_backend
+    from caduceus.ops.backends import check_backend
 
     if arguments.config is None and arguments.run is None:
         raise UserError(
@@ -66,7 +66,7 @@ def _heldout(arguments: argparse.Namespace) -> None:
     model = load(arguments.run or arguments.export)
     config.model = model.config  # decides which strands a sample may show
     dtype = next(model.parameters()).dtype
-    check_backend(model.backend, device, dtype, config.model.d_state, config.model.d_conv)
+    check_backend(model.backend, device, dtype, config.model)
     batches = build_validation(config, arguments.split, device=device)
     mirror = None if config.data.objective == "next_base" else Ranks(0, 1, 1, device).mirrored
     told = held_out_loss(model.to(device), batches, device, config.train.precision, mirror=mirror)

@@ -4,6 +4,7 @@ Imports no torch.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def fit_linear(
             model = linear.LogisticRegression(C=strength, max_iter=300)
         fitted = pipeline.make_pipeline(scale(), model).fit(*train)
 
-        def predict(features: np.ndarray, fitted=fitted) -> np.ndarray:  # noqa: ANN001
+        def predict(features: np.ndarray, fitted: Any = fitted) -> np.ndarray:
             if task.classes is None:
                 return fitted.predict(features)
             outputs = np.zeros((len(features), len(task.classes)))

@@ -22,7 +22,7 @@ def config(tmp_path, small_shards) -> Path:
         "valid: {every: 4, samples: 8}\n"
         "checkpoint: {every: 3}\n"
         "wandb: {mode: disabled}\n"
-        "monitor: {report: false}\n"
+        "monitor: {report: false, windows: 0}\n"
     )
     return path
 
