@@ -9,6 +9,7 @@ import random
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from caduceus.errors import UserError
 from caduceus.files import dump_json, system_error, write_atomically
 from caduceus.run.checkpoints import Checkpoint
 from caduceus.run.directory import RunDirectory
+from caduceus.run.events import record_event
 from caduceus.train.branching import branch_point
 from caduceus.train.guards import MAX_REWINDS, Health
 from caduceus.train.schedule import default_decay_start, default_warmup, kept_decay_start, kept_warmup, learning_rate
@@ -74,6 +76,7 @@ class Checkpoints:
             self.group = group_of(list(range(first, first + strategy.writers)), PATIENCE, "gloo")
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._began = 0.0
 
     @property
     def failed(self) -> bool:
@@ -87,6 +90,7 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well."""
         self.wait()
+        self._began = time.monotonic()
         progress.health.rewinds = 0
         # A name never used before: ranks of an earlier start may live on where nobody can reach them.
         writing = self._run.checkpoints_path / f".writing-{progress.step:08d}-{secrets.token_hex(4)}"
@@ -197,6 +201,8 @@ class Checkpoints:
                 samples = progress["loader"]["samples_consumed"]
                 facts = {"samples": samples, "config": config_to_dict(self._config)}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
+                seconds = round(time.monotonic() - self._began, 3)
+                record_event(self._run.path, "checkpoint", progress["step"], seconds=seconds)
                 self._remove_old(progress["decay_start"])
         except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
             if self._ranks.is_main:

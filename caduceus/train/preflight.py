@@ -45,7 +45,7 @@ class Report:
 def check_model(config: Config, device: torch.device) -> None:
     """Raises `UserError` where `ops.backend` cannot run the model here; comes before shards are opened."""
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-    check_backend(config.ops.backend, device, dtype, config.model.d_state, config.model.d_conv)
+    check_backend(config.ops.backend, device, dtype, config.model)
 
 
 def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:

@@ -21,7 +21,9 @@ OTHER: dict[str, Any] = {
     "model.n_layer": 1,
     "model.vocab_size": 8,
     "model.pad_vocab_size_multiple": 4,
+    "model.mixer": "mamba2",
     "model.d_state": 8,
+    "model.headdim": 32,
     "model.d_conv": 3,
     "model.expand": 1,
     "model.rcps": False,
@@ -102,10 +104,13 @@ OTHER: dict[str, Any] = {
     "wandb.mode": "offline",
     "wandb.project": "another",
     "wandb.entity": "another",
+    "wandb.id": "mine",
     "wandb.group": "another",
     "wandb.tags": ["another"],
     "wandb.notes": "another",
     "wandb.job_type": "another",
+    "wandb.log_every": 2,
+    "wandb.alerts": False,
     "wandb.required": True,
 }
 """Another value of each key than a small run has."""
