@@ -1,5 +1,7 @@
 """Which values no run can have beside each other. What a key can have by itself stands with the key."""
 
+import re
+
 from caduceus.config.keys import check_section
 from caduceus.config.run import KEYS, SECTIONS, Config, profiled_steps
 from caduceus.config.train import TrainConfig
@@ -13,6 +15,8 @@ def refuse_impossible_values(config: Config) -> None:
     for name in config.run.allow_change:
         if name not in KEYS:
             raise UserError(f"run.allow_change: there is no key '{name}'; give keys such as train.steps")
+    if config.wandb.id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", config.wandb.id):
+        raise UserError(f"wandb.id: at most 64 letters, digits, - and _; got '{config.wandb.id}'")
     if config.monitor.profile is not None:
         profiled_steps(config.monitor.profile)
     data, train = config.data, config.train

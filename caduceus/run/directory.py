@@ -2,7 +2,8 @@
 
 config.yaml          the configuration as asked for    resolved.yaml     what every `auto` became at the last start
 provenance.json      code, packages, hosts, fingerprints
-metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/  windows/
+metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/  windows/  profile/
+events.jsonl         starts, checkpoints, rewinds and ends, of all starts
 checkpoints/step-00001000/COMPLETE                     marker, written last: sizes and sha256 of the checkpoint's files
 checkpoints/latest                                     link to the newest complete checkpoint
 checkpoints/damaged-step-00002000                      set aside by a start that found it damaged; counts for nothing

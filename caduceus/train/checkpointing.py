@@ -9,6 +9,7 @@ import random
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from caduceus.files import dump_json, system_error, write_atomically
 from caduceus.hub.folders import load, save_published
 from caduceus.run.checkpoints import Checkpoint
 from caduceus.run.directory import RunDirectory
+from caduceus.run.events import record_event
 from caduceus.train.branching import branch_point
 from caduceus.train.guards import MAX_REWINDS, Health
 from caduceus.train.schedule import default_decay_start, default_warmup, kept_decay_start, kept_warmup, learning_rate
@@ -76,6 +78,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._export: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._began = 0.0
 
     @property
     def failed(self) -> bool:
@@ -94,6 +97,7 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well."""
         self.wait()
+        self._began = time.monotonic()
         progress.health.rewinds = 0
         # A name never used before: ranks of an earlier start may live on where nobody can reach them.
         writing = self._run.checkpoints_path / f".writing-{progress.step:08d}-{secrets.token_hex(4)}"
@@ -207,6 +211,8 @@ class Checkpoints:
                 samples = progress["loader"]["samples_consumed"]
                 facts = {"samples": samples, "config": config_to_dict(self._config)}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
+                seconds = round(time.monotonic() - self._began, 3)
+                record_event(self._run.path, "checkpoint", progress["step"], seconds=seconds)
                 self._remove_old(progress["decay_start"])
                 if self._exports(progress["step"]):
                     self._begin_export(progress["step"])

@@ -103,10 +103,13 @@ OTHER: dict[str, Any] = {
     "wandb.mode": "offline",
     "wandb.project": "another",
     "wandb.entity": "another",
+    "wandb.id": "mine",
     "wandb.group": "another",
     "wandb.tags": ["another"],
     "wandb.notes": "another",
     "wandb.job_type": "another",
+    "wandb.log_every": 2,
+    "wandb.alerts": False,
     "wandb.required": True,
 }
 """Another value of each key than a small run has."""
