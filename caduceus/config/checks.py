@@ -91,6 +91,10 @@ def _refuse_impossible_scales(train: TrainConfig) -> None:
 
 
 def _refuse_impossible_decay(train: TrainConfig) -> None:
+    if train.init_from is not None and train.decay_from is not None:
+        raise UserError(
+            "train.init_from: train.decay_from gives the run its first weights already; leave one of them out"
+        )
     for name in ("decay_steps", "decay_from"):
         if getattr(train, name) is not None and train.schedule != "wsd":
             raise UserError(f"train.{name}: without use under train.schedule={train.schedule}; use train.schedule=wsd")

@@ -69,6 +69,13 @@ class TrainConfig:
         "begins there, with its weights, optimizer and samples to come, and goes on to `steps`, counted as there.",
         fixes="numbers",
     )
+    init_from: str | None = key(
+        None,
+        "Weights that the run begins from, with a fresh optimizer, at its own context length, on its own species: a "
+        "run, a checkpoint, an export, or any published folder or file (`python -m caduceus.hub show` says what it "
+        "holds). The model's keys must be those of the weights. null begins from random ones of `seed`.",
+        fixes="numbers",
+    )
     warmup_steps: int | None = key(
         None, "Steps of linear warm-up from 1e-6; null is a tenth of `steps`.", fixes="numbers", least=0
     )
