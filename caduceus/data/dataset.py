@@ -93,8 +93,10 @@ def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
         crops.left_out_bases,
         crops.left_out_tiles,
     )
-    for number, source in enumerate(dataset.sources):
-        used = int(dataset.crops.crops_of_source[number]) * crops.seq_len / source.table.bases
+    shares_used = crops.crops_of_source * crops.seq_len / [source.table.bases for source in dataset.sources]
+    unseen = (f"{source.species} {1 - used:.2%}" for source, used in zip(dataset.sources, shares_used, strict=True))
+    log.info("data: %s: bases of each species that no crop holds: %s", dataset.split, ", ".join(unseen))
+    for source, used in zip(dataset.sources, shares_used, strict=True):
         if used < _LITTLE_USED:
             log.warning(
                 "data: %s: crops hold only %.1f %% of the bases of %s; the others lie in windows shorter than %d, "

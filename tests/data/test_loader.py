@@ -253,6 +253,7 @@ def test_what_is_left_out_and_the_rounded_weights_are_logged(
         f"fly {counts[0]}, worm {counts[1]}" in caplog.text and "samples of each species in every 65536" in caplog.text
     )
     assert "left out: 72 bases at the ends of windows" in caplog.text  # 20,000 % 256 + 9,000 % 256
+    assert "bases of each species that no crop holds: fly 10.10%, worm 0.44%" in caplog.text  # with 11 tiles of N
     caplog.clear()
     build_loader(configure(), rank=1, world=2)
     assert not caplog.text
