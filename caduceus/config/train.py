@@ -1,6 +1,7 @@
 """The keys of `train.`: the optimization. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from caduceus.config.keys import key
 
@@ -25,6 +26,27 @@ class TrainConfig:
     lr: float = key(8e-3, "Largest learning rate, at the end of the warm-up.", fixes="numbers", least=0)
     min_lr: float = key(
         1e-4, "Learning rate at the end of cosine and wsd, and the least of inverse_sqrt.", fixes="numbers", least=0
+    )
+    optimizer: str = key(
+        "adamw",
+        "muon: torch's Muon for in_proj, x_proj and out_proj, each direction a matrix of its own, at the size of "
+        "AdamW's updates; AdamW for the rest. Under single and ddp.",
+        fixes="numbers",
+        choices=("adamw", "muon"),
+    )
+    lr_scale: Any = key(
+        None,
+        "Factors of the learning rate by kind of parameter, as {A_log: 0.1, embedding: 0.5}; kinds are the names in "
+        "`grad_norm/KIND`.",
+        fixes="numbers",
+    )
+    ema: float = key(
+        0.0,
+        "Decay, as 0.999, of an average of the weights over steps, which is validated beside them (`valid_loss_ema`), "
+        "kept in checkpoints, exported and evaluated; 0 keeps none. Not under deepspeed.",
+        fixes="numbers",
+        least=0,
+        below=1,
     )
     schedule: str = key(
         "cosine",
