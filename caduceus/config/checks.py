@@ -46,6 +46,13 @@ def refuse_impossible_values(config: Config) -> None:
         raise UserError(
             "parallel.strands: 2 needs model.rcps=true, whose two strands are computed apart; use parallel.context"
         )
+    if data.pack and data.mode == "stream":
+        raise UserError("data.pack: stream takes sequences from whole windows only; use data.mode=shards")
+    if data.pack and config.parallel.context > 1:
+        raise UserError(
+            "data.pack: the ranks of parallel.context cannot share packed sequences; use "
+            "parallel.strands, or data.pack=false"
+        )
     if data.mode == "stream" and max(config.parallel.context, config.parallel.strands) > 1:
         raise UserError(
             "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "

@@ -38,6 +38,12 @@ class DataConfig:
         fixes="nothing",
     )
     seq_len: int = key(1024, "Bases per training sequence.", fixes="order", least=1)
+    pack: bool = key(
+        False,
+        "Fill sequences with the windows that are shorter than `seq_len` and with the ends of others, which no state "
+        "crosses, so that an epoch sees every base once. Not with parallel.context.",
+        fixes="order",
+    )
     strands: str = key(
         "auto",
         "Which strands samples show. auto is forward for rcps (the model sees both strands by itself), both otherwise.",

@@ -30,6 +30,8 @@ class Batch:
     """(B,) int64 on the CPU, which crop was taken for each sample: 0 its own, n its n-th substitute."""
     repeats: torch.Tensor | None = None
     """(B, L) bool, whether the base to be predicted is soft-masked; batches of a validation alone have it."""
+    starts: torch.Tensor | None = None
+    """(B, L) bool, first positions of the sequences that are packed into a row; None where no row is packed."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, tokens as int64 (workers hand them over as bytes)."""
@@ -42,6 +44,7 @@ class Batch:
             self.substituted,
             self.choices,
             None if self.repeats is None else self.repeats.to(device, non_blocking=True),
+            None if self.starts is None else self.starts.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> "Batch":
@@ -51,6 +54,7 @@ class Batch:
             input_ids=self.input_ids.pin_memory(),
             labels=self.labels.pin_memory(),
             loss_weights=None if weights is None else weights.pin_memory(),
+            starts=None if self.starts is None else self.starts.pin_memory(),
         )
 
 
@@ -59,7 +63,8 @@ def to_batch(arrays: SampleArrays) -> Batch:
     input_ids, labels, g = (torch.from_numpy(array) for array in (arrays.input_ids, arrays.labels, arrays.g))
     choices = None if arrays.choices is None else torch.from_numpy(arrays.choices)
     repeats = None if arrays.repeats is None else torch.from_numpy(arrays.repeats)
-    return Batch(input_ids, labels, weights, g, arrays.substituted, choices, repeats)
+    starts = None if arrays.starts is None else torch.from_numpy(arrays.starts)
+    return Batch(input_ids, labels, weights, g, arrays.substituted, choices, repeats, starts)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 
 from caduceus.data.format import MIN_RUN
 from caduceus.data.genome import WINDOW_DTYPE, WindowTable
+from caduceus.data.packing import Packing, Pieces
 from caduceus.errors import UserError
 
 
@@ -15,13 +16,14 @@ class CropTable:
 
     Tiles are the whole multiples of `seq_len` in each window; the tiles with fewer than `min_acgt` of ACGT, by the
     index's runs, and those with none at all, are no crops. Memory is a row per window and a number per left-out tile.
+    With `pack`, what the windows of a shard have beside their tiles is packed into further crops, after its tiles.
 
     Attributes: `windows` (WINDOW_DTYPE, `shard` numbered over all sources), `window_source` (W,), `shards` (paths),
-    `shards_of_source` (S,), `crops_of_shard` (H,), `crops_of_source` (S,), `size`, `left_out_bases` (in the remainders
-    of windows), `left_out_tiles`.
+    `shards_of_source` (S,), `crops_of_shard` (H,), `crops_of_source` (S,), `bases_of_source` (S,) in crops, `size`,
+    `left_out_bases` (in the remainders of windows), `left_out_tiles`.
     """
 
-    def __init__(self, tables: Sequence[WindowTable], seq_len: int, min_acgt: float) -> None:
+    def __init__(self, tables: Sequence[WindowTable], seq_len: int, min_acgt: float, pack: bool = False) -> None:
         if seq_len < MIN_RUN:
             raise UserError(
                 f"data.seq_len: must be at least {MIN_RUN}, the shortest run of N that an index lists; got {seq_len}"
@@ -38,23 +40,61 @@ class CropTable:
 
         lengths = self.windows["length"].astype(np.int64)
         tiles = lengths // seq_len
-        self.left_out_bases = int((lengths - tiles * seq_len).sum())
+        tails = lengths - tiles * seq_len
+        self.left_out_bases = 0 if pack else int(tails.sum())
         self._tile_first = np.concatenate([[0], np.cumsum(tiles)])
         least = max(1, math.ceil(min_acgt * seq_len - 1e-6))  # the slack keeps 0.55 * 1000 at 550
         excluded = self._tiles_with_fewer_acgt_than(least)
         self.left_out_tiles = len(excluded)
         self._usable_before_excluded = excluded - np.arange(len(excluded))
-        self.size = int(self._tile_first[-1]) - len(excluded)
-
         shard_windows = np.searchsorted(self.windows["shard"], np.arange(len(self.shards) + 1))
         tile_edges = self._tile_first[shard_windows]
-        self.crops_of_shard = np.diff(tile_edges - np.searchsorted(excluded, tile_edges))
+        self._tiles_of_shard = np.diff(tile_edges - np.searchsorted(excluded, tile_edges))
+        self._packing = Packing(tiles * seq_len, tails if pack else np.zeros_like(tails), shard_windows, seq_len)
+        self.crops_of_shard = self._tiles_of_shard + self._packing.rows_of_shard
+        self._crop_first, self._tile_before, self._row_before = (
+            np.concatenate([[0], np.cumsum(counts)])
+            for counts in (self.crops_of_shard, self._tiles_of_shard, self._packing.rows_of_shard)
+        )
+        self.size = int(self._crop_first[-1])
         shards_through = np.concatenate([[0], np.cumsum(self.shards_of_source)])
-        self.crops_of_source = np.diff(np.concatenate([[0], np.cumsum(self.crops_of_shard)])[shards_through])
+        self.crops_of_source = np.diff(self._crop_first[shards_through])
+        packed = np.bincount(self.window_source, tails, len(tables)) if pack else 0
+        self.bases_of_source = np.diff(self._tile_before[shards_through]) * seq_len + packed
 
     def locate(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Crop numbers (n,) -> row of `windows` (n,), and the crop's first base in the window (n,), forward strand."""
-        tile = crops + np.searchsorted(self._usable_before_excluded, crops, side="right")
+        """Crop numbers (n,) -> row of `windows` (n,), and the crop's first base in the window (n,), forward strand.
+
+        Of a packed crop the window is that of its first piece, and instead of a base it has -1 less its number, which
+        `pieces` takes.
+        """
+        if not self._row_before[-1]:
+            return self._locate_tiles(crops)
+        shard = np.searchsorted(self._crop_first, crops, side="right") - 1
+        within = crops - self._crop_first[shard]
+        packed = within >= self._tiles_of_shard[shard]
+        window, begin = np.empty_like(crops), np.empty_like(crops)
+        window[~packed], begin[~packed] = self._locate_tiles((self._tile_before[shard] + within)[~packed])
+        rows = (self._row_before[shard] + within - self._tiles_of_shard[shard])[packed]
+        window[packed], begin[packed] = [self._packing.pieces(row).window[0] for row in rows.tolist()], -1 - rows
+        return window, begin
+
+    def pieces(self, window: int, begin: int) -> Pieces:
+        """What a crop is made of, by what `locate` says of it."""
+        if begin < 0:
+            return self._packing.pieces(-1 - begin)
+        return Pieces(*(np.array([value]) for value in (window, begin, 0, self.seq_len)))
+
+    def first_bases(self, window: np.ndarray, begin: np.ndarray) -> np.ndarray:
+        """The first base (n,) in its window of each crop, by what `locate` says of them."""
+        firsts = begin.copy()
+        for place in np.flatnonzero(begin < 0).tolist():
+            firsts[place] = self.pieces(int(window[place]), int(begin[place])).begin[0]
+        return firsts
+
+    def _locate_tiles(self, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of tiles that are crops, by their number among those (n,)."""
+        tile = usable + np.searchsorted(self._usable_before_excluded, usable, side="right")
         window = np.searchsorted(self._tile_first, tile, side="right") - 1
         return window, (tile - self._tile_first[window]) * self.seq_len
 

@@ -73,7 +73,7 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
         addresses=tuple(path for path, _ in entries),
         fingerprints=tuple(genome.fingerprint for genome, _ in directories),
         sources=tuple(sources),
-        crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt),
+        crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack),
         cache=cache,
     )
 
@@ -93,7 +93,7 @@ def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
         crops.left_out_bases,
         crops.left_out_tiles,
     )
-    shares_used = crops.crops_of_source * crops.seq_len / [source.table.bases for source in dataset.sources]
+    shares_used = crops.bases_of_source / [source.table.bases for source in dataset.sources]
     unseen = (f"{source.species} {1 - used:.2%}" for source, used in zip(dataset.sources, shares_used, strict=True))
     log.info("data: %s: bases of each species that no crop holds: %s", dataset.split, ", ".join(unseen))
     for source, used in zip(dataset.sources, shares_used, strict=True):
@@ -167,14 +167,14 @@ def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache
     """One line about a source that has no base to learn from in a sequence of the wanted length."""
     where = f"of species '{source.species}' in the split '{split}'"
     longest = int(source.table.windows["length"].max())
-    if longest < data.seq_len:
+    if longest < data.seq_len and not data.pack:
         return (
             f"data.seq_len: {data.seq_len} bases, but the longest window {where} has {longest}; choose a shorter "
             "sequence, or, where its contigs are longer than that, shard with a longer --window"
         )
-    if not CropTable([source.table], data.seq_len, data.min_acgt).size:
+    if not CropTable([source.table], data.seq_len, data.min_acgt, data.pack).size:
         return f"data.min_acgt: no crop of {data.seq_len} bases {where} has {data.min_acgt:.0%} of ACGT; lower it"
-    if data.repeat_weight == 0 and not _has_upper_case(source.table, data.seq_len, cache):
+    if data.repeat_weight == 0 and not _has_upper_case(source.table, 0 if data.pack else data.seq_len, cache):
         return (
             f"data.repeat_weight: 0, but all bases {where} are lower case (soft-masked), so that none counts; "
             "choose a weight above 0"

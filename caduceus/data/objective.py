@@ -180,6 +180,8 @@ class SampleArrays:
     """(B,) int64, the crop taken for each sample: 0 its own, n its n-th substitute; None where there is no choice."""
     repeats: np.ndarray | None = None
     """(B, L) bool, whether the base to be predicted is soft-masked; None where nobody asked."""
+    starts: np.ndarray | None = None
+    """(B, L) bool, first positions of the sequences that are packed into a row; None where no row is packed."""
 
 
 class Objective:
@@ -224,3 +226,9 @@ class Objective:
         if self._repeats:
             arrays.repeats = weigh_repeats(bases, mirrored, self._length, self._shift, 0.0) == 0
         return arrays, invalid
+
+    def separate(self, arrays: SampleArrays, starts: np.ndarray) -> None:
+        """Note where packed sequences begin, (B, L) bool; the last base of one does not predict another's."""
+        arrays.starts = starts
+        if self._shift:
+            arrays.labels[:, :-1][starts[:, 1:]] = IGNORE_LABEL

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from caduceus.alphabet import COMPLEMENT_BYTE
 from caduceus.config import Config
 from caduceus.data.cache import Prefetcher, UnavailableError
 from caduceus.data.dataset import Dataset
@@ -65,9 +66,12 @@ class SampleReader:
             least = np.zeros(len(samples), np.int64)
         while True:
             taken, choices, bases, notes = self._read_bases(samples, least)
-            mirrored = taken["strand"] != self._crops.windows["strand"][taken["window"]]
+            packed = taken["begin"] < 0
+            mirrored = taken["strand"] != np.where(packed, 0, self._crops.windows["strand"][taken["window"]])
             arrays, invalid = self._objective.tokens(bases, mirrored, taken)
             if not invalid.any():
+                if packed.any():
+                    self._objective.separate(arrays, self._starts(taken))
                 return replace(arrays, substituted=notes, choices=choices)
             self._condemn(taken[invalid > 0])
 
@@ -92,7 +96,8 @@ class SampleReader:
     def describe(self, sample: np.void) -> dict[str, Any]:
         """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.
 
-        Bases of the sample beyond `end` are the padding of `--tail pad`, and `end` is `start` where all of them are.
+        Of a packed sample it is the first piece. Bases of the sample beyond `end` are the padding of `--tail pad`, and
+        `end` is `start` where all of them are.
         """
         where = self._describe_with_padding(sample)
         window = self._crops.windows[sample["window"]]
@@ -105,14 +110,28 @@ class SampleReader:
     def _describe_with_padding(self, sample: np.void) -> dict[str, Any]:
         window = self._crops.windows[sample["window"]]
         source = self._dataset.sources[self._crops.window_source[sample["window"]]]
-        start = int(window["start"]) + int(sample["begin"])
+        pieces = self._crops.pieces(int(sample["window"]), int(sample["begin"]))
+        start = int(window["start"]) + int(pieces.begin[0])
         return {
             "species": source.species,
             "contig": source.table.contigs[window["contig"]],
             "start": start,
-            "end": start + self._crops.seq_len,
+            "end": start + int(pieces.length[0]),
             "strand": STRAND_SYMBOLS[sample["strand"]],
         }
+
+    def _starts(self, samples: np.ndarray) -> np.ndarray:
+        """First positions of packed sequences, and of what is filled up behind them, (B, L) bool."""
+        length = self._crops.seq_len
+        starts = np.zeros((len(samples), length), bool)
+        for row, sample in enumerate(samples):
+            if sample["begin"] < 0:
+                pieces = self._crops.pieces(int(sample["window"]), int(sample["begin"]))
+                borders = np.append(pieces.offset, pieces.offset[-1] + pieces.length[-1])
+                borders = length - borders if sample["strand"] == 1 else borders
+                starts[row, borders[borders < length]] = True
+                starts[row, 0] = True
+        return starts
 
     def _read_bases(
         self, samples: np.ndarray, least: np.ndarray
@@ -121,7 +140,7 @@ class SampleReader:
         bases = np.empty((len(samples), self._objective.end - self._objective.first), np.uint8)
         taken, choices, notes = samples, least, []
         shards, offsets = self._stored_places(samples)
-        sound = (self._sound(samples["window"]) & (least == 0)).tolist()
+        sound = (self._sound(samples["window"]) & (least == 0) & (samples["begin"] >= 0)).tolist()
         for row, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
             if sound[row] and not self._invalid_crops:
                 try:
@@ -162,13 +181,30 @@ class SampleReader:
         raise UserError(f"{place}: {problem}; neither could {SUBSTITUTES} other crops be read; restore the shards")
 
     def _try_to_read(self, sample: np.ndarray, buffer: np.ndarray) -> str | None:
-        """Fill `buffer` from a sound window, with retries; otherwise what is wrong."""
-        window = int(sample["window"][0])
+        """Fill `buffer` with a sample (1,) from sound windows, with retries; otherwise what is wrong."""
+        window, begin = int(sample["window"][0]), int(sample["begin"][0])
+        if (window, begin) in self._invalid_crops:
+            return _NO_BASES
+        if begin >= 0:
+            (shard,), (offset,) = (values.tolist() for values in self._stored_places(sample))
+            return self._try_to_read_stored(window, shard, offset, buffer)
+        buffer[:] = ord("N")  # behind the last piece
+        pieces = zip(*(values.tolist() for values in self._crops.pieces(window, begin)), strict=True)
+        for number, first, place, length in pieces:
+            row, piece = self._crops.windows[number], buffer[place : place + length]
+            reverse = row["strand"] == 1
+            offset = int(row["offset"]) + (int(row["length"]) - first - length if reverse else first)
+            problem = self._try_to_read_stored(number, int(row["shard"]), offset, piece)
+            if problem is not None:
+                return problem
+            if reverse:
+                piece[:] = COMPLEMENT_BYTE[piece[::-1]]
+        return None
+
+    def _try_to_read_stored(self, window: int, shard: int, offset: int, buffer: np.ndarray) -> str | None:
+        """Fill `buffer` with stored bases of a window, where that is sound, with retries; otherwise what is wrong."""
         if window in self._damaged_windows:
             return _CRC_MISMATCH
-        if (window, int(sample["begin"][0])) in self._invalid_crops:
-            return _NO_BASES
-        (shard,), (offset,) = (values.tolist() for values in self._stored_places(sample))
         for wait in (*READ_WAITS, None):
             try:
                 if self._sound(window) or self._check(window):

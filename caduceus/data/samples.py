@@ -74,7 +74,7 @@ def validation_samples(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
         samples["window"], samples["begin"] = crops.locate(numbers)
         windows = crops.windows[samples["window"]]
         contigs = np.array([_name_key(source.species, contig) for contig in source.table.contigs], np.uint64)
-        start = windows["start"] + samples["begin"].astype(np.uint64)
+        start = windows["start"] + crops.first_bases(samples["window"], samples["begin"]).astype(np.uint64)
         samples["mask_key"] = key(Purpose.MASK, contigs[windows["contig"]], start)
         chosen[source.species] = samples
     return chosen

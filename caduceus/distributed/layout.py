@@ -84,7 +84,7 @@ def _smallest_sharing(config: Config, world: int, asked: Sharing) -> Sharing | N
 
 def _cuts_sequences(config: Config, context: int) -> bool:
     width, rest = divmod(config.data.seq_len, context)
-    return not rest and width >= config.model.d_conv - 1
+    return not rest and width >= config.model.d_conv - 1 and not (config.data.pack and context > 1)
 
 
 def _shares_batch(config: Config, world: int, ranks_per_sample: int) -> bool:

@@ -95,7 +95,7 @@ def told_windows(
     model.eval()
     for batch in together(batches.crops([(one.species, one.number) for one in [*mine, *fillers]])):
         with autocast(ranks.device, config.train.precision):
-            logits = model(batch.input_ids).logits
+            logits = model(batch.input_ids, starts=batch.starts).logits
         numbers += [_numbers(batch, logits, row, next(rows), strategy, config) for row in range(len(batch.g))]
     model.train(training)
     gathered = ranks.gather(np.concatenate(numbers[:share]).tolist()).view(ranks.data_world, -1, share, _NUMBERS)

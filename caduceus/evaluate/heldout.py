@@ -41,14 +41,16 @@ def held_out_loss(
     details, mirrored = Details(batches.species, vocabulary, device), set()
     for species, batch in each(batches):
         with autocast(device, precision):
-            output = model(batch.input_ids, batch.labels, batch.loss_weights)
+            output = model(batch.input_ids, batch.labels, batch.loss_weights, starts=batch.starts)
         sums[rows[species]] += torch.stack([output.loss_sum, output.weight_sum]).sum(1, dtype=torch.float64)
         details.add(species, output.logits, batch)
         seen(species, output)
         if mirror is not None and species not in mirrored:
             mirrored.add(species)
             with autocast(device, precision):
-                reverse = model(reverse_complement_of(batch, vocabulary, mirror)).logits
+                # A packed sequence ends where the next one begins, and its mirror image begins there.
+                starts = None if batch.starts is None else mirror(batch.starts.roll(-1, 1))
+                reverse = model(reverse_complement_of(batch, vocabulary, mirror), starts=starts).logits
             details.add_strands(species, output.logits, mirror(reverse), batch)
     model.train(training)
     sums, of_details = add_up(sums), add_up(details.sums)

@@ -91,7 +91,10 @@ def _pass_through(
     for number, batch in enumerate(micro_batches, start=1):
         with strategy.accumulating(last=number == len(micro_batches)):
             with autocast(strategy.ranks.device, config.train.precision), vitals.observing(number):
-                output = strategy.model(batch.input_ids, batch.labels, batch.loss_weights, return_logits=False)
+                packed = {} if batch.starts is None else {"starts": batch.starts}
+                output = strategy.model(
+                    batch.input_ids, batch.labels, batch.loss_weights, return_logits=False, **packed
+                )
             share = output.loss_sum.sum() / weight
             clock.lap("forward")
             with clock.watching(strategy.model):

@@ -42,6 +42,7 @@ OTHER: dict[str, Any] = {
     "data.allow_unused_species": True,
     "data.allow_commands": True,
     "data.seq_len": 256,
+    "data.pack": True,
     "data.strands": "both",
     "data.objective": "next_base",
     "data.mask_prob": 0.2,
