@@ -42,6 +42,7 @@ from traffic import Traffic, of_a_layer, outside, recording
 
 from caduceus.config import CaduceusConfig
 from caduceus.ops.triton import conv, device, scan_launches
+from caduceus.ops.triton.scan_backward_kernels import STATES
 from tests.ops.aot import Instruction, compiling, disassembled, resources, train
 
 CLASSES = {
@@ -112,7 +113,7 @@ def main() -> None:
                 train(model(options, blocks), 1, options.length, options.element)
             steps_of.append(counted)
     config = model(options, 1)
-    trips = trips_of_loops(config.d_state, options.length, set(found))
+    trips = trips_of_loops(config.d_state, options.length, set(found), options.element)
     kernels = {name: Kernel(name, found[name][0], trips[name], options.capability) for name in trips}
     work = work_per_token(config, options.streams, set(found))
     print(f"sm_{options.capability}, {options.element}, d_inner {config.d_inner}, {config.d_state} states\n")
@@ -187,15 +188,18 @@ def dram_time(traffic: Traffic, length: int, card: Card) -> float:
     return traffic.bytes / length / rate * 1e9
 
 
-def trips_of_loops(states: int, length: int, launched: set[str]) -> dict[str, list[float]]:
+def trips_of_loops(states: int, length: int, launched: set[str], element: str) -> dict[str, list[float]]:
     """How often a token goes through the innermost loops of a kernel, and through those around them."""
     unrolled, piece = 1 / math.gcd(length, scan_launches.UNROLL), 1 / scan_launches.PIECE
+    groups = [states / scan_launches.GROUP * piece]
+    if element == "bf16" and states % scan_launches.WARP_GROUP == 0:
+        groups = [states / count * piece for count in (STATES.value, scan_launches.WARP_GROUP)]
     trips = {
         "chunk_state": [unrolled],
         "scan_forward": [unrolled],
         "chunk_adjoint": [unrolled],
         "scan_replay": [unrolled if "chunk_adjoint" in launched else 1, piece],
-        "scan_backward": [states / scan_launches.GROUP * piece, piece],
+        "scan_backward": [*groups, piece],
         "conv_backward": [1 / conv.STEPS],
     }
     return {name: times for name, times in trips.items() if name in launched}

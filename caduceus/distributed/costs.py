@@ -60,7 +60,8 @@ def held(config: Config, world: int) -> Held:
     whole = _FP32 * parameter_count(config.model)
     strategy, holders = strategy_of(config, world)
     if strategy != "deepspeed":
-        return Held(whole // holders, whole // holders, MOMENTS * whole // holders)
+        kept = MOMENTS + bool(config.train.ema)
+        return Held(whole // holders, whole // holders, kept * whole // holders)
     stage = config.parallel.zero_stage
     if stage == 0:
         return Held(whole, whole, MOMENTS * whole)
@@ -105,9 +106,12 @@ def _for_sequences(config: Config, world: int) -> Sent:
         labels = round(config.data.mask_prob * sequences * config.data.seq_len / sharing.context)
         logits = max(element, _FP32) * labels * model.padded_vocab_size
     if sharing.context > 1:
-        rows = model.n_layer * streams(model) // sharing.strands * sequences * model.d_inner
-        edges = element * rows * 2 * (model.d_conv - 1)
-        states = max(element, _FP32) * rows * (2 if model.bidirectional else 1) * (2 * model.d_state + 1)
+        rows = model.n_layer * streams(model) // sharing.strands * sequences
+        two = model.mixer == "mamba2"  # convolves B and C as well, and has one step size for a head
+        channels = model.d_inner + (2 * model.d_state if two else 0)
+        edges = element * rows * channels * 2 * (model.d_conv - 1)
+        state = 2 * model.d_inner * model.d_state + (model.heads if two else model.d_inner)
+        states = max(element, _FP32) * rows * (2 if model.bidirectional else 1) * state
     return Sent(passes * logits, passes * (edges + states), passes * edges * sharing.context)
 
 

@@ -33,7 +33,7 @@ class Runner:
         self.model = (model if isinstance(model, CaduceusForMaskedLM) else load(model)).to(self.device).eval()
         self.precision = precision
         dtype = next(self.model.parameters()).dtype
-        check_backend(self.model.backend, self.device, dtype, self.config.d_state, self.config.d_conv)
+        check_backend(self.model.backend, self.device, dtype, self.config)
 
     @property
     def config(self) -> CaduceusConfig:

@@ -6,12 +6,15 @@ Shapes: D d_model, E inner channels, N states, P directions, Q sets of projectio
 from dataclasses import dataclass
 
 from caduceus.config import CaduceusConfig
+from caduceus.config.model import CHUNK
 
 MOMENTS = 2
 """Tensors that AdamW keeps of each parameter, each of the parameter's size."""
 _FP32 = 4
 CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
 """Bytes that a checkpoint holds for a parameter: its value and its moments."""
+AVERAGE_BYTES = _FP32
+"""Bytes of a parameter's average over steps, in checkpoints and in training, where `train.ema` keeps one."""
 
 
 def parameter_count(model: CaduceusConfig) -> int:
@@ -21,25 +24,37 @@ def parameter_count(model: CaduceusConfig) -> int:
 
 def block_parameters(model: CaduceusConfig) -> int:
     """Those of one block."""
-    d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
-    direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
-    return _projections(model) * 3 * d * e + _directions(model) * direction + _norm(model)
+    d, e, n, r, h = model.d_model, model.d_inner, model.d_state, model.dt_rank, model.heads
+    if model.mixer == "mamba2":
+        projections = d * (3 * e + 2 * n + h)
+        direction = (e + 2 * n) * (model.d_conv + 1) + 3 * h + e
+    else:
+        projections = 3 * d * e
+        direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
+    return _projections(model) * projections + _directions(model) * direction + _norm(model)
 
 
 def flops_per_base(model: CaduceusConfig) -> int:
     """Floating-point operations in matrix products, forward and backward (twice the forward), for a base."""
     d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
-    mixer = _projections(model) * 3 * d * e + _directions(model) * (e * (r + 2 * n) + r * e)
+    if model.mixer == "mamba2":
+        scan = n * CHUNK + e * CHUNK + 2 * e * n  # B with C, weights with x, and states in and out
+        mixer = _projections(model) * d * (3 * e + 2 * n + model.heads) + _directions(model) * scan
+    else:
+        mixer = _projections(model) * 3 * d * e + _directions(model) * (e * (r + 2 * n) + r * e)
     return 3 * 2 * (model.n_layer * mixer + d * model.padded_vocab_size) * streams(model)
 
 
 def exponentials_per_base(model: CaduceusConfig) -> int:
-    """Exponentials of the scans, which decay E x N states in each direction in four passes.
+    """Exponentials of the scans, in each direction.
 
-    Two go forward, for the states of chunks and for the outputs; two backward, for the replayed states and for the
-    gradients.
+    Mamba's decay E x N states in four passes: two go forward, for the states of chunks and for the outputs; two
+    backward, for the replayed states and for the gradients. Mamba-2's decay, for each head, a base's way to every
+    other one of its chunk, in two passes: forward, and again on the way back.
     """
-    return 4 * model.n_layer * _directions(model) * model.d_inner * model.d_state * streams(model)
+    of_mamba = 4 * model.d_inner * model.d_state
+    of_direction = 2 * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
+    return model.n_layer * _directions(model) * of_direction * streams(model)
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,26 @@ def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: boo
     kernel computes the norm; otherwise what comes before its weight is kept too."""
     d, e, directions, projections = model.d_model, model.d_inner, _directions(model), _projections(model)
     residual = d * (max(element, _FP32) if model.residual_in_fp32 else element)
+    if model.mixer == "mamba2":
+        return _block_bytes_of_mamba2(model, element, residual, fused_norm)
     scan_inputs = directions * (2 * e + model.dt_rank + 2 * model.d_state) * element  # u, dt, its low rank, B and C
     states = directions * e * model.d_state * max(element, _FP32)
     rest = (d + (0 if fused_norm else d) + projections * 3 * e) * element  # with x, z, and the output
     lean = residual + rest + states / chunk
     gradients = (2 * directions * e + projections * 2 * e) * element  # of u and dt, and of x and z
     return BlockBytes(lean + scan_inputs, lean, residual, gradients, states)
+
+
+def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, fused_norm: bool) -> BlockBytes:
+    """The scan keeps its operands and its output, and makes all else again, for the block that it is in."""
+    d, e, n, h = model.d_model, model.d_inner, model.d_state, model.heads
+    directions, projections = _directions(model), _projections(model)
+    convolved = directions * (e + 2 * n) * element
+    rest = (d + (0 if fused_norm else d) + projections * (3 * e + 2 * n + h) + directions * e) * element
+    within = directions * h * CHUNK * (3 * _FP32 + 2 * 2 * _FP32)  # T x T matrices in fp32, and two in fp64
+    gradients = (2 * directions * (e + 2 * n) + projections * 2 * e) * element + within
+    states = directions * e * n * _FP32
+    return BlockBytes(residual + rest + convolved, residual + rest, residual, gradients, states)
 
 
 def streams(model: CaduceusConfig) -> int:

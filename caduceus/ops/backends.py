@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
+from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
 
 BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
@@ -29,12 +30,14 @@ def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype
     return backend
 
 
-def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, d_state: int, d_conv: int) -> None:
+def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, model: CaduceusConfig) -> None:
     """Raises `UserError` where the backend that `backend` stands for cannot run a model of these sizes, and where the
     Triton kernels are wrong on this GPU."""
     name = resolve_backend(backend, device, dtype)
     supported = getattr(import_module(f"caduceus.ops.{name}"), "SUPPORTED", {})
-    for key, value in (("d_state", d_state), ("d_conv", d_conv)):
+    bounded = ("d_conv",) if model.mixer == "mamba2" else ("d_state", "d_conv")  # the scan of mamba2 is torch's
+    for key in bounded:
+        value = getattr(model, key)
         if key in supported and value not in supported[key]:
             least, most = supported[key][0], supported[key][-1]
             raise UserError(

@@ -17,7 +17,7 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.files import show_bytes
-from caduceus.model.costs import CHECKPOINT_BYTES
+from caduceus.model.costs import AVERAGE_BYTES, CHECKPOINT_BYTES
 from caduceus.ops.backends import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
@@ -45,7 +45,7 @@ class Report:
 def check_model(config: Config, device: torch.device) -> None:
     """Raises `UserError` where `ops.backend` cannot run the model here; comes before shards are opened."""
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-    check_backend(config.ops.backend, device, dtype, config.model.d_state, config.model.d_conv)
+    check_backend(config.ops.backend, device, dtype, config.model)
 
 
 def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
@@ -76,7 +76,7 @@ def check_before_start(
         report = Report(
             host=socket.gethostname(),
             clock=time.time(),
-            disk=_disk_problem(run.path, CHECKPOINT_BYTES * parameters),
+            disk=_disk_problem(run.path, (CHECKPOINT_BYTES + AVERAGE_BYTES * bool(config.train.ema)) * parameters),
             shared_memory=_shared_memory_problem(config, ranks),
         )
     reports = ranks.gather_objects(report)

@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
 from caduceus.ops import backends, mamba_ssm, naive
 
@@ -90,19 +91,24 @@ def test_float64_on_a_gpu_falls_back_to_the_definition_or_is_refused(caplog, mon
         backends.resolve_backend("triton", "cuda", torch.float64)
 
 
+def sized(d_state: int, d_conv: int, **keys: str) -> CaduceusConfig:
+    return CaduceusConfig(d_state=d_state, d_conv=d_conv, **keys)
+
+
 def test_a_model_that_a_backend_cannot_run_is_one_clear_line(monkeypatch):
     pytest.importorskip("triton")
     for sizes in ((64, 16), (1, 1)):
-        backends.check_backend("auto", "cuda", torch.float32, *sizes)
+        backends.check_backend("auto", "cuda", torch.float32, sized(*sizes))
     with pytest.raises(UserError, match=r"^model\.d_state: ops\.backend 'triton' takes 1 to 64, got 65"):
-        backends.check_backend("auto", "cuda", torch.float32, 65, 4)
+        backends.check_backend("auto", "cuda", torch.float32, sized(65, 4))
     with pytest.raises(UserError, match=r"^model\.d_conv: ops\.backend 'triton' takes 1 to 16, got 17"):
-        backends.check_backend("triton", "cuda", torch.float32, 16, 17)
-    backends.check_backend("naive", "cuda", torch.float64, 65, 17)
-    backends.check_backend("cpu", "cpu", torch.float64, 65, 17)
+        backends.check_backend("triton", "cuda", torch.float32, sized(16, 17))
+    backends.check_backend("naive", "cuda", torch.float64, sized(65, 17))
+    backends.check_backend("cpu", "cpu", torch.float64, sized(65, 17))
+    backends.check_backend("triton", "cuda", torch.float32, sized(128, 4, mixer="mamba2"))
     monkeypatch.setattr(mamba_ssm, "missing", lambda: None)
     with pytest.raises(UserError, match=r"^model\.d_conv: ops\.backend 'mamba_ssm' takes 2 to 4, got 5"):
-        backends.check_backend("mamba_ssm", "cuda", torch.float32, 16, 5)
+        backends.check_backend("mamba_ssm", "cuda", torch.float32, sized(16, 5))
 
 
 def test_mamba_ssm_without_its_extension_is_absent(monkeypatch):

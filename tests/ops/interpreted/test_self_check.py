@@ -51,3 +51,28 @@ def test_what_is_not_a_number_is_wrong(device, monkeypatch):
     monkeypatch.setattr(scan_launches.ScanKernels, "outputs", lambda *args: outputs(*args) * torch.nan)
     with pytest.raises(UserError, match="output 0 is off by inf"):
         self_check.check_kernels(device)
+
+
+def test_a_card_that_sums_wrong_within_a_warp_takes_tiles_from_then_on(device, cache, caplog, monkeypatch):
+    def check(case, dtype, machine):
+        if scan_launches.warp_sums and dtype == torch.bfloat16 and case.name.startswith("scan"):
+            raise UserError("ops.backend: the Triton kernels are wrong")
+
+    monkeypatch.setattr(self_check, "_require_right", check)
+    for _ in range(2):
+        monkeypatch.setattr(scan_launches, "warp_sums", True)
+        self_check.check_kernels(device)
+        assert not scan_launches.warp_sums
+    said = [r.getMessage() for r in caplog.records if "sums within a warp are wrong" in r.getMessage()]
+    assert len(said) == 2 and len(list(cache.iterdir())) == 1
+
+
+def test_what_tiles_do_not_mend_is_an_error(device, cache, monkeypatch):
+    def check(case, dtype, machine):
+        if dtype == torch.bfloat16:
+            raise UserError("ops.backend: the Triton kernels are wrong")
+
+    monkeypatch.setattr(self_check, "_require_right", check)
+    with pytest.raises(UserError, match="are wrong"):
+        self_check.check_kernels(device)
+    assert scan_launches.warp_sums and not cache.exists()
