@@ -1,5 +1,6 @@
 """Which values no run can have beside each other. What a key can have by itself stands with the key."""
 
+import math
 import re
 
 from caduceus.config.keys import check_section
@@ -64,11 +65,39 @@ def refuse_impossible_values(config: Config) -> None:
     if train.warmup_steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps: must be at most train.steps {train.steps}, got {train.warmup_steps}")
     _refuse_impossible_decay(train)
+    _refuse_impossible_scales(train)
+    refuse_strategy(train, config.parallel.strategy)
     if train.min_lr > train.lr:
         raise UserError(f"train.min_lr: {train.min_lr} is above train.lr {train.lr}")
 
 
+def refuse_strategy(train: TrainConfig, strategy: str) -> None:
+    """Raise `UserError` where the optimizer would compute something else under a strategy than in one process."""
+    if train.optimizer == "muon" and strategy in ("fsdp", "deepspeed"):
+        raise UserError(
+            f"train.optimizer: muon needs whole matrices, of which parallel.strategy={strategy} gives a rank a part; "
+            "use parallel.strategy=ddp"
+        )
+    if train.ema and strategy == "deepspeed":
+        raise UserError(
+            "train.ema: parallel.strategy=deepspeed cuts weights without regard to parameters; use ddp or fsdp"
+        )
+
+
+def _refuse_impossible_scales(train: TrainConfig) -> None:
+    scales = {} if train.lr_scale is None else train.lr_scale
+    if not isinstance(scales, dict):
+        raise UserError(f"train.lr_scale: expected factors by kind of parameter, as {{A_log: 0.1}}; got {scales}")
+    for kind, scale in scales.items():
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < math.inf:
+            raise UserError(f"train.lr_scale: the factor of {kind} must be a number of at least 0, got {scale}")
+
+
 def _refuse_impossible_decay(train: TrainConfig) -> None:
+    if train.init_from is not None and train.decay_from is not None:
+        raise UserError(
+            "train.init_from: train.decay_from gives the run its first weights already; leave one of them out"
+        )
     for name in ("decay_steps", "decay_from"):
         if getattr(train, name) is not None and train.schedule != "wsd":
             raise UserError(f"train.{name}: without use under train.schedule={train.schedule}; use train.schedule=wsd")

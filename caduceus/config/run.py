@@ -93,6 +93,13 @@ class CheckpointConfig:
     keep_every: int = key(
         0, "Checkpoints of steps that this divides are kept for good; 0 keeps none so.", fixes="nothing", least=0
     )
+    export_every: int = key(
+        0,
+        "Steps between exports to RUN/export/step-…, folders that `transformers` and the published code load. Each is "
+        "made of a checkpoint of its step, while training goes on. 0 makes none.",
+        fixes="nothing",
+        least=0,
+    )
     async_: bool = key(True, "Write checkpoints while training goes on, from a copy in host memory.", fixes="nothing")
 
 

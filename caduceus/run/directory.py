@@ -25,6 +25,9 @@ from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
 from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
 
+OPTIMIZER_STATE = ("train.optimizer", "train.lr_scale", "train.ema")
+"""Keys that fix what a checkpoint holds of the optimizer."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -245,11 +248,13 @@ class RunDirectory:
         for change in changes(self.former_config(), config):
             key, asked = change.key, change.key.name in config.run.allow_change
             counts_samples = key.fixes == "order" and bool(self.checkpoints())
+            if key.name in OPTIMIZER_STATE and self.checkpoints():
+                asked = False
             if asked and not counts_samples:
                 continue
             if asked:
                 way_on = f"; its checkpoints count samples in the order that {key.name} fixes: choose another run.dir"
-            elif counts_samples or (key.section == "model" and self.checkpoints()):
+            elif counts_samples or ((key.section == "model" or key.name in OPTIMIZER_STATE) and self.checkpoints()):
                 way_on = "; choose another run.dir"
             else:
                 way_on = f"; choose another run.dir, or go on with the change by run.allow_change=[{key.name}]"
