@@ -49,18 +49,7 @@ def refuse_impossible_values(config: Config) -> None:
         raise UserError(
             "parallel.strands: 2 needs model.rcps=true, whose two strands are computed apart; use parallel.context"
         )
-    if data.pack and data.mode == "stream":
-        raise UserError("data.pack: stream takes sequences from whole windows only; use data.mode=shards")
-    if data.pack and config.parallel.context > 1:
-        raise UserError(
-            "data.pack: the ranks of parallel.context cannot share packed sequences; use "
-            "parallel.strands, or data.pack=false"
-        )
-    if data.mode == "stream" and max(config.parallel.context, config.parallel.strands) > 1:
-        raise UserError(
-            "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "
-            "tar, those that share its sequences would not know; use data.mode=shards"
-        )
+    _refuse_impossible_sharing(config)
     if train.global_batch % train.micro_batch:
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"
@@ -76,6 +65,22 @@ def refuse_impossible_values(config: Config) -> None:
     refuse_strategy(train, config.parallel.strategy)
     if train.min_lr > train.lr:
         raise UserError(f"train.min_lr: {train.min_lr} is above train.lr {train.lr}")
+
+
+def _refuse_impossible_sharing(config: Config) -> None:
+    data = config.data
+    if data.pack and data.mode == "stream":
+        raise UserError("data.pack: stream takes sequences from whole windows only; use data.mode=shards")
+    if data.pack and config.parallel.context > 1:
+        raise UserError(
+            "data.pack: the ranks of parallel.context cannot share packed sequences; use "
+            "parallel.strands, or data.pack=false"
+        )
+    if data.mode == "stream" and max(config.parallel.context, config.parallel.strands) > 1:
+        raise UserError(
+            "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "
+            "tar, those that share its sequences would not know; use data.mode=shards"
+        )
 
 
 def refuse_strategy(train: TrainConfig, strategy: str) -> None:
