@@ -165,7 +165,9 @@ class Sender:
             return None
 
     def _follow(self, begun: Any, journal: Journal, server: Any, server_step: Any) -> None:
-        follower, held, looked, pause = Follower(self._run.metrics_path), {}, time.monotonic(), _FIRST_PAUSE
+        path = self._run.metrics_path
+        follower = Follower(path, lambda: journal.first_unsent(path))
+        held, looked, pause = {}, time.monotonic(), _FIRST_PAUSE
         seen, moved = journal.last, time.monotonic()
         while True:
             end = self._end
@@ -227,8 +229,8 @@ class Sender:
         return has
 
     def _newest_step(self) -> int:
-        rows = self._run.metrics()
-        return rows[-1]["step"] if rows else 0
+        newest = self._run.newest_metrics("step")
+        return newest[-1]["step"] if newest else 0
 
     def _is_whole(self, step: int, end: dict[str, Any]) -> bool:
         """Whether the newest step has all its rows: a killed trainer may have been in the midst of its validation."""
