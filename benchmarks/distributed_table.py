@@ -5,8 +5,10 @@
 A small Caduceus-PS trains on real shards (of a random genome, where no --shards are given) with one and with two
 micro-batches a step. Differences are relative, the largest over all steps; those of gradients are over all parameters
 in the first step, the norm of the difference to that of the gradient. Memory is that of tensors between steps, per
-rank, of a wider model. Times are those of this machine, whose cores the ranks share. Where a difference is larger than
-it may be, a line below the table says so, and the exit status is 1.
+rank, of a wider model; of that model as well is what a rank gives to collectives in a step, counted, and by
+`caduceus.distributed.costs` (of ZeRO 3 an upper bound, without what ranks agree on). Times are those of this machine,
+whose cores the ranks share. Where a difference is larger than it may be, a line below the table says so, and the exit
+status is 1.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import torch
 
 from caduceus import CaduceusConfig
 from caduceus.config import Config
+from caduceus.distributed.costs import sent
 from tests.conftest import shard, write_random_fasta
 from tests.distributed.layouts import LAYOUTS, Layout, Observed, config_of, train_all
 
@@ -75,18 +78,23 @@ def _plan(layouts: list[Layout], shards: Path, directory: Path, steps: int) -> I
         resumed = config_of(layout, shards, directory / f"{layout.name}-1-fp32", steps=steps + 1, warmup_steps=3)
         resumed.run.allow_change = ["train.steps"]
         yield (layout.name, "resumed"), resumed
-        wide = config_of(layout, shards, directory / f"{layout.name}-wide", steps=2)
-        wide.model = WIDE
-        yield (layout.name, "wide"), wide
+        yield (layout.name, "wide"), _wide(layout, shards, directory)
+
+
+def _wide(layout: Layout, shards: Path, directory: Path) -> Config:
+    config = config_of(layout, shards, directory / f"{layout.name}-wide", steps=2)
+    config.model = WIDE
+    return config
 
 
 def _print(layouts: list[Layout], results: dict[tuple, Result]) -> bool:
     """Print the table and what of it is out of bounds; returns whether nothing is."""
     print(
         "| layout | last loss, 1 and 2 micro-batches | "
-        f"{' | '.join(column.name for column in COLUMNS)} | first step after s | resumed after s | MiB a rank |"
+        f"{' | '.join(column.name for column in COLUMNS)} | first step after s | resumed after s | MiB a rank | "
+        "MB sent | by formula |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     failures = []
     for layout in layouts:
         both = [results[layout.name, accumulation, "fp32"] for accumulation in (1, 2)]
@@ -103,6 +111,8 @@ def _print(layouts: list[Layout], results: dict[tuple, Result]) -> bool:
             f"{both[0].observed.seconds_to_first_step:.1f}",
             f"{results[layout.name, 'resumed'].observed.seconds_to_first_step:.1f}",
             f"{results[layout.name, 'wide'].observed.bytes_held / 2**20:.1f}",
+            f"{results[layout.name, 'wide'].observed.bytes_sent / 1e6:.2f}",
+            f"{sent(_wide(layout, Path('shards'), Path('runs')), layout.world).total / 1e6:.2f}",
         ]
         print("| " + " | ".join(cells) + " |")
     print("\nAt most: " + "; ".join(f"{column.name} {column.bound:.0e}" for column in COLUMNS) + ".")

@@ -25,15 +25,13 @@ from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops.triton import scan_launches
 
 sys.path.append(str(Path(__file__).parents[1]))  # the tests are not installed
-from gpu_ops import ACTIVATIONS, Case, Operands, every_case, scan_inputs, scan_operands
+from gpu_ops import Case, every_case, scan_inputs, scan_operands
 
+from caduceus.ops.self_check import ACTIVATIONS, BOUNDS, differentiate, error_of
 from tests.model.golden import NAMES, load_golden, relative_error
 
-OPS = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Most error of an output or gradient, relative to the largest value; a wrong term is of order 1.
-
-fp32: 24 bits, sums of hundreds of terms, exponentials good to 2^-22. In 16 bits results are rounded twice where the sum
-over directions waits in the output, by 2^-11 or 2^-8 each; twice that, for the interpreter truncates."""
+OPS = {**BOUNDS, torch.float16: 2e-3}
+"""Most error of an output or gradient; fp16 is rounded by 2^-11 where bf16 is by 2^-8."""
 GOLDEN = {torch.float32: (5e-6, 5e-6, 2e-5), torch.bfloat16: (5e-2, 1e-3, 1.5e-1)}
 """Most error of logits, loss and any parameter's gradient, relative to the largest value.
 
@@ -88,24 +86,6 @@ def check_case(case: Case, dtype: torch.dtype) -> bool:
     told = f"{errors[worst]:.1e} | {worst} | {'yes' if same else 'NO'} | {'ok' if right else 'WRONG'}"
     print(f"| {case.name} | {short(dtype)} | {told} |", flush=True)
     return not right
-
-
-def differentiate(function: Callable, operands: Operands) -> Operands:
-    """Outputs and gradients, for output gradients that any type holds exactly."""
-    leaves = {n: t.detach().requires_grad_() for n, t in operands.items()}
-    outputs = function(**leaves)
-    generator = torch.Generator().manual_seed(1)
-    arriving = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), arriving)
-    found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
-    return found | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
-
-
-def error_of(found: Tensor, expected: Tensor) -> float:
-    """Relative to the largest value; infinite where something is not a number or has another shape."""
-    difference = (found.double() - expected).abs().max() if found.shape == expected.shape else torch.tensor(torch.inf)
-    error = (difference / expected.abs().max().clamp(min=1e-30)).item() if difference else 0.0
-    return error if error == error else torch.inf
 
 
 def short(dtype: torch.dtype) -> str:

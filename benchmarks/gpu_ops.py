@@ -3,7 +3,7 @@
 Shapes: P parameter directions, S streams, B batch, L length, E inner channels, N states, K taps.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +12,9 @@ from torch import Tensor
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.ops import PAD_DT, add_norm, bidirectional_conv1d, bidirectional_scan, head_cross_entropy, naive
 from caduceus.ops.runs import runs_backwards, scan_by_runs
+from caduceus.ops.self_check import ACTIVATIONS, Function, Operands
 from caduceus.ops.triton import scan_launches
 from tests.ops.slices import scan_in_slices
-
-ACTIVATIONS = {"u", "dt", "B", "C", "z", "x", "halo"}
-"""Operands that come in the type of the case; the others are fp32."""
-
-Operands = dict[str, Tensor]
-Function = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass

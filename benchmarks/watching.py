@@ -33,6 +33,8 @@ from caduceus.monitor.rows import Monitor
 from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.setup import Opened, Setup, open_run, set_up
 from caduceus.train.step import training_step
+from caduceus.train.trainer import _validate
+from caduceus.train.watchdog import Watchdog
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -97,10 +99,10 @@ def _steps(setup: Setup, opened: Opened, count: int) -> tuple[float, float, dict
 
 def _validations(setup: Setup, opened: Opened) -> tuple[float, float]:
     """Median seconds of a validation that has but the loss, as it was once, and of a whole one."""
-    model, ranks = setup.strategy.model, setup.strategy.ranks
+    model, ranks, watchdog = setup.strategy.model, setup.strategy.ranks, Watchdog(Path(), 0, 0)
 
     def whole() -> None:
-        heldout.held_out_loss(model, opened.validation, ranks.device, mirror=ranks.mirrored)
+        _validate(setup.strategy, opened.validation, watchdog, setup.config, 0)
 
     def bare() -> None:
         forward = model.forward

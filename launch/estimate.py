@@ -8,9 +8,10 @@ is what autograd keeps of each block and what the backward pass of one needs bes
 from dataclasses import dataclass
 
 from caduceus.config import Config
-from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL, Sharing, blocks_to_recompute, check_layout
+from caduceus.distributed.costs import held, sent
+from caduceus.distributed.layout import Sharing, blocks_to_recompute, check_layout
 from caduceus.model import costs
-from caduceus.model.costs import TRAINING_BYTES, block_bytes, parameter_count
+from caduceus.model.costs import block_bytes, parameter_count
 
 SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
 SCAN_INPUTS = 0.2
@@ -40,6 +41,8 @@ class Estimate:
     parameters: int
     step_seconds: float
     memory_bytes: int
+    sent_bytes: int
+    """That a rank gives to collectives in a step."""
 
     def describe(self, gpus: bool) -> str:
         """One line; without `gpus` it leaves out the time, which is for GPUs."""
@@ -49,7 +52,10 @@ class Estimate:
         share = f"{self.sequences} sequence{'s' * (self.sequences > 1)} a step, {self.bases:,} bases at a time"
         found = f"H100: {self.step_seconds:.2g} s a step, " if gpus else "a CPU: "
         found += f"{self.memory_bytes / 1e9:.1f} GB"
-        return f"{ranks} with {share} each; {self.parameters / 1e6:.2f}M parameters; unmeasured estimate for {found}"
+        size = f"{self.parameters / 1e6:.2f}M parameters"
+        if self.world > 1:
+            size += f", {self.sent_bytes / 1e6:,.0f} MB sent a step"
+        return f"{ranks} with {share} each; {size}; unmeasured estimate for {found}"
 
 
 def estimate(config: Config, world: int, gpus: bool = True) -> Estimate:
@@ -57,24 +63,20 @@ def estimate(config: Config, world: int, gpus: bool = True) -> Estimate:
 
     Raises `UserError` for a layout that the ranks cannot take.
     """
-    model, parallel, train = config.model, config.parallel, config.train
+    model, train = config.model, config.train
     sharing = check_layout(config, world)
     streams = costs.streams(model) // sharing.strands
     sequences = train.global_batch // (world // sharing.ranks)
     bases_per_sequence = config.data.seq_len // sharing.context
     bases = bases_per_sequence * train.micro_batch
     parameters = parameter_count(model)
-    shares = parallel.strategy in ("fsdp", "deepspeed") or (
-        parallel.strategy == "auto" and parameters > LARGEST_REPLICATED_MODEL
-    )
-    holders = (parallel.shard or world) if shares else 1
     layers, bases_in_streams = model.n_layer, bases * streams
     element = {"fp64": 8, "fp32": 4, "bf16": 2 if gpus else 4}[train.precision]  # a CPU's scan computes in fp32
     block = block_bytes(model, element, GPU_CHUNK if gpus else CPU_CHUNK, fused_norm=gpus)
     full, lean, residual = (int(n * bases_in_streams) for n in (block.full, block.lean, block.residual))
     if train.precision == "bf16" and not gpus:  # its scan keeps copies of its inputs in fp32
         lean = full
-    fixed = TRAINING_BYTES * parameters // holders + int(block.gradients * bases_in_streams)
+    fixed = held(config, world).total + int(block.gradients * bases_in_streams)
     if gpus:
         fixed += GPU_SCRATCH + min(int(block.states * bases_in_streams) // REPLAYED, MOST_REPLAYED)
     counts = {"none": (0, 0), "scan": (0, layers), "block": (layers, 0)}.get(train.activation_checkpointing)
@@ -91,4 +93,4 @@ def estimate(config: Config, world: int, gpus: bool = True) -> Estimate:
         memory = int(CPU_HEAP * memory) + CPU_SCRATCH
     passes = 3 * layers + whole + SCAN_INPUTS * inputs  # a backward pass counts as two forward ones
     step = SECONDS_PER_BASE * model.d_model * streams * sequences * bases_per_sequence * passes / 3
-    return Estimate(world, sharing, sequences, bases, parameters, step, memory)
+    return Estimate(world, sharing, sequences, bases, parameters, step, memory, sent(config, world).total)

@@ -1,17 +1,15 @@
 """What a process sets and checks on its node before it trains."""
 
-import os
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 from caduceus.errors import NodeError
+from caduceus.run.node import compiler_caches, node_folder
 
 
 def node_defaults(environment: Mapping[str, str]) -> dict[str, str]:
     """Thread counts as the job asked for them, and compilers' caches on the node's own disk, not a shared one."""
-    cache = _cache(environment)
-    defaults = {"TRITON_CACHE_DIR": str(cache / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+    defaults = compiler_caches(environment)
     if cpus := environment.get("SLURM_CPUS_PER_TASK"):
         defaults |= {"OMP_NUM_THREADS": cpus, "NUMBA_NUM_THREADS": cpus}
     return defaults
@@ -20,7 +18,7 @@ def node_defaults(environment: Mapping[str, str]) -> dict[str, str]:
 def check_node(environment: Mapping[str, str], needs_gpus: bool) -> None:
     """Raise `NodeError` where this node has no working disk of its own or lacks GPUs that SLURM gave the job."""
     node = environment.get("SLURMD_NODENAME", "this machine")
-    cache = _cache(environment)
+    cache = node_folder(environment)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache) as file:
@@ -54,7 +52,3 @@ def own_slice(environment: Mapping[str, str], local_rank: int) -> dict[str, str]
 
 def _are_slices(gpus: list[str]) -> bool:
     return any(gpu.startswith("MIG-") for gpu in gpus)
-
-
-def _cache(environment: Mapping[str, str]) -> Path:
-    return Path(environment.get("SLURM_TMPDIR") or tempfile.gettempdir()) / f"caduceus-{os.getuid()}"

@@ -126,9 +126,10 @@ def nodes() -> list[Nodes]:
         raise SilentError(f"SLURM does not answer ({last_line(result.stderr)})")
     found = []
     for partition, up, state, count, cpus, memory, gres, limit in _fields(result.stdout, 8):
-        numbers = (int(re.match(r"\d*", text)[0] or 0) for text in (count, cpus, memory))
+        numbers = [int(re.match(r"\d*", text)[0] or 0) for text in (count, cpus, memory)]
         name = partition.removesuffix("*")
-        found.append(Nodes(name, partition.endswith("*"), up == "up", state, *numbers, gres, limit))
+        values = (name, partition.endswith("*"), up == "up", state, *numbers, gres, limit)
+        found.append(Nodes(*values))
     return found
 
 
@@ -222,6 +223,17 @@ def cancel(jobs: Sequence[str]) -> None:
     result = _run("scancel", *jobs)
     if result.returncode and _FORGOTTEN not in result.stderr:
         raise UserError(f"scancel {' '.join(jobs)}: {' '.join(result.stderr.split())}")
+
+
+def run_step(options: Sequence[str], script: str) -> int:
+    """Have bash run a script as the tasks of a step of its own, in the nodes that `options` of srun ask for.
+
+    Output and complaints go where this process's go. Returns srun's exit status; raises `SilentError` without SLURM.
+    """
+    try:
+        return subprocess.run(["srun", *options, "bash", "-c", script], env=environment()).returncode
+    except FileNotFoundError:
+        raise SilentError("SLURM does not answer (no srun on this machine)") from None
 
 
 def last_line(text: str) -> str:

@@ -19,7 +19,7 @@ from tests.conftest import REPOSITORY, write_random_fasta
 OWN = (
     "model.d_model=16 model.n_layer=1 model.d_state=4 data.seq_len=64 data.workers=0 train.global_batch=2 "
     "train.micro_batch=2 train.steps=2 valid.samples=4 run.device=cpu ops.backend=naive wandb.mode=disabled "
-    "monitor.report=false"
+    "monitor.report=false monitor.windows=0"
 )
 """Makes a preset's run small; the CPU kernels would have to be compiled first."""
 

@@ -1,5 +1,6 @@
 """The configuration of a run. `keys`: what a key says of itself; `run`: the sections; `load`: YAML and overrides."""
 
+from caduceus.config.data import DataConfig
 from caduceus.config.fixed import Change, changes, order_values
 from caduceus.config.load import config_from_dict, config_to_dict, load_config, save_config
 from caduceus.config.model import CaduceusConfig
@@ -8,14 +9,13 @@ from caduceus.config.run import (
     SECTIONS,
     CheckpointConfig,
     Config,
-    DataConfig,
     OpsConfig,
     ParallelConfig,
     RunConfig,
-    TrainConfig,
     ValidConfig,
     WandbConfig,
 )
+from caduceus.config.train import TrainConfig
 
 __all__ = [
     "KEYS",

@@ -1,7 +1,8 @@
 """Which values no run can have beside each other. What a key can have by itself stands with the key."""
 
 from caduceus.config.keys import check_section
-from caduceus.config.run import KEYS, SECTIONS, Config
+from caduceus.config.run import KEYS, SECTIONS, Config, profiled_steps
+from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
 
 
@@ -12,6 +13,8 @@ def refuse_impossible_values(config: Config) -> None:
     for name in config.run.allow_change:
         if name not in KEYS:
             raise UserError(f"run.allow_change: there is no key '{name}'; give keys such as train.steps")
+    if config.monitor.profile is not None:
+        profiled_steps(config.monitor.profile)
     data, train = config.data, config.train
     if data.mask_token_prob + data.random_token_prob > 1:
         raise UserError(
@@ -53,5 +56,18 @@ def refuse_impossible_values(config: Config) -> None:
         raise UserError(f"train.spike_factor: must be 0 (off) or above 1, got {train.spike_factor}")
     if train.warmup_steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps: must be at most train.steps {train.steps}, got {train.warmup_steps}")
+    _refuse_impossible_decay(train)
     if train.min_lr > train.lr:
         raise UserError(f"train.min_lr: {train.min_lr} is above train.lr {train.lr}")
+
+
+def _refuse_impossible_decay(train: TrainConfig) -> None:
+    for name in ("decay_steps", "decay_from"):
+        if getattr(train, name) is not None and train.schedule != "wsd":
+            raise UserError(f"train.{name}: without use under train.schedule={train.schedule}; use train.schedule=wsd")
+    before = train.warmup_steps or 0
+    if train.decay_steps is not None and before + train.decay_steps > train.steps:
+        raise UserError(
+            f"train.decay_steps: {train.decay_steps} and a warm-up of {before} steps are more than train.steps "
+            f"{train.steps}"
+        )

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.config.checks import refuse_impossible_values
+from caduceus.config.data import DataConfig
 from caduceus.config.keys import attribute_of, name_of
-from caduceus.config.run import Config, DataConfig
+from caduceus.config.run import Config
 from caduceus.errors import UserError
 from caduceus.files import write_atomically
 from caduceus.presets import preset

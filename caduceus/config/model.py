@@ -5,6 +5,11 @@ from dataclasses import dataclass
 
 from caduceus.alphabet import VOCABULARIES, Vocabulary
 from caduceus.config.keys import check_section, key
+from caduceus.errors import UserError
+
+CHUNK = 64
+"""Positions of a chunk of Mamba-2's scan: products within one grow with it, and what states between them take shrinks.
+It is no key, as it changes only the order of sums."""
 
 
 @dataclass
@@ -23,7 +28,15 @@ class CaduceusConfig:
     pad_vocab_size_multiple: int = key(
         8, "The vocabulary is padded up to a multiple of this.", fixes="numbers", least=1
     )
+    mixer: str = key(
+        "mamba",
+        "mamba2 has one decay for a head of inner channels, and B and C for all heads, so that its scan is a matrix "
+        "product; PlantCAD2 has it, with d_state 64.",
+        fixes="numbers",
+        choices=("mamba", "mamba2"),
+    )
     d_state: int = key(16, "States per inner channel of the scan.", fixes="numbers", least=1)
+    headdim: int = key(64, "mamba2: inner channels of a head; divides expand times d_model.", fixes="numbers", least=1)
     d_conv: int = key(4, "Width of the causal convolution, in bases.", fixes="numbers", least=1)
     expand: int = key(2, "Inner channels per model channel.", fixes="numbers", least=1)
     rcps: bool = key(
@@ -59,6 +72,11 @@ class CaduceusConfig:
         return self.expand * self.d_model
 
     @property
+    def heads(self) -> int:
+        """Heads H of a Mamba-2."""
+        return self.d_inner // self.headdim
+
+    @property
     def dt_rank(self) -> int:
         """Rank of the projection that makes the step sizes."""
         return math.ceil(self.d_model / 16)
@@ -75,3 +93,8 @@ class CaduceusConfig:
 
     def __post_init__(self) -> None:
         check_section("model", self)
+        if self.mixer == "mamba2" and self.d_inner % self.headdim:
+            raise UserError(
+                f"model.headdim: {self.headdim} does not divide the {self.d_inner} inner channels "
+                f"(model.expand {self.expand} times model.d_model {self.d_model})"
+            )

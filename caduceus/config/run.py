@@ -3,8 +3,11 @@
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from caduceus.config.data import DataConfig
 from caduceus.config.keys import Key, key, keys_of
 from caduceus.config.model import CaduceusConfig
+from caduceus.config.train import TrainConfig
+from caduceus.errors import UserError
 
 
 @dataclass
@@ -17,176 +20,6 @@ class OpsConfig:
         "which.",
         fixes="rounding",
         choices=("auto", "naive", "cpu", "triton", "mamba_ssm"),
-    )
-
-
-@dataclass
-class DataConfig:
-    """What the model is trained on."""
-
-    path: Any = key(
-        None,
-        "A directory of shards, or a list of {path, weight}; in stream mode tars, as dir/{000..099}.tar, or a list. "
-        "Shards may move between two starts: what they hold is checked by their fingerprint.",
-        fixes="nothing",
-    )
-    mode: str = key(
-        "shards",
-        "stream reads foreign tars without an index, with weaker guarantees, which the log states.",
-        fixes="order",
-        choices=("shards", "stream"),
-    )
-    stream_key: str = key("seq", "stream: extension of the members of a tar that hold bases.", fixes="order")
-    valid_path: Any = key(None, "stream: tars to validate on.", fixes="nothing")
-    allow_unused_species: bool = key(
-        False,
-        "Leave out a species of `path` from which nothing can be learned: all its windows are shorter than `seq_len`, "
-        "no crop has `min_acgt`, or all is lower case at `repeat_weight` 0. Its share of the samples goes to the "
-        "others. False refuses it.",
-        fixes="nothing",
-    )
-    allow_commands: bool = key(
-        False,
-        "Whether `path` and `valid_path` may run commands (`pipe:COMMAND {}`). Always so where the command line gives "
-        "them; in a file, which may be somebody else's, only with this key.",
-        fixes="nothing",
-    )
-    seq_len: int = key(1024, "Bases per training sequence.", fixes="order", least=1)
-    strands: str = key(
-        "auto",
-        "Which strands samples show. auto is forward for rcps (the model sees both strands by itself), both otherwise.",
-        fixes="order",
-        choices=("auto", "both", "forward"),
-    )
-    objective: str = key(
-        "mlm",
-        "mlm predicts masked bases; next_base, the next one, is for uni-directional models.",
-        fixes="order",
-        choices=("mlm", "next_base"),
-    )
-    mask_prob: float = key(0.15, "Share of ACGT bases that are labelled.", fixes="order", least=0, most=1)
-    mask_token_prob: float = key(
-        0.8, "Share of labelled bases that the input shows as [MASK].", fixes="order", least=0, most=1
-    )
-    random_token_prob: float = key(
-        0.1,
-        "Share of labelled bases that the input shows as a random base; the rest is shown as it is.",
-        fixes="order",
-        least=0,
-        most=1,
-    )
-    repeat_weight: float = key(1.0, "Loss weight of soft-masked (lower-case) bases.", fixes="numbers", least=0, most=1)
-    min_acgt: float = key(
-        0.5,
-        "Smallest share of ACGT in a crop, by the index's runs of 16 or more other codes.",
-        fixes="order",
-        least=0,
-        most=1,
-    )
-    workers: int = key(2, "Loader processes per rank; 0 loads in the training process.", fixes="nothing", least=0)
-    shuffle_block: int = key(
-        0,
-        "Shards of a source in play at once within an epoch; 0 shuffles over all of them.",
-        fixes="order",
-        least=0,
-    )
-    cache_dir: str | None = key(
-        None,
-        "A directory on a local disk, shared by the ranks of a node, into which shards are fetched whole before they "
-        "are read. Needed where `path` is a URL (http, https, s3, …, or `pipe:COMMAND {}`); of use for cold or slow "
-        "storage.",
-        fixes="nothing",
-    )
-    cache_bytes: int = key(
-        0,
-        "Most bytes of shards in `cache_dir`; the longest unused go first. 0 is no limit.",
-        fixes="nothing",
-        least=0,
-    )
-    check_crc: bool = key(
-        True,
-        "Check a window's crc32 when a node first reads from it, which reads the window whole, once for all ranks and "
-        "workers of the node, and not at all where `cache_dir` has fetched and checked the shard since the start. "
-        "False checks only that bytes are bases: for short sequences from more bases than a run ever sees, on storage "
-        "where reading is dear. Shards that are whole give the same samples either way.",
-        fixes="nothing",
-    )
-    max_substituted: int = key(
-        100,
-        "Samples per rank and start that may be replaced because their bases cannot be read, or in stream mode tars "
-        "that are damaged; one more ends the run. It decides whether a run goes on, and not what it computes.",
-        fixes="nothing",
-        least=0,
-    )
-
-
-@dataclass
-class TrainConfig:
-    """The optimization."""
-
-    steps: int = key(
-        10000, "Optimizer steps of the run. The learning rate falls to its end by the last.", fixes="numbers", least=1
-    )
-    global_batch: int = key(8, "Sequences per optimizer step, over all ranks.", fixes="order", least=1)
-    micro_batch: int = key(
-        8,
-        "Sequences per forward and backward pass on a rank; accumulation follows.",
-        fixes="rounding",
-        least=1,
-    )
-    lr: float = key(8e-3, "Largest learning rate, at the end of the warm-up.", fixes="numbers", least=0)
-    min_lr: float = key(1e-4, "Learning rate at the end of the cosine.", fixes="numbers", least=0)
-    warmup_steps: int | None = key(
-        None, "Steps of linear warm-up from 1e-6; null is a tenth of `steps`.", fixes="numbers", least=0
-    )
-    weight_decay: float = key(0.1, "Not applied to biases, norms, A_log and D.", fixes="numbers", least=0)
-    betas: list[float] = key(
-        [0.9, 0.95], "Decay of AdamW's two moments from step to step.", fixes="numbers", least=0, below=1
-    )
-    clip_norm: float = key(1.0, "Largest global norm of the gradient; 0 turns clipping off.", fixes="numbers", least=0)
-    max_skipped_steps: int = key(
-        10,
-        "Steps in a row whose loss or gradient may be NaN or infinite, and which are skipped; one more ends the run. "
-        "Such steps are skipped whatever the limit is: it decides whether a run goes on, and not what it computes.",
-        fixes="nothing",
-        least=0,
-    )
-    spike_factor: float = key(
-        0.0,
-        "A loss above this many times its running mean rewinds the run to its newest checkpoint, to go on there with "
-        "the samples that follow the spike; 0 lets the loss spike. It decides which updates are made.",
-        fixes="numbers",
-        least=0,
-    )
-    stall_minutes: float = key(
-        15.0,
-        "A step, or a batch of a validation, that takes longer has hung: every rank writes its stacks to the run's "
-        "logs and ends. The start and a checkpoint may take two hours. 0 waits without an end.",
-        fixes="nothing",
-        least=0,
-    )
-    seed: int = key(0, "Of the first parameters, the order of samples, strands and masks.", fixes="order", least=0)
-    precision: str = key(
-        "fp32",
-        "bf16 is autocast: parameters and the scan's state stay fp32. fp64 computes all in double, to verify numerics; "
-        "on a GPU by the slow ops.backend=naive.",
-        fixes="numbers",
-        choices=("fp32", "bf16", "fp64"),
-    )
-    deterministic: bool = key(
-        False,
-        "The same bits in every run on the same layout and machines, at some cost of speed on GPUs.",
-        fixes="rounding",
-    )
-    compile: bool = key(False, "torch.compile every block.", fixes="rounding")
-    activation_checkpointing: str = key(
-        "none",
-        "What the backward pass recomputes of every block instead of keeping it: scan what feeds the scan "
-        "(convolution, step sizes, B and C), nearly half of what is kept and soon made again; block all activations. "
-        "auto takes scan in as few blocks as the memory that is free at the start demands, and where scan in all is "
-        "not enough, block in as few as need it.",
-        fixes="rounding",
-        choices=("none", "scan", "block", "auto"),
     )
 
 
@@ -297,6 +130,20 @@ class MonitorConfig:
         fixes="nothing",
         least=0,
     )
+    windows: int = key(
+        1,
+        "Worst and best sequences of each species, so many of each, that a validation tells and draws base by base; 0 "
+        "leaves them out.",
+        fixes="nothing",
+        least=0,
+    )
+    profile: str | None = key(
+        None,
+        "First and last of some steps, as 10:13, that are profiled: a trace in RUN/profile, on GPUs a snapshot of "
+        "memory, and a table in the log. null profiles none.",
+        fixes="nothing",
+    )
+    profile_ranks: list[int] = key([0], "Ranks that are profiled.", fixes="nothing", least=0)
     report: bool = key(True, "Make RUN/report/report.html when the run is complete.", fixes="nothing")
 
 
@@ -341,3 +188,16 @@ SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Con
 """The dataclass of each section; its docstring says what the section is about."""
 KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() for found in keys_of(section, cls)}
 """Every key, by its name `section.key`."""
+
+
+def profiled_steps(asked: str) -> tuple[int, int]:
+    """First and last step of `monitor.profile`. Raises `UserError` where it does not name two.
+
+    YAML takes 10:13 for a number in base 60, and so it comes here as 613.
+    """
+    first, colon, last = asked.partition(":")
+    if not colon and asked.isdigit():
+        first, last = (str(number) for number in divmod(int(asked), 60))
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
+        raise UserError(f"monitor.profile: give the first and the last step, as 10:13; got '{asked}'")
+    return int(first), int(last)

@@ -262,6 +262,7 @@ def _persistently(attempt: Callable[[], T], waits: Sequence[float]) -> T:
                 raise
             log.warning("data: %s; again in %d s", error, wait)
             time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _download(shard: Shard) -> None:

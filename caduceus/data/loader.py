@@ -190,7 +190,7 @@ class ValidationLoader:
 
     Every rank gets as many batches of the same shapes; where the crops do not
     suffice, a row is a filler without labels.
-    Attributes: `species`, and `samples` {species: crops over all ranks}.
+    Attributes: `species`, `samples` {species: crops over all ranks}, and `rows` of a batch.
     """
 
     def __init__(
@@ -203,7 +203,8 @@ class ValidationLoader:
         device: torch.device | str,
     ) -> None:
         self._chosen, self._reader = chosen, reader
-        self._rank, self._world, self._micro_batch, self._device = rank, world, micro_batch, device
+        self._rank, self._world, self._device = rank, world, device
+        self.rows = micro_batch
         self.species = list(chosen)
         self.samples = {name: len(samples) for name, samples in chosen.items()}
         if rank == 0:
@@ -214,25 +215,24 @@ class ValidationLoader:
     def __iter__(self) -> Iterator[tuple[str, Batch]]:
         for species, chosen in self._chosen.items():
             mine = self._rank + self._world * np.arange(math.ceil(len(chosen) / self._world))
-            for numbers in np.split(mine, range(self._micro_batch, len(mine), self._micro_batch)):
-                yield species, self._batch(chosen, numbers)
+            for numbers in np.split(mine, range(self.rows, len(mine), self.rows)):
+                yield species, self._batch(chosen[numbers % len(chosen)], numbers >= len(chosen))
 
-    def crops(self, species: str, numbers: Sequence[int]) -> Iterator[Batch]:
-        """Some crops of a species, by their numbers (`Batch.g`); every rank gets all, in batches as it usually does."""
-        chosen = self._chosen[species]
-        for first in range(0, len(numbers), self._micro_batch):
-            some = np.full(self._micro_batch, len(chosen))
-            some[: len(numbers) - first] = numbers[first : first + self._micro_batch]
-            yield self._batch(chosen, some)
+    def crops(self, wanted: Sequence[tuple[str, int]]) -> Iterator[Batch]:
+        """Crops by species and number (`Batch.g`, or `FILLER`), in batches; every rank gets what it wants."""
+        for first in range(0, len(wanted), self.rows):
+            some = wanted[first : first + self.rows]
+            rows = [(self._chosen[species], max(number, 0)) for species, number in some]
+            samples = np.concatenate([chosen[row : row + 1] for chosen, row in rows])
+            yield self._batch(samples, np.array([number == FILLER for _, number in some]))
 
     def describe(self, species: str, number: int) -> dict[str, Any]:
         """Where a crop lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
         return self._reader.describe(self._chosen[species][number])
 
-    def _batch(self, chosen: np.ndarray, numbers: np.ndarray) -> Batch:
-        """The crops `numbers`, of which those that are beyond the last one are fillers."""
-        batch = to_batch(self._reader.read(chosen[numbers % len(chosen)]))
-        filler = torch.from_numpy(numbers >= len(chosen))
+    def _batch(self, samples: np.ndarray, is_filler: np.ndarray) -> Batch:
+        batch = to_batch(self._reader.read(samples))
+        filler = torch.from_numpy(is_filler)
         batch.labels[filler] = IGNORE_LABEL
         batch.g[filler] = FILLER
         return batch.to(self._device)

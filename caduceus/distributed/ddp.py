@@ -19,7 +19,10 @@ class DDP(Strategy):
         if config.model.dt_rank == 1:  # of a dimension of one, all strides mean the same memory
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        # The complement of each base, its one buffer, never changes: no pass has to wait for it.
+        return DistributedDataParallel(
+            model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if last else self.model.no_sync()

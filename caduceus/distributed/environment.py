@@ -17,6 +17,7 @@ _GLOO_GROUPS = 3
 """Groups of all ranks that a process keeps over gloo: of training, for slow work, and of those that write."""
 _OTHER_DESCRIPTORS = 512
 """Of a process besides: files, shards, pipes of loader workers, libraries."""
+_PCI_DEVICES = Path("/sys/bus/pci/devices")
 _SIOCGIFADDR = 0x8915
 _ELSEWHERE = "192.0.2.1"
 """An address for documentation, which no network has: the way to it is the way out."""
@@ -86,6 +87,26 @@ def addresses() -> Iterator[tuple[str, str]]:
     for line in table.read_text().splitlines() if table.is_file() else ():
         digits, *_, name = line.split()
         yield name, str(ipaddress.IPv6Address(int(digits, 16)))
+
+
+def stay_near(pci_address: str) -> None:
+    """Have this process, and what it starts, run on the processors beside its GPU: others reach it the long way.
+
+    Not where these are too few of those that it was given, as a scheduler may have chosen them otherwise.
+    """
+    table = _PCI_DEVICES / pci_address / "local_cpulist"
+    if not table.is_file():
+        return
+    given, near = os.sched_getaffinity(0), cpus(table.read_text())
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if given - near and len(given & near) >= max(share, 1):
+        os.sched_setaffinity(0, given & near)
+
+
+def cpus(text: str) -> set[int]:
+    """The numbers of a list as Linux writes it: 0-3,8."""
+    spans = [span.partition("-") for span in text.strip().split(",") if span]
+    return {number for first, _, last in spans for number in range(int(first), int(last or first) + 1)}
 
 
 def set_nccl_defaults(logs: Path) -> None:

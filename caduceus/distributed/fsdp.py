@@ -6,8 +6,10 @@ copies are kept equal by all-reducing gradients between them.
 
 import contextlib
 import logging
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -37,8 +39,10 @@ class FSDP(Strategy):
                 "instead of %.0f %%; a number of ranks that divides model.d_model (%d) can",
                 *(holders, 100 * share, 100 / holders, config.model.d_model),
             )
-        options = {
-            "mesh": sharding_mesh(self.ranks, config.parallel.shard),
+        mesh = sharding_mesh(self.ranks, config.parallel.shard)
+        self._copies = mesh.get_group("replicate") if self.copies > 1 else None
+        options: dict[str, Any] = {
+            "mesh": mesh,
             "shard_placement_fn": lambda parameter: shard_axis(parameter, holders),
             # Parameters and gradients stay fp32 (A_log and dt do not bear bf16); autocast computes GEMMs in bf16.
             "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
@@ -65,7 +69,16 @@ class FSDP(Strategy):
         return self.ranks.world // self._holders
 
     def clip(self, clip_norm: float) -> torch.Tensor:
-        return super().clip(clip_norm).full_tensor()
+        if self._copies is None:
+            return super().clip(clip_norm).full_tensor()
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients).full_tensor().to(self.ranks.device)
+        # Each copy has added it up by itself, perhaps in another order, and all must stay the same bits.
+        dist.broadcast(norm, group=self._copies, group_src=0)
+        if clip_norm:
+            parts = [gradient.to_local() for gradient in gradients]
+            torch._foreach_mul_(parts, torch.clamp(clip_norm / (norm + 1e-6), max=1.0).to(parts[0].device))
+        return norm
 
 
 def shard_axis(parameter: torch.Tensor, holders: int) -> Shard:

@@ -121,9 +121,9 @@ class Ranks:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._sample_group)
         return values
 
-    def gather(self, numbers: list[float]) -> torch.Tensor:
+    def gather(self, numbers: list[float] | torch.Tensor) -> torch.Tensor:
         """(n,) numbers of each rank -> (world, n) float64 on the CPU, the same on all ranks."""
-        mine = torch.tensor(numbers, dtype=torch.float64, device=self._agrees_on)
+        mine = torch.as_tensor(numbers, dtype=torch.float64, device=self._agrees_on)
         if self.world == 1:
             return mine[None].cpu()
         return gather(mine, self._agrees_over).cpu()
@@ -154,22 +154,31 @@ class Ranks:
         A rank raises its own error; one that has none, or only that of a peer, a `PeerError` that says which rank
         failed, how and why.
         """
-        culprit = self._culprit(error)
-        if culprit is None:
+        self._raise_for(self.maximum(self._weight(error)), error)
+
+    def gather_or_raise(self, numbers: torch.Tensor, error: BaseException | None) -> torch.Tensor:
+        """`gather` where no rank has an error, else `raise_together`: in one exchange."""
+        weight = torch.tensor([self._weight(error)], dtype=torch.float64, device=numbers.device)
+        weights, rows = self.gather(torch.cat([weight, numbers])).tensor_split([1], dim=1)
+        self._raise_for(int(weights.max()), error)
+        return rows
+
+    def _raise_for(self, heaviest: int, error: BaseException | None) -> None:
+        """Raise where the heaviest `_weight` of all ranks is one of an error: for the first rank that has it."""
+        if heaviest == 0:
             return
+        culprit = self.world - 1 - (heaviest - 1) % self.world
         told = self.broadcast((socket.gethostname(), error and one_line(error), error and kind_of(error)), culprit)
         if error is not None and (culprit == self.rank or kind_of(error) is not Kind.PEER):
             raise error
         host, message, kind = told
         raise PeerError(f"rank {culprit} on {host} failed: {message}", culprit, kind) from error
 
-    def _culprit(self, error: BaseException | None) -> int | None:
-        """The rank whose error all end for: the first of those with the weightiest kind; None where none has one."""
-        own = 0
-        if error is not None:
-            own = 1 + _WEIGHTS.index(kind_of(error)) * self.world + self.world - 1 - self.rank
-        heaviest = self.maximum(own)
-        return None if heaviest == 0 else self.world - 1 - (heaviest - 1) % self.world
+    def _weight(self, error: BaseException | None) -> int:
+        """By its kind, then by rank; 0 without an error."""
+        if error is None:
+            return 0
+        return 1 + _WEIGHTS.index(kind_of(error)) * self.world + self.world - 1 - self.rank
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from caduceus.config import Config, config_to_dict
 from caduceus.distributed.deepspeed.package import need_deepspeed
-from caduceus.distributed.environment import allow_descriptors, choose_interface, set_nccl_defaults
+from caduceus.distributed.environment import allow_descriptors, choose_interface, set_nccl_defaults, stay_near
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.ranks import Ranks, choose_device, is_lost_contact, make_deterministic
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank, one_line
@@ -205,6 +205,7 @@ def _start_collectives(
     if on_gpu:
         torch.cuda.set_device(device)
         set_nccl_defaults(RunDirectory(config.run.dir).logs_path)
+        _look_at_gpu(device, rank)
     allow_descriptors(world)
     choose_interface(world)
     dist.init_process_group(
@@ -215,6 +216,19 @@ def _start_collectives(
         world_size=world,
         device_id=device if on_gpu else None,
     )
+
+
+def _look_at_gpu(device: torch.device, rank: int) -> None:
+    """Stay near it, and say where ranks cannot reach each other's GPUs."""
+    facts = torch.cuda.get_device_properties(device)
+    stay_near(f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0")
+    local_ranks, seen = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if rank == 0 and seen < local_ranks and "MIG" not in facts.name:
+        _log.warning(
+            "each rank sees %d of the GPUs of its node, on which there are %d ranks: NCCL may not copy from one to the "
+            "other directly then; let every rank see all of them (SLURM: --gpus-per-node, not --gpus-per-task)",
+            *(seen, local_ranks),
+        )
 
 
 def _collective_timeout(stall_minutes: float) -> timedelta:

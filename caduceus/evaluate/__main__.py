@@ -10,7 +10,7 @@ from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError, run_command
-from caduceus.evaluate.commands import add_embed, add_variants
+from caduceus.evaluate.commands import add_embed, add_finetune, add_predict, add_variants
 
 _START = """
 Says what a trained model is worth, and uses it. To begin, give it a run:
@@ -18,6 +18,7 @@ Says what a trained model is worth, and uses it. To begin, give it a run:
   {caduceus-evaluate} heldout --run runs/ps-1k  # loss on held-out sequences, per species
   {caduceus-evaluate} embed --model runs/ps-1k --input genes.fa --out genes.npz  # a vector for each sequence
   {caduceus-evaluate} variants --model runs/ps-1k --input my.vcf --genome genome.fa --out scored.vcf  # their effects
+  {caduceus-evaluate} finetune --model runs/ps-1k --train train.csv --test test.csv --out tuned  # sequence,label
   {caduceus-evaluate} heldout --run runs/ps-1k data.path=shards/yeast  # the same on other shards
   {caduceus-evaluate} --help  # what else it can do
 """
@@ -39,6 +40,8 @@ def main() -> int:
     heldout.set_defaults(handler=_heldout)
     add_embed(commands)
     add_variants(commands)
+    add_finetune(commands)
+    add_predict(commands)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments.handler(arguments)
@@ -51,7 +54,7 @@ def _heldout(arguments: argparse.Namespace) -> None:
     from caduceus.evaluate.heldout import held_out_loss
     from caduceus.hub import load
     from caduceus.hub.folders import run_of
-    from caduceus.ops import check_backend
+    from caduceus.ops.backends import check_backend
 
     if arguments.config is None and arguments.run is None:
         raise UserError(
@@ -62,7 +65,7 @@ def _heldout(arguments: argparse.Namespace) -> None:
     model = load(arguments.run or arguments.export)
     config.model = model.config  # decides which strands a sample may show
     dtype = next(model.parameters()).dtype
-    check_backend(model.backend, device, dtype, config.model.d_state, config.model.d_conv)
+    check_backend(model.backend, device, dtype, config.model)
     batches = build_validation(config, arguments.split, device=device)
     mirror = None if config.data.objective == "next_base" else Ranks(0, 1, 1, device).mirrored
     told = held_out_loss(model.to(device), batches, device, config.train.precision, mirror=mirror)

@@ -11,16 +11,12 @@ def add_embed(commands: Any) -> None:
     """The verb `embed`."""
     parser = commands.add_parser("embed", help="embeddings of sequences, one vector each or one for each base")
     _add_model(parser)
-    parser.add_argument("--input", required=True, metavar="FILE", help="FASTA, 2bit, BED, VCF, CSV, TSV or parquet")
-    parser.add_argument("--genome", metavar="FASTA", help="the genome that a BED or VCF is about")
-    parser.add_argument("--aliases", metavar="FILE", help="a table of names of contigs")
-    parser.add_argument("--window", type=int, metavar="N", help="bases about each BED row or variant")
-    parser.add_argument("--column", default="sequence", help="of the sequences in a table; default sequence")
+    _add_sequences(parser)
     parser.add_argument("--pool", default="mean", metavar="mean|max|centre|base|N", help="base: a vector for each base")
     parser.add_argument("--layer", type=int, default=-1, help="0 the embedding … n_layer or -1 the final norm")
     parser.add_argument("--strands", default="average", metavar="average|concatenate|forward")
     parser.add_argument("--piece", type=int, default=65_536, help="longest sequence in one pass; default 65536")
-    parser.add_argument("--batch-bases", type=int, metavar="N", help="bases of a batch; default as suits the device")
+    _add_batch_bases(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help=".npz or .parquet")
     parser.set_defaults(handler=_embed)
 
@@ -40,9 +36,61 @@ def add_variants(commands: Any) -> None:
     parser.add_argument("--flank", type=int, default=5, help="bases beside an indel that score it; default 5")
     parser.add_argument("--ref-mismatch", default="refuse", metavar="refuse|skip|swap")
     parser.add_argument("--allow-unknown-contigs", action="store_true", help="leave out variants on other contigs")
-    parser.add_argument("--batch-bases", type=int, metavar="N", help="bases of a batch; default as suits the device")
+    _add_batch_bases(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help=".vcf, .vcf.gz, .tsv, .csv or .parquet")
     parser.set_defaults(handler=_variants)
+
+
+def add_finetune(commands: Any) -> None:
+    """The verb `finetune`."""
+    parser = commands.add_parser("finetune", help="train on labelled sequences, beside baselines on the same split")
+    _add_model(parser)
+    parser.add_argument("--train", required=True, metavar="FILE", help="CSV, TSV or parquet of sequence, label")
+    parser.add_argument("--valid", metavar="FILE", help="to choose the best epoch by; default a share of train")
+    parser.add_argument("--test", metavar="FILE", help="measured at the end")
+    parser.add_argument("--column", default="sequence", help="of the sequences; default sequence")
+    parser.add_argument("--label", default="label", help="the column of the labels; default label")
+    parser.add_argument("--longest", type=int, metavar="N", help="refuse sequences of more bases")
+    parser.add_argument("--task", default="auto", metavar="auto|classification|regression")
+    parser.add_argument("--pool", default="mean", metavar="mean|max|centre")
+    parser.add_argument("--frozen", action="store_true", help="train the head alone")
+    parser.add_argument("--probe", action="store_true", help="also a linear model on the embeddings")
+    parser.add_argument("--baseline", default="", metavar="random,cnn,kmer", help="also these, on the same split")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, with seeds 1 to N; default 1")
+    parser.add_argument("--valid-share", type=float, default=0.1, help="of train without --valid; default 0.1")
+    parser.add_argument("--metric", help="what the best epoch is chosen by; default mcc or pearson")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--patience", type=int, default=0, help="end after so many epochs without a better one")
+    parser.add_argument("--class-weights", action="store_true", help="classes count alike, whatever their share")
+    _add_batch_bases(parser)
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.set_defaults(handler=_finetune)
+
+
+def add_predict(commands: Any) -> None:
+    """The verb `predict`."""
+    parser = commands.add_parser("predict", help="what a fine-tuned model says of new sequences")
+    parser.add_argument("--model", required=True, metavar="DIR", help="OUT/model of finetune")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    _add_sequences(parser)
+    _add_batch_bases(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help=".tsv, .csv or .parquet")
+    parser.set_defaults(handler=_predict)
+
+
+def _add_batch_bases(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-bases", type=int, metavar="N", help="bases of a batch; default as suits the device")
+
+
+def _add_sequences(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", required=True, metavar="FILE", help="FASTA, 2bit, BED, VCF, CSV, TSV or parquet")
+    parser.add_argument("--genome", metavar="FASTA", help="the genome that a BED or VCF is about")
+    parser.add_argument("--aliases", metavar="FILE", help="a table of names of contigs")
+    parser.add_argument("--window", type=int, metavar="N", help="bases about each BED row or variant")
+    parser.add_argument("--column", default="sequence", help="of the sequences in a table; default sequence")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -87,3 +135,29 @@ def _variants(arguments: argparse.Namespace) -> None:
             runner, arguments.every_snv, arguments.genome, arguments.out, options, arguments.aliases
         )
     print(f"{arguments.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in found.items()))
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from caduceus.evaluate.finetune import FinetuneOptions, finetune, table_of
+    from caduceus.evaluate.fitting import FitOptions
+    from caduceus.evaluate.labelled import LabelledTable
+    from caduceus.evaluate.model import Runner
+
+    arguments.baselines = tuple(filter(None, arguments.baseline.split(",")))
+    arguments.fit = _picked(arguments, FitOptions)
+    options = _picked(arguments, FinetuneOptions)
+    files = {"train": arguments.train, "valid": arguments.valid, "test": arguments.test}
+    columns = arguments.column, arguments.label, arguments.longest
+    tables = {name: LabelledTable(path, *columns) for name, path in files.items() if path is not None}
+    runner = Runner(arguments.model, arguments.device, arguments.precision)
+    result = finetune(runner, tables, arguments.out, options)
+    print(f"{table_of(result)}\n{arguments.out}: written")
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from caduceus.evaluate.predict import Predictor, predict_file
+    from caduceus.evaluate.sequences import SequenceSource
+
+    source = _picked(arguments, SequenceSource)
+    predict_file(Predictor(arguments.model, arguments.device), source, arguments.out, arguments.batch_bases)
+    print(f"{arguments.out}: written")

@@ -1,7 +1,6 @@
 """Loss on held-out sequences, per species, and what else a validation tells."""
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -10,6 +9,8 @@ from caduceus.data.batch import Batch
 from caduceus.data.loader import ValidationLoader
 from caduceus.errors import UserError
 from caduceus.evaluate.detail import Details, Mirror, of_loss, reverse_complement_of
+from caduceus.model.heads import MaskedLMOutput
+from caduceus.model.precision import autocast
 
 
 @torch.no_grad()
@@ -21,11 +22,13 @@ def held_out_loss(
     add_up: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
     each: Callable[[ValidationLoader], Iterable[tuple[str, Batch]]] = iter,
     mirror: Mirror | None = None,
+    seen: Callable[[str, MaskedLMOutput], None] = lambda species, output: None,
 ) -> dict[str, float]:
     """Cross-entropy over all labelled bases (weighted by `loss_weights` where there are any), in nats.
 
     `add_up` adds a tensor up over the ranks that share the batches, and `each` is what iterates over these. With
-    `mirror`, the first batch of each species is also predicted from its reverse complement.
+    `mirror`, the first batch of each species is also predicted from its reverse complement. `seen` is called with the
+    species and the output of each batch.
     Returns {"valid_loss": …, "valid_loss/SPECIES": …}, a species without a labelled base left out; and what
     `docs/watching.md` says of a validation: perplexity, bits per base, accuracy, by region and species, confusion, how
     far the strands disagree. Raises `UserError` where no base at all is labelled and counts.
@@ -41,6 +44,7 @@ def held_out_loss(
             output = model(batch.input_ids, batch.labels, batch.loss_weights)
         sums[rows[species]] += torch.stack([output.loss_sum, output.weight_sum]).sum(1, dtype=torch.float64)
         details.add(species, output.logits, batch)
+        seen(species, output)
         if mirror is not None and species not in mirrored:
             mirrored.add(species)
             with autocast(device, precision):
@@ -54,15 +58,10 @@ def held_out_loss(
             "validation: no base is labelled and counts for the loss; raise valid.samples, or see data.mask_prob and "
             "data.repeat_weight"
         )
-    species = zip(batches.species, sums.tolist(), strict=True)
+    of_species = zip(batches.species, sums.tolist(), strict=True)
     return {
         "valid_loss": loss / weight,
-        **{f"valid_loss/{name}": loss / weight for name, (loss, weight) in species if weight},
+        **{f"valid_loss/{name}": loss / weight for name, (loss, weight) in of_species if weight},
         **of_loss(loss / weight),
         **details.row(of_details.cpu()),
     }
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast | nullcontext:
-    """bf16 autocast, or nothing for fp32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

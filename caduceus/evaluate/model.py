@@ -13,12 +13,12 @@ from torch import Tensor
 from caduceus.config import CaduceusConfig
 from caduceus.distributed.ranks import choose_device
 from caduceus.errors import UserError
-from caduceus.evaluate.heldout import autocast
 from caduceus.files import fingerprint
 from caduceus.hub import load
 from caduceus.model.backbone import Backbone
 from caduceus.model.heads import CaduceusForMaskedLM
-from caduceus.ops import check_backend
+from caduceus.model.precision import autocast
+from caduceus.ops.backends import check_backend
 
 
 class Runner:
@@ -33,7 +33,7 @@ class Runner:
         self.model = (model if isinstance(model, CaduceusForMaskedLM) else load(model)).to(self.device).eval()
         self.precision = precision
         dtype = next(self.model.parameters()).dtype
-        check_backend(self.model.backend, self.device, dtype, self.config.d_state, self.config.d_conv)
+        check_backend(self.model.backend, self.device, dtype, self.config)
 
     @property
     def config(self) -> CaduceusConfig:

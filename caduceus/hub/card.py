@@ -95,7 +95,7 @@ def _training(run: RunDirectory, step: int | None) -> str:
         "code": start.get("git_commit") or "not known",
         "training loss at the last step": f"{last['loss']:.4f} nats per labelled base",
     }
-    validated = next((row for row in reversed(rows) if "valid_loss" in row), {})
+    validated: dict[str, Any] = next((row for row in reversed(rows) if "valid_loss" in row), {})
     for name, loss in validated.items():
         if name.startswith("valid_loss"):
             species = name.partition("/")[2]

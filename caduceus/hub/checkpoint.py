@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
-from caduceus.hub.published import PublishedLayout, from_published
+from caduceus.hub.published import PublishedLayout, from_published, mixer_of
 from caduceus.hub.published_config import config_from_published, keys_without_effect
 from caduceus.hub.weights import WEIGHTS, Weights, find_weights, read_json, read_weights
 from caduceus.model.heads import CaduceusForMaskedLM
@@ -52,7 +52,7 @@ class PublishedCheckpoint:
                     f"{path}: neither tells its configuration nor has a {PUBLISHED_CONFIG} beside it; the published "
                     "training writes model_config.json"
                 )
-        return cls(config_path or file, config, weights)
+        return cls(config_path or file, {"mixer": mixer_of(weights.tensors), **config}, weights)
 
     def model(self) -> CaduceusForMaskedLM:
         """The model, every tensor accounted for. Keys and tensors that it has no use for are named in the log."""

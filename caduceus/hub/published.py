@@ -1,6 +1,6 @@
 """State dict of the published Caduceus code (repository kuleshov-group/caduceus) <-> our model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from caduceus.errors import UserError
 from caduceus.hub.published_config import complement, config_from_published, config_to_published, refuse
 from caduceus.model.heads import CaduceusForMaskedLM
 
-_MIXER_NAMES = {
+_MAMBA_NAMES = {
     "in_proj": "in_proj.weight",
     "conv_weight": "conv1d.weight",
     "conv_bias": "conv1d.bias",
@@ -22,6 +22,16 @@ _MIXER_NAMES = {
     "D": "D",
     "out_proj": "out_proj.weight",
 }
+_MAMBA2_NAMES = {
+    "in_proj": "in_proj.weight",
+    "conv_weight": "conv1d.weight",
+    "conv_bias": "conv1d.bias",
+    "dt_bias": "dt_bias",
+    "A_log": "A_log",
+    "D": "D",
+    "norm_weight": "norm.weight",
+    "out_proj": "out_proj.weight",
+}
 
 
 def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> CaduceusForMaskedLM:
@@ -30,11 +40,16 @@ def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Cad
     Raises `UserError` naming the key for a configuration value that is unknown or unsupported, for a tensor that is
     missing, too many, not floating point or of the wrong shape, and for tied weights that differ.
     """
-    ours = config_from_published(config)
+    ours = config_from_published({"mixer": mixer_of(state_dict), **config})
     model = CaduceusForMaskedLM(ours)
     state = PublishedLayout(ours).checked(model.state_dict(), state_dict)
     model.to(state["embedding.weight"].dtype).load_state_dict(state)
     return model
+
+
+def mixer_of(state_dict: Iterable[str]) -> str:
+    """The mixer of a published state dict, which published configurations do not name."""
+    return "mamba2" if any(name.endswith("mamba_fwd.dt_bias") for name in state_dict) else "mamba"
 
 
 def to_published(model: CaduceusForMaskedLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -147,7 +162,7 @@ class PublishedLayout:
             for part in norm_parts:
                 name = f"caduceus.backbone.layers.{layer}.norm{wrapper}.{part}"
                 yield _Entry(f"blocks.{layer}.norm.{part}", None, name)
-            for ours, theirs in _MIXER_NAMES.items():
+            for ours, theirs in (_MAMBA2_NAMES if self.config.mixer == "mamba2" else _MAMBA_NAMES).items():
                 tied = self._projections_are_tied() and ours in ("in_proj", "out_proj")
                 for index, direction in enumerate(directions[:1] if tied else directions):
                     name = f"{self._mixer(layer)}.mamba_{direction}.{theirs}"

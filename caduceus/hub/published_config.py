@@ -1,5 +1,6 @@
 """Configuration of the published Caduceus code (its `config.json`) <-> ours."""
 
+import math
 from typing import Any
 
 from caduceus.alphabet import CADUCEUS, IGNORE_LABEL, PLANTCAD
@@ -25,11 +26,27 @@ _VOCAB_SIZES = {12: 12, 16: 12, 8: 8}
 """Ours for each published `vocab_size`: published checkpoints of Caduceus count the rows that pad its table."""
 _PAD_TOKEN_IDS = {CADUCEUS: CADUCEUS.pad, PLANTCAD: IGNORE_LABEL}
 """`pad_token_id` of published configurations, which is the label that published code ignores."""
-_SSM_SIZES = {"d_state": 16, "d_conv": 4, "expand": 2}
-FUNCTION_KEYS = {*_SHARED_KEYS, "vocab_size", "vocab_size_padded", "complement_map", "ssm_cfg"}
+_SSM_SIZES = {
+    "mamba": {"d_state": 16, "d_conv": 4, "expand": 2},
+    "mamba2": {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64},
+}
+"""Keys of `ssm_cfg` that are ours too, by mixer."""
+FUNCTION_KEYS = {
+    *(*_SHARED_KEYS, "vocab_size", "vocab_size_padded", "complement_map", "ssm_cfg"),
+    "mixer",  # ours: the code of PlantCAD2 has one mixer, and its configuration does not name it
+    "d_intermediate",
+}
 """Keys of a published configuration that say which function the model is."""
 # Keys that say how a model was initialised, saved or is called, not which function it is.
-_SSM_KEYS_WITHOUT_EFFECT = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"}
+_SSM_KEYS_WITHOUT_EFFECT = {
+    *("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"),
+    *("A_init_range", "chunk_size", "use_mem_eff_path"),
+}
+_SSM_REQUIRED = {
+    "mamba2": {"ngroups": 1, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None},
+    "mamba": {},
+}
+"""What other keys of `ssm_cfg` must be, by mixer, where they are given."""
 _KEYS_WITHOUT_EFFECT = {
     "_name_or_path",
     "_commit_hash",
@@ -66,24 +83,31 @@ def config_from_published(published: dict[str, Any]) -> CaduceusConfig:
     ssm = published.get("ssm_cfg") or {}
     known = FUNCTION_KEYS | _KEYS_WITHOUT_EFFECT | {"model_type"}
     refuse(published.keys() - known, "unknown key in the configuration")
-    known_ssm = {*_SSM_SIZES, *_SSM_KEYS_WITHOUT_EFFECT, "dt_rank", "conv_bias", "bias"}
+    _require(published, "mixer", *_SSM_SIZES)
+    mixer = published.get("mixer", "mamba")
+    sizes, required = _SSM_SIZES[mixer], {"conv_bias": True, "bias": False, **_SSM_REQUIRED[mixer]}
+    rank = {"dt_rank"} if mixer == "mamba" else {"dt_limit"}
+    known_ssm = {*sizes, *required, *rank, *_SSM_KEYS_WITHOUT_EFFECT}
     refuse({f"ssm_cfg.{key}" for key in ssm.keys() - known_ssm}, "unknown key in the configuration")
 
     values = {}
-    for source, keys, prefix in ((published, _SHARED_KEYS, ""), (ssm, _SSM_SIZES, "ssm_cfg.")):
+    for source, keys, prefix in ((published, _SHARED_KEYS, ""), (ssm, sizes, "ssm_cfg.")):
         for key, default in keys.items():
             value = source.get(key, default)
             if value is _REQUIRED:
                 raise UserError(f"{prefix}{key}: missing from the configuration")
             values[key] = _checked_type(f"{prefix}{key}", value, type(getattr(CaduceusConfig, key)))
     _require(published, "vocab_size", *_VOCAB_SIZES)
-    config = CaduceusConfig(**values, vocab_size=_VOCAB_SIZES[published.get("vocab_size", 12)])
+    config = CaduceusConfig(**values, mixer=mixer, vocab_size=_VOCAB_SIZES[published.get("vocab_size", 12)])
 
     _require(published, "model_type", "caduceus")
     _require(published, "vocab_size_padded", config.padded_vocab_size)
+    _require(published, "d_intermediate", 0)
     _require(ssm, "dt_rank", "auto", config.dt_rank, prefix="ssm_cfg.")
-    _require(ssm, "conv_bias", True, prefix="ssm_cfg.")
-    _require(ssm, "bias", False, prefix="ssm_cfg.")
+    for key, value in required.items():
+        _require(ssm, key, value, prefix="ssm_cfg.")
+    if list(ssm.get("dt_limit", (0, math.inf))) != [0, math.inf]:
+        raise UserError(f"ssm_cfg.dt_limit: only (0, inf) is supported, got {ssm['dt_limit']!r}")
     given = published.get("complement_map")
     ordered = given and [given.get(str(token), given.get(token)) for token in range(len(given))]
     if given is not None and ordered != complement(config)[: len(given)]:
@@ -99,12 +123,16 @@ def keys_without_effect(published: dict[str, Any]) -> list[str]:
 
 def config_to_published(config: CaduceusConfig) -> dict[str, Any]:
     """The published configuration of the same function; `config_from_published` gives `config` back."""
-    sizes = {key: getattr(config, key) for key in _SSM_SIZES}
+    sizes = {key: getattr(config, key) for key in _SSM_SIZES[config.mixer]}
+    if sizes.get("headdim") == _SSM_SIZES["mamba2"]["headdim"]:
+        del sizes["headdim"]  # as in published configurations
+    rank = {"dt_rank": "auto"} if config.mixer == "mamba" else {}
     return {
         **{key: getattr(config, key) for key in _SHARED_KEYS},
         "vocab_size": config.vocab_size,
         "vocab_size_padded": config.padded_vocab_size,
-        "ssm_cfg": {**sizes, "dt_rank": "auto", "conv_bias": True, "bias": False},
+        "ssm_cfg": {**sizes, **rank, "conv_bias": True, "bias": False},
+        **({"mixer": "mamba2", "d_intermediate": 0} if config.mixer == "mamba2" else {}),
         "complement_map": {str(token): other for token, other in enumerate(complement(config))},
         "pad_token_id": _PAD_TOKEN_IDS[config.vocabulary],
     }

@@ -36,7 +36,8 @@ def remote_code() -> dict[str, str]:
 def _naming_all_that_is_needed(files: dict[str, str], name: str) -> str:
     """Lines for the end of a file: old versions of `transformers` copy the files that it names, and not those that they
     name in turn."""
-    needed, waiting = set(), [name]
+    needed: set[str] = set()
+    waiting = [name]
     while waiting:
         named = set(re.findall(r"^\s*from \.(\w+) import", files[waiting.pop()], re.MULTILINE)) - needed
         needed |= named

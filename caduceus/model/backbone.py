@@ -150,7 +150,7 @@ class Backbone(nn.Module):
         names = set()
         for path, module in self.named_modules():
             for name, _ in module.named_parameters(recurse=False):
-                if isinstance(module, Norm) or name in ("conv_bias", "dt_bias", "A_log", "D"):
+                if isinstance(module, Norm) or name in ("conv_bias", "dt_bias", "A_log", "D", "norm_weight"):
                     names.add(f"{path}.{name}")
         return names
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
-from caduceus.model.mamba import BiMamba, with_mirrored_channels
+from caduceus.model.mamba import BiMamba
+from caduceus.model.mamba2 import BiMamba2
+from caduceus.model.mixer import with_mirrored_channels
 from caduceus.model.observer import Observer
 from caduceus.ops import add_norm
 
@@ -21,7 +23,7 @@ def residual_dtype(config: CaduceusConfig, weight: Tensor) -> torch.dtype:
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over D of residual + x, (S, B, L, D), in at least fp32. Mirrored channels as in `BiMamba`.
+    """RMSNorm or LayerNorm over D of residual + x, (S, B, L, D), in at least fp32. Mirrored channels as in `Mixer`.
 
     Returns the norm, in the type that products are computed in, and the sum, in the residual's type.
     """
@@ -58,7 +60,7 @@ class Block(nn.Module):
         super().__init__()
         options = {"mirrored_stream": mirrored_stream, "mirror_channels": mirror_channels, "backend": backend}
         self.norm = Norm(config, **options)
-        self.mixer = BiMamba(config, **options)
+        self.mixer = (BiMamba2 if config.mixer == "mamba2" else BiMamba)(config, **options)
         self.observer: Observer | None = None
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

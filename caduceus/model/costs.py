@@ -6,35 +6,53 @@ Shapes: D d_model, E inner channels, N states, P directions, Q sets of projectio
 from dataclasses import dataclass
 
 from caduceus.config import CaduceusConfig
+from caduceus.config.model import CHUNK
 
 MOMENTS = 2
 """Tensors that AdamW keeps of each parameter, each of the parameter's size."""
 _FP32 = 4
 CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
 """Bytes that a checkpoint holds for a parameter: its value and its moments."""
-TRAINING_BYTES = (2 + MOMENTS) * _FP32
-"""Bytes that training holds for a parameter: its value, gradient and moments."""
 
 
 def parameter_count(model: CaduceusConfig) -> int:
     """Trainable parameters of the model."""
-    d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
-    direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
-    norm = d if model.rms_norm else 2 * d
-    block = _projections(model) * 3 * d * e + _directions(model) * direction + norm
-    return model.n_layer * block + norm + model.padded_vocab_size * d
+    return model.n_layer * block_parameters(model) + _norm(model) + model.padded_vocab_size * model.d_model
+
+
+def block_parameters(model: CaduceusConfig) -> int:
+    """Those of one block."""
+    d, e, n, r, h = model.d_model, model.d_inner, model.d_state, model.dt_rank, model.heads
+    if model.mixer == "mamba2":
+        projections = d * (3 * e + 2 * n + h)
+        direction = (e + 2 * n) * (model.d_conv + 1) + 3 * h + e
+    else:
+        projections = 3 * d * e
+        direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
+    return _projections(model) * projections + _directions(model) * direction + _norm(model)
 
 
 def flops_per_base(model: CaduceusConfig) -> int:
     """Floating-point operations in matrix products, forward and backward (twice the forward), for a base."""
     d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
-    mixer = _projections(model) * 3 * d * e + _directions(model) * (e * (r + 2 * n) + r * e)
+    if model.mixer == "mamba2":
+        scan = n * CHUNK + e * CHUNK + 2 * e * n  # B with C, weights with x, and states in and out
+        mixer = _projections(model) * d * (3 * e + 2 * n + model.heads) + _directions(model) * scan
+    else:
+        mixer = _projections(model) * 3 * d * e + _directions(model) * (e * (r + 2 * n) + r * e)
     return 3 * 2 * (model.n_layer * mixer + d * model.padded_vocab_size) * streams(model)
 
 
 def exponentials_per_base(model: CaduceusConfig) -> int:
-    """Exponentials of the scans, which decay E x N states in each direction, forward and backward."""
-    return 2 * model.n_layer * _directions(model) * model.d_inner * model.d_state * streams(model)
+    """Exponentials of the scans, in each direction.
+
+    Mamba's decay E x N states in four passes: two go forward, for the states of chunks and for the outputs; two
+    backward, for the replayed states and for the gradients. Mamba-2's decay, for each head, a base's way to every
+    other one of its chunk, in two passes: forward, and again on the way back.
+    """
+    of_mamba = 4 * model.d_inner * model.d_state
+    of_direction = 2 * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
+    return model.n_layer * _directions(model) * of_direction * streams(model)
 
 
 @dataclass(frozen=True)
@@ -58,6 +76,8 @@ def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: boo
     kernel computes the norm; otherwise what comes before its weight is kept too."""
     d, e, directions, projections = model.d_model, model.d_inner, _directions(model), _projections(model)
     residual = d * (max(element, _FP32) if model.residual_in_fp32 else element)
+    if model.mixer == "mamba2":
+        return _block_bytes_of_mamba2(model, element, residual, fused_norm)
     scan_inputs = directions * (2 * e + model.dt_rank + 2 * model.d_state) * element  # u, dt, its low rank, B and C
     states = directions * e * model.d_state * max(element, _FP32)
     rest = (d + (0 if fused_norm else d) + projections * 3 * e) * element  # with x, z, and the output
@@ -66,9 +86,25 @@ def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: boo
     return BlockBytes(lean + scan_inputs, lean, residual, gradients, states)
 
 
+def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, fused_norm: bool) -> BlockBytes:
+    """The scan keeps its operands and its output, and makes all else again, for the block that it is in."""
+    d, e, n, h = model.d_model, model.d_inner, model.d_state, model.heads
+    directions, projections = _directions(model), _projections(model)
+    convolved = directions * (e + 2 * n) * element
+    rest = (d + (0 if fused_norm else d) + projections * (3 * e + 2 * n + h) + directions * e) * element
+    within = directions * h * CHUNK * (3 * _FP32 + 2 * 2 * _FP32)  # T x T matrices in fp32, and two in fp64
+    gradients = (2 * directions * (e + 2 * n) + projections * 2 * e) * element + within
+    states = directions * e * n * _FP32
+    return BlockBytes(residual + rest + convolved, residual + rest, residual, gradients, states)
+
+
 def streams(model: CaduceusConfig) -> int:
     """Strands that the model follows."""
     return 2 if model.rcps else 1
+
+
+def _norm(model: CaduceusConfig) -> int:
+    return model.d_model if model.rms_norm else 2 * model.d_model
 
 
 def _directions(model: CaduceusConfig) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
 from caduceus.model.backbone import Backbone
-from caduceus.model.mamba import project
+from caduceus.model.mixer import project
 from caduceus.ops import Strands, head_cross_entropy
 
 

@@ -1,66 +1,28 @@
-"""The mixer: Mamba run in both directions and on one or two strands, with no tensor ever flipped.
+"""Mamba (Gu and Dao 2023, arXiv:2312.00752) in both directions and on one or two strands, with no tensor ever flipped.
 
-Shapes: B batch, L length, D d_model, E inner channels, N states, K convolution width, R rank of the step projection,
-S streams (1, or 2 where the model follows both strands), P directions (2, or 1 for a uni-directional model),
-Q sets of in and out projections (P where untied, else 1).
+Shapes as in `caduceus.model.mixer`; R rank of the step projection.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
+from caduceus.model.mixer import DT_FLOOR, DT_MAX, DT_MIN, Apply, Carried, Mixer, negative_exp, project
 from caduceus.model.observer import POSITIONS, Observer
-from caduceus.model.recompute import with_operands_made_again
-from caduceus.ops import PAD_DT, Context, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
-
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
-"""Range of the step sizes at initialisation, and the smallest allowed (Gu and Dao 2023, arXiv:2312.00752)."""
+from caduceus.ops import PAD_DT, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
 
 
-Carried = tuple[Tensor, Tensor]
-"""What a run carries from one piece of a sequence into the next: the inputs that the convolution's taps still see,
-(B, at most K - 1, E), and the state of the scan, (B, E, N)."""
-
-
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """Linear maps without bias, x (G, …, in) by weight (G, out, in), or (1, out, in) for all of x -> (G, …, out)."""
-    if weight.shape[0] == 1:
-        return F.linear(x, weight[0])
-    return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
-
-
-def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int, streams: int) -> Tensor:
-    """`weight` for each stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
-
-    A stream that is held channel-flipped meets weights flipped along D instead, so activations never are.
-    """
-    return torch.stack([weight.flip(dim) if stream == mirrored_stream else weight for stream in range(streams)])
-
-
-class BiMamba(nn.Module):
-    """Selective state space mixer over every stream, (S, B, L, D) -> (S, B, L, D).
-
-    Parameters of direction d (0 left-to-right, 1 right-to-left) are stacked on a leading axis. The `mirrored_stream`
-    runs as the reverse complement: it has the directions exchanged, and with `mirror_channels` also D flipped at entry
-    and exit, which its projections absorb. With one stream, `mirrored_stream` 1 means that it is not this one.
-    """
+class BiMamba(Mixer):
+    """A mixer whose states decay each at a rate of its own."""
 
     def __init__(
         self, config: CaduceusConfig, *, mirrored_stream: int = 1, mirror_channels: bool = False, backend: str = "auto"
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.mirrored_stream = mirrored_stream
-        self.mirror_channels = mirror_channels
-        self.backend = backend
-        self.context: Context | None = None
-        self.observer: Observer | None = None
-        directions = 2 if config.bidirectional else 1
-        projections = 1 if config.bidirectional_weight_tie else directions
+        super().__init__(config, mirrored_stream=mirrored_stream, mirror_channels=mirror_channels, backend=backend)
+        directions, projections = self.directions, self.projections
         d_model, d_inner, rank, states = config.d_model, config.d_inner, config.dt_rank, config.d_state
         self.in_proj = nn.Parameter(torch.empty(projections, 2 * d_inner, d_model))
         self.conv_weight = nn.Parameter(torch.empty(directions, d_inner, config.d_conv))
@@ -91,28 +53,6 @@ class BiMamba(nn.Module):
         self.D.fill_(1)
         uniform(self.out_proj, (config.d_inner * config.n_layer) ** -0.5)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        pad_mask: Tensor | None = None,
-        starts: Tensor | None = None,
-        recompute_scan_inputs: bool = False,
-    ) -> Tensor:
-        """hidden (S, B, L, D), pad_mask (B, L) bool, true where a position is only padding of the batch; starts (B, L)
-        bool, true where a packed sequence begins: nothing crosses its border in either direction. With
-        `recompute_scan_inputs` the backward pass computes convolution, step sizes, B and C again, but not the scan."""
-        config = self.config
-        if self.observer is not None:
-            self._show_steps(self.observer, hidden)
-        if config.bidirectional:
-            jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
-        else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
-            jointly = self.mirrored_stream == 1 and not self._has_strand_apart(hidden)
-        mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
-        if recompute_scan_inputs:
-            return _uncompiled(mix, hidden, pad_mask, starts, with_operands_made_again)
-        return mix(hidden, pad_mask, starts, _apply)
-
     @torch.compiler.disable
     @torch.no_grad()
     def _show_steps(self, observer: Observer, hidden: Tensor) -> None:
@@ -131,22 +71,17 @@ class BiMamba(nn.Module):
             )
             dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
             steps.append(F.softplus(dt[0] + self.dt_bias[direction]))
-        observer.steps(torch.stack(steps), _negative_exp(self.A_log))
+        observer.steps(torch.stack(steps), negative_exp(self.A_log))
 
     def _mix_directions_jointly(
-        self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Callable[..., Tensor]
+        self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
     ) -> Tensor:
         """Both directions share x, z and the out projection: projections and pointwise maps commute with flips."""
         x, z = self._project_in(hidden, 0, pad_mask)
-        # The ops exchange the directions of stream 1. Where stream 0 is the mirrored one, exchange the parameters.
         parameters = self.conv_weight, self.conv_bias, self.x_proj, self.dt_proj, self.dt_bias, self.A_log, self.D
-        if self.mirrored_stream == 0:
-            parameters = [parameter.flip(0) for parameter in parameters]
-        elif self._has_strand_apart(hidden):
-            parameters = [parameter.clone() for parameter in parameters]
-        conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = parameters
+        conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = self._parameters_by_role(hidden, *parameters)
         where = {"context": self.context, "starts": starts, "backend": self.backend}
-        A = _negative_exp(A_log)
+        A = negative_exp(A_log)
 
         def scan_inputs() -> tuple[Tensor, ...]:
             u = bidirectional_conv1d(x, conv_weight, conv_bias, **where)
@@ -157,40 +92,21 @@ class BiMamba(nn.Module):
 
         return self._project_out(apply(scan_inputs, scan), 0)
 
-    def _has_strand_apart(self, hidden: Tensor) -> bool:
-        """Whether the other strand is on another rank.
-
-        Gradients must then be ready in the same order on both, as DeepSpeed adds them up in the order in which they
-        come: so both take the same operators, whatever their role.
-        """
-        return self.config.rcps and hidden.shape[0] == 1
-
-    def _mix_directions_apart(
-        self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Callable[..., Tensor]
-    ) -> Tensor:
-        """Directions with projections of their own, or joined by multiplication."""
-        directions = range(2 if self.config.bidirectional else 1)
-        outputs = [self._mix_direction(hidden, direction, pad_mask, starts, apply) for direction in directions]
-        if len(outputs) == 1:
-            return outputs[0]
-        forward, backward = outputs
-        return forward + backward if self.config.bidirectional_strategy == "add" else forward * backward
-
     def _mix_direction(
         self,
         hidden: Tensor,
         direction: int,
         pad_mask: Tensor | None,
         starts: Tensor | None,
-        apply: Callable[..., Tensor],
+        apply: Apply,
     ) -> Tensor:
         projection = direction % self.in_proj.shape[0]
         x, z = self._project_in(hidden, projection, pad_mask)
-        reverse = [(direction == 1) != (stream == self.mirrored_stream) for stream in range(hidden.shape[0])]
+        reverse = self._runs_backwards(hidden, direction)
         where = {"context": self.context, "starts": starts, "backend": self.backend}
         conv_weight, conv_bias = self.conv_weight[direction], self.conv_bias[direction]
         x_proj, dt_proj = self.x_proj[direction, None], self.dt_proj[direction, None]
-        A, D, dt_bias = _negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
+        A, D, dt_bias = negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
 
         def scan_inputs() -> tuple[Tensor, ...]:
             u = torch.stack(
@@ -212,19 +128,6 @@ class BiMamba(nn.Module):
 
         return self._project_out(apply(scan_inputs, scan), projection)
 
-    def mix_piece(self, hidden: Tensor, backwards: bool, carried: list[Carried | None]) -> tuple[Tensor, list]:
-        """What the runs that go one way make of a piece of longer sequences, and what they carry into the next piece.
-
-        hidden (S, B, l, D); `carried` by stream, None before the first piece. Zeros for a stream without such a run.
-        With `bidirectional_strategy: add` both ways add up to the mixer's output, else they are to be multiplied.
-        """
-        mixed, handed_on = torch.zeros_like(hidden), list(carried)
-        for stream, rows in enumerate(hidden):
-            direction = int(backwards != (stream == self.mirrored_stream))
-            if direction < len(self.conv_weight):
-                mixed[stream], handed_on[stream] = self._mix_run(rows, stream, direction, backwards, carried[stream])
-        return mixed, handed_on
-
     def _mix_run(
         self, rows: Tensor, stream: int, direction: int, backwards: bool, carried: Carried | None
     ) -> tuple[Tensor, Carried]:
@@ -233,16 +136,12 @@ class BiMamba(nn.Module):
         in_proj = self._for_streams(self.in_proj[projection], -1, stream + 1)[-1]
         out_proj = self._for_streams(self.out_proj[projection], 0, stream + 1)[-1]
         x, z = (F.linear(rows, weight) for weight in in_proj.chunk(2))
-        taps, state = carried or (x[:, :0], None)
-        seen = torch.cat([x, taps] if backwards else [taps, x], 1)
-        first = 0 if backwards else taps.shape[1]
-        u = causal_conv1d(seen, self.conv_weight[direction], self.conv_bias[direction], **where)
-        u = u.narrow(1, first, x.shape[1])
+        taps, state = carried or (None, None)
+        weight, bias = self.conv_weight[direction], self.conv_bias[direction]
+        u, taps = self._convolved_piece(x, backwards, taps, lambda seen: causal_conv1d(seen, weight, bias, **where))
         dt, B, C = self._project_scan_inputs(u, self.x_proj[direction, None], self.dt_proj[direction, None], None)
-        A, D, dt_bias = _negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
+        A, D, dt_bias = negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
         y, state = selective_scan(u, dt, A, B, C, D, z, dt_bias, initial_state=state, return_final_state=True, **where)
-        width = min(self.config.d_conv - 1, seen.shape[1])
-        taps = seen.narrow(1, 0 if backwards else seen.shape[1] - width, width).clone()
         return F.linear(y, out_proj), (taps, state)
 
     def _project_in(self, hidden: Tensor, projection: int, pad_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -264,24 +163,3 @@ class BiMamba(nn.Module):
         if pad_mask is not None:
             dt = dt.masked_fill(pad_mask[..., None], PAD_DT)
         return dt, B, C
-
-    def _project_out(self, y: Tensor, projection: int) -> Tensor:
-        return project(y, self._for_streams(self.out_proj[projection], 0, y.shape[0]))
-
-    def _for_streams(self, weight: Tensor, dim: int, streams: int) -> Tensor:
-        if not self.mirror_channels:
-            return weight[None]
-        return with_mirrored_channels(weight, dim, self.mirrored_stream, streams)
-
-
-def _negative_exp(A_log: Tensor) -> Tensor:
-    return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
-
-
-def _apply(scan_inputs: Callable[[], tuple[Tensor, ...]], scan: Callable[..., Tensor]) -> Tensor:
-    return scan(*scan_inputs())
-
-
-@torch.compiler.disable  # hooks on saved tensors are not for a compiled graph
-def _uncompiled(mix: Callable[..., Tensor], *arguments: Tensor | Callable | None) -> Tensor:
-    return mix(*arguments)

@@ -1,11 +1,12 @@
 """python -m caduceus.monitor RUN [RUN …]: how runs stand that train elsewhere, from their directories alone.
 
 In a terminal a panel per run, which follows them until Ctrl-C; elsewhere a line per run. With --report FILE one HTML
-page of them instead.
+page of them instead. `dashboard` in the place of runs makes a workspace of W&B.
 """
 
 import contextlib
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from caduceus.monitor.following import Follower
 from caduceus.monitor.report.write import write_report
 from caduceus.monitor.terminal import panel, plain_line
 from caduceus.monitor.view import View
+from caduceus.monitor.wandb import dashboard
 from caduceus.run.directory import RunDirectory
 
 _POLL_SECONDS = 1.0
@@ -42,7 +44,10 @@ class Followed:
 
 def main() -> int:
     """Show the runs; returns the exit status."""
-    parser = Parser(prog="python -m caduceus.monitor", description="Watch runs from their directories.")
+    if sys.argv[1:2] == ["dashboard"]:
+        return dashboard.main(sys.argv[2:])
+    about = "Watch runs from their directories. `dashboard --help` tells of workspaces in W&B."
+    parser = Parser(prog="python -m caduceus.monitor", description=about)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page (HTML) with curves and differences")
     arguments = parser.parse_args()

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from caduceus.monitor.terminal import Terminal
 from caduceus.monitor.view import BEST, View, clock
 from caduceus.monitor.wandb.identity import status
 from caduceus.monitor.wandb.process import WandbProcess
+from caduceus.monitor.windows import Drawing
 from caduceus.run.directory import RunDirectory
 
 _log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class Monitor:
         self._started = time.monotonic()
         self.wandb = WandbProcess(config, run.path)
         self._file = run.metrics_path.open("ab", buffering=0)
+        self._drawing = Drawing(run.path)
         self._unwritten = b""
         self._view = View(run, config.run.name or run.path.name, config.train.steps, config.valid.every)
         self._recall()
@@ -48,6 +51,7 @@ class Monitor:
             return
         self._file.close()
         self._terminal.close()
+        self._drawing.end(wait=not exception[0])
         reason = f"{type(exception[1]).__name__}: {exception[1]}" if exception[1] else None
         self.wandb.end(1 if exception[0] else 0, self.stopped, reason)
         if not exception[0]:
@@ -62,10 +66,12 @@ class Monitor:
         self._record(row if left is None else {**row, "seconds_left": round(left)})
         self._terminal.refresh(last=row["step"] == self._config.train.steps)
 
-    def log_validation(self, row: dict[str, Any]) -> None:
-        """Record and show a validation row."""
+    def log_validation(self, row: dict[str, Any], windows: Sequence[dict[str, Any]] = ()) -> None:
+        """Record and show a validation row, and draw its worst and best windows."""
         if not self._active:
             return
+        if windows:
+            self._drawing.keep(row["step"], list(windows))
         self._record({**row, **self._best(row)})
         species = [f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("valid_loss/")]
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""

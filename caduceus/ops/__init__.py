@@ -7,12 +7,9 @@ Operands of another shape, type or device than stated are a `ValueError` or `Typ
 first derivatives only: a second one is a `RuntimeError`. An empty sequence (L = 0) has empty results.
 """
 
-import logging
-import os
 import sys
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -20,88 +17,14 @@ from torch import Tensor
 
 from caduceus.errors import UserError
 from caduceus.ops import naive
+from caduceus.ops.backends import resolve_backend
 from caduceus.ops.operands import check_conv, check_head, check_norm, check_scan
 from caduceus.ops.packed import run_apart
 from caduceus.ops.runs import conv_by_runs, scan_by_runs
 from caduceus.ops.split import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
 
-BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
 PAD_DT = -1e4
 """`dt` before softplus at padding: softplus makes it exactly 0, so that a pad neither decays nor feeds a state."""
-
-_log = logging.getLogger(__name__)
-
-
-def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that computes in `dtype` on `device`; `auto` picks the fastest there is. Says once which and why.
-
-    Raises `UserError` for an unknown backend and for one that cannot run here.
-    """
-    device_type, double = torch.device(device).type, dtype == torch.float64
-    if backend == "auto":
-        return _auto_backend(device_type, double)
-    if backend not in BACKENDS:
-        raise UserError(f"ops.backend: choose one of auto, {', '.join(BACKENDS)}; got '{backend}'")
-    if reason := _unusable(backend, device_type, double):
-        raise UserError(f"ops.backend: '{backend}' {reason}")
-    return backend
-
-
-def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, d_state: int, d_conv: int) -> None:
-    """Raises `UserError` where the backend that `backend` stands for cannot run a model of these sizes."""
-    name = resolve_backend(backend, device, dtype)
-    supported = getattr(import_module(f"caduceus.ops.{name}"), "SUPPORTED", {})
-    for key, value in (("d_state", d_state), ("d_conv", d_conv)):
-        if key in supported and value not in supported[key]:
-            least, most = supported[key][0], supported[key][-1]
-            raise UserError(
-                f"model.{key}: ops.backend '{name}' takes {least} to {most}, got {value}; 'naive' takes any, slowly"
-            )
-
-
-@cache
-def _auto_backend(device_type: str, double: bool) -> str:
-    chosen = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "naive")
-    if reason := _unusable(chosen, device_type, double):
-        _log.warning("ops.backend: auto fell back to the slow 'naive' on '%s': '%s' %s", device_type, chosen, reason)
-        return "naive"
-    _log.info("ops.backend: auto chose '%s' on device '%s'", chosen, device_type)
-    return chosen
-
-
-def _unusable(backend: str, device_type: str, double: bool) -> str | None:
-    """Why a backend cannot run on a kind of device, in float64 if `double`, and what to do; None where it can."""
-    if backend == "cpu" and device_type != "cpu":
-        return f"runs on the CPU only, not on '{device_type}': choose triton, or run.device=cpu"
-    if backend == "triton":
-        if find_spec("triton") is None:
-            return "needs the package triton: pip install triton"
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if device_type != "cuda" and not (device_type == "cpu" and interpreted):
-            return f"needs an NVIDIA GPU, not '{device_type}': choose cpu (TRITON_INTERPRET=1 runs it there, slowly)"
-        if device_type == "cuda" and torch.cuda.is_available() and (reason := _cannot_launch()):
-            return f"needs a C compiler and Python's headers ({reason}): apt-get install gcc python3-dev, or set CC"
-    if backend == "mamba_ssm":
-        from caduceus.ops import mamba_ssm
-
-        if device_type != "cuda":
-            return f"needs an NVIDIA GPU, not '{device_type}': choose cpu"
-        if reason := mamba_ssm.missing():
-            return f"{reason}: {mamba_ssm.INSTALL}"
-    if backend in ("triton", "mamba_ssm") and double:
-        return "does not compute in float64: choose naive, or train.precision=fp32"
-    return None
-
-
-def _cannot_launch() -> str | None:
-    """What goes wrong where Triton, when it is first used on a machine, compiles what launches its kernels; or None."""
-    from triton.runtime import driver
-
-    try:
-        driver.active.utils  # noqa: B018 (made when it is asked for)
-    except Exception as error:  # of the compiler, the linker or the search for either
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None
 
 
 def selective_scan(

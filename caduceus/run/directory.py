@@ -2,7 +2,7 @@
 
 config.yaml          the configuration as asked for    resolved.yaml     what every `auto` became at the last start
 provenance.json      code, packages, hosts, fingerprints
-metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/
+metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/  windows/
 checkpoints/step-00001000/COMPLETE                     marker, written last: sizes and sha256 of the checkpoint's files
 checkpoints/latest                                     link to the newest complete checkpoint
 checkpoints/damaged-step-00002000                      set aside by a start that found it damaged; counts for nothing
@@ -190,16 +190,16 @@ class RunDirectory:
         sync(self.checkpoints_path)
         return Checkpoint(final, step)
 
-    def remove_old_checkpoints(self, keep: int, keep_every: int = 0) -> None:
+    def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_step: int | None = None) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
-        Those of steps that `keep_every` divides stay for good (0: none). Of damaged ones that were set aside, as many
-        stay as of the others.
+        Those of steps that `keep_every` divides stay for good (0: none), and that of `keep_step`. Of damaged ones that
+        were set aside, as many stay as of the others.
         """
         for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
             shutil.rmtree(leftover)
         for checkpoint in self.checkpoints()[:-keep] if keep else []:
-            if not keep_every or checkpoint.step % keep_every:
+            if checkpoint.step != keep_step and (not keep_every or checkpoint.step % keep_every):
                 self._remove(checkpoint.path)
         for damaged in sorted(self.checkpoints_path.glob("damaged-step-*"))[:-keep] if keep else []:
             shutil.rmtree(damaged)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import warnings
 
@@ -11,6 +12,7 @@ from caduceus.config.reference import about_section, annotated
 from caduceus.errors import run_command
 from caduceus.presets import preset_list
 from caduceus.run.leaving import leaving
+from caduceus.run.node import compiler_caches
 
 _INTERRUPTED = "interrupted before a checkpoint was made; the same command goes on from the newest one"
 
@@ -35,6 +37,8 @@ def main() -> int:
     if arguments.show:
         print(annotated(config), end="")
         return 0
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os.environ.update({**compiler_caches(os.environ), **os.environ})
     from caduceus.train.trainer import train
 
     with leaving(_INTERRUPTED):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from caduceus.config import Config, config_to_dict
+from caduceus.config import Config, TrainConfig, config_to_dict
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.groups import group_of
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
@@ -28,8 +28,9 @@ from caduceus.errors import UserError
 from caduceus.files import dump_json, system_error, write_atomically
 from caduceus.run.checkpoints import Checkpoint
 from caduceus.run.directory import RunDirectory
+from caduceus.train.branching import branch_point
 from caduceus.train.guards import MAX_REWINDS, Health
-from caduceus.train.optimizer import default_warmup, kept_warmup, learning_rate
+from caduceus.train.schedule import default_decay_start, default_warmup, kept_decay_start, kept_warmup, learning_rate
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,12 @@ class Progress:
     warmup_steps: int | None = None
     """Steps in which the learning rate rises; None in a checkpoint of a version that did not keep them."""
     health: Health = field(default_factory=Health)
+    decay_start: int | None = None
+    """The step after which the rate of `train.schedule=wsd` falls."""
+
+    def learning_rate(self, train: TrainConfig) -> float:
+        """Learning rate of the next step."""
+        return learning_rate(self.step + 1, train, self.warmup_steps, self.decay_start)
 
 
 class Checkpoints:
@@ -72,6 +79,10 @@ class Checkpoints:
     def failed(self) -> bool:
         """Whether a save has failed on this rank; `wait` raises its error. To be agreed on between ranks first."""
         return self._failure is not None
+
+    def are_due(self, progress: Progress) -> bool:
+        """Whether the run writes one after this step: every so often, and where the learning rate begins to fall."""
+        return progress.step % self._config.checkpoint.every == 0 or progress.step == progress.decay_start
 
     def save(self, progress: Progress) -> None:
         """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well."""
@@ -116,20 +127,33 @@ class Checkpoints:
             return None
         progress = load_checkpoint(checkpoint, self._strategy)
         loader.load_state(progress.loader)
-        self._keep_warmup(progress, former)
+        self._keep_schedule(progress, former)
         return progress
 
-    def _keep_warmup(self, progress: Progress, former: Config) -> None:
+    def branch(self, loader: TrainLoader) -> Progress:
+        """Begin where the run of `train.decay_from` stood at that checkpoint, its position in the samples included."""
+        checkpoint = None
+        with self._ranks.agreeing(), self._run.telling_of_disks():
+            if self._ranks.is_main:
+                checkpoint = branch_point(self._config)
+        checkpoint = self._ranks.broadcast(checkpoint)
+        progress = load_checkpoint(checkpoint, self._strategy)
+        loader.load_state(progress.loader)
+        progress.decay_start = default_decay_start(self._config.train, progress.step)
+        return progress
+
+    def _keep_schedule(self, progress: Progress, former: Config) -> None:
         train, began_with = self._config.train, progress.warmup_steps
         if began_with is None:
             began_with = default_warmup(former.train)
         progress.warmup_steps = kept_warmup(train, former.train, began_with, progress.step)
+        progress.decay_start = kept_decay_start(train, former.train, progress.decay_start, progress.step)
         if self._ranks.is_main and train.steps != former.train.steps:
             _log.info(
                 "train.steps: %d instead of %d; the warm-up stays at the %d steps that the run began with, and the "
                 "learning rate goes on from %.3g",
                 *(train.steps, former.train.steps, progress.warmup_steps),
-                learning_rate(progress.step + 1, train, progress.warmup_steps),
+                progress.learning_rate(train),
             )
 
     def rewind(self, progress: Progress, loader: TrainLoader) -> Progress | None:
@@ -173,16 +197,17 @@ class Checkpoints:
                 samples = progress["loader"]["samples_consumed"]
                 facts = {"samples": samples, "config": config_to_dict(self._config)}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
-                self._remove_old()
+                self._remove_old(progress["decay_start"])
         except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
             if self._ranks.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
             of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException)) and not is_lost_contact(error)
             self._failure = self._not_written(progress["step"], error) if of_disk else error
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, decay_start: int | None) -> None:
+        keep = self._config.checkpoint
         try:
-            self._run.remove_old_checkpoints(self._config.checkpoint.keep, self._config.checkpoint.keep_every)
+            self._run.remove_old_checkpoints(keep.keep, keep.keep_every, decay_start)
         except OSError as error:  # costs room alone, and the next save tries again
             _log.warning("%s: old checkpoints could not be removed (%s)", self._run.checkpoints_path, error)
 

@@ -18,7 +18,7 @@ from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.files import show_bytes
 from caduceus.model.costs import CHECKPOINT_BYTES
-from caduceus.ops import check_backend
+from caduceus.ops.backends import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
 from caduceus.train.recomputation import run_micro_batch, too_large
@@ -45,7 +45,7 @@ class Report:
 def check_model(config: Config, device: torch.device) -> None:
     """Raises `UserError` where `ops.backend` cannot run the model here; comes before shards are opened."""
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
-    check_backend(config.ops.backend, device, dtype, config.model.d_state, config.model.d_conv)
+    check_backend(config.ops.backend, device, dtype, config.model)
 
 
 def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
@@ -147,12 +147,10 @@ def check_gpu_memory(config: Config, strategy: Strategy) -> None:
         return
     run_micro_batch(config, strategy)
     peak = torch.cuda.max_memory_allocated(ranks.device) + memory.moment_bytes_to_come(strategy)
-    total = torch.cuda.get_device_properties(ranks.device).total_memory
+    # Not all that there is: the driver, NCCL and other processes have taken their parts.
+    available = memory.free_memory(ranks.device) + torch.cuda.memory_allocated(ranks.device)
     with ranks.agreeing():
-        if peak > total:
-            raise too_large(
-                config,
-                ranks,
-                f"a micro-batch and the optimizer take {show_bytes(peak)} of its {show_bytes(total)}",
-            )
+        if peak > available:
+            taken = f"a micro-batch and the optimizer take {show_bytes(peak)} of the {show_bytes(available)}"
+            raise too_large(config, ranks, f"{taken} of its GPU that it can have")
     torch.cuda.reset_peak_memory_stats(ranks.device)

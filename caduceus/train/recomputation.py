@@ -14,8 +14,8 @@ from caduceus.distributed.layout import RESERVE, blocks_to_recompute
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
-from caduceus.evaluate.heldout import autocast
 from caduceus.model.block import residual_dtype
+from caduceus.model.precision import autocast
 from caduceus.train import memory
 
 _log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
     least += memory.moment_bytes_to_come(strategy)
     with refusing_what_is_too_large(config, ranks):
         added = bytes_added_by_a_block(config, ranks) if layers > 1 else (0, 0)
-    rows = [tuple(map(int, row)) for row in ranks.gather([least, *added, free]).tolist()]
-    counts = [blocks_to_recompute(*row, layers) for row in rows]
+    rows = [[int(value) for value in row] for row in ranks.gather([least, *added, free]).tolist()]
+    counts = [blocks_to_recompute(*row, layers=layers) for row in rows]
     whole, inputs = model.recomputed_blocks, model.recomputed_scan_inputs = max(counts)
     least, lean, full, free = rows[counts.index((whole, inputs))]
     if not ranks.is_main:

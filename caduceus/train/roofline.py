@@ -5,6 +5,7 @@ so both shares are told. Counted is what the model needs, recomputation left out
 """
 
 import functools
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,17 @@ class Peaks:
 
 
 _PEAKS = {
-    "A100": Peaks(312e12, 19.5e12, 16 * 108 * 1.41e9),
+    # Data sheets of NVIDIA: products without sparsity; multiprocessors and boost clock.
+    "A100": Peaks(312e12, 19.5e12, 16 * 108 * 1.41e9),  # A100 80GB SXM, PCIe
     "H100 PCIe": Peaks(756e12, 51e12, 16 * 114 * 1.755e9),
-    "H100": Peaks(989e12, 67e12, 16 * 132 * 1.83e9),
+    "H100": Peaks(989e12, 67e12, 16 * 132 * 1.83e9),  # H100 SXM
     "H200": Peaks(989e12, 67e12, 16 * 132 * 1.83e9),
+    "L40S": Peaks(362e12, 91.6e12, 16 * 142 * 2.52e9),
+    "L4": Peaks(121e12, 30.3e12, 16 * 58 * 2.04e9),
+    "RTX 4090": Peaks(165.2e12, 82.6e12, 16 * 128 * 2.52e9),
 }
 """By a part of the name that torch reports; the first that fits counts."""
+_log = logging.getLogger(__name__)
 
 
 def utilization(config: Config, bases_per_second: float, device: torch.device) -> dict[str, float]:
@@ -49,4 +55,7 @@ def _peaks(device: torch.device) -> Peaks | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+    peaks = next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+    if peaks is None:
+        _log.warning("perf: the peak rates of '%s' are not known here: rows have no mfu and no scan_roofline", name)
+    return peaks

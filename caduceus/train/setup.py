@@ -16,12 +16,14 @@ from caduceus.distributed.build import build_model, build_strategy, choose_strat
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.files import write_atomically
-from caduceus.ops import resolve_backend
+from caduceus.ops.backends import resolve_backend
 from caduceus.run.directory import RunDirectory
+from caduceus.train.branching import branch_point
 from caduceus.train.checkpointing import Checkpoints, Progress
-from caduceus.train.optimizer import build_optimizer, default_warmup
+from caduceus.train.optimizer import build_optimizer
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
+from caduceus.train.schedule import default_decay_start, default_warmup
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +101,8 @@ def open_run(config: Config, ranks: Ranks) -> Opened:
         loader = build_loader(config, "train", **part, largest_of_peers=peers)
         validation = build_validation(config, **part) if config.valid.every else None
         if ranks.is_main:
+            if config.train.decay_from is not None and not run.checkpoints():
+                branch_point(config)
             run = RunDirectory.create_or_resume(config)
     refuse_other_data(loader, ranks)
     return Opened(run, loader, validation)
@@ -119,9 +123,7 @@ def set_up(config: Config, ranks: Ranks, opened: Opened, started: float) -> Setu
         whole, inputs = recompute_to_fit(resolved.config, strategy)
         words = f"{whole} of {config.model.n_layer} blocks whole, and what feeds the scan of {inputs} others"
         resolved.decide("train.activation_checkpointing", "auto", words, "as few as the free memory demands")
-    because = "a tenth of train.steps" if progress.step == 0 else "kept from the start of the run"
-    if config.train.warmup_steps is None or config.train.warmup_steps != progress.warmup_steps:
-        resolved.decide("train.warmup_steps", config.train.warmup_steps, progress.warmup_steps, because)
+    _tell_schedule(resolved, config, progress)
     check_gpu_memory(resolved.config, strategy)
     with ranks.agreeing(), run.telling_of_disks():
         if ranks.is_main:
@@ -164,14 +166,28 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
     return resolved
 
 
+def _tell_schedule(resolved: Resolved, config: Config, progress: Progress) -> None:
+    train, because = config.train, "a tenth of train.steps" if progress.step == 0 else "kept from the start of the run"
+    if train.warmup_steps is None or train.warmup_steps != progress.warmup_steps:
+        resolved.decide("train.warmup_steps", train.warmup_steps, progress.warmup_steps, because)
+    if progress.decay_start is not None and train.decay_steps != train.steps - progress.decay_start:
+        because = f"the learning rate falls after step {progress.decay_start}"
+        resolved.decide("train.decay_steps", train.decay_steps, train.steps - progress.decay_start, because)
+
+
 def _resume(config: Config, run: RunDirectory, loader: TrainLoader, checkpoints: Checkpoints) -> Progress:
     started = time.monotonic()
-    progress = checkpoints.resume(loader)
+    progress, what = checkpoints.resume(loader), f"resuming {run.path}"
+    if progress is None and config.train.decay_from is not None:
+        progress = checkpoints.branch(loader)
+        what = f"{run.path} begins from {config.train.decay_from}"
     if progress is None:
-        return Progress(step=0, tokens=0, loader=loader.state(), warmup_steps=default_warmup(config.train))
+        train = config.train
+        first = {"warmup_steps": default_warmup(train), "decay_start": default_decay_start(train)}
+        return Progress(step=0, tokens=0, loader=loader.state(), **first)
     _log.info(
-        "resuming %s after step %d (%d samples), loaded in %.1f s",
-        *(run.path, progress.step, loader.samples_consumed, time.monotonic() - started),
+        "%s after step %d (%d samples), loaded in %.1f s",
+        *(what, progress.step, loader.samples_consumed, time.monotonic() - started),
     )
     return progress
 

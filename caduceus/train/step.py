@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data.loader import Batch, TrainLoader
+from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
-from caduceus.evaluate.heldout import autocast
+from caduceus.model.precision import autocast
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step
 from caduceus.train.metrics import StepClock, measurements
-from caduceus.train.optimizer import learning_rate
 from caduceus.train.vitals import Vitals
 
 
@@ -32,19 +32,15 @@ def training_step(
     """
     ranks, vitals = strategy.ranks, Vitals(config, strategy, progress.step + 1)
     clock = StepClock(ranks.device)
-    with ranks.agreeing():
-        micro_batches = [next(batches) for _ in range(loader.per_step)]
-        clock.lap("data")
-    weight = torch.stack([_label_weight(batch) for batch in micro_batches]).sum() / ranks.strands  # each has all labels
-    weight = ranks.sum(weight).item() or 1.0
-    clock.lap("communication")
+    micro_batches, weight = _take(ranks, loader, batches, clock)
     shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
-    totals = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
-    loss, *by_species = ranks.sum(torch.cat(totals)).tolist()
+    parts = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
+    totals = ranks.sum(torch.cat(parts))
     clock.lap("communication")
-    lr = learning_rate(progress.step + 1, config.train, progress.warmup_steps)
+    lr = progress.learning_rate(config.train)
     vitals.before_update()
-    grad_norm = strategy.clip(config.train.clip_norm).item()
+    norm = strategy.clip(config.train.clip_norm)
+    loss, *by_species, grad_norm = torch.cat([totals, norm.detach().to(totals)[None]]).tolist()
     updating = progress.health.may_update(loss, grad_norm, config.train)
     if updating:
         strategy.step(lr)
@@ -70,6 +66,21 @@ def training_step(
         "skipped_steps": progress.health.skipped_steps,
         **measurements(config, ranks, loader, clock, vitals),
     }
+
+
+def _take(ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: StepClock) -> tuple[list[Batch], float]:
+    """This rank's micro-batches, and the weight of the labels of all ranks; where it fails on one, all raise."""
+    micro_batches, failure = [], None
+    weight = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+    try:
+        micro_batches = [next(batches) for _ in range(loader.per_step)]
+        weight = torch.stack([_label_weight(batch) for batch in micro_batches]).sum()[None] / ranks.strands  # all have
+    except Exception as error:
+        failure = error
+    clock.lap("data")
+    weights = ranks.gather_or_raise(weight, failure)
+    clock.lap("communication")
+    return micro_batches, weights.sum().item() or 1.0
 
 
 def _pass_through(

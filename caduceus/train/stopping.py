@@ -15,6 +15,8 @@ from caduceus.run.directory import RunDirectory
 EXIT_REQUEUE = 75
 """Exit status of a run that stopped early with a checkpoint (EX_TEMPFAIL): start the same command again."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+_LOOK_SECONDS = 1.0
+"""Time between looks at the files of the run, which on a shared file system take longer than a short step should."""
 _SAME_SECONDS = 1.0
 """Ctrl-C again within this is the same wish: torchrun passes on what the terminal has sent already."""
 
@@ -29,6 +31,9 @@ class StopRequest:
     """
 
     def __init__(self, run: RunDirectory, watches: bool, started: float, budget: float) -> None:
+        self._run = run
+        self._looked = float("-inf")
+        self._seen = {"stop": False, "save": False, "lost": False}
         self._stop_file = run.stop_path
         self._save_file = run.save_path
         self._watches = watches
@@ -49,15 +54,29 @@ class StopRequest:
         return (
             self._signal is not None
             or self._is_orphan
-            or (self._watches and (self._stop_file.exists() or time.monotonic() >= self._end))
+            or (self._watches and (self._sees("stop") or time.monotonic() >= self._end))
         )
 
     def save_requested(self) -> bool:
         """Whether someone touched the file SAVE since the last time asked."""
-        if not self._watches or not self._save_file.exists():
+        if not self._sees("save"):
             return False
+        self._seen["save"] = False
         self._save_file.unlink(missing_ok=True)
         return True
+
+    def taken_over(self) -> bool:
+        """Whether another process has taken the run directory from this rank, which took it."""
+        return self._sees("lost")
+
+    def _sees(self, what: str) -> bool:
+        """What the last look at the files found: "stop" and "save", if they are there, and if the lock is "lost"."""
+        now = time.monotonic()
+        if self._watches and now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            stop, save = self._stop_file.exists(), self._save_file.exists()
+            self._seen = {"stop": stop, "save": save, "lost": self._run.is_taken_over()}
+        return self._seen[what]
 
     def is_saved(self) -> None:
         """Tell that the last checkpoint is complete: from now on no signal ends this process before its own end."""

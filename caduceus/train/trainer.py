@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,17 +14,22 @@ from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.distributed.rendezvous import joined
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import RetryError
+from caduceus.evaluate.extremes import SequenceLosses, told_windows
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.memory import keep_freed_memory_for
+from caduceus.train.profiling import Profile
 from caduceus.train.recomputation import refusing_what_is_too_large
 from caduceus.train.setup import Opened, Setup, open_run, set_up
 from caduceus.train.step import training_step
 from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
 from caduceus.train.watchdog import Watchdog, show_stacks_when_asked
+
+Row = dict[str, Any]
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -60,20 +66,24 @@ def _train(config: Config, ranks: Ranks, opened: Opened, watchdog: Watchdog, sta
     with _slowly(watchdog, ranks, "the start"):
         setup = set_up(config, ranks, opened, started)
         with ranks.agreeing(), run.telling_of_disks():
+            profile = Profile(config, run.path, ranks)
             monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with stop.listening(), monitor, scheduled_garbage_collection(), heard():
         _log.info("ready to train after %.1f s", time.monotonic() - started)
-        return _loop(setup, opened, monitor, stop, watchdog)
+        return _loop(setup, opened, monitor, stop, watchdog, profile)
 
 
-def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, watchdog: Watchdog) -> int:
+def _loop(
+    setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, watchdog: Watchdog, profile: Profile
+) -> int:
     """Steps until the last one or a stop; returns the exit status."""
     config, strategy, checkpoints, progress = setup.config, setup.strategy, setup.checkpoints, setup.progress
     run, loader, validation = opened.run, opened.loader, opened.validation
     batches = iter(loader)
     while progress.step < config.train.steps:
-        with watchdog.over(f"step {progress.step + 1}"), refusing_what_is_too_large(config, strategy.ranks):
+        step = progress.step + 1
+        with profile.of(step), watchdog.over(f"step {step}"), refusing_what_is_too_large(config, strategy.ranks):
             row = training_step(config, strategy, loader, batches, progress)
         monitor.log_training(row)
         collect_garbage(progress.step)
@@ -89,16 +99,16 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
         last = progress.step == config.train.steps
         if validation is not None and (last or progress.step % config.valid.every == 0):
             with refusing_what_is_too_large(config, strategy.ranks):
-                monitor.log_validation(_validate(config, strategy, validation, watchdog, progress.step))
+                monitor.log_validation(*_validate(strategy, validation, watchdog, config, progress.step))
         with watchdog.over(f"the agreement after step {progress.step}"):
             wishes = strategy.ranks.gather(
-                [stop.requested and not last, stop.save_requested(), checkpoints.failed, run.is_taken_over()]
+                [stop.requested and not last, stop.save_requested(), checkpoints.failed, stop.taken_over()]
             )
         stopping, saving, failed, taken_over = wishes.any(0).tolist()
         if taken_over:
             raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
         with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
-            if last or stopping or saving or progress.step % config.checkpoint.every == 0:
+            if last or stopping or saving or checkpoints.are_due(progress):
                 checkpoints.save(progress)
             if last or stopping or failed:
                 checkpoints.wait()
@@ -112,16 +122,26 @@ def _loop(setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, wat
 
 
 def _validate(
-    config: Config, strategy: Strategy, validation: ValidationLoader, watchdog: Watchdog, step: int
-) -> dict[str, float]:
-    ranks, what = strategy.ranks, f"a batch of the validation after step {step}"
-    losses = held_out_loss(
+    strategy: Strategy, validation: ValidationLoader, watchdog: Watchdog, config: Config, step: int
+) -> tuple[Row, list[Row]]:
+    """The row of a validation, and on the main rank its worst and best windows."""
+    ranks, losses = strategy.ranks, SequenceLosses(validation)
+
+    def together(batches: Iterable[T]) -> Iterator[T]:
+        return watchdog.over_each(f"a batch of the validation after step {step}", ranks.together(batches))
+
+    row = held_out_loss(
         strategy.model,
         validation,
         ranks.device,
         config.train.precision,
         add_up=ranks.sum,
-        each=lambda batches: watchdog.over_each(what, ranks.together(batches)),
+        each=together,
         mirror=None if config.data.objective == "next_base" else ranks.mirrored,
+        seen=losses.add,
     )
-    return {"step": step, **losses}
+    windows = []
+    if config.monitor.windows:
+        chosen = losses.extremes(ranks, config.monitor.windows)
+        windows = told_windows(chosen, strategy, validation, config, together)
+    return {"step": step, **row}, windows

@@ -43,6 +43,7 @@ def test_a_saved_configuration_loads_as_itself(preset: Path, tmp_path: Path) -> 
         ("train=3", "train"),
         ("model.d_model=0", "model.d_model"),
         ("model.vocab_size=13", "model.vocab_size: choose one of 12, 8"),
+        ("model.mixer=mamba3", "model.mixer: choose one of mamba, mamba2"),
         ("model.bidirectional_strategy=mean", "model.bidirectional_strategy"),
         ("train.precision=fp8", "train.precision"),
         ("parallel.zero_stage=5", "parallel.zero_stage: choose one of 0, 1, 2, 3"),

@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from caduceus.distributed.strategy import Strategy
 from caduceus.errors import ONE_LINE
 from caduceus.train import setup, trainer
 from tests.distributed.ranks import on_ranks
+from tests.distributed.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Observed:
     """The message of the error that ended it, if it was one that a line explains."""
     bytes_held: int = 0
     """Of parameters, buffers and optimizer state, after the second step."""
+    bytes_sent: int = 0
+    """Given to collectives in the second step."""
 
 
 def config_of(layout: Layout, shards: Path, directory: Path, accumulation: int = 1, **train: Any) -> Config:
@@ -91,7 +94,7 @@ def config_of(layout: Layout, shards: Path, directory: Path, accumulation: int =
         "parallel": layout.parallel,
         "run": {"dir": str(directory), "name": directory.name, "device": "cpu"},
         "wandb": {"mode": "disabled"},
-        "monitor": {"report": False},
+        "monitor": {"report": False, "windows": 0},
     }
     return config_from_dict(values)
 
@@ -140,6 +143,8 @@ def _train_observed(config: Config, weigh: bool) -> Observed:
             return strategy
 
         patch.setattr(setup, "build_strategy", build_observed)
+        if weigh:
+            patch.setattr(trainer, "training_step", _recorded(trainer.training_step, observed))
         # It collects all garbage at the start, which would take most of the time of short trainings.
         patch.setattr(trainer, "scheduled_garbage_collection", contextlib.nullcontext)
         try:
@@ -147,6 +152,22 @@ def _train_observed(config: Config, weigh: bool) -> Observed:
         except ONE_LINE as error:
             observed.refusal = str(error)
     return observed
+
+
+def _recorded(step: Callable[..., Any], observed: Observed) -> Callable[..., Any]:
+    steps = 0
+
+    def recorded(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps != 2:
+            return step(*arguments)
+        with Recorder() as recorder:
+            row = step(*arguments)
+        observed.bytes_sent = sum(recorder.bytes().values())
+        return row
+
+    return recorded
 
 
 @contextlib.contextmanager

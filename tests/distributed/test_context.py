@@ -20,6 +20,8 @@ MODELS = {
     "ph_untied": {"bidirectional_weight_tie": False},
     "ph_multiply": {"bidirectional_strategy": "ew_multiply"},
     "unidirectional": {"bidirectional": False},
+    "mamba2_ps": {"rcps": True, "mixer": "mamba2", "headdim": 4},
+    "mamba2_ph_untied": {"bidirectional_weight_tie": False, "mixer": "mamba2", "headdim": 8},
 }
 BACKENDS = ("naive", "cpu")
 

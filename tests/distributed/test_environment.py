@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from caduceus.config import config_from_dict
-from caduceus.distributed import environment
+from caduceus.distributed import environment, rendezvous
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.deepspeed import strategy
 from caduceus.distributed.ranks import Ranks
@@ -96,3 +96,40 @@ def test_deepspeed_takes_the_only_gpu_that_a_rank_sees(monkeypatch, index: int |
     keys = {"model": {"d_model": 8, "n_layer": 1}, "parallel": {"strategy": "deepspeed", "zero_stage": 1}}
     build_strategy(config_from_dict(keys), Ranks(0, 1, 1, torch.device("cpu", index)), build_optimizer)
     assert seen == [told]
+
+
+@pytest.mark.parametrize(
+    ("given", "local_ranks", "taken"),
+    [
+        (range(16), 8, range(8)),  # by torchrun: the half of the processors beside the GPU
+        ({0, 1}, 8, None),  # as a scheduler has bound it
+        ({8, 9}, 8, None),  # far from it, but nothing better was given
+        ({0, 8, 9, 10}, 8, None),  # the one that is near is too little
+    ],
+)
+def test_a_rank_stays_near_its_gpu(monkeypatch, tmp_path: Path, given, local_ranks: int, taken) -> None:
+    (tmp_path / "0000:1b:00.0").mkdir()
+    (tmp_path / "0000:1b:00.0" / "local_cpulist").write_text("0-3,4-7\n")
+    bound = []
+    monkeypatch.setattr(environment, "_PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(given))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: bound.append(cpus))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_ranks)
+    environment.stay_near("0000:1b:00.0")
+    environment.stay_near("0000:ff:00.0")
+    assert bound == ([] if taken is None else [set(taken)])
+
+
+@pytest.mark.parametrize(("seen", "name", "warned"), [(8, "H100", 0), (1, "H100", 1), (1, "A100 MIG 1g.5gb", 0)])
+def test_ranks_that_cannot_reach_each_other_s_gpus_are_told_of(monkeypatch, caplog, seen, name, warned) -> None:
+    facts = SimpleNamespace(pci_domain_id=0, pci_bus_id=27, pci_device_id=0, name=name)
+    near = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(rendezvous, "stay_near", near.append)
+    os.environ["LOCAL_WORLD_SIZE"] = "8"
+    for rank in (0, 1):
+        rendezvous._look_at_gpu(torch.device("cuda", 0), rank)
+    assert near == ["0000:1b:00.0"] * 2
+    assert sum("NCCL may not copy" in record.message for record in caplog.records) == warned

@@ -14,9 +14,9 @@ MIXER = "caduceus.backbone.layers.1.mixer.submodule"
 
 def test_round_trip_is_exact(golden):
     config, state_dict = to_published(from_published(golden.config, golden.part("state")))
-    assert config_from_published(config) == config_from_published(golden.config)
-    given = {**golden.config, **golden.config["ssm_cfg"]}  # also says how the model was initialised
-    assert {**config, **config["ssm_cfg"], "ssm_cfg": given["ssm_cfg"]}.items() <= {"dt_rank": "auto", **given}.items()
+    assert config_from_published(config) == from_published(golden.config, golden.part("state")).config
+    given = {"mixer": "mamba2", "dt_rank": "auto", **golden.config, **golden.config["ssm_cfg"]}  # and initialisation
+    assert {**config, **config["ssm_cfg"], "ssm_cfg": given["ssm_cfg"]}.items() <= given.items()
     expected = golden.part("state")
     assert state_dict.keys() == expected.keys()
     for name, tensor in expected.items():

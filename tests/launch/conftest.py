@@ -39,7 +39,7 @@ def small_config(tmp_path, small_shards) -> str:
         "checkpoint: {every: 2}\n"
         "run: {device: cpu}\n"
         "wandb: {mode: disabled}\n"
-        "monitor: {report: false}\n"
+        "monitor: {report: false, windows: 0}\n"
     )
     return str(path)
 

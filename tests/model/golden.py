@@ -22,6 +22,11 @@ NAMES = [
     "ps_unidirectional_fused",
     "ps_untied_fused",
     "plantcad1_ps_fused",
+    "ps_mamba2_fused",
+    "ps_mamba2_fused_n64",
+    "ph_mamba2",
+    "ph_mamba2_untied",
+    "mamba2_unidirectional",
 ]
 
 

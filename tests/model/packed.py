@@ -16,6 +16,12 @@ KINDS = {
     "ps_untied": {"rcps": True, "bidirectional_weight_tie": False},
     "ps_unidirectional": {"rcps": True, "bidirectional": False},
 }
+MAMBA2_KINDS = {
+    f"mamba2_{kind}": {"mixer": "mamba2", "headdim": 4, **KINDS[kind]}
+    for kind in ("ph", "ph_untied", "ph_multiply", "mamba", "ps", "ps_unfused", "ps_untied", "ps_unidirectional")
+}
+"""The same with Mamba-2's mixer, which is torch's on every backend."""
+
 ROWS = ((5, 1, 4), (2, 11))
 """Lengths of the sequences in each row; the first row is padded to the length of the second."""
 
@@ -24,7 +30,7 @@ def check_packed_rows(
     kind: str, backend: str, dtype: torch.dtype, tolerance: float, n_layer: int, reference: str = "cpu"
 ) -> None:
     """Logits, losses and all gradients of packed rows are those of `reference`, in fp64, on each sequence alone."""
-    config = CaduceusConfig(d_model=6, n_layer=n_layer, d_state=2, d_conv=3, **KINDS[kind])
+    config = CaduceusConfig(d_model=6, n_layer=n_layer, d_state=2, d_conv=3, **{**KINDS, **MAMBA2_KINDS}[kind])
     generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     apart = CaduceusForMaskedLM(config, backend=reference).double()
     model = CaduceusForMaskedLM(config, backend=backend).to(dtype)

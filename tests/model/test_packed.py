@@ -2,19 +2,21 @@ import pytest
 import torch
 
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
-from tests.model.packed import KINDS, check_packed_rows
+from tests.model.packed import KINDS, MAMBA2_KINDS, check_packed_rows
 
 
 @pytest.mark.parametrize("backend", ["naive", "cpu"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MAMBA2_KINDS])
 def test_packed_rows_give_what_each_sequence_gives_alone(kind, backend):
     # Rounding of 1e-16, in sums of some hundred terms, through two layers.
     check_packed_rows(kind, backend, torch.float64, 1e-11, n_layer=2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MAMBA2_KINDS])
 def test_packed_rows_are_not_shared_between_ranks(kind):
-    model = CaduceusForMaskedLM(CaduceusConfig(d_model=6, n_layer=1, **KINDS[kind]), backend="naive")
+    model = CaduceusForMaskedLM(
+        CaduceusConfig(d_model=6, n_layer=1, **{**KINDS, **MAMBA2_KINDS}[kind]), backend="naive"
+    )
     model.share_sequences(object())
     ids = torch.full((1, 4), 7)
     with pytest.raises(ValueError, match=r"^starts: packed sequences cannot be shared between ranks"):

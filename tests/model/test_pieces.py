@@ -5,11 +5,13 @@ import torch
 
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.model.pieces import run_in_pieces
-from tests.model.packed import KINDS
+from tests.model.packed import KINDS, MAMBA2_KINDS
 
 
 def made(kind: str, dtype: torch.dtype, **sizes: int) -> CaduceusForMaskedLM:
-    config = CaduceusConfig(**{"d_model": 8, "n_layer": 2, "d_state": 4, "d_conv": 3, **sizes, **KINDS[kind]})
+    config = CaduceusConfig(
+        **{"d_model": 8, "n_layer": 2, "d_state": 4, "d_conv": 3, **sizes, **{**KINDS, **MAMBA2_KINDS}[kind]}
+    )
     model = CaduceusForMaskedLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -30,7 +32,7 @@ def in_pieces(model: CaduceusForMaskedLM, ids: torch.Tensor, piece: int) -> tupl
     return logits, [torch.cat(parts, 2) for parts in found.values()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MAMBA2_KINDS])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_pieces_give_the_numbers_of_one_pass(kind: str, dtype: torch.dtype, tolerance: float) -> None:
     model = made(kind, dtype)

@@ -19,6 +19,8 @@ FORMS = {
     "ph_untied": {"bidirectional_weight_tie": False},
     "unidirectional": {"bidirectional": False},
     "ps_unidirectional": {"rcps": True, "bidirectional": False},
+    "mamba2_ps": {"rcps": True, "mixer": "mamba2", "headdim": 8},
+    "mamba2_ph_untied": {"bidirectional_weight_tie": False, "mixer": "mamba2", "headdim": 8},
 }
 LAYERS = 2
 
@@ -106,7 +108,8 @@ def test_nothing_that_feeds_the_scan_is_kept(form: str) -> None:
         for again in (False, True)
     )
     positions = (2 if config.bidirectional else 1) * hidden.numel() // hidden.shape[-1]
-    fed = positions * (2 * config.d_inner + config.dt_rank + 2 * config.d_state) * hidden.element_size()
+    steps = 0 if config.mixer == "mamba2" else config.d_inner + config.dt_rank  # mamba2's come from the in projection
+    fed = positions * (config.d_inner + steps + 2 * config.d_state) * hidden.element_size()
     assert full - lean == fed
 
 

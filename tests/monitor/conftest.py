@@ -49,7 +49,7 @@ class Watched:
                 "train": {"steps": STEPS},
                 "run": {"dir": str(path), "name": "watched"},
                 "wandb": wandb,
-                "monitor": {"report": False},
+                "monitor": {"report": False, "windows": 0},
             }
         )
         self.run = RunDirectory.create_or_resume(self.config)

@@ -79,6 +79,8 @@ class WandbServer:
         self.most_bytes = 1 << 30
         self.can_rewind = can_rewind
         self.requests: list[str] = []
+        self.views: list[dict[str, Any]] = []
+        """The variables of the workspaces that were saved."""
         self.unknown: list[str] = []
         self._server: _Server | None = None
         self._lock = threading.Lock()
@@ -168,6 +170,12 @@ class WandbServer:
         run.lines["wandb-history.jsonl"] = {number: json.dumps(line) for number, line in enumerate(kept)}
         run.rewinds += 1
         return {"rewindRun": {"rewoundRun": self._bucket(run)}}
+
+    def _UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:
+        if variables["entityName"] != ENTITY:
+            raise ValueError("permission denied")
+        self.views.append(variables)
+        return {"upsertView": {"view": {"id": "Vmlldzox", "name": variables["name"]}, "inserted": True}}
 
     def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
         files = [

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Container, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -52,6 +53,16 @@ class Pointer:
         self.dtype = tensor.dtype
         offset = tensor.storage_offset() * tensor.element_size()
         self.data_ptr = lambda: offset
+
+
+class Instruction(NamedTuple):
+    """Of the machine code."""
+
+    address: int
+    name: str
+    """With its modifiers."""
+    operands: str
+    predicate: str = ""
 
 
 @contextlib.contextmanager
@@ -148,7 +159,7 @@ def resources(compiled) -> dict:
     return {
         "registers": int(registers),
         "stack": int(stack),
-        "local": sum(name.split(".")[0] in ("LDL", "STL") for _, name, _ in _instructions(text)),
+        "local": sum(i.name.split(".")[0] in ("LDL", "STL") for i in _instructions(text)),
         "shared": compiled.metadata.shared,
         "fused": compiled.metadata.enable_fp_fusion,
         "atomics": "atomic" in compiled.asm["ttir"],
@@ -156,8 +167,7 @@ def resources(compiled) -> dict:
     }
 
 
-def disassembled(compiled) -> list[tuple[int, str, str]]:
-    """The machine code: address, operation with its modifiers, operands."""
+def disassembled(compiled) -> list[Instruction]:
     return _instructions(_dumped(compiled, "-sass"))
 
 
@@ -168,9 +178,9 @@ def _dumped(compiled, *what: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _instructions(text: str) -> list[tuple[int, str, str]]:
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z0-9.]+)([^;]*);", text, re.MULTILINE)
-    return [(int(address, 16), name, operands) for address, name, operands in lines]
+def _instructions(text: str) -> list[Instruction]:
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+ )?([A-Z0-9.]+)([^;]*);", text, re.MULTILINE)
+    return [Instruction(int(address, 16), name, operands, p.strip()) for address, p, name, operands in lines]
 
 
 def published_models() -> dict[str, CaduceusConfig]:

@@ -6,29 +6,29 @@ from types import ModuleType
 import pytest
 import torch
 
-from caduceus import ops
+from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
-from caduceus.ops import mamba_ssm, naive
+from caduceus.ops import backends, mamba_ssm, naive
 
 
 @pytest.fixture(autouse=True)
 def fresh_choice(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    ops._auto_backend.cache_clear()
+    backends._auto_backend.cache_clear()
     yield
-    ops._auto_backend.cache_clear()
+    backends._auto_backend.cache_clear()
 
 
 def without(monkeypatch, package: str) -> None:
-    monkeypatch.setattr(ops, "find_spec", lambda name: None if name == package else ModuleSpec(name, None))
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == package else ModuleSpec(name, None))
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "cpu"), ("cuda", "triton"), ("meta", "naive")])
 def test_auto_picks_the_fast_one_and_says_so(device, backend, caplog, monkeypatch):
     without(monkeypatch, "nothing")
     with caplog.at_level(logging.INFO, logger="caduceus.ops"):
-        assert ops.resolve_backend("auto", device) == backend
-        assert ops.resolve_backend("auto", device, torch.bfloat16) == backend
+        assert backends.resolve_backend("auto", device) == backend
+        assert backends.resolve_backend("auto", device, torch.bfloat16) == backend
     assert [record.getMessage() for record in caplog.records] == [
         f"ops.backend: auto chose '{backend}' on device '{device}'"
     ]
@@ -36,7 +36,7 @@ def test_auto_picks_the_fast_one_and_says_so(device, backend, caplog, monkeypatc
 
 def test_auto_warns_where_it_falls_back(caplog, monkeypatch):
     without(monkeypatch, "triton")
-    assert ops.resolve_backend("auto", "cuda") == "naive"
+    assert backends.resolve_backend("auto", "cuda") == "naive"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "pip install" in record.getMessage()
@@ -54,7 +54,7 @@ def test_auto_warns_where_it_falls_back(caplog, monkeypatch):
 def test_a_forced_backend_that_cannot_run_is_one_clear_line(backend, device, says, monkeypatch):
     without(monkeypatch, "nothing")
     with pytest.raises(UserError, match=r"^ops\.backend: ") as error:
-        ops.resolve_backend(backend, device)
+        backends.resolve_backend(backend, device)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -62,7 +62,7 @@ def test_a_forced_backend_that_cannot_run_is_one_clear_line(backend, device, say
 def test_a_forced_triton_names_its_install_command(monkeypatch):
     without(monkeypatch, "triton")
     with pytest.raises(UserError, match=r"pip install triton$"):
-        ops.resolve_backend("triton", "cuda")
+        backends.resolve_backend("triton", "cuda")
 
 
 def test_triton_without_a_compiler_for_its_launcher_is_refused_before_training(monkeypatch, tmp_path):
@@ -77,33 +77,38 @@ def test_triton_without_a_compiler_for_its_launcher_is_refused_before_training(m
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(UserError, match=r"^ops\.backend: 'triton' needs a C compiler .*Failed to find C compiler.*gcc"):
-        ops.resolve_backend("triton", "cuda")
+        backends.resolve_backend("triton", "cuda")
 
 
 def test_float64_on_a_gpu_falls_back_to_the_definition_or_is_refused(caplog, monkeypatch):
     without(monkeypatch, "nothing")
-    assert ops.resolve_backend("auto", "cpu", torch.float64) == "cpu"
-    assert ops.resolve_backend("auto", "cuda", torch.float64) == "naive"
+    assert backends.resolve_backend("auto", "cpu", torch.float64) == "cpu"
+    assert backends.resolve_backend("auto", "cuda", torch.float64) == "naive"
     (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "'triton' does not compute in float64" in record.getMessage()
-    assert ops.resolve_backend("auto", "cuda", torch.bfloat16) == "triton"
+    assert backends.resolve_backend("auto", "cuda", torch.bfloat16) == "triton"
     with pytest.raises(UserError, match=r"^ops\.backend: 'triton' does not compute in float64: choose naive"):
-        ops.resolve_backend("triton", "cuda", torch.float64)
+        backends.resolve_backend("triton", "cuda", torch.float64)
+
+
+def sized(d_state: int, d_conv: int, **keys: str) -> CaduceusConfig:
+    return CaduceusConfig(d_state=d_state, d_conv=d_conv, **keys)
 
 
 def test_a_model_that_a_backend_cannot_run_is_one_clear_line(monkeypatch):
     pytest.importorskip("triton")
     for sizes in ((64, 16), (1, 1)):
-        ops.check_backend("auto", "cuda", torch.float32, *sizes)
+        backends.check_backend("auto", "cuda", torch.float32, sized(*sizes))
     with pytest.raises(UserError, match=r"^model\.d_state: ops\.backend 'triton' takes 1 to 64, got 65"):
-        ops.check_backend("auto", "cuda", torch.float32, 65, 4)
+        backends.check_backend("auto", "cuda", torch.float32, sized(65, 4))
     with pytest.raises(UserError, match=r"^model\.d_conv: ops\.backend 'triton' takes 1 to 16, got 17"):
-        ops.check_backend("triton", "cuda", torch.float32, 16, 17)
-    ops.check_backend("naive", "cuda", torch.float64, 65, 17)
-    ops.check_backend("cpu", "cpu", torch.float64, 65, 17)
+        backends.check_backend("triton", "cuda", torch.float32, sized(16, 17))
+    backends.check_backend("naive", "cuda", torch.float64, sized(65, 17))
+    backends.check_backend("cpu", "cpu", torch.float64, sized(65, 17))
+    backends.check_backend("triton", "cuda", torch.float32, sized(128, 4, mixer="mamba2"))
     monkeypatch.setattr(mamba_ssm, "missing", lambda: None)
     with pytest.raises(UserError, match=r"^model\.d_conv: ops\.backend 'mamba_ssm' takes 2 to 4, got 5"):
-        ops.check_backend("mamba_ssm", "cuda", torch.float32, 16, 5)
+        backends.check_backend("mamba_ssm", "cuda", torch.float32, sized(16, 5))
 
 
 def test_mamba_ssm_without_its_extension_is_absent(monkeypatch):
@@ -114,12 +119,12 @@ def test_mamba_ssm_without_its_extension_is_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
     assert "selective_scan_cuda" in mamba_ssm.missing()
     with pytest.raises(UserError, match=r"pip install --no-build-isolation --no-deps 'mamba-ssm"):
-        ops.resolve_backend("mamba_ssm", "cuda")
+        backends.resolve_backend("mamba_ssm", "cuda")
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", ModuleType("selective_scan_cuda"))
     assert mamba_ssm.missing() is None
-    assert ops.resolve_backend("mamba_ssm", "cuda") == "mamba_ssm"
+    assert backends.resolve_backend("mamba_ssm", "cuda") == "mamba_ssm"
     with pytest.raises(UserError, match="needs an NVIDIA GPU, not 'cpu'"):
-        ops.resolve_backend("mamba_ssm", "cpu")
+        backends.resolve_backend("mamba_ssm", "cpu")
 
 
 @pytest.mark.parametrize("error", [OSError("libcudart.so.12: cannot open"), RuntimeError("no driver"), AttributeError])
@@ -131,7 +136,7 @@ def test_mamba_ssm_built_for_another_machine_is_absent(error, monkeypatch):
     monkeypatch.setattr(mamba_ssm, "import_module", broken)
     assert mamba_ssm.missing().startswith("needs selective_scan_cuda (")
     with pytest.raises(UserError, match="pip install"):
-        ops.resolve_backend("mamba_ssm", "cuda")
+        backends.resolve_backend("mamba_ssm", "cuda")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from caduceus import ops
+from caduceus.ops import backends
 from tests.ops.empty import check_empty_sequences
 
 B, L, E, N, K, D, V, P, S = 2, 5, 4, 3, 4, 6, 16, 2, 2
@@ -56,7 +57,7 @@ def call(op: str, given: dict[str, Tensor], backend: str) -> None:
 
 
 @pytest.mark.parametrize(("op", "name"), CASES)
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_a_wrong_shape_is_refused_by_name(backend, op, name):
     right = operands(op)[name]
     shorter = [right.narrow(axis, 0, n - 1) for axis, n in enumerate(right.shape) if (op, name, axis) not in FREE]

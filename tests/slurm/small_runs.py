@@ -52,7 +52,7 @@ def write_config(path: Path, shards: Path, **sections: str) -> Path:
         "checkpoint": "{every: 10}",
         "run": "{device: cpu}",
         "wandb": "{mode: disabled}",
-        "monitor": "{report: false}",
+        "monitor": "{report: false, windows: 0}",
     }
     path.write_text("".join(f"{name}: {value}\n" for name, value in (values | sections).items()))
     return path

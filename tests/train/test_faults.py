@@ -149,7 +149,7 @@ def test_a_full_disk_ends_the_run_in_a_line_and_keeps_earlier_checkpoints(runs: 
         assert numbers(config.run.dir) == undisturbed
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 30), (2, 12)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 12), (2, 6)])
 def test_killed_at_many_instants_of_saving_the_newest_checkpoint_is_whole(
     tmp_path: Path, ranks: int, kills: int
 ) -> None:

@@ -1,16 +1,20 @@
 """What a node may have wrong is told in a line that names it."""
 
+import contextlib
 import shutil
 import socket
 import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from caduceus.config import Config
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import ONE_LINE, Kind, UserError, kind_of
 from caduceus.ops import cpu
-from caduceus.train import trainer
+from caduceus.train import preflight, trainer
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import SmallRun
 
@@ -58,3 +62,23 @@ def train_beside_one_whose_clock_is_wrong(rank: int, config: Config) -> tuple[Ki
         patched.setattr(time, "time", lambda: now() + 3600 * rank)
         trainer.train(config)
     return kind_of(refusal.value), str(refusal.value)
+
+
+@pytest.mark.parametrize(("peak", "refused"), [(50, False), (70, True)])
+def test_memory_is_compared_with_what_a_rank_can_have_of_its_gpu(monkeypatch, peak: int, refused: bool) -> None:
+    """Of 80 GiB, 20 belong to others: to NCCL, the driver, another process."""
+    gib = 2**30
+    stubs = {
+        "mem_get_info": lambda device: (30 * gib, 80 * gib),
+        "memory_reserved": lambda device: 30 * gib,
+        "memory_allocated": lambda device: 10 * gib,
+        "max_memory_allocated": lambda device: peak * gib,
+        "reset_peak_memory_stats": lambda device: None,
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(preflight, "run_micro_batch", lambda config, strategy: None)
+    monkeypatch.setattr(preflight.memory, "moment_bytes_to_come", lambda strategy: 0)
+    strategy = SimpleNamespace(ranks=Ranks(0, 1, 1, torch.device("cuda", 0)))
+    with pytest.raises(UserError, match=r"of the 60\.0 GiB of its GPU") if refused else contextlib.nullcontext():
+        preflight.check_gpu_memory(Config(), strategy)

@@ -33,7 +33,7 @@ def test_matrix_products_are_those_that_torch_counts(rcps: bool, tied: bool, bid
 def test_the_published_model_of_131k_has_its_known_costs() -> None:
     config = CaduceusConfig(d_model=256, n_layer=16)
     assert flops_per_base(config) == pytest.approx(44.0e6, rel=0.01)
-    assert exponentials_per_base(config) == 524_288
+    assert exponentials_per_base(config) == 4 * 16 * 2 * 512 * 16  # passes, layers, directions, channels, states
 
 
 def test_shares_of_the_peaks_of_a_known_gpu(monkeypatch) -> None:
@@ -46,3 +46,12 @@ def test_shares_of_the_peaks_of_a_known_gpu(monkeypatch) -> None:
     shares = utilization(config, rate, torch.device("cuda"))
     assert shares["scan_roofline"] == pytest.approx(1)
     assert shares["mfu"] == pytest.approx(flops_per_base(config.model) * rate / 989e12)
+
+
+def test_a_card_of_unknown_peaks_is_told_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Unheard Of")
+    for _ in range(2):
+        assert utilization(Config(), 1e6, torch.device("cuda")) == {}
+    assert [record.getMessage() for record in caplog.records] == [
+        "perf: the peak rates of 'NVIDIA Unheard Of' are not known here: rows have no mfu and no scan_roofline"
+    ]

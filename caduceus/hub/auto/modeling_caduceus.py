@@ -25,7 +25,7 @@ from caduceus.errors import UserError
 from caduceus.hub.auto.code import AUTO_MAP, code_files
 from caduceus.hub.auto.configuration_caduceus import CaduceusConfig
 from caduceus.hub.auto.loading import dtype_of, folder_of, place_of
-from caduceus.hub.published import PublishedLayout, hidden_states_to_published
+from caduceus.hub.published import PublishedLayout, hidden_states_to_published, mixer_of
 from caduceus.hub.weights import find_weights, read_weights
 from caduceus.model.backbone import Backbone
 from caduceus.model.heads import CaduceusForMaskedLM as Model
@@ -93,6 +93,8 @@ class CaduceusPreTrainedModel(PreTrainedModel):
         if file is None:
             raise UserError(f"{folder}: no weights are there, such as model.safetensors")
         weights = read_weights(file)
+        if not hasattr(config, "mixer"):
+            config.mixer = mixer_of(weights.tensors)
         model = cls(config, *model_args)
         missing = model._load_published({**weights.tensors, **weights.left_out}, file)
         model.name_or_path = config.name_or_path = str(pretrained_model_name_or_path)

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from caduceus.monitor.report.figures import STYLE, colour_of, new_figure, shortened, with_legend
 from caduceus.monitor.report.runs import Reported
@@ -101,6 +102,7 @@ def _by_layer(title: str, names: Sequence[str], of: Callable = np.asarray) -> Ca
                 label = f"{shortened(run.name, 14)}, {_WORDS[name]}" if len(runs) > 1 else _WORDS[name]
                 axes.plot(range(len(layers)), values, label=label, **style)
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return with_legend(figure, axes)
 
     return draw

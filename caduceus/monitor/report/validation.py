@@ -1,4 +1,4 @@
-"""The report's tables of the newest validation: per species, and what is taken for what."""
+"""The newest validation in the report: tables per species and of what is taken for what, and drawings of windows."""
 
 from collections.abc import Sequence
 from html import escape
@@ -6,6 +6,7 @@ from html import escape
 import numpy as np
 
 from caduceus.monitor.report.runs import Reported
+from caduceus.monitor.windows import windows_of
 from caduceus.page import table
 
 _COLUMNS = {
@@ -18,6 +19,7 @@ _COLUMNS = {
     "strands apart": "valid_rc_disagreement",
 }
 _MOST_SPECIES = 500
+_MOST_WINDOWS = 8
 
 
 def validation_tables(runs: Sequence[Reported]) -> str:
@@ -32,6 +34,27 @@ def validation_tables(runs: Sequence[Reported]) -> str:
     )
     heads = ["run", "species", "step", *_COLUMNS, "perplexity", "bits per base", "epoch"]
     return table(heads, rows[:_MOST_SPECIES]) + words + "".join(_confusion(run) for run in validated)
+
+
+def window_drawings(runs: Sequence[Reported]) -> str:
+    """HTML of the worst and best windows of each run's newest validation, as `RUN/windows` has them."""
+    from caduceus.monitor.report.figures import to_svg
+    from caduceus.monitor.report.tracks import draw_window, title_of
+
+    parts = []
+    for number, run in enumerate(runs):
+        steps = run.history.valid_steps
+        windows = windows_of(run.path, int(steps[-1])) if len(steps) else []
+        if windows:
+            parts.append(f"<h3>{escape(run.name)}, step {steps[-1]:,}</h3>")
+        for place, window in enumerate(windows[:_MOST_WINDOWS]):
+            svg = to_svg(draw_window(window), f"window-{number}-{place}", escape(title_of(window)))
+            parts.append(f'<div class="scroll">{svg.replace("<svg ", """<svg class="wide" """, 1)}</div>')
+        if len(windows) > _MOST_WINDOWS:
+            parts.append(
+                f"<p>{len(windows) - _MOST_WINDOWS} more are drawn in {escape(str(run.path / 'windows'))}.</p>"
+            )
+    return "".join(parts) or "<p>No windows were kept.</p>"
 
 
 def _species(run: Reported) -> list[list[str]]:

@@ -17,7 +17,7 @@ from caduceus.errors import UserError
 from caduceus.files import write_atomically
 from caduceus.monitor.report.history import History, binned
 from caduceus.monitor.report.runs import Reported, differences, read_run
-from caduceus.monitor.report.validation import validation_tables
+from caduceus.monitor.report.validation import validation_tables, window_drawings
 from caduceus.monitor.view import clock
 from caduceus.page import page, table
 
@@ -68,6 +68,8 @@ def write_report(paths: Sequence[Path], target: Path) -> None:
         figures,
         "<h2>Validation</h2>",
         validation_tables(runs),
+        "<h2>Worst and best windows of the newest validation</h2>",
+        window_drawings(runs),
         "<h2>Events</h2>",
         _events_table(runs),
         "<h2>Differences between the configurations</h2>",

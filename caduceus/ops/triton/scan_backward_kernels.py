@@ -1,6 +1,7 @@
 """The kernel that computes all gradients of the selective scan but dz, of chunks whose states and adjoints are known.
 
-scan_adjoint_kernels.py has the passes before it, scan_pieces_kernels.py what lays out its operands.
+scan_adjoint_kernels.py has the passes before it, scan_pieces_kernels.py what lays out its operands,
+scan_sums_kernels.py the sums over channels.
 """
 
 import triton
@@ -13,29 +14,14 @@ from caduceus.ops.triton.scan_arithmetic import (
     load_floats,
     load_parameter,
     silu,
-    stack,
     step_size,
     time_of_decay,
     zeros,
 )
+from caduceus.ops.triton.scan_sums_kernels import selects_of_warp, sum_over_channels, sum_over_warp
 
-
-@triton.jit
-def _sum_over_channels(columns, LOG_COLUMNS: tl.constexpr, BLOCK: tl.constexpr, IN_FP32: tl.constexpr):
-    """Sums of the columns in each row of a tile of 16: ones · columns on the tensor cores takes far fewer instructions
-    than shuffles."""
-    tile = stack(columns, LOG_COLUMNS, BLOCK)
-    ones = tl.full([16, BLOCK], 1.0, tl.float32)
-    if IN_FP32:
-        # The 11 leading bits of TF32, then the rest: as exact as the three passes of tf32x3, one of which is for the
-        # other operand's rest, and ones have none. With three the kernel would spill.
-        leading = (tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        sums = tl.dot(ones, leading, input_precision="tf32")
-        sums = tl.dot(ones, tile - leading, sums, input_precision="tf32")
-    else:
-        # One TF32 pass rounds less than the 16-bit gradient that follows it.
-        sums = tl.dot(ones, tile, input_precision="tf32")
-    return sums
+STATES = tl.constexpr(2)
+"""Of which loads stand together where sums stay in a warp: with one the kernel takes 120 registers, with two 128."""
 
 
 @triton.jit
@@ -71,6 +57,45 @@ def _store_tokens(
 
 
 @triton.jit
+def _state_gradients(h, A, adjoint, dA, BC_ptr, decay_times, dtus, dys, ddtus, dlogs, T: tl.constexpr):
+    """One state over a piece: forward from h, then back. Returns (adjoint, dA, ddtus, dlogs, terms of dB, then dC)."""
+    BC = load_floats(BC_ptr, 2 * T)
+    decays = ()
+    decayed = ()
+    states = ()
+    for i in tl.static_range(T):
+        decay = tl.exp2(decay_times[i] * A)
+        before = decay * h
+        h = before + dtus[i] * BC[i]
+        decays = decays + (decay,)
+        decayed = decayed + (before,)
+        states = states + (h,)
+    dBs = ()
+    dCs = ()
+    more_ddtus = ()
+    more_dlogs = ()
+    for i in tl.static_range(T - 1, -1, -1):
+        adjoint += dys[i] * BC[T + i]
+        dlog = adjoint * decayed[i]
+        dA += dlog * decay_times[i]
+        dBs = (adjoint * dtus[i],) + dBs
+        dCs = (dys[i] * states[i],) + dCs
+        more_ddtus = (ddtus[i] + adjoint * BC[i],) + more_ddtus
+        more_dlogs = (dlogs[i] + dlog * A,) + more_dlogs
+        adjoint *= decays[i]
+    return adjoint, dA, more_ddtus, more_dlogs, dBs + dCs
+
+
+@triton.jit
+def _load_states(ptr, e, mask, E: tl.constexpr, COUNT: tl.constexpr):
+    """Adjacent states. As sums of this form addresses take the fewest registers."""
+    states = ()
+    for g in tl.static_range(COUNT):
+        states = states + (load(ptr + g * E + e, mask),)
+    return states
+
+
+@triton.jit
 def _chunk_gradients(
     u_ptr,
     dt_ptr,
@@ -102,6 +127,7 @@ def _chunk_gradients(
     REV: tl.constexpr,
     WHOLE: tl.constexpr,
     IN_FP32: tl.constexpr,
+    IN_WARPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_STARTS: tl.constexpr,
@@ -109,6 +135,11 @@ def _chunk_gradients(
 ):
     """Gradients of D and dt's bias, (BLOCK,) each; the others go to their places. Pointers are at the first step."""
     step: tl.constexpr = 1 - 2 * REV
+    AT_ONCE: tl.constexpr = STATES if IN_WARPS else GROUP
+    AHEAD: tl.constexpr = not (IN_FP32 and HAS_STARTS)  # with both there are no registers left for it
+    if IN_WARPS:
+        selects = selects_of_warp(BLOCK)
+        lane = tl.arange(0, BLOCK) % 32
     sum_dD = tl.zeros([BLOCK], tl.float32)
     sum_dbias = tl.zeros([BLOCK], tl.float32)
     n_pieces = (length + T - 1) // T
@@ -136,62 +167,65 @@ def _chunk_gradients(
         dlogs = zeros(T, BLOCK)  # gradient of dt through the decay: sum of adjoint · exp(dt A) h · A
         kept_k = kept_ptr + k0 // T * N * E
         pieces_n = pieces_ptr + k0 // T * N * 2 * T
-        sums_n = dpieces_ptr + k0 // T * N * 2 * T + tl.arange(0, GROUP * 2 * T)
+        sums_n = dpieces_ptr + k0 // T * N * 2 * T
         offset = 0
+        # What is loaded stands before the stores of a turn, behind which no compiler can move it; what waits for
+        # memory longest, a turn before.
+        if AHEAD:
+            next_hs = _load_states(kept_k, e, mask, E, AT_ONCE)
         for _ in range(N // GROUP):
-            columns = ()
-            for g in tl.static_range(GROUP):
-                A = load(A_ptr + offset + g * E + e, mask)
-                h = load(kept_k + offset + g * E + e, mask)
-                adjoint = load(adjoint_ptr + offset + g * E + e, mask)
-                dA = load(dA_ptr + offset + g * E + e, mask)
-                BC = load_floats(pieces_n + g * 2 * T, 2 * T)
-                decays = ()
-                decayed = ()
-                states = ()
-                for i in tl.static_range(T):
-                    decay = tl.exp2(decay_times[i] * A)
-                    before = decay * h
-                    h = before + dtus[i] * BC[i]
-                    decays = decays + (decay,)
-                    decayed = decayed + (before,)
-                    states = states + (h,)
-                dBs = ()
-                dCs = ()
-                more_ddtus = ()
-                more_dlogs = ()
-                for i in tl.static_range(T - 1, -1, -1):
-                    adjoint += dys[i] * BC[T + i]
-                    dlog = adjoint * decayed[i]
-                    dA += dlog * decay_times[i]
-                    dBs = (adjoint * dtus[i],) + dBs
-                    dCs = (dys[i] * states[i],) + dCs
-                    more_ddtus = (ddtus[i] + adjoint * BC[i],) + more_ddtus
-                    more_dlogs = (dlogs[i] + dlog * A,) + more_dlogs
-                    adjoint *= decays[i]
-                ddtus = more_ddtus
-                dlogs = more_dlogs
-                tl.store(adjoint_ptr + offset + g * E + e, adjoint, mask=mask)
-                tl.store(dA_ptr + offset + g * E + e, dA, mask=mask)
-                columns = columns + dBs + dCs
-            sums = _sum_over_channels(columns, LOG_COLUMNS, BLOCK, IN_FP32)
-            at = tl.broadcast_to(sums_n[None, :], sums.shape)
-            tl.store(at, sums, mask=tl.broadcast_to((tl.arange(0, 16) == 0)[:, None], sums.shape))
-            offset += GROUP * E
-            pieces_n += GROUP * 2 * T
+            dB = tl.zeros([BLOCK], tl.float32)
+            dC = tl.zeros([BLOCK], tl.float32)
+            for part in range(GROUP // AT_ONCE):
+                if AHEAD:
+                    hs = next_hs
+                    ahead = tl.minimum(offset + AT_ONCE * E, (N - AT_ONCE) * E)
+                    next_hs = _load_states(kept_k + ahead, e, mask, E, AT_ONCE)
+                else:
+                    hs = _load_states(kept_k + offset, e, mask, E, AT_ONCE)
+                As = _load_states(A_ptr + offset, e, mask, E, AT_ONCE)
+                adjoints = _load_states(adjoint_ptr + offset, e, mask, E, AT_ONCE)
+                dAs = _load_states(dA_ptr + offset, e, mask, E, AT_ONCE)
+                columns = ()
+                for g in tl.static_range(AT_ONCE):
+                    adjoint, dA, ddtus, dlogs, terms = _state_gradients(
+                        *(hs[g], As[g], adjoints[g], dAs[g], pieces_n + g * 2 * T),
+                        *(decay_times, dtus, dys, ddtus, dlogs, T),
+                    )
+                    tl.store(adjoint_ptr + offset + g * E + e, adjoint, mask=mask)
+                    tl.store(dA_ptr + offset + g * E + e, dA, mask=mask)
+                    if IN_WARPS:
+                        more_dB, more_dC = sum_over_warp(selects, terms, BLOCK)
+                        mine = lane % 4 == part * AT_ONCE + g
+                        dB, dC = tl.where(mine, more_dB, dB), tl.where(mine, more_dC, dC)
+                    else:
+                        columns = columns + terms
+                if not IN_WARPS:
+                    sums = sum_over_channels(columns, LOG_COLUMNS, BLOCK, IN_FP32)
+                    at = tl.broadcast_to((sums_n + tl.arange(0, GROUP * 2 * T))[None, :], sums.shape)
+                    tl.store(at, sums, mask=tl.broadcast_to((tl.arange(0, 16) == 0)[:, None], sums.shape))
+                offset += AT_ONCE * E
+                pieces_n += AT_ONCE * 2 * T
+            if IN_WARPS:
+                sums = tl.sum(tl.reshape(tl.join(dB, dC), [BLOCK // 32, 64]), 0)
+                k = tl.arange(0, 64)
+                tl.store(sums_n + k // 2 % 4 * (2 * T) + k % 2 * T + k // 8, sums)
             sums_n += GROUP * 2 * T
         dus = ()
         ddts = ()
         us = _load_tokens(u_ptr + row_offset, step * E, count, e, mask, E, T, WHOLE)
-        xs = _load_tokens(dt_ptr + row_offset, step * E, count, e, mask, E, T, WHOLE)
+        if HAS_STARTS or IN_FP32:
+            xs = _load_tokens(dt_ptr + row_offset, step * E, count, e, mask, E, T, WHOLE)
         for i in tl.static_range(T):
-            x = xs[i] + bias
             ddt = ddtus[i] * us[i] + dlogs[i] * (1 / LOG2E)
             dt = decay_times[i]
             if HAS_STARTS:
-                dt = step_size(x, 0.0, SOFTPLUS)
+                dt = step_size(xs[i], bias, SOFTPLUS)
             if SOFTPLUS:
-                ddt *= 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+                if HAS_STARTS or IN_FP32:
+                    ddt *= 1.0 / (1.0 + tl.exp2((xs[i] + bias) * -LOG2E))
+                else:  # sigmoid(x) = 1 - exp(-softplus(x)), to an absolute 2^-24
+                    ddt *= 1.0 - tl.exp2(dt * -LOG2E)
             sum_dbias += ddt if WHOLE else tl.where(i < count, ddt, 0.0)
             sum_dD += dys[i] * us[i]
             dus = dus + (ddtus[i] * dt + D * dys[i],)
@@ -238,6 +272,7 @@ def scan_backward_kernel(
     LOG_COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr,
     IN_FP32: tl.constexpr,
+    IN_WARPS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -249,7 +284,8 @@ def scan_backward_kernel(
     The chunk is taken in pieces of T tokens from the end, one state after the other: the T states that follow from a
     kept one fit in registers. All pieces are WHOLE where T divides the length. `adjoint` holds the running adjoint, and
     the sums go to dA (P, items, N, E), dD and dbias (P, items, E), and dpieces (channel blocks, P, items,
-    chunk_size / T, N, 2 T), those of GROUP states at once.
+    chunk_size / T, N, 2 T), those of GROUP states at once: IN_WARPS by `sum_over_warp`, which wants GROUP 4, T 8 and
+    one channel for each thread, else by `sum_over_channels`.
     """
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0) // P
@@ -281,11 +317,15 @@ def scan_backward_kernel(
     # The direction is compiled in: offsets within a piece are then constants.
     if rev == 1:
         dD, dbias = _chunk_gradients(
-            *operands, E, N, BLOCK, T, GROUP, LOG_COLUMNS, 1, WHOLE, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask
+            *operands,
+            *(E, N, BLOCK, T, GROUP, LOG_COLUMNS, 1, WHOLE, IN_FP32, IN_WARPS, SOFTPLUS, HAS_Z, HAS_STARTS),
+            mask=mask,
         )
     else:
         dD, dbias = _chunk_gradients(
-            *operands, E, N, BLOCK, T, GROUP, LOG_COLUMNS, 0, WHOLE, IN_FP32, SOFTPLUS, HAS_Z, HAS_STARTS, mask=mask
+            *operands,
+            *(E, N, BLOCK, T, GROUP, LOG_COLUMNS, 0, WHOLE, IN_FP32, IN_WARPS, SOFTPLUS, HAS_Z, HAS_STARTS),
+            mask=mask,
         )
     tl.store(dD_ptr + local * E + e, dD, mask=mask)
     tl.store(dbias_ptr + local * E + e, dbias, mask=mask)

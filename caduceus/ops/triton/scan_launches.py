@@ -20,6 +20,10 @@ PIECE = 8
 """Tokens whose states the backward pass holds in registers at once."""
 GROUP = 2
 """States of which the backward pass sums the gradients of B and C over channels in one product."""
+WARP_GROUP = 4
+"""The same where the sums stay in a warp."""
+warp_sums = True
+"""Whether they do where they can; `caduceus.ops.self_check` says no on a card that sums wrong in this way."""
 WIDE_STATES = 16
 """States up to which the kernels that hold them in registers take two channels in a thread, and UNROLL tokens in a turn
 of their loops where it divides the length. More states are work enough, and what is unrolled takes long to compile."""
@@ -264,7 +268,9 @@ class ScanKernels:
     def _reverse(
         self, item: int, count: int, dy: Tensor, adjoints: Tensor, kept: Tensor, pieces: Tensor, sums: tuple
     ) -> None:
-        group = math.gcd(self.N, GROUP)
+        # Where terms of dB and dC may be rounded to bf16, as the sums are, and are as many as a warp takes.
+        in_warps = warp_sums and self.u.dtype == torch.bfloat16 and self.N % WARP_GROUP == 0 and self.block % 32 == 0
+        group = WARP_GROUP if in_warps else math.gcd(self.N, GROUP)
         with device_of(self.u):
             backward_kernels.scan_backward_kernel[(self.P * count, self.blocks)](
                 self.u,
@@ -287,6 +293,7 @@ class ScanKernels:
                 LOG_COLUMNS=(2 * PIECE * group).bit_length() - 1,
                 WHOLE=self.length % PIECE == 0,
                 IN_FP32=self.u.dtype == torch.float32,
+                IN_WARPS=in_warps,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
                 **self.options,

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_an_export_gives_the_golden_values_and_comes_back_bit_for_bit(name, tmp_
     assert saved.keys() == state.keys() and all(torch.equal(saved[key], state[key]) for key in state)
     assert hub.load(tmp_path / "saved").config == hub.load(tmp_path / "export").config
     values = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert values["pad_token_id"] == (-100 if name.startswith("plantcad") else 4)
+    assert values["pad_token_id"] == (-100 if golden.config["vocab_size"] == 8 else 4)
     if complement := values.get("complement_map"):
         assert list(complement) == [str(token) for token in range(len(complement))]
 
@@ -124,33 +125,30 @@ def test_gradient_checkpointing_gives_the_same_gradients(ps):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def batches(side: str) -> tuple[list[str], dict[str, torch.Tensor]]:
+def batches(side: str, folder: str) -> tuple[Any, list[str], dict[str, torch.Tensor]]:
+    """The tokenizer of an export, sequences, and a batch of them."""
     generator = torch.Generator().manual_seed(1)
     texts = ["".join("ACGTN"[i] for i in torch.randint(0, 5, (n,), generator=generator)) for n in (23, 7, 16)]
-    return texts, hub_tokenizer()(texts, padding=True, padding_side=side, return_tensors="pt")
-
-
-def hub_tokenizer():
-    from caduceus.hub.auto.tokenization_caduceus import CaduceusTokenizer
-
-    return CaduceusTokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer, texts, tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["ps_fused", "ph_tied", "ps_unfused"])
+@pytest.mark.parametrize("name", ["ps_fused", "ph_tied", "ps_unfused", "ps_mamba2_fused", "ph_mamba2_untied"])
 def test_padding_on_either_side_changes_nothing(name, side, tmp_path):
     golden = load_golden(name)
-    model = AutoModelForMaskedLM.from_pretrained(export(golden, tmp_path / "export")).double()
-    texts, padded = batches(side)
+    folder = export(golden, tmp_path / "export")
+    model = AutoModelForMaskedLM.from_pretrained(folder).double()
+    tokenizer, texts, padded = batches(side, folder)
     logits = model(**padded).logits
     labels = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)
     gradients = torch.autograd.grad(model(**padded, labels=labels).loss, list(model.parameters()))
     total, count = 0, 0
     for row, text in enumerate(texts):
-        alone = hub_tokenizer()(text, return_tensors="pt")["input_ids"]
+        alone = tokenizer(text, return_tensors="pt")["input_ids"]
         real = padded["attention_mask"][row] == 1
         torch.testing.assert_close(logits[row, real], model(alone).logits[0], rtol=1e-9, atol=1e-10)
-        labelled = int((alone != 4).sum())
+        labelled = int((alone != tokenizer.pad_token_id).sum())
         total, count = total + model(alone, labels=alone).loss * labelled, count + labelled
     expected = torch.autograd.grad(total / count, list(model.parameters()))
     for one, other in zip(gradients, expected, strict=True):
@@ -164,9 +162,9 @@ def test_a_classifier_reads_both_strands_alike_and_no_padding(ps, pooling, tmp_p
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pooling_strategy=pooling)
     assert "score.weight, which starts untrained" in caplog.text
     model.score.weight.data.mul_(50)
-    texts, padded = batches("left")
+    tokenizer, texts, padded = batches("left", folder)
     logits = model(**padded).logits
-    ids = hub_tokenizer()(texts[1], return_tensors="pt")["input_ids"]
+    ids = tokenizer(texts[1], return_tensors="pt")["input_ids"]
     complement = torch.tensor(list(AutoConfig.from_pretrained(folder).complement_map.values()))
     torch.testing.assert_close(model(ids).logits[0], logits[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model(complement[ids].flip(1)).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
@@ -179,7 +177,7 @@ def test_a_classifier_reads_both_strands_alike_and_no_padding(ps, pooling, tmp_p
 
 def test_losses_of_the_heads_are_those_of_transformers(ps):
     _, folder = ps
-    _, padded = batches("right")
+    _, _, padded = batches("right", folder)
     cases = (
         (1, torch.tensor([0.5, 1.0, -1.0]), "regression"),
         (3, torch.tensor([0, 2, 1]), "single_label_classification"),

@@ -16,7 +16,9 @@ import pytest
 from caduceus.monitor.report import write
 from caduceus.monitor.report.figures import BINS, CURVES, draw_curves, draw_events, to_svg
 from caduceus.monitor.report.runs import differences, read_run
+from caduceus.monitor.report.tracks import title_of
 from caduceus.monitor.report.write import report_of_finished, write_report
+from caduceus.monitor.windows import windows_of
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import record_end
 from caduceus.train.trainer import train
@@ -101,8 +103,9 @@ def assert_self_contained(page: Page) -> None:
 
 @pytest.mark.slow
 def test_two_real_runs(small_run: SmallRun, tmp_path: Path) -> None:
-    first = small_run.config("first", train={"steps": 6}, monitor={"report": True, "every": 2})
-    second = small_run.config("second", train={"steps": 4, "lr": 0.004}, checkpoint={"every": 2})
+    first = small_run.config("first", train={"steps": 6}, monitor={"report": True, "every": 2, "windows": 1})
+    keys = {"train": {"steps": 4, "lr": 0.004}, "checkpoint": {"every": 2}, "monitor": {"windows": 1}}
+    second = small_run.config("second", **keys)
     assert train(first) == 0 and train(second) == 0
     assert not (tmp_path / "second" / "report").exists()  # tests leave it out where it is not their matter
     made_at_the_end = Page(tmp_path / "first" / "report" / "report.html")
@@ -148,7 +151,11 @@ def test_two_real_runs(small_run: SmallRun, tmp_path: Path) -> None:
         ["train.steps", "6", "4"],
     ]
     assert [label for label in page.labels if label.startswith("Loss of the training steps. first: ")]
-    assert len(page.labels) == 3 * len(PNGS + DETAILS) + len(BY_LAYER)
+    windows = [
+        window for name in ("first", "second") for window in windows_of(tmp_path / name, {"first": 6}.get(name, 4))
+    ]
+    assert [label for label in page.labels if " window: " in label] == [title_of(window) for window in windows]
+    assert len(windows) == 4 and len(page.labels) == 3 * len(PNGS + DETAILS) + len(BY_LAYER) + len(windows)
     for number, name in enumerate(("first", "second")):
         last = [row for row in RunDirectory.open(tmp_path / name).metrics() if "valid_loss" in row][-1]
         shown = page.table("run", "species")[number]

@@ -148,6 +148,12 @@ def test_half_precision(dtype):
 
 
 @pytest.mark.slow
+def test_sums_that_stay_in_a_warp():
+    """Two warps with channels, in 16 bits: terms are rounded to bf16 before they are summed, and results again."""
+    check(make_operands(2, 1, 1, 9, 33, 4), dtype=torch.bfloat16, tolerance=HALF[torch.bfloat16], chunk=8)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", [("D", "z"), ("dt_bias", "initial_state")])
 @pytest.mark.parametrize("at_once", [True, False])
 def test_optional_operands(monkeypatch, absent, at_once):

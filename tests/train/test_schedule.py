@@ -6,7 +6,13 @@ from hypothesis import strategies as st
 
 from caduceus.config import TrainConfig
 from caduceus.errors import UserError
-from caduceus.train.optimizer import default_warmup, kept_warmup, learning_rate
+from caduceus.train.schedule import (
+    default_decay_start,
+    default_warmup,
+    kept_decay_start,
+    kept_warmup,
+    learning_rate,
+)
 
 
 def test_schedule_is_the_published_one() -> None:
@@ -54,3 +60,48 @@ def test_a_longer_warm_up_is_taken_within_the_first_and_refused_after_it() -> No
 def test_a_warm_up_left_to_the_run_is_the_one_that_it_began_with() -> None:
     former = TrainConfig(steps=1000, warmup_steps=100)
     assert kept_warmup(TrainConfig(steps=9000), former, 100, step=50) == 100
+
+
+def wsd(steps: int, **keys: int | str) -> TrainConfig:
+    return TrainConfig(steps=steps, schedule="wsd", **keys)
+
+
+def test_wsd_stays_and_falls_in_its_last_steps() -> None:
+    config = wsd(1000, decay_steps=200)
+    start = default_decay_start(config)
+    rates = [learning_rate(step, config, 100, start) for step in range(1, 1001)]
+    assert start == 800 and set(rates[100:801]) == {config.lr}
+    assert rates[850] == pytest.approx(config.min_lr + (config.lr - config.min_lr) * 0.5)
+    assert rates[800:] == sorted(rates[800:], reverse=True) and config.min_lr < rates[-1] < 1.3 * config.min_lr
+    assert default_decay_start(wsd(1000)) == 900
+    assert default_decay_start(wsd(1000), branched_at=640) == 640
+    assert default_decay_start(config, branched_at=640) == 800
+    assert default_decay_start(TrainConfig()) is None
+
+
+def test_other_schedules_do_not_ask_where_the_run_ends() -> None:
+    for schedule in ("constant", "inverse_sqrt"):
+        short, long = (TrainConfig(steps=steps, schedule=schedule) for steps in (1000, 9000))
+        rates = [learning_rate(step, short, 100) for step in range(1, 1001)]
+        assert rates == [learning_rate(step, long, 100) for step in range(1, 1001)]
+        assert rates[0] == 1e-6 and rates[100] == 8e-3 == max(rates)
+        assert rates[400] == (8e-3 if schedule == "constant" else pytest.approx(8e-3 / 2))
+    assert learning_rate(10**9, TrainConfig(schedule="inverse_sqrt"), 100) == 1e-4
+    assert learning_rate(1, TrainConfig(schedule="inverse_sqrt"), 0) == 8e-3
+
+
+@given(step=st.integers(0, 900), steps=st.integers(950, 5000))
+def test_before_its_decay_a_run_under_wsd_takes_any_length(step: int, steps: int) -> None:
+    former, now = wsd(1000), wsd(steps)
+    start = kept_decay_start(now, former, 900, step)
+    assert step <= start < steps
+    assert all(learning_rate(number, now, 0, start) == now.lr for number in range(step + 1, start + 2))
+
+
+def test_within_its_decay_it_keeps_its_end() -> None:
+    former = wsd(1000, decay_steps=100)
+    assert kept_decay_start(former, former, 900, 950) == 900
+    with pytest.raises(UserError, match=r"falls since step 900, .*train\.decay_from=RUN/checkpoints/step-00000900$"):
+        kept_decay_start(wsd(2000, decay_steps=100), former, 900, 901)
+    assert kept_decay_start(former, TrainConfig(steps=1000), None, 950) == 950
+    assert kept_decay_start(TrainConfig(), former, 900, 901) is None

@@ -1,0 +1,138 @@
+"""Networks that give a few numbers for a sequence: a Caduceus with a head, and a small CNN to compare it with.
+
+Shapes: B sequences, L length, D d_model, O outputs.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from caduceus.alphabet import reverse_complement
+from caduceus.errors import UserError
+from caduceus.evaluate.labelled import Task
+from caduceus.files import dump_json, replacing_directory
+from caduceus.hub import load, save_imported
+from caduceus.model.backbone import Backbone
+from caduceus.model.heads import CaduceusForMaskedLM
+
+POOLS = ("mean", "max", "centre")
+_HEAD, _TASK, _MODEL = "head.safetensors", "task.json", "backbone"
+
+
+class SequenceModel(nn.Module):
+    """A Caduceus whose last hidden states are pooled over a sequence and mapped to outputs by one linear layer.
+
+    A Caduceus-PS averages the outputs of both strands, in training too, and so is the same for a sequence and its
+    reverse complement by construction. Other models see the forward strand in training, and elsewhere the average of
+    their outputs on both ("post-hoc"), as the published protocol has it.
+    """
+
+    def __init__(self, backbone: CaduceusForMaskedLM, task: Task, pool: str) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise UserError(f"--pool: choose one of {', '.join(POOLS)}, got {pool!r}")
+        self.backbone, self.task, self.pool = backbone, task, pool
+        self.head = nn.Linear(backbone.config.d_model, task.outputs)
+
+    def forward(self, sequences: list[np.ndarray]) -> Tensor:
+        """ASCII sequences of any lengths -> (B, O)."""
+        outputs = self._strands(sequences).mean(0)
+        if self.training or self.backbone.config.rcps:
+            return outputs
+        return (outputs + self._strands([reverse_complement(bases) for bases in sequences], reverse=True)[0]) / 2
+
+    def _strands(self, sequences: list[np.ndarray], reverse: bool = False) -> Tensor:
+        """(S, B, O). reverse: the sequences are reverse complements, which a centre is mirrored in."""
+        device = self.head.weight.device
+        lengths = torch.tensor([len(bases) for bases in sequences], device=device)
+        longest, vocabulary = int(lengths.max()), self.backbone.config.vocabulary
+        ids = np.full((len(sequences), longest), vocabulary.pad, dtype=np.int64)
+        for row, bases in enumerate(sequences):
+            ids[row, : len(bases)] = vocabulary.encode(bases)
+        padding = torch.arange(longest, device=device) >= lengths[:, None]
+        some = bool(padding.any())
+        held = Backbone.forward(self.backbone, torch.from_numpy(ids).to(device), pad_mask=padding if some else None)
+        states = self.backbone.by_strand(held.held).to(self.head.weight.dtype)
+        return self.head(self._pooled(states, padding, lengths, reverse))
+
+    def _pooled(self, states: Tensor, padding: Tensor, lengths: Tensor, reverse: bool) -> Tensor:
+        """(S, B, L, D) -> (S, B, D)"""
+        if self.pool == "mean":
+            return states.masked_fill(padding[..., None], 0).sum(2) / lengths[:, None]
+        if self.pool == "max":
+            return states.masked_fill(padding[..., None], -torch.inf).amax(2)
+        centre = lengths - 1 - lengths // 2 if reverse else lengths // 2
+        return states[:, torch.arange(len(lengths), device=lengths.device), centre]
+
+    def save(self, folder: str | Path, made_from: dict[str, Any]) -> None:
+        """Write the model so that `load` finds it: backbone/ as an import, the head, and the task."""
+        with replacing_directory(folder) as writing:
+            save_imported(self.backbone, writing / _MODEL)
+            save_file({name: tensor.cpu() for name, tensor in self.head.state_dict().items()}, writing / _HEAD)
+            values = {"task": self.task.to_json(), "pool": self.pool, "made_from": made_from}
+            (writing / _TASK).write_bytes(dump_json(values))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SequenceModel":
+        """The model of a folder that `save` wrote; whatever is not one is a `UserError`."""
+        folder = Path(folder)
+        if not (folder / _TASK).is_file():
+            raise UserError(f"{folder}: not a fine-tuned model ({_TASK} is missing); finetune writes one to OUT/model")
+        try:
+            values = json.loads((folder / _TASK).read_bytes())
+            model = cls(load(folder / _MODEL), Task.from_json(values["task"]), values["pool"])
+            model.head.load_state_dict(load_file(folder / _HEAD))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder}: not a fine-tuned model ({' '.join(str(error).split())[:200]})") from None
+        return model
+
+
+class HeadOnly(nn.Module):
+    """The head of a `SequenceModel` on embeddings of both strands that were computed once, (2 D,) each."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, rows: list[np.ndarray]) -> Tensor:
+        """(B, O), the average over strands."""
+        features = torch.from_numpy(np.stack(rows)).to(self.head.weight)
+        return self.head(features.unflatten(1, (2, -1))).mean(1)
+
+
+class Cnn(nn.Module):
+    """A small convolutional network on one-hot bases, trained from nothing; both strands are averaged."""
+
+    def __init__(self, outputs: int, channels: int = 64) -> None:
+        super().__init__()
+        widths = (4, channels, channels, channels)
+        self.layers = nn.ModuleList(nn.Conv1d(a, b, 9, padding=4) for a, b in itertools.pairwise(widths))
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in self.layers)
+        self.head = nn.Linear(2 * channels, outputs)
+
+    def forward(self, sequences: list[np.ndarray]) -> Tensor:
+        """ASCII sequences of any lengths -> (B, O)."""
+        reverse = [reverse_complement(bases) for bases in sequences]
+        return (self._strand(sequences) + self._strand(reverse)) / 2
+
+    def _strand(self, sequences: list[np.ndarray]) -> Tensor:
+        longest = max(map(len, sequences))
+        rows = np.full((len(sequences), longest), ord("-"), dtype=np.uint8)
+        for row, bases in enumerate(sequences):
+            rows[row, : len(bases)] = bases
+        one_hot = np.stack([rows == ord(base) for base in "ACGT"], 1)
+        x = torch.from_numpy(one_hot).to(self.head.weight)
+        there = torch.from_numpy(rows != ord("-")).to(x)[:, None]
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            y = F.gelu(norm(layer(x).mT)).mT * there
+            x = x + y if x.shape == y.shape else y
+        mean, largest = x.sum(2) / there.sum(2), x.masked_fill(there == 0, -torch.inf).amax(2)
+        return self.head(torch.cat([mean, largest], 1))

@@ -1,0 +1,197 @@
+"""What all mixers share: which stream is mirrored, how directions join, and how a sequence is mixed piece by piece.
+
+Shapes: B batch, L length, D d_model, E inner channels, N states, K convolution width, S streams (1, or 2 where the
+model follows both strands), P directions (2, or 1 for a uni-directional model), Q sets of in and out projections (P
+where untied, else 1).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from caduceus.config import CaduceusConfig
+from caduceus.model.observer import Observer
+from caduceus.model.recompute import with_operands_made_again
+from caduceus.ops import Context
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
+"""Range of the step sizes at initialisation, and the smallest allowed (Gu and Dao 2023, arXiv:2312.00752)."""
+
+Apply = Callable[..., Tensor]
+"""Calls a scan with its inputs: `apply_scan`, or with these made again on the way back."""
+Carried = tuple[Tensor, Tensor]
+"""What a run carries from one piece of a sequence into the next: the inputs that the convolution's taps still see,
+(B, at most K - 1, channels), and the state of the scan, (B, …)."""
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """Linear maps without bias, x (G, …, in) by weight (G, out, in), or (1, out, in) for all of x -> (G, …, out)."""
+    if weight.shape[0] == 1:
+        return F.linear(x, weight[0])
+    return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+
+
+def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int, streams: int) -> Tensor:
+    """`weight` for each stream, stacked on a new leading axis; the mirrored stream's copy has `dim` flipped.
+
+    A stream that is held channel-flipped meets weights flipped along D instead, so activations never are.
+    """
+    return torch.stack([weight.flip(dim) if stream == mirrored_stream else weight for stream in range(streams)])
+
+
+def negative_exp(A_log: Tensor) -> Tensor:
+    """A, in at least fp32."""
+    return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+
+
+class Mixer(nn.Module):
+    """Selective state space mixer over every stream, (S, B, L, D) -> (S, B, L, D).
+
+    Parameters of direction d (0 left-to-right, 1 right-to-left) are stacked on a leading axis. The `mirrored_stream`
+    runs as the reverse complement: it has the directions exchanged, and with `mirror_channels` also D flipped at entry
+    and exit, which its projections absorb. With one stream, `mirrored_stream` 1 means that it is not this one.
+
+    Subclasses have `in_proj` (Q, …, D), `out_proj` (Q, D, E), `conv_weight` (P, …), and the methods that raise here.
+    """
+
+    in_proj: nn.Parameter
+    out_proj: nn.Parameter
+    conv_weight: nn.Parameter
+
+    def __init__(
+        self, config: CaduceusConfig, *, mirrored_stream: int = 1, mirror_channels: bool = False, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.mirrored_stream = mirrored_stream
+        self.mirror_channels = mirror_channels
+        self.backend = backend
+        self.context: Context | None = None
+        self.observer: Observer | None = None
+        self.directions = 2 if config.bidirectional else 1
+        self.projections = 1 if config.bidirectional_weight_tie else self.directions
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Published initialisation."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden: Tensor,
+        pad_mask: Tensor | None = None,
+        starts: Tensor | None = None,
+        recompute_scan_inputs: bool = False,
+    ) -> Tensor:
+        """hidden (S, B, L, D), pad_mask (B, L) bool, true where a position is only padding of the batch; starts (B, L)
+        bool, true where a packed sequence begins: nothing crosses its border in either direction. With
+        `recompute_scan_inputs` the backward pass computes convolution, step sizes, B and C again, but not the scan."""
+        config = self.config
+        if self.observer is not None:
+            self._show_steps(self.observer, hidden)
+        if config.bidirectional:
+            jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
+        else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
+            jointly = self.mirrored_stream == 1 and not self._has_strand_apart(hidden)
+        mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
+        if recompute_scan_inputs:
+            return _uncompiled(mix, hidden, pad_mask, starts, with_operands_made_again)
+        return mix(hidden, pad_mask, starts, apply_scan)
+
+    def _show_steps(self, observer: Observer, hidden: Tensor) -> None:
+        """Tell step sizes and decays in the middle of the first sequence, as its first stream meets them."""
+        raise NotImplementedError
+
+    def _mix_directions_jointly(
+        self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
+    ) -> Tensor:
+        """Both directions share the projections, which like pointwise maps commute with flips."""
+        raise NotImplementedError
+
+    def _mix_direction(
+        self, hidden: Tensor, direction: int, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
+    ) -> Tensor:
+        """One direction with an out projection of its own."""
+        raise NotImplementedError
+
+    def _mix_run(
+        self, rows: Tensor, stream: int, direction: int, backwards: bool, carried: Carried | None
+    ) -> tuple[Tensor, Carried]:
+        """One stream of a piece in one direction: rows (B, l, D) -> (B, l, D)."""
+        raise NotImplementedError
+
+    def _has_strand_apart(self, hidden: Tensor) -> bool:
+        """Whether the other strand is on another rank.
+
+        Gradients must then be ready in the same order on both, as DeepSpeed adds them up in the order in which they
+        come: so both take the same operators, whatever their role.
+        """
+        return self.config.rcps and hidden.shape[0] == 1
+
+    def _mix_directions_apart(
+        self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
+    ) -> Tensor:
+        """Directions with projections of their own, or joined by multiplication."""
+        directions = range(2 if self.config.bidirectional else 1)
+        outputs = [self._mix_direction(hidden, direction, pad_mask, starts, apply) for direction in directions]
+        if len(outputs) == 1:
+            return outputs[0]
+        forward, backward = outputs
+        return forward + backward if self.config.bidirectional_strategy == "add" else forward * backward
+
+    def mix_piece(self, hidden: Tensor, backwards: bool, carried: list[Carried | None]) -> tuple[Tensor, list]:
+        """What the runs that go one way make of a piece of longer sequences, and what they carry into the next piece.
+
+        hidden (S, B, l, D); `carried` by stream, None before the first piece. Zeros for a stream without such a run.
+        With `bidirectional_strategy: add` both ways add up to the mixer's output, else they are to be multiplied.
+        """
+        mixed, handed_on = torch.zeros_like(hidden), list(carried)
+        for stream, rows in enumerate(hidden):
+            direction = int(backwards != (stream == self.mirrored_stream))
+            if direction < len(self.conv_weight):
+                mixed[stream], handed_on[stream] = self._mix_run(rows, stream, direction, backwards, carried[stream])
+        return mixed, handed_on
+
+    def _parameters_by_role(self, hidden: Tensor, *parameters: Tensor) -> list[Tensor]:
+        """Parameters (P, …) for ops that exchange the directions of stream 1.
+
+        Where stream 0 is the mirrored one, the parameters are exchanged instead.
+        """
+        if self.mirrored_stream == 0:
+            return [parameter.flip(0) for parameter in parameters]
+        if self._has_strand_apart(hidden):
+            return [parameter.clone() for parameter in parameters]
+        return list(parameters)
+
+    def _runs_backwards(self, hidden: Tensor, direction: int) -> list[bool]:
+        """Of each stream, whether it takes a direction's parameters right-to-left."""
+        return [(direction == 1) != (stream == self.mirrored_stream) for stream in range(hidden.shape[0])]
+
+    def _convolved_piece(
+        self, x: Tensor, backwards: bool, taps: Tensor | None, convolve: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The convolution of a piece x (B, l, channels) after `taps`, and what the taps of the next piece see."""
+        taps = x[:, :0] if taps is None else taps
+        seen = torch.cat([x, taps] if backwards else [taps, x], 1)
+        u = convolve(seen).narrow(1, 0 if backwards else taps.shape[1], x.shape[1])
+        width = min(self.config.d_conv - 1, seen.shape[1])
+        return u, seen.narrow(1, 0 if backwards else seen.shape[1] - width, width).clone()
+
+    def _project_out(self, y: Tensor, projection: int) -> Tensor:
+        return project(y, self._for_streams(self.out_proj[projection], 0, y.shape[0]))
+
+    def _for_streams(self, weight: Tensor, dim: int, streams: int) -> Tensor:
+        if not self.mirror_channels:
+            return weight[None]
+        return with_mirrored_channels(weight, dim, self.mirrored_stream, streams)
+
+
+def apply_scan(scan_inputs: Callable[[], tuple[Tensor, ...]], scan: Apply) -> Tensor:
+    """The scan of its inputs, all of which autograd keeps."""
+    return scan(*scan_inputs())
+
+
+@torch.compiler.disable  # hooks on saved tensors are not for a compiled graph
+def _uncompiled(mix: Apply, *arguments: Tensor | Apply | None) -> Tensor:
+    return mix(*arguments)

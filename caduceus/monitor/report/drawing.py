@@ -1,0 +1,46 @@
+"""python -m caduceus.monitor.report.drawing RUN STEP: draw the worst and best windows of a validation.
+
+Of older validations the drawings are removed, and the records stay.
+"""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from caduceus.errors import UserError, run_command
+from caduceus.files import write_atomically
+from caduceus.monitor.windows import DRAWN, folder_of, picture_name, windows_of
+
+_KEPT = 3
+"""Newest validations whose drawings are kept."""
+
+
+def draw(run: Path, step: int) -> None:
+    """Draw the windows of a validation as PNGs beside their record, and remove drawings of older ones."""
+    try:
+        from caduceus.monitor.report.figures import to_png
+        from caduceus.monitor.report.tracks import draw_window
+    except ImportError as error:
+        raise UserError(f"matplotlib cannot be imported ({error}); install it: pip install matplotlib") from None
+    folder = folder_of(run, step)
+    for window in windows_of(run, step):
+        write_atomically(folder / picture_name(window), to_png(draw_window(window)))
+    (folder / DRAWN).touch()
+    for old in sorted((run / "windows").glob("step-*"))[:-_KEPT]:
+        for path in [old / DRAWN, *old.glob("*.png")]:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def main() -> int:
+    """Draw; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m caduceus.monitor.report.drawing")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("step", type=int)
+    arguments = parser.parse_args()
+    draw(arguments.run, arguments.step)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

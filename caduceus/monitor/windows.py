@@ -1,0 +1,87 @@
+"""The worst and best windows of validations: kept in RUN/windows/step-00001000/windows.json, and drawn beside it.
+
+A process of its own draws them, so that matplotlib takes no time of the trainer's.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from caduceus.files import dump_json, write_atomically
+
+RECORD, DRAWN = "windows.json", "drawn"
+_END_SECONDS = 30.0
+_ROOT = Path(__file__).resolve().parents[2]
+
+_log = logging.getLogger(__name__)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the windows of a validation are kept."""
+    return run / "windows" / f"step-{step:08d}"
+
+
+def windows_of(run: Path, step: int) -> list[dict[str, Any]]:
+    """The records of a validation's windows; none where there are none, or they cannot be read."""
+    try:
+        return json.loads((folder_of(run, step) / RECORD).read_text())
+    except (OSError, ValueError):
+        return []
+
+
+def picture_name(window: dict[str, Any]) -> str:
+    """Name of a window's drawing: species, kind and which one of that kind it is."""
+    species = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in window["species"])
+    return f"{species}-{window['kind']}-{window['place']}.png"
+
+
+class Drawing:
+    """Keeps the windows of validations and has them drawn in the background. No fault of it ends the run."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def keep(self, step: int, windows: list[dict[str, Any]]) -> None:
+        """Keep the records of a validation, and begin to draw them."""
+        folder = folder_of(self._run, step)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / DRAWN).unlink(missing_ok=True)
+            write_atomically(folder / RECORD, dump_json(windows))
+            self._give_up()
+            command = [sys.executable, "-m", "caduceus.monitor.report.drawing", str(self._run.resolve()), str(step)]
+            self._process = subprocess.Popen(
+                ["nice", *command],
+                cwd=_ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        except OSError as error:
+            _log.warning("%s: the windows of the validation are not drawn (%s)", folder, error.strerror)
+
+    def end(self, wait: bool) -> None:
+        """Leave with the last drawings made, or given up."""
+        if self._process is None or not wait:
+            self._give_up()
+            return
+        try:
+            _, said = self._process.communicate(timeout=_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._give_up()
+            _log.warning("%s: not drawn within %.0f s", self._run / "windows", _END_SECONDS)
+            return
+        if self._process.returncode:
+            last = said.decode(errors="replace").strip().splitlines() or [f"status {self._process.returncode}"]
+            _log.warning("%s: not drawn: %s", self._run / "windows", last[-1])
+
+    def _give_up(self) -> None:
+        """End a process that still draws: what it draws is old, or nobody waits for it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None

@@ -1,0 +1,95 @@
+"""Which implementation of the ops computes: what there is, what can run here, and what `auto` takes."""
+
+import logging
+import os
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from caduceus.config import CaduceusConfig
+from caduceus.errors import UserError
+
+BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
+_log = logging.getLogger(__name__)
+
+
+def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that computes in `dtype` on `device`; `auto` picks the fastest there is. Says once which and why.
+
+    Raises `UserError` for an unknown backend and for one that cannot run here.
+    """
+    device_type, double = torch.device(device).type, dtype == torch.float64
+    if backend == "auto":
+        return _auto_backend(device_type, double)
+    if backend not in BACKENDS:
+        raise UserError(f"ops.backend: choose one of auto, {', '.join(BACKENDS)}; got '{backend}'")
+    if reason := _unusable(backend, device_type, double):
+        raise UserError(f"ops.backend: '{backend}' {reason}")
+    return backend
+
+
+def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, model: CaduceusConfig) -> None:
+    """Raises `UserError` where the backend that `backend` stands for cannot run a model of these sizes, and where the
+    Triton kernels are wrong on this GPU."""
+    name = resolve_backend(backend, device, dtype)
+    supported = getattr(import_module(f"caduceus.ops.{name}"), "SUPPORTED", {})
+    bounded = ("d_conv",) if model.mixer == "mamba2" else ("d_state", "d_conv")  # the scan of mamba2 is torch's
+    for key in bounded:
+        value = getattr(model, key)
+        if key in supported and value not in supported[key]:
+            least, most = supported[key][0], supported[key][-1]
+            raise UserError(
+                f"model.{key}: ops.backend '{name}' takes {least} to {most}, got {value}; 'naive' takes any, slowly"
+            )
+    device = torch.device(device)
+    if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
+        from caduceus.ops.self_check import check_kernels
+
+        check_kernels(device)
+
+
+@cache
+def _auto_backend(device_type: str, double: bool) -> str:
+    chosen = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "naive")
+    if reason := _unusable(chosen, device_type, double):
+        _log.warning("ops.backend: auto fell back to the slow 'naive' on '%s': '%s' %s", device_type, chosen, reason)
+        return "naive"
+    _log.info("ops.backend: auto chose '%s' on device '%s'", chosen, device_type)
+    return chosen
+
+
+def _unusable(backend: str, device_type: str, double: bool) -> str | None:
+    """Why a backend cannot run on a kind of device, in float64 if `double`, and what to do; None where it can."""
+    if backend == "cpu" and device_type != "cpu":
+        return f"runs on the CPU only, not on '{device_type}': choose triton, or run.device=cpu"
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "needs the package triton: pip install triton"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device_type != "cuda" and not (device_type == "cpu" and interpreted):
+            return f"needs an NVIDIA GPU, not '{device_type}': choose cpu (TRITON_INTERPRET=1 runs it there, slowly)"
+        if device_type == "cuda" and torch.cuda.is_available() and (reason := _cannot_launch()):
+            return f"needs a C compiler and Python's headers ({reason}): apt-get install gcc python3-dev, or set CC"
+    if backend == "mamba_ssm":
+        from caduceus.ops import mamba_ssm
+
+        if device_type != "cuda":
+            return f"needs an NVIDIA GPU, not '{device_type}': choose cpu"
+        if reason := mamba_ssm.missing():
+            return f"{reason}: {mamba_ssm.INSTALL}"
+    if backend in ("triton", "mamba_ssm") and double:
+        return "does not compute in float64: choose naive, or train.precision=fp32"
+    return None
+
+
+def _cannot_launch() -> str | None:
+    """What goes wrong where Triton, when it is first used on a machine, compiles what launches its kernels; or None."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.utils  # noqa: B018 (made when it is asked for)
+    except Exception as error:  # of the compiler, the linker or the search for either
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None

@@ -1,0 +1,211 @@
+"""Whether the Triton kernels compute on this card what their definition does.
+
+Releases of compilers and drivers have corrupted forward passes in silence on new cards. So every op runs once at small
+sizes, forward and backward, beside `naive` on the same card in fp64. What was found right is remembered until the card,
+its driver, torch, Triton or the kernels themselves change.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from caduceus import ops
+from caduceus.errors import UserError
+from caduceus.files import fingerprint, sha256_of, write_atomically
+
+BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2}
+"""Most error of an output or gradient, relative to its largest value; a wrong term is of order 1.
+
+fp32: 24 bits, sums of hundreds of terms, exponentials good to 2^-22. In bf16 results are rounded twice, by 2^-8 each,
+where the sum over directions waits in the output; twice that, for the interpreter truncates."""
+ACTIVATIONS = {"u", "dt", "B", "C", "z", "x", "halo"}
+"""Operands that come in the type of the case; the others are fp32."""
+SIZES = 37, 20, 16
+"""Tokens, channels and states."""
+_IGNORED = -100
+_log = logging.getLogger(__name__)
+
+Operands = dict[str, Tensor]
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one size: operands in fp64, and the op by the name of a backend."""
+
+    name: str
+    operands: Operands
+    run: Callable[[str], Function]
+
+
+def check_kernels(device: torch.device) -> None:
+    """Run every Triton op on `device` against its definition, unless that was done; about a second.
+
+    Where the scan is right only without sums within a warp, it goes on without. Raises `UserError`, which names op,
+    sizes and error, for the first that is wrong.
+    """
+    machine = _machine(device)
+    memory = _memory(machine)
+    if memory.exists():
+        if json.loads(memory.read_text()).get("sums") == "tiles":
+            _sum_in_tiles(machine)
+        return
+    began = time.monotonic()
+    count = 0
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for case in _cases(device):
+            for dtype in BOUNDS:
+                _choose_sums(case, dtype, machine)
+            count += 1
+    _log.info(
+        "ops: %d Triton ops are right on %s, forward and backward (%.1f s); not looked at again until it changes",
+        count,
+        machine["card"],
+        time.monotonic() - began,
+    )
+    with suppress(OSError):  # it is looked at again
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps(machine, indent=1).encode())
+
+
+def differentiate(function: Function, operands: Operands) -> Operands:
+    """Outputs and gradients by name, for output gradients that any type holds exactly."""
+    leaves = {n: t.detach().requires_grad_() for n, t in operands.items()}
+    outputs = function(**leaves)
+    generator = torch.Generator().manual_seed(1)
+    arriving = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), arriving)
+    found = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    return found | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
+
+
+def error_of(found: Tensor, expected: Tensor) -> float:
+    """Relative to the largest value; infinite where something is not a number or has another shape."""
+    difference = (found.double() - expected).abs().max() if found.shape == expected.shape else torch.tensor(torch.inf)
+    error = (difference / expected.abs().max().clamp(min=1e-30)).item() if difference else 0.0
+    return error if error == error else torch.inf
+
+
+def _choose_sums(case: Case, dtype: torch.dtype, machine: dict[str, str]) -> None:
+    """As `_require_right`, with the scan's sums in tiles for good where it is right with these alone."""
+    from caduceus.ops.triton import scan_launches
+
+    try:
+        _require_right(case, dtype, machine)
+    except Exception:  # also of the assembler
+        if dtype != torch.bfloat16 or not scan_launches.warp_sums:
+            raise
+        scan_launches.warp_sums = False
+        try:
+            _require_right(case, dtype, machine)
+        except Exception:
+            scan_launches.warp_sums = True
+            raise
+        machine["sums"] = "tiles"
+        _sum_in_tiles(machine)
+
+
+def _sum_in_tiles(machine: dict[str, str]) -> None:
+    from caduceus.ops.triton import scan_launches
+
+    _log.warning(
+        "ops: the scan's sums within a warp are wrong on %s: it takes those in tiles, which are right but slower",
+        machine["card"],
+    )
+    scan_launches.warp_sums = False
+
+
+def _require_right(case: Case, dtype: torch.dtype, machine: dict[str, str]) -> None:
+    operands = {n: t.to(dtype if n in ACTIVATIONS else torch.float32) for n, t in case.operands.items()}
+    expected = differentiate(case.run("naive"), {n: t.double() for n, t in operands.items()})
+    errors = {n: error_of(t, expected[n]) for n, t in differentiate(case.run("triton"), operands).items()}
+    worst = max(errors, key=errors.__getitem__)
+    if errors[worst] < BOUNDS[dtype]:
+        return
+    raise UserError(
+        f"ops.backend: the Triton kernels are wrong on {machine['card']} with torch {machine['torch']} and triton "
+        f"{machine['triton']}: {case.name} in {str(dtype).removeprefix('torch.')}, {worst} is off by "
+        f"{errors[worst]:.1e} of its largest value (at most {BOUNDS[dtype]:.1e}); install another release of triton, "
+        "or choose ops.backend=naive, which is slow"
+    )
+
+
+def _cases(device: torch.device) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
+
+    P, S, batch, K = 2, 2, 1, 4
+    length, E, N = SIZES
+    runs = (P, S, batch, length)
+    scanned = {
+        "u": normal(*runs, E),
+        "dt": normal(*runs, E) - 1,
+        "A": -normal(P, E, N).abs() - 0.1,
+        "B": normal(*runs, N),
+        "C": normal(*runs, N),
+        "D": normal(P, E),
+        "z": normal(*runs[1:], E),
+        "dt_bias": 0.1 * normal(P, E),
+    }
+    starts = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    starts[:, [0, length // 7, length // 2]] = True
+    sizes = f"{length} tokens, {E} channels"
+    scan = partial(_alone, ops.bidirectional_scan)
+    yield Case(f"scan ({sizes}, {N} states)", scanned, scan)
+    yield Case(f"scan of packed sequences ({sizes}, {N} states)", scanned, partial(scan, starts=starts))
+    convolved = {"x": normal(S, batch, length, E), "weight": normal(P, E, K), "bias": normal(P, E)}
+    yield Case(f"convolution ({sizes}, {K} taps)", convolved, partial(_alone, ops.bidirectional_conv1d))
+    normed = {"x": normal(S, batch, length, E), "residual": normal(S, batch, length, E), "weight": normal(E)}
+    yield Case(f"add + RMSNorm ({sizes})", normed, partial(_pair, ops.add_norm, eps=1e-5))
+    yield Case(f"add + LayerNorm ({sizes})", {**normed, "bias": normal(E)}, partial(_pair, ops.add_norm, eps=1e-5))
+    labels = (torch.arange(length, device=device) % 16)[None]
+    labels = torch.where(labels % 3 == 0, _IGNORED, labels)
+    head = {"x": normal(S, batch, length, E), "weight": normal(S, 16, E)}
+    yield Case(f"head + loss ({sizes})", head, partial(_loss, labels))
+
+
+def _alone(op: Callable, backend: str, **fixed: Tensor) -> Function:
+    return lambda **operands: (op(**operands, **fixed, backend=backend),)
+
+
+def _pair(op: Callable, backend: str, **fixed: float) -> Function:
+    return lambda **operands: op(**operands, **fixed, backend=backend)
+
+
+def _loss(labels: Tensor, backend: str) -> Function:
+    def run(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return ops.head_cross_entropy(x, weight, labels, ignore_label=_IGNORED, backend=backend)[:1]
+
+    return run
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """All that the kernels' results may depend on."""
+    import triton
+
+    version = Path("/proc/driver/nvidia/version")
+    on_gpu = device.type == "cuda"
+    return {
+        "card": torch.cuda.get_device_name(device) if on_gpu else "the interpreter",
+        "capability": str(torch.cuda.get_device_capability(device)) if on_gpu else "",
+        "driver": version.read_text().splitlines()[0] if on_gpu and version.exists() else "",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "kernels": fingerprint([sha256_of(path) for path in sorted((Path(__file__).parent / "triton").glob("*.py"))]),
+    }
+
+
+def _memory(machine: dict[str, str]) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "caduceus" / f"kernels-{fingerprint(machine)[:24]}.json"

@@ -1,0 +1,69 @@
+"""A run that begins where another one stood: from its checkpoint, with its samples, to let the learning rate fall."""
+
+import json
+from pathlib import Path
+
+from caduceus.config import Config, changes
+from caduceus.errors import UserError
+from caduceus.run.checkpoints import MARKER, Checkpoint
+
+FREE = ("train.steps", "train.schedule", "train.decay_steps", "train.decay_from", "train.min_lr")
+"""Keys in which a branch may differ from the run that it leaves."""
+
+
+def branch_point(config: Config) -> Checkpoint:
+    """The checkpoint that `train.decay_from` names.
+
+    Raises `UserError` where it is none, is damaged, where the learning rate does not stand at its height in it, or
+    where its run saw other samples or computed other numbers than this configuration would.
+    """
+    path = Path(str(config.train.decay_from))
+    step = path.name.removeprefix("step-")
+    if path.is_symlink() or not step.isdigit():  # `latest` leads elsewhere by the time of the next start
+        raise _refusal(path, "is no checkpoint by its own name; give one as RUN/checkpoints/step-00001000")
+    if not (path / MARKER).is_file():
+        raise _refusal(path, "is not a complete checkpoint; give one as RUN/checkpoints/step-00001000")
+    checkpoint = Checkpoint(path, int(step))
+    former = checkpoint.config()
+    if former is None:
+        raise _refusal(path, "does not tell its configuration in this version's keys; give one of this version")
+    if damage := checkpoint.damage():
+        raise _refusal(path, f"is damaged: {damage}; give another checkpoint")
+    _refuse_other_run(config, former, path)
+    _refuse_other_height(config, former, checkpoint)
+    return checkpoint
+
+
+def _refuse_other_run(config: Config, former: Config, path: Path) -> None:
+    for change in changes(former, config):
+        if change.key.name in FREE or (change.key.fixes == "numbers" and change.key.name in config.run.allow_change):
+            continue
+        way_on = "give the same"
+        if change.key.fixes == "numbers" and change.key.section != "model":
+            way_on += f", or go on with the change by run.allow_change=[{change.key.name}]"
+        raise _refusal(path, f"is of a run with {change.key.name}={change.before}, not {change.now}; {way_on}")
+
+
+def _refuse_other_height(config: Config, former: Config, checkpoint: Checkpoint) -> None:
+    progress = json.loads((checkpoint.path / "progress.json").read_text())
+    step, start = checkpoint.step, progress.get("decay_start")
+    if former.train.schedule not in ("wsd", "constant"):
+        raise _refusal(
+            checkpoint.path,
+            f"is of a run with train.schedule={former.train.schedule}, whose learning rate falls all the time; give "
+            "one of a run under wsd or constant",
+        )
+    if step < (progress["warmup_steps"] or 0):
+        raise _refusal(checkpoint.path, f"is within the warm-up of {progress['warmup_steps']} steps; give a later one")
+    if start is not None and step > start:
+        raise _refusal(checkpoint.path, f"is within the decay, which began after step {start}; give an earlier one")
+    latest = config.train.steps - (config.train.decay_steps or 1)
+    if step > latest:
+        raise UserError(
+            f"train.steps: the decay would begin after step {latest}, but the checkpoint of train.decay_from has made "
+            f"{step}; give more steps"
+        )
+
+
+def _refusal(path: Path, what: str) -> UserError:
+    return UserError(f"train.decay_from: {path} {what}")

@@ -1,0 +1,96 @@
+"""A profile of a few steps: where the time of processor and GPU goes, and on GPUs what holds memory."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from caduceus.config import Config
+from caduceus.config.run import profiled_steps
+from caduceus.distributed.ranks import Ranks
+from caduceus.errors import UserError
+
+_ROWS = 20
+_NAME_WIDTH = 60
+_MOST_EVENTS = 100_000
+"""Allocations that a memory snapshot goes back."""
+
+_log = logging.getLogger(__name__)
+
+
+class Profile:
+    """Profiles the steps of `monitor.profile` on the ranks of `monitor.profile_ranks`, once in a start.
+
+    Traces go to RUN/profile/steps-10-13-rank0.json.gz, for chrome://tracing or ui.perfetto.dev, snapshots of GPU memory
+    to …-memory.pickle, for pytorch.org/memory_viz. No fault of it ends the run. Raises `UserError` for a rank that
+    there is not.
+    """
+
+    def __init__(self, config: Config, run: Path, ranks: Ranks) -> None:
+        monitor = config.monitor
+        self._steps = profiled_steps(monitor.profile) if monitor.profile else None
+        if self._steps is None:
+            return
+        unknown = [rank for rank in monitor.profile_ranks if rank >= ranks.world]
+        if unknown:
+            raise UserError(
+                f"monitor.profile_ranks: there is no rank {unknown[0]} among {ranks.world}; they begin at 0"
+            )
+        first, last = self._steps
+        self._stem = run / "profile" / f"steps-{first}-{last}-rank{ranks.rank}"
+        self._cuda = ranks.device.type == "cuda"
+        self._profiler: torch.profiler.profile | None = None
+        if ranks.rank not in monitor.profile_ranks:
+            self._steps = None
+
+    @contextlib.contextmanager
+    def of(self, step: int) -> Iterator[None]:
+        """Around a step, or none of those that are profiled."""
+        if self._steps is None:
+            yield
+            return
+        if self._profiler is None and step > self._steps[0]:
+            self._steps = None
+            _log.warning("monitor.profile: the run has passed these steps; name some after step %d", step - 1)
+        elif self._profiler is None and step == self._steps[0]:
+            self._begin()
+        yield
+        if self._profiler is not None and step >= self._steps[1]:
+            self._end()
+
+    def _begin(self) -> None:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        try:
+            if self._cuda:
+                torch.cuda.memory._record_memory_history(max_entries=_MOST_EVENTS)
+            self._profiler = torch.profiler.profile(activities=activities, acc_events=True)
+            self._profiler.start()
+        except RuntimeError as error:
+            self._give_up(error)
+
+    def _end(self) -> None:
+        profiler, steps = self._profiler, self._steps
+        self._profiler = self._steps = None
+        try:
+            profiler.stop()
+            self._stem.parent.mkdir(parents=True, exist_ok=True)
+            trace = self._stem.with_name(f"{self._stem.name}.json.gz")
+            profiler.export_chrome_trace(str(trace))
+            kept = [trace]
+            if self._cuda:
+                kept.append(self._stem.with_name(f"{self._stem.name}-memory.pickle"))
+                torch.cuda.memory._dump_snapshot(str(kept[-1]))
+                torch.cuda.memory._record_memory_history(enabled=None)
+            by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
+            table = profiler.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=_NAME_WIDTH)
+            where = ", ".join(map(str, kept))
+            _log.info("profile of the steps %d to %d: %s; what took longest:\n%s", *steps, where, table)
+        except (RuntimeError, OSError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._steps = self._profiler = None
+        _log.warning("monitor.profile: no profile was made (%s)", error)

@@ -1,0 +1,81 @@
+"""What ranks exchange in a step, in which order and over whom: one rank of 512 at a time, and in a whole step."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from caduceus.config import config_from_dict
+from caduceus.data.loader import build_loader
+from caduceus.distributed.build import build_strategy
+from caduceus.distributed.ranks import Ranks
+from caduceus.train.checkpointing import Progress
+from caduceus.train.optimizer import build_optimizer
+from caduceus.train.step import training_step
+from tests.distributed.fake import CPU, fake_world, meet_by_python
+from tests.distributed.layouts import Layout, config_of
+from tests.distributed.recorder import Call, Recorder
+
+WORLD, LAYERS = 512, 2
+KEYS = {
+    "ddp": {"strategy": "ddp"},
+    "hybrid": {"strategy": "fsdp", "shard": 8},
+    "fsdp": {"strategy": "fsdp"},
+    "context": {"strategy": "ddp", "context": 8},
+    "strands": {"strategy": "ddp", "strands": 2},
+    "hybrid, all shared": {"strategy": "fsdp", "shard": 8, "strands": 2, "context": 4},
+}
+
+
+def calls_of(rank: int, parallel: dict[str, Any]) -> list[Call]:
+    """The collectives of one step of a rank of 512."""
+    with fake_world(rank, WORLD):
+        ranks = Ranks(rank, WORLD, parallel.get("context", 1), CPU, None, parallel.get("strands", 1))
+        model = {"d_model": 512, "d_state": 2, "expand": 1, "n_layer": LAYERS, "rcps": True}
+        strategy = build_strategy(config_from_dict({"model": model, "parallel": parallel}), ranks, build_optimizer)
+        meet_by_python(strategy)
+        ids = torch.full((1, 16), 8)
+        with Recorder() as recorder:
+            strategy.backward(strategy.model(ids, ids, None, return_logits=False).loss_sum.sum())
+            strategy.clip(1.0)
+            strategy.step(1e-3)
+    return recorder.calls
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_ranks_of_a_group_agree_in_what_they_exchange_and_when(name: str) -> None:
+    """Else they would wait for each other without end. First and last ranks of nodes and of samples."""
+    by_rank = {rank: calls_of(rank, KEYS[name]) for rank in (0, 1, 8, 511)}
+    assert all(by_rank.values())
+    for one, other in itertools.combinations(by_rank, 2):
+        first, second = ([call for call in by_rank[rank] if {one, other} <= set(call.ranks)] for rank in (one, other))
+        assert first == second, (one, other)
+
+
+def test_copies_of_hybrid_sharding_clip_by_the_same_bits() -> None:
+    calls = calls_of(9, KEYS["hybrid"])
+    norm, told = calls[-2:]
+    assert (norm.kind, norm.ranks) == ("all-reduce", tuple(range(8, 16)))
+    assert told == Call("broadcast", tuple(range(1, WORLD, 8)), 4)
+
+
+def test_a_step_meets_three_times_beside_the_exchange_of_gradients(small_shards: Path, tmp_path: Path) -> None:
+    """Labels with failures, losses, and what the ranks measured; nothing is sent in forward passes for a buffer."""
+    config = config_of(Layout("", 2, {"strategy": "ddp"}), small_shards, tmp_path, accumulation=2)
+    with fake_world(0, 2):
+        ranks = Ranks(0, 2, 1, CPU)
+        loader = build_loader(config, "train", rank=0, world=2, positions=(0, 64), device=CPU)
+        strategy = build_strategy(config, ranks, build_optimizer)
+        meet_by_python(strategy)
+        assert not strategy.model.will_sync_module_buffers()
+        progress, batches = Progress(0, 0, loader.state(), warmup_steps=1), iter(loader)
+        with Recorder() as recorder:
+            training_step(config, strategy, loader, batches, progress)
+    gradients = sum(parameter.nbytes for parameter in strategy.model.parameters())
+    kinds = [(call.kind, call.bytes) for call in recorder.calls]
+    assert kinds.count(("all-reduce", gradients)) == 1
+    kinds.remove(("all-reduce", gradients))
+    assert [kind for kind, _ in kinds] == ["all-gather", "all-reduce", "all-gather"]
+    assert kinds[0][1] == 2 * 8, "a failure, if there is one, and the weight of the labels"

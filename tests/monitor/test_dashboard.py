@@ -1,0 +1,78 @@
+"""The workspace of W&B: made by the real library, of names that runs really have."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+
+import pytest
+import wandb
+
+from caduceus.errors import UserError
+from caduceus.monitor import __main__ as monitor
+from caduceus.monitor.wandb.dashboard import layout, make_dashboard
+from caduceus.monitor.wandb.history import wandb_row
+from caduceus.run.directory import RunDirectory
+from caduceus.train.trainer import train
+from tests.monitor.wandb_server import ENTITY, WandbServer
+from tests.train.conftest import SmallRun
+
+OF_GPUS = ("perf/mfu", "perf/scan_roofline", "system/")
+OF_SEVERAL_SPECIES = "^train/loss/"
+
+
+@pytest.fixture(autouse=True)
+def fresh_client() -> Iterator[None]:
+    """The library keeps a server's address for as long as the process lives."""
+    yield
+    wandb.teardown()
+
+
+def test_it_shows_what_runs_tell(small_run: SmallRun) -> None:
+    config = small_run.config("run", train={"steps": 4}, monitor={"every": 2})
+    assert train(config) == 0
+    names = {name for row in RunDirectory.open(config.run.dir).metrics() for name in wandb_row(row)}
+    panels = [panel for section in layout()["sections"] for panel in section["panels"]]
+    assert [section["name"] for section in layout()["sections"]] == ["loss", "species", "speed", "health", "hardware"]
+    shown = set()
+    for panel in panels:
+        here = {name for name in names if re.search(panel["regex"], name)} if "regex" in panel else set(panel["y"])
+        assert here or panel["regex"].startswith(("^system/", OF_SEVERAL_SPECIES)), panel
+        assert {name for name in here if not name.startswith(OF_GPUS)} <= names, panel
+        assert panel["x"] in ("tokens", "step", "RelativeTime(Wall)")
+        shown |= here
+    quantiles = r"health/(dt|decay)_p(05|95)/"
+    left = {name for name in names - shown if not re.match(quantiles, name)}
+    assert {name.partition("/")[0] for name in left} <= {"step", "samples", "tokens", "valid"}
+    assert all(re.match("valid/(rc_disagreement|accuracy_)", name) for name in left if name.startswith("valid"))
+
+
+def test_the_command_saves_it(
+    server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["monitor", "dashboard", "--entity", ENTITY, "--project", "genomes"])
+    assert monitor.main() == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("http") and "genomes" in told.out and told.err == ""
+    (view,) = server.views
+    assert (view["entityName"], view["projectName"], view["displayName"]) == (ENTITY, "genomes", "Caduceus")
+    sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
+    wanted = layout()["sections"]
+    assert [section["name"] for section in sections[: len(wanted)]] == [section["name"] for section in wanted]
+    for made, asked in zip(sections, wanted, strict=False):
+        config = [panel["config"] for panel in made["panels"]]
+        assert [one["chartTitle"] for one in config] == [panel["title"] for panel in asked["panels"]]
+        assert [one.get("metrics") or one["metricRegex"] for one in config] == [
+            panel.get("y") or panel["regex"] for panel in asked["panels"]
+        ]
+
+
+def test_what_goes_wrong_is_one_line(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"dashboard: strangers/genomes: W&B makes no workspace \(.*permission denied"):
+        make_dashboard("strangers", "genomes")
+    server.fail(401)
+    with pytest.raises(UserError, match=r"dashboard: .* refuses the API key"):
+        make_dashboard(ENTITY, "genomes")
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    with pytest.raises(UserError, match=r"dashboard: wandb-workspaces cannot be imported .*pip install"):
+        make_dashboard(ENTITY, "genomes")

@@ -1,0 +1,78 @@
+"""What a process does before it trusts the Triton kernels on a machine."""
+
+import logging
+
+import pytest
+import torch
+
+from caduceus.errors import UserError
+from caduceus.ops import self_check
+from caduceus.ops.triton import scan_launches
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(self_check, "SIZES", (9, 5, 3))  # as the interpreter can do them
+    return tmp_path / "caduceus"
+
+
+def test_right_kernels_are_looked_at_once_and_leave_the_random_numbers(device, cache, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    before = torch.get_rng_state()
+    self_check.check_kernels(device)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(list(cache.iterdir())) == 1 and "6 Triton ops are right" in caplog.text
+    looked = []
+    monkeypatch.setattr(self_check, "_require_right", lambda *case: looked.append(case))
+    self_check.check_kernels(device)
+    assert not looked
+    monkeypatch.setattr(self_check, "_machine", lambda device: {"card": "another"})
+    self_check.check_kernels(device)
+    assert len(looked) == 12
+
+
+def test_a_wrong_gradient_is_named_and_nothing_is_remembered(device, cache, monkeypatch):
+    right = scan_launches.ScanKernels.gradients
+
+    def wrong(self, *arguments):
+        gradients = right(self, *arguments)
+        return gradients[0], gradients[1] * 1.001, *gradients[2:]
+
+    monkeypatch.setattr(scan_launches.ScanKernels, "gradients", wrong)
+    line = r"^ops\.backend: the Triton kernels are wrong on .*: scan \(9 tokens, 5 channels, 3 states\) in float32, "
+    with pytest.raises(UserError, match=line + r"gradient of dt is off by 1\.\de-03 .* choose ops\.backend=naive"):
+        self_check.check_kernels(device)
+    assert not cache.exists()
+
+
+def test_what_is_not_a_number_is_wrong(device, monkeypatch):
+    outputs = scan_launches.ScanKernels.outputs
+    monkeypatch.setattr(scan_launches.ScanKernels, "outputs", lambda *args: outputs(*args) * torch.nan)
+    with pytest.raises(UserError, match="output 0 is off by inf"):
+        self_check.check_kernels(device)
+
+
+def test_a_card_that_sums_wrong_within_a_warp_takes_tiles_from_then_on(device, cache, caplog, monkeypatch):
+    def check(case, dtype, machine):
+        if scan_launches.warp_sums and dtype == torch.bfloat16 and case.name.startswith("scan"):
+            raise UserError("ops.backend: the Triton kernels are wrong")
+
+    monkeypatch.setattr(self_check, "_require_right", check)
+    for _ in range(2):
+        monkeypatch.setattr(scan_launches, "warp_sums", True)
+        self_check.check_kernels(device)
+        assert not scan_launches.warp_sums
+    said = [r.getMessage() for r in caplog.records if "sums within a warp are wrong" in r.getMessage()]
+    assert len(said) == 2 and len(list(cache.iterdir())) == 1
+
+
+def test_what_tiles_do_not_mend_is_an_error(device, cache, monkeypatch):
+    def check(case, dtype, machine):
+        if dtype == torch.bfloat16:
+            raise UserError("ops.backend: the Triton kernels are wrong")
+
+    monkeypatch.setattr(self_check, "_require_right", check)
+    with pytest.raises(UserError, match="are wrong"):
+        self_check.check_kernels(device)
+    assert scan_launches.warp_sums and not cache.exists()
