@@ -1,5 +1,6 @@
 """What was given to W&B's client: RUN/wandb/sent.jsonl, a short row per step, by which a step made again is told."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class Journal:
     def _read_anew(self) -> None:
         self._steps: dict[int, dict[str, Any]] = {}
         self._older: Iterator[Line] = lines_from_end(self._path)
-        self._oldest: float = float("inf")
+        self._oldest = math.inf
 
 
 def _steps_from_end(metrics: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
