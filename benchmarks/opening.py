@@ -81,7 +81,8 @@ def show(directory: Path, shards: int, ranks: int, by: str) -> None:
     least = min(rank["stats"] for rank in found)
     stats = f"{most['stats']:,}" if least == most["stats"] else f"{most['stats']:,} of one, {least:,} of the others"
     told = f"{shards:,} | {shards * WINDOWS * WINDOW:.1e} | {ranks} | {by} | {most['opens']:,} | {stats}"
-    costs = f"{most['seconds']:.2f} | {total['processor']:.2f} | {total['memory'] / 2**20:,.0f} | {most['first']:.0f} | {most['sample']:.1f}"
+    used = f"{most['seconds']:.2f} | {total['processor']:.2f} | {total['memory'] / 2**20:,.0f}"
+    costs = f"{used} | {most['first']:.0f} | {most['sample']:.1f}"
     print(f"| {told} | {costs} |", flush=True)
 
 
