@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from caduceus.errors import UserError
+from caduceus.monitor.wandb.identity import status as wandb_status
 from caduceus.run.directory import RunDirectory
 from launch import scheduler
 from launch.remembered import Remembered, Rows, look
@@ -14,7 +15,7 @@ from launch.scheduler import JobState, SilentError
 from launch.status import OVER, Overview, overview, slurm_jobs
 from launch.terminal import duration, table
 
-_HEADS = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "starts"]
+_HEADS = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "starts", "W&B"]
 
 
 def list_runs(directory: Path) -> str:
@@ -96,6 +97,7 @@ def _row(
         rate(now),
         duration(now.seconds_left) if now.live and now.seconds_left is not None else "-",
         str(len(now.attempts)),
+        (sent.url if (sent := wandb_status(run.path)) else None) or "-",
     ]
     if now.state in OVER and not jobs_of(run):
         rows.keep(run, Remembered(seen, row, jobs))

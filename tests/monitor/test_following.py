@@ -55,7 +55,7 @@ def catch_up(metrics: Path, journal: Journal) -> tuple[list[int], int]:
     client, follower = Client(), Follower(metrics, lambda: journal.first_unsent(metrics))
     rows = follower.poll()
     for row in merged(rows):
-        send(client, journal, row)
+        send(client, journal, row, lambda step: {})
     return client.steps, len(rows)
 
 

@@ -1,12 +1,13 @@
 """What was given to W&B's client: RUN/wandb/sent.jsonl, a short row per step, by which a step made again is told."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from caduceus.files import append_json_line
 from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
+from caduceus.run.directory import RunDirectory
 from caduceus.run.rows import Line, cut_after, lines_from_end
 
 _SURE = 100
@@ -60,7 +61,10 @@ class Journal:
             return 0
         same = 0
         for step, begin, row in _steps_from_end(metrics):
-            same = same + 1 if self.sent(step) == essence(row) else 0
+            sent = self.sent(step)
+            if sent is None:  # not sent yet, or left out by `wandb.log_every`
+                continue
+            same = same + 1 if sent == essence(row) else 0
             if same == _SURE:
                 return begin
         return 0
@@ -90,11 +94,26 @@ def _together(rows: list[Line]) -> tuple[int, int, dict[str, Any]]:
     return whole["step"], rows[-1].begin, whole
 
 
-def send(begun: Any, journal: Journal, row: dict[str, Any]) -> None:
-    """Give a whole step to the client, once. Raises `StaleError` where W&B has the step with other numbers."""
+def send(begun: Any, journal: Journal, row: dict[str, Any], markers: Callable[[int], dict[str, Any]]) -> None:
+    """Give a whole step to the client, once, with the `markers` of the step.
+
+    Raises `StaleError` where W&B has the step with other numbers.
+    """
     step = row["step"]
     if step > journal.last:
-        begun.log(wandb_row(row), step)
+        begun.log({**wandb_row(row), **markers(step)}, step)
         journal.add(essence(row))
     elif (sent := journal.sent(step)) is not None and not is_same_step(sent, row):
         raise StaleError(step - 1)
+
+
+def newest_step(run: RunDirectory) -> int:
+    newest = run.newest_metrics("step")
+    return newest[-1]["step"] if newest else 0
+
+
+def is_whole(run: RunDirectory, step: int, end: dict[str, Any], steps: int) -> bool:
+    """Whether the newest step has all its rows: a killed trainer may have been in the midst of its validation."""
+    if end.get("exit") == 0 or step >= steps:
+        return True
+    return any(checkpoint.step >= step for checkpoint in run.checkpoints())
