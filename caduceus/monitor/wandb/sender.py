@@ -171,8 +171,7 @@ class Sender:
             return None
 
     def _follow(self, begun: Any, journal: Journal, server: Any, server_step: Any) -> None:
-        path = self._run.metrics_path
-        follower = Follower(path, lambda: journal.first_unsent(path))
+        follower = Follower(self._run.metrics_path, lambda: journal.first_unsent(self._run.metrics_path))
         held, looked, pause = {}, time.monotonic(), _FIRST_PAUSE
         seen, moved = journal.last, time.monotonic()
         happenings = Happenings(self._run.path, journal.last, self._since)
