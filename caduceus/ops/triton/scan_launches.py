@@ -210,6 +210,9 @@ class ScanKernels:
     def _replay(self, item: int, count: int, dy: Tensor, states: Tensor, dz: Tensor) -> Tensor:
         """Writes dz; the states before every PIECE-th token of chunks from item on."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
+        options = {**self.wide_options, **self.bounds}
+        if self.u.dtype == torch.float32:  # registers do not suffice for two tokens
+            options["UNROLL"] = 1
         with device_of(self.u):
             adjoint_kernels.scan_replay_kernel[(count, self.wide_blocks)](
                 *self._operands(),
@@ -223,8 +226,7 @@ class ScanKernels:
                 T=PIECE,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
-                **self.wide_options,
-                **self.bounds,
+                **options,
             )
         return kept
 
