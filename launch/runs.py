@@ -114,7 +114,7 @@ def find_runs(directory: Path) -> list[RunDirectory]:
 
 def summary(runs: list[RunDirectory]) -> str:
     """A table with a row per run."""
-    heads = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "starts"]
+    heads = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "starts", "W&B"]
     rows = []
     for run in runs:
         try:
@@ -133,6 +133,7 @@ def summary(runs: list[RunDirectory]) -> str:
                 _rate(now),
                 duration(now.seconds_left) if now.live and now.seconds_left is not None else "-",
                 str(len(now.attempts)),
+                (sent.url if (sent := wandb_status(run.path)) else None) or "-",
             ]
         )
     return table(heads, rows)

@@ -222,6 +222,17 @@ def cancel(jobs: Sequence[str]) -> None:
         raise UserError(f"scancel {' '.join(jobs)}: {' '.join(result.stderr.split())}")
 
 
+def run_step(options: Sequence[str], script: str) -> int:
+    """Have bash run a script as the tasks of a step of its own, in the nodes that `options` of srun ask for.
+
+    Output and complaints go where this process's go. Returns srun's exit status; raises `SilentError` without SLURM.
+    """
+    try:
+        return subprocess.run(["srun", *options, "bash", "-c", script], env=environment()).returncode
+    except FileNotFoundError:
+        raise SilentError("SLURM does not answer (no srun on this machine)") from None
+
+
 def last_line(text: str) -> str:
     """What a command of SLURM said last, without its prefixes."""
     lines = text.strip().splitlines()

@@ -14,6 +14,7 @@ from caduceus.arguments import Parser, PresetAction
 from caduceus.config import Config, WandbConfig, config_to_dict, load_config
 from caduceus.errors import run_command
 from caduceus.run.directory import RunDirectory
+from launch.check import check
 from launch.estimate import estimate
 from launch.job import train
 from launch.local import run_here
@@ -34,6 +35,7 @@ Starts a training run as a job that takes care of itself: it saves before its ti
 
 The first prints the batch script and the configuration, and submits them without --dry-run; the second runs here.
 
+  {caduceus-launch} --check --nodes 2 --partition gpu  # what is wrong with the nodes, before a run finds out
   {caduceus-launch} --config list  # the presets of runs
   {caduceus-launch} --help  # everything that a job can ask for
   {caduceus-runs} list  # the runs of this folder
@@ -44,6 +46,10 @@ def main() -> int:
     """Check the request, then submit it or, with --dry-run, show it; returns the exit status."""
     arguments = parse_arguments()
     request = requested_job(arguments)
+    if arguments.check:
+        config = load_config(arguments.config, arguments.overrides)
+        device = config.run.device if config.run.device != "auto" or request.gpus_per_node else "cpu"
+        return check(request, Path(config.run.dir).parent, device)
     if arguments.sweep:
         return run_sweep(arguments.config, arguments.overrides, arguments.sweep, request, arguments.dry_run)
     config = load_config(arguments.config, arguments.overrides)
@@ -90,6 +96,9 @@ def parse_arguments() -> argparse.Namespace:
         help=f"what to train: a preset, or a YAML file; list shows the presets ({DEFAULT_CONFIG})",
     )
     parser.add_argument("--dry-run", action="store_true", help="print batch script and configuration, submit nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="look at the nodes that a job would get, and train nothing"
+    )
     values = "a run for each combination of these values, as a job array; one value is the same for all runs"
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2,…", help=values)
     add_request_options(parser, default="slurm")

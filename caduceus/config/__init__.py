@@ -1,5 +1,6 @@
 """The configuration of a run. `keys`: what a key says of itself; `run`: the sections; `load`: YAML and overrides."""
 
+from caduceus.config.checks import refuse_strategy
 from caduceus.config.data import DataConfig
 from caduceus.config.fixed import Change, changes, order_values
 from caduceus.config.load import config_from_dict, config_to_dict, load_config, save_config
@@ -36,5 +37,6 @@ __all__ = [
     "config_to_dict",
     "load_config",
     "order_values",
+    "refuse_strategy",
     "save_config",
 ]

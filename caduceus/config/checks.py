@@ -1,7 +1,10 @@
 """Which values no run can have beside each other. What a key can have by itself stands with the key."""
 
+import math
+import re
+
 from caduceus.config.keys import check_section
-from caduceus.config.run import KEYS, SECTIONS, Config, profiled_steps
+from caduceus.config.run import ARTIFACTS, KEYS, SECTIONS, Config, profiled_steps
 from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
 
@@ -13,6 +16,11 @@ def refuse_impossible_values(config: Config) -> None:
     for name in config.run.allow_change:
         if name not in KEYS:
             raise UserError(f"run.allow_change: there is no key '{name}'; give keys such as train.steps")
+    if config.wandb.id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", config.wandb.id):
+        raise UserError(f"wandb.id: at most 64 letters, digits, - and _; got '{config.wandb.id}'")
+    for name in config.wandb.artifacts:
+        if name not in ARTIFACTS:
+            raise UserError(f"wandb.artifacts: choose of {', '.join(ARTIFACTS)}; got '{name}'")
     if config.monitor.profile is not None:
         profiled_steps(config.monitor.profile)
     data, train = config.data, config.train
@@ -57,11 +65,39 @@ def refuse_impossible_values(config: Config) -> None:
     if train.warmup_steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps: must be at most train.steps {train.steps}, got {train.warmup_steps}")
     _refuse_impossible_decay(train)
+    _refuse_impossible_scales(train)
+    refuse_strategy(train, config.parallel.strategy)
     if train.min_lr > train.lr:
         raise UserError(f"train.min_lr: {train.min_lr} is above train.lr {train.lr}")
 
 
+def refuse_strategy(train: TrainConfig, strategy: str) -> None:
+    """Raise `UserError` where the optimizer would compute something else under a strategy than in one process."""
+    if train.optimizer == "muon" and strategy in ("fsdp", "deepspeed"):
+        raise UserError(
+            f"train.optimizer: muon needs whole matrices, of which parallel.strategy={strategy} gives a rank a part; "
+            "use parallel.strategy=ddp"
+        )
+    if train.ema and strategy == "deepspeed":
+        raise UserError(
+            "train.ema: parallel.strategy=deepspeed cuts weights without regard to parameters; use ddp or fsdp"
+        )
+
+
+def _refuse_impossible_scales(train: TrainConfig) -> None:
+    scales = {} if train.lr_scale is None else train.lr_scale
+    if not isinstance(scales, dict):
+        raise UserError(f"train.lr_scale: expected factors by kind of parameter, as {{A_log: 0.1}}; got {scales}")
+    for kind, scale in scales.items():
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < math.inf:
+            raise UserError(f"train.lr_scale: the factor of {kind} must be a number of at least 0, got {scale}")
+
+
 def _refuse_impossible_decay(train: TrainConfig) -> None:
+    if train.init_from is not None and train.decay_from is not None:
+        raise UserError(
+            "train.init_from: train.decay_from gives the run its first weights already; leave one of them out"
+        )
     for name in ("decay_steps", "decay_from"):
         if getattr(train, name) is not None and train.schedule != "wsd":
             raise UserError(f"train.{name}: without use under train.schedule={train.schedule}; use train.schedule=wsd")

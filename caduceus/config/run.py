@@ -93,6 +93,13 @@ class CheckpointConfig:
     keep_every: int = key(
         0, "Checkpoints of steps that this divides are kept for good; 0 keeps none so.", fixes="nothing", least=0
     )
+    export_every: int = key(
+        0,
+        "Steps between exports to RUN/export/step-…, folders that `transformers` and the published code load. Each is "
+        "made of a checkpoint of its step, while training goes on. 0 makes none.",
+        fixes="nothing",
+        least=0,
+    )
     async_: bool = key(True, "Write checkpoints while training goes on, from a copy in host memory.", fixes="nothing")
 
 
@@ -159,10 +166,32 @@ class WandbConfig:
     )
     project: str | None = key(None, "Project of W&B; null is WANDB_PROJECT, or caduceus.", fixes="nothing")
     entity: str | None = key(None, "User or team of W&B; null is WANDB_ENTITY, or your own.", fixes="nothing")
+    id: str | None = key(
+        None,
+        "Id of the run in W&B; null makes one, which the run directory keeps from its first second.",
+        fixes="nothing",
+    )
     group: str | None = key(None, "Group of runs in W&B; null is WANDB_RUN_GROUP.", fixes="nothing")
     tags: list[str] = key([], "Tags of the run in W&B; none is WANDB_TAGS.", fixes="nothing")
     notes: str | None = key(None, "Notes on the run in W&B; null is WANDB_NOTES.", fixes="nothing")
     job_type: str | None = key(None, "Type of the run in W&B, such as pretrain.", fixes="nothing")
+    log_every: int = key(
+        1,
+        "Steps between the rows that W&B gets; those with a validation, or with what `monitor.every` tells, it always "
+        "gets. metrics.jsonl has all.",
+        fixes="nothing",
+        least=1,
+    )
+    artifacts: list[str] = key(
+        [],
+        "What W&B gets as artifacts when a start ends, of dataset, checkpoints and report: the manifest, references "
+        "to shards and the newest checkpoint, which stay where they are, and the page.",
+        fixes="nothing",
+    )
+    save_code: bool = key(False, "Send the package's code to W&B, as an artifact.", fixes="nothing")
+    alerts: bool = key(
+        True, "Have W&B alert its user of steps that are skipped, of rewinds, stalls and failures.", fixes="nothing"
+    )
     required: bool = key(
         False, "Refuse to start where W&B cannot be reached, instead of sending it later.", fixes="nothing"
     )
@@ -188,6 +217,10 @@ SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Con
 """The dataclass of each section; its docstring says what the section is about."""
 KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() for found in keys_of(section, cls)}
 """Every key, by its name `section.key`."""
+
+
+ARTIFACTS = ("dataset", "checkpoints", "report")
+"""What `wandb.artifacts` may name."""
 
 
 def profiled_steps(asked: str) -> tuple[int, int]:

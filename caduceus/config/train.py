@@ -1,6 +1,7 @@
 """The keys of `train.`: the optimization. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from caduceus.config.keys import key
 
@@ -26,6 +27,27 @@ class TrainConfig:
     min_lr: float = key(
         1e-4, "Learning rate at the end of cosine and wsd, and the least of inverse_sqrt.", fixes="numbers", least=0
     )
+    optimizer: str = key(
+        "adamw",
+        "muon: torch's Muon for in_proj, x_proj and out_proj, each direction a matrix of its own, at the size of "
+        "AdamW's updates; AdamW for the rest. Under single and ddp.",
+        fixes="numbers",
+        choices=("adamw", "muon"),
+    )
+    lr_scale: Any = key(
+        None,
+        "Factors of the learning rate by kind of parameter, as {A_log: 0.1, embedding: 0.5}; kinds are the names in "
+        "`grad_norm/KIND`.",
+        fixes="numbers",
+    )
+    ema: float = key(
+        0.0,
+        "Decay, as 0.999, of an average of the weights over steps, which is validated beside them (`valid_loss_ema`), "
+        "kept in checkpoints, exported and evaluated; 0 keeps none. Not under deepspeed.",
+        fixes="numbers",
+        least=0,
+        below=1,
+    )
     schedule: str = key(
         "cosine",
         "The learning rate after the warm-up. cosine, the published one, falls to `min_lr` at `steps`. wsd stays at "
@@ -45,6 +67,13 @@ class TrainConfig:
         None,
         "wsd: a checkpoint, as RUN/checkpoints/step-00001000, of a run under wsd or constant before its decay. The run "
         "begins there, with its weights, optimizer and samples to come, and goes on to `steps`, counted as there.",
+        fixes="numbers",
+    )
+    init_from: str | None = key(
+        None,
+        "Weights that the run begins from, with a fresh optimizer, at its own context length, on its own species: a "
+        "run, a checkpoint, an export, or any published folder or file (`python -m caduceus.hub show` says what it "
+        "holds). The model's keys must be those of the weights. null begins from random ones of `seed`.",
         fixes="numbers",
     )
     warmup_steps: int | None = key(

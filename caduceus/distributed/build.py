@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from caduceus import CaduceusForMaskedLM
-from caduceus.config import Config, ParallelConfig
+from caduceus.config import Config, ParallelConfig, refuse_strategy
 from caduceus.distributed.ddp import DDP
 from caduceus.distributed.deepspeed.strategy import DeepSpeed
 from caduceus.distributed.fsdp import FSDP
@@ -38,6 +38,7 @@ def build_strategy(config: Config, ranks: Ranks, build_optimizer: BuildOptimizer
         reason = choose_strategy(config.parallel, model, ranks.world)
         if ranks.is_main:
             _log.info("parallel.strategy: auto chose '%s' (%s)", config.parallel.strategy, reason)
+    refuse_strategy(config.train, config.parallel.strategy)
     if ranks.is_main and (unused := _unused_keys(config.parallel)):
         _log.warning("%s: without effect under parallel.strategy=%s", ", ".join(unused), config.parallel.strategy)
     return _STRATEGIES[config.parallel.strategy](config, ranks, model, build_optimizer)

@@ -60,7 +60,8 @@ def held(config: Config, world: int) -> Held:
     whole = _FP32 * parameter_count(config.model)
     strategy, holders = strategy_of(config, world)
     if strategy != "deepspeed":
-        return Held(whole // holders, whole // holders, MOMENTS * whole // holders)
+        kept = MOMENTS + bool(config.train.ema)
+        return Held(whole // holders, whole // holders, kept * whole // holders)
     stage = config.parallel.zero_stage
     if stage == 0:
         return Held(whole, whole, MOMENTS * whole)

@@ -2,16 +2,21 @@
 
 Every rank draws all weights from one generator on the CPU, in the order of `init_weights`, and keeps what it is to
 hold of a part before it draws the next. So all strategies start from the same bits, and no rank ever needs memory for
-more than its share of the model and one block.
+more than its share of the model and one block; but for a start from given weights, which every rank reads whole.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from caduceus import CaduceusForMaskedLM
-from caduceus.config import TrainConfig
+from caduceus.config import CaduceusConfig, TrainConfig
+from caduceus.errors import UserError
+from caduceus.hub.folders import load
+
+_WITHOUT_EFFECT_ON_WEIGHTS = ("residual_in_fp32",)
+"""Keys of the model in which a run may differ from the weights that it begins from: they change rounding alone."""
 
 
 def initialise(
@@ -26,16 +31,52 @@ def initialise(
     replace parameters by what this rank holds of them.
     """
     generator = torch.Generator().manual_seed(config.seed)
+    given = {} if config.init_from is None else starting_weights(config.init_from, model.config)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     ends = (model, model.embedding, model.norm_f)
     for module in ends:
         module.to_empty(device="cpu", recurse=False)
     model.init_ends(generator)
-    for block in model.blocks:
+    _take(given, model.embedding, "embedding.")
+    _take(given, model.norm_f, "norm_f.")
+    for number, block in enumerate(model.blocks):
         block.to_empty(device="cpu")
         block.init_weights(generator)
+        _take(given, block, f"blocks.{number}.")
         shard(block.to(device, dtype))
     for module in ends[1:]:
         module.to(device, dtype)
     model.complement = model.complement.to(device)
     shard(model)
+
+
+def starting_weights(init_from: str, config: CaduceusConfig) -> dict[str, Tensor]:
+    """The weights of `train.init_from` by their names, for a model of `config`.
+
+    Raises `UserError` for what holds no model, and names the first key in which its model is another one.
+    """
+    try:
+        model = load(init_from)
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from None
+    for key in vars(config):
+        theirs, ours = getattr(model.config, key), getattr(config, key)
+        if theirs != ours and key not in _WITHOUT_EFFECT_ON_WEIGHTS and not _is_unused(key, config, model.config):
+            raise UserError(
+                f"train.init_from: {init_from} holds a model with model.{key}={theirs}, not {ours}; give model.{key}="
+                f"{theirs}, or other weights"
+            )
+    return model.state_dict()
+
+
+def _is_unused(key: str, *configs: CaduceusConfig) -> bool:
+    """Whether a key has no effect on either model."""
+    needs = {"fused_add_norm": lambda config: config.rcps, "headdim": lambda config: config.mixer == "mamba2"}
+    return key in needs and not any(needs[key](config) for config in configs)
+
+
+def _take(given: dict[str, Tensor], module: nn.Module, prefix: str) -> None:
+    """Overwrite a module's weights with those that are given for it, if any are."""
+    if given:
+        own = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+        module.load_state_dict(own)

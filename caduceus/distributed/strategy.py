@@ -94,7 +94,7 @@ class Strategy:
     def parts(self) -> list[Part]:
         """What this rank holds of each parameter, and of its gradient between the backward pass and the step."""
         return [
-            Part(name, _local(parameter.detach()), None if parameter.grad is None else _local(parameter.grad))
+            Part(name, local(parameter.detach()), None if parameter.grad is None else local(parameter.grad))
             for name, parameter in self.network.named_parameters()
         ]
 
@@ -158,7 +158,8 @@ class Strategy:
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -168,7 +169,7 @@ class Single(Strategy):
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1)
 
 
 def _read(state: dict[str, Any], directory: Path) -> None:

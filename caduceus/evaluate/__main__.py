@@ -10,7 +10,7 @@ from caduceus.arguments import Parser
 from caduceus.config import load_config
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError, run_command
-from caduceus.evaluate.commands import add_embed, add_finetune, add_predict, add_variants
+from caduceus.evaluate.commands import add_embed, add_finetune, add_predict, add_suite, add_variants
 
 _START = """
 Says what a trained model is worth, and uses it. To begin, give it a run:
@@ -42,6 +42,7 @@ def main() -> int:
     add_variants(commands)
     add_finetune(commands)
     add_predict(commands)
+    add_suite(commands)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments.handler(arguments)

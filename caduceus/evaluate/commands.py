@@ -4,6 +4,7 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
+from caduceus.arguments import PresetAction
 from caduceus.errors import UserError
 
 
@@ -79,6 +80,22 @@ def add_predict(commands: Any) -> None:
     _add_batch_bases(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help=".tsv, .csv or .parquet")
     parser.set_defaults(handler=_predict)
+
+
+def add_suite(commands: Any) -> None:
+    """The verb `suite`."""
+    parser = commands.add_parser("suite", help="a benchmark of many tasks, beside published numbers")
+    _add_model(parser)
+    parser.add_argument("--suite", required=True, action=PresetAction, kind="suite", metavar="NAME|FILE|list")
+    parser.add_argument("--data", required=True, metavar="DIR", help="the folder that holds the tasks' folders")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="these alone")
+    parser.add_argument("--genome", metavar="FASTA", help="for tasks that are tables of places")
+    parser.add_argument("--seeds", type=int, metavar="N", help="default as the suite's protocol, as are the next")
+    parser.add_argument("--epochs", type=int, metavar="N")
+    parser.add_argument("--lr", type=float, nargs="+", metavar="RATE", help="each is tried on validation")
+    parser.add_argument("--batch-size", type=int, nargs="+", metavar="N", help="each is tried on validation")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.set_defaults(handler=_suite)
 
 
 def _add_batch_bases(parser: argparse.ArgumentParser) -> None:
@@ -161,3 +178,16 @@ def _predict(arguments: argparse.Namespace) -> None:
     source = _picked(arguments, SequenceSource)
     predict_file(Predictor(arguments.model, arguments.device), source, arguments.out, arguments.batch_bases)
     print(f"{arguments.out}: written")
+
+
+def _suite(arguments: argparse.Namespace) -> None:
+    from caduceus.evaluate.model import Runner
+    from caduceus.evaluate.suite import SuiteRequest, load_suite, run_suite
+    from caduceus.evaluate.suite_page import text_table
+
+    suite = load_suite(arguments.suite)
+    given = {name: getattr(arguments, name) for name in ("seeds", "epochs", "lr", "batch_size")}
+    protocol = {name: value for name, value in given.items() if value is not None}
+    request = SuiteRequest(arguments.data, arguments.tasks, arguments.genome, protocol)
+    runner = Runner(arguments.model, arguments.device, arguments.precision)
+    print(text_table(run_suite(runner, suite, request, arguments.out)))

@@ -83,6 +83,9 @@ def finetune(
     spread. Killed, the same call goes on with what is not finished.
     """
     study = _Study(runner, tables, Path(out), options)
+    if (finished := study.finished()) is not None:
+        say(f"{out}: is there already")
+        return finished
     study.begin(say)
     for method in options.methods:
         for seed in range(1, options.seeds + 1):
@@ -108,6 +111,13 @@ class _Study:
             "sha256": {name: sha256_of(table.path) for name, table in tables.items()},
         }
 
+    def finished(self) -> dict[str, Any] | None:
+        """What an earlier call like this one wrote, if it came to its end."""
+        if (self.out / _UNFINISHED).exists() or not (self.out / _RESULT).is_file():
+            return None
+        result = json.loads((self.out / _RESULT).read_bytes())
+        return result if {key: result.get(key) for key in self.origin} == json.loads(dump_json(self.origin)) else None
+
     def begin(self, say: Callable[[str], None]) -> None:
         """Make the folder, drop what is there of another command, and say what is going to be done."""
         stamp, content = self.folder / "made-from.json", dump_json(self.origin)
@@ -124,11 +134,15 @@ class _Study:
             "conjoined in training and test" if self.runner.config.rcps else "forward in training, both averaged after"
         )
         say(f"{kind}, {counts}; chosen by {self.metric} on validation; strands: {strands}")
-        for name in ("valid", "test"):
-            if name in self.data:
-                exact, reverse = copies(self.data["train"].bases, self.data[name].bases)
-                if exact or reverse:
-                    say(f"note: {exact:,} sequences of {name} also stand in train, {reverse:,} as reverse complement")
+        for name, (exact, reverse) in self.copies.items():
+            if exact or reverse:
+                say(f"note: {exact:,} sequences of {name} also stand in train, {reverse:,} as reverse complement")
+
+    @cached_property
+    def copies(self) -> dict[str, tuple[int, int]]:
+        """Of valid and test, how many sequences stand in train, as they are and only as their reverse complement."""
+        others = [name for name in ("valid", "test") if name in self.data]
+        return {name: copies(self.data["train"].bases, self.data[name].bases) for name in others}
 
     def run(self, method: str, seed: int) -> None:
         """Train by one method under one seed and keep what it gives, unless that is there."""
@@ -232,13 +246,15 @@ class _Study:
             **self.origin,
             "task": self.task.to_json(),
             "metric": self.metric,
+            "methods": self.options.methods,
+            "copies": self.copies,
             "results": found,
             "summary": summary,
             "seed_of_model": best + 1,
         }
         write_atomically(self.out / _RESULT, dump_json(result))
         shutil.rmtree(self.folder)
-        return result
+        return json.loads(dump_json(result))
 
 
 def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -262,9 +278,10 @@ def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
 def table_of(result: dict[str, Any]) -> str:
     """The summary of a fine-tuning as lines to read."""
     summary = result["summary"]
-    names = list(next(iter(summary.values())))
+    names = names_of(Task.from_json(result["task"]))
     rows = [["", *names]]
-    for method, metrics in summary.items():
+    for method in result["methods"]:
+        metrics = summary[method]
         rows.append([method, *(f"{metrics[name]['mean']:.4f} ± {metrics[name]['spread']:.4f}" for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

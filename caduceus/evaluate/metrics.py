@@ -1,6 +1,7 @@
 """The metrics of the field, by scikit-learn and scipy. Imports no torch."""
 
 import warnings
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -26,41 +27,57 @@ def check_metric(metric: str | None, task: Task) -> str:
     return metric or names[0]
 
 
-def measure(task: Task, labels: np.ndarray, outputs: np.ndarray) -> dict[str, float]:
-    """All metrics of a task. outputs: probabilities (n, classes), or values (n,).
+def measure(
+    task: Task, labels: np.ndarray, outputs: np.ndarray, names: Iterable[str] | None = None
+) -> dict[str, float]:
+    """The metrics `names` of a task, or all. outputs: probabilities (n, classes), or values (n,).
 
     F1 is that of the second class where there are two, else the mean over classes; AUROC and AUPRC are those of the
     second class, or means over each class against the others. NaN where the labels are too few to define one.
     """
-    if task.classes is None:
-        stats = package("scipy.stats")
-        error = float(np.mean((labels - outputs) ** 2))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that all values are the same: the result says so, as NaN
-            pearson, spearman = (float(f(labels, outputs).statistic) for f in (stats.pearsonr, stats.spearmanr))
-        spread = float(np.var(labels))
-        return {
-            "pearson": pearson,
-            "spearman": spearman,
-            "r2": 1 - error / spread if spread else float("nan"),
-            "mse": error,
-        }
-    metrics = package("sklearn.metrics")
-    chosen = outputs.argmax(1)
-    binary = len(task.classes) == 2
-    found = {
-        "mcc": metrics.matthews_corrcoef(labels, chosen),
-        "f1": metrics.f1_score(labels, chosen, average="binary" if binary else "macro", zero_division=0),
-        "accuracy": metrics.accuracy_score(labels, chosen),
+    of = _of_values(labels, outputs) if task.classes is None else _of_classes(len(task.classes), labels, outputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a metric is not defined: the result says so
+        return {name: float(of[name]()) for name in names or names_of(task)}
+
+
+def _of_values(labels: np.ndarray, outputs: np.ndarray) -> dict[str, Callable[[], float]]:
+    stats = package("scipy.stats")
+    error, spread = np.mean((labels - outputs) ** 2), np.var(labels)
+    return {
+        "pearson": lambda: stats.pearsonr(labels, outputs).statistic,
+        "spearman": lambda: stats.spearmanr(labels, outputs).statistic,
+        "r2": lambda: 1 - error / spread if spread else np.nan,
+        "mse": lambda: error,
     }
-    areas = []
-    for number in (1,) if binary else range(len(task.classes)):
-        of_class = labels == number
-        if 0 < of_class.sum() < len(labels):
-            scores = outputs[:, number]
-            areas.append((metrics.roc_auc_score(of_class, scores), metrics.average_precision_score(of_class, scores)))
-    auroc, auprc = np.mean(areas, 0) if areas else (np.nan, np.nan)
-    return {name: float(value) for name, value in {**found, "auroc": auroc, "auprc": auprc}.items()}
+
+
+def _of_classes(classes: int, labels: np.ndarray, outputs: np.ndarray) -> dict[str, Callable[[], float]]:
+    metrics = package("sklearn.metrics")
+    chosen, binary = outputs.argmax(1), classes == 2
+
+    def area(of_scores: Callable[[np.ndarray, np.ndarray], float]) -> float:
+        numbers = [n for n in ((1,) if binary else range(classes)) if 0 < (labels == n).sum() < len(labels)]
+        return np.mean([of_scores(labels == n, outputs[:, n]) for n in numbers]) if numbers else np.nan
+
+    return {
+        "mcc": lambda: metrics.matthews_corrcoef(labels, chosen),
+        "f1": lambda: metrics.f1_score(labels, chosen, average="binary" if binary else "macro", zero_division=0),
+        "accuracy": lambda: metrics.accuracy_score(labels, chosen),
+        "auroc": lambda: area(metrics.roc_auc_score),
+        "auprc": lambda: area(metrics.average_precision_score),
+    }
+
+
+def bootstrap_interval(
+    task: Task, metric: str, labels: np.ndarray, outputs: np.ndarray, rounds: int = 200
+) -> tuple[float, float]:
+    """95 % interval of a metric over the examples, drawn with replacement; NaN where it is not defined."""
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(len(labels), size=len(labels)) for _ in range(rounds))
+    values = [measure(task, labels[rows], outputs[rows], [metric])[metric] for rows in draws]
+    low, high = np.nanpercentile(values, (2.5, 97.5)) if not np.isnan(values).all() else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def is_better(metric: str, new: float, old: float | None) -> bool:

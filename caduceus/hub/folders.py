@@ -6,6 +6,7 @@ import holds `config.yaml` (the `model:` section) and `model.safetensors` (our o
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from caduceus.config import load_config
 from caduceus.errors import UserError
@@ -28,10 +30,12 @@ from caduceus.hub.remote_code import remote_code
 from caduceus.hub.tokenizer_files import TOKENIZER_FILE, tokenizer_files
 from caduceus.hub.weights import WEIGHTS, read_safetensors
 from caduceus.model.heads import CaduceusForMaskedLM
-from caduceus.run.checkpoints import MARKER
+from caduceus.run.checkpoints import AVERAGE, MARKER
 from caduceus.run.directory import RunDirectory
 
 OWN_CONFIG = "config.yaml"
+
+_log = logging.getLogger(__name__)
 
 PUBLISHED_CODE = "kuleshov-group/caduceus-ps_seqlen-131k_d_model-256_n_layer-16"
 """Repository of the Hugging Face hub with the published code."""
@@ -120,14 +124,24 @@ def _load_own(path: Path) -> CaduceusForMaskedLM:
             state = read_safetensors(weights / WEIGHTS)
         else:
             state = model.state_dict()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that this is a single process
-                dcp.load({"model": state}, checkpoint_id=weights, no_dist=True)
+            _read_checkpoint(weights, state)
         model.load_state_dict(state)
     except (RuntimeError, ValueError, dcp.CheckpointException) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{weights}: not a checkpoint of the model in {config_path} ({reason})") from None
     return model
+
+
+def _read_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
+    """Fill `state` with the weights of a checkpoint: with their average over steps, where the run kept one."""
+    held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    averages = {name: {AVERAGE: state[name]} for name in state if f"optimizer.state.{name}.{AVERAGE}" in held}
+    if averages:
+        _log.info("%s: the weights are those averaged over steps (train.ema)", path)
+    wanted = {"model": {name: tensor for name, tensor in state.items() if name not in averages}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a single process
+        dcp.load({**wanted, "optimizer": {"state": averages}}, checkpoint_id=path, no_dist=True)
 
 
 def save_imported(model: CaduceusForMaskedLM, directory: str | Path) -> None:

@@ -13,6 +13,8 @@ MOMENTS = 2
 _FP32 = 4
 CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
 """Bytes that a checkpoint holds for a parameter: its value and its moments."""
+AVERAGE_BYTES = _FP32
+"""Bytes of a parameter's average over steps, in checkpoints and in training, where `train.ema` keeps one."""
 
 
 def parameter_count(model: CaduceusConfig) -> int:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from caduceus.monitor.wandb.identity import status
 from caduceus.monitor.wandb.process import WandbProcess
 from caduceus.monitor.windows import Drawing
 from caduceus.run.directory import RunDirectory
+from caduceus.run.events import record_event
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +43,10 @@ class Monitor:
         self._unwritten = b""
         self._view = View(run, config.run.name or run.path.name, config.train.steps, config.valid.every)
         self._recall()
+        self._skipped = self._view.row.get("skipped_steps", 0)
         self._terminal = Terminal(self._view)
+        restarts = {"requeues": int(count)} if (count := os.environ.get("SLURM_RESTART_COUNT", "")).isdigit() else {}
+        record_event(run.path, "start", self._view.step, number=len(run.starts()), **restarts)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -53,10 +58,13 @@ class Monitor:
         self._terminal.close()
         self._drawing.end(wait=not exception[0])
         reason = f"{type(exception[1]).__name__}: {exception[1]}" if exception[1] else None
+        kind = "failed" if exception[0] else "stopped" if self.stopped else "finished"
+        record_event(self._run.path, kind, self._view.step, **({"reason": reason} if reason else {}))
+        done = not exception[0] and not self.stopped and self._config.monitor.report
+        report = report_of_finished(self._run.path) if done else None
         self.wandb.end(1 if exception[0] else 0, self.stopped, reason)
         if not exception[0]:
-            done = not self.stopped and self._config.monitor.report
-            self._summarise(report_of_finished(self._run.path) if done else None)
+            self._summarise(report)
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Record a training row and show progress now and then."""
@@ -64,6 +72,9 @@ class Monitor:
             return
         left = self._view.seconds_left
         self._record(row if left is None else {**row, "seconds_left": round(left)})
+        if row.get("skipped_steps", 0) > self._skipped:
+            self._skipped = row["skipped_steps"]
+            record_event(self._run.path, "skipped", row["step"], loss=str(row["loss"]), grad_norm=str(row["grad_norm"]))
         self._terminal.refresh(last=row["step"] == self._config.train.steps)
 
     def log_validation(self, row: dict[str, Any], windows: Sequence[dict[str, Any]] = ()) -> None:
@@ -82,6 +93,7 @@ class Monitor:
         if not self._active:
             return
         self._file.close()
+        record_event(self._run.path, "rewind", step, after=self._view.step)
         self._run.truncate_metrics(step)
         self._file = self._run.metrics_path.open("ab", buffering=0)
         self._view.reset()

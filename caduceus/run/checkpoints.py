@@ -12,6 +12,8 @@ from caduceus.errors import UserError
 from caduceus.files import dump_json, sha256_of, sync, write_atomically
 
 MARKER = "COMPLETE"
+AVERAGE = "average"
+"""Name of the averaged weights (`train.ema`) in what a checkpoint holds of the optimizer's state of a parameter."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 config.yaml          the configuration as asked for    resolved.yaml     what every `auto` became at the last start
 provenance.json      code, packages, hosts, fingerprints
-metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/  windows/
+metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/  windows/  profile/
+events.jsonl         starts, checkpoints, rewinds and ends, of all starts
 checkpoints/step-00001000/COMPLETE                     marker, written last: sizes and sha256 of the checkpoint's files
 checkpoints/latest                                     link to the newest complete checkpoint
 checkpoints/damaged-step-00002000                      set aside by a start that found it damaged; counts for nothing
@@ -23,6 +24,9 @@ from caduceus.files import dump_json, read_json_lines, sync, write_atomically
 from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
 from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
+
+OPTIMIZER_STATE = ("train.optimizer", "train.lr_scale", "train.ema")
+"""Keys that fix what a checkpoint holds of the optimizer."""
 
 _log = logging.getLogger(__name__)
 
@@ -244,11 +248,13 @@ class RunDirectory:
         for change in changes(self.former_config(), config):
             key, asked = change.key, change.key.name in config.run.allow_change
             counts_samples = key.fixes == "order" and bool(self.checkpoints())
+            if key.name in OPTIMIZER_STATE and self.checkpoints():
+                asked = False
             if asked and not counts_samples:
                 continue
             if asked:
                 way_on = f"; its checkpoints count samples in the order that {key.name} fixes: choose another run.dir"
-            elif counts_samples or (key.section == "model" and self.checkpoints()):
+            elif counts_samples or ((key.section == "model" or key.name in OPTIMIZER_STATE) and self.checkpoints()):
                 way_on = "; choose another run.dir"
             else:
                 way_on = f"; choose another run.dir, or go on with the change by run.allow_change=[{key.name}]"

@@ -6,6 +6,7 @@ from pathlib import Path
 from caduceus.config import Config, changes
 from caduceus.errors import UserError
 from caduceus.run.checkpoints import MARKER, Checkpoint
+from caduceus.run.directory import OPTIMIZER_STATE
 
 FREE = ("train.steps", "train.schedule", "train.decay_steps", "train.decay_from", "train.min_lr")
 """Keys in which a branch may differ from the run that it leaves."""
@@ -36,10 +37,12 @@ def branch_point(config: Config) -> Checkpoint:
 
 def _refuse_other_run(config: Config, former: Config, path: Path) -> None:
     for change in changes(former, config):
-        if change.key.name in FREE or (change.key.fixes == "numbers" and change.key.name in config.run.allow_change):
+        name = change.key.name
+        may_change = change.key.fixes == "numbers" and change.key.section != "model" and name not in OPTIMIZER_STATE
+        if name in FREE or (may_change and name in config.run.allow_change):
             continue
         way_on = "give the same"
-        if change.key.fixes == "numbers" and change.key.section != "model":
+        if may_change:
             way_on += f", or go on with the change by run.allow_change=[{change.key.name}]"
         raise _refusal(path, f"is of a run with {change.key.name}={change.before}, not {change.now}; {way_on}")
 

@@ -9,6 +9,7 @@ import random
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.files import dump_json, system_error, write_atomically
+from caduceus.hub.folders import load, save_published
 from caduceus.run.checkpoints import Checkpoint
 from caduceus.run.directory import RunDirectory
+from caduceus.run.events import record_event
 from caduceus.train.branching import branch_point
 from caduceus.train.guards import MAX_REWINDS, Health
 from caduceus.train.schedule import default_decay_start, default_warmup, kept_decay_start, kept_warmup, learning_rate
@@ -73,7 +76,9 @@ class Checkpoints:
             first = self._ranks.rank // strategy.writers * strategy.writers
             self.group = group_of(list(range(first, first + strategy.writers)), PATIENCE, "gloo")
         self._thread: threading.Thread | None = None
+        self._export: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._began = 0.0
 
     @property
     def failed(self) -> bool:
@@ -82,11 +87,17 @@ class Checkpoints:
 
     def are_due(self, progress: Progress) -> bool:
         """Whether the run writes one after this step: every so often, and where the learning rate begins to fall."""
-        return progress.step % self._config.checkpoint.every == 0 or progress.step == progress.decay_start
+        due = progress.step % self._config.checkpoint.every == 0 or progress.step == progress.decay_start
+        return due or self._exports(progress.step)
+
+    def _exports(self, step: int) -> bool:
+        every = self._config.checkpoint.export_every
+        return every > 0 and step % every == 0
 
     def save(self, progress: Progress) -> None:
         """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well."""
         self.wait()
+        self._began = time.monotonic()
         progress.health.rewinds = 0
         # A name never used before: ranks of an earlier start may live on where nobody can reach them.
         writing = self._run.checkpoints_path / f".writing-{progress.step:08d}-{secrets.token_hex(4)}"
@@ -112,6 +123,9 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._export is not None:  # it reads the checkpoint, which the next one may have removed
+            self._export.join()
+            self._export = None
         failure, self._failure = self._failure, None
         self._ranks.raise_together(failure)
 
@@ -197,12 +211,30 @@ class Checkpoints:
                 samples = progress["loader"]["samples_consumed"]
                 facts = {"samples": samples, "config": config_to_dict(self._config)}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
+                seconds = round(time.monotonic() - self._began, 3)
+                record_event(self._run.path, "checkpoint", progress["step"], seconds=seconds)
                 self._remove_old(progress["decay_start"])
+                if self._exports(progress["step"]):
+                    self._begin_export(progress["step"])
         except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
             if self._ranks.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
             of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException)) and not is_lost_contact(error)
             self._failure = self._not_written(progress["step"], error) if of_disk else error
+
+    def _begin_export(self, step: int) -> None:
+        """Write RUN/export/step-… of the complete checkpoint on a thread of its own. A failure costs the export."""
+
+        def export() -> None:
+            checkpoint, folder = self._run.checkpoint_path(step), self._run.path / "export" / f"step-{step:08d}"
+            try:
+                folder.parent.mkdir(exist_ok=True)
+                save_published(load(checkpoint), folder, checkpoint)
+            except (UserError, OSError) as error:
+                _log.warning("%s: the export of step %d was not written (%s)", folder, step, error)
+
+        self._export = threading.Thread(target=export, name="export", daemon=True)
+        self._export.start()
 
     def _remove_old(self, decay_start: int | None) -> None:
         keep = self._config.checkpoint

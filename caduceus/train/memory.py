@@ -61,11 +61,13 @@ def kept_storages(block: nn.Module, *inputs: Any) -> list[torch.UntypedStorage]:
 
 
 def moment_bytes_to_come(strategy: Strategy) -> int:
-    """Bytes on the ranks' device that the first update adds: AdamW's two moments of this rank's parameters."""
+    """Bytes on the ranks' device that the first update adds: AdamW's two moments of this rank's parameters, and the
+    average of the weights where one is kept."""
     if strategy.optimizer.state:
         return 0
+    kept = MOMENTS + bool(getattr(strategy.optimizer, "decay", 0))
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in strategy.model.parameters())
-    return MOMENTS * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
+    return kept * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
 
 
 class TensorBytes(TorchDispatchMode):

@@ -1,12 +1,152 @@
-"""The optimizer of the published recipe."""
+"""The optimizer of a run: AdamW as published, Muon for matrices, and an average of the weights beside them."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from caduceus.config import TrainConfig
+from caduceus.distributed.strategy import Strategy, local
+from caduceus.errors import UserError
+from caduceus.run.checkpoints import AVERAGE
+from caduceus.train.vitals import kind_of
+
+MATRICES = ("in_proj", "x_proj", "out_proj")
+"""Kinds of parameters that Muon updates: (directions, rows, columns), each direction a matrix of its own."""
+_MOMENTUM = 0.95
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with no weight decay on biases, norms, A_log and D."""
-    groups = model.parameter_groups(config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas))
+    """The optimizer of `config`: no weight decay on biases, norms, A_log and D. On GPUs AdamW is torch's fused one.
+
+    Raises `UserError` for a kind in `train.lr_scale` that the model has no parameters of.
+    """
+    groups = _groups(model, config)
+    devices = {parameter.device.type for parameter in model.parameters()}
+    options = {"lr": config.lr, "betas": tuple(config.betas), "fused": is_fused(devices)}
+    if config.optimizer == "adamw" and not config.ema:
+        return torch.optim.AdamW(groups, **options)
+    return RecipeOptimizer(groups, config.ema, **options)
+
+
+def is_fused(devices: set[str]) -> bool | None:
+    """Whether torch's fused AdamW runs where the parameters are. On a CPU its last bits are others; None is torch's."""
+    return True if devices == {"cuda"} else None
+
+
+def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    scales = dict(config.lr_scale or {})
+    kinds = {kind_of(name) for name in names.values()}
+    if unknown := sorted(scales.keys() - kinds):
+        raise UserError(
+            f"train.lr_scale: the model has no parameters of the kind '{unknown[0]}'; it has {', '.join(sorted(kinds))}"
+        )
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    for group in model.parameter_groups(config.weight_decay):
+        for parameter in group["params"]:
+            kind = kind_of(names[parameter])
+            scale, by_muon = scales.get(kind, 1.0), config.optimizer == "muon" and kind in MATRICES
+            found = groups.setdefault((group["weight_decay"], scale, by_muon), {**group, "params": []})
+            found["params"].append(parameter)
+            # Keys beyond AdamW's own stand in no checkpoint of the published recipe.
+            found.update({"lr_scale": scale} if scale != 1 else {}, **({"muon": True} if by_muon else {}))
+    return list(groups.values())
+
+
+class RecipeOptimizer(torch.optim.AdamW):
+    """AdamW that leaves groups with `muon` to torch's Muon, one matrix per direction, and averages the weights.
+
+    Muon's updates are scaled to the size of AdamW's, so that one learning rate and weight decay serve both (Liu et al.
+    2025, "Muon is Scalable for LLM Training"). The average decays by `decay` from step to step, and by less at first:
+    min(decay, (1 + step) / (10 + step)); 0 keeps none.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], decay: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.decay = decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient, and then the averages."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("muon")]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group.get("muon"):
+                self._step_by_muon(group)
+        if self.decay:
+            self._average()
+        return loss
+
+    def _step_by_muon(self, group: dict[str, Any]) -> None:
+        matrices, momenta = [], []
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            for weight, gradient, momentum in zip(parameter, parameter.grad, state["momentum_buffer"], strict=True):
+                matrix = nn.Parameter(weight)
+                matrix.grad = gradient
+                matrices.append(matrix)
+                momenta.append(momentum)
+        if not matrices:
+            return
+        options = {"momentum": _MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
+        muon = torch.optim.Muon(matrices, lr=group["lr"], weight_decay=group["weight_decay"], **options)
+        for matrix, momentum in zip(matrices, momenta, strict=True):
+            muon.state[matrix]["momentum_buffer"] = momentum
+        muon.step()
+
+    def _average(self) -> None:
+        updated = [p for group in self.param_groups for p in group["params"] if self.state.get(p)]
+        if not updated:
+            return
+        step = self.state[updated[0]]["step"].item()
+        for parameter in updated:
+            if AVERAGE not in self.state[parameter]:
+                self.state[parameter][AVERAGE] = parameter.detach().clone()
+        averages = [self.state[parameter][AVERAGE] for parameter in updated]
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(map(local, averages)), list(map(local, updated)), share)
+
+
+@contextlib.contextmanager
+def averaged_weights(strategy: Strategy) -> Iterator[None]:
+    """Within, the model has its averaged weights; after that, bit for bit, its own. On all ranks together."""
+    _exchange(strategy)
+    try:
+        yield
+    finally:
+        _exchange(strategy)
+
+
+@torch.no_grad()
+def _exchange(strategy: Strategy) -> None:
+    _forget_gathered(strategy)
+    for parameter in strategy.network.parameters():
+        state = strategy.optimizer.state.get(parameter)
+        if not state:  # before the first update the average is the weights
+            continue
+        weight, average = local(parameter), local(state[AVERAGE])
+        kept = weight.clone()
+        weight.copy_(average)
+        average.copy_(kept)
+    _forget_gathered(strategy)
+
+
+def _forget_gathered(strategy: Strategy) -> None:
+    """Let FSDP gather the weights anew: those of the ends stay gathered after a forward pass without a backward one."""
+    for module in strategy.model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

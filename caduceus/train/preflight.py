@@ -17,7 +17,7 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.files import show_bytes
-from caduceus.model.costs import CHECKPOINT_BYTES
+from caduceus.model.costs import AVERAGE_BYTES, CHECKPOINT_BYTES
 from caduceus.ops.backends import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
@@ -76,7 +76,7 @@ def check_before_start(
         report = Report(
             host=socket.gethostname(),
             clock=time.time(),
-            disk=_disk_problem(run.path, CHECKPOINT_BYTES * parameters),
+            disk=_disk_problem(run.path, (CHECKPOINT_BYTES + AVERAGE_BYTES * bool(config.train.ema)) * parameters),
             shared_memory=_shared_memory_problem(config, ranks),
         )
     reports = ranks.gather_objects(report)

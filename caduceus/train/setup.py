@@ -13,6 +13,7 @@ from caduceus.config import Config
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
+from caduceus.distributed.initialisation import starting_weights
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.files import write_atomically
@@ -103,6 +104,8 @@ def open_run(config: Config, ranks: Ranks) -> Opened:
         if ranks.is_main:
             if config.train.decay_from is not None and not run.checkpoints():
                 branch_point(config)
+            if config.train.init_from is not None and not run.checkpoints():
+                starting_weights(config.train.init_from, config.model)
             run = RunDirectory.create_or_resume(config)
     refuse_other_data(loader, ranks)
     return Opened(run, loader, validation)
@@ -115,6 +118,7 @@ def set_up(config: Config, ranks: Ranks, opened: Opened, started: float) -> Setu
     """
     run, loader = opened.run, opened.loader
     resolved = _resolve(config, ranks)
+    _forget_first_weights(resolved.config, run, ranks)
     strategy = build_strategy(resolved.config, ranks, build_optimizer)
     checkpoints = Checkpoints(config, run, strategy)
     progress = _resume(config, run, loader, checkpoints)
@@ -135,6 +139,18 @@ def set_up(config: Config, ranks: Ranks, opened: Opened, started: float) -> Setu
             facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
             run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
     return Setup(resolved.config, strategy, checkpoints, progress)
+
+
+def _forget_first_weights(config: Config, run: RunDirectory, ranks: Ranks) -> None:
+    """Where the run goes on from a checkpoint, nobody needs what it began from, which may be gone by now."""
+    if config.train.init_from is None:
+        return
+    resumes = None
+    with ranks.agreeing(), run.telling_of_disks():
+        if ranks.is_main:
+            resumes = run.newest_valid_checkpoint() is not None
+    if ranks.broadcast(resumes):
+        config.train.init_from = None
 
 
 def _resolve(config: Config, ranks: Ranks) -> Resolved:

@@ -21,6 +21,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.memory import keep_freed_memory_for
+from caduceus.train.optimizer import averaged_weights
 from caduceus.train.profiling import Profile
 from caduceus.train.recomputation import refusing_what_is_too_large
 from caduceus.train.setup import Opened, Setup, open_run, set_up
@@ -140,6 +141,12 @@ def _validate(
         mirror=None if config.data.objective == "next_base" else ranks.mirrored,
         seen=losses.add,
     )
+    if config.train.ema:
+        with averaged_weights(strategy):
+            of_average = held_out_loss(
+                strategy.model, validation, ranks.device, config.train.precision, add_up=ranks.sum, each=together
+            )
+        row["valid_loss_ema"] = of_average["valid_loss"]
     windows = []
     if config.monitor.windows:
         chosen = losses.extremes(ranks, config.monitor.windows)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from caduceus.distributed.environment import FLIGHT_FILES
 from caduceus.run.ends import record_end_here
+from caduceus.run.events import record_event
 
 _GRACE_SECONDS = 15.0
 """Time between the dump and the end, in which the other ranks, which hang too, write what they know."""
@@ -87,6 +88,7 @@ class Watchdog:
         limit = f"train.stall_minutes={minutes:g}" if 60 * minutes == self._limit else f"{minutes:g} minutes"
         told = f"rank {self._rank}: {what} has taken more than {limit}; what it was doing is in {self._path}"
         _log.error(told)
+        record_event(self._path.parent.parent, "stalled", None, reason=told)
         record_end_here(TimeoutError(told))
         with contextlib.suppress(OSError):
             write_flight_records(self._path.parent, self._rank)

@@ -12,7 +12,7 @@ import torch
 
 from caduceus.config import KEYS, Config, changes, config_to_dict
 from caduceus.errors import UserError
-from caduceus.run.directory import RunDirectory
+from caduceus.run.directory import OPTIMIZER_STATE, RunDirectory
 from caduceus.train.trainer import train
 from tests.train.conftest import SmallRun, numbers
 
@@ -60,9 +60,13 @@ OTHER: dict[str, Any] = {
     "train.micro_batch": 2,
     "train.lr": 1e-3,
     "train.min_lr": 1e-5,
+    "train.optimizer": "muon",
+    "train.lr_scale": {"A_log": 0.1},
+    "train.ema": 0.9,
     "train.schedule": "wsd",
     "train.decay_steps": 3,
     "train.decay_from": "elsewhere/checkpoints/step-00000001",
+    "train.init_from": "elsewhere",
     "train.warmup_steps": 2,
     "train.weight_decay": 0.0,
     "train.betas": [0.95, 0.9],
@@ -87,6 +91,7 @@ OTHER: dict[str, Any] = {
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 3,
+    "checkpoint.export_every": 2,
     "checkpoint.async": False,
     "run.dir": "moved",
     "run.name": "another",
@@ -101,10 +106,15 @@ OTHER: dict[str, Any] = {
     "wandb.mode": "offline",
     "wandb.project": "another",
     "wandb.entity": "another",
+    "wandb.id": "mine",
     "wandb.group": "another",
     "wandb.tags": ["another"],
     "wandb.notes": "another",
     "wandb.job_type": "another",
+    "wandb.log_every": 2,
+    "wandb.artifacts": ["report"],
+    "wandb.save_code": True,
+    "wandb.alerts": False,
     "wandb.required": True,
 }
 """Another value of each key than a small run has."""
@@ -155,7 +165,7 @@ def test_a_resume_refuses_a_change_of_what_fixes_the_run(halfway, tmp_path: Path
         RunDirectory.create_or_resume(config)
     assert {*tmp_path.rglob("*")} == files
     advised = f"run.allow_change=[{name}]" in str(refusal.value)
-    assert advised == (KEYS[name].fixes == "numbers" and not name.startswith("model."))
+    assert advised == (KEYS[name].fixes == "numbers" and not name.startswith("model.") and name not in OPTIMIZER_STATE)
     if advised:
         config.run.allow_change = [name]
         RunDirectory.create_or_resume(config).release()

@@ -34,10 +34,13 @@ MODELS = {
     "layer norm": {"rms_norm": False},
     "packed": {},
     "packed, unidirectional": {"bidirectional": False},
+    "mamba2": {"mixer": "mamba2", "headdim": 8},
+    "mamba2, untied": {"mixer": "mamba2", "headdim": 8, "bidirectional_weight_tie": False},
+    "packed, mamba2": {"mixer": "mamba2", "headdim": 8},
 }
 CASES = [*((name, 0.5) for name in MODELS), ("even layers", 0.0)]
 """Models, and the share of the bases that are labelled."""
-IN_SLICES = [("even layers", 0.5), ("odd layers", 0.5), ("unidirectional", 0.5)]
+IN_SLICES = [("even layers", 0.5), ("odd layers", 0.5), ("unidirectional", 0.5), ("mamba2", 0.5)]
 
 
 def outcome(

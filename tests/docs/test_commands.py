@@ -34,6 +34,9 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "regions.bed").write_text("chr1\t0\t20000\ttrain\nchr19\t0\t8000\tvalid\n")
     labelled = [f"{'ACGT' * 8}{'GC' * n},{n % 2}" for n in range(12)]
     (tmp_path / "labelled.csv").write_text("\n".join(["sequence,label", *labelled]))
+    (tmp_path / "benchmarks-data" / "tf" / "0").mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        (tmp_path / "benchmarks-data" / "tf" / "0" / f"{split}.csv").symlink_to(tmp_path / "labelled.csv")
     (tmp_path / "places.bed").write_text("chr2\t500\t504\n")
     bases = (tmp_path / "genome.fa").read_text().split("\n")[9]  # the ninth line of chr1
     row = "\t".join(["chr1", "481", ".", bases[0].upper(), "AC" if bases[0] in "Gg" else "GA"])

@@ -69,7 +69,12 @@ class Watched:
 
     def rows(self) -> list[dict[str, Any]]:
         """What W&B should have, from metrics.jsonl."""
-        return [wandb_row(row) for row in merged(self.run.metrics())]
+        return [lasting(wandb_row(row)) for row in merged(self.run.metrics())]
+
+
+def lasting(row: dict[str, Any]) -> dict[str, Any]:
+    """What a making of a step shares with every other: not the time left, nor what W&B's client and events add."""
+    return {key: value for key, value in row.items() if not key.startswith(("_", "events/", "perf/seconds_left"))}
 
 
 def make_step(monitor: Monitor, step: int, shift: int = 0) -> None:
@@ -91,7 +96,7 @@ def sent_rows(run: ServerRun) -> list[dict[str, Any]]:
     """The server's history without what the client adds to a row, having checked that W&B's own step is the row's."""
     for row in run.history:
         assert row["_step"] == row["step"]
-    return [{key: value for key, value in row.items() if not key.startswith("_")} for row in run.history]
+    return [lasting(row) for row in run.history]
 
 
 def status(path: Path) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def history_of(file: Path) -> list[dict[str, Any]]:
         items = record.history.item if record.WhichOneof("record_type") == "history" else []
         row = {(item.nested_key[0] if item.nested_key else item.key): json.loads(item.value_json) for item in items}
         if row:
-            rows.append({key: value for key, value in row.items() if not key.startswith("_")})
+            rows.append(lasting(row))
     return rows
 
 

@@ -18,7 +18,7 @@ from caduceus.monitor.wandb.process import sync
 from caduceus.run.directory import RunDirectory
 from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
-from tests.monitor.conftest import children_of, sent_rows, status, wait_for
+from tests.monitor.conftest import children_of, lasting, sent_rows, status, wait_for
 from tests.monitor.wandb_server import KEY, WandbServer
 from tests.train.conftest import SmallRun, numbers
 
@@ -201,7 +201,7 @@ def test_trouble_at_both_starts_and_in_mid_run_costs_no_loss_and_no_row(
         fault.brings(world, False)
         assert sync(RunDirectory.open(path)) == 0
         run = server.only_run()
-        assert sent_rows(run) == [wandb_row(row) for row in merged(RunDirectory.open(path).metrics())]
+        assert sent_rows(run) == [lasting(wandb_row(row)) for row in merged(RunDirectory.open(path).metrics())]
         assert run.written_twice == 0
     finally:
         if os.path.ismount(path / "wandb"):

@@ -1,6 +1,7 @@
 """The real W&B client against a stand-in of its server: W&B has what metrics.jsonl has, whatever happens on the way."""
 
 import json
+import math
 import os
 import signal
 import tempfile
@@ -12,6 +13,8 @@ import pytest
 from caduceus.errors import UserError
 from caduceus.monitor.wandb.identity import identity
 from caduceus.monitor.wandb.process import sync
+from caduceus.run.checkpoints import write_marker
+from caduceus.run.events import record_event
 from launch import runs
 from tests.monitor.conftest import STEPS, Watched, children_of, make_step, sent_rows, status, wait_for, write_rows
 from tests.monitor.wandb_server import WandbServer
@@ -233,3 +236,103 @@ def test_nothing_stays_in_the_temporary_directory_after_kills(tmp_path: Path, mo
     disabled = Watched(tmp_path / "run", mode="disabled")
     disabled.go_on(1, 1)  # a start without W&B tidies up as well
     assert not list(system.glob("*wandb*"))
+
+
+def test_what_happens_is_marked_in_the_history_and_alerted(server: WandbServer, watched: Watched) -> None:
+    with watched.monitor() as monitor:
+        for step in range(1, 26):
+            make_step(monitor, step)
+            if step == 10:
+                record_event(watched.path, "checkpoint", 10, seconds=2.5)
+        monitor.log_training({**watched.run.metrics()[-1], "step": 26, "skipped_steps": 1, "loss": math.nan})
+        monitor.stopped = True
+    with pytest.raises(UserError), watched.monitor() as monitor:
+        for step in range(27, STEPS + 1):
+            make_step(monitor, step)
+        raise UserError("data.path: gone")
+    history = {
+        row["step"]: {k: v for k, v in row.items() if k.startswith("events/")} for row in server.only_run().history
+    }
+    marks = {step: told for step, told in history.items() if told}
+    assert marks[1] == {"events/start": 0} and marks[27] == {"events/start": 0}
+    assert {"events/checkpoint_seconds": 2.5} in (marks.get(10), marks.get(11)) and len(marks) == 3
+    titles = [(title, level) for title, _, level in server.alerts]
+    assert titles == [("A step was skipped", "WARN"), ("The run has failed", "ERROR")]
+    assert server.alerts[0][1] == "step 26: loss nan, grad norm 1.0"
+    assert server.alerts[1][1] == "step 40: UserError: data.path: gone"
+
+
+def test_the_id_and_how_often_rows_come_are_the_users_to_choose(server: WandbServer, tmp_path: Path) -> None:
+    watched = Watched(tmp_path / "run", id="my-own", log_every=4, alerts=False)
+    watched.go_on(1, 15, stopped=True)
+    watched.go_on(16, 27)
+    run = server.only_run()
+    assert run.name == "my-own"
+    steps = [row["step"] for row in run.history]
+    assert steps == [4, 8, 10, 12, 15, 16, 20, 24, 27]  # validations and the last of a start besides
+    assert sent_rows(run) == [row for row in watched.rows() if row["step"] in steps]
+    with pytest.raises(UserError, match=r"wandb.id: at most 64 letters"):
+        Watched(tmp_path / "other", id="a/b")
+
+
+def test_the_windows_of_a_validation_are_a_table_with_pictures(server: WandbServer, watched: Watched) -> None:
+    window = {
+        "species": "hg38",
+        "contig": "chr8",
+        "start": 4096,
+        "end": 4100,
+        "strand": "+",
+        "place": 1,
+        "accuracy": 0.5,
+    }
+    bins = {"loss": [1.0, 1.5], "repeat": [0.0, 1.0]}
+    stretch = {
+        "start": 4096,
+        "bases": "ACGT",
+        "labelled": [1, 0, 1, 0],
+        "repeat": [0] * 4,
+        "likelihood": [[0.25] * 4] * 4,
+    }
+    window |= {"loss": 1.25, "bases": 4, "bins": bins, "stretch": stretch}
+    with watched.monitor() as monitor:
+        for step in range(1, 6):
+            make_step(monitor, step)
+        monitor.log_validation({"step": 5, "valid_loss": 1.2}, [{**window, "kind": kind} for kind in ("worst", "best")])
+        make_step(monitor, 6)
+    run = server.only_run()
+    rows = sent_rows(run)
+    assert rows[4].pop("valid/windows")["_type"] == "table-file" and rows == watched.rows()
+    (table,) = [json.loads(content) for name, content in run.files.items() if name.endswith(".table.json")]
+    assert table["columns"][:5] == ["species", "kind", "place", "contig", "start"]
+    assert [row[:5] for row in table["data"]] == [["hg38", kind, 1, "chr8", 4096] for kind in ("worst", "best")]
+    assert [row[-1] for row in table["data"]] == ["Image"] * 2  # which lie in the table's artifact
+    assert len(server.artifacts) == 1 and not server.unknown
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_artifacts_are_left_by_option(
+    server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    watched = Watched(tmp_path / "run", mode=mode, artifacts=["dataset", "checkpoints", "report"], save_code=True)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "manifest.json").write_text("{}")
+    watched.config.data.path = [{"path": str(tmp_path / "shards"), "weight": 1.0}]
+    watched.run.keep_config(watched.config)
+    (watched.path / "report").mkdir()
+    (watched.path / "report" / "report.html").write_text("a page")
+    checkpoint = watched.run.checkpoint_path(5)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_text("some")
+    write_marker(checkpoint, 5, {"samples": 40})
+    watched.go_on(1, 5)
+    assert not [record.message for record in caplog.records if record.levelname == "WARNING"]
+    if mode == "offline":
+        return
+    given = {one["artifactCollectionName"]: one["artifactTypeName"] for one in server.artifacts}
+    run_id = server.only_run().name
+    expected = {"dataset-shards": "dataset", f"checkpoint-{run_id}": "model", f"report-{run_id}": "report"}
+    assert {name: given[name] for name in expected} == expected and "code" in given.values()
+    assert len(server.used) == 1 and not server.unknown
+    assert sent_rows(server.only_run()) == watched.rows() and server.only_run().exit_code == 0
+    with pytest.raises(UserError, match=r"wandb.artifacts: choose of dataset, checkpoints, report; got 'weights'"):
+        Watched(tmp_path / "other", artifacts=["weights"])

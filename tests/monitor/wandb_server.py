@@ -79,6 +79,10 @@ class WandbServer:
         self.most_bytes = 1 << 30
         self.can_rewind = can_rewind
         self.requests: list[str] = []
+        self.artifacts: list[dict[str, Any]] = []
+        self.used: list[dict[str, Any]] = []
+        self.alerts: list[tuple[str, str, str]] = []
+        """Title, text and level."""
         self.views: list[dict[str, Any]] = []
         """The variables of the workspaces that were saved."""
         self.unknown: list[str] = []
@@ -170,6 +174,50 @@ class WandbServer:
         run.lines["wandb-history.jsonl"] = {number: json.dumps(line) for number, line in enumerate(kept)}
         run.rewinds += 1
         return {"rewindRun": {"rewoundRun": self._bucket(run)}}
+
+    def _ArtifactType(self, variables: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}
+
+    def _CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """Artifacts are taken as known, by their digest, so that no files of them follow."""
+        given = variables.get("input", variables)
+        self.artifacts.append(given)
+        sequence = {"id": "1", "latestArtifact": None}
+        known = {"id": str(len(self.artifacts)), "state": "COMMITTED", "artifactSequence": sequence}
+        return {"createArtifact": {"artifact": known}}
+
+    def _ArtifactByID(self, variables: dict[str, Any]) -> dict[str, Any]:
+        given = self.artifacts[int(variables["id"]) - 1]
+        project = {"id": "1", "internalId": "1", "name": "caduceus", "entity": {"name": ENTITY}}
+        collection = {"__typename": "ArtifactSequence", "name": given["artifactCollectionName"], "project": project}
+        return {
+            "artifact": {
+                **{"__typename": "Artifact", "id": variables["id"], "artifactSequence": collection, "versionIndex": 0},
+                **{
+                    "artifactType": {"name": given["artifactTypeName"]},
+                    "description": None,
+                    "metadata": None,
+                    "tags": [],
+                },
+                **{
+                    "ttlDurationSeconds": 0,
+                    "ttlIsInherited": True,
+                    "historyStep": None,
+                    "state": "COMMITTED",
+                    "size": 1,
+                },
+                **{"digest": given["digest"], "digestAlgorithm": None, "commitHash": None, "fileCount": 1},
+                **{"createdAt": "2026-01-01T00:00:00", "updatedAt": None, "aliases": []},
+            }
+        }
+
+    def _UseArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.used.append(variables)
+        return {"useArtifact": {"artifact": {"id": "1"}}}
+
+    def _NotifyScriptableRunAlert(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.alerts.append((variables["title"], variables["text"], variables["severity"]))
+        return {"notifyScriptableRunAlert": {"success": True}}
 
     def _UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:
         if variables["entityName"] != ENTITY:

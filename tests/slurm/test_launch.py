@@ -69,3 +69,10 @@ def test_sbatch_accepts_the_dry_run_script(slurm_cluster, config, tmp_path):
     script = tmp_path / "script.sh"
     script.write_text(result.stdout[result.stdout.index("#!/bin/bash") : result.stdout.index("# runs/small/")])
     slurm_cluster.run("sbatch", "--test-only", str(script))
+
+
+def test_nodes_are_checked_before_a_run(slurm_cluster, config, tmp_path):
+    done = launch(tmp_path, "--check", "--nodes", 2, *REQUEST, f"run.dir={tmp_path}/runs/x")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("2 ranks on 2 nodes: n") and "all ranks, 2 ranks: all-reduce" in done.stdout
+    assert "\n0 wrong, " in done.stdout

@@ -14,8 +14,10 @@ from caduceus.errors import UserError
 from caduceus.monitor.report.history import History, read_history
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import first_cause, read_ends
+from caduceus.run.events import read_events
 
 _FRESH_SECONDS = 600
+_SAME_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,54 @@ def _shown(value: Any) -> str:
 
 def _events(run: RunDirectory, history: History) -> list[Event]:
     starts = [_start(number, start) for number, start in enumerate(run.starts()) if isinstance(start, dict)]
+    recorded = read_events(run.path)
     rewinds = [
-        Event("rewind", step, None, f"rewind to step {step:,}; {samples:,} samples passed over")
+        Event(
+            "rewind", step, _time_of_rewind(recorded, step), f"rewind to step {step:,}; {samples:,} samples passed over"
+        )
         for step, samples in history.jumps()
     ]
-    checkpoints = []
+    ends = _ends(run.path)
+    others = [_recorded(event) for event in recorded]
+    told = [event for event in others if event is not None and not _is_told(event, ends)]
+    return [*starts, *rewinds, *_checkpoints(run, recorded), *ends, *told]
+
+
+def _checkpoints(run: RunDirectory, recorded: list[dict[str, Any]]) -> list[Event]:
+    """Those that were written down with their seconds, and those on the disk of a version that did not do so."""
+    found = {}
     for checkpoint in run.checkpoints():
         with contextlib.suppress(OSError):  # it has just been removed
             made = checkpoint.path.stat().st_mtime
-            checkpoints.append(Event("checkpoint", checkpoint.step, made, f"checkpoint of step {checkpoint.step:,}"))
-    return [*starts, *rewinds, *checkpoints, *_ends(run.path)]
+            found[checkpoint.step] = Event(
+                "checkpoint", checkpoint.step, made, f"checkpoint of step {checkpoint.step:,}"
+            )
+    for event in recorded:
+        if event["event"] == "checkpoint" and isinstance(event.get("step"), int):
+            words = f"checkpoint of step {event['step']:,}, written in {event.get('seconds', 0):.1f} s"
+            found[event["step"]] = Event("checkpoint", event["step"], event["time"], words)
+    return list(found.values())
+
+
+def _time_of_rewind(recorded: list[dict[str, Any]], step: int) -> float | None:
+    times = [event["time"] for event in recorded if event["event"] == "rewind" and event.get("step") == step]
+    return times[-1] if times else None
+
+
+def _recorded(event: dict[str, Any]) -> Event | None:
+    """Of what was written down, that which nothing else tells."""
+    step = event["step"] if isinstance(event.get("step"), int) else None
+    if event["event"] == "skipped":
+        words = f"no update: loss {event.get('loss')}, gradient norm {event.get('grad_norm')}"
+        return Event("skipped", step, event["time"], words)
+    if event["event"] in ("stalled", "failed"):
+        return Event("end", step, event["time"], f"{event['event']}: {event.get('reason')}")
+    return None
+
+
+def _is_told(event: Event, ends: list[Event]) -> bool:
+    """Whether a job's own record of its end tells the same."""
+    return event.kind == "end" and any(abs(end.time - event.time) < _SAME_SECONDS for end in ends)
 
 
 def _start(number: int, start: dict[str, Any]) -> Event:
@@ -129,6 +169,6 @@ def _state(run: RunDirectory, history: History, events: list[Event], steps: int)
         return "finished"
     if run.is_in_use() or time.time() - run.metrics_path.stat().st_mtime < _FRESH_SECONDS:
         return "in training"
-    latest = max((event for event in events if event.time is not None), key=lambda event: event.time, default=None)
-    failed = latest is not None and latest.kind == "end" and latest.words != "ended by itself"
-    return f"failed: {latest.words}" if failed else f"stopped at step {step:,} of {steps:,}"
+    timed = sorted((event for event in events if event.time is not None), key=lambda event: event.time)
+    failed = bool(timed) and timed[-1].kind == "end" and timed[-1].words != "ended by itself"
+    return f"failed: {timed[-1].words}" if failed else f"stopped at step {step:,} of {steps:,}"

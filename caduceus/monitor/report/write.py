@@ -213,8 +213,7 @@ def _events_table(runs: Sequence[Reported]) -> str:
     ]
     if not rows:
         return "<p>none are known</p>"
-    note = "<p>Checkpoints are those that are on the disk. A rewind's time is not known.</p>"
-    return f'<div class="words">{table(["run", "event", "step", "time", "what"], rows)}</div>{note}'
+    return f'<div class="words">{table(["run", "event", "step", "time", "what"], rows)}</div>'
 
 
 def _differences_table(runs: Sequence[Reported]) -> str:

@@ -33,6 +33,12 @@ def wandb_name(key: str) -> str:
     return f"{_SPACE_OF.get(key.partition('/')[0], 'perf')}/{key}"
 
 
+def is_for_wandb(row: dict[str, Any], every: int) -> bool:
+    """Whether W&B gets the row of a step where it gets every n-th: others too that tell more than a step's."""
+    told = "valid_loss" in row or any("/" in key and not key.startswith("loss/") for key in row)
+    return told or row["step"] % every == 0
+
+
 def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per step, in the order of steps: a validation's numbers join those of its step's training."""
     steps: dict[int, dict[str, Any]] = {}

@@ -49,6 +49,15 @@ def identity(run: Path) -> Identity:
         return keep_identity(run, Identity(_new_id()))
 
 
+def adopt(run: Path, wanted: str) -> Identity:
+    """Give a run directory the id that its user wants, unless that was given up for good reason before."""
+    path = directory(run) / "run.json"
+    before = identity(run) if path.exists() else None
+    if before is not None and (before.id == wanted or wanted in before.former):
+        return before
+    return keep_identity(run, Identity(wanted, former=[] if before is None else [*before.former, before.id]))
+
+
 def renewed(run: Path) -> Identity:
     """A new id for a run directory whose W&B run cannot be gone on with."""
     before = identity(run)

@@ -1,11 +1,13 @@
 """What was given to W&B's client: RUN/wandb/sent.jsonl, a short row per step, by which a step made again is told."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from caduceus.files import append_json_line, read_json_lines, write_atomically
 from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
+from caduceus.run.directory import RunDirectory
 
 
 class StaleError(Exception):
@@ -35,11 +37,26 @@ class Journal:
         write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in self.steps.values()).encode())
 
 
-def send(begun: Any, journal: Journal, row: dict[str, Any]) -> None:
-    """Give a whole step to the client, once. Raises `StaleError` where W&B has the step with other numbers."""
+def send(begun: Any, journal: Journal, row: dict[str, Any], markers: Callable[[int], dict[str, Any]]) -> None:
+    """Give a whole step to the client, once, with the `markers` of the step.
+
+    Raises `StaleError` where W&B has the step with other numbers.
+    """
     step = row["step"]
     if step > journal.last:
-        begun.log(wandb_row(row), step)
+        begun.log({**wandb_row(row), **markers(step)}, step)
         journal.add(essence(row))
     elif (sent := journal.steps.get(step)) is not None and not is_same_step(sent, row):
         raise StaleError(step - 1)
+
+
+def newest_step(run: RunDirectory) -> int:
+    rows = run.metrics()
+    return rows[-1]["step"] if rows else 0
+
+
+def is_whole(run: RunDirectory, step: int, end: dict[str, Any], steps: int) -> bool:
+    """Whether the newest step has all its rows: a killed trainer may have been in the midst of its validation."""
+    if end.get("exit") == 0 or step >= steps:
+        return True
+    return any(checkpoint.step >= step for checkpoint in run.checkpoints())

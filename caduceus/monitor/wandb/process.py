@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from caduceus.config import Config
 from caduceus.errors import UserError
 from caduceus.files import fingerprint, take_lock
-from caduceus.monitor.wandb.identity import identity
+from caduceus.monitor.wandb.identity import adopt, identity
 from caduceus.monitor.wandb.place import place_of
 from caduceus.run.directory import RunDirectory
 
@@ -53,7 +53,7 @@ class WandbProcess:
             return
         with self._guarded():
             with contextlib.suppress(OSError):  # a full disk: the other process says so, and tries again
-                identity(run)
+                identity(run) if config.wandb.id is None else adopt(run, config.wandb.id)
             self._start()
         if config.wandb.required:
             self._require()
@@ -85,7 +85,7 @@ class WandbProcess:
         self._temporary.mkdir(mode=0o700)
         with _client_log(self._run) as client_log:
             self._process = subprocess.Popen(
-                [*_command(self._run), "--trainer", str(os.getpid())],
+                [*_command(self._run), "--trainer", str(os.getpid()), "--since", str(time.time())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=client_log,

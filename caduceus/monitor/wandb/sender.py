@@ -7,6 +7,7 @@ of a client that failed.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,8 +23,10 @@ from caduceus.monitor.following import Follower
 from caduceus.monitor.wandb.account import base_url, key, no_key
 from caduceus.monitor.wandb.clients import Watch, kill_clients
 from caduceus.monitor.wandb.facts import facts_of, fitting
+from caduceus.monitor.wandb.happenings import Happenings
+from caduceus.monitor.wandb.history import is_for_wandb
 from caduceus.monitor.wandb.identity import Status, directory, identity, keep_status, keep_url, renewed
-from caduceus.monitor.wandb.journal import Journal, StaleError, send
+from caduceus.monitor.wandb.journal import Journal, StaleError, is_whole, newest_step, send
 from caduceus.monitor.wandb.place import Place, place_of
 from caduceus.monitor.wandb.server import Server, ServerTroubleError
 from caduceus.run.directory import RunDirectory
@@ -48,7 +51,7 @@ _MEMORY = "CADUCEUS_WANDB_SENDER"
 class Sender:
     """Brings W&B up to metrics.jsonl, attempt after attempt."""
 
-    def __init__(self, run: RunDirectory, trainer: int | None, messages: int) -> None:
+    def __init__(self, run: RunDirectory, trainer: int | None, since: float, messages: int) -> None:
         self._run = run
         self._trainer = trainer
         self._messages = messages
@@ -58,6 +61,7 @@ class Sender:
         self._back_to: int | None = memory.get("back_to")
         self._end: dict[str, Any] | None = memory.get("end", {"exit": None} if trainer is None else None)
         self._ended_at = memory.get("ended_at", time.time() if trainer is None else None)
+        self._since = since
         self._was_sending = False
         self._status = Status("starting")
         self._config = run.config()
@@ -122,7 +126,7 @@ class Sender:
         else:
             folder = place.directory / "wandb"
             # What later steps were, before a kill or a rewind undid them, is made again.
-            offline.drop_steps_after(folder, which.id, self._newest_step())
+            offline.drop_steps_after(folder, which.id, newest_step(self._run))
             self._back_to = None
             last = offline.last_step(folder, which.id)
         journal = Journal(directory(self._run.path) / "sent.jsonl", last or 0)
@@ -135,7 +139,7 @@ class Sender:
             self.tell("warning", text)
             self._back_to = None
             journal = Journal(directory(self._run.path) / "sent.jsonl", 0)
-            begun = session.Session(place, which.id, mode, self._facts(), self._trainer)
+            begun = session.Session(self._run.path, place, which.id, mode, self._facts(), self._trainer)
         if self._back_to is not None:
             journal.drop_after(self._back_to)
             self._back_to = None
@@ -156,7 +160,9 @@ class Sender:
         from caduceus.monitor.wandb import session
 
         try:
-            return session.Session(self.place, run_id, mode, self._facts(), self._trainer, self._back_to)
+            return session.Session(
+                self._run.path, self.place, run_id, mode, self._facts(), self._trainer, self._back_to
+            )
         except session.IdTakenError:
             return None
         except Exception:
@@ -167,13 +173,17 @@ class Sender:
     def _follow(self, begun: Any, journal: Journal, server: Any, server_step: Any) -> None:
         follower, held, looked, pause = Follower(self._run.metrics_path), {}, time.monotonic(), _FIRST_PAUSE
         seen, moved = journal.last, time.monotonic()
+        happenings = Happenings(self._run.path, journal.last, self._since)
+        alert, every = begun.alert if self._config.wandb.alerts else None, self._config.wandb.log_every
         while True:
             end = self._end
             rows = follower.poll()
+            happenings.poll(alert)
             held = {} if follower.restarted else held
             for row in rows:
                 if held and row["step"] != held["step"]:
-                    send(begun, journal, held)
+                    if is_for_wandb(held, every):
+                        send(begun, journal, held, happenings.markers)
                     held = {}
                 held.update(row)
             if end is not None:
@@ -186,12 +196,14 @@ class Sender:
                     raise RuntimeError("W&B's client sends nothing more")
                 looked, pause = time.monotonic(), min(2 * pause, _LONGEST_PAUSE)
             time.sleep(_POLL_SECONDS)
-        if held and self._is_whole(held["step"], end):
-            send(begun, journal, held)
+        if held and is_whole(self._run, held["step"], end, self._config.train.steps):
+            send(begun, journal, held, happenings.markers)
         if end.get("exit") == 0 and not end.get("stopped") and held and journal.last > held["step"]:
             raise StaleError(held["step"])
         if server is not None:
             server.entity()  # a server in trouble would hold up the client's end for long
+        if trouble := begun.leave_artifacts(self._run, self._config):
+            self.tell("warning", trouble)
         exit_code = end["exit"] if end.get("exit") is not None else int(self._trainer is not None)
         exit_code = _PREEMPTED if end.get("stopped") else exit_code
         finishing = threading.Thread(
@@ -225,16 +237,6 @@ class Sender:
             self.tell("info", "wandb: the server answers again; it is sent what it lacks")
         self._keep("online", has)
         return has
-
-    def _newest_step(self) -> int:
-        rows = self._run.metrics()
-        return rows[-1]["step"] if rows else 0
-
-    def _is_whole(self, step: int, end: dict[str, Any]) -> bool:
-        """Whether the newest step has all its rows: a killed trainer may have been in the midst of its validation."""
-        if end.get("exit") == 0 or step >= self._config.train.steps:
-            return True
-        return any(checkpoint.step >= step for checkpoint in self._run.checkpoints())
 
     def _facts(self) -> dict[str, Any]:
         facts, cut = facts_of(self._run, self._config)
@@ -322,13 +324,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m caduceus.monitor.wandb.sender")
     parser.add_argument("run", type=Path)
     parser.add_argument("--trainer", type=int)
+    parser.add_argument("--since", type=float, default=math.inf, help="seconds since the epoch of the trainer's start")
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the trainer gets them too, and its end is this process's
     messages = os.dup(1)
     os.dup2(2, 1)  # what W&B's client prints is not for the user's terminal
     run = RunDirectory.open(arguments.run)
-    sender = Sender(run, arguments.trainer, messages)
+    sender = Sender(run, arguments.trainer, arguments.since, messages)
     sender.listen()
     sender.deadline() if arguments.trainer is not None else None
     lock = directory(run.path) / ".sender"

@@ -1,13 +1,23 @@
 """One stretch of W&B's client at work for a run: begin, log, finish."""
 
+import contextlib
+import time
+from pathlib import Path
 from typing import Any
 
 import wandb
 
+from caduceus.config import Config
+from caduceus.monitor.wandb.artifacts import log_artifacts
 from caduceus.monitor.wandb.place import Place
+from caduceus.monitor.windows import DRAWN, RECORD, folder_of, picture_name, windows_of
+from caduceus.run.directory import RunDirectory
 
 _INIT_SECONDS = 30.0
 _SEND_SECONDS = 5.0
+_DRAWING_SECONDS, _POLL_SECONDS = 20.0, 0.3
+"""How long the drawings of a validation's windows are waited for from when it was made."""
+_WINDOW_COLUMNS = ("species", "kind", "place", "contig", "start", "end", "strand", "loss", "accuracy")
 _FLUSH_SECONDS = 2.0
 """How often the client's own file is brought to the disk: what it had not, a kill loses."""
 
@@ -26,6 +36,7 @@ class Session:
 
     def __init__(
         self,
+        run: Path,
         place: Place,
         run_id: str,
         mode: str,
@@ -38,6 +49,7 @@ class Session:
         `trainer`: the process whose use of the machine W&B shows; None shows none. Raises `IdTakenError`, and what the
         client raises where the server does not answer.
         """
+        self._directory = run
         moment = {"resume": "allow", "id": run_id} if back_to is None else {"resume_from": f"{run_id}?_step={back_to}"}
         watching: dict[str, Any] = {"x_disable_stats": True} if trainer is None else {"x_stats_pid": trainer}
         settings = wandb.Settings(
@@ -81,7 +93,35 @@ class Session:
         self.entity: str | None = self._run.entity
 
     def log(self, row: dict[str, Any], step: int) -> None:
+        """Log a whole step; with a validation's, a table of its worst and best windows, where they were kept."""
+        if "valid/loss" in row and (windows := windows_of(self._directory, step)):
+            with contextlib.suppress(Exception):  # W&B's client asks the server about tables; the row matters more
+                self._run.log({**row, "valid/windows": self._table(windows, step)}, step=step, commit=True)
+                return
         self._run.log(row, step=step, commit=True)
+
+    def _table(self, windows: list[dict[str, Any]], step: int) -> wandb.Table:
+        folder = folder_of(self._directory, step)
+        while not (folder / DRAWN).exists() and time.time() - (folder / RECORD).stat().st_mtime < _DRAWING_SECONDS:
+            time.sleep(_POLL_SECONDS)
+        rows = []
+        for window in windows:
+            picture = folder / picture_name(window)
+            drawn = wandb.Image(str(picture)) if picture.exists() else None
+            rows.append([*(window.get(column) for column in _WINDOW_COLUMNS), drawn])
+        return wandb.Table(columns=[*_WINDOW_COLUMNS, "picture"], data=rows)
+
+    def leave_artifacts(self, directory: RunDirectory, config: Config) -> str | None:
+        """Send what the configuration asks for besides rows; returns what went wrong."""
+        try:
+            log_artifacts(self._run, directory, config)
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            return f"wandb: what wandb.artifacts and wandb.save_code ask for is not sent: {text}"
+        return None
+
+    def alert(self, title: str, text: str, level: str) -> None:
+        self._run.alert(title, text, level=level)
 
     def finish(self, exit_code: int, preempting: bool, reason: str | None) -> None:
         """Send what is left and end; a run that stopped to be started again is `preempting`."""

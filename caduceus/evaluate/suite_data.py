@@ -1,0 +1,139 @@
+"""Tasks of benchmarks as their users have them: found in a folder, read from each layout. Imports no torch."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from caduceus.alphabet import reverse_complement
+from caduceus.errors import UserError
+from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, package, read_columns, write_columns
+from caduceus.evaluate.labelled import LabelledTable
+from caduceus.evaluate.windows import Windows
+from caduceus.tables import read_lines, refuse_line
+
+SPLITS = {"train": ("train",), "valid": ("dev", "valid", "validation"), "test": ("test",)}
+_FASTA = (".fna", ".fa", ".fasta")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The tables of a task, by split, and what is to be said of them."""
+
+    tables: dict[str, LabelledTable]
+    notes: list[str]
+
+
+def find_task_data(folder: Path, names: list[str], converted: Path, genome: Path | None) -> TaskData | None:
+    """The data of the task that has one of these names below `folder`; None where it is not there.
+
+    What is no table of sequence and label is written as one to `converted`-SPLIT.tsv. genome: for tables of places.
+    """
+    place = next((folder / name for name in names if (folder / name).is_dir()), None)
+    notes: list[str] = []
+    tables = {}
+    for split, words in SPLITS.items():
+        found = next(filter(None, (_split_of(place, word) for word in words)), None) if place else None
+        table = _as_table(found, Path(f"{converted}-{split}.tsv"), genome, notes) if found else None
+        if table is None and place is None:
+            table = _of_joint_table(folder, words, names, Path(f"{converted}-{split}.tsv"))
+        if table is not None:
+            tables[split] = LabelledTable(table)
+    return TaskData(tables, notes) if "train" in tables else None
+
+
+def _split_of(folder: Path, split: str) -> list[Path] | None:
+    """The files of a split: one table or FASTA, shards of parquet, or a folder of classes."""
+    known = [*TEXT_TABLES, *PARQUET, *_FASTA]
+    files = sorted(p for p in folder.iterdir() if p.is_file() and ending(p) in known)
+    named = [p for p in files if p.name.split(".")[0] == split or re.match(rf"{split}-\d+-of-\d+\.", p.name)]
+    if named:
+        return named
+    return [folder / split] if (folder / split).is_dir() else None
+
+
+def _as_table(files: list[Path], target: Path, genome: Path | None, notes: list[str]) -> Path:
+    """One table of sequence and label, the file itself where it is one."""
+    if len(files) == 1 and files[0].is_file() and ending(files[0]) not in _FASTA:
+        return files[0]
+    if files[0].is_dir():
+        rows = list(_of_classes(files[0], genome, notes))
+    elif ending(files[0]) in _FASTA:
+        rows = [row for file in files for row in _of_labelled_fasta(file)]
+    else:
+        rows = [row for file in files for row in _of_columns(file)]
+    return _write(target, rows)
+
+
+def _write(target: Path, rows: list[tuple[str, str]]) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_columns(target, {"sequence": [sequence for sequence, _ in rows], "label": [label for _, label in rows]})
+    return target
+
+
+def _of_columns(path: Path) -> Iterator[tuple[str, str]]:
+    columns = read_columns(path)
+    names = columns.find("sequence", what="the sequences"), columns.find("label", what="the labels")
+    yield from zip(*(map(str, columns.values[name]) for name in names), strict=True)
+
+
+def _of_joint_table(folder: Path, words: tuple[str, ...], names: list[str], target: Path) -> Path | None:
+    """The rows of one task in a parquet of all, which has a column `task`."""
+    for path in sorted(p for word in words for p in folder.glob(f"{word}*.parquet")):
+        parquet = package("pyarrow.parquet")
+        if "task" in parquet.read_schema(path).names:
+            table = parquet.read_table(path, filters=[("task", "in", names)]).to_pydict()
+            if table["task"]:
+                return _write(target, list(zip(table["sequence"], map(str, table["label"]), strict=True)))
+    return None
+
+
+def _of_labelled_fasta(path: Path) -> Iterator[tuple[str, str]]:
+    """Records whose header ends in `|LABEL`."""
+    label, bases = None, []
+    for number, line in read_lines(path):
+        if line.startswith(">"):
+            if label is not None:
+                yield "".join(bases), label
+            if "|" not in line:
+                refuse_line(path, number, f"no label behind a | in the header: {line[:60]!r}")
+            label, bases = line.rpartition("|")[2].strip(), []
+        else:
+            bases.append(line.strip())
+    if label is not None:
+        yield "".join(bases), label
+
+
+def _of_classes(folder: Path, genome: Path | None, notes: list[str]) -> Iterator[tuple[str, str]]:
+    """Genomic Benchmarks: a table of places for each class, or a folder of text files."""
+    tables = sorted(path for path in folder.iterdir() if ending(path) == ".csv")
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for file in sorted(path.glob("*.txt")):
+            yield file.read_text().strip(), path.name
+    if not tables:
+        return
+    if genome is None:
+        raise UserError(f"{folder}: holds places of a genome; give its file with --genome")
+    windows, missing, total = Windows(genome), 0, 0
+    for path in tables:
+        columns = read_columns(path)
+        region, start, end, strand = (
+            columns.values[columns.find(name, what="places")] for name in ("region", "start", "end", "strand")
+        )
+        for row, place in enumerate(columns.places):
+            total += 1
+            contig = windows.find(region[row])
+            if contig is None:
+                missing += 1
+                continue
+            if int(end[row]) > windows.contigs[contig]:
+                raise UserError(
+                    f"{place}: ends beyond {contig} with {windows.contigs[contig]:,} bases; another assembly?"
+                )
+            bases = windows.read(contig, int(start[row]), int(end[row]))
+            bases = reverse_complement(bases) if strand[row] == "-" else bases
+            yield bases.tobytes().decode(), path.name.split(".")[0]
+    if missing:
+        notes.append(
+            f"{folder}: {missing:,} of {total:,} places lie on contigs that the genome lacks, and are left out"
+        )

@@ -1,0 +1,101 @@
+"""The results of a suite as a table to read and a page to look at. Imports no torch."""
+
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from caduceus.files import write_atomically
+from caduceus.page import COLOURS, page, table
+
+_INK, _FAINT = COLOURS["ink"][0], COLOURS["faint"][0]
+_STYLE = {
+    "svg.fonttype": "none", "font.size": 9, "text.color": _INK, "axes.edgecolor": _FAINT, "xtick.color": _FAINT,
+    "ytick.color": _FAINT, "axes.labelcolor": _INK, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
+}  # fmt: skip
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: task, metric, ours, its interval, each published model, and what was tried."""
+    models = list(dict.fromkeys(model for row in rows for model in row.get("published", ())))
+    headings = ["task", "metric", "this model", "95 % interval", *models, "rate, batch", "copies of train"]
+    lines = []
+    for row in rows:
+        if "missing" in row:
+            lines.append([row["task"], row["metric"], "missing", *[""] * (len(headings) - 3)])
+            continue
+        interval = "–".join(f"{end:.3f}" for end in row["interval"]) if "interval" in row else row["on"]
+        published = [row["published"].get(model) for model in models]
+        copies = row["copies"].get("test", row["copies"].get("valid"))
+        lines.append(
+            [
+                row["task"],
+                row["metric"],
+                f"{row['mean']:.3f} ± {row['spread']:.3f}",
+                interval,
+                *("" if numbers is None else f"{numbers[0]:.3f} ± {numbers[1]:.3f}" for numbers in published),
+                f"{row['lr']:g}, {row['batch_size']}",
+                "" if copies is None else f"{copies[0]} + {copies[1]}",
+            ]
+        )
+    return headings, lines
+
+
+def text_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The same for a terminal."""
+    headings, lines = cells(rows)
+    widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in [headings, *lines]
+    )
+
+
+def write_page(target: Path, title: str, published: str | None, rows: Sequence[dict[str, Any]]) -> None:
+    """One page of figure and table, whole or not at all."""
+    headings, lines = cells(rows)
+    words = (
+        "Mean and spread over seeds. The interval is a bootstrap over the test's sequences, of the model that was kept."
+    )
+    copies = (
+        "Copies of train: sequences of the test that also stand in train, as they are + as their reverse complement."
+    )
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{words}</p>", _figure(rows), table(headings, lines), f"<p>{copies}</p>"]
+    if published:
+        parts.append(f"<p>Published: {escape(published)}</p>")
+    parts += [f"<p>{escape(row['task'])} is missing: {escape(row['missing'])}</p>" for row in rows if "missing" in row]
+    write_atomically(target, page(title, parts))
+
+
+def _figure(rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each task: ours with its spread, the published models beside it."""
+    done = [row for row in rows if "missing" not in row]
+    models = list(dict.fromkeys(model for row in done for model in row["published"]))
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7, 0.9 + 0.34 * len(done)), layout="constrained")
+        axes = figure.add_subplot()
+        for place, model in enumerate(models):
+            colour = COLOURS[f"series{1 + place % 7}"][0]
+            pairs = [(row["published"][model][0], y) for y, row in enumerate(done) if model in row["published"]]
+            axes.plot(*zip(*pairs, strict=True), "o", markersize=4, color=colour, alpha=0.8, label=model)
+        ours = COLOURS["series0"][0]
+        values, spreads = [row["mean"] for row in done], [row["spread"] for row in done]
+        axes.errorbar(values, range(len(done)), xerr=spreads, fmt="D", color=ours, capsize=3, label="this model")
+        axes.set_yticks(range(len(done)), [f"{row['task']} ({row['metric']})" for row in done])
+        axes.invert_yaxis()
+        axes.margins(y=0.5 / max(len(done), 1))
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg")
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :]
+    for name in ("ink", "faint", *(f"series{n}" for n in range(8))):
+        drawing = drawing.replace(COLOURS[name][0], f"var(--{name})")
+    return (
+        f'<figure class="scroll">{drawing}<figcaption>Each task\'s metric; the bar is the spread.</figcaption></figure>'
+    )

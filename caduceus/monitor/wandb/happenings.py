@@ -1,0 +1,59 @@
+"""What happened to a run besides its steps, as W&B is told of it: markers in its history, and alerts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from caduceus.monitor.following import Follower
+from caduceus.run.events import events_path
+
+_AFTER = ("start", "rewind")
+"""Events that stand at the step before the first one that they are about."""
+_ALERTS = {
+    "skipped": ("A step was skipped", "WARN"),
+    "rewind": ("The loss leapt, and the run went back", "WARN"),
+    "stalled": ("The run has stalled", "ERROR"),
+    "failed": ("The run has failed", "ERROR"),
+}
+
+
+class Happenings:
+    """Follows RUN/events.jsonl. `last`: the newest step that W&B has, whose events it has been told of."""
+
+    def __init__(self, run: Path, last: int, since: float) -> None:
+        self._follower = Follower(events_path(run))
+        self._last = last
+        self._since = since
+        self._waiting: list[dict[str, Any]] = []
+
+    def poll(self, alert: Callable[[str, str, str], None] | None) -> None:
+        """Look at what has happened; `alert(title, text, level)` is called for what is worth one, since `since`."""
+        for event in self._follower.poll():
+            kind, step = event.get("event"), event.get("step")
+            if isinstance(step, int) and (step > self._last or (step == self._last and kind in _AFTER)):
+                self._waiting.append(event)
+            if alert is not None and kind in _ALERTS and event.get("time", 0) > self._since:
+                title, level = _ALERTS[kind]
+                alert(title, _words(event), level)
+
+    def markers(self, step: int) -> dict[str, float]:
+        """What the row of a step tells of what happened up to it and was not told before."""
+        now = [event for event in self._waiting if event["step"] <= step]
+        self._waiting = [event for event in self._waiting if event["step"] > step]
+        row: dict[str, float] = {}
+        for event in now:
+            if event["event"] == "checkpoint":
+                row["events/checkpoint_seconds"] = event.get("seconds", 0)
+            elif event["event"] == "start":
+                row["events/start"] = event.get("number", 1)
+            elif event["event"] == "rewind":
+                row["events/rewind_from"] = event.get("after", event["step"])
+        return row
+
+
+def _words(event: dict[str, Any]) -> str:
+    told = [event["reason"]] if "reason" in event else []
+    told += [f"{name.replace('_', ' ')} {event[name]}" for name in ("loss", "grad_norm") if name in event]
+    told += [f"from step {event['after']}"] if "after" in event else []
+    where = [] if event.get("step") is None else [f"step {event['step']}"]
+    return ": ".join([*where, ", ".join(told)])

@@ -1,0 +1,92 @@
+"""launch/slurm.py --check: the doctor (caduceus.doctor) on the nodes that a job would get.
+
+python -m launch.check FOLDER DEVICE: what each task of the step that srun starts runs.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from caduceus.errors import UserError, run_command
+from launch import scheduler
+from launch.job import rendezvous
+from launch.node import node_defaults, own_slice
+from launch.request import JobRequest, sbatch_parameters
+from launch.submission import REPOSITORY
+
+_MINUTES = 15
+_ONLY_OF_SBATCH = ("requeue", "no-requeue", "mail-type", "mail-user", "comment")
+
+
+def check(request: JobRequest, folder: Path, device: str) -> int:
+    """Have the doctor look at as many nodes, processes and GPUs as the request asks for; returns its exit status.
+
+    It waits for the nodes, as srun does, and shows the page. Raises `UserError` where SLURM refuses.
+    """
+    doctor = [sys.executable, "-m", "caduceus.doctor", "--folder", str(folder), "--device", device]
+    environment = os.environ | request.env | {"PYTHONPATH": _pythonpath()}
+    if request.executor == "debug":
+        return subprocess.run(doctor, env=environment).returncode
+    if request.executor == "local":
+        return _check_here(doctor, environment, request.world)
+    return scheduler.run_step(step_options(request), _script(request, folder, device))
+
+
+def step_options(request: JobRequest) -> list[str]:
+    """The request as options of srun, which allocates the nodes by itself; of its time a quarter of an hour."""
+    parameters = sbatch_parameters(request, "caduceus-check")
+    further: dict[str, Any] = parameters.pop("additional_parameters")
+    names = ("job_name", "nodes", "ntasks_per_node", "cpus_per_task", "mem")
+    names += ("partition", "account", "qos", "constraint", "exclude")
+    options = {name.replace("_", "-"): parameters[name] for name in names if name in parameters}
+    options |= {"time": min(_MINUTES, request.minutes)}
+    options |= {name: value for name, value in further.items() if name not in _ONLY_OF_SBATCH}
+    written = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+    return [*written, *parameters["srun_args"]]
+
+
+def _script(request: JobRequest, folder: Path, device: str) -> str:
+    """What bash runs in each task."""
+    python = request.python or shlex.quote(sys.executable)
+    lines = [*sbatch_parameters(request, "caduceus-check")["setup"]]
+    lines.append(f"export PYTHONPATH={shlex.quote(_pythonpath())}")
+    lines.append(f"exec {python} -m launch.check {shlex.quote(str(folder.absolute()))} {device}")
+    return "\n".join(lines)
+
+
+def _pythonpath() -> str:
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+
+
+def _check_here(doctor: list[str], environment: dict[str, str], world: int) -> int:
+    """The doctor in `world` processes of this machine."""
+    ranks = []
+    for rank in range(world):
+        place = rendezvous(rank, rank, world, world, "127.0.0.1", os.getpid(), 0)
+        ranks.append(subprocess.Popen(doctor, env=environment | place))
+    return max(rank.wait() for rank in ranks)
+
+
+def main() -> int:
+    """One task of the step: find the others, and be a rank of the doctor's."""
+    from caduceus.doctor.__main__ import examine
+
+    if len(sys.argv) != 3 or "SLURM_JOB_ID" not in os.environ:
+        raise UserError("launch.check: is started by launch/slurm.py --check")
+    os.environ["SUBMITIT_EXECUTOR"] = "slurm"
+    job = submitit.JobEnvironment()
+    ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
+    os.environ.update(rendezvous(*ranks, job.hostnames[0], int(job.raw_job_id), 0))
+    os.environ.update(own_slice(os.environ, job.local_rank))
+    for name, value in node_defaults(os.environ).items():
+        os.environ.setdefault(name, value)
+    return examine(Path(sys.argv[1]), sys.argv[2])
+
+
+if __name__ == "__main__":
+    run_command(main)
