@@ -52,6 +52,7 @@ bench: $(VENV)/installed
 	$(PY) benchmarks/checkpointing.py
 	$(PY) benchmarks/distributed_table.py
 	$(PY) benchmarks/memory.py
+	$(PY) benchmarks/pieces.py
 	$(PY) benchmarks/watching.py
 	$(PY) benchmarks/gpu_correctness.py --only far
 	$(PY) benchmarks/gpu_step.py

@@ -1,6 +1,7 @@
 """A long sequence in pieces against one pass: the largest difference of logits and embeddings, memory and time.
 
     python benchmarks/pieces.py [--bases 262144] [--pieces 4096 10007 65536] [--d-model 32] [--layers 2]
+        [--kinds 'Ph, mamba' 'PS, mamba' 'Ph, mamba2' 'PS, mamba2']
 
 Weights are random. Memory is resident memory at its peak (VmHWM) in a process of its own, less what it held before.
 Differences are relative to the largest value of the one pass.
@@ -11,7 +12,9 @@ import json
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -19,7 +22,9 @@ from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.evaluate.model import Runner
 from caduceus.model.pieces import run_in_pieces
 
-KINDS = {"Ph": False, "PS": True}
+KINDS = {
+    f"{name}, {mixer}": {"rcps": name == "PS", "mixer": mixer} for mixer in ("mamba", "mamba2") for name in ("Ph", "PS")
+}
 
 
 def main() -> None:
@@ -28,6 +33,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, nargs="+", default=[4096, 10_007, 65_536])
     parser.add_argument("--d-model", type=int, default=32)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -39,16 +45,14 @@ def main() -> None:
     )
     print("| model | type | piece | logits differ by | embeddings differ by | peak MiB | seconds |")
     print("|---|---|---|---|---|---|---|")
-    for kind in KINDS:
-        for dtype in ("float64", "float32"):
-            reference = Path(f"/tmp/pieces-{kind}-{dtype}.pt")
+    with TemporaryDirectory() as folder:
+        for kind, dtype in product(options.kinds, ("float64", "float32")):
             for piece in (0, *options.pieces):
-                found = in_a_process(options, kind, dtype, piece, reference)
+                found = in_a_process(options, kind, dtype, piece, Path(folder) / "one-pass.pt")
                 shown = f"{piece:,}" if piece else "one pass"
                 differences = [f"{value:.1e}" if piece else "" for value in (found["logits"], found["states"])]
                 cells = [kind, dtype, shown, *differences, f"{found['mib']:,.0f}", f"{found['seconds']:.1f}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
-            reference.unlink()
 
 
 def in_a_process(options: argparse.Namespace, kind: str, dtype: str, piece: int, reference: Path) -> dict:
@@ -60,7 +64,7 @@ def in_a_process(options: argparse.Namespace, kind: str, dtype: str, piece: int,
 @torch.no_grad()
 def measured(options: argparse.Namespace, kind: str, dtype: str, piece: str, reference: str) -> dict:
     torch.manual_seed(0)
-    config = CaduceusConfig(d_model=options.d_model, n_layer=options.layers, rcps=KINDS[kind])
+    config = CaduceusConfig(d_model=options.d_model, n_layer=options.layers, headdim=16, **KINDS[kind])
     model = CaduceusForMaskedLM(config).to(getattr(torch, dtype))
     ids = torch.randint(7, 11, (1, options.bases))
     model(ids[:, :64])  # compiles

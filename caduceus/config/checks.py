@@ -4,7 +4,7 @@ import math
 import re
 
 from caduceus.config.keys import check_section
-from caduceus.config.run import KEYS, SECTIONS, Config, profiled_steps
+from caduceus.config.run import ARTIFACTS, KEYS, SECTIONS, Config, profiled_steps
 from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
 
@@ -18,6 +18,9 @@ def refuse_impossible_values(config: Config) -> None:
             raise UserError(f"run.allow_change: there is no key '{name}'; give keys such as train.steps")
     if config.wandb.id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", config.wandb.id):
         raise UserError(f"wandb.id: at most 64 letters, digits, - and _; got '{config.wandb.id}'")
+    for name in config.wandb.artifacts:
+        if name not in ARTIFACTS:
+            raise UserError(f"wandb.artifacts: choose of {', '.join(ARTIFACTS)}; got '{name}'")
     if config.monitor.profile is not None:
         profiled_steps(config.monitor.profile)
     data, train = config.data, config.train

@@ -182,6 +182,13 @@ class WandbConfig:
         fixes="nothing",
         least=1,
     )
+    artifacts: list[str] = key(
+        [],
+        "What W&B gets as artifacts when a start ends, of dataset, checkpoints and report: the manifest, references "
+        "to shards and the newest checkpoint, which stay where they are, and the page.",
+        fixes="nothing",
+    )
+    save_code: bool = key(False, "Send the package's code to W&B, as an artifact.", fixes="nothing")
     alerts: bool = key(
         True, "Have W&B alert its user of steps that are skipped, of rewinds, stalls and failures.", fixes="nothing"
     )
@@ -210,6 +217,10 @@ SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Con
 """The dataclass of each section; its docstring says what the section is about."""
 KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() for found in keys_of(section, cls)}
 """Every key, by its name `section.key`."""
+
+
+ARTIFACTS = ("dataset", "checkpoints", "report")
+"""What `wandb.artifacts` may name."""
 
 
 def profiled_steps(asked: str) -> tuple[int, int]:

@@ -60,10 +60,11 @@ class Monitor:
         reason = f"{type(exception[1]).__name__}: {exception[1]}" if exception[1] else None
         kind = "failed" if exception[0] else "stopped" if self.stopped else "finished"
         record_event(self._run.path, kind, self._view.step, **({"reason": reason} if reason else {}))
+        done = not exception[0] and not self.stopped and self._config.monitor.report
+        report = report_of_finished(self._run.path) if done else None
         self.wandb.end(1 if exception[0] else 0, self.stopped, reason)
         if not exception[0]:
-            done = not self.stopped and self._config.monitor.report
-            self._summarise(report_of_finished(self._run.path) if done else None)
+            self._summarise(report)
 
     def log_training(self, row: dict[str, Any]) -> None:
         """Record a training row and show progress now and then."""

@@ -112,6 +112,8 @@ OTHER: dict[str, Any] = {
     "wandb.notes": "another",
     "wandb.job_type": "another",
     "wandb.log_every": 2,
+    "wandb.artifacts": ["report"],
+    "wandb.save_code": True,
     "wandb.alerts": False,
     "wandb.required": True,
 }

@@ -80,6 +80,7 @@ class WandbServer:
         self.can_rewind = can_rewind
         self.requests: list[str] = []
         self.artifacts: list[dict[str, Any]] = []
+        self.used: list[dict[str, Any]] = []
         self.alerts: list[tuple[str, str, str]] = []
         """Title, text and level."""
         self.views: list[dict[str, Any]] = []
@@ -184,6 +185,35 @@ class WandbServer:
         sequence = {"id": "1", "latestArtifact": None}
         known = {"id": str(len(self.artifacts)), "state": "COMMITTED", "artifactSequence": sequence}
         return {"createArtifact": {"artifact": known}}
+
+    def _ArtifactByID(self, variables: dict[str, Any]) -> dict[str, Any]:
+        given = self.artifacts[int(variables["id"]) - 1]
+        project = {"id": "1", "internalId": "1", "name": "caduceus", "entity": {"name": ENTITY}}
+        collection = {"__typename": "ArtifactSequence", "name": given["artifactCollectionName"], "project": project}
+        return {
+            "artifact": {
+                **{"__typename": "Artifact", "id": variables["id"], "artifactSequence": collection, "versionIndex": 0},
+                **{
+                    "artifactType": {"name": given["artifactTypeName"]},
+                    "description": None,
+                    "metadata": None,
+                    "tags": [],
+                },
+                **{
+                    "ttlDurationSeconds": 0,
+                    "ttlIsInherited": True,
+                    "historyStep": None,
+                    "state": "COMMITTED",
+                    "size": 1,
+                },
+                **{"digest": given["digest"], "digestAlgorithm": None, "commitHash": None, "fileCount": 1},
+                **{"createdAt": "2026-01-01T00:00:00", "updatedAt": None, "aliases": []},
+            }
+        }
+
+    def _UseArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
+        self.used.append(variables)
+        return {"useArtifact": {"artifact": {"id": "1"}}}
 
     def _NotifyScriptableRunAlert(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.alerts.append((variables["title"], variables["text"], variables["severity"]))

@@ -202,6 +202,8 @@ class Sender:
             raise StaleError(held["step"])
         if server is not None:
             server.entity()  # a server in trouble would hold up the client's end for long
+        if trouble := begun.leave_artifacts(self._run, self._config):
+            self.tell("warning", trouble)
         exit_code = end["exit"] if end.get("exit") is not None else int(self._trainer is not None)
         exit_code = _PREEMPTED if end.get("stopped") else exit_code
         finishing = threading.Thread(

@@ -7,8 +7,11 @@ from typing import Any
 
 import wandb
 
+from caduceus.config import Config
+from caduceus.monitor.wandb.artifacts import log_artifacts
 from caduceus.monitor.wandb.place import Place
 from caduceus.monitor.windows import DRAWN, RECORD, folder_of, picture_name, windows_of
+from caduceus.run.directory import RunDirectory
 
 _INIT_SECONDS = 30.0
 _SEND_SECONDS = 5.0
@@ -107,6 +110,15 @@ class Session:
             drawn = wandb.Image(str(picture)) if picture.exists() else None
             rows.append([*(window.get(column) for column in _WINDOW_COLUMNS), drawn])
         return wandb.Table(columns=[*_WINDOW_COLUMNS, "picture"], data=rows)
+
+    def leave_artifacts(self, directory: RunDirectory, config: Config) -> str | None:
+        """Send what the configuration asks for besides rows; returns what went wrong."""
+        try:
+            log_artifacts(self._run, directory, config)
+        except Exception as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            return f"wandb: what wandb.artifacts and wandb.save_code ask for is not sent: {text}"
+        return None
 
     def alert(self, title: str, text: str, level: str) -> None:
         self._run.alert(title, text, level=level)
