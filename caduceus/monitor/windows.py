@@ -55,7 +55,7 @@ class Drawing:
             self._give_up()
             command = [sys.executable, "-m", "caduceus.monitor.report.drawing", str(self._run.resolve()), str(step)]
             self._process = subprocess.Popen(
-                ["nice", *command],
+                command,
                 cwd=_ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

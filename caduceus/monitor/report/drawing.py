@@ -5,6 +5,7 @@ Of older validations the drawings are removed, and the records stay.
 
 import argparse
 import contextlib
+import os
 from pathlib import Path
 
 from caduceus.errors import UserError, run_command
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("step", type=int)
     arguments = parser.parse_args()
+    os.nice(10)  # the trainer goes first
     draw(arguments.run, arguments.step)
     return 0
 

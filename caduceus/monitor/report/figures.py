@@ -176,7 +176,8 @@ def new_figure(title: str, axis: str, size: tuple[float, float] = _SIZE) -> tupl
 
 
 def with_legend(figure: Figure, axes: Axes, columns: int = 2) -> Figure:
-    figure.legend(loc="outside lower left", ncols=columns)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower left", ncols=columns)
     return figure
 
 
