@@ -26,16 +26,21 @@ class Pieces(NamedTuple):
 class Packing:
     """The rows of all shards, numbered shard by shard.
 
-    `begin` (W,) and `length` (W,): the tail of each window, 0 where it has none. `first_windows` (H + 1,): the
-    windows of each shard. Attribute: `rows_of_shard` (H,).
+    `first_tile` (W + 1,): how many whole crops come before each window. `lengths` (W,) of windows. `first_windows`
+    (H + 1,): the windows of each shard. Attribute: `rows_of_shard` (H,).
     """
 
-    def __init__(self, begin: np.ndarray, length: np.ndarray, first_windows: np.ndarray, seq_len: int) -> None:
-        self._begin, self._seq_len = begin, seq_len
-        self._edges = np.concatenate([[0], np.cumsum(length)])
+    def __init__(self, first_tile: np.ndarray, lengths: np.ndarray, first_windows: np.ndarray, seq_len: int) -> None:
+        self._seq_len = seq_len
+        self._begin = np.diff(first_tile) * seq_len  # of each window's tail
+        self._edges = np.concatenate([[0], np.cumsum(lengths - self._begin)])
         self._shard_edges = self._edges[first_windows]
         self.rows_of_shard = -(-np.diff(self._shard_edges) // seq_len)
         self._first_row = np.concatenate([[0], np.cumsum(self.rows_of_shard)])
+
+    def bases(self, first_windows: np.ndarray) -> np.ndarray:
+        """Bases (n,) in rows of each range of windows, `first_windows` (n + 1,)."""
+        return np.diff(self._edges[first_windows])
 
     def pieces(self, row: int) -> Pieces:
         """What row number `row` is made of; positions behind the last piece hold nothing."""

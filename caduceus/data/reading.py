@@ -109,7 +109,7 @@ class SampleReader:
 
     def _describe_with_padding(self, sample: np.void) -> dict[str, Any]:
         window = self._crops.windows[sample["window"]]
-        source = self._dataset.sources[self._crops.window_source[sample["window"]]]
+        source = self._dataset.sources[int(self._crops.source_of(sample["window"]))]
         pieces = self._crops.pieces(int(sample["window"]), int(sample["begin"]))
         start = int(window["start"]) + int(pieces.begin[0])
         return {
