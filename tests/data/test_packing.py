@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 from caduceus.train.trainer import train
 from tests.data.shard_fixture import Species, random_bases, tile, write_dataset
+from tests.distributed.layouts import Layout, train_all
+from tests.distributed.layouts import config_of as config_of_layout
 from tests.train.conftest import SmallRun, numbers
 
 
@@ -150,3 +153,18 @@ def test_where_packed_sequences_cannot_go_a_line_says_so(short: Path) -> None:
     assert check_layout(automatic, 2).strands == 2
     with pytest.raises(UserError, match=r"no parallel\.context fits"):
         check_layout(automatic, 4)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_strands_or_batches_have_the_losses_of_one_process(short: Path, tmp_path: Path) -> None:
+    losses = {}
+    for layout in (Layout("one", 1, {"strategy": "single"}), Layout("ddp", 2, {"strategy": "ddp"})):
+        layouts = [layout, replace(layout, name="strands", parallel={"strategy": "ddp", "strands": 2})][: layout.world]
+        configs = [config_of_layout(one, short, tmp_path / one.name, steps=3, precision="fp64") for one in layouts]
+        for config in configs:
+            config.data.pack, config.data.min_acgt = True, 0.0
+        train_all(layout.world, configs)
+        for config in configs:
+            losses[config.run.name] = [row["loss"] for row in numbers(config.run.dir)]
+    assert losses["ddp"] == pytest.approx(losses["one"], rel=1e-9)
+    assert losses["strands"] == pytest.approx(losses["one"], rel=1e-9)
