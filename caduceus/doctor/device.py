@@ -9,16 +9,19 @@ from caduceus.doctor.findings import Finding, State
 from caduceus.errors import one_line
 from caduceus.ops import selective_scan
 from caduceus.ops.backends import resolve_backend
+from caduceus.ops.self_check import check_kernels
 
 _TOLERANCE = 1e-3
 """Largest relative difference of sums in fp32, which kernels add up in another order."""
 
 
 def kernels(device: torch.device) -> Finding:
-    """The selective scan of the backend that `auto` takes here, forward and backward, beside the definition's."""
+    """The scan of the backend that `auto` takes, forward and backward, beside the definition's; on GPUs every op."""
     try:
         backend = resolve_backend("auto", device, torch.float32)
         started = time.perf_counter()
+        if backend == "triton" and device.type == "cuda":
+            check_kernels(device)  # all of them, unless that was done
         found, expected = (_scan(name, device) for name in (backend, "naive"))
     except Exception as error:  # whatever a broken compiler or driver raises
         remedy = "see the versions above; ops.backend=naive runs without kernels, slowly"

@@ -12,6 +12,7 @@ import torch
 from caduceus.config import Config, load_config
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import run_command
+from caduceus.run.leaving import leaving
 from caduceus.train import trainer
 
 
@@ -73,7 +74,8 @@ def main() -> int:
     torch.set_num_threads(1)
     if len(sys.argv) > 2:
         strike(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    return trainer.train(load_config(sys.argv[1]))
+    with leaving():
+        return trainer.train(load_config(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_rank_that_hangs_is_found_and_every_rank_tells_where_it_was(runs: Smal
     assert "rank 1: step 3 has taken more than train.stall_minutes=0.15" in messages[1]
     stacks = [(Path(config.run.dir) / "logs" / f"stacks-rank{rank}.txt").read_text() for rank in range(RANKS)]
     assert re.search(r"faulty_run\.py.* in hang", stacks[1])
-    assert re.search(r"ranks\.py.* in maximum", stacks[0])
+    assert re.search(r"groups\.py.* in gather", stacks[0])
 
 
 def test_a_full_disk_ends_the_run_in_a_line_and_keeps_earlier_checkpoints(runs: SmallRun, undisturbed) -> None:
