@@ -16,7 +16,7 @@ from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.history import Submission, record_submission
-from launch.runs import find_runs, summary
+from launch.listing import list_runs
 from launch.status import overview
 from tests.conftest import REPOSITORY
 from tests.launch.test_history import add_checkpoint
@@ -86,7 +86,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(run, steer, text, ca
     broken = run.path.with_name("broken")
     shutil.copytree(run.path, broken)
     (broken / "submissions.json").write_text(text)
-    _, first, second = summary(find_runs(run.path.parent)).splitlines()
+    _, first, second = list_runs(run.path.parent).splitlines()
     assert first.split()[:2] == [str(broken), "unreadable"] and second.split()[:2] == [str(run.path), "new"]
     assert "broken/submissions.json: cannot be read" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"submissions\.json: cannot be read"):
