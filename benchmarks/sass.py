@@ -198,7 +198,7 @@ def trips_of_loops(states: int, length: int, launched: set[str], element: str) -
         "chunk_state": [unrolled],
         "scan_forward": [unrolled],
         "chunk_adjoint": [unrolled],
-        "scan_replay": [unrolled if "chunk_adjoint" in launched else 1, piece],
+        "scan_replay": [unrolled, piece],
         "scan_backward": [*groups, piece],
         "conv_backward": [1 / conv.STEPS],
     }
@@ -210,8 +210,6 @@ def work_per_token(config: CaduceusConfig, streams: int, launched: set[str]) -> 
     warps = -(-config.d_inner // device.CHANNELS) * device.WARPS * streams
     wide = config.d_state <= scan_launches.WIDE_STATES and warps // streams // device.WARPS % 2 == 0
     work = dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay"), 2 * warps / (1 + wide))
-    if "chunk_adjoint" not in launched:
-        work["scan_replay"] = 2 * warps
     return work | {"scan_backward": 2 * warps, "conv_backward": warps}  # which takes both directions in one turn
 
 

@@ -32,6 +32,8 @@ _PIPES = {
     "SHFL": ("lsu", 4, 24),
 }
 """Pipe, cycles that an instruction of a warp occupies it, and cycles until its result can be used."""
+COPIED, GROUP = "copied", "group"
+"""What stands for registers where global memory is copied to shared memory: until when, and the end of a group."""
 _WITHOUT_REGISTERS = ("BRA", "BAR", "EXIT", "NOP", "WARPSYNC", "BSSY", "BSYNC", "DEPBAR", "LDGDEPBAR")
 _REGISTER = re.compile(r"\b(U?R)(\d+)(\.64)?")
 
@@ -47,6 +49,8 @@ class Step:
     writes: tuple[str, ...]
     stops: bool
     """The warp, until it is done: barriers and branches."""
+    leaves: int | None = None
+    """How many groups of copies to shared memory may be under way after it; the warp waits for those before."""
 
 
 def steps(code: Sequence[Instruction], latency_of: Callable[[Instruction], int]) -> list[Step]:
@@ -59,11 +63,14 @@ def _step(instruction: Instruction, latency_of: Callable[[Instruction], int]) ->
     pipe, busy, latency = _PIPES.get(operation, _OTHER)
     if operation in ("LDG", "STG", "LDGSTS", "RED", "ATOMG"):
         pipe, busy = "lsu", WAVEFRONT * wavefronts(instruction)
-        latency = latency_of(instruction) if operation == "LDG" else 1
+        latency = latency_of(instruction) if operation in ("LDG", "LDGSTS") else 1
     elif operation in ("LDS", "LDSM", "STS", "STSM"):
         pipe, busy, latency = "lsu", WAVEFRONT * wavefronts(instruction), SHARED.get(operation, 1)
     reads, writes = registers(instruction)
-    return Step(pipe, busy, latency, reads, writes, operation in ("BAR", "BRA"))
+    waits = re.search(r"\bSB0, 0x([0-9a-f]+)", instruction.operands) if operation == "DEPBAR" else None
+    writes = {"LDGSTS": (COPIED,), "LDGDEPBAR": (GROUP,)}.get(operation, writes)
+    stops = operation in ("BAR", "BRA")
+    return Step(pipe, busy, latency, reads, writes, stops, int(waits[1], 16) if waits else None)
 
 
 def operation_of(instruction: Instruction) -> str:
@@ -118,6 +125,7 @@ def simulate(code: Sequence[Step], warps: int, turns: int = 14, warm_up: int = 3
     """`warps` resident warps go through `code` again and again from different beginnings, the last first."""
     chance = random.Random(0)
     ready: list[dict[str, int]] = [{} for _ in range(warps)]
+    groups: list[list[int]] = [[] for _ in range(warps)]
     at, turn = [0] * warps, [0] * warps
     wakes = [chance.randrange(400 + len(code)) for _ in range(warps)]
     free: dict[str, int] = {}
@@ -130,7 +138,10 @@ def simulate(code: Sequence[Step], warps: int, turns: int = 14, warm_up: int = 3
             known = ready[warp]
             need = max(wakes[warp], free.get(step.pipe, 0))
             for register in (*step.reads, *step.writes):
-                need = max(need, known.get(register, 0))
+                if register not in (COPIED, GROUP):
+                    need = max(need, known.get(register, 0))
+            if step.leaves is not None:
+                need = max(need, *groups[warp][: len(groups[warp]) - step.leaves], 0)
             if need <= time:
                 chosen = warp
                 break
@@ -141,7 +152,12 @@ def simulate(code: Sequence[Step], warps: int, turns: int = 14, warm_up: int = 3
         step = code[at[chosen]]
         free[step.pipe] = time + step.busy
         for register in step.writes:
-            ready[chosen][register] = time + step.latency
+            if register == COPIED:
+                ready[chosen][COPIED] = max(ready[chosen].get(COPIED, 0), time + step.latency)
+            elif register == GROUP:
+                groups[chosen] = [*groups[chosen][-7:], ready[chosen].pop(COPIED, 0)]
+            else:
+                ready[chosen][register] = time + step.latency
         if step.stops:
             wakes[chosen] = time + step.latency
         issued += 1

@@ -16,7 +16,8 @@ from tests.ops import aot
 PASSES = {
     "chunk_carry": {"state": 2},
     "scan_forward": {"out": 3},
-    "scan_replay": {"z": 2, "dout": 2, "dz": 3},
+    "chunk_adjoint": {"z": 2, "dout": 2},
+    "scan_replay": {"dz": 3},
     "scan_backward": {"z": 2, "dout": 2, "adjoint": 2, "A": 0, "dA": 2},
     "conv_backward": {"w": 0},
 }

@@ -1,4 +1,4 @@
-"""Command line: genomes -> WebDataset shards with index and manifest (format 1), complete or not at all.
+"""Command line: genomes -> WebDataset shards with index, tables and manifest (format 2), complete or not at all.
 
 python data_prep/shard_genome.py --fasta hg38.fa.gz --species hg38 --out shards
 python data_prep/shard_genome.py --verify shards

@@ -82,7 +82,7 @@ def train(config: Config) -> int:
 
 def _has_trained(run: RunDirectory, starts: int, step: int) -> bool:
     """Whether a run that had been started so often, and goes on from `step`, has made a step since."""
-    rows = run.metrics()  # what earlier starts left after `step` goes before a new start is written down
+    rows = run.newest_metrics("step")  # what earlier starts left after `step` goes before a new start is written down
     return len(run.starts()) > starts and bool(rows) and rows[-1]["step"] > step
 
 

@@ -8,8 +8,14 @@ from pathlib import Path
 
 def is_running(job: str, logs: Path) -> bool:
     """Whether the controller that writes to `logs` lives; another process may have its number by now."""
-    command = ["ps", "-ww", "-o", "args=", "-p", job]
-    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    if Path("/proc/self").exists():
+        try:
+            shown = Path(f"/proc/{job}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="surrogateescape")
+        except OSError:
+            return False
+    else:
+        command = ["ps", "-ww", "-o", "args=", "-p", job]
+        shown = subprocess.run(command, capture_output=True, text=True).stdout
     return f"launch.local {logs}" in shown
 
 

@@ -69,7 +69,7 @@ def _data_complaint(config: Config) -> str | None:
 
 def _time_complaint(config: Config, request: JobRequest) -> str | None:
     """A job that ends before its first checkpoint, by the speed that this run had, or by the estimate for GPUs."""
-    measured = [row["seconds"] for row in RunDirectory(config.run.dir).metrics()[-100:] if "seconds" in row]
+    measured = [row["seconds"] for row in RunDirectory(config.run.dir).newest_metrics("seconds", 100)]
     if measured:
         step = median(measured)
     elif request.gpus_per_node:

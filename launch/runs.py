@@ -22,11 +22,12 @@ from caduceus.monitor.wandb.process import sync
 from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs, scheduler
 from launch.history import Attempt, Submission, submissions
+from launch.listing import list_runs, number, rate
 from launch.logs import follow, log_path
 from launch.request import JobRequest, check_request
 from launch.slurm import check_and_start
 from launch.status import UNKNOWN, WAITING, Overview, live_jobs, overview
-from launch.terminal import duration, runs_command, table
+from launch.terminal import duration, runs_command
 
 _ENDING_SECONDS = 90
 """How long a cancelled run may take to end: SLURM kills what has not ended after KillWait, 30 s by default."""
@@ -50,7 +51,7 @@ def main() -> int:
     if arguments.action in ("list", "status", "logs"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it silently
     if arguments.action == "list":
-        print(summary(find_runs(arguments.directory)))
+        print(list_runs(arguments.directory))
         return 0
     run = RunDirectory.open(arguments.run)
     if arguments.action == "status":
@@ -103,42 +104,6 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def find_runs(directory: Path) -> list[RunDirectory]:
-    """The run directories in a directory, and in the sweeps in it."""
-    found = sorted([*directory.glob("*/config.yaml"), *directory.glob("*/*/config.yaml")])
-    runs = [RunDirectory(path.parent) for path in found if (path.parent / "checkpoints").is_dir()]
-    if not runs:
-        raise UserError(f"{directory}: no runs in here; give the directory that holds the run directories")
-    return runs
-
-
-def summary(runs: list[RunDirectory]) -> str:
-    """A table with a row per run."""
-    heads = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "starts", "W&B"]
-    rows = []
-    for run in runs:
-        try:
-            now = overview(run)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            rows.append([str(run.path), "unreadable", *"-" * (len(heads) - 2)])
-            continue
-        rows.append(
-            [
-                str(run.path),
-                now.state,
-                f"{now.step:,}/{now.steps:,}",
-                _number(now.loss),
-                _number(now.valid_loss),
-                _rate(now),
-                duration(now.seconds_left) if now.live and now.seconds_left is not None else "-",
-                str(len(now.attempts)),
-                (sent.url if (sent := wandb_status(run.path)) else None) or "-",
-            ]
-        )
-    return table(heads, rows)
-
-
 def status(run: RunDirectory) -> str:
     """Several lines on one run."""
     now = overview(run)
@@ -146,8 +111,8 @@ def status(run: RunDirectory) -> str:
         ("run", str(run.path)),
         ("state", now.state + (f": {now.why}" if now.why else "")),
         ("step", f"{now.step:,} of {now.steps:,}"),
-        ("loss", f"{_number(now.loss)}   validation {_number(now.valid_loss)}"),
-        ("rate", f"{_rate(now)} bases/s"),
+        ("loss", f"{number(now.loss)}   validation {number(now.valid_loss)}"),
+        ("rate", f"{rate(now)} bases/s"),
     ]
     if now.live and now.seconds_left is not None:
         lines.append(("time left", duration(now.seconds_left)))
@@ -310,14 +275,6 @@ def _known(run: RunDirectory) -> Overview:
     if now.state == UNKNOWN:
         raise UserError(f"{run.path}: {now.why}")
     return now
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _rate(now: Overview) -> str:
-    return "-" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}"
 
 
 def command() -> None:

@@ -27,6 +27,8 @@ _NO_ANSWER = re.compile(
     re.IGNORECASE,
 )
 """How SLURM's commands tell that they got no answer, as opposed to a refusal."""
+_ASKED_AT_ONCE = 5000
+"""Jobs in one question to squeue: Linux takes 128 KiB in an argument."""
 _FORGOTTEN = "Invalid job id"
 _ENDED_UNKNOWN = ("RUNNING", "PENDING")
 """States of jobs that neither wait nor run, where accounting has not heard of their end."""
@@ -147,16 +149,17 @@ def live_jobs(jobs: Sequence[str]) -> dict[str, JobState]:
     """Those of the jobs that wait or run. Raises `SilentError` where SLURM does not tell."""
     if not jobs:
         return {}
-    numbers = ",".join(sorted({job.split("_")[0] for job in jobs}))
-    result = _run("squeue", "--noheader", "--array", f"--jobs={numbers}", "--format=%A|%F_%K|%T|%r")
-    # squeue fails for a job that SLURM has forgotten, which is then not alive.
-    if result.returncode and _FORGOTTEN not in result.stderr:
-        raise SilentError(f"SLURM does not answer ({last_line(result.stderr)})")
-    found = {}
-    for number, of_array, state, reason in _fields(result.stdout, 4):
-        job = of_array if of_array in jobs else number
-        if job in jobs:
-            found[job] = JobState(state, reason)
+    found, asked, numbers = {}, set(jobs), sorted({job.split("_")[0] for job in jobs})
+    for first in range(0, len(numbers), _ASKED_AT_ONCE):
+        some = ",".join(numbers[first : first + _ASKED_AT_ONCE])
+        result = _run("squeue", "--noheader", "--array", f"--jobs={some}", "--format=%A|%F_%K|%T|%r")
+        # squeue fails for a job that SLURM has forgotten, which is then not alive.
+        if result.returncode and _FORGOTTEN not in result.stderr:
+            raise SilentError(f"SLURM does not answer ({last_line(result.stderr)})")
+        for number, of_array, state, reason in _fields(result.stdout, 4):
+            job = of_array if of_array in asked else number
+            if job in asked:
+                found[job] = JobState(state, reason)
     return found
 
 

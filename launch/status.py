@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -11,6 +12,8 @@ from launch.history import Attempt, Submission, attempts, newest_step, submissio
 from launch.logs import last_error
 from launch.scheduler import IN_QUEUE, JobState, SilentError
 
+OVER = ("complete", "stopped", "failed", "given up", "cancelled", "interrupted")
+"""States that nothing changes but a process or a job which tells of itself in the run's directory, or in the queue."""
 RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
 _RECENT_ROWS = 50
 _STOPPED_BY = {"TIMEOUT": history.TIME_LIMIT, "PREEMPTED": history.PREEMPTED, "CANCELLED": history.TAKEN}
@@ -50,39 +53,43 @@ def live_jobs(run: RunDirectory) -> dict[str, JobState]:
 
     Raises `SilentError` where there may be such jobs and SLURM does not tell.
     """
-    return scheduler.live_jobs([job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs])
+    return scheduler.live_jobs(slurm_jobs(run))
 
 
-def overview(run: RunDirectory) -> Overview:
+def slurm_jobs(run: RunDirectory) -> list[str]:
+    """All jobs of SLURM that were submitted for a run."""
+    return [job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs]
+
+
+def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobState]] = live_jobs) -> Overview:
     """Look at a run; SLURM may have forgotten its jobs, or not answer."""
-    rows, config = run.metrics(), run.config()
-    training = [row for row in rows if "loss" in row]
-    validations = [row["valid_loss"] for row in rows if "valid_loss" in row]
-    step = training[-1]["step"] if training else 0
-    recent = training[-_RECENT_ROWS:]
-    state, why, jobs = _state(run, config.train.steps, step > 0)
+    recent, validations = run.newest_metrics("loss", _RECENT_ROWS), run.newest_metrics("valid_loss")
+    steps, step = run.steps(), recent[-1]["step"] if recent else 0
+    state, why, jobs = _state(run, steps, step > 0, jobs_of)
     return Overview(
         state=state,
         why=why,
         jobs=jobs,
         step=step,
-        steps=config.train.steps,
-        loss=training[-1]["loss"] if training else None,
-        valid_loss=validations[-1] if validations else None,
+        steps=steps,
+        loss=recent[-1]["loss"] if recent else None,
+        valid_loss=validations[-1]["valid_loss"] if validations else None,
         tokens_per_second=median(row["tokens_per_second"] for row in recent) if recent else None,
-        seconds_left=median(row["seconds"] for row in recent) * (config.train.steps - step) if recent else None,
+        seconds_left=median(row["seconds"] for row in recent) * (steps - step) if recent else None,
         checkpoint=newest_step(run),
-        quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if rows else None,
+        quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if recent or validations else None,
         attempts=attempts(run),
     )
 
 
-def _state(run: RunDirectory, steps: int, begun: bool) -> _State:
+def _state(
+    run: RunDirectory, steps: int, begun: bool, jobs_of: Callable[[RunDirectory], dict[str, JobState]]
+) -> _State:
     """State, why, and the jobs that are alive."""
     stop = run.stop_path.exists()
     submitted, found = submissions(run), attempts(run)
     try:
-        jobs, silence = live_jobs(run), None
+        jobs, silence = jobs_of(run), None
     except SilentError as error:
         jobs, silence = {}, str(error)
     if jobs:

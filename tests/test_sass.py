@@ -47,6 +47,13 @@ def test_a_pipe_bounds_what_warps_can_do():
     assert 8 * 39 < cycles(exps, 8) < 8 * 42
 
 
+def test_copies_to_shared_memory_are_waited_for_by_groups():
+    copy, end = "_ LDGSTS.E R4, desc[UR4][R2.64]", "_ LDGDEPBAR "
+    assert 600 < cycles([copy, end, "_ DEPBAR.LE SB0, 0x0", *ARITHMETIC], 1) < 660
+    # With a group under way a turn takes half as long: it waits for the copies of the turn before.
+    assert 300 < cycles([copy, end, "_ DEPBAR.LE SB0, 0x1", *ARITHMETIC], 1) < 360
+
+
 def test_instructions_in_turn_wait_for_each_other():
     chained = ["_ FADD R5, R5, 1"] * 40
     assert 4 * 39 < cycles(chained, 1) < 4 * 42

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from caduceus.data.format import MIN_RUN
-from caduceus.data.genome import WINDOW_DTYPE, WindowTable
+from caduceus.data.genome import WindowTable
+from caduceus.data.shard_list import JoinedShards
+from caduceus.data.windows import WINDOW_DTYPE, MappedWindows, SplitTable
 from caduceus.errors import UserError
 
 
@@ -14,11 +16,12 @@ class CropTable:
     """All usable crops of several sources, numbered source by source, window by window, from each window's start.
 
     Tiles are the whole multiples of `seq_len` in each window; the tiles with fewer than `min_acgt` of ACGT, by the
-    index's runs, and those with none at all, are no crops. Memory is a row per window and a number per left-out tile.
+    index's runs, and those with none at all, are no crops. Memory is a number per window and per left-out tile, and a
+    row per window unless the sources are all of a mapped table, in its order.
 
-    Attributes: `windows` (WINDOW_DTYPE, `shard` numbered over all sources), `window_source` (W,), `shards` (paths),
-    `shards_of_source` (S,), `crops_of_shard` (H,), `crops_of_source` (S,), `size`, `left_out_bases` (in the remainders
-    of windows), `left_out_tiles`.
+    Attributes: `windows` (WINDOW_DTYPE, `shard` numbered over all sources), `shards`, `shards_of_source` (S,),
+    `crops_of_shard` (H,), `crops_of_source` (S,), `size`, `left_out_bases` (in the remainders of windows),
+    `left_out_tiles`.
     """
 
     def __init__(self, tables: Sequence[WindowTable], seq_len: int, min_acgt: float) -> None:
@@ -28,25 +31,30 @@ class CropTable:
             )
         self.tables = tables
         self.seq_len = seq_len
-        self.shards = [path for table in tables for path in table.shards]
+        self.shards = JoinedShards([table.shards for table in tables])
         self.shards_of_source = np.array([len(table.shards) for table in tables], np.int64)
-        windows_of_source = [len(table.windows) for table in tables]
-        self.window_source = np.repeat(np.arange(len(tables)), windows_of_source)
-        self.windows = np.concatenate([np.zeros(0, WINDOW_DTYPE), *(table.windows for table in tables)])
-        shards_before = np.cumsum(self.shards_of_source) - self.shards_of_source
-        self.windows["shard"] += shards_before[self.window_source].astype(np.uint32)
+        self._first_window = np.cumsum([0] + [len(table.rows) for table in tables])
+        whole = _all_of_a_table(tables)
+        if whole is not None:
+            self.windows, runs = whole.windows, [(0, whole.runs)]
+        else:
+            self.windows = np.concatenate([np.zeros(0, WINDOW_DTYPE), *(table.windows for table in tables)])
+            shards_before = np.cumsum(self.shards_of_source) - self.shards_of_source
+            self.windows["shard"] += np.repeat(shards_before, np.diff(self._first_window)).astype(np.uint32)
+            runs = [(int(first), table.runs) for first, table in zip(self._first_window, tables, strict=False)]
 
-        lengths = self.windows["length"].astype(np.int64)
-        tiles = lengths // seq_len
-        self.left_out_bases = int((lengths - tiles * seq_len).sum())
-        self._tile_first = np.concatenate([[0], np.cumsum(tiles)])
+        lengths = self.windows["length"]
+        self._tile_first = np.zeros(len(lengths) + 1, np.int64)
+        np.floor_divide(lengths, seq_len, out=self._tile_first[1:], dtype=np.int64)
+        np.cumsum(self._tile_first, out=self._tile_first)
+        self.left_out_bases = int(lengths.sum(dtype=np.int64)) - int(self._tile_first[-1]) * seq_len
         least = max(1, math.ceil(min_acgt * seq_len - 1e-6))  # the slack keeps 0.55 * 1000 at 550
-        excluded = self._tiles_with_fewer_acgt_than(least)
+        excluded = self._tiles_with_fewer_acgt_than(least, runs)
         self.left_out_tiles = len(excluded)
         self._usable_before_excluded = excluded - np.arange(len(excluded))
         self.size = int(self._tile_first[-1]) - len(excluded)
 
-        shard_windows = np.searchsorted(self.windows["shard"], np.arange(len(self.shards) + 1))
+        shard_windows = np.searchsorted(self.windows["shard"], np.arange(len(self.shards) + 1, dtype=np.uint32))
         tile_edges = self._tile_first[shard_windows]
         self.crops_of_shard = np.diff(tile_edges - np.searchsorted(excluded, tile_edges))
         shards_through = np.concatenate([[0], np.cumsum(self.shards_of_source)])
@@ -58,14 +66,17 @@ class CropTable:
         window = np.searchsorted(self._tile_first, tile, side="right") - 1
         return window, (tile - self._tile_first[window]) * self.seq_len
 
-    def _tiles_with_fewer_acgt_than(self, least: int) -> np.ndarray:
-        """Sorted numbers of the tiles that hold fewer than `least` ACGT."""
-        windows_before = np.cumsum([0] + [len(table.windows) for table in self.tables])
+    def source_of(self, windows: np.ndarray | int) -> np.ndarray:
+        """The number of the source of each window."""
+        return np.searchsorted(self._first_window, windows, side="right") - 1
+
+    def _tiles_with_fewer_acgt_than(self, least: int, runs: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+        """Sorted numbers of the tiles that hold fewer than `least` ACGT, by `runs` and where their windows begin."""
         found = [np.zeros(0, np.int64)]
-        for table, first_window in zip(self.tables, windows_before, strict=False):
-            window = table.runs["window"].astype(np.int64) + first_window
-            start = table.runs["start"].astype(np.int64)
-            end = start + table.runs["length"]
+        for first_window, of_part in runs:
+            window = of_part["window"].astype(np.int64) + first_window
+            start = of_part["start"].astype(np.int64)
+            end = start + of_part["length"]
             first_tile = start // self.seq_len
             touched = (end - 1) // self.seq_len - first_tile + 1
             run = np.repeat(np.arange(len(start)), touched)
@@ -77,3 +88,13 @@ class CropTable:
             other = np.bincount(inverse, weights=overlap[whole], minlength=len(numbers))
             found.append(numbers[self.seq_len - other < least])
         return np.concatenate(found)
+
+
+def _all_of_a_table(tables: Sequence[WindowTable]) -> SplitTable | None:
+    """The mapped table of which these are all species, in its order; else None."""
+    contents = [table.content for table in tables]
+    if not contents or not all(isinstance(content, MappedWindows) for content in contents):
+        return None
+    whole = contents[0].whole
+    numbers = [content.number for content in contents if content.whole is whole]
+    return whole if numbers == list(range(len(whole.species))) and len(numbers) == len(contents) else None

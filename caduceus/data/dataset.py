@@ -19,6 +19,8 @@ from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 4096
+"""Windows of a source that are looked at before all of them are."""
 _LITTLE_USED = 0.5
 """Share of a species' bases in crops below which the log says so."""
 
@@ -135,7 +137,7 @@ def _sources(genome: ShardedGenome, directory_weight: float, split: str) -> list
     sources = []
     for species, part in genome.parts.items():
         table = genome.table(species, split)
-        if len(table.windows) == 0:
+        if len(table.rows) == 0:
             continue
         weight = part.get("weight")
         weight = table.bases if weight is None else _positive(weight, f"{genome.directory}: the weight of {species}")
@@ -164,13 +166,13 @@ def _those_of_use(sources: list[Source], data: DataConfig, split: str, cache: Sh
 def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache | None) -> str | None:
     """One line about a source that has no base to learn from in a sequence of the wanted length."""
     where = f"of species '{source.species}' in the split '{split}'"
-    longest = int(source.table.windows["length"].max())
+    longest = int(source.table.rows["length"].max())
     if longest < data.seq_len:
         return (
             f"data.seq_len: {data.seq_len} bases, but the longest window {where} has {longest}; choose a shorter "
             "sequence, or, where its contigs are longer than that, shard with a longer --window"
         )
-    if not CropTable([source.table], data.seq_len, data.min_acgt).size:
+    if not _has_a_crop(source.table, data):
         return f"data.min_acgt: no crop of {data.seq_len} bases {where} has {data.min_acgt:.0%} of ACGT; lower it"
     if data.repeat_weight == 0 and not _has_upper_case(source.table, data.seq_len, cache):
         return (
@@ -180,11 +182,20 @@ def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache
     return None
 
 
+def _has_a_crop(table: WindowTable, data: DataConfig) -> bool:
+    """Whether any crop of a source has enough ACGT; one window of them alone tells that mostly."""
+    some = table.rows[:_LOOKED_AT]
+    if np.any((some["length"] >= data.seq_len) & (some["acgt"] == some["length"])):
+        return True
+    return CropTable([table], data.seq_len, data.min_acgt).size > 0
+
+
 def _has_upper_case(table: WindowTable, seq_len: int, cache: ShardCache | None) -> bool:
     """Whether any A, C, G or T in a window of at least `seq_len` is upper case."""
-    windows = table.windows[table.windows["length"] >= seq_len]
-    if np.any(windows["acgt"] > windows["lower"]):
+    of_length = table.rows["length"] >= seq_len
+    if np.any(of_length & (table.rows["acgt"] > table.rows["lower"])):
         return True
+    windows = table.windows[of_length]
     # The index counts lower-case N as well: such windows have to be read, the likeliest first.
     unclear = windows[(windows["lower"] < windows["length"]) & (windows["acgt"] > 0)]
     files = ShardFiles(table.shards, cache)

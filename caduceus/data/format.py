@@ -1,6 +1,10 @@
-"""Shard format 1, defined once: manifest, per-shard index, and random access to the bases. Imports no torch.
+"""Shard format 2, defined once: manifest, per-shard index, and random access to the bases. Imports no torch.
+
+Format 1, which is read as well, has no tables.
 
 OUT/manifest.json                       complete dataset; written last
+OUT/SPLIT-0123456789ab.windows.npy      the windows of all species, and
+OUT/SPLIT-0123456789ab.runs.npy         their runs of other codes than ACGT: caduceus/data/windows.py
 OUT/SPECIES/species.json                one species' part of the manifest; written when its shards are complete
 OUT/SPECIES/SPLIT-000000.tar            uncompressed POSIX tar: KEY.seq (bases) and KEY.json per sample
 OUT/SPECIES/SPLIT-000000.index.npz      where each sample's bases lie, and what they hold
@@ -18,7 +22,9 @@ from caduceus.errors import UserError
 from caduceus.files import fingerprint
 
 FORMAT = "caduceus-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+INDEX_VERSION = 1
+"""Version of shards and indexes, which the fingerprint holds."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "valid", "test")
 STRAND_SYMBOLS = ("+", "-")
@@ -70,7 +76,7 @@ class ShardIndex:
         except Exception as error:
             raise UserError(f"{path}: not a shard index ({error})") from None
         if index.samples.dtype != INDEX_DTYPE or index.runs.dtype != RUN_DTYPE:
-            raise UserError(f"{path}: not an index of format {FORMAT_VERSION}")
+            raise UserError(f"{path}: not an index of format {INDEX_VERSION}")
         return index
 
 
@@ -83,19 +89,22 @@ def index_path(tar_path: str | Path) -> Path:
     return Path(tar_path).with_suffix(".index.npz")
 
 
-def build_manifest(species: list[dict[str, Any]]) -> dict[str, Any]:
+def build_manifest(species: list[dict[str, Any]], tables: dict[str, Any] | None = None) -> dict[str, Any]:
     """The manifest of a dataset from its species' parts, ordered by name, so that merging equals making at once.
 
     A part is {name, assembly, file, sha256, contigs: [{name, length}], weight, plan: {option: value}, splits: {split:
     {samples, bases, shards: [{name, bytes, sha256, index_sha256, samples, bases}]}}, report: {…}}. `samples` and
-    `bases` count what is stored, so both strands of a window count twice.
+    `bases` count what is stored, so both strands of a window count twice. `tables`: {split: {windows: {name, bytes,
+    sha256}, runs: the same, counts: {windows, runs, bases: [of each species that has the split]}}}, which follow from
+    the shards, so that the fingerprint is that of the same shards without tables.
     """
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "version": FORMAT_VERSION,
+        "version": INDEX_VERSION,
         "species": sorted(species, key=lambda part: part["name"]),
     }
-    return {**manifest, "fingerprint": fingerprint(manifest)}
+    manifest = {**manifest, "fingerprint": fingerprint(manifest)}
+    return manifest if tables is None else {**manifest, "version": FORMAT_VERSION, "tables": tables}
 
 
 def load_manifest(directory: str | Path) -> dict[str, Any]:
@@ -121,12 +130,13 @@ def parse_manifest(content: bytes, path: str) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as a manifest ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of a shard dataset")
-    if manifest.get("version") != FORMAT_VERSION:
+    if manifest.get("version") not in (INDEX_VERSION, FORMAT_VERSION):
         raise UserError(
-            f"{path}: format version {manifest.get('version')}, but this program reads version {FORMAT_VERSION}"
+            f"{path}: format version {manifest.get('version')}, but this program reads versions up to {FORMAT_VERSION}"
         )
     recorded = manifest.get("fingerprint")
-    computed = fingerprint({key: value for key, value in manifest.items() if key != "fingerprint"})
+    of_shards = {key: value for key, value in manifest.items() if key not in ("fingerprint", "tables")}
+    computed = fingerprint({**of_shards, "version": INDEX_VERSION})
     if recorded != computed:
         raise UserError(f"{path}: fingerprint {recorded} does not match its content {computed}; the file was changed")
     if not _is_complete(manifest):
@@ -134,6 +144,7 @@ def parse_manifest(content: bytes, path: str) -> dict[str, Any]:
     return manifest
 
 
+_TABLES = ("windows", "runs")
 _SHARD_FIELDS = {"name": str, "bytes": int, "sha256": str, "index_sha256": str, "samples": int, "bases": int}
 
 
@@ -150,9 +161,20 @@ def _is_complete(manifest: dict[str, Any]) -> bool:
             and all(_is_file_name(name) for name in [*names, *(shard["name"] for shard in shards)])
             and all(isinstance(contig["name"], str) and isinstance(contig["length"], int) for contig in contigs)
             and all(isinstance(shard[field], kind) for shard in shards for field, kind in _SHARD_FIELDS.items())
+            and all(_is_table(manifest, split, table) for split, table in manifest.get("tables", {}).items())
         )
     except (KeyError, TypeError, AttributeError):
         return False
+
+
+def _is_table(manifest: dict[str, Any], split: str, table: dict[str, Any]) -> bool:
+    holders = sum(split in part["splits"] for part in manifest["species"])
+    counts = [table["counts"][name] for name in ("windows", "runs", "bases")]
+    return all(
+        _is_file_name(table[kind]["name"]) and isinstance(table[kind]["sha256"], str) for kind in _TABLES
+    ) and all(
+        len(of_species) == holders and all(isinstance(count, int) for count in of_species) for of_species in counts
+    )
 
 
 def _is_file_name(name: Any) -> bool:

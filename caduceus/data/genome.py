@@ -1,6 +1,7 @@
 """Random access to sharded genomes: any stretch of bases inside a window is one positional read. Imports no torch."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +13,11 @@ from caduceus.data.cache import Shard, ShardCache
 from caduceus.data.format import MANIFEST, SPLITS, STRAND_SYMBOLS, ShardIndex, index_path, load_manifest, parse_manifest
 from caduceus.data.remote import is_remote, join, read_chunks
 from caduceus.data.shard_files import ShardFiles
+from caduceus.data.shard_list import ShardList
+from caduceus.data.verdicts import Verdicts
+from caduceus.data.windows import MappedWindows, SplitTable, Windows, require_fit, windows_of
 from caduceus.errors import UserError
-
-WINDOW_DTYPE = np.dtype(
-    [
-        ("shard", "<u4"),  # row of the table's shard list
-        ("offset", "<u8"),  # of the first stored base, in bytes from the start of the tar
-        ("length", "<u4"),  # bases
-        ("contig", "<u4"),  # row of the species' contig table
-        ("start", "<u8"),  # on the forward strand, 0-based
-        ("strand", "u1"),  # of the stored bases: 0 is +, 1 is -
-        ("acgt", "<u4"),  # count of A, C, G and T in either case
-        ("lower", "<u4"),  # count of lower-case bases, also of those that are not ACGT
-        ("crc32", "<u4"),  # of the stored bases
-        ("may_be_padded", "?"),  # whether its end may be N of `--tail pad` and not the genome's
-    ]
-)
-WINDOW_RUN_DTYPE = np.dtype(
-    [
-        ("window", "<u4"),  # row of the window table
-        ("start", "<u4"),  # first position of the run in the window, on the forward strand
-        ("length", "<u4"),
-    ]
-)
+from caduceus.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -46,13 +29,25 @@ class WindowTable:
 
     species: str
     contigs: tuple[str, ...]
-    shards: tuple[Shard, ...]
-    windows: np.ndarray
-    runs: np.ndarray
+    shards: Sequence[Shard]
+    content: Windows | MappedWindows
+
+    @property
+    def windows(self) -> np.ndarray:
+        return self.content.windows
+
+    @property
+    def runs(self) -> np.ndarray:
+        return self.content.runs
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The windows, of which the numbers of shards may be those of a table of the whole dataset: no copy is made."""
+        return self.content.rows
 
     @property
     def bases(self) -> int:
-        return int(self.windows["length"].sum(dtype=np.int64))
+        return self.content.bases
 
 
 class ShardedGenome:
@@ -73,33 +68,58 @@ class ShardedGenome:
         self.species = tuple(self.parts)
         self._home = Path(directory) if cache is None else cache.directory / self.fingerprint[:16]
         self._readable: dict[str, _OpenedSpecies] = {}
+        self._tables: dict[str, SplitTable] = {}
+        self._checked: list[Verdicts] = []
 
     def table(self, species: str, split: str) -> WindowTable:
         """The windows of a species and split, from its checked indexes; empty where the split has none."""
         part = self._part(species)
         contigs = tuple(contig["name"] for contig in part["contigs"])
         padded = part.get("plan", {}).get("tail") == "pad"
-        shards, samples, runs, sample_count = [], [], [], 0
-        for entry in part["splits"].get(split, {}).get("shards", []):
-            shard = self._shard(species, entry)
-            index = self._checked_index(species, shard, entry, len(contigs))
-            stored = np.zeros(len(index.samples), WINDOW_DTYPE)
-            for name in ("offset", "length", "contig", "start", "strand", "acgt", "lower", "crc32"):
-                stored[name] = index.samples[name]
-            stored["may_be_padded"] = padded & (index.samples["acgt"] < index.samples["length"])
-            stored["shard"] = len(shards)
-            runs_here = np.zeros(len(index.runs), WINDOW_RUN_DTYPE)
-            for name, column in (("window", "sample"), ("start", "start"), ("length", "length")):
-                runs_here[name] = index.runs[column]
-            runs_here["window"] += sample_count
-            sample_count += len(stored)
-            shards.append(shard)
-            samples.append(stored)
-            runs.append(runs_here)
-        samples = np.concatenate([np.zeros(0, WINDOW_DTYPE), *samples])
-        runs = np.concatenate([np.zeros(0, WINDOW_RUN_DTYPE), *runs])
-        rows = _one_row_per_window(samples)
-        return WindowTable(species, contigs, tuple(shards), samples[rows], _forward_runs(samples, runs, rows))
+        entries = part["splits"].get(split, {}).get("shards", [])
+        shards = ShardList(self._home, self.directory if self._cache else None, [(species, entry) for entry in entries])
+        mapped = self._mapped(split)
+        if mapped is not None and entries:
+            return WindowTable(species, contigs, shards, MappedWindows(mapped, mapped.species.index(species)))
+        indexes = [
+            self._checked_index(species, shard, entry, len(contigs))
+            for shard, entry in zip(shards, entries, strict=True)
+        ]
+        return WindowTable(species, contigs, shards, Windows(*windows_of(indexes, padded)))
+
+    def _mapped(self, split: str) -> SplitTable | None:
+        """The table of a split of the whole dataset; None where the dataset has none, as those of earlier versions."""
+        table = self.manifest.get("tables", {}).get(split)
+        if table is None or split in self._tables:
+            return self._tables.get(split)
+        paths = [self._home / table[kind]["name"] for kind in ("windows", "runs")]
+        for path, kind in zip(paths, ("windows", "runs"), strict=True):
+            if self._cache:
+                try:
+                    self._cache.fetch_file(path, join(self.directory, path.name), table[kind]["sha256"])
+                except OSError as error:
+                    raise UserError(f"{error}; restore it or shard again") from None
+        holders = [part for part in self.manifest["species"] if split in part["splits"]]
+        splits = [(part["name"], len(part["splits"][split]["shards"])) for part in holders]
+        opened = SplitTable.open((paths[0], paths[1]), table, splits)
+        if not self._cache:
+            self._check_once([table[kind] for kind in ("windows", "runs")], holders, split)
+        self._tables[split] = opened
+        return opened
+
+    def _check_once(self, files: list[dict], holders: list[dict], split: str) -> None:
+        """Refuse files that are not the manifest's; one process of a node looks for all of them."""
+        verdict = Verdicts([self.directory, self.fingerprint, files], 1)
+        with verdict.deciding(0):
+            if not verdict.sound[0]:
+                for file in files:
+                    if sha256_of(self._home / file["name"]) != file["sha256"]:
+                        path = self._home / file["name"]
+                        raise UserError(f"{path}: its sha256 is not the manifest's; --rebuild-index makes it again")
+                for part in holders:
+                    _require_sizes(self._home / part["name"], part["splits"][split]["shards"])
+                verdict.sound[0] = True
+        self._checked.append(verdict)  # which holds as long as a process keeps it
 
     def read(self, species: str, contig: str, start: int, end: int, strand: str = "+") -> np.ndarray:
         """The bases of an interval that lies inside one window, (end - start,) uint8 ASCII, case kept.
@@ -134,11 +154,6 @@ class ShardedGenome:
             self._readable[species] = _OpenedSpecies(ShardFiles(shards, self._cache), windows, tables[0].contigs)
         return self._readable[species]
 
-    def _shard(self, species: str, entry: dict) -> Shard:
-        path = self._home / species / entry["name"]
-        origin = join(self.directory, f"{species}/{entry['name']}") if self._cache else None
-        return Shard(path, entry["bytes"], entry["sha256"], origin)
-
     def _checked_index(self, species: str, shard: Shard, entry: dict, contigs: int) -> ShardIndex:
         """The index of a shard, refused where shard, index and manifest do not fit together."""
         path = index_path(shard.path)
@@ -149,7 +164,7 @@ class ShardedGenome:
             except OSError as error:
                 raise UserError(f"{error}; restore it or shard again") from None
         else:
-            _require_size(shard)
+            _require_size(shard.path, shard.bytes)
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -157,7 +172,7 @@ class ShardedGenome:
         if hashlib.sha256(content).hexdigest() != entry["index_sha256"]:
             raise UserError(f"{path}: its sha256 is not the manifest's; restore it or shard again")
         index = ShardIndex.load(path)
-        _require_fit(index, path, entry, contigs)
+        require_fit(index, path, entry, contigs)
         return index
 
     def _part(self, species: str) -> dict:
@@ -206,45 +221,15 @@ def _fetch_manifest(directory: str) -> dict:
     return parse_manifest(content, address)
 
 
-def _require_size(shard: Shard) -> None:
+def _require_size(path: Path | str, expected: int) -> None:
     try:
-        size = shard.path.stat().st_size
+        size = os.stat(path).st_size  # noqa: PTH116 (of a hundred thousand, each a Path otherwise)
     except OSError as error:
-        raise UserError(f"{shard.path}: cannot be read ({error.strerror}); restore it or shard again") from None
-    if size != shard.bytes:
-        raise UserError(f"{shard.path}: {size} bytes, but the manifest says {shard.bytes}; restore it or shard again")
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or shard again") from None
+    if size != expected:
+        raise UserError(f"{path}: {size} bytes, but the manifest says {expected}; restore it or shard again")
 
 
-def _require_fit(index: ShardIndex, path: Path, entry: dict, contigs: int) -> None:
-    samples, runs = index.samples, index.runs
-    fits = (
-        len(samples) == entry["samples"]
-        and np.all(samples["offset"] + samples["length"] <= entry["bytes"])
-        and np.all(samples["contig"] < contigs)
-        and np.all(samples["strand"] <= 1)
-        and np.all(runs["sample"] < len(samples))
-        and np.all(runs["start"].astype(np.int64) + runs["length"] <= samples["length"][runs["sample"]])
-    )
-    if not fits:
-        raise UserError(f"{path}: the index does not describe {entry['name']}; restore it or shard again")
-
-
-def _one_row_per_window(samples: np.ndarray) -> np.ndarray:
-    """Rows of `samples` that name each window once, the forward strand where both are stored, in tar order."""
-    order = np.lexsort((samples["strand"], samples["length"], samples["start"], samples["contig"]))
-    place = samples[["contig", "start", "length"]][order]
-    first = np.ones(len(order), bool)
-    first[1:] = place[1:] != place[:-1]
-    return np.sort(order[first])
-
-
-def _forward_runs(samples: np.ndarray, runs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The runs of the chosen rows, renumbered and in forward coordinates."""
-    window_of_sample = np.full(len(samples), -1, np.int64)
-    window_of_sample[rows] = np.arange(len(rows))
-    runs = runs[window_of_sample[runs["window"]] >= 0]
-    sample = samples[runs["window"]]
-    mirrored = sample["length"] - runs["start"] - runs["length"]
-    runs["start"] = np.where(sample["strand"] == 1, mirrored, runs["start"])
-    runs["window"] = window_of_sample[runs["window"]]
-    return runs
+def _require_sizes(folder: Path, entries: list[dict]) -> None:
+    for entry in entries:
+        _require_size(f"{folder}/{entry['name']}", entry["bytes"])

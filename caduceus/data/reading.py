@@ -104,7 +104,7 @@ class SampleReader:
 
     def _describe_with_padding(self, sample: np.void) -> dict[str, Any]:
         window = self._crops.windows[sample["window"]]
-        source = self._dataset.sources[self._crops.window_source[sample["window"]]]
+        source = self._dataset.sources[int(self._crops.source_of(sample["window"]))]
         start = int(window["start"]) + int(sample["begin"])
         return {
             "species": source.species,

@@ -33,14 +33,11 @@ class Followed:
         run = RunDirectory.open(path)
         config = run.config()
         self.view = View(run, path.resolve().name, config.train.steps, config.valid.every)
-        self._follower = Follower(run.metrics_path)
+        self._follower = Follower(run.metrics_path, self.view.recall)
 
     def poll(self) -> None:
         """Take in what was added since the last time."""
-        rows = self._follower.poll()
-        if self._follower.restarted:
-            self.view.reset()
-        for row in rows:
+        for row in self._follower.poll():
             self.view.take(row)
         self.view.look()
 

@@ -2,35 +2,51 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+_CHECKED = 256
+"""Bytes before the place up to which a file was read that tell whether it was cut off and written on meanwhile."""
 
 
 class Follower:
-    """Reads the rows that are added to a file of JSON lines, also when the file is replaced by a shorter one."""
+    """Reads the rows that are added to a file of JSON lines, also when it is cut off and written on, or replaced.
 
-    def __init__(self, path: Path) -> None:
+    begin: the byte, at the start of a line, where reading begins, asked when the file is first there and whenever its
+    rows change; by default its start.
+    """
+
+    def __init__(self, path: Path, begin: Callable[[], int] = lambda: 0) -> None:
         self._path = path
+        self._begin = begin
         self._inode: int | None = None
         self._offset = 0
+        self._before = b""
         self.restarted = False
-        """Whether the last poll began at the file's start: all rows come again."""
+        """Whether the last poll began anew: rows told before may have been dropped or come again."""
 
     def poll(self) -> list[dict[str, Any]]:
         """The rows since the last poll. A last line that is not whole yet waits for its end."""
         self.restarted = False
         try:
             with self._path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._inode, self._offset, self.restarted = status.st_ino, 0, True
+                if os.fstat(file.fileno()).st_ino != self._inode or self._tail(file) != self._before:
+                    self._inode, self._offset, self.restarted = os.fstat(file.fileno()).st_ino, self._begin(), True
                 file.seek(self._offset)
                 content = file.read()
+                whole, newline, _ = content.rpartition(b"\n")
+                self._offset += len(whole) + len(newline)
+                self._before = self._tail(file)
         except OSError:
             return []
-        whole, newline, _ = content.rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
         return [row for row in map(_parsed, whole.split(b"\n")) if row is not None]
+
+    def _tail(self, file: BinaryIO) -> bytes:
+        """What stands before the place up to which the file was read."""
+        begin = max(0, self._offset - _CHECKED)
+        file.seek(begin)
+        return file.read(self._offset - begin)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

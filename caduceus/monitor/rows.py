@@ -12,7 +12,7 @@ from typing import Any
 from caduceus.config import Config
 from caduceus.monitor.report.write import report_of_finished
 from caduceus.monitor.terminal import Terminal
-from caduceus.monitor.view import View, clock
+from caduceus.monitor.view import BEST, View, clock
 from caduceus.monitor.wandb.identity import status
 from caduceus.monitor.wandb.process import WandbProcess
 from caduceus.monitor.windows import Drawing
@@ -83,7 +83,7 @@ class Monitor:
             return
         if windows:
             self._drawing.keep(row["step"], list(windows))
-        self._record(row)
+        self._record({**row, **self._best(row)})
         species = [f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("valid_loss/")]
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
         self._terminal.tell_validation(f"step {row['step']:,}  valid loss {row['valid_loss']:.4f}{detail}")
@@ -96,14 +96,18 @@ class Monitor:
         record_event(self._run.path, "rewind", step, after=self._view.step)
         self._run.truncate_metrics(step)
         self._file = self._run.metrics_path.open("ab", buffering=0)
-        self._view.reset()
         self._recall()
 
     def _recall(self) -> None:
         """Show again what earlier starts had come to."""
-        for row in self._run.metrics():
-            self._view.take(row)
+        self._view.recall()
         self._view.begin_start()
+
+    def _best(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The best validation up to and with this one, which the next start finds without reading all rows."""
+        before, loss = self._view.best_valid, row["valid_loss"]
+        best = (row["step"], loss) if math.isfinite(loss) and (before is None or loss < before[1]) else before
+        return {} if best is None else {"best_step": best[0], BEST: best[1]}
 
     def _record(self, row: dict[str, Any]) -> None:
         # JSON knows no NaN.

@@ -6,12 +6,15 @@ from statistics import fmean, median
 from typing import Any
 
 from caduceus.run.directory import RunDirectory
+from caduceus.run.rows import lines_from_end
 
 RECENT_STEPS = 50
 """Steps over which rates, and the trend of the loss, are taken."""
 WARM_UP_STEPS = 2
 """First steps of a start, which compile and warm up: rates leave them out as soon as there are others."""
 _LOOK_SECONDS = 5.0
+BEST = "best_valid_loss"
+"""In a row of a validation: the least loss of a validation so far, of step `best_step`."""
 
 
 class View:
@@ -41,6 +44,19 @@ class View:
         self._before: float | None = None
         self._steps_seen = 0
 
+    def recall(self) -> int:
+        """Show what metrics.jsonl has, from its last rows alone; returns the byte up to which it was read."""
+        self.reset()
+        newest = next(lines_from_end(self._run.metrics_path), None)
+        if newest is None:
+            return 0
+        validations = self._run.newest_metrics("valid_loss", 1, newest.end)
+        if validations and BEST not in validations[0]:  # by an earlier version: only all of them tell the best
+            validations = [line.row for line in lines_from_end(self._run.metrics_path, "valid_loss", newest.end)][::-1]
+        for row in [*validations, *self._run.newest_metrics("loss", 2 * RECENT_STEPS, newest.end)]:
+            self.take(row)
+        return newest.end
+
     def begin_start(self) -> None:
         """A start begins: its first steps are slow."""
         self._steps_seen, self._before = 0, None
@@ -68,6 +84,8 @@ class View:
             self.valid = (row["step"], row["valid_loss"])
             if self.best_valid is None or row["valid_loss"] < self.best_valid[1]:
                 self.best_valid = self.valid
+        if row.get(BEST) is not None:
+            self.best_valid = (row["best_step"], row[BEST])
         if now is not None and self._before is not None:
             self._validation_seconds.append(now - self._before)
             self._before = now

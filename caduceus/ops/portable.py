@@ -136,6 +136,7 @@ def _refuse(context: Context | None, starts: Tensor | None) -> None:
         raise ValueError("packed or shared sequences are for the package caduceus, not for the code of an export")
 
 
+@torch.compiler.disable  # which would write every step into its graph
 def _scan(
     u: Tensor,
     dt: Tensor,

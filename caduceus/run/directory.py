@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,9 @@ from caduceus.files import dump_json, read_json_lines, sync, write_atomically
 from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
 from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
+from caduceus.run.rows import cut_after, newest_rows
 
+_STEPS = re.compile(r"^train:\n(?:  .*\n)*?  steps: (\d+)\n", re.MULTILINE)
 OPTIMIZER_STATE = ("train.optimizer", "train.lr_scale", "train.ema")
 """Keys that fix what a checkpoint holds of the optimizer."""
 
@@ -100,6 +103,11 @@ class RunDirectory:
 
     def config(self) -> Config:
         return load_config(self.config_path)
+
+    def steps(self) -> int:
+        """`train.steps` of the run's configuration, of which nothing else is read where a run wrote it."""
+        found = _STEPS.search(self.config_path.read_text())
+        return int(found[1]) if found else self.config().train.steps
 
     def release(self) -> None:
         """Let another process train in this directory."""
@@ -217,10 +225,16 @@ class RunDirectory:
         """All rows of metrics.jsonl; a line cut off by a kill or a full disk is left out."""
         return read_json_lines(self.metrics_path)
 
+    def newest_metrics(self, key: str, count: int = 1, end: int | None = None) -> list[dict[str, Any]]:
+        """The newest rows of metrics.jsonl that have `key`, oldest first, as far as they are near its end.
+
+        `end`: of the rows that end at this byte or before.
+        """
+        return newest_rows(self.metrics_path, key, count, end)
+
     def truncate_metrics(self, step: int) -> None:
         """Drop rows after `step`: they are about to be made again."""
-        rows = [row for row in self.metrics() if row["step"] <= step]
-        write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        cut_after(self.metrics_path, step)
 
     def write_provenance(self, facts: dict[str, Any]) -> None:
         """Add this start to provenance.json: code, packages, host and the given facts."""

@@ -16,7 +16,7 @@ from data_prep.write.directory import locked, read_part, write_manifest
 
 
 def rebuild_index(directory: Path) -> dict[str, Any]:
-    """Write the index of every tar of a dataset anew; returns the manifest.
+    """Write the index of every tar of a dataset anew, and its tables; returns the manifest.
 
     A species that has lost its part of the manifest gets one that says what its tars hold: the genome file and the
     plan stay unknown.
@@ -29,7 +29,7 @@ def rebuild_index(directory: Path) -> dict[str, Any]:
     with locked(directory):
         for folder in folders:
             rebuild_species(folder)
-        return write_manifest(directory)
+        return write_manifest(directory, anew=True)
 
 
 def rebuild_species(folder: Path) -> None:

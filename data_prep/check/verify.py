@@ -17,6 +17,7 @@ from data_prep.plan.line import GenomeLine
 from data_prep.progress import Progress, note
 from data_prep.workers import Workers
 from data_prep.write.directory import read_part, shard_rows
+from data_prep.write.window_tables import table_problems
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def verify(directory: Path, workers: int) -> int:
             tables[number] = table
             progress.add(tasks[number].shard["bytes"])
     if not problems:
+        problems += table_problems(directory, manifest)
         problems += coverage_problems(manifest, tasks, [tables[number] for number in range(len(tasks))])
     for problem in problems:
         print(f"damaged: {problem}", file=sys.stderr)

@@ -23,6 +23,7 @@ from caduceus.files import (
 from data_prep.plan.options import PlanOptions
 from data_prep.progress import note
 from data_prep.write.report import write_report
+from data_prep.write.window_tables import known_tables, remove_other_tables, window_tables
 
 LOCK = ".lock"
 JOURNAL = ".unfinished.jsonl"
@@ -189,7 +190,7 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
         return
     if not directory.is_dir():
         raise UserError(f"{directory}: is not a directory; choose another --out")
-    present = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
+    present = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".") and path.suffix != ".npy"]
     species = {path.name for path in present if (path / "species.json").exists() or (path / JOURNAL).exists()}
     foreign = [path.name for path in present if path.name not in species | {"manifest.json", "report.html", *names}]
     if foreign and not species:
@@ -205,14 +206,25 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
         )
 
 
-def write_manifest(directory: Path) -> dict[str, Any]:
-    """Write `report.html` and, last, `manifest.json` over all finished species of a directory."""
-    manifest = build_manifest([read_part(path) for path in sorted(directory.glob("*/species.json"))])
+def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
+    """Write tables, `report.html` and, last, `manifest.json` over all finished species of a directory.
+
+    Tables that are there are kept, unless `anew`.
+    """
     path = directory / "manifest.json"
-    content = dump_json(manifest)
-    if not path.exists() or path.read_bytes() != content or not (directory / "report.html").exists():
+    parts = [read_part(part) for part in sorted(directory.glob("*/species.json"))]
+    manifest = build_manifest(parts)
+    before: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        before = json.loads(path.read_bytes())
+    tables = None if anew else known_tables(directory, before, manifest["fingerprint"])
+    if tables is None:
+        tables = window_tables(directory, manifest)
+    manifest = build_manifest(parts, tables)
+    if before != manifest or not (directory / "report.html").exists():
         write_report(directory, manifest)
-        write_atomically(path, content)
+        write_atomically(path, dump_json(manifest))
+    remove_other_tables(directory, tables)
     return load_manifest(directory)
 
 

@@ -11,7 +11,7 @@ import webdataset
 
 from caduceus.data import ShardedGenome
 from caduceus.data.cache import Shard
-from caduceus.data.format import FORMAT, FORMAT_VERSION, build_manifest
+from caduceus.data.format import FORMAT, INDEX_VERSION, build_manifest
 from caduceus.data.shard_files import MAX_OPEN_FILES, ShardFiles
 from caduceus.errors import UserError
 from caduceus.files import dump_json, fingerprint
@@ -198,7 +198,7 @@ def test_a_manifest_with_missing_parts_is_refused(damaged: Path) -> None:
 
 
 def _manifest_of(species: list[dict]) -> dict:
-    manifest = {"format": FORMAT, "version": FORMAT_VERSION, "species": species}
+    manifest = {"format": FORMAT, "version": INDEX_VERSION, "species": species}
     return {**manifest, "fingerprint": fingerprint(manifest)}
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from caduceus.config import Config, RunConfig
 from caduceus.errors import UserError
+from caduceus.monitor.wandb.identity import Identity, Status, keep_identity, keep_status
 from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.history import Submission, record_submission
-from launch.runs import find_runs, summary
+from launch.listing import list_runs
 from launch.status import overview
 from tests.conftest import REPOSITORY
 from tests.launch.test_history import add_checkpoint
@@ -27,6 +28,14 @@ def run(tmp_path) -> RunDirectory:
     run = RunDirectory.create_or_resume(Config(run=RunConfig(dir=str(tmp_path / "runs" / "good"), name="good")))
     run.release()
     return run
+
+
+def test_the_table_of_runs_has_their_addresses_in_wandb(run):
+    assert list_runs(run.path.parent).splitlines()[-1].endswith(" -")
+    keep_identity(run.path, Identity("abc"))  # makes the folder
+    keep_status(run.path, Status("online", 2, url="https://wandb.example/lab/genomes/runs/abc"))
+    heads, *_, row = list_runs(run.path.parent).splitlines()
+    assert heads.endswith("W&B") and row.endswith("https://wandb.example/lab/genomes/runs/abc")
 
 
 def test_a_cut_line_of_the_metrics_is_passed_over(run):
@@ -86,7 +95,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(run, steer, text, ca
     broken = run.path.with_name("broken")
     shutil.copytree(run.path, broken)
     (broken / "submissions.json").write_text(text)
-    _, first, second = summary(find_runs(run.path.parent)).splitlines()
+    _, first, second = list_runs(run.path.parent).splitlines()
     assert first.split()[:2] == [str(broken), "unreadable"] and second.split()[:2] == [str(run.path), "new"]
     assert "broken/submissions.json: cannot be read" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"submissions\.json: cannot be read"):

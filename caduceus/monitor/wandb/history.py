@@ -28,6 +28,8 @@ def wandb_name(key: str) -> str:
         return key
     if key.startswith("valid_"):
         return key.replace("_", "/", 1)
+    if key in ("best_step", "best_valid_loss"):
+        return f"valid/{key.replace('valid_', '')}"
     if key == "grad_norm":  # of all; those of the kinds of parameters are many
         return "train/grad_norm"
     return f"{_SPACE_OF.get(key.partition('/')[0], 'perf')}/{key}"

@@ -1,13 +1,19 @@
 """What was given to W&B's client: RUN/wandb/sent.jsonl, a short row per step, by which a step made again is told."""
 
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from caduceus.files import append_json_line, read_json_lines, write_atomically
+from caduceus.files import append_json_line
 from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
 from caduceus.run.directory import RunDirectory
+from caduceus.run.rows import Line, cut_after, lines_from_end
+
+_SURE = 100
+"""So many steps one after the other that are bit for bit those sent: before them nothing was made again."""
+_HELD = 20_000
+"""Steps held in memory at most; others are read from the file again when they are asked for."""
 
 
 class StaleError(Exception):
@@ -20,21 +26,72 @@ class Journal:
     def __init__(self, path: Path, last: int) -> None:
         """What of the journal W&B has: its steps up to `last`, as W&B itself tells."""
         self._path = path
-        self.steps: dict[int, dict[str, Any]] = {row["step"]: row for row in read_json_lines(path)}
+        self._read_anew()
         self.last = last
-        if any(step > last for step in self.steps):
+        newest = next(lines_from_end(path), None)
+        if newest is not None and newest.row["step"] > last:
             self.drop_after(last)
 
+    def sent(self, step: int) -> dict[str, Any] | None:
+        """What was sent of a step; None where W&B lacks it, or the journal does not tell."""
+        while self._oldest > step and (line := next(self._older, None)) is not None:
+            self._oldest = line.row["step"]
+            self._steps[self._oldest] = line.row
+        return self._steps.get(step)
+
     def add(self, row: dict[str, Any]) -> None:
-        self.steps[row["step"]] = row
-        self.last = row["step"]
         append_json_line(self._path, row)
+        self._steps[row["step"]] = row
+        self.last = row["step"]
+        if len(self._steps) > _HELD:
+            self._read_anew()
 
     def drop_after(self, step: int) -> None:
         """Forget later steps: W&B does not have them."""
-        self.steps = {number: row for number, row in self.steps.items() if number <= step}
+        cut_after(self._path, step)
+        self._read_anew()
         self.last = min(self.last, step)
-        write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in self.steps.values()).encode())
+
+    def first_unsent(self, metrics: Path) -> int:
+        """The byte of metrics.jsonl from which rows may have to be sent, or may have been made again since.
+
+        Found from the end: a start pays for what is new.
+        """
+        if next(lines_from_end(self._path), None) is None:
+            return 0
+        same = 0
+        for step, begin, row in _steps_from_end(metrics):
+            sent = self.sent(step)
+            if sent is None:  # not sent yet, or left out by `wandb.log_every`
+                continue
+            same = same + 1 if sent == essence(row) else 0
+            if same == _SURE:
+                return begin
+        return 0
+
+    def _read_anew(self) -> None:
+        self._steps: dict[int, dict[str, Any]] = {}
+        self._older: Iterator[Line] = lines_from_end(self._path)
+        self._oldest = math.inf
+
+
+def _steps_from_end(metrics: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(step, byte where its first row begins, its rows put together) of each step, the newest first."""
+    rows: list[Line] = []
+    for line in lines_from_end(metrics):
+        if rows and line.row["step"] != rows[-1].row["step"]:
+            yield _together(rows)
+            rows = []
+        rows.append(line)
+    if rows:
+        yield _together(rows)
+
+
+def _together(rows: list[Line]) -> tuple[int, int, dict[str, Any]]:
+    whole: dict[str, Any] = {}
+    for line in reversed(rows):
+        whole |= line.row
+    return whole["step"], rows[-1].begin, whole
 
 
 def send(begun: Any, journal: Journal, row: dict[str, Any], markers: Callable[[int], dict[str, Any]]) -> None:
@@ -46,13 +103,13 @@ def send(begun: Any, journal: Journal, row: dict[str, Any], markers: Callable[[i
     if step > journal.last:
         begun.log({**wandb_row(row), **markers(step)}, step)
         journal.add(essence(row))
-    elif (sent := journal.steps.get(step)) is not None and not is_same_step(sent, row):
+    elif (sent := journal.sent(step)) is not None and not is_same_step(sent, row):
         raise StaleError(step - 1)
 
 
 def newest_step(run: RunDirectory) -> int:
-    rows = run.metrics()
-    return rows[-1]["step"] if rows else 0
+    newest = run.newest_metrics("step")
+    return newest[-1]["step"] if newest else 0
 
 
 def is_whole(run: RunDirectory, step: int, end: dict[str, Any], steps: int) -> bool:

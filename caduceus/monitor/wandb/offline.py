@@ -25,18 +25,23 @@ def run_files(directory: Path, run_id: str) -> list[Path]:
 
 
 def last_step(directory: Path, run_id: str) -> int:
-    """The newest step in a run's offline files; 0 where there is none."""
-    files = run_files(directory, run_id)
-    return max((step_of(record) for path in files for record in read_records(path)), default=0)
+    """The newest step in a run's offline files; 0 where there is none.
+
+    The newest file with a step has it: each start goes on where those before it ended.
+    """
+    newest = (max(map(step_of, read_records(path)), default=0) for path in reversed(run_files(directory, run_id)))
+    return next(filter(None, newest), 0)
 
 
 def drop_steps_after(directory: Path, run_id: str, step: int) -> None:
     """Take the history of later steps out of a run's offline files; all else in them stays."""
-    for path in run_files(directory, run_id):
+    for path in reversed(run_files(directory, run_id)):
         records = list(read_records(path))
         kept = [record for record in records if step_of(record) <= step]
         if len(kept) < len(records):
             write_records(path, kept)
+        if any(map(step_of, kept)):
+            return  # the files before it hold earlier steps
 
 
 def step_of(record: Record) -> int:

@@ -142,7 +142,7 @@ def sync(run: RunDirectory) -> int:
         (run.path / "wandb").mkdir()
     except BlockingIOError:
         raise UserError(f"{run.path}: its rows are being sent already; see {run.path}/wandb/status.json") from None
-    if not run.metrics():
+    if not run.newest_metrics("step"):
         raise UserError(f"{run.path}: has no rows to send yet")
     temporary = _temporary_directory(run.path)
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed

@@ -171,7 +171,8 @@ class Sender:
             return None
 
     def _follow(self, begun: Any, journal: Journal, server: Any, server_step: Any) -> None:
-        follower, held, looked, pause = Follower(self._run.metrics_path), {}, time.monotonic(), _FIRST_PAUSE
+        follower = Follower(self._run.metrics_path, lambda: journal.first_unsent(self._run.metrics_path))
+        held, looked, pause = {}, time.monotonic(), _FIRST_PAUSE
         seen, moved = journal.last, time.monotonic()
         happenings = Happenings(self._run.path, journal.last, self._since)
         alert, every = begun.alert if self._config.wandb.alerts else None, self._config.wandb.log_every

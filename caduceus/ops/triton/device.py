@@ -33,9 +33,9 @@ def multiprocessors(device: torch.device) -> int:
 
 def tokens_per_program(runs: int, length: int, channels: int, device: torch.device) -> int:
     """Tokens that a program takes of each of `runs` sequences: many, so that few states and partial sums are kept, but
-    not so many that the chunks of a small batch leave the GPU empty."""
+    not so many that the chunks of a small batch leave the GPU empty, which has room for about four at a time each."""
     programs = runs * triton.cdiv(channels, CHANNELS)
-    enough = 8 * multiprocessors(device)
+    enough = 4 * multiprocessors(device)
     for chunk in (256, 128, 64):
         if programs * triton.cdiv(length, chunk) >= enough:
             return chunk

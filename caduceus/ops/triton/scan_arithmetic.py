@@ -47,6 +47,17 @@ def load(ptr, mask):
 
 
 @triton.jit
+def load_turn(ptr, stride: tl.constexpr, e, mask, COUNT: tl.constexpr):
+    """COUNT tokens of channels e, in their own type. What a turn loads stands before its stores, which would hold it
+    up."""
+    tokens = ()
+    for i in tl.static_range(COUNT):
+        at = ptr + i * stride + e
+        tokens = tokens + (tl.load(at) if mask is None else tl.load(at, mask=mask, other=0.0),)
+    return tokens
+
+
+@triton.jit
 def load_parameter(ptr, d, e, mask, E: tl.constexpr, GIVEN: tl.constexpr):
     """That of direction d, (P, E), for each channel; 0 where there is none."""
     return load(ptr + d * E + e, mask) if GIVEN else tl.zeros([e.shape[0]], tl.float32)
@@ -71,14 +82,6 @@ def zeros(N: tl.constexpr, BLOCK: tl.constexpr):
     vectors = ()
     for _ in tl.static_range(N):
         vectors = vectors + (tl.zeros([BLOCK], tl.float32),)
-    return vectors
-
-
-@triton.jit
-def ones(N: tl.constexpr, BLOCK: tl.constexpr):
-    vectors = ()
-    for _ in tl.static_range(N):
-        vectors = vectors + (tl.full([BLOCK], 1.0, tl.float32),)
     return vectors
 
 
@@ -118,22 +121,6 @@ def advance(h, A, decay_time, dtu, B_ptr, N: tl.constexpr):
     for n in tl.static_range(N):
         advanced = advanced + (tl.exp2(decay_time * A[n]) * h[n] + dtu * B[n],)
     return advanced
-
-
-@triton.jit
-def advance_and_trace(h, product, adjoint, A, decay_time, dtu, dy, B_ptr, C_ptr, y, N: tl.constexpr):
-    """`advance` and `project`, and the adjoint of the state that the steps began with: each adds what comes back from
-    its output, C dy, through the product of all decays up to it."""
-    B = load_floats(B_ptr, N)
-    C = load_floats(C_ptr, N)
-    advanced, products, adjoints = (), (), ()
-    for n in tl.static_range(N):
-        decay = tl.exp2(decay_time * A[n])
-        advanced = advanced + (decay * h[n] + dtu * B[n],)
-        products = products + (decay * product[n],)
-        adjoints = adjoints + (adjoint[n] + products[n] * (dy * C[n]),)
-        y += advanced[n] * C[n]
-    return advanced, products, adjoints, y
 
 
 @triton.jit

@@ -4,7 +4,7 @@ A *row* is one (direction, stream, batch element). It is cut into chunks of chun
 
     forward   chunk_state    each chunk from a zero state: its end state and the sum of its dt
               chunk_carry    across chunks: decay over a chunk is exp(A · sum dt), so this is one step per chunk
-              scan_forward   each chunk from its true initial state: the outputs
+              scan_forward   each chunk from its true initial state: the outputs, or what the way back needs of them
 
 The way back is in scan_adjoint_kernels.py. Tensors are contiguous and E is compiled in, as is the direction where loops
 are unrolled, so that the next token is at a constant offset. Offsets of rows and tokens are products in int64, so no
@@ -17,9 +17,10 @@ import triton.language as tl
 
 from caduceus.ops.triton.device import SIZES
 from caduceus.ops.triton.scan_arithmetic import (
+    LOG2E,
     advance,
-    load,
     load_parameter,
+    load_turn,
     load_vectors,
     project,
     silu,
@@ -50,17 +51,19 @@ def _add_up_chunk(
     UNROLL: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    STAGES: tl.constexpr,
     mask,
 ):
     step = 1 - 2 * rev
     h = zeros(N, BLOCK)
     sum_dt = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, length, UNROLL):
+    for _ in tl.range(0, length, UNROLL, num_stages=STAGES):
+        us = load_turn(u_ptr, step * E, 0, mask, UNROLL)
+        xs = load_turn(dt_ptr, step * E, 0, mask, UNROLL)
         for i in tl.static_range(UNROLL):
-            u = load(u_ptr + i * step * E, mask)
-            dt = step_size(load(dt_ptr + i * step * E, mask), bias, SOFTPLUS)
+            dt = step_size(xs[i], bias, SOFTPLUS)
             decay_time = time_of_decay(dt, starts_ptr, t + i * step + rev, L, HAS_STARTS)
-            h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
+            h = advance(h, A, decay_time, dt * us[i].to(tl.float32), B_ptr + i * step * N, N)
             sum_dt += decay_time
         t += UNROLL * step
         u_ptr += UNROLL * step * E
@@ -93,6 +96,7 @@ def chunk_state_kernel(
     SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """State (rows, chunks, N, E) at the end of each chunk begun from zero, and sum dt (rows, chunks, E)."""
     item = tl.program_id(0).to(tl.int64)
@@ -116,11 +120,11 @@ def chunk_state_kernel(
     # Where a turn of the loop takes several tokens, each direction has its own, in which their offsets are constants.
     operands = (u_at, dt_at, B_at, starts_at, state_at, sum_dt_at, A, bias, t, length, L)
     if UNROLL == 1:
-        _add_up_chunk(*operands, rev, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, mask=mask)
+        _add_up_chunk(*operands, rev, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, STAGES, mask=mask)
     elif rev == 1:
-        _add_up_chunk(*operands, 1, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, mask=mask)
+        _add_up_chunk(*operands, 1, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, STAGES, mask=mask)
     else:
-        _add_up_chunk(*operands, 0, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, mask=mask)
+        _add_up_chunk(*operands, 0, E, N, BLOCK, UNROLL, SOFTPLUS, HAS_STARTS, STAGES, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -173,12 +177,13 @@ def chunk_carry_kernel(
 
 
 @triton.jit
-def _scan_chunk(
+def _scan_turn(
     u_ptr,
     dt_ptr,
     B_ptr,
     C_ptr,
     z_ptr,
+    dout_ptr,
     starts_ptr,
     out_ptr,
     h,
@@ -187,41 +192,177 @@ def _scan_chunk(
     bias,
     e,
     t,
-    length,
     L,
-    adds,
-    gates,
     rev,
     E: tl.constexpr,
     N: tl.constexpr,
     UNROLL: tl.constexpr,
+    ADDS: tl.constexpr,
+    GATES: tl.constexpr,
+    KEEPS: tl.constexpr,
     HAS_Z: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     mask,
 ):
-    """Where it `adds`, to what is in out; where it `gates`, the sum is final."""
+    """The state after UNROLL tokens, whose outputs are stored; dz instead where the chunk KEEPS states."""
     step = 1 - 2 * rev
-    for _ in range(0, length, UNROLL):
-        for i in tl.static_range(UNROLL):
-            at = i * step * E + e
-            u = load(u_ptr + at, mask)
-            dt = step_size(load(dt_ptr + at, mask), bias, SOFTPLUS)
-            decay_time = time_of_decay(dt, starts_ptr, t + i * step + rev, L, HAS_STARTS)
-            h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
+    us = load_turn(u_ptr, step * E, e, mask, UNROLL)
+    xs = load_turn(dt_ptr, step * E, e, mask, UNROLL)
+    if ADDS and (HAS_Z or not KEEPS):
+        ys = load_turn(out_ptr, step * E, e, mask, UNROLL)
+    if GATES and HAS_Z:
+        zs = load_turn(z_ptr, step * E, e, mask, UNROLL)
+        if KEEPS:
+            douts = load_turn(dout_ptr, step * E, e, mask, UNROLL)
+    for i in tl.static_range(UNROLL):
+        u = us[i].to(tl.float32)
+        dt = step_size(xs[i], bias, SOFTPLUS)
+        decay_time = time_of_decay(dt, starts_ptr, t + i * step + rev, L, HAS_STARTS)
+        h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
+        if HAS_Z or not KEEPS:
             y = project(h, C_ptr + i * step * N, D * u, N)
-            if adds:
-                y += load(out_ptr + at, mask)
-            if HAS_Z and gates:
-                y *= silu(load(z_ptr + at, mask))
-            tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
-        t += UNROLL * step
-        u_ptr += UNROLL * step * E
-        dt_ptr += UNROLL * step * E
-        B_ptr += UNROLL * step * N
-        C_ptr += UNROLL * step * N
-        z_ptr += UNROLL * step * E
-        out_ptr += UNROLL * step * E
+            if ADDS:
+                y += ys[i].to(tl.float32)
+            if GATES and HAS_Z:
+                z = zs[i].to(tl.float32)
+                if KEEPS:
+                    gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+                    y *= douts[i].to(tl.float32) * gate * (1.0 + z * (1.0 - gate))
+                else:
+                    y *= silu(z)
+            tl.store(out_ptr + i * step * E + e, y.to(out_ptr.dtype.element_ty), mask=mask)
+    return h
+
+
+@triton.jit
+def _scan_chunk(
+    u_ptr,
+    dt_ptr,
+    B_ptr,
+    C_ptr,
+    z_ptr,
+    dout_ptr,
+    starts_ptr,
+    out_ptr,
+    kept_ptr,
+    h,
+    A,
+    D,
+    bias,
+    e,
+    t,
+    length,
+    L,
+    rev,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    T: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ADDS: tl.constexpr,
+    GATES: tl.constexpr,
+    KEEPS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    mask,
+):
+    """Where it ADDS, to what is in out; where it GATES, the sum is final."""
+    step = 1 - 2 * rev
+    for k0 in range(0, length, T):
+        if KEEPS:
+            store_vectors(kept_ptr + e, E, h, mask, N)
+            kept_ptr += N * E
+        for _ in range(0, tl.minimum(length - k0, T), UNROLL):
+            h = _scan_turn(
+                *(u_ptr, dt_ptr, B_ptr, C_ptr, z_ptr, dout_ptr, starts_ptr, out_ptr, h, A, D, bias, e, t, L, rev),
+                *(E, N, UNROLL, ADDS, GATES, KEEPS, HAS_Z, SOFTPLUS, HAS_STARTS),
+                mask=mask,
+            )
+            t += UNROLL * step
+            u_ptr += UNROLL * step * E
+            dt_ptr += UNROLL * step * E
+            B_ptr += UNROLL * step * N
+            C_ptr += UNROLL * step * N
+            z_ptr += UNROLL * step * E
+            dout_ptr += UNROLL * step * E
+            out_ptr += UNROLL * step * E
+
+
+@triton.jit
+def scan_item(
+    u_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    starts_ptr,
+    dout_ptr,
+    state_ptr,
+    out_ptr,
+    kept_ptr,
+    item0,
+    S,
+    batch,
+    L,
+    n_chunks,
+    chunk_size,
+    reverse,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    UNROLL: tl.constexpr,
+    KEEPS: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """One chunk of one stream in both directions: the first one's partial sum waits in `out` while it is in cache.
+
+    Left-to-right comes first: what adds and gates is known to the compiler, and no load waits behind a branch.
+    """
+    local = tl.program_id(0).to(tl.int64)
+    n_items = tl.num_programs(0)
+    item = item0 + local
+    chunk, sb = item % n_chunks, item // n_chunks
+    b, s = sb % batch, sb // batch
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = None if E % BLOCK == 0 else e < E
+    begin = chunk * chunk_size
+    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
+    starts_at = starts_ptr + b * L
+    for rev in tl.static_range(2):
+        d = (rev + s + reverse) % 2
+        if P == 2 or d < P:
+            row = d * S * batch + sb
+            t = begin + rev * (length - 1)
+            A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
+            bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
+            D = load_parameter(D_ptr, d, e, mask, E, HAS_D)
+            h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
+            at = (row * L + t) * E
+            out_at = (sb * L + t) * E
+            BC_at = (row * L + t) * N
+            kept_at = kept_ptr + (d * n_items + local) * (chunk_size // T) * N * E
+            _scan_chunk(
+                *(u_ptr + at, dt_ptr + at, B_ptr + BC_at, C_ptr + BC_at, z_ptr + out_at, dout_ptr + out_at, starts_at),
+                *(out_ptr + out_at, kept_at, h, A, D, bias, e, t, length, L, rev, E, N, T, UNROLL),
+                *(P == 2 and rev == 1, P == 1 or rev == 1, KEEPS, HAS_Z, SOFTPLUS, HAS_STARTS),
+                mask=mask,
+            )
+        if rev == 0:  # threads may have other channels where they load than where they store
+            tl.debug_barrier()
+
+
+ALL = tl.constexpr(2**30)
+"""More tokens than a chunk has."""
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -254,39 +395,23 @@ def scan_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
-    """out (S·batch, L, E): the sum over directions of the scan of each chunk from its true state, gated by silu(z).
-
-    A program takes one chunk of one stream in both directions, so that the first direction's partial sum waits in
-    `out` while it is still in cache.
-    """
-    item = tl.program_id(0).to(tl.int64)
-    chunk, sb = item % n_chunks, item // n_chunks
-    b, s = sb % batch, sb // batch
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = None if E % BLOCK == 0 else e < E
-    begin = chunk * chunk_size
-    length = tl.minimum(L - begin, chunk_size).to(tl.int32)
-    starts_at = starts_ptr + b * L
-    for d in range(P):
-        row = d * S * batch + sb
-        rev = ((d + s + reverse) % 2).to(tl.int32)
-        t = tl.where(rev == 1, begin + length - 1, begin)
-        A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
-        bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
-        D = load_parameter(D_ptr, d, e, mask, E, HAS_D)
-        h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
-        u_at = u_ptr + (row * L + t) * E
-        dt_at = dt_ptr + (row * L + t) * E
-        B_at = B_ptr + (row * L + t) * N
-        C_at = C_ptr + (row * L + t) * N
-        z_at = z_ptr + (sb * L + t) * E
-        out_at = out_ptr + (sb * L + t) * E
-        operands = (u_at, dt_at, B_at, C_at, z_at, starts_at, out_at, h, A, D, bias, e, t, length, L, d > 0, d == P - 1)
-        if UNROLL == 1:
-            _scan_chunk(*operands, rev, E, N, UNROLL, HAS_Z, SOFTPLUS, HAS_STARTS, mask=mask)
-        elif rev == 1:
-            _scan_chunk(*operands, 1, E, N, UNROLL, HAS_Z, SOFTPLUS, HAS_STARTS, mask=mask)
-        else:
-            _scan_chunk(*operands, 0, E, N, UNROLL, HAS_Z, SOFTPLUS, HAS_STARTS, mask=mask)
-        # Threads may have other channels where they load than where they store.
-        tl.debug_barrier()
+    """out (S·batch, L, E): the sum over directions of the scan of each chunk from its true state, gated by silu(z)."""
+    scan_item(
+        *(
+            u_ptr,
+            dt_ptr,
+            A_ptr,
+            B_ptr,
+            C_ptr,
+            D_ptr,
+            z_ptr,
+            bias_ptr,
+            starts_ptr,
+            out_ptr,
+            state_ptr,
+            out_ptr,
+            state_ptr,
+        ),
+        *(0, S, batch, L, n_chunks, chunk_size, reverse, P, E, N, BLOCK, ALL, UNROLL),
+        *(False, SOFTPLUS, HAS_D, HAS_Z, HAS_BIAS, HAS_STARTS),
+    )

@@ -30,6 +30,8 @@ of their loops where it divides the length. More states are work enough, and wha
 WIDE_REGISTERS = 65_536 // (32 * 16)
 """Registers of a thread that let 16 warps share a multiprocessor; two kernels would take some more."""
 UNROLL = 2
+STAGES = 2
+"""Of loops that store nothing that they load, in 16 bits with two channels to a thread: they copy a turn ahead."""
 REPLAY_BYTES = 2**31
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
 
@@ -76,9 +78,9 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty for what is not given."""
     scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk)
-    adjoints, replayed = scan.adjoints(dy, states)
+    adjoints = scan.adjoints(dy)
     dinitial_state = scan.carry(adjoints, sum_dt, dfinal_state, descending=True)
-    return (*scan.gradients(dy, states, adjoints, replayed), dinitial_state)
+    return (*scan.gradients(dy, states, adjoints), dinitial_state)
 
 
 class ScanKernels:
@@ -113,6 +115,7 @@ class ScanKernels:
             self.wide_options["UNROLL"] = math.gcd(self.length, UNROLL)
             self.bounds["maxnreg"] = WIDE_REGISTERS
         self.wide_blocks = triton.cdiv(self.E, wide)
+        self.stages = STAGES if self.N <= WIDE_STATES else 1
         self.tile = {"N": self.N, "BLOCK": triton.next_power_of_2(self.N), "T": PIECE, **LAUNCH}
         self.has_D, self.has_z = D is not None, z is not None
 
@@ -130,6 +133,7 @@ class ScanKernels:
                 states,
                 sum_dt,
                 *self._sizes(),
+                STAGES=self.stages,
                 **self.wide_options,
             )
         return states, sum_dt
@@ -138,7 +142,7 @@ class ScanKernels:
         """y (S, B, L, E) from the states before every chunk."""
         out = self.u.new_empty(self.S, self.batch, self.length, self.E)
         with device_of(self.u):
-            kernels.scan_forward_kernel[(self.S * self.batch * self.n_chunks, self.wide_blocks)](
+            kernels.scan_forward_kernel[(self.items, self.wide_blocks)](
                 *self._operands(),
                 states,
                 out,
@@ -151,19 +155,8 @@ class ScanKernels:
             )
         return out
 
-    def adjoints(self, dy: Tensor, states: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Adjoint of each chunk's initial state by the chunk's own outputs, and what `gradients` need not do again.
-
-        That are the replayed states of all chunks, where there is room for them, with the gradient of z: the same
-        exponentials do for all three.
-        """
-        dy = dy.contiguous()
-        if self.N > WIDE_STATES or self.items > self._segment():
-            return self._chunk_adjoints(dy), None
-        adjoints, dz = self._per_chunk(self.N), self._gate_gradient()
-        return adjoints, (self._replay(0, self.items, dy, states, dz, adjoints), dz)
-
-    def _chunk_adjoints(self, dy: Tensor) -> Tensor:
+    def adjoints(self, dy: Tensor) -> Tensor:
+        """Adjoint of each chunk's initial state by the chunk's own outputs."""
         adjoints = self._per_chunk(self.N)
         with device_of(self.u):
             adjoint_kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.wide_blocks)](
@@ -173,30 +166,28 @@ class ScanKernels:
                 self.z,
                 self.bias,
                 self.starts,
-                dy,
+                dy.contiguous(),
                 adjoints,
                 *self._sizes(),
                 HAS_Z=self.has_z,
+                STAGES=self.stages,
                 **self.wide_options,
             )
         return adjoints
 
-    def gradients(
-        self, dy: Tensor, states: Tensor, adjoints: Tensor, replayed: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, ...]:
+    def gradients(self, dy: Tensor, states: Tensor, adjoints: Tensor) -> tuple[Tensor, ...]:
         """Gradients of u, dt, A, B, C, D, z and dt_bias, from what comes into every chunk; uses `adjoints` up."""
         dy = dy.contiguous()
         segment = self._segment()
-        kept, dz = replayed or (None, self._gate_gradient())
+        dz = self.z.new_empty(self.S * self.batch, self.length, self.E) if self.has_z else self.u
         du, ddt = (t.new_empty(self.rows, self.length, self.E) for t in (self.u, self.dt))
         dA = self._fp32(self.P, self.N, self.E).zero_()
         dD, dbias = (self._fp32(self.P, self.E).zero_() for _ in range(2))
         dB, dC = (t.new_empty(self.rows, self.length, self.N) for t in (self.given[3], self.given[4]))
         for item in range(0, self.items, segment):
             count = min(segment, self.items - item)
-            if replayed is None:
-                kept = pieces = dpieces = None  # two segments at a time would be twice the memory
-                kept = self._replay(item, count, dy, states, dz)
+            kept = pieces = dpieces = None  # two segments at a time would be twice the memory
+            kept = self._replay(item, count, dy, states, dz)
             pieces = self._fp32(self.P, count, self.chunk // PIECE, self.N, 2 * PIECE)
             dpieces = self._fp32(self.blocks, *pieces.shape)
             sum_A, sum_D, sum_bias = (self._fp32(self.P, count, *shape, self.E) for shape in ((self.N,), (), ()))
@@ -216,31 +207,23 @@ class ScanKernels:
         """Chunks whose states are replayed at once."""
         return max(1, REPLAY_BYTES // (4 * self.P * (self.chunk // PIECE) * self.N * self.E))
 
-    def _gate_gradient(self) -> Tensor:
-        return self.z.new_empty(self.S * self.batch, self.length, self.E) if self.has_z else self.u
-
-    def _replay(
-        self, item: int, count: int, dy: Tensor, states: Tensor, dz: Tensor, adjoints: Tensor | None = None
-    ) -> Tensor:
-        """Writes dz, and the adjoints that are given; the states before every PIECE-th token of chunks from item on."""
+    def _replay(self, item: int, count: int, dy: Tensor, states: Tensor, dz: Tensor) -> Tensor:
+        """Writes dz; the states before every PIECE-th token of chunks from item on."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
-        traces = adjoints is not None
-        options, blocks = {**self.wide_options, **self.bounds}, self.wide_blocks
-        if traces:  # three vectors of states of one channel fill a thread's registers
-            options, blocks = {**self.options, "UNROLL": 1}, self.blocks
+        options = {**self.wide_options, **self.bounds}
+        if self.u.dtype == torch.float32:  # registers do not suffice for two tokens
+            options["UNROLL"] = 1
         with device_of(self.u):
-            adjoint_kernels.scan_replay_kernel[(count, blocks)](
+            adjoint_kernels.scan_replay_kernel[(count, self.wide_blocks)](
                 *self._operands(),
                 dy,
                 states,
-                kept,
                 dz,
-                adjoints if traces else dy,
+                kept,
                 item,
                 *self._sizes(),
                 P=self.P,
                 T=PIECE,
-                TRACE=traces,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
                 **options,

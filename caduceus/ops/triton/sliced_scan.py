@@ -25,12 +25,12 @@ class SlicedScan:
         return self._scan.outputs(self._states), (self._states, self._sum_dt)
 
     def initial_gradient(self, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        states, sum_dt = kept
-        self._adjoints, self._replayed = self._scan.adjoints(dy, states)
+        _, sum_dt = kept
+        self._adjoints = self._scan.adjoints(dy)
         return self._scan.carry(self._adjoints.clone(), sum_dt, None, descending=True)
 
     def gradients(self, dy: Tensor, final_gradient: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         states, sum_dt = kept
         self._scan.carry(self._adjoints, sum_dt, final_gradient, descending=True)
-        found = self._scan.gradients(dy, states, self._adjoints, self._replayed)
+        found = self._scan.gradients(dy, states, self._adjoints)
         return tuple(g if given else None for g, given in zip(found, self._given, strict=True))

@@ -37,8 +37,28 @@ def quicken_interpreter() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
+def multiply_bf16() -> None:
+    """Triton 3.9's interpreter holds bf16 as raw bits, and its `dot` multiplies the bits."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    make = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: make(self, widened(a), widened(b), *rest)
+
+
 if INTERPRETING:
+    from tests.ops.interpreted.programs import shuffle_programs
+
     quicken_interpreter()
+    multiply_bf16()
+    shuffle_programs()
 
 
 @pytest.fixture(autouse=True)
