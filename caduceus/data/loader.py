@@ -21,6 +21,7 @@ from caduceus.data.reading import SUBSTITUTES, SampleReader
 from caduceus.data.samples import resolve_strands, validation_samples
 from caduceus.data.shard_samples import ShardSamples
 from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation
+from caduceus.data.tars import Remark
 from caduceus.errors import PeerError, UserError
 from caduceus.files import fingerprint
 
@@ -163,6 +164,8 @@ class TrainLoader:
                 continue
             self._told.add(line)
             log.warning("data: %s", line)
+            if isinstance(line, Remark):
+                continue
             self.substituted += 1
             if self.substituted > self._max_substituted:
                 what = self._samples.substituted_are

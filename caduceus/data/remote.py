@@ -57,8 +57,8 @@ def refuse_commands(addresses: Iterable[str], allowed: bool, key: str) -> None:
     for address in addresses:
         if not allowed and (address.startswith("pipe:") or "::" in address):
             raise UserError(
-                f"{key}: '{address}' runs a command on this machine; if you trust it, give {key} on the command line, "
-                "or data.allow_commands=true"
+                f"{key}: '{address}' runs a command on this machine; if you trust it, give all such addresses on the "
+                "command line (data.path, data.valid_path), or data.allow_commands=true"
             )
 
 

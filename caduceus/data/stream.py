@@ -21,7 +21,7 @@ from caduceus.data.objective import Objective, SampleArrays
 from caduceus.data.order import Purpose, key, permute
 from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.data.samples import SAMPLE_DTYPE, resolve_strands
-from caduceus.data.tars import TarReport, read_members
+from caduceus.data.tars import Remark, TarReport, read_members
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -132,8 +132,8 @@ class StreamValidation:
         crops = crops_of_tars(iter(self._urls), data, notes, tars=len(set(self._urls)))
         self._crops = np.stack(list(itertools.islice(crops, config.valid.samples)))
         crops.close()
-        if notes:
-            raise UserError(f"data.valid_path: {notes[0]}")
+        if damaged := [note for note in notes if not isinstance(note, Remark)]:
+            raise UserError(f"data.valid_path: {damaged[0]}")
         self._objective = Objective(data, config.model.vocabulary, positions, repeats=True)
         self.samples = np.zeros(len(self._crops), SAMPLE_DTYPE)
         self.samples["g"] = np.arange(len(self._crops))
@@ -184,17 +184,27 @@ def crops_of_tars(urls: Iterator[str], data: DataConfig, notes: list[str], tars:
             fruitless.discard(url)
             continue
         fruitless.add(url)
+        if not report.problems:
+            notes.append(Remark(_fruitless(data, report)))
         if len(fruitless) == tars:
             raise UserError(_no_crop(data, report))
 
 
-def _no_crop(data: DataConfig, report: TarReport) -> str:
+def _fruitless(data: DataConfig, report: TarReport) -> str:
+    members = f"members named *.{data.stream_key} (data.stream_key){_other_files(report)}"
+    return f"{report.address}: has no usable crop of {data.seq_len} bases in {members}"
+
+
+def _other_files(report: TarReport) -> str:
     others = ", ".join(f".{extension}" for extension in sorted(report.other_extensions))
-    seen = f"; the files in this one end in {others}" if others else ""
+    return f"; the files in this one end in {others}" if others else ""
+
+
+def _no_crop(data: DataConfig, report: TarReport) -> str:
     problem = f" ({report.line()})" if report.problems else ""
     return (
         f"{report.address}: neither this tar nor any other has a usable crop of {data.seq_len} bases in members named "
-        f"*.{data.stream_key} (data.stream_key){seen}{problem}"
+        f"*.{data.stream_key} (data.stream_key){_other_files(report)}{problem}"
     )
 
 

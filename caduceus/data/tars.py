@@ -27,6 +27,10 @@ _CHUNK = 1 << 20
 _EXTENSIONS_NAMED = 8
 
 
+class Remark(str):
+    """A line about a tar that is told and is no damage."""
+
+
 @dataclass
 class TarReport:
     """What was found in one tar: the kinds of problems, each with how often and where first, and other extensions."""
@@ -196,6 +200,8 @@ class _Decompressed(_Forward):
     def _piece(self, size: int) -> bytes:
         try:
             return super()._piece(size)
+        except igzip.BadGzipFile as error:
+            raise _CompressionError(f"other bytes follow its gzip stream, or it is damaged ({error})") from error
         except Exception as error:
             raise _CompressionError(f"cannot be decompressed any further ({error})") from error
 

@@ -97,6 +97,9 @@ def test_what_was_typed_allows_no_command_of_the_file(load: Callable[..., Config
         with pytest.raises(UserError, match=r"data\.path: .* runs a command"):
             open_all(config)
     assert not mark.exists()
+    both = (f"data.path=pipe:cat {tar}", f"data.valid_path=pipe:touch {mark}; cat {tar}")
+    open_all(load({"mode": "stream", "valid_path": "pipe:false"}, *both))  # which the line advises
+    assert mark.exists()
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,24 @@ def test_a_tar_without_a_crop_ends_no_run(stream: Callable[..., Config], tmp_pat
         assert loader.substituted == (bad != b"\0" * 10240)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_whole_tar_without_a_crop_is_told_once(
+    stream: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    good = str(write_tar(tmp_path / "good.tar", {"a.dna": "ACGT" * 16}))
+    other = str(write_tar(tmp_path / "other.tar", {"a.fa": "ACGT" * 16}))
+    short = str(write_tar(tmp_path / "short.tar", {"a.dna": "ACGT"}))
+    loader = build_loader(stream(path=[good, other, short], workers=workers, max_substituted=0))
+    take(loader, 300)
+    told = sorted(record.getMessage() for record in caplog.records if "crop" in record.getMessage())
+    line = "has no usable crop of 64 bases in members named *.dna (data.stream_key)"
+    assert [text.rpartition("/")[2] for text in told] == [
+        f"other.tar: {line}; the files in this one end in .fa",
+        f"short.tar: {line}",
+    ]
+    assert loader.substituted == 0
+
+
 def test_names_with_dots_hold_crops(stream: Callable[..., Config], tmp_path: Path, sequences: list[str]) -> None:
     write_tar(tmp_path / "dots.tar", {f"NC_000001.11-{n}-64.dna": text for n, text in enumerate(sequences)})
     loader = build_loader(stream(path=str(tmp_path / "dots.tar"), strands="forward"))

@@ -13,6 +13,7 @@ import pytest
 
 from caduceus.config import Config, RunConfig
 from caduceus.errors import UserError
+from caduceus.monitor.wandb.identity import Identity, Status, keep_identity, keep_status
 from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.history import Submission, record_submission
@@ -27,6 +28,14 @@ def run(tmp_path) -> RunDirectory:
     run = RunDirectory.create_or_resume(Config(run=RunConfig(dir=str(tmp_path / "runs" / "good"), name="good")))
     run.release()
     return run
+
+
+def test_the_table_of_runs_has_their_addresses_in_wandb(run):
+    assert list_runs(run.path.parent).splitlines()[-1].endswith(" -")
+    keep_identity(run.path, Identity("abc"))  # makes the folder
+    keep_status(run.path, Status("online", 2, url="https://wandb.example/lab/genomes/runs/abc"))
+    heads, *_, row = list_runs(run.path.parent).splitlines()
+    assert heads.endswith("W&B") and row.endswith("https://wandb.example/lab/genomes/runs/abc")
 
 
 def test_a_cut_line_of_the_metrics_is_passed_over(run):

@@ -144,12 +144,18 @@ def sync(run: RunDirectory) -> int:
         raise UserError(f"{run.path}: its rows are being sent already; see {run.path}/wandb/status.json") from None
     if not run.newest_metrics("step"):
         raise UserError(f"{run.path}: has no rows to send yet")
+    temporary = _temporary_directory(run.path)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(mode=0o700)
+    environment = {**_environment(), "TMPDIR": str(temporary)}
     with _client_log(run.path) as client_log:
-        process = subprocess.Popen(_command(run.path), stdout=subprocess.PIPE, stderr=client_log, env=_environment())
+        process = subprocess.Popen(_command(run.path), stdout=subprocess.PIPE, stderr=client_log, env=environment)
         for line in process.stdout:
             with contextlib.suppress(ValueError):
                 print(json.loads(line)["text"], flush=True)
-    return process.wait()
+    status = process.wait()
+    shutil.rmtree(temporary, ignore_errors=True)
+    return status
 
 
 def _client_log(run: Path) -> BinaryIO:
