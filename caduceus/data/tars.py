@@ -200,8 +200,6 @@ class _Decompressed(_Forward):
     def _piece(self, size: int) -> bytes:
         try:
             return super()._piece(size)
-        except igzip.BadGzipFile as error:
-            raise _CompressionError(f"other bytes follow its gzip stream, or it is damaged ({error})") from error
         except Exception as error:
             raise _CompressionError(f"cannot be decompressed any further ({error})") from error
 
