@@ -20,6 +20,8 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.events import record_event
 
 _log = logging.getLogger(__name__)
+_LOOK_SECONDS = 1.0
+"""Time between two looks at the run's lock: no other process takes it over from one that was frozen for less."""
 
 
 class Monitor:
@@ -41,6 +43,7 @@ class Monitor:
         self._file = run.metrics_path.open("ab", buffering=0)
         self._drawing = Drawing(run.path)
         self._unwritten = b""
+        self._looked, self._is_lost = time.monotonic(), False
         self._view = View(run, config.run.name or run.path.name, config.train.steps, config.valid.every)
         self._recall()
         self._skipped = self._view.row.get("skipped_steps", 0)
@@ -110,6 +113,8 @@ class Monitor:
         return {} if best is None else {"best_step": best[0], BEST: best[1]}
 
     def _record(self, row: dict[str, Any]) -> None:
+        if self._has_lost_its_run():
+            return
         # JSON knows no NaN.
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._unwritten += (json.dumps(finite) + "\n").encode()
@@ -119,6 +124,14 @@ class Monitor:
         except OSError as error:  # a full disk: the next checkpoint ends the run, unless there is room again by then
             _log.warning("%s: %s; its last rows wait in memory", self._file.name, error.strerror)
         self._view.take(finite, time.monotonic())
+
+    def _has_lost_its_run(self) -> bool:
+        """Whether another process has the run since this one was frozen: the rows are that one's to make."""
+        now = time.monotonic()
+        if not self._is_lost and now - self._looked >= _LOOK_SECONDS:
+            self._looked = now
+            self._is_lost = self._run.is_taken_over()
+        return self._is_lost
 
     def _summarise(self, report: Path | None) -> None:
         """Say how the run stands and where everything of it is."""

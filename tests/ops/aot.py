@@ -192,7 +192,9 @@ def published_models() -> dict[str, CaduceusConfig]:
 def launch_all(element: str) -> None:
     """All that the published models launch, on a sequence alone or in a batch, and long ones where ranks share one."""
     for name, config in published_models().items():
-        short = "1k" in name or "tiny" in name
+        if "tiny" in name or config.mixer != "mamba":  # tests' own sizes, and a mixer without kernels of its own
+            continue
+        short = "1k" in name
         train(config, 128 if short else 1, 1024 if short else 2**20 if "1m" in name else 131_072, element)
         if not short:
             train(config, 1, 16_384, element, shared=True)

@@ -326,7 +326,8 @@ def scan_item(
 ):
     """One chunk of one stream in both directions: the first one's partial sum waits in `out` while it is in cache.
 
-    Left-to-right comes first: what adds and gates is known to the compiler, and no load waits behind a branch.
+    Parameter direction 0 comes first on every strand, so that a strand and its reverse complement give the same bits.
+    What adds, what gates and the way of each loop are known to the compiler, and no load waits behind a branch.
     """
     local = tl.program_id(0).to(tl.int64)
     n_items = tl.num_programs(0)
@@ -338,26 +339,55 @@ def scan_item(
     begin = chunk * chunk_size
     length = tl.minimum(L - begin, chunk_size).to(tl.int32)
     starts_at = starts_ptr + b * L
-    for rev in tl.static_range(2):
-        d = (rev + s + reverse) % 2
-        if P == 2 or d < P:
-            row = d * S * batch + sb
-            t = begin + rev * (length - 1)
-            A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
-            bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
-            D = load_parameter(D_ptr, d, e, mask, E, HAS_D)
-            h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
-            at = (row * L + t) * E
-            out_at = (sb * L + t) * E
-            BC_at = (row * L + t) * N
-            kept_at = kept_ptr + (d * n_items + local) * (chunk_size // T) * N * E
+    for d in tl.static_range(P):
+        rev = ((d + s + reverse) % 2).to(tl.int32)
+        row = d * S * batch + sb
+        t = begin + rev * (length - 1)
+        A = load_vectors(A_ptr + d * N * E + e, E, mask, N)
+        bias = load_parameter(bias_ptr, d, e, mask, E, HAS_BIAS)
+        D = load_parameter(D_ptr, d, e, mask, E, HAS_D)
+        h = load_vectors(state_ptr + (row * n_chunks + chunk) * N * E + e, E, mask, N)
+        at = (row * L + t) * E
+        out_at = (sb * L + t) * E
+        BC_at = (row * L + t) * N
+        kept_at = kept_ptr + (d * n_items + local) * (chunk_size // T) * N * E
+        inputs = (u_ptr + at, dt_ptr + at, B_ptr + BC_at, C_ptr + BC_at, z_ptr + out_at, dout_ptr + out_at, starts_at)
+        operands = (out_ptr + out_at, kept_at, h, A, D, bias, e, t, length, L)
+        if rev == 1:
             _scan_chunk(
-                *(u_ptr + at, dt_ptr + at, B_ptr + BC_at, C_ptr + BC_at, z_ptr + out_at, dout_ptr + out_at, starts_at),
-                *(out_ptr + out_at, kept_at, h, A, D, bias, e, t, length, L, rev, E, N, T, UNROLL),
-                *(P == 2 and rev == 1, P == 1 or rev == 1, KEEPS, HAS_Z, SOFTPLUS, HAS_STARTS),
+                *inputs,
+                *operands,
+                1,
+                E,
+                N,
+                T,
+                UNROLL,
+                d == 1,
+                d == P - 1,
+                KEEPS,
+                HAS_Z,
+                SOFTPLUS,
+                HAS_STARTS,
                 mask=mask,
             )
-        if rev == 0:  # threads may have other channels where they load than where they store
+        else:
+            _scan_chunk(
+                *inputs,
+                *operands,
+                0,
+                E,
+                N,
+                T,
+                UNROLL,
+                d == 1,
+                d == P - 1,
+                KEEPS,
+                HAS_Z,
+                SOFTPLUS,
+                HAS_STARTS,
+                mask=mask,
+            )
+        if d == 0:  # threads may have other channels where they load than where they store
             tl.debug_barrier()
 
 
