@@ -211,7 +211,7 @@ class ScanKernels:
         """Writes dz; the states before every PIECE-th token of chunks from item on."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
         options = {**self.wide_options, **self.bounds}
-        if self.u.dtype == torch.float32:  # registers do not suffice for two tokens
+        if self.u.dtype == torch.float32 or options["HAS_STARTS"]:  # registers do not suffice for two tokens
             options["UNROLL"] = 1
         with device_of(self.u):
             adjoint_kernels.scan_replay_kernel[(count, self.wide_blocks)](
