@@ -26,7 +26,11 @@ def of(script: str) -> list[list[str]]:
     return [shlex.split(command)[2:] for command in COMMANDS if command.startswith(f"python {script}")]
 
 
-@pytest.mark.parametrize("arguments", of("launch/slurm.py"), ids=" ".join)
+SUBMISSIONS = [arguments for arguments in of("launch/slurm.py") if "--check" not in arguments]
+"""A check runs on the cluster, which tests/slurm does."""
+
+
+@pytest.mark.parametrize("arguments", SUBMISSIONS, ids=" ".join)
 def test_each_submission_of_the_page_is_one_that_can_be_made(launch, monkeypatch, capsys, arguments):
     monkeypatch.chdir(REPOSITORY)
     assert launch("--dry-run", *arguments) == 0
@@ -48,6 +52,7 @@ def test_the_other_commands(monkeypatch):
     assert [arguments[:1] for arguments in of("tests/slurm/cluster.py")] == [["start"], ["stop"]]
     assert any("tests/slurm/cluster.py env" in command for command in COMMANDS) and Path(cluster.__file__).is_file()
     known = ("python launch/", "python tests/slurm/cluster.py ", "eval ", "make demo", "scontrol requeue ")
+    known += ("python -m caduceus.doctor ",)
     assert all(command.startswith(known) for command in COMMANDS)
 
 
