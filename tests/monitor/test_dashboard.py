@@ -44,7 +44,7 @@ def test_it_shows_what_runs_tell(small_run: SmallRun) -> None:
     quantiles = r"health/(dt|decay)_p(05|95)/"
     left = {name for name in names - shown if not re.match(quantiles, name)}
     assert {name.partition("/")[0] for name in left} <= {"step", "samples", "tokens", "valid"}
-    assert all(re.match("valid/(rc_disagreement|accuracy_)", name) for name in left if name.startswith("valid"))
+    assert all(re.match("valid/(best|rc_disagreement|accuracy_)", name) for name in left if name.startswith("valid"))
 
 
 def test_the_command_saves_it(
