@@ -191,7 +191,11 @@ def test_a_resume_with_a_change_of_anything_else_makes_the_same_numbers(
         return
     assert [row.keys() for row in found] == [row.keys() for row in rows]
     for now, then in zip(found, rows, strict=True):
-        assert now == pytest.approx(then, rel=2e-6, abs=1e-7)
+        # Strands of a Caduceus-PS differ by rounding alone: a difference of equal numbers has no relative error.
+        apart = {key for key in then if "rc_disagreement" in key}
+        assert all(now[key] == pytest.approx(then[key], abs=1e-7) for key in apart)
+        expected = {key: value for key, value in then.items() if key not in apart}
+        assert {key: now[key] for key in expected} == pytest.approx(expected, rel=2e-6)
 
 
 def test_the_order_of_samples_cannot_be_changed_by_name_once_it_is_counted(halfway, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from caduceus.monitor.rows import Monitor
 from caduceus.monitor.wandb.history import merged, wandb_row
-from caduceus.monitor.wandb.process import sync
+from caduceus.monitor.wandb.process import WandbProcess, sync
 from caduceus.run.directory import RunDirectory
 from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
@@ -26,8 +26,6 @@ pytestmark = pytest.mark.slow
 
 STEPS, STOP, HEAL, FAIL_AGAIN = 20, 7, 10, 15
 """The first start is stopped, the second begins with the fault, sees it go, and meets it again in mid-run."""
-HEALED = 150
-"""Seconds: an attempt that began in the trouble has up to 75, and the next one starts a client on a busy machine."""
 MOST_SECONDS = 90.0
 """What all of W&B's failing may cost a run."""
 
@@ -173,7 +171,7 @@ def test_trouble_at_both_starts_and_in_mid_run_costs_no_loss_and_no_row(
         if step == HEAL and fault.heals:
             wait_for(lambda: kill(monitor) and trouble_told(caplog, fault), 60)
             fault.brings(world, False)
-            wait_for(lambda: path.joinpath("wandb/status.json").exists() and status(path)["state"] == "online", HEALED)
+            wait_for(lambda: path.joinpath("wandb/status.json").exists() and status(path)["state"] == "online", 60)
         if step == FAIL_AGAIN and fault.heals:
             fault.brings(world, True)
         kill(monitor)
@@ -206,6 +204,26 @@ def test_trouble_at_both_starts_and_in_mid_run_costs_no_loss_and_no_row(
     finally:
         if os.path.ismount(path / "wandb"):
             subprocess.run(["umount", "-l", str(path / "wandb")], check=True)
+
+
+def test_the_sender_outlives_a_disk_that_stays_full(
+    small_run: SmallRun, server: WandbServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_run.config("run", **sections(), wandb={"mode": "auto"})
+    path = Path(config.run.dir)
+    world = World(server, path, monkeypatch, config)
+    full_disk(world, True)
+    (path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    sender = WandbProcess(config, path)
+    try:
+        wait_for(lambda: "No space left" in caplog.text, 60)
+        time.sleep(4)  # past the pause before its next attempt
+        assert sender._process.poll() is None
+        full_disk(world, False)
+        wait_for(lambda: (path / "wandb" / "status.json").exists() and status(path)["state"] == "online", 60)
+    finally:
+        sender.end(0, False, None)
+        subprocess.run(["umount", "-l", str(path / "wandb")], check=True)
 
 
 def trouble_told(caplog: pytest.LogCaptureFixture, fault: Fault) -> bool:

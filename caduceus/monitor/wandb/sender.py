@@ -6,6 +6,7 @@ of a client that failed.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -272,11 +273,10 @@ class Sender:
         )
 
     def _keep(self, state: str, step: int, trouble: str | None = None) -> None:
-        self._status = Status(state, step, trouble, identity(self._run.path).url)
-        try:
+        self._status = Status(state, step, trouble)
+        with contextlib.suppress(OSError):  # a full disk: the status alone is lost
+            self._status = Status(state, step, trouble, identity(self._run.path).url)
             keep_status(self._run.path, self._status)
-        except OSError:  # a full disk: the status alone is lost
-            return
 
     def _again(self, back_to: int | None) -> NoReturn:
         """Start afresh in this process."""
