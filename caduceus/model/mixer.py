@@ -5,6 +5,7 @@ model follows both strands), P directions (2, or 1 for a uni-directional model),
 where untied, else 1).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -46,14 +47,14 @@ def negative_exp(A_log: Tensor) -> Tensor:
     return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """Selective state space mixer over every stream, (S, B, L, D) -> (S, B, L, D).
 
     Parameters of direction d (0 left-to-right, 1 right-to-left) are stacked on a leading axis. The `mirrored_stream`
     runs as the reverse complement: it has the directions exchanged, and with `mirror_channels` also D flipped at entry
     and exit, which its projections absorb. With one stream, `mirrored_stream` 1 means that it is not this one.
 
-    Subclasses have `in_proj` (Q, …, D), `out_proj` (Q, D, E), `conv_weight` (P, …), and the methods that raise here.
+    Subclasses have `in_proj` (Q, …, D), `out_proj` (Q, D, E), `conv_weight` (P, …), and the abstract methods.
     """
 
     in_proj: nn.Parameter
@@ -73,9 +74,9 @@ class Mixer(nn.Module):
         self.directions = 2 if config.bidirectional else 1
         self.projections = 1 if config.bidirectional_weight_tie else self.directions
 
+    @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Published initialisation."""
-        raise NotImplementedError
 
     def forward(
         self,
@@ -99,27 +100,27 @@ class Mixer(nn.Module):
             return _uncompiled(mix, hidden, pad_mask, starts, with_operands_made_again)
         return mix(hidden, pad_mask, starts, apply_scan)
 
+    @abstractmethod
     def _show_steps(self, observer: Observer, hidden: Tensor) -> None:
         """Tell step sizes and decays in the middle of the first sequence, as its first stream meets them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _mix_directions_jointly(
         self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
     ) -> Tensor:
         """Both directions share the projections, which like pointwise maps commute with flips."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _mix_direction(
         self, hidden: Tensor, direction: int, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
     ) -> Tensor:
         """One direction with an out projection of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _mix_run(
         self, rows: Tensor, stream: int, direction: int, backwards: bool, carried: Carried | None
     ) -> tuple[Tensor, Carried]:
         """One stream of a piece in one direction: rows (B, l, D) -> (B, l, D)."""
-        raise NotImplementedError
 
     def _has_strand_apart(self, hidden: Tensor) -> bool:
         """Whether the other strand is on another rank.
