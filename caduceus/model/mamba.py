@@ -3,14 +3,14 @@
 Shapes as in `caduceus.model.mixer`; R rank of the step projection.
 """
 
-import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
-from caduceus.model.mixer import DT_FLOOR, DT_MAX, DT_MIN, Apply, Carried, Mixer, negative_exp, project
+from caduceus.model.mixer import Apply, Carried, Mixer, init_step_sizes, init_uniform, negative_exp, project
 from caduceus.model.observer import POSITIONS, Observer
 from caduceus.ops import PAD_DT, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
 
@@ -37,18 +37,13 @@ class BiMamba(Mixer):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Published initialisation: S4D-real A, log-uniform step sizes, out projection scaled down with depth."""
-
-        def uniform(parameter: Tensor, bound: float) -> None:
-            parameter.uniform_(-bound, bound, generator=generator)
-
-        config = self.config
+        config, uniform = self.config, partial(init_uniform, generator=generator)
         uniform(self.in_proj, config.d_model**-0.5)
         uniform(self.conv_weight, config.d_conv**-0.5)
         uniform(self.conv_bias, config.d_conv**-0.5)
         uniform(self.x_proj, config.d_inner**-0.5)
         uniform(self.dt_proj, config.dt_rank**-0.5)
-        self.dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp_().clamp_(min=DT_FLOOR)
-        self.dt_bias.add_(torch.log(-torch.expm1(-self.dt_bias)))  # inverse of softplus
+        init_step_sizes(self.dt_bias, generator)
         self.A_log.copy_(torch.arange(1, config.d_state + 1, device=self.A_log.device).log())
         self.D.fill_(1)
         uniform(self.out_proj, (config.d_inner * config.n_layer) ** -0.5)

@@ -5,14 +5,14 @@ D and the gated norm are a direction's own. Shapes as in `caduceus.model.mixer`;
 E = H W, and F = E + 2 N channels of the convolution.
 """
 
-import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from caduceus.config import CaduceusConfig
-from caduceus.model.mixer import DT_FLOOR, DT_MAX, DT_MIN, Apply, Carried, Mixer, negative_exp, project
+from caduceus.model.mixer import Apply, Carried, Mixer, init_step_sizes, init_uniform, negative_exp, project
 from caduceus.model.observer import POSITIONS, Observer
 from caduceus.ops import PAD_DT, bidirectional_conv1d, causal_conv1d
 from caduceus.ops.mamba2 import bidirectional_ssd_scan, gated_norm, ssd_scan
@@ -43,16 +43,11 @@ class BiMamba2(Mixer):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Published initialisation: uniform A, log-uniform step sizes, out projection scaled down with depth."""
-
-        def uniform(parameter: Tensor, bound: float) -> None:
-            parameter.uniform_(-bound, bound, generator=generator)
-
-        config = self.config
+        config, uniform = self.config, partial(init_uniform, generator=generator)
         uniform(self.in_proj, config.d_model**-0.5)
         uniform(self.conv_weight, config.d_conv**-0.5)
         uniform(self.conv_bias, config.d_conv**-0.5)
-        self.dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp_().clamp_(min=DT_FLOOR)
-        self.dt_bias.add_(torch.log(-torch.expm1(-self.dt_bias)))  # inverse of softplus
+        init_step_sizes(self.dt_bias, generator)
         self.A_log.uniform_(*A_RANGE, generator=generator).log_()
         self.D.fill_(1)
         self.norm_weight.fill_(1)

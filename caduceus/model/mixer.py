@@ -5,6 +5,7 @@ model follows both strands), P directions (2, or 1 for a uni-directional model),
 where untied, else 1).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -45,6 +46,17 @@ def with_mirrored_channels(weight: Tensor, dim: int, mirrored_stream: int, strea
 def negative_exp(A_log: Tensor) -> Tensor:
     """A, in at least fp32."""
     return -A_log.to(torch.promote_types(A_log.dtype, torch.float32)).exp()
+
+
+def init_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
+    """Draw from -bound … bound."""
+    parameter.uniform_(-bound, bound, generator=generator)
+
+
+def init_step_sizes(dt_bias: Tensor, generator: torch.Generator | None) -> None:
+    """Draw step sizes log-uniformly, and keep what softplus makes them of."""
+    dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp_().clamp_(min=DT_FLOOR)
+    dt_bias.add_(torch.log(-torch.expm1(-dt_bias)))  # inverse of softplus
 
 
 class Mixer(nn.Module, ABC):
