@@ -83,8 +83,8 @@ def write_page(target: Path, title: str, published: str | None, rows: Sequence[d
     """One page of figure and table, whole or not at all."""
     headings, lines = cells(rows)
     words = (
-        "Mean and, where a task is trained, spread over seeds. The interval is a bootstrap over the rows of the test, of "
-        "one seed: that whose model was kept, or the first."
+        "Mean and, where a task is trained, spread over seeds. The interval is a bootstrap over the rows of the test, "
+        "of one seed: that whose model was kept, or the first."
     )
     copies = (
         "Copies of train: sequences of the test that also stand in train, as they are + as their reverse complement."
