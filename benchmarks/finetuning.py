@@ -2,9 +2,9 @@
 
 python benchmarks/finetuning.py --benchmarks DIR --genomes FASTA … --fly FASTA --mavenn DIR --work DIR [--steps 600]
 
---benchmarks has gue_TASK/train.csv.gz, dev and test, and genomic_benchmarks/drosophila_enhancers_stark; --genomes are what
-one small model is pre-trained on; --fly is chromosome 4 of dm6; --mavenn the folder mavenn/examples/datasets of the PyPI
-package mavenn. Everything is kept in --work, and the same command goes on after a kill.
+--benchmarks has gue_TASK/train.csv.gz, dev and test, and genomic_benchmarks/drosophila_enhancers_stark; --genomes are
+what one small model is pre-trained on; --fly is chromosome 4 of dm6; --mavenn the folder mavenn/examples/datasets of
+the PyPI package mavenn. Everything is kept in --work, and the same command goes on after a kill.
 """
 
 import argparse
