@@ -117,9 +117,8 @@ def main() -> None:
         "prom_300_tata, 300 bases": gue(arguments.benchmarks, "gue_prom_prom_300_tata", work),
         "fly enhancers on chr4": fly_enhancers(arguments.benchmarks / "genomic_benchmarks", arguments.fly, work),
     }
-    print(
-        f"{processor()}\n\n| task | train, test | metric | {' | '.join(METHODS.values())} |\n|{'---|' * (3 + len(METHODS))}"
-    )
+    heads = ["task", "train, test", "metric", *METHODS.values()]
+    print(f"{processor()}\n\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for name, tables in tasks.items():
         few = "fly" in name
         fit = FitOptions(epochs=arguments.epochs, lr=2e-3, batch_size=8 if few else 32)

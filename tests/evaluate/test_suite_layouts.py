@@ -142,7 +142,7 @@ def test_a_suite_runs_on_the_folders_of_its_users(
         "30 to 100 kb",
         "over 100 kb",
     ]
-    assert make is not plantcad or done[0]["rows"] == 40
+    assert make is not plantcad or done[0]["rows"] == 41  # one of 40 lines has two alternatives
     html, said = (tmp_path / "out/suite.html").read_text(), capsys.readouterr().out
     assert "<svg" in html and done[0]["task"] in html and done[0]["task"] in said
     assert np.all([("missing" in row) == (f"{row['task']} is missing" in html) for row in rows])
