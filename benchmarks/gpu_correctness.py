@@ -66,7 +66,7 @@ def all_right(parts: Iterable[str], device: str) -> bool:
 
 
 def check_ops(device: str) -> int:
-    """How many are wrong, as of every check."""
+    """How many ops are wrong. Every check returns such a number."""
     print("| op | type | largest error, relative to the largest value | of | same bits in two runs | |")
     print("|---|---|---|---|---|---|")
     torch.manual_seed(0)

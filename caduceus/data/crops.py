@@ -74,8 +74,8 @@ class CropTable:
     def locate(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Crop numbers (n,) -> row of `windows` (n,), and the crop's first base in the window (n,), forward strand.
 
-        Of a packed crop the window is that of its first piece, and instead of a base it has -1 less its number, which
-        `pieces` takes.
+        A packed crop has the window of its first piece, and in the place of a base -1 less its number, which `pieces`
+        takes.
         """
         if self._packing is None:
             return self._locate_tiles(crops)

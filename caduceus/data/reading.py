@@ -96,8 +96,8 @@ class SampleReader:
     def describe(self, sample: np.void) -> dict[str, Any]:
         """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.
 
-        Of a packed sample it is the first piece. Bases of the sample beyond `end` are the padding of `--tail pad`, and
-        `end` is `start` where all of them are.
+        A packed sample is described by its first piece. Bases of the sample beyond `end` are the padding of `--tail
+        pad`, and `end` is `start` where all of them are.
         """
         where = self._describe_with_padding(sample)
         window = self._crops.windows[sample["window"]]

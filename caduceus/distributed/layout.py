@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from caduceus.config import Config
-from caduceus.distributed.deepspeed.options import user_options
+from caduceus.distributed.deepspeed.settings import user_settings
 from caduceus.errors import UserError
 
 LARGEST_REPLICATED_MODEL = 500_000_000
@@ -62,7 +62,7 @@ def check_layout(config: Config, world: int) -> Sharing:
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
     if parallel.strategy == "deepspeed":
-        user_options(config, world // sharing.ranks)
+        user_settings(config, world // sharing.ranks)
     return sharing
 
 

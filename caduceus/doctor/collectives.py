@@ -22,7 +22,7 @@ _PORTS = Path("/sys/class/infiniband")
 
 
 def rates(ranks: Ranks, nodes: list[str]) -> Iterator[Finding]:
-    """All-reduce and all-gather over each group that there is; `nodes`: of each rank. All ranks together."""
+    """Rates of all-reduce and all-gather over each group. All ranks call it; `nodes` names the node of each."""
     here = nodes[ranks.rank]
     inside = [rank for rank, node in enumerate(nodes) if node == here]
     place = inside.index(ranks.rank)
@@ -57,7 +57,7 @@ def _rate(name: str, members: list[int], ranks: Ranks, most: float | None) -> Fi
 
 
 def _seconds(exchange: Callable[[], Tensor | dist.Work | None], device: torch.device) -> float:
-    """Of the fastest of several, after one that makes the connections."""
+    """Seconds of the fastest of several exchanges, after one that makes the connections."""
     best = float("inf")
     for trial in range(1 + _TRIALS):
         started = time.perf_counter()

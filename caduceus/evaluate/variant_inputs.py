@@ -87,7 +87,7 @@ class OwnSequences:
 
     @classmethod
     def of(cls, columns: Columns) -> "OwnSequences":
-        """Of a table's columns `sequence` and `start`."""
+        """The sequences in a table's columns `sequence` and `start`."""
         if not any(columns.has(name) for name in _SEQUENCES):
             raise UserError(f"{columns.path}: give the genome with --genome, or a column 'sequence' of windows")
         texts = columns.values[columns.find(*_SEQUENCES, what="the windows")]

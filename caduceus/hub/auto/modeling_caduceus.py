@@ -213,7 +213,7 @@ class CaduceusForMaskedLM(CaduceusPreTrainedModel):
     ) -> MaskedLMOutput | tuple:
         """Logits (B, L, V) of every base, and the mean loss of the labelled ones, weighted by `loss_weights` (B, L).
 
-        labels (B, L), −100 where nothing is to be predicted. attention_mask as of `Caduceus`.
+        labels (B, L), −100 where nothing is to be predicted. attention_mask: see `Caduceus`.
         """
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         pad_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask == 0
@@ -244,7 +244,7 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
-        """Logits (B, labels); labels (B,), or (B, labels) for several at once; `problem_type` as of `transformers`."""
+        """Logits (B, labels); labels (B,), or (B, labels) for several at once; `problem_type` as in `transformers`."""
         last, hidden_states = self.caduceus.strands(input_ids, attention_mask, output_hidden_states)
         logits = self.score(self._pooled(last, attention_mask)).mean(0)
         loss = None if labels is None else self._loss(logits, labels.to(logits.device))
