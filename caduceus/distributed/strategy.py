@@ -65,7 +65,7 @@ class Strategy:
         return model
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the forward and backward pass of a micro-batch; gradients meet in the last one of a step."""
+        """A context for both passes of a micro-batch: ranks exchange gradients only in the last one of a step."""
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:

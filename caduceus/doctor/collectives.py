@@ -15,7 +15,7 @@ from caduceus.doctor.findings import Finding, ok_unless
 GPU_BYTES, CPU_BYTES = 256 * 2**20, 4 * 2**20
 _TRIALS = 5
 _LEAST = 0.5
-"""Part of the rate that there should be below which something is amiss."""
+"""Below this part of the rate that there should be, something is wrong."""
 _LINKS = {"H100": 450e9, "H200": 450e9, "A100": 300e9, "B200": 900e9}
 """Bytes per second in one direction from a card to the others of its node by NVLink, from data sheets (SXM)."""
 _PORTS = Path("/sys/class/infiniband")

@@ -106,7 +106,7 @@ class OwnSequences:
         return self.starts[int(contig)], len(self.sequences[int(contig)])
 
     def read(self, contig: str, start: int, end: int) -> np.ndarray:
-        """As of `Windows`: N stands beyond the window."""
+        """As `Windows` does: N stands beyond the window."""
         bases, first = self.sequences[int(contig)], self.starts[int(contig)]
         read = np.full(end - start, ord("N"), np.uint8)
         inside = slice(max(start - first, 0), max(end - first, 0))

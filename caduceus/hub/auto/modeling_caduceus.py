@@ -78,7 +78,7 @@ class CaduceusPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **options: Any,
     ) -> Any:
-        """As of `transformers`. The weights may be in any form that `caduceus.hub` reads, but quantized.
+        """Load as `transformers` does. The weights may be in any form that `caduceus.hub` reads, but quantized.
 
         `dtype` (or `torch_dtype`) defaults to that of the file; `device_map` names one device for all. What a head has
         and the file has not keeps its first weights, which the log tells.
@@ -125,8 +125,10 @@ class CaduceusPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **options: Any
     ) -> None:
-        """As of `transformers`, with the code that loads it again. A tied weight is written under each of its names, as
-        published code needs it."""
+        """Save as `transformers` does, and add the code that loads it again.
+
+        A tied weight is written under each of its names, as published code needs it.
+        """
         own = self.state_dict() if state_dict is None else state_dict
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process, self._to_published(own), **options)
