@@ -325,6 +325,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m caduceus.monitor.wandb.sender")
     parser.add_argument("run", type=Path)
     parser.add_argument("--trainer", type=int)
+    parser.add_argument("--starter", type=int, required=True, help="the process that starts this one")
+    parser.add_argument("--temporary", type=Path, required=True, help="removed at the end if the starter is gone")
     parser.add_argument("--since", type=float, default=math.inf, help="seconds since the epoch of the trainer's start")
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
@@ -342,8 +344,8 @@ def main() -> int:
             return sender.bring_up()
     finally:
         kill_clients()
-        if arguments.trainer is not None and os.getppid() != arguments.trainer:  # else the trainer does
-            shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+        if os.getppid() != arguments.starter:  # else the starter does
+            shutil.rmtree(arguments.temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":
