@@ -15,7 +15,7 @@ import time
 from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
 from launch import history, scheduler
-from launch.history import Submission, newest_step, submissions
+from launch.history import Reason, Submission, newest_step, submissions
 from launch.logs import last_error
 from launch.scheduler import OwnJob
 from launch.terminal import runs_command
@@ -35,7 +35,7 @@ def main() -> int:
     submission = submission_of(run, job)
     this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
     if this is not None and this.ended is not None:  # settled on SIGTERM, and KillWait was long enough for the save
-        reason = history.TIME_LIMIT if newest_step(run) > this.step else this.reason
+        reason = Reason.TIME_LIMIT if newest_step(run) > this.step else this.reason
         error = this.error if reason == this.reason else None
         history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
         return 1
@@ -46,18 +46,21 @@ def main() -> int:
     signal_seconds = submission.request["signal_seconds"]
     if status is not None:
         reason = why_ended(run, status, slurm_job, this.bad_nodes if this else [], signal_seconds)
-        error = last_error(run, submission.logs, job, restart) if reason in (history.FAILED, history.BAD_NODE) else None
+        error = last_error(run, submission.logs, job, restart) if reason in (Reason.FAILED, Reason.BAD_NODE) else None
     elif must_go_on_unsaved(run, slurm_job):
-        reason, error = history.UNSAVED, f"signal_seconds: {signal_seconds} s are too short for a checkpoint; raise it"
+        reason, error = (
+            Reason.UNSAVED,
+            f"signal_seconds: {signal_seconds} s are too short for a checkpoint; raise it",
+        )
     else:
         return 0
     history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
-    refused = reason == history.FAILED and this is not None and this.refused
+    refused = reason == Reason.FAILED and this is not None and this.refused
     gave_up = give_up(run, submission, job, restart, reason, refused, error)
-    if reason in (history.COMPLETE, history.STOPPED) or gave_up:
+    if reason in (Reason.COMPLETE, Reason.STOPPED) or gave_up:
         cancel_chain([later for later in submission.jobs if later != job])
         return int(gave_up)
-    if reason == history.TAKEN:
+    if reason == Reason.TAKEN:
         return 1
     goes_on = go_on(job, submission, slurm_job, reason, history.bad_nodes(run, submission, job, restart))
     return 0 if status == 0 and goes_on else 1
@@ -79,7 +82,7 @@ def submission_of(run: RunDirectory, job: str) -> Submission:
 
 
 def give_up(
-    run: RunDirectory, submission: Submission, job: str, restart: int, reason: str, refused: bool, error: str | None
+    run: RunDirectory, submission: Submission, job: str, restart: int, reason: Reason, refused: bool, error: str | None
 ) -> bool:
     """Whether the run is not to go on by itself, which is then written down."""
     failures = history.failures_without_progress(run, submission.jobs)
@@ -97,20 +100,20 @@ def this_job() -> str:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
-def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str], signal_seconds: int) -> str:
+def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str], signal_seconds: int) -> Reason:
     """The reason of an end, as the run's history names it; `status` is srun's, which is 0 after a stop with a save."""
     if newest_step(run) >= run.config().train.steps:
-        return history.COMPLETE
+        return Reason.COMPLETE
     if run.stop_path.exists():
-        return history.STOPPED if status == 0 else history.FAILED
+        return Reason.STOPPED if status == 0 else Reason.FAILED
     if job.state != "RUNNING":
-        return history.TIME_LIMIT if job.reason == "TimeLimit" else history.TAKEN
+        return Reason.TIME_LIMIT if job.reason == "TimeLimit" else Reason.TAKEN
     if status:
-        return history.BAD_NODE if bad_nodes else history.FAILED
+        return Reason.BAD_NODE if bad_nodes else Reason.FAILED
     if job.preempted:
-        return history.PREEMPTED
+        return Reason.PREEMPTED
     near_the_end = job.seconds_left <= signal_seconds + EARLIEST_SIGNAL_SECONDS
-    return history.TIME_LIMIT if near_the_end else history.SIGNAL
+    return Reason.TIME_LIMIT if near_the_end else Reason.SIGNAL
 
 
 def must_go_on_unsaved(run: RunDirectory, job: OwnJob) -> bool:
@@ -131,7 +134,7 @@ def ask_slurm(job: str) -> OwnJob:
         return OwnJob(state, reason, False, left, "", int(os.environ.get("SLURM_RESTART_COUNT", 0)))
 
 
-def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: str, bad_nodes: list[str]) -> bool:
+def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: Reason, bad_nodes: list[str]) -> bool:
     """Put the job back into the queue, or leave the run to the next job of its chain; bad nodes are left out.
 
     Returns whether a job goes on with the run.

@@ -11,7 +11,7 @@ import sys
 from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
 from launch import history, scheduler
-from launch.history import Attempt, Submission, newest_step
+from launch.history import Attempt, Reason, Submission, newest_step
 from launch.logs import last_error
 from launch.requeue import is_current, submission_of, this_job
 
@@ -39,9 +39,9 @@ def main() -> int:
     if len(left) < submission.request["nodes"]:
         print(f"{what}; no spare node is left", file=sys.stderr, flush=True)
         return 1
-    reason, error = history.NODE_LOST, f"{', '.join(lost)}: SLURM has lost it"
+    reason, error = Reason.NODE_LOST, f"{', '.join(lost)}: SLURM has lost it"
     if not lost:
-        reason, error = history.BAD_NODE, last_error(run, submission.logs, job, restart)
+        reason, error = Reason.BAD_NODE, last_error(run, submission.logs, job, restart)
     history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=int(sys.argv[2]))
     chosen = sorted(left, key=lambda node: node not in used)[: submission.request["nodes"]]  # these hold caches
     print(f"{what}; the run goes on on {', '.join(sorted(chosen))} of the same job", file=sys.stderr, flush=True)

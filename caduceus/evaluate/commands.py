@@ -94,6 +94,7 @@ def add_suite(commands: Any) -> None:
     parser.add_argument("--epochs", type=int, metavar="N")
     parser.add_argument("--lr", type=float, nargs="+", metavar="RATE", help="each is tried on validation")
     parser.add_argument("--batch-size", type=int, nargs="+", metavar="N", help="each is tried on validation")
+    parser.add_argument("--window", type=int, metavar="N", help="bases that the model sees, of tasks without training")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.set_defaults(handler=_suite)
 
@@ -186,7 +187,7 @@ def _suite(arguments: argparse.Namespace) -> None:
     from caduceus.evaluate.suite_page import text_table
 
     suite = load_suite(arguments.suite)
-    given = {name: getattr(arguments, name) for name in ("seeds", "epochs", "lr", "batch_size")}
+    given = {name: getattr(arguments, name) for name in ("seeds", "epochs", "lr", "batch_size", "window")}
     protocol = {name: value for name, value in given.items() if value is not None}
     request = SuiteRequest(arguments.data, arguments.tasks, arguments.genome, protocol)
     runner = Runner(arguments.model, arguments.device, arguments.precision)

@@ -7,7 +7,7 @@ import pytest
 from caduceus.config import Config, RunConfig
 from caduceus.run.directory import RunDirectory
 from launch import history, requeue, spare
-from launch.history import RESTART, Submission, record_submission
+from launch.history import RESTART, Reason, Submission, record_submission
 
 NODES = {"n[0-1]": "n0 n1", "n[0-2]": "n0 n1 n2", "n[0,2]": "n0 n2", "n[1-2]": "n1 n2", "n0": "n0"}
 
@@ -39,7 +39,7 @@ def test_a_lost_node_is_replaced_by_the_spare_one(run, monkeypatch, fake_slurm, 
     assert out == "--overlap --nodelist=n0,n2\n"
     assert err == "n1 lost; the run goes on on n0, n2 of the same job\n"
     [only] = history.attempts(run)
-    assert (only.reason, only.error) == (history.NODE_LOST, "n1: SLURM has lost it")
+    assert (only.reason, only.error) == (Reason.NODE_LOST, "n1: SLURM has lost it")
 
 
 def test_a_bad_node_is_replaced_until_no_spare_one_is_left(run, monkeypatch, fake_slurm, capsys):
@@ -55,7 +55,7 @@ def test_a_bad_node_is_replaced_until_no_spare_one_is_left(run, monkeypatch, fak
     # The job goes back into the queue, without all that failed in these nodes.
     monkeypatch.setattr(sys, "argv", ["requeue", str(run.path), "1"])
     requeue.main()
-    assert [attempt.reason for attempt in history.attempts(run)] == [history.BAD_NODE] * 2
+    assert [attempt.reason for attempt in history.attempts(run)] == [Reason.BAD_NODE] * 2
     assert "update JobId=7 ExcNodeList=n0,n2" in fake_slurm.asked("scontrol")
 
 
