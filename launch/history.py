@@ -12,6 +12,7 @@ gave up   after too many failures the run does not go on by itself
 
 import enum
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -32,6 +33,8 @@ class Reason(str, enum.Enum):
     STOPPED = "stopped"
     FAILED = "failed"
     BAD_NODE = "bad node"
+    NODE_LOST = "node lost"
+    """A job with spare nodes went on with one of them."""
     TIME_LIMIT = "time limit"
     UNSAVED = "time limit before the last save was done"
     PREEMPTED = "preempted"
@@ -48,6 +51,10 @@ class Reason(str, enum.Enum):
 
 FAILURES = (Reason.FAILED, Reason.BAD_NODE, Reason.UNSAVED)
 """What makes a run be given up when it comes again and again without a new checkpoint in between."""
+
+
+RESTART = "CADUCEUS_RESTART"
+"""Variable by which a batch script that starts its processes again in its nodes numbers these starts."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Attempt:
 
     job: str
     restart: int
-    """How often SLURM had started this job before."""
+    """Number of this start of the job, growing; without spare nodes, how often SLURM had started it before."""
     started: str | None = None
     ended: str | None = None
     nodes: str = ""
@@ -78,6 +85,11 @@ class Attempt:
     gave_up: bool = False
     refused: bool = False
     bad_nodes: list[str] = field(default_factory=list)
+
+
+def this_restart() -> int:
+    """The number of this start of the job around this process."""
+    return int(os.environ.get(RESTART) or os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) -> None:
@@ -174,6 +186,13 @@ def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
         step = attempt.step
         failures += attempt.reason in FAILURES
     return failures
+
+
+def bad_nodes(run: RunDirectory, submission: Submission, job: str, restart: int) -> list[str]:
+    """Nodes that failed their checks since SLURM gave the job the nodes that it has at a restart."""
+    starts = submission.request.get("spare", 0) + 1
+    same = [a for a in attempts(run) if a.job == job and a.restart // starts == restart // starts]
+    return sorted({node for attempt in same for node in attempt.bad_nodes})
 
 
 def newest_step(run: RunDirectory) -> int:

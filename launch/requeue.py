@@ -31,7 +31,7 @@ _RECORD_SECONDS = 60
 def main() -> int:
     """Settle the job that this process belongs to; returns the batch script's exit status."""
     run, status = RunDirectory.open(sys.argv[1]), None if sys.argv[2] == "TERM" else int(sys.argv[2])
-    job, restart = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job, restart = this_job(), history.this_restart()
     submission = submission_of(run, job)
     this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
     if this is not None and this.ended is not None:  # settled on SIGTERM, and KillWait was long enough for the save
@@ -39,14 +39,13 @@ def main() -> int:
         error = this.error if reason == this.reason else None
         history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
         return 1
-    slurm_job = ask_slurm(job, restart)
-    if slurm_job.restarts != restart:
+    slurm_job = ask_slurm(job)
+    if not is_current(slurm_job):
         # This node's slurmd had died: SLURM has started the job anew on others, and the run is that attempt's.
         return 1
-    bad_nodes = this.bad_nodes if this else []
     signal_seconds = submission.request["signal_seconds"]
     if status is not None:
-        reason = why_ended(run, status, slurm_job, bad_nodes, signal_seconds)
+        reason = why_ended(run, status, slurm_job, this.bad_nodes if this else [], signal_seconds)
         error = last_error(run, submission.logs, job, restart) if reason in (Reason.FAILED, Reason.BAD_NODE) else None
     elif must_go_on_unsaved(run, slurm_job):
         reason, error = (
@@ -63,8 +62,13 @@ def main() -> int:
         return int(gave_up)
     if reason == Reason.TAKEN:
         return 1
-    goes_on = go_on(job, submission, slurm_job, reason, bad_nodes)
+    goes_on = go_on(job, submission, slurm_job, reason, history.bad_nodes(run, submission, job, restart))
     return 0 if status == 0 and goes_on else 1
+
+
+def is_current(job: OwnJob) -> bool:
+    """Whether this process belongs to SLURM's newest start of its job."""
+    return job.restarts == int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def submission_of(run: RunDirectory, job: str) -> Submission:
@@ -118,7 +122,7 @@ def must_go_on_unsaved(run: RunDirectory, job: OwnJob) -> bool:
     return at_its_limit and not run.stop_path.exists() and newest_step(run) < run.config().train.steps
 
 
-def ask_slurm(job: str, restart: int) -> OwnJob:
+def ask_slurm(job: str) -> OwnJob:
     """What SLURM says of this job; in a container without its commands, what the environment tells."""
     try:
         return scheduler.own_job(job)
@@ -127,7 +131,7 @@ def ask_slurm(job: str, restart: int) -> OwnJob:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         left = int(end) - time.time() if end.isdigit() and int(end) else math.inf
         state, reason = ("RUNNING", "None") if left > 0 else ("TIMEOUT", "TimeLimit")
-        return OwnJob(state, reason, False, left, "", restart)
+        return OwnJob(state, reason, False, left, "", int(os.environ.get("SLURM_RESTART_COUNT", 0)))
 
 
 def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: Reason, bad_nodes: list[str]) -> bool:
@@ -150,7 +154,7 @@ def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: Reason, b
         return False
     if bad_nodes:
         # SLURM takes this for a waiting job only. A requeued one waits at least until this process has ended.
-        excluded = ",".join(filter(None, [slurm_job.excluded, *sorted(set(bad_nodes))]))
+        excluded = ",".join(filter(None, [slurm_job.excluded, *bad_nodes]))
         try:
             scheduler.exclude_nodes(later[0], excluded)
         except UserError as error:

@@ -13,7 +13,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, read_ends
 from launch import history
 from launch.history import attempts
-from launch.scheduler import IN_QUEUE
+from launch.scheduler import IN_QUEUE, own_job
 from launch.status import WAITING, overview
 from tests.slurm.small_runs import (
     REQUEST,
@@ -167,20 +167,24 @@ def a_loader_worker_that_is_killed_before_the_first_step(on: Setting) -> None:
     assert "worker" in first.error and second.reason == history.Reason.COMPLETE
 
 
-def a_bad_node_is_left_out(on: Setting) -> None:
-    run = on.directory / "run"
-    prolog = on.directory / "prolog.sh"
-    bad = on.directory / "bad"  # names the first node that the job comes to
+def first_node_is_bad(directory: Path) -> Path:
+    """A prolog of tasks by which the first node that the job comes to fails its checks; DIRECTORY/bad names it."""
+    prolog, bad = directory / "prolog.sh", directory / "bad"
     prolog.write_text(
         f"#!/bin/sh\n(set -C; echo $SLURMD_NODENAME >{bad}) 2>/dev/null\n"
         f'[ $SLURMD_NODENAME = "$(cat {bad})" ] && echo export SLURM_TMPDIR=/proc/none\nexit 0\n'
     )
     prolog.chmod(0o755)
+    return prolog
+
+
+def a_bad_node_is_left_out(on: Setting) -> None:
+    run, prolog = on.directory / "run", first_node_is_bad(on.directory)
     request = [*REQUEST, "--nodes", "2", f"--srun=--task-prolog={prolog}", "train.steps=2", f"run.dir={run}"]
     job = job_of(on.launch(*request))
     assert wait_for_end(on.cluster, job) == "COMPLETED"
     first, second = attempts(RunDirectory(run))
-    node = bad.read_text().strip()
+    node = (on.directory / "bad").read_text().strip()
     assert node in hosts(on.cluster, first.nodes)
     assert (first.reason, first.bad_nodes) == (history.Reason.BAD_NODE, [node])
     assert "/proc/none" in first.error
@@ -252,6 +256,29 @@ def test_a_dead_controller_a_dead_node_and_a_dead_slurmd(slurm_cluster, config, 
     log = (alone / "logs" / f"{jobs[alone]}_0_log.out").read_text()
     assert f"taken over from process {first[alone]} of SLURM job {jobs[alone]}" in log
     assert "was taken over by another process; this one ends without saving" in log
+
+
+def test_spare_nodes_take_the_place_of_a_bad_and_of_a_lost_one(slurm_cluster, config, undisturbed, tmp_path):
+    """Without giving the nodes back: the job is never requeued."""
+    run, request = tmp_path / "run", [*REQUEST, "--nodes", "2", "--spare", "2"]
+    request.append(f"--srun=--task-prolog={first_node_is_bad(tmp_path)}")
+    job = job_of(launch(tmp_path, "--config", config, *request, f"run.dir={run}"))
+    second = wait_until_training(run, 2)
+    bad = (tmp_path / "bad").read_text().strip()
+    _, lost = hosts(slurm_cluster, second.nodes)
+    with held(run):
+        assert last_step(run) < STEPS
+        slurm_cluster.kill_node(lost)
+    assert wait_for_end(slurm_cluster, job) == "COMPLETED"
+    assert reasons(run) == [history.Reason.BAD_NODE, history.Reason.NODE_LOST, history.Reason.COMPLETE]
+    first, second, third = (set(hosts(slurm_cluster, attempt.nodes)) for attempt in attempts(RunDirectory(run)))
+    assert bad in first and bad not in second | third and lost in second and lost not in third
+    assert len(first) == len(second) == len(third) == 2
+    assert own_job(job).restarts == 0
+    log = (run / "logs" / f"{job}_0_log.out").read_text()
+    assert f"{bad} failed its checks; the run goes on on {', '.join(sorted(second))} of the same job" in log
+    assert f"{lost} lost; the run goes on on {', '.join(sorted(third))} of the same job" in log
+    assert_undisturbed(run, undisturbed)
 
 
 def test_preemption_by_an_urgent_job(slurm_cluster, config, undisturbed, tmp_path):
