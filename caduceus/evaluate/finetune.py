@@ -28,7 +28,7 @@ from caduceus.evaluate.fitting import Examples, Fit, FitOptions
 from caduceus.evaluate.labelled import Labelled, LabelledTable, Task, copies, find_task, split_off
 from caduceus.evaluate.metrics import check_metric, is_better, measure, names_of
 from caduceus.evaluate.model import Runner
-from caduceus.files import dump_json, sha256_of, write_atomically
+from caduceus.files import dump_json, null_as_nan, sha256_of, write_atomically
 from caduceus.model.heads import CaduceusForMaskedLM
 from data_prep.progress import Progress
 
@@ -115,7 +115,7 @@ class _Study:
         """What an earlier call like this one wrote, if it came to its end."""
         if (self.out / _UNFINISHED).exists() or not (self.out / _RESULT).is_file():
             return None
-        result = json.loads((self.out / _RESULT).read_bytes())
+        result = _read((self.out / _RESULT).read_bytes())
         return result if {key: result.get(key) for key in self.origin} == json.loads(dump_json(self.origin)) else None
 
     def begin(self, say: Callable[[str], None]) -> None:
@@ -224,7 +224,7 @@ class _Study:
         """Write the results and the best seed's model, and drop what is no longer needed."""
         found = {
             method: [
-                json.loads((self.folder / f"{method}-{seed}.json").read_bytes())
+                null_as_nan(json.loads((self.folder / f"{method}-{seed}.json").read_bytes()))
                 for seed in range(1, self.options.seeds + 1)
             ]
             for method in self.options.methods
@@ -254,7 +254,13 @@ class _Study:
         }
         write_atomically(self.out / _RESULT, dump_json(result))
         shutil.rmtree(self.folder)
-        return json.loads(dump_json(result))
+        return _read(dump_json(result))
+
+
+def _read(content: bytes) -> dict[str, Any]:
+    """A result.json, with NaN for metrics that are not defined."""
+    result = json.loads(content)
+    return {**result, **{name: null_as_nan(result.get(name)) for name in ("results", "summary")}}
 
 
 def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
