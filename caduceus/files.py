@@ -135,25 +135,17 @@ def fingerprint(values: Any) -> str:
 
 
 def dump_json(values: Any) -> bytes:
-    """JSON as files of this project hold it: indented, sorted, with a final newline; null for NaN and infinity."""
-    return (json.dumps(_without_nan(values), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    """JSON as files of this project hold it: indented, sorted, with a final newline, and null for NaN and infinity."""
+    return (json.dumps(without_nan(values), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _without_nan(values: Any) -> Any:
+def without_nan(values: Any) -> Any:
+    """Nested lists and dicts with None for numbers that JSON does not know: NaN and infinities."""
     if isinstance(values, dict):
-        return {key: _without_nan(value) for key, value in values.items()}
+        return {key: without_nan(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
-        return [_without_nan(value) for value in values]
+        return [without_nan(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
-def null_as_nan(values: Any) -> Any:
-    """Numbers in nested dicts and lists of what `dump_json` wrote, with NaN where it holds null."""
-    if isinstance(values, dict):
-        return {key: null_as_nan(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [null_as_nan(value) for value in values]
-    return math.nan if values is None else values
 
 
 def append_json_line(path: str | Path, row: dict[str, Any]) -> None:

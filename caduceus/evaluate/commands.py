@@ -122,6 +122,7 @@ def _add_suite(commands: Any) -> None:
     parser.add_argument("--epochs", type=int, metavar="N")
     parser.add_argument("--lr", type=float, nargs="+", metavar="RATE", help="each is tried on validation")
     parser.add_argument("--batch-size", type=int, nargs="+", metavar="N", help="each is tried on validation")
+    parser.add_argument("--window", type=int, metavar="N", help="bases that the model sees, of tasks without training")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.set_defaults(handler=_suite)
 
@@ -288,7 +289,7 @@ def suite_request(arguments: argparse.Namespace) -> "SuiteRequest":
     """What the verb `suite` is to run."""
     from caduceus.evaluate.suite import SuiteRequest
 
-    given = {name: getattr(arguments, name) for name in ("seeds", "epochs", "lr", "batch_size")}
+    given = {name: getattr(arguments, name) for name in ("seeds", "epochs", "lr", "batch_size", "window")}
     protocol = {name: value for name, value in given.items() if value is not None}
     return SuiteRequest(arguments.data, arguments.tasks, arguments.genome, protocol)
 

@@ -84,7 +84,7 @@ def embed_file(
     check_embeddings_name(out)
     items = source.items()
     layer_number(options.layer, runner.config)
-    _check_places(items, source, options)
+    check_places(items, source, options)
     origin = {
         "verb": "embed",
         "model": runner.origin(),
@@ -110,7 +110,8 @@ def embed_file(
             store.finish(sequences=len(items), bases=sum(item.length for item in items))
 
 
-def _check_places(items: list[Item], source: SequenceSource, options: EmbedOptions) -> None:
+def check_places(items: list[Item], source: SequenceSource, options: EmbedOptions) -> None:
+    """Raise `UserError` for the first sequence that lacks the place to be pooled at."""
     if options.pool.isdecimal():
         short = next((item for item in items if item.length <= int(options.pool)), None)
         if short is not None:

@@ -22,13 +22,13 @@ from torch import nn
 from caduceus.errors import UserError
 from caduceus.evaluate.baselines import fit_linear, kmer_counts
 from caduceus.evaluate.classifier import POOLS, Cnn, HeadOnly, SequenceModel
-from caduceus.evaluate.columns import write_columns
+from caduceus.evaluate.columns import mean_and_spread, write_columns
 from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.fitting import Examples, Fit, FitOptions
 from caduceus.evaluate.labelled import Labelled, LabelledTable, Task, copies, find_task, split_off
 from caduceus.evaluate.metrics import check_metric, is_better, measure, names_of
 from caduceus.evaluate.model import Runner
-from caduceus.files import dump_json, null_as_nan, sha256_of, write_atomically
+from caduceus.files import dump_json, sha256_of, write_atomically
 from caduceus.model.heads import CaduceusForMaskedLM
 from data_prep.progress import Progress
 
@@ -115,7 +115,7 @@ class _Study:
         """What an earlier call like this one wrote, if it came to its end."""
         if (self.out / _UNFINISHED).exists() or not (self.out / _RESULT).is_file():
             return None
-        result = _read((self.out / _RESULT).read_bytes())
+        result = json.loads((self.out / _RESULT).read_bytes())
         return result if {key: result.get(key) for key in self.origin} == json.loads(dump_json(self.origin)) else None
 
     def begin(self, say: Callable[[str], None]) -> None:
@@ -224,7 +224,7 @@ class _Study:
         """Write the results and the best seed's model, and drop what is no longer needed."""
         found = {
             method: [
-                null_as_nan(json.loads((self.folder / f"{method}-{seed}.json").read_bytes()))
+                json.loads((self.folder / f"{method}-{seed}.json").read_bytes())
                 for seed in range(1, self.options.seeds + 1)
             ]
             for method in self.options.methods
@@ -254,19 +254,13 @@ class _Study:
         }
         write_atomically(self.out / _RESULT, dump_json(result))
         shutil.rmtree(self.folder)
-        return _read(dump_json(result))
-
-
-def _read(content: bytes) -> dict[str, Any]:
-    """A result.json, with NaN for metrics that are not defined."""
-    result = json.loads(content)
-    return {**result, **{name: null_as_nan(result.get(name)) for name in ("results", "summary")}}
+        return json.loads(dump_json(result))
 
 
 def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean and spread (of the sample; 0 for one seed) of each metric on the test, or without one on validation."""
     part = "test" if "test" in results[0] else "valid"
-    values = {name: np.array([result[part][name] for result in results]) for name in names_of(task)}
+    values = {name: np.array([result[part][name] for result in results], dtype=float) for name in names_of(task)}
     return {
         name: {"mean": float(v.mean()), "spread": float(v.std(ddof=1)) if len(v) > 1 else 0.0}
         for name, v in values.items()
@@ -288,6 +282,6 @@ def table_of(result: dict[str, Any]) -> str:
     rows = [["", *names]]
     for method in result["methods"]:
         metrics = summary[method]
-        rows.append([method, *(f"{metrics[name]['mean']:.4f} ± {metrics[name]['spread']:.4f}" for name in names)])
+        rows.append([method, *(mean_and_spread(metrics[name], 4) for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

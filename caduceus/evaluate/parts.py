@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,8 +38,23 @@ def cut(items: Sequence[Item], size: Callable[[Item], int], most: int, most_item
     return [*parts, items[first:]] if first < len(items) else parts
 
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process shares work with no other rank, though there are some."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
 def ranks_here() -> Ranks:
     """This process among those that torchrun or the launcher started, or alone; they meet at the first call."""
+    if _ALONE.get():
+        return Ranks(0, 1, 1, torch.device("cpu"))
     return _ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from caduceus.errors import UserError
-from caduceus.evaluate.columns import package
+from caduceus.evaluate.metrics import ranking
 from caduceus.evaluate.variant_inputs import VariantFile
 from caduceus.tables import is_missing
 
 _YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
-_AREAS = {"auprc": "average_precision_score", "auroc": "roc_auc_score"}
+_AREAS = ("auprc", "auroc")
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,10 @@ def areas(labels: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, float]
     `…_llr` takes a variant for positive the less likely its ALT is, `…_abs_llr` the more the likelihoods of ALT and REF
     differ, `…_embedding_…` the farther the embeddings are apart. NaN where one class is missing.
     """
-    metrics, found = package("sklearn.metrics"), {}
+    found: dict[str, float] = {}
     for name, values in _directed(scores).items():
         known = ~np.isnan(labels) & ~np.isnan(values)
-        both = len(np.unique(labels[known])) == 2
-        for area, function in _AREAS.items():
-            found[f"{area}_{name}"] = (
-                float(getattr(metrics, function)(labels[known], values[known])) if both else np.nan
-            )
+        found |= {f"{area}_{name}": ranking(area, labels[known] == 1, values[known]) for area in _AREAS}
     return {**found, "positives": int((labels == 1).sum()), "negatives": int((labels == 0).sum())}
 
 
