@@ -1,6 +1,7 @@
 """A run directory: where everything of one run lies, and which of its checkpoints can be trusted. Imports no torch.
 
 config.yaml          the configuration as asked for    resolved.yaml     what every `auto` became at the last start
+allowed_commands.json                                  commands in it that its user allowed, where there are any
 provenance.json      code, packages, hosts, fingerprints
 metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/  windows/  profile/
 events.jsonl         starts, checkpoints, rewinds and ends, of all starts
@@ -289,7 +290,13 @@ class RunDirectory:
             else:
                 way_on = f"; choose another run.dir, or go on with the change by run.allow_change=[{key.name}]"
             values = f"{key.name}={_shown(change.before)}, not {_shown(change.now)}"
-            raise UserError(f"run.dir: {self.path} holds a run with {values}{way_on}")
+            raise UserError(f"run.dir: {self.path} holds a run with {values}{way_on}{self._newest_if_damaged()}")
+
+    def _newest_if_damaged(self) -> str:
+        """What to add to a refusal where the newest checkpoint cannot tell with which values it was made."""
+        newest = self.checkpoints()[-1:]
+        damage = newest[0].damage(contents=False) if newest else None
+        return f" (compared with an older one, as {newest[0].path.name} is damaged: {damage})" if damage else ""
 
 
 def _shown(value: Any) -> str:
