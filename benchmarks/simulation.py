@@ -1,4 +1,4 @@
-"""Steps of some models on 1 to 64 nodes of eight H100, as they are simulated: a table for each, and a plot of all; dashed: with a batch for each node.
+"""Steps of some models on 1 to 64 nodes of eight H100, as they are simulated: a table for each, and a plot of all.
 
     python benchmarks/simulation.py [--plot FILE.png] [--only NAME …]
 
