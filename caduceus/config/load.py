@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caduceus.config.checks import refuse_impossible_values
 from caduceus.config.data import DataConfig
 from caduceus.config.keys import attribute_of, name_of
-from caduceus.config.run import Config
+from caduceus.config.run import SECTIONS, Config
 from caduceus.errors import UserError
 from caduceus.files import dump_json, write_atomically
 from caduceus.presets import preset
@@ -45,6 +45,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def config_from_dict(values: dict[str, Any]) -> Config:
     """A checked configuration from plain nested values, as `config_to_dict` gives them."""
     return _merge([("configuration", OmegaConf.create(values))])
+
+
+def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """A copy of a configuration with `key.path=value` overrides, checked."""
+    typed = [_parse_override(override) for override in overrides]
+    return _merge([("configuration", OmegaConf.create(config_to_dict(config))), *typed])
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -146,6 +152,10 @@ def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, pre
         if key not in names:
             raise UserError(f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(names)}")
         if OmegaConf.is_dict(known[attribute_of(key)]):
+            if not prefix and key not in SECTIONS:  # evaluations, whose names are the user's
+                if not OmegaConf.is_dict(values[key]):
+                    raise UserError(f"{origin}: {key}: expected a mapping of names, as 'clinvar: {{verb: …}}'")
+                continue
             if not OmegaConf.is_dict(values[key]):
                 inner = ", ".join(map(name_of, known[key]))
                 raise UserError(f"{origin}: {prefix}{key}: expected a mapping with keys {inner}")
@@ -156,7 +166,7 @@ def _attributes(values: DictConfig) -> DictConfig:
     """Sections of keys -> sections of attributes."""
     sections = {
         section: {attribute_of(key): value for key, value in keys.items_ex(resolve=False)}
-        if OmegaConf.is_dict(keys)
+        if OmegaConf.is_dict(keys) and section in SECTIONS
         else keys
         for section, keys in values.items_ex(resolve=False)
     }
