@@ -32,7 +32,7 @@ def refuse_bad_request(config: Config, request: JobRequest) -> None:
 
 def complaints(config: Config, request: JobRequest) -> list[str]:
     """What would stop the run on this machine or its SLURM, a line each."""
-    found = [_data_complaint(config), _time_complaint(config, request)]
+    found = [_data_complaint(config), _evaluations_complaint(config), _time_complaint(config, request)]
     if request.executor == "slurm":
         no_slurm = slurm_complaint(request)
         found = [no_slurm or _in_use_complaint(RunDirectory(config.run.dir)), *found]
@@ -67,13 +67,25 @@ def _data_complaint(config: Config) -> str | None:
     return None
 
 
+def _evaluations_complaint(config: Config) -> str | None:
+    if not config.evaluations:
+        return None
+    from caduceus.evaluate.in_loop import check_evaluations, evaluations_in  # which import torch
+
+    try:
+        check_evaluations(evaluations_in(config), config.checkpoint.best)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _time_complaint(config: Config, request: JobRequest) -> str | None:
     """A job that ends before its first checkpoint, by the speed that this run had, or by the estimate for GPUs."""
     measured = [row["seconds"] for row in RunDirectory(config.run.dir).newest_metrics("seconds", 100)]
     if measured:
         step = median(measured)
     elif request.gpus_per_node:
-        step = estimate(config, request.world).step_seconds
+        step = estimate(config, request.world, node=request.processes_per_node).step_seconds
     else:
         return None
     interval = step * min(config.checkpoint.every, config.train.steps)

@@ -147,10 +147,8 @@ def run_suite(
     Returns a row for each task, or each bin of one: its result, or `missing`, which says where the data come from.
     """
     out, data = Path(out), Path(request.data)
-    if not data.is_dir():
-        raise UserError(f"--data: {data} is no folder; it should hold {suite.expects}")
     rows = []
-    for task in _chosen(suite, request.tasks):
+    for task in asked_tasks(suite, request):
         options = {**suite.protocol, **task.options, **(request.protocol or {})}
         allowed = {key: value for key, value in options.items() if key in _OPTIONS[task.kind]}
         found = _run_task(runner, task, allowed, request, out, say)
@@ -168,7 +166,11 @@ def run_suite(
     return rows
 
 
-def _chosen(suite: Suite, names: list[str] | None) -> list[SuiteTask]:
+def asked_tasks(suite: Suite, request: SuiteRequest) -> list[SuiteTask]:
+    """The tasks that a request names, or all; `UserError` where there is no such task, or no folder of data."""
+    if not Path(request.data).is_dir():
+        raise UserError(f"--data: {request.data} is no folder; it should hold {suite.expects}")
+    names = request.tasks
     known = {task.name: task for task in suite.tasks}
     for name in names or ():
         if name not in known:
