@@ -18,6 +18,7 @@ from caduceus.distributed.initialisation import starting_weights
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
+from caduceus.evaluate.in_loop import InLoop, check_evaluations, evaluations_in
 from caduceus.files import write_atomically
 from caduceus.ops.backends import resolve_backend
 from caduceus.run.directory import RunDirectory
@@ -72,11 +73,12 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Opened:
-    """The run directory, which the main rank holds, and this rank's part of the data."""
+    """The run directory, which the main rank holds, this rank's part of the data, and the evaluations to come."""
 
     run: RunDirectory
     loader: TrainLoader
     validation: ValidationLoader | None
+    evaluations: list[InLoop]
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def open_run(stage: Stage, ranks: Ranks) -> Opened:
     run = RunDirectory(config.run.dir)
     with ranks.agreeing():
         check_model(config, ranks.device)
+        evaluations = evaluations_in(config)
         loader, validation = _build_loaders(stage.config, ranks)
         for later in stages_of(config)[stage.number :]:
             _refuse_stage(later, ranks.world)
@@ -106,9 +109,10 @@ def open_run(stage: Stage, ranks: Ranks) -> Opened:
                 branch_point(config)
             if config.train.init_from is not None and not run.checkpoints():
                 starting_weights(config.train.init_from, config.model)
+            check_evaluations(evaluations, config.checkpoint.best)
             run = RunDirectory.create_or_resume(config)
     refuse_other_data(loader, ranks)
-    return Opened(run, loader, validation)
+    return Opened(run, loader, validation, evaluations)
 
 
 def open_stage(opened: Opened, stage: Stage, ranks: Ranks) -> Opened:

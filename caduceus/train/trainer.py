@@ -21,6 +21,7 @@ from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
+from caduceus.train.evaluating import Best, Evaluations
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.optimizer import averaged_weights
@@ -130,6 +131,9 @@ def _loop(stage: Stage, setup: Setup, opened: Opened, watch: Watch) -> int:
     config, strategy, checkpoints, progress = setup.config, setup.strategy, setup.checkpoints, setup.progress
     run, loader, validation = opened.run, opened.loader, opened.validation
     monitor, stop, watchdog, profile = watch.monitor, watch.stop, watch.watchdog, watch.profile
+    evaluations = Evaluations(config, run, opened.evaluations, monitor, stop, watchdog)
+    best = Best(config.checkpoint, strategy, run)
+    best.keep(progress.step, evaluations.missing(strategy, progress.step))
     batches = iter(loader)
     while progress.step_of_stage < config.train.steps:
         step = progress.step + 1
@@ -146,11 +150,12 @@ def _loop(stage: Stage, setup: Setup, opened: Opened, watch: Watch) -> int:
                 with strategy.ranks.agreeing(), run.telling_of_disks():
                     monitor.rewind(progress.step)
                 continue
-        last = progress.step_of_stage == config.train.steps
+        last, told = progress.step_of_stage == config.train.steps, {}
         if validation is not None and (last or progress.step % config.valid.every == 0):
             with refusing_what_is_too_large(config, strategy.ranks):
-                row, windows = _validate(strategy, validation, watchdog, config, progress)
-                monitor.log_validation(row, windows)
+                told, windows = _validate(strategy, validation, watchdog, config, progress)
+            monitor.log_validation(told, windows)
+        is_best = best.take(progress.step, {**told, **evaluations.after(strategy, progress.step)})
         complete = last and stage.is_last
         with watchdog.over(f"the agreement after step {progress.step}"):
             wishes = strategy.ranks.gather(
@@ -160,8 +165,8 @@ def _loop(stage: Stage, setup: Setup, opened: Opened, watch: Watch) -> int:
         if taken_over:
             raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
         with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
-            if last or stopping or saving or checkpoints.are_due(progress):
-                checkpoints.save(progress)
+            if last or stopping or saving or is_best or checkpoints.are_due(progress):
+                checkpoints.save(progress, is_best)
             if last or stopping or failed:
                 checkpoints.wait()
         if complete or stopping:
