@@ -92,7 +92,8 @@ def _time_complaint(config: Config, request: JobRequest) -> str | None:
         bases = stages[min(current, len(stages)) - 1].bases_of_a_step
         seconds = [measured * (stage.bases_of_a_step / bases) for stage in stages]
     elif request.gpus_per_node:
-        seconds = [estimate(stage.config, request.world).step_seconds for stage in stages]
+        node = request.processes_per_node
+        seconds = [estimate(stage.config, request.world, node=node).step_seconds for stage in stages]
     else:
         return None
     step = max(seconds[current - 1 :])
