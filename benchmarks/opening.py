@@ -110,7 +110,7 @@ def opened(directory: Path) -> dict[str, float]:
     genome.os.stat = counted
     before, used, began = _private(), time.process_time(), time.perf_counter()
     dataset = open_dataset(config.data, "train")
-    order = TrainingOrder(dataset, seed=0, both_strands=True)
+    order = TrainingOrder(dataset, config.data, seed=0, both_strands=True)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     opens_of_start, memory = opens, _private() - before
     began = time.process_time()

@@ -71,6 +71,8 @@ def _refuse_impossible_sharing(config: Config) -> None:
     data = config.data
     if data.pack and data.mode == "stream":
         raise UserError("data.pack: stream takes sequences from whole windows only; use data.mode=shards")
+    if data.crop_offset != "none" and data.mode == "stream":
+        raise UserError("data.crop_offset: stream cuts windows as they come; use data.mode=shards")
     if data.pack and config.parallel.context > 1:
         raise UserError(
             "data.pack: the ranks of parallel.context cannot share packed sequences; use "

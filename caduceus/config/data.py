@@ -44,6 +44,14 @@ class DataConfig:
         "crosses, so that an epoch sees every base once. Not with parallel.context.",
         fixes="order",
     )
+    crop_offset: str = key(
+        "none",
+        "Where a window is cut. none: at multiples of `seq_len`, in every epoch. random: each epoch of a species begins "
+        "at another base, so that the borders move and the ends of windows have their turn; with `pack`, what is left "
+        "at both ends of a window is packed.",
+        fixes="order",
+        choices=("none", "random"),
+    )
     strands: str = key(
         "auto",
         "Which strands samples show. auto is forward for rcps (the model sees both strands by itself), both otherwise.",

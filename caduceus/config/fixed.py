@@ -28,8 +28,9 @@ def order_values(config: Config) -> dict[str, Any]:
     values = {key.attribute: value_of(config, key) for key in KEYS.values() if key.fixes == "order"}
     if config.data.mode == "shards":
         del values["stream_key"]  # without effect, and unknown to the positions in older checkpoints
-    if not config.data.pack:
-        del values["pack"]  # likewise unknown
+    for name, default in (("pack", False), ("crop_offset", "none")):
+        if values[name] == default:
+            del values[name]  # likewise unknown
     return values
 
 

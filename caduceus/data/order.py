@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     MASK = 5
     VALIDATION = 6
     SUBSTITUTE = 7
+    OFFSET = 8
 
 
 def mix(x: np.ndarray) -> np.ndarray:

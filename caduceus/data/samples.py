@@ -4,9 +4,10 @@ import hashlib
 
 import numpy as np
 
-from caduceus.config import Config
+from caduceus.config import Config, DataConfig
 from caduceus.data.dataset import Dataset
-from caduceus.data.order import EpochOrder, Mixture, Purpose, key, permute
+from caduceus.data.epochs import Epochs, EqualEpochs, ShiftedEpochs
+from caduceus.data.order import Mixture, Purpose, key, permute
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -22,12 +23,12 @@ SAMPLE_DTYPE = np.dtype(
 class TrainingOrder:
     """The endless sequence of training samples. Pure function of the dataset, the seed and the sample number."""
 
-    def __init__(self, dataset: Dataset, seed: int, both_strands: bool, shuffle_block: int = 0) -> None:
-        self._crops = dataset.crops
+    def __init__(self, dataset: Dataset, data: DataConfig, seed: int, both_strands: bool) -> None:
         self._seed = seed
         self._both_strands = both_strands
         self.mixture = Mixture([source.weight for source in dataset.sources], seed)
-        self.epochs = EpochOrder(self._crops.crops_of_shard, self._crops.shards_of_source, seed, shuffle_block)
+        kind = ShiftedEpochs if data.crop_offset == "random" else EqualEpochs
+        self.epochs: Epochs = kind(dataset.crops, seed, data.shuffle_block)
 
     def locate(self, g: np.ndarray) -> np.ndarray:
         """Samples g (n,) int64 -> (n,) SAMPLE_DTYPE."""
@@ -41,10 +42,10 @@ class TrainingOrder:
         draw = key(self._seed, Purpose.SUBSTITUTE, number, attempt)
         return self._samples(number, self.epochs.draw(source, draw))
 
-    def _samples(self, g: np.ndarray, crops: np.ndarray) -> np.ndarray:
+    def _samples(self, g: np.ndarray, places: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         samples = np.empty(len(g), SAMPLE_DTYPE)
         samples["g"] = g
-        samples["window"], samples["begin"] = self._crops.locate(crops)
+        samples["window"], samples["begin"] = places
         samples["strand"] = key(self._seed, Purpose.STRAND, g) >> np.uint64(63) if self._both_strands else 0
         samples["mask_key"] = key(self._seed, Purpose.MASK, g)
         return samples
@@ -63,7 +64,7 @@ def validation_samples(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
     Choice and masks are keyed by the genome and the place of the crop alone, so every run has the same ones.
     """
     crops = dataset.crops
-    sizes = EpochOrder(crops.crops_of_shard, crops.shards_of_source, seed=0).sizes
+    sizes = crops.crops_of_source
     chosen = {}
     for source, first, size in zip(dataset.sources, np.cumsum(sizes) - sizes, sizes, strict=True):
         count = min(limit, int(size))

@@ -32,11 +32,12 @@ class ShardSamples:
         data, seed = config.data, config.train.seed
         both_strands = resolve_strands(config) == "both"
         self._dataset = open_dataset(data, split)
-        self._order = TrainingOrder(self._dataset, seed, both_strands, data.shuffle_block)
+        self._order = TrainingOrder(self._dataset, data, seed, both_strands)
         self._reader = SampleReader(self._dataset, config, positions, self._order.substitute)
 
     def log(self) -> None:
-        log_dataset(self._dataset, self._order.mixture.counts)
+        counts, epochs = self._order.mixture.counts, self._order.epochs
+        log_dataset(self._dataset, counts, epochs.bases_seen, epochs.differ)
 
     def what_decides_the_order(self) -> dict[str, Any]:
         """What a position in the order is only good for, beyond the keys of the configuration."""
@@ -62,7 +63,7 @@ class ShardSamples:
 
     def epochs(self, g: int) -> dict[str, float]:
         """How often the first `g` samples have gone through the crops of each species."""
-        epochs = self._order.mixture.drawn(g) / self._order.epochs.sizes
+        epochs = self._order.epochs.passed(self._order.mixture.drawn(g))
         return dict(zip(self.species, epochs.tolist(), strict=True))
 
     def read(self, numbers: np.ndarray, least: np.ndarray) -> Batch:

@@ -43,6 +43,7 @@ OTHER: dict[str, Any] = {
     "data.allow_commands": True,
     "data.seq_len": 256,
     "data.pack": True,
+    "data.crop_offset": "random",
     "data.strands": "both",
     "data.objective": "next_base",
     "data.mask_prob": 0.2,
