@@ -17,6 +17,12 @@ class TrainConfig:
         least=1,
     )
     global_batch: int = key(8, "Sequences per optimizer step, over all ranks.", fixes="order", least=1)
+    batch_ramp: Any = key(
+        None,
+        "Smaller global batches at the beginning, as [[0, 64], [500, 128], [1500, 256]]: sequences per step from when "
+        "so many steps were made; the last is `global_batch`. Not under deepspeed.",
+        fixes="order",
+    )
     micro_batch: int = key(
         8,
         "Sequences per forward and backward pass on a rank; accumulation follows.",
@@ -78,6 +84,12 @@ class TrainConfig:
     )
     warmup_steps: int | None = key(
         None, "Steps of linear warm-up from 1e-6; null is a tenth of `steps`.", fixes="numbers", least=0
+    )
+    warmup_tokens: int | None = key(
+        None,
+        "The same in bases: as many steps as take the first so many, whatever their batches.",
+        fixes="numbers",
+        least=0,
     )
     weight_decay: float = key(0.1, "Not applied to biases, norms, A_log and D.", fixes="numbers", least=0)
     betas: list[float] = key(

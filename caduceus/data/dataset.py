@@ -1,7 +1,6 @@
 """The sources of a run: which species, from which directories, at which weights, cut into crops. Imports no torch."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +79,11 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     )
 
 
-def log_dataset(dataset: Dataset, counts: Sequence[int], bases: np.ndarray, epochs_differ: bool) -> None:
-    """Say what is drawn, what is left out, and the weights as rounded (`counts` of each block of the mixture).
+def log_dataset(dataset: Dataset, counts: np.ndarray, bases: np.ndarray, epochs_differ: bool) -> None:
+    """Say what is drawn, what is left out, and the weights as rounded.
 
-    `bases` (S,): of each source, those that any crop of its first epoch holds.
+    `counts` (stages, S): samples of each source in each block of the stages of the mixture. `bases` (S,): of each
+    source, those that any crop of its first epoch holds.
     """
     crops = dataset.crops
     log_commands(dataset.addresses)
@@ -112,8 +112,10 @@ def log_dataset(dataset: Dataset, counts: Sequence[int], bases: np.ndarray, epoc
                 source.species,
                 crops.seq_len,
             )
-    shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, counts, strict=True))
-    log.info("data: samples of each species in every %d: %s", MIXTURE_BLOCK, ", ".join(shares))
+    for number, stage in enumerate(counts.tolist(), start=1):
+        shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, stage, strict=True))
+        which = f" in stage {number} of {len(counts)} of data.species_weights" if len(counts) > 1 else ""
+        log.info("data: samples of each species in every %d%s: %s", MIXTURE_BLOCK, which, ", ".join(shares))
 
 
 def _parse_path(path: Any) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ from caduceus.config import Config
 from caduceus.data.batch import Batch, RankSchedule, to_batch
 from caduceus.data.dataset import log_dataset, open_dataset
 from caduceus.data.reading import SampleReader
-from caduceus.data.samples import TrainingOrder, resolve_strands
+from caduceus.data.samples import TrainingOrder
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,10 +29,8 @@ class ShardSamples:
     substituted_are = "samples could not be read"
 
     def __init__(self, config: Config, split: str, positions: tuple[int, int] | None) -> None:
-        data, seed = config.data, config.train.seed
-        both_strands = resolve_strands(config) == "both"
-        self._dataset = open_dataset(data, split)
-        self._order = TrainingOrder(self._dataset, data, seed, both_strands)
+        self._dataset = open_dataset(config.data, split)
+        self._order = TrainingOrder(self._dataset, config)
         self._reader = SampleReader(self._dataset, config, positions, self._order.substitute)
 
     def log(self) -> None:
@@ -41,12 +39,15 @@ class ShardSamples:
 
     def what_decides_the_order(self) -> dict[str, Any]:
         """What a position in the order is only good for, beyond the keys of the configuration."""
-        counts = self._order.mixture.counts.tolist()
+        first, *others = self._order.mixture.counts.tolist()
+        stages = {"stages_of_mixture": others} if others else {}
         return {
             "order_version": ORDER_VERSION,
             "split": self._dataset.split,
             "datasets": self._dataset.fingerprints,
-            "mixture": [[source.species, n] for source, n in zip(self._dataset.sources, counts, strict=True)],
+            "mixture": [[source.species, n] for source, n in zip(self._dataset.sources, first, strict=True)],
+            **stages,
+            **self._reader.what_decides_the_weights(),
         }
 
     def describe(self, g: int) -> dict[str, Any]:

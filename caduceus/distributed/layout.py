@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from caduceus.config import Config
+from caduceus.config.by_step import BatchRamp
 from caduceus.distributed.deepspeed.options import user_options
 from caduceus.errors import UserError
 
@@ -55,7 +56,8 @@ def check_layout(config: Config, world: int) -> Sharing:
         fitting = _smallest_sharing(config, world, Sharing(0, 0))
         way_on = f"{fitting} fits" if fitting else f"no parallel.context fits: {_CHANGE}"
         raise UserError(
-            f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
+            f"train.{'batch_ramp' if train.batch_ramp else 'global_batch'}: "
+            f"{train.batch_ramp or train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
             f"{world // sharing.ranks} data-parallel ranks (parallel.context x parallel.strands ranks share a sequence "
             f"and count as one); {way_on}"
         )
@@ -88,7 +90,8 @@ def _cuts_sequences(config: Config, context: int) -> bool:
 
 
 def _shares_batch(config: Config, world: int, ranks_per_sample: int) -> bool:
-    return config.train.global_batch % (config.train.micro_batch * (world // ranks_per_sample)) == 0
+    sequences = config.train.micro_batch * (world // ranks_per_sample)
+    return all(size % sequences == 0 for size in BatchRamp.of(config.train).sizes)
 
 
 def blocks_to_recompute(least: int, lean: int, full: int, free: int, layers: int) -> tuple[int, int]:

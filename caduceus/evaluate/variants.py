@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from caduceus.bed import read_bed
 from caduceus.errors import UserError
 from caduceus.evaluate.alleles import MISMATCHES, Variant, prepare
 from caduceus.evaluate.columns import as_text, check_table_name, ending, write_columns
@@ -18,7 +19,6 @@ from caduceus.evaluate.variant_inputs import ALT, VariantFile, VariantSource
 from caduceus.evaluate.vcf import write_vcf
 from caduceus.evaluate.windows import Windows
 from caduceus.files import sha256_of
-from data_prep.plan.bed import read_bed
 
 _PART = 2048
 _TOO_LONG = "longer than the window"

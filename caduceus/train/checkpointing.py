@@ -33,7 +33,14 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.events import record_event
 from caduceus.train.branching import branch_point
 from caduceus.train.guards import MAX_REWINDS, Health
-from caduceus.train.schedule import default_decay_start, default_warmup, kept_decay_start, kept_warmup, learning_rate
+from caduceus.train.schedule import (
+    default_decay_start,
+    default_warmup,
+    in_steps,
+    kept_decay_start,
+    kept_warmup,
+    learning_rate,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -159,8 +166,8 @@ class Checkpoints:
     def _keep_schedule(self, progress: Progress, former: Config) -> None:
         train, began_with = self._config.train, progress.warmup_steps
         if began_with is None:
-            began_with = default_warmup(former.train)
-        progress.warmup_steps = kept_warmup(train, former.train, began_with, progress.step)
+            began_with = default_warmup(in_steps(former))
+        progress.warmup_steps = kept_warmup(in_steps(self._config), in_steps(former), began_with, progress.step)
         progress.decay_start = kept_decay_start(train, former.train, progress.decay_start, progress.step)
         if self._ranks.is_main and train.steps != former.train.steps:
             _log.info(

@@ -24,7 +24,7 @@ from caduceus.train.checkpointing import Checkpoints, Progress
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
-from caduceus.train.schedule import default_decay_start, default_warmup
+from caduceus.train.schedule import default_decay_start, default_warmup, in_steps
 
 _log = logging.getLogger(__name__)
 
@@ -183,7 +183,11 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
 
 
 def _tell_schedule(resolved: Resolved, config: Config, progress: Progress) -> None:
-    train, because = config.train, "a tenth of train.steps" if progress.step == 0 else "kept from the start of the run"
+    train, tenth = (
+        config.train,
+        "a tenth of train.steps" if config.train.warmup_tokens is None else "train.warmup_tokens",
+    )
+    because = tenth if progress.step == 0 else "kept from the start of the run"
     if train.warmup_steps is None or train.warmup_steps != progress.warmup_steps:
         resolved.decide("train.warmup_steps", train.warmup_steps, progress.warmup_steps, because)
     if progress.decay_start is not None and train.decay_steps != train.steps - progress.decay_start:
@@ -199,7 +203,7 @@ def _resume(config: Config, run: RunDirectory, loader: TrainLoader, checkpoints:
         what = f"{run.path} begins from {config.train.decay_from}"
     if progress is None:
         train = config.train
-        first = {"warmup_steps": default_warmup(train), "decay_start": default_decay_start(train)}
+        first = {"warmup_steps": default_warmup(in_steps(config)), "decay_start": default_decay_start(train)}
         return Progress(step=0, tokens=0, loader=loader.state(), **first)
     _log.info(
         "%s after step %d (%d samples), loaded in %.1f s",
