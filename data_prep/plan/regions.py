@@ -70,10 +70,7 @@ def regions_around_genes(selection: Selection, options: PlanOptions, notes: list
     bed = read_genes(Path(str(options.around)))
     by_contig = _rows_by_contig(bed, selection, options, "--around", notes)
     if not by_contig:
-        raise UserError(
-            f"--around: none of the contigs in {bed.path} ({_some({row.contig: 1 for row in bed.rows}, 3)}) is used here "
-            f"({_some(selection.used, 3)}); --aliases takes a table of names"
-        )
+        raise _none_used("--around", bed, selection)
     regions = dict.fromkeys(selection.used, EMPTY)
     for name, rows in by_contig.items():
         length = selection.used[name]
@@ -123,10 +120,7 @@ def interval_regions(
     rows = bed.rows
     by_contig = _rows_by_contig(bed, selection, options, "--intervals", notes)
     if not by_contig:
-        raise UserError(
-            f"--intervals: none of the contigs in {path} ({_some({row.contig: 1 for row in rows}, 3)}) is used here "
-            f"({_some(selection.used, 3)}); --aliases takes a table of names"
-        )
+        raise _none_used("--intervals", bed, selection)
     for name, of_contig in by_contig.items():
         for row in of_contig:
             if row.end > selection.used[name]:
@@ -158,6 +152,14 @@ def interval_regions(
         }
         for name in selection.used
     }  # fmt: skip
+
+
+def _none_used(option: str, bed: Bed, selection: Selection) -> UserError:
+    named = _some({row.contig: 1 for row in bed.rows}, 3)
+    return UserError(
+        f"{option}: none of the contigs in {bed.path} ({named}) is used here ({_some(selection.used, 3)}); --aliases "
+        "takes a table of names"
+    )
 
 
 def _rows_by_contig(
