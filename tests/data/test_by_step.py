@@ -252,19 +252,18 @@ def test_a_layout_must_divide_every_batch_of_a_ramp(shards: Path) -> None:
 
 EVERYTHING = {
     "crop_offset": "random",
-    "pack": True,
     "mask_span": 4,
     "mask_schedule": [[0, 0.5], [4, 0.2]],
     "species_weights": [[0, {"t": 0.5}], [2, {"t": 4}]],
     "min_acgt": 0.0,
 }
-RAMP = [[0, 4], [1, 8], [3, 16]]
+RAMP = [[0, 2], [1, 4], [3, 8]]
 
 
 def with_everything(config: Config, shards: Path, bed: Path) -> Config:
     bed.write_text("c0\t100\t500\t0.3\n")
     data = replace(config.data, path=str(shards), seq_len=64, **EVERYTHING, weights_bed={"s": str(bed)})
-    optimization = replace(config.train, batch_ramp=RAMP, global_batch=16, micro_batch=2)
+    optimization = replace(config.train, batch_ramp=RAMP, global_batch=8, micro_batch=1)
     return replace(config, data=data, train=optimization)
 
 
@@ -283,8 +282,8 @@ def test_a_resume_has_the_numbers_of_a_run_without(shards: Path, tmp_path: Path)
     rows = numbers(tmp_path / "whole")
     assert numbers(tmp_path / "parts") == rows
     steps = [row for row in rows if "loss" in row]
-    assert [row["samples"] for row in steps] == [4, 12, 20, 36]
-    assert [row["tokens"] for row in steps] == [256, 768, 1280, 2304]
+    assert [row["samples"] for row in steps] == [2, 6, 10, 18]
+    assert [row["tokens"] for row in steps] == [128, 384, 640, 1152]
 
 
 @pytest.mark.slow
