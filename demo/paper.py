@@ -29,7 +29,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "paper"
 PROBE_STEPS = 8
 SHARE_OF_STEPS = 0.8
 """Of the budget, that training steps get; validation and starts take the rest."""
-VALIDATIONS = 8
+VALIDATIONS = 4
 LEAST_STEPS = 20
 
 
