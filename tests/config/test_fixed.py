@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from caduceus.config import KEYS, Config, changes, config_to_dict
+from caduceus.config import KEYS, Config, StageConfig, changes, config_to_dict
 from caduceus.errors import UserError
 from caduceus.run.directory import OPTIMIZER_STATE, RunDirectory
 from caduceus.train.trainer import train
@@ -63,6 +63,7 @@ OTHER: dict[str, Any] = {
     "data.check_crc": False,
     "data.max_substituted": 0,
     "train.steps": 5,
+    "train.stages": [StageConfig(steps=2), StageConfig(steps=2)],
     "train.global_batch": 4,
     "train.batch_ramp": [[0, 4], [2, 8]],
     "train.micro_batch": 2,
