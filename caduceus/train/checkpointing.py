@@ -162,7 +162,7 @@ class Checkpoints:
             _log.info(
                 "train.steps: %d instead of %d; the warm-up stays at the %d steps that the run began with, and the "
                 "learning rate goes on from %.3g",
-                *(train.steps, former.steps, progress.warmup_steps),
+                *(train.steps, former.train.steps, progress.warmup_steps),
                 progress.learning_rate(train),
             )
 

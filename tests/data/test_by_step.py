@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caduceus.alphabet import IGNORE_LABEL
-from caduceus.config import Config, config_from_dict
+from caduceus.config import Config, config_from_dict, stages_of
 from caduceus.config.by_step import BatchRamp
 from caduceus.data.batch import RankSchedule
 from caduceus.data.dataset import open_dataset
@@ -241,6 +241,20 @@ def test_a_warm_up_in_bases_is_as_many_steps_as_take_them(shards: Path) -> None:
         config = config_of(shards, train={"batch_ramp": [[0, 4], [2, 8]], "warmup_tokens": tokens})
         assert default_warmup(in_steps(config)) == steps, tokens
     assert default_warmup(in_steps(config_of(shards))) == 2
+
+
+def test_stages_have_mixtures_and_ramps_of_their_own(shards: Path) -> None:
+    stages = [
+        {"steps": 4, "species_weights": {"t": 0}, "mask_prob": 0.3},
+        {"steps": 4, "global_batch": 16, "batch_ramp": [[0, 8], [2, 16]]},
+    ]
+    first, second = (stage.config for stage in stages_of(config_of(shards, train={"steps": 8, "stages": stages})))
+    counts = [TrainingOrder(open_dataset(one.data, "train"), one).mixture.counts.tolist() for one in (first, second)]
+    assert counts == [[[65536, 0]], [[32768, 32768]]]
+    assert (first.data.mask_prob, second.data.mask_prob) == (0.3, 0.15)
+    assert BatchRamp.of(second.train) == BatchRamp((0, 2), (8, 16)) and BatchRamp.of(first.train).sizes == (8,)
+    with pytest.raises(UserError, match=r"stage 2: train\.batch_ramp: ends at 8, but train\.global_batch is 16"):
+        config_of(shards, train={"steps": 8, "stages": [stages[0], {**stages[1], "batch_ramp": [[0, 8]]}]})
 
 
 def test_a_layout_must_divide_every_batch_of_a_ramp(shards: Path) -> None:
