@@ -1,4 +1,4 @@
-"""Which values no run can have beside each other. What a key can have by itself stands with the key."""
+"""Values that no run can have together. Which values a key alone can have stands with the key."""
 
 import math
 import re

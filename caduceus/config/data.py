@@ -138,7 +138,7 @@ class DataConfig:
         "Check a window's crc32 when a node first reads from it, which reads the window whole, once for all ranks and "
         "workers of the node, and not at all where `cache_dir` has fetched and checked the shard since the start. "
         "False checks only that bytes are bases: for short sequences from more bases than a run ever sees, on storage "
-        "where reading is dear. Shards that are whole give the same samples either way.",
+        "where reading is expensive. Shards that are whole give the same samples either way.",
         fixes="nothing",
     )
     max_substituted: int = key(

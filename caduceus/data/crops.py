@@ -82,8 +82,8 @@ class CropTable:
     def locate(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Crop numbers (n,) -> row of `windows` (n,), and the crop's first base in the window (n,), forward strand.
 
-        Of a packed crop the window is that of its first piece, and instead of a base it has a number below 0, which
-        `pieces` takes.
+        A packed crop has the window of its first piece, and in the place of a base a number below 0, which `pieces`
+        takes.
         """
         window, begin, row = self._tiling.locate(crops)
         return window, np.where(row < 0, begin, -1 - row)

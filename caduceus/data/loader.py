@@ -290,7 +290,8 @@ def build_validation(
 ) -> ValidationLoader:
     """The validation batches of data-parallel rank `rank` of `world`: at most `valid.samples` crops of each species.
 
-    Crops and masks depend on the genomes and `data.*` alone, not on `train.seed`. Other arguments as of `build_loader`.
+    Crops and masks depend on the genomes and `data.*` alone, not on `train.seed`. The other arguments are those of
+    `build_loader`.
     """
     micro_batch = micro_batch or config.train.micro_batch
     if config.data.mode == "stream":

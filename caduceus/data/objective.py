@@ -165,7 +165,7 @@ def shift_bases(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Next-base inputs and labels of `length` positions; `bases` has one column more, or ends with the sample.
 
-    Shapes and results as of `mask_bases`, without masking: the label of a position is the base after it.
+    Shapes and results are those of `mask_bases`, without masking: the label of a position is the base after it.
     """
     input_ids, labels = np.empty((len(bases), length), np.uint8), np.empty((len(bases), length), np.int8)
     invalid = _shift(bases, mirrored, tokens, input_ids, labels)

@@ -35,10 +35,10 @@ class SampleReader:
     """Reads samples, or the slice `positions` of each. Safe to pickle and to fork.
 
     With `data.check_crc`, a window's crc32 is checked when it is first read from on this node, unless a cache has
-    checked the shard's sha256 since the start. What cannot be read soundly is
-    retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that
-    is no base, may be met by one alone of the peers that share a sample: they have to agree on the crops to take. With
-    `repeats`, the samples tell which of their bases are soft-masked.
+    checked the shard's sha256 since the start. What cannot be read soundly is retried, then replaced by
+    `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that is no base, may be met by
+    only one of the peers that share a sample, so they have to agree on the crops to take. With `repeats`, the samples
+    tell which of their bases are soft-masked.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class SampleReader:
     def describe(self, sample: np.void) -> dict[str, Any]:
         """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.
 
-        Of a packed sample it is the first piece. Bases of the sample beyond `end` are the padding of `--tail pad`, and
-        `end` is `start` where all of them are.
+        A packed sample is described by its first piece. Bases of the sample beyond `end` are the padding of `--tail
+        pad`, and `end` is `start` where all of them are.
         """
         where = self._describe_with_padding(sample)
         window = self._crops.windows[sample["window"]]

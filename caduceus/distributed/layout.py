@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from caduceus.config import Config
 from caduceus.config.by_step import BatchRamp
-from caduceus.distributed.deepspeed.options import user_options
+from caduceus.distributed.deepspeed.settings import user_settings
 from caduceus.distributed.footprint import Footprint, footprint
 from caduceus.distributed.held import held
 from caduceus.errors import UserError
@@ -79,7 +79,7 @@ def check_layout(config: Config, world: int, room: Room | None = None) -> Sharin
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
     if parallel.strategy == "deepspeed":
-        user_options(config, world // sharing.ranks)
+        user_settings(config, world // sharing.ranks)
     return sharing
 
 

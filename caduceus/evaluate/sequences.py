@@ -33,7 +33,7 @@ class SequenceSource:
     """Where sequences come from: a file, by its ending, and what else it takes.
 
     genome: for BED and VCF. window: the bases of each sequence, about the middle of a BED's row or the place of a VCF's
-    variant; a BED's rows have their own length without it. column: of the sequences in a table.
+    variant; a BED's rows have their own length without it. column: the one of a table that holds the sequences.
     """
 
     input: str | Path
