@@ -14,7 +14,9 @@ from caduceus.data.cache import Prefetcher, UnavailableError
 from caduceus.data.dataset import Dataset
 from caduceus.data.format import STRAND_SYMBOLS
 from caduceus.data.objective import Objective, SampleArrays
+from caduceus.data.region_weights import RegionWeights
 from caduceus.data.remote import log_commands
+from caduceus.data.samples import mask_rates
 from caduceus.data.shard_files import ShardFiles
 from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
@@ -50,7 +52,10 @@ class SampleReader:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._objective = Objective(config.data, config.model.vocabulary, positions, repeats)
+        rates = None if substitute is None else mask_rates(config)
+        self._objective = Objective(config.data, config.model.vocabulary, positions, repeats, rates)
+        bed = config.data.weights_bed
+        self._weights = None if bed is None else RegionWeights(dataset, bed, config.data.weights_elsewhere)
         self._substitute = substitute
         self._verdicts = Verdicts(self._files.identities(), len(self._crops.windows)) if config.data.check_crc else None
         self._damaged_windows: set[int] = set()
@@ -72,8 +77,14 @@ class SampleReader:
             if not invalid.any():
                 if packed.any():
                     self._objective.separate(arrays, self._starts(taken))
+                if self._weights is not None:
+                    self._objective.weigh(arrays, self._weights.of(taken))
                 return replace(arrays, substituted=notes, choices=choices)
             self._condemn(taken[invalid > 0])
+
+    def what_decides_the_weights(self) -> dict[str, Any]:
+        """What `data.weights_bed` names, where it names anything."""
+        return {} if self._weights is None else {"weights": self._weights.fingerprint}
 
     def prefetch(self, samples: np.ndarray, first: int) -> None:
         """Have the shards of samples number `first`, `first` + 1, … of this reader fetched while others are read."""

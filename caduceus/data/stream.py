@@ -20,7 +20,7 @@ from caduceus.data.batch import Batch, RankSchedule, to_batch
 from caduceus.data.objective import Objective, SampleArrays
 from caduceus.data.order import Purpose, key, permute
 from caduceus.data.remote import log_commands, refuse_commands
-from caduceus.data.samples import SAMPLE_DTYPE, resolve_strands
+from caduceus.data.samples import SAMPLE_DTYPE, mask_rates, resolve_strands
 from caduceus.data.tars import Remark, TarFindings, read_members
 from caduceus.errors import UserError
 
@@ -43,7 +43,8 @@ class StreamSamples:
         self._seed = config.train.seed
         self._both_strands = resolve_strands(config) == "both"
         self._urls = expand_urls(config.data.path, "data.path", config.data.allow_commands)
-        self._objective = Objective(config.data, config.model.vocabulary, positions)
+        rates = mask_rates(config)
+        self._objective = Objective(config.data, config.model.vocabulary, positions, mask_rate=rates)
 
     def log(self) -> None:
         log_commands(self._urls)

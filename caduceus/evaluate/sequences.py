@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from caduceus.bed import read_bed
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, read_columns
 from caduceus.evaluate.vcf import read_vcf
 from caduceus.evaluate.windows import Windows, checked_bases
-from data_prep.plan.bed import read_bed
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn", ".2bit")
 BED = (".bed", ".narrowpeak", ".broadpeak", ".bed3", ".bed6")
