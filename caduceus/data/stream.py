@@ -134,6 +134,7 @@ class StreamValidation:
         crops.close()
         if damaged := [note for note in notes if not isinstance(note, Remark)]:
             raise UserError(f"data.valid_path: {damaged[0]}")
+        self._remarks = list(dict.fromkeys(notes))
         self._objective = Objective(data, config.model.vocabulary, positions, repeats=True)
         self.samples = np.zeros(len(self._crops), SAMPLE_DTYPE)
         self.samples["g"] = np.arange(len(self._crops))
@@ -141,6 +142,8 @@ class StreamValidation:
 
     def log(self) -> None:
         log_commands(self._urls)
+        for remark in self._remarks:
+            log.warning("data.valid_path: %s", remark)
 
     def describe(self, sample: np.void) -> dict[str, Any]:
         """What is known of a crop: a stream has no coordinates."""
@@ -178,8 +181,7 @@ def crops_of_tars(urls: Iterator[str], data: DataConfig, notes: list[str], tars:
                     found = True
                     yield crop
         finally:
-            if line := report.line():
-                notes.append(line)
+            notes.extend(line for line in (report.line(), report.remark()) if line is not None)
         if found:
             fruitless.discard(url)
             continue

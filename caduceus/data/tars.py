@@ -4,24 +4,15 @@ The standard library's `tarfile` reads the headers. It is told to pass over bloc
 it goes on at the next sound one, and it is watched while it does so, because it says nothing about what it passes over.
 """
 
-import bz2
-import lzma
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from isal import igzip
-
+from caduceus.data.decompression import LONGEST_MAGIC, OTHER_PROGRAMS, Decompressed, DecompressionError, pieces_of
 from caduceus.data.remote import open_address, reading_problem
 from caduceus.errors import UserError
 
-_DECOMPRESSORS = {
-    b"\x1f\x8b": lambda file: igzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
-}
-"""What opens a compressed file, by its first bytes. Each checks the checksums that its format has."""
 _END_MARKER_BLOCKS = 2
 _CHUNK = 1 << 20
 _EXTENSIONS_NAMED = 8
@@ -38,6 +29,8 @@ class TarReport:
     address: str
     problems: dict[str, tuple[int, str]] = field(default_factory=dict)
     other_extensions: set[str] = field(default_factory=set)
+    passed_over: int = 0
+    """Bytes behind the compressed data that belong to it no more. Nothing is lost with them."""
 
     def add(self, problem: str, where: str = "") -> None:
         count, first = self.problems.get(problem, (0, where))
@@ -46,6 +39,11 @@ class TarReport:
     def line(self) -> str | None:
         """One line about all problems; None for a sound tar."""
         return f"{self.address}: {'; '.join(map(self._describe, self.problems))}" if self.problems else None
+
+    def remark(self) -> Remark | None:
+        """One line about what is no damage; None where there is nothing to tell."""
+        line = f"{self.address}: {self.passed_over:,} bytes stand behind the end of its compressed data: passed over"
+        return Remark(line) if self.passed_over else None
 
     def _describe(self, problem: str) -> str:
         count, first = self.problems[problem]
@@ -61,11 +59,18 @@ def read_members(report: TarReport, extension: str) -> Iterator[tuple[str, bytes
     """
     try:
         with open_address(report.address) as raw:
-            yield from _members(_decompressed(_Forward(raw)), report, f".{extension.lower()}")
+            file = _Forward(raw)
+            start = file.peek(LONGEST_MAGIC)
+            if program := next((name for magic, name in OTHER_PROGRAMS.items() if start.startswith(magic)), None):
+                report.add(f"is compressed by {program}, which is not read; data.path='pipe:{program} -dc FILE' is")
+                return
+            pieces = pieces_of(start, file)
+            yield from _members(_Forward(Decompressed(pieces)) if pieces else file, report, f".{extension.lower()}")
+            report.passed_over = pieces.passed_over if pieces else 0
     except UserError:
         raise
-    except _CompressionError as error:
-        report.add(str(error))
+    except DecompressionError as error:
+        report.add(f"cannot be decompressed any further ({error})")
     except Exception as error:  # each decompressor and file system raises classes of its own
         report.add(reading_problem(report.address, error))
 
@@ -164,7 +169,9 @@ class _Forward:
         """`size` bytes; fewer only where the file ends; all of it for -1."""
         content = bytearray(self._ahead if size < 0 else self._ahead[:size])
         self._ahead = self._ahead[len(content) :]
-        while (wanted := _CHUNK if size < 0 else size - len(content)) and (piece := self._piece(min(wanted, _CHUNK))):
+        while (wanted := _CHUNK if size < 0 else size - len(content)) and (
+            piece := self._file.read(min(wanted, _CHUNK))
+        ):
             content += piece
         self._position += len(content)
         return bytes(content)
@@ -187,26 +194,3 @@ class _Forward:
         while self._position < position and self.read(min(_CHUNK, position - self._position)):
             pass
         return self._position
-
-    def _piece(self, size: int) -> bytes:
-        return self._file.read(size)
-
-
-class _CompressionError(OSError):
-    """A compressed file is cut, or its content is not what its checksum says."""
-
-
-class _Decompressed(_Forward):
-    def _piece(self, size: int) -> bytes:
-        try:
-            return super()._piece(size)
-        except Exception as error:
-            raise _CompressionError(f"cannot be decompressed any further ({error})") from error
-
-
-def _decompressed(file: _Forward) -> _Forward:
-    start = file.peek(max(map(len, _DECOMPRESSORS)))
-    for magic, opened in _DECOMPRESSORS.items():
-        if start.startswith(magic):
-            return _Decompressed(opened(file))
-    return file

@@ -22,7 +22,7 @@ from torch import nn
 from caduceus.errors import UserError
 from caduceus.evaluate.baselines import fit_linear, kmer_counts
 from caduceus.evaluate.classifier import POOLS, Cnn, HeadOnly, SequenceModel
-from caduceus.evaluate.columns import write_columns
+from caduceus.evaluate.columns import mean_and_spread, write_columns
 from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.fitting import Examples, Fit, FitOptions
 from caduceus.evaluate.labelled import Labelled, LabelledTable, Task, copies, find_task, split_off
@@ -260,7 +260,7 @@ class _Study:
 def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean and spread (of the sample; 0 for one seed) of each metric on the test, or without one on validation."""
     part = "test" if "test" in results[0] else "valid"
-    values = {name: np.array([result[part][name] for result in results]) for name in names_of(task)}
+    values = {name: np.array([result[part][name] for result in results], dtype=float) for name in names_of(task)}
     return {
         name: {"mean": float(v.mean()), "spread": float(v.std(ddof=1)) if len(v) > 1 else 0.0}
         for name, v in values.items()
@@ -282,6 +282,6 @@ def table_of(result: dict[str, Any]) -> str:
     rows = [["", *names]]
     for method in result["methods"]:
         metrics = summary[method]
-        rows.append([method, *(f"{metrics[name]['mean']:.4f} ± {metrics[name]['spread']:.4f}" for name in names)])
+        rows.append([method, *(mean_and_spread(metrics[name], 4) for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -269,3 +269,26 @@ def _log_p(runner: Runner, held: torch.Tensor, rows: np.ndarray) -> np.ndarray:
     logits = runner.model.head(picked[:, None], runner.model.head_rows())[0]
     bases = logits[:, list(runner.config.vocabulary.bases)]
     return torch.log_softmax(bases.double(), -1).cpu().numpy()
+
+
+def log_p_at(
+    runner: Runner,
+    sequences: Sequence[np.ndarray],
+    places: Sequence[Sequence[int]],
+    hidden: bool,
+    options: ScoreOptions,
+) -> np.ndarray:
+    """log p of A, C, G and T at places of each sequence, hidden or shown, (n, places, 4) float64: the mean of strands.
+
+    Every sequence has as many places.
+    """
+    queries = _Queries()
+    asked = [
+        queries.ask(number, lambda bases=bases: bases, where if hidden else (), where)
+        for number, (bases, where) in enumerate(zip(sequences, places, strict=True))
+    ]
+    with torch.no_grad(), runner.autocast():
+        queries.run(runner, options)
+    return np.stack(
+        [np.stack([query.at(place).mean(0) for place in where]) for query, where in zip(asked, places, strict=True)]
+    )

@@ -91,6 +91,17 @@ class Monitor:
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
         self._terminal.tell_validation(f"step {row['step']:,}  valid loss {row['valid_loss']:.4f}{detail}")
 
+    def log_evaluation(self, row: dict[str, Any]) -> None:
+        """Record and show the numbers of an evaluation, `evaluated`."""
+        if not self._active:
+            return
+        self._record(row)
+        of = f"eval/{row['evaluated']}/"
+        numbers = {key.removeprefix(of): value for key, value in row.items() if key.startswith(of)}
+        seconds = numbers.pop("seconds")
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in list(numbers.items())[:6] if isinstance(value, float))
+        self._terminal.tell_validation(f"step {row['step']:,}  {row['evaluated']}: {shown or 'done'} ({seconds:.1f} s)")
+
     def rewind(self, step: int) -> None:
         """Drop the rows after `step` from metrics.jsonl: they are about to be made again."""
         if not self._active:
@@ -116,7 +127,7 @@ class Monitor:
         if self._has_lost_its_run():
             return
         # JSON knows no NaN.
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        finite = {key: value if isinstance(value, str) or math.isfinite(value) else None for key, value in row.items()}
         self._unwritten += (json.dumps(finite) + "\n").encode()
         try:
             while self._unwritten:
