@@ -35,7 +35,7 @@ from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import conv, cross_entropy, device, norm, scan, scan_launches
 from tests.ops import record
 from tests.ops.offsets import narrow_products
-from tests.ops.record import OnRecordError
+from tests.ops.record import OnRecord
 from tests.ops.tools import RUNS
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -77,7 +77,7 @@ class Instruction(NamedTuple):
 @contextlib.contextmanager
 def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[str, list]]:
     """Launches compile instead, for each capability. Gives kernels by name without `_kernel`, each compiled once,
-    or their keys where `record.keyed` knows them."""
+    or its `OnRecord` where `record.keyed` knows it."""
     found: dict[str, list] = {}
     targets = [Target(capability) for capability in capabilities]
 
@@ -88,11 +88,8 @@ def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[s
         arguments = [Pointer(a) if isinstance(a, Tensor) else a for a in arguments]
         for target in targets:
             triton.runtime.driver.set_active(target)
-            try:
-                compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
-            except OnRecordError as known:
-                compiled = known.key
-            if all(compiled is not other and compiled != other for other in found.setdefault(name, [])):
+            compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
+            if all(compiled is not other for other in found.setdefault(name, [])):
                 found[name].append(compiled)
 
     launch = JITFunction.run
@@ -256,8 +253,8 @@ def compile_run(
             {"published": launch_all, "one": launch_one, "rest": launch_rest}[what](element)
     kernels = {}
     for name, compiled in ((name, each) for name, group in found.items() for each in group):
-        if isinstance(compiled, str):
-            kernels[compiled] = known[compiled]
+        if isinstance(compiled, OnRecord):
+            kernels[compiled.key] = known[compiled.key]
         else:
             of = {"kernel": name, "capability": int(capability), "element": element, "run": what}
             kernels[compiled.metadata.key] = of | resources(compiled)
