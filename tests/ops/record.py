@@ -1,6 +1,7 @@
 """What ptxas made of the kernels, on record: a kernel whose intermediate form has not changed is not compiled again.
 
-Compiling all takes ten minutes of a processor, this half of one. `make kernels` writes the record anew, compiling what is not on it.
+Compiling all takes ten minutes of a processor, looking it up half of one. `make kernels` writes the record anew and
+compiles what is not on it.
 """
 
 import contextlib
