@@ -230,6 +230,28 @@ def test_every_substitution_of_places(tmp_path: Path, genome: Path, model_folder
     assert found["llr"] == pytest.approx(again["llr"], abs=1e-6)
 
 
+def test_tracks_tell_of_each_place(tmp_path: Path, genome: Path, model_folder, evaluate, refused) -> None:
+    tracks = pytest.importorskip("pyBigWig", reason="of the extra `evaluate`")
+    (tmp_path / "places.bed").write_text("chr2\t0\t3\nchr1\t100\t104\nchr1\t102\t106\n")  # in no order, and overlapping
+    words = ["variants", "--model", model_folder("ps"), "--genome", genome, "--window", WINDOW]
+    words += ["--out", tmp_path / "out.parquet", "--tracks", tmp_path / "t"]
+    evaluate(*words, "--every-snv", tmp_path / "places.bed")
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    rows_of_places = list(zip(found["chrom"], found["pos"], strict=True))
+    for name in ("entropy", "llr"):
+        with tracks.open(str(tmp_path / f"t.{name}.bw")) as file:
+            assert file.chroms() == {"chr1": 300, "chr2": 60}
+            for contig, first, end in (("chr1", 100, 106), ("chr2", 0, 3)):
+                values = file.values(contig, first, end)
+                for place, value in enumerate(values, first):
+                    rows = [n for n, row in enumerate(rows_of_places) if row == (contig, place + 1)]
+                    assert value == pytest.approx(np.mean([found[name][n] for n in rows]), rel=1e-6)
+            assert np.isnan(file.values("chr1", 99, 100)).all() and np.isnan(file.values("chr1", 106, 107)).all()
+    assert not list(tmp_path.glob(".*")) and "only --every-snv gives" in refused(*words, "--input", "no.vcf")
+    message = refused(*words, "--every-snv", tmp_path / "places.bed", "--scores", "embedding")
+    assert "--tracks: of masked and unmasked scores" in message
+
+
 def test_rows_may_bring_their_own_windows(tmp_path: Path, genome: Path) -> None:
     text = text_of(genome)["chr1"]
     first, pos = 100 - WINDOW // 2 - 1, 100
