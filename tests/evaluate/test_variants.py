@@ -330,6 +330,8 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
         "contig.csv": (f"{table}chr7,100,A,C\n", "the genome has no contig 'chr7', but chr1, chr2"),
         "column.csv": ("chrom,pos,ref\nchr1,1,A\n", "no column 'alt' or 'alternate' or 'allele2' for ALT"),
         "empty.csv": (table, "the table has no row"),
+        "nothing.csv": ("", "nothing.csv: holds no line"),
+        "nothing.vcf": ("", "nothing.vcf: not a VCF"),
         "empty.vcf": ("#CHROM\tPOS\tID\tREF\tALT\n", "holds no variant"),
         "pos.vcf": ("#CHROM\tPOS\tID\tREF\tALT\nchr1\t1e3\t.\tA\tC\n", "pos.vcf:2: POS must be a whole number"),
         "short.vcf": ("#CHROM\tPOS\tID\tREF\tALT\nchr1\t1\n", "short.vcf:2: has 2 fields"),
@@ -353,6 +355,28 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
     }.items():
         assert message in refused(*good, "--out", tmp_path / "out.tsv", *words), words
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_vcf_as_other_tools_leave_it_is_read_as_a_clean_one(tmp_path: Path, genome: Path) -> None:
+    text, head = text_of(genome)["chr1"], "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+    rows = [f"chr1\t{p}\t.\t{text[p - 1]}\t{'ACGT'.replace(text[p - 1], '')[0]}\t.\t.\t.\n" for p in (50, 60, 70)]
+    clean = head + "".join(rows)
+    (tmp_path / "clean.vcf").write_text(clean)
+    lower = head + "".join(row.lower() for row in rows)
+    odd = {
+        "bom": "\ufeff" + clean,
+        "crlf": clean.replace("\n", "\r\n"),
+        "spaces": head + "".join(row.replace("\t", "  ") for row in rows),
+        "lower": lower,
+        "all": "\ufeff" + lower.replace("\n", "\r\n").replace("\t", " ", 3),
+    }
+    runner, options = Runner(made("ps")), ScoreOptions(window=WINDOW)
+    score_file(runner, VariantSource(tmp_path / "clean.vcf", genome), tmp_path / "clean.tsv", options)
+    expected = read_columns(tmp_path / "clean.tsv").values["llr"]
+    for name, content in odd.items():
+        (tmp_path / f"{name}.vcf").write_bytes(content.encode())
+        score_file(runner, VariantSource(tmp_path / f"{name}.vcf", genome), tmp_path / f"{name}.tsv", options)
+        assert read_columns(tmp_path / f"{name}.tsv").values["llr"] == expected, name
 
 
 def write_labelled(folder: Path, genome: Path) -> tuple[Path, Path, list[float]]:
