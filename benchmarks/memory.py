@@ -36,7 +36,7 @@ from triton.runtime.jit import JITFunction
 
 from caduceus.allocator import keep_freed_memory
 from caduceus.config import CaduceusConfig
-from caduceus.distributed.layout import blocks_to_recompute
+from caduceus.distributed.footprint import blocks_to_recompute
 from caduceus.model import mamba
 from caduceus.model.block import residual_dtype
 from caduceus.model.heads import CaduceusForMaskedLM

@@ -29,6 +29,8 @@ COMPLEMENT_BYTE = _complement_bytes()
 """(256,) uint8: IUPAC complement of a base byte, case kept."""
 IS_ACGT_BYTE = np.isin(np.arange(256, dtype=np.uint8), np.frombuffer(b"ACGTacgt", np.uint8))
 """(256,) bool: the bytes that can be labels."""
+IS_URACIL_BYTE = np.isin(np.arange(256, dtype=np.uint8), np.frombuffer(b"Uu", np.uint8))
+"""(256,) bool: the bytes of RNA that stand for T."""
 IS_IUPAC_BYTE = np.isin(np.arange(256, dtype=np.uint8), np.frombuffer(_IUPAC + _IUPAC.lower(), np.uint8))
 """(256,) bool: the bytes a genome may hold."""
 

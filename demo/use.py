@@ -33,8 +33,8 @@ def coding_intervals(annotation: Path) -> list[tuple[int, int]]:
 def write_places(genome: Path, annotation: Path, folder: Path) -> tuple[Path, Path]:
     """BED files of windows, named by their kind, and of a stretch of an exon, of a genome of one contig.
 
-    Repeats are what the genome has in lower case, coding is what the annotation says; windows that are a bit of each
-    are left out.
+    Repeats are what the genome has in lower case, coding is what the annotation says; windows that are a bit of each,
+    or have gaps, are left out.
     """
     opened = open_genome(genome)
     ((contig, length),) = opened.contigs.items()
@@ -43,15 +43,16 @@ def write_places(genome: Path, annotation: Path, folder: Path) -> tuple[Path, Pa
     intervals = coding_intervals(annotation)
     for start, end in intervals:
         coding[start:end] = True
-    shares = [_shares(marked) for marked in (coding, text >= ord("a"))]
+    known = np.isin(text, np.frombuffer(b"ACGTacgt", np.uint8))
+    of_coding, of_repeat, of_known = (_shares(marked) for marked in (coding, text >= ord("a"), known))
     found = [
-        ("coding", (shares[0] >= _MOSTLY) & (shares[1] <= _HARDLY)),
-        ("repeat", (shares[1] >= _MOSTLY) & (shares[0] <= _HARDLY)),
-        ("neither", (shares[0] <= _HARDLY) & (shares[1] <= _HARDLY)),
+        ("coding", (of_coding >= _MOSTLY) & (of_repeat <= _HARDLY)),
+        ("repeat", (of_repeat >= _MOSTLY) & (of_coding <= _HARDLY)),
+        ("neither", (of_coding <= _HARDLY) & (of_repeat <= _HARDLY)),
     ]
     rng, lines = np.random.default_rng(0), []
     for kind, of_kind in found:
-        rows = np.flatnonzero(of_kind)
+        rows = np.flatnonzero(of_kind & (of_known == 1))
         for row in np.sort(rng.permutation(rows)[:_MOST]):
             lines.append(f"{contig}\t{row * WINDOW}\t{(row + 1) * WINDOW}\t{kind}\n")
     windows, places = folder / "windows.bed", folder / "exon.bed"

@@ -85,7 +85,7 @@ def _time_complaint(config: Config, request: JobRequest) -> str | None:
     if measured:
         step = median(measured)
     elif request.gpus_per_node:
-        step = estimate(config, request.world).step_seconds
+        step = estimate(config, request.world, node=request.processes_per_node).step_seconds
     else:
         return None
     interval = step * min(config.checkpoint.every, config.train.steps)

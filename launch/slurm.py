@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from caduceus.arguments import Parser, PresetAction
 from caduceus.config import Config, WandbConfig, config_to_dict, load_config
-from caduceus.errors import run_command
+from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
 from launch.check import check
 from launch.estimate import estimate
@@ -22,6 +22,7 @@ from launch.logs import log_path
 from launch.preparation import prepared
 from launch.refusals import complaints, refuse_bad_request, refuse_impossible_layout, refuse_run_in_use
 from launch.request import JobRequest, add_request_options, requested_job
+from launch.simulation import print_simulation
 from launch.submission import note_unused_settings, run_executor, submit
 from launch.sweep import run_sweep
 from launch.terminal import runs_command
@@ -53,6 +54,10 @@ def main() -> int:
     if arguments.sweep:
         return run_sweep(arguments.config, arguments.overrides, arguments.sweep, request, arguments.dry_run)
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.simulate:
+        refuse_impossible_layout(config, request)
+        print_simulation(config, request)
+        return 0
     if arguments.dry_run:
         refuse_impossible_layout(config, request)
         show(config, request)
@@ -96,6 +101,8 @@ def parse_arguments() -> argparse.Namespace:
         help=f"what to train: a preset, or a YAML file; list shows the presets ({DEFAULT_CONFIG})",
     )
     parser.add_argument("--dry-run", action="store_true", help="print batch script and configuration, submit nothing")
+    simulate = "with --dry-run: print who of the ranks would do what, and a model's times on 1 to --nodes nodes of H100"
+    parser.add_argument("--simulate", action="store_true", help=simulate)
     parser.add_argument(
         "--check", action="store_true", help="look at the nodes that a job would get, and train nothing"
     )
@@ -103,7 +110,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2,…", help=values)
     add_request_options(parser, default="slurm")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the config's")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.simulate and not arguments.dry_run:
+        raise UserError("--simulate: submits nothing; give it with --dry-run")
+    if arguments.simulate and arguments.sweep:
+        raise UserError("--simulate: shows one run, not a --sweep; give the values of one as key.path=value")
+    return arguments
 
 
 def show(config: Config, request: JobRequest) -> None:
@@ -120,7 +132,7 @@ def show(config: Config, request: JobRequest) -> None:
 
 def described_estimate(config: Config, request: JobRequest) -> str:
     gpus = request.gpus_per_node > 0
-    return estimate(config, request.world, gpus).describe(gpus)
+    return estimate(config, request.world, gpus, request.processes_per_node).describe(gpus)
 
 
 def wandb_place(wandb: WandbConfig) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from caduceus.alphabet import IS_ACGT_BYTE, IS_IUPAC_BYTE
+from caduceus.alphabet import IS_ACGT_BYTE, IS_IUPAC_BYTE, IS_URACIL_BYTE
 from caduceus.config import Config, DataConfig
 from caduceus.data.batch import Batch, RankSchedule, to_batch
 from caduceus.data.objective import Objective, SampleArrays
@@ -215,6 +215,9 @@ def _crops_of_member(name: str, content: bytes, data: DataConfig, report: TarRep
     if not IS_IUPAC_BYTE[bases].all():
         report.add("members with bytes that are no bases are left out", name)
         return
+    if IS_URACIL_BYTE[bases].any():
+        report.remarks["holds RNA (U): every U is read as T"] = None
+        bases = np.where(IS_URACIL_BYTE[bases], bases - np.uint8(1), bases)  # T precedes U in either case
     for begin in range(0, len(bases) - data.seq_len + 1, data.seq_len):
         crop = bases[begin : begin + data.seq_len]
         if IS_ACGT_BYTE[crop].sum() >= max(1, data.min_acgt * data.seq_len - 1e-6):

@@ -29,8 +29,8 @@ class TarReport:
     address: str
     problems: dict[str, tuple[int, str]] = field(default_factory=dict)
     other_extensions: set[str] = field(default_factory=set)
-    passed_over: int = 0
-    """Bytes behind the compressed data that belong to it no more. Nothing is lost with them."""
+    remarks: dict[str, None] = field(default_factory=dict)
+    """What is told and is no damage, in order."""
 
     def add(self, problem: str, where: str = "") -> None:
         count, first = self.problems.get(problem, (0, where))
@@ -42,8 +42,7 @@ class TarReport:
 
     def remark(self) -> Remark | None:
         """One line about what is no damage; None where there is nothing to tell."""
-        line = f"{self.address}: {self.passed_over:,} bytes stand behind the end of its compressed data: passed over"
-        return Remark(line) if self.passed_over else None
+        return Remark(f"{self.address}: {'; '.join(self.remarks)}") if self.remarks else None
 
     def _describe(self, problem: str) -> str:
         count, first = self.problems[problem]
@@ -66,7 +65,9 @@ def read_members(report: TarReport, extension: str) -> Iterator[tuple[str, bytes
                 return
             pieces = pieces_of(start, file)
             yield from _members(_Forward(Decompressed(pieces)) if pieces else file, report, f".{extension.lower()}")
-            report.passed_over = pieces.passed_over if pieces else 0
+            if pieces and pieces.passed_over:
+                told = f"{pieces.passed_over:,} bytes stand behind the end of its compressed data: passed over"
+                report.remarks[told] = None
     except UserError:
         raise
     except DecompressionError as error:

@@ -100,6 +100,22 @@ def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, f
     return BlockBytes(residual + rest + convolved, residual + rest, residual, gradients, states)
 
 
+def launches(
+    model: CaduceusConfig, streams: int, chunks: int, shared: bool, recomputed: tuple[int, int] = (0, 0)
+) -> int:
+    """Kernels and operators that a micro-batch launches on a GPU, forward and backward, without torch.compile.
+
+    `streams`: that are here. `chunks`: of `CHUNK` bases, of one of its sequences. `shared`: other ranks have slices of
+    them. `recomputed`: blocks of which the backward pass computes all again, and others of which what feeds the scan.
+    """
+    whole, inputs = recomputed
+    block = 80 + 16 * (streams - 1) + (37 if shared else 0)
+    if model.mixer == "mamba2":  # carries states from chunk to chunk by operators of their own
+        block += 267 + 8 * chunks * streams * _directions(model)
+    again = whole * (block / 4) + 6 * inputs
+    return round(model.n_layer * block + again + 43 + 17 * (streams - 1))
+
+
 def streams(model: CaduceusConfig) -> int:
     """Strands that the model follows."""
     return 2 if model.rcps else 1
