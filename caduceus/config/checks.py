@@ -6,12 +6,21 @@ import re
 from caduceus.config.evaluations import SPACE, evaluations_of
 from caduceus.config.keys import check_section
 from caduceus.config.run import ARTIFACTS, KEYS, SECTIONS, Config, profiled_steps
+from caduceus.config.stages import stages_of, within
 from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
 
 
 def refuse_impossible_values(config: Config) -> None:
     """Raise `UserError` for the first value that no run can have, alone or beside the others."""
+    if config.train.stages and config.train.decay_from is not None:
+        raise UserError("train.decay_from: goes with train.schedule=wsd, not with train.stages; leave one of them out")
+    for stage in stages_of(config):
+        with within(stage):
+            _refuse_impossible(stage.config)
+
+
+def _refuse_impossible(config: Config) -> None:
     for section in SECTIONS:
         check_section(section, getattr(config, section))
     for name in config.run.allow_change:

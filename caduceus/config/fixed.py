@@ -19,6 +19,8 @@ class Change:
 def changes(before: Config, now: Config) -> list[Change]:
     """The keys in which `now` would make another run than `before`, in their order."""
     fixed = [key for key in KEYS.values() if key.fixes in ("order", "numbers")]
+    if before.train.stages != now.train.stages:
+        fixed.remove(KEYS["train.steps"])  # which follow from the stages
     found = (Change(key, value_of(before, key), value_of(now, key)) for key in fixed)
     return [change for change in found if change.before != change.now]
 

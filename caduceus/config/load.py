@@ -17,6 +17,8 @@ from caduceus.config.checks import refuse_impossible_values
 from caduceus.config.data import DataConfig
 from caduceus.config.keys import attribute_of, name_of
 from caduceus.config.run import SECTIONS, Config
+from caduceus.config.stages import steps_of_stages, with_stages
+from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
 from caduceus.files import dump_json, write_atomically
 from caduceus.presets import preset
@@ -134,6 +136,7 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
     merged = OmegaConf.structured(Config)
     for origin, values in layers:
         _refuse_unknown_keys(merged, values, origin)
+        values = with_stages(merged, values, origin)
         try:
             merged = OmegaConf.merge(merged, _attributes(values))
         except OmegaConfBaseException as error:
@@ -142,8 +145,21 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
+    if config.train.stages:
+        _count_steps(config.train)
     refuse_impossible_values(config)
     return config
+
+
+def _count_steps(train: TrainConfig) -> None:
+    """Those of all stages are the run's."""
+    steps = steps_of_stages(train)
+    if train.steps not in (TrainConfig.steps, steps):
+        raise UserError(
+            f"train.steps: {train.steps}, but the stages of train.stages have {steps}; change those, as "
+            "train.stages.1.steps=1000, and leave train.steps out"
+        )
+    train.steps = steps
 
 
 def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, prefix: str = "") -> None:

@@ -6,15 +6,42 @@ from typing import Any
 from caduceus.config.keys import key
 
 
+@dataclass(repr=False)
+class StageConfig:
+    """A stage of a run. What is None is as the run has it."""
+
+    seq_len: int | None = None
+    global_batch: int | None = None
+    micro_batch: int | None = None
+    steps: int | None = None
+    lr: float | None = None
+    min_lr: float | None = None
+    schedule: str | None = None
+    warmup_steps: int | None = None
+    decay_steps: int | None = None
+
+    def __repr__(self) -> str:
+        told = (f"{name}: {value}" for name, value in vars(self).items() if value is not None)
+        return f"{{{', '.join(told)}}}"
+
+
 @dataclass
 class TrainConfig:
     """The optimization."""
 
     steps: int = key(
         10000,
-        "Optimizer steps of the run. Under cosine and wsd the learning rate falls to its end by the last.",
+        "Optimizer steps of the run; with `stages`, of all of them. Under cosine and wsd the learning rate falls to "
+        "its end by the last.",
         fixes="numbers",
         least=1,
+    )
+    stages: list[StageConfig] = key(
+        [],
+        "Stages that the run goes through, a list of {seq_len, global_batch, micro_batch, steps, lr, min_lr, schedule, "
+        "warmup_steps, decay_steps}: `steps` and what else differs from the run's keys. Each has the learning rate and "
+        "samples of a run of its own; weights and the optimizer's state go on. `train.stages.2.steps=N` changes one.",
+        fixes="numbers",
     )
     global_batch: int = key(8, "Sequences per optimizer step, over all ranks.", fixes="order", least=1)
     micro_batch: int = key(

@@ -14,9 +14,9 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.model.precision import autocast
 from caduceus.run.directory import RunDirectory
-from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step
 from caduceus.train.metrics import StepClock, measurements
+from caduceus.train.progress import Progress
 from caduceus.train.vitals import Vitals
 
 
@@ -57,7 +57,8 @@ def training_step(
         report_skipped_step(logs, ranks.rank, loader, progress.step, reason, suspects)
     return {
         "step": progress.step,
-        "samples": loader.samples_consumed,
+        **of_stage(config, progress),
+        "samples": progress.samples,
         "tokens": progress.tokens,
         "loss": loss,
         **_losses_by_species(loader.species, by_species),
@@ -66,6 +67,11 @@ def training_step(
         "skipped_steps": progress.health.skipped_steps,
         **measurements(config, ranks, loader, clock, vitals),
     }
+
+
+def of_stage(config: Config, progress: Progress) -> dict[str, int]:
+    """What a row tells of the stage, where the run has some."""
+    return {"stage": progress.stage} if config.train.stages else {}
 
 
 def _take(ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: StepClock) -> tuple[list[Batch], float]:

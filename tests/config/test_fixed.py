@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from caduceus.config import KEYS, Config, changes, config_to_dict
+from caduceus.config import KEYS, Config, StageConfig, changes, config_to_dict
 from caduceus.errors import UserError
 from caduceus.run.directory import OPTIMIZER_STATE, RunDirectory
 from caduceus.train.trainer import train
@@ -57,6 +57,7 @@ OTHER: dict[str, Any] = {
     "data.check_crc": False,
     "data.max_substituted": 0,
     "train.steps": 5,
+    "train.stages": [StageConfig(steps=2), StageConfig(steps=2)],
     "train.global_batch": 4,
     "train.micro_batch": 2,
     "train.lr": 1e-3,

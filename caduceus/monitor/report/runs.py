@@ -125,6 +125,11 @@ def _recorded(event: dict[str, Any]) -> Event | None:
     if event["event"] == "skipped":
         words = f"no update: loss {event.get('loss')}, gradient norm {event.get('grad_norm')}"
         return Event("skipped", step, event["time"], words)
+    if event["event"] == "stage":
+        words = (
+            f"stage {event.get('number')} begins after step {step or 0:,}: {event.get('seq_len', 0):,} bases a sequence"
+        )
+        return Event("stage", step, event["time"], words)
     if event["event"] in ("stalled", "failed"):
         return Event("end", step, event["time"], f"{event['event']}: {event.get('reason')}")
     return None
