@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from caduceus.bed import read_bed
 from caduceus.data.format import MANIFEST, SPLITS
 from caduceus.data.genome import ShardedGenome
 from caduceus.errors import UserError
@@ -13,7 +14,6 @@ from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, read_columns
 from caduceus.evaluate.vcf import read_vcf
 from caduceus.evaluate.windows import Windows, checked_bases, upper_case
 from caduceus.files import sha256_of
-from data_prep.plan.bed import read_bed
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn", ".2bit")
 BED = (".bed", ".narrowpeak", ".broadpeak", ".bed3", ".bed6")

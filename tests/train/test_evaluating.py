@@ -187,6 +187,9 @@ def test_the_best_checkpoint_stays(small_run: SmallRun, monkeypatch: pytest.Monk
     config.train.steps, config.run.allow_change = 5, ["train.steps"]
     assert train(config) == 0
     assert run.best() == {**best, "step": 5, "value": 0.95}
+    (run.checkpoints_path / "best.json").unlink()  # as where a kill came between the checkpoint and it
+    assert train(config) == 0
+    assert run.best() == {**best, "step": 5, "value": 0.95}
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [5]
 
 
