@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-fast test-oldest lint coverage bench docs
+.PHONY: demo test test-fast test-oldest lint coverage bench docs kernels
 
 # torch by its exact release first: an open range would bring the CUDA build, which a laptop does not need.
 # DeepSpeed's set-up asks torch what there is to build, hence no isolation; nothing is compiled.
@@ -55,6 +55,10 @@ coverage: $(VENV)/installed
 # The pages that are made of the code; tests compare them with it.
 docs: $(VENV)/installed
 	$(PY) -m caduceus.config.reference > docs/configuration.md
+
+# What ptxas makes of the kernels, on record: run it after a change of kernels, or the tests compile what changed each time.
+kernels: $(VENV)/installed
+	$(PY) -m tests.ops.aot --record
 
 # Each prints a table of ratios measured in one run.
 bench: $(VENV)/installed
