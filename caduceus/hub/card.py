@@ -5,6 +5,7 @@ from typing import Any
 from caduceus.config import CaduceusConfig
 from caduceus.model.costs import parameter_count
 from caduceus.run.directory import RunDirectory
+from caduceus.run.rows import REACH, lines_from_end
 
 CARD = "README.md"
 
@@ -78,12 +79,12 @@ def _tie(config: CaduceusConfig) -> str:
 
 def _training(run: RunDirectory, step: int | None) -> str:
     """The chapter on the run; empty for a run that has trained nothing."""
-    rows = [row for row in run.metrics() if step is None or row["step"] <= step]
-    trained = [row for row in rows if "loss" in row]
-    if not trained:
+    rows = lines_from_end(run.metrics_path, "loss")
+    trained = next((line for line in rows if step is None or line.row["step"] <= step), None)
+    if trained is None:
         return ""
     config, start = run.config(), (run.starts() or [{}])[-1]
-    data, last = config.data, trained[-1]
+    data, last = config.data, trained.row
     told: dict[str, Any] = {
         "steps": last["step"],
         "samples": f"{last['samples']:,}",
@@ -95,7 +96,8 @@ def _training(run: RunDirectory, step: int | None) -> str:
         "code": start.get("git_commit") or "not known",
         "training loss at the last step": f"{last['loss']:.4f} nats per labelled base",
     }
-    validated: dict[str, Any] = next((row for row in reversed(rows) if "valid_loss" in row), {})
+    of_step = (line.row for line in lines_from_end(run.metrics_path, "valid_loss", reach=REACH))
+    validated: dict[str, Any] = next((row for row in of_step if step is None or row["step"] <= step), {})
     for name, loss in validated.items():
         if name.startswith("valid_loss"):
             species = name.partition("/")[2]
