@@ -4,19 +4,19 @@ import copy
 import logging
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
 
 from caduceus.config import Config
+from caduceus.data.dataset import read_manifests, using_manifests
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
 from caduceus.distributed.initialisation import starting_weights
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
-from caduceus.evaluate.in_loop import InLoop, check_evaluations, evaluations_in
 from caduceus.files import write_atomically
 from caduceus.ops.backends import resolve_backend
 from caduceus.run.directory import RunDirectory
@@ -26,6 +26,9 @@ from caduceus.train.optimizer import build_optimizer
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.recomputation import recompute_to_fit
 from caduceus.train.schedule import default_decay_start, default_warmup
+
+if TYPE_CHECKING:
+    from caduceus.evaluate.in_loop import InLoop
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class Opened:
     run: RunDirectory
     loader: TrainLoader
     validation: ValidationLoader | None
-    evaluations: list[InLoop]
+    evaluations: "list[InLoop]"
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,15 @@ def open_run(config: Config, ranks: Ranks) -> Opened:
         "device": ranks.device,
     }
     peers = ranks.largest_of_peers if ranks.shares_samples else None
-    run = RunDirectory(config.run.dir)
+    manifests: dict[str, dict[str, Any]] = {}
     with ranks.agreeing():
+        if ranks.is_main and config.data.mode == "shards":
+            manifests = read_manifests(config.data)
+    manifests = ranks.broadcast(manifests)
+    run = RunDirectory(config.run.dir)
+    with ranks.agreeing(), using_manifests(manifests):
         check_model(config, ranks.device)
-        evaluations = evaluations_in(config)
+        evaluations = _evaluations(config)
         loader = build_loader(config, "train", **part, largest_of_peers=peers)
         validation = build_validation(config, **part) if config.valid.every else None
         if ranks.is_main:
@@ -109,10 +117,25 @@ def open_run(config: Config, ranks: Ranks) -> Opened:
                 branch_point(config)
             if config.train.init_from is not None and not run.checkpoints():
                 starting_weights(config.train.init_from, config.model)
-            check_evaluations(evaluations, config.checkpoint.best)
+            _check_evaluations(evaluations, config)
             run = RunDirectory.create_or_resume(config)
     refuse_other_data(loader, ranks)
     return Opened(run, loader, validation, evaluations)
+
+
+def _evaluations(config: Config) -> "list[InLoop]":
+    if not config.evaluations:
+        return []
+    from caduceus.evaluate.in_loop import evaluations_in  # and with it every verb, of which most runs have none
+
+    return evaluations_in(config)
+
+
+def _check_evaluations(evaluations: "list[InLoop]", config: Config) -> None:
+    if evaluations:
+        from caduceus.evaluate.in_loop import check_evaluations
+
+        check_evaluations(evaluations, config.checkpoint.best)
 
 
 def set_up(config: Config, ranks: Ranks, opened: Opened, started: float) -> Setup:
