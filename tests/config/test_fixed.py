@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from caduceus.config import KEYS, Config, StageConfig, changes, config_to_dict
+from caduceus.config import KEYS, SECTIONS, Config, StageConfig, changes, config_to_dict
 from caduceus.errors import UserError
 from caduceus.run.directory import OPTIMIZER_STATE, RunDirectory
 from caduceus.train.trainer import train
@@ -150,7 +150,7 @@ def halfway(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def changed(config: Config, name: str, tmp_path: Path) -> Config:
     """The run's copy in `tmp_path`, with another value of one key. Combinations are not checked."""
     config = dataclasses.replace(
-        config, **{section: dataclasses.replace(getattr(config, section)) for section in vars(config)}
+        config, **{section: dataclasses.replace(getattr(config, section)) for section in SECTIONS}
     )
     value = OTHER[name]
     if name == "data.path":
