@@ -1,4 +1,4 @@
-"""Bases and seconds to a fixed validation loss, for the published recipe and others; benchmarks/board.md has the results.
+"""Bases and seconds to a fixed validation loss, by recipe; benchmarks/board.md has the results.
 
     python benchmarks/board.py SHARDS RECIPE [--target 1.27] [--steps 400] [--seeds 3] [key.path=value …]
 
@@ -51,7 +51,13 @@ def run(
 ) -> tuple[tuple[int, float] | None, float]:
     """(bases, seconds in steps) to the target, None where it was not reached; and the loss at the end."""
     with TemporaryDirectory() as folder:
-        keys = [f"data.path={options.shards}", f"run.dir={folder}/run", f"train.seed={seed}", "monitor.report=false"]
+        keys = [
+            f"data.path={options.shards}",
+            f"run.dir={folder}/run",
+            f"train.seed={seed}",
+            "monitor.report=false",
+            "monitor.windows=0",
+        ]
         keys += [f"train.steps={options.steps}", f"valid.every={max(1, options.steps // VALIDATIONS)}"]
         keys += [f"checkpoint.every={options.steps}", "wandb.mode=disabled"]
         config = load_config("demo", [*keys, *RECIPES[recipe], *overrides])
