@@ -137,6 +137,13 @@ class MonitorConfig:
         fixes="nothing",
         least=0,
     )
+    machine_seconds: float = key(
+        60.0,
+        "Seconds between rows that tell what each node and each GPU does: processors, memory, disk, network; 0 never "
+        "tells.",
+        fixes="nothing",
+        least=0,
+    )
     windows: int = key(
         1,
         "Worst and best sequences of each species, so many of each, that a validation tells and draws base by base; 0 "

@@ -20,6 +20,7 @@ from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
+from caduceus.train.machines import Machines
 from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.optimizer import averaged_weights
 from caduceus.train.profiling import Profile
@@ -66,17 +67,24 @@ def _train(config: Config, ranks: Ranks, opened: Opened, watchdog: Watchdog, sta
     run = opened.run
     with _slowly(watchdog, ranks, "the start"):
         setup = set_up(config, ranks, opened, started)
+        machines = Machines(config, ranks)
         with ranks.agreeing(), run.telling_of_disks():
             profile = Profile(config, run.path, ranks)
             monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
     with stop.listening(), monitor, scheduled_garbage_collection(), heard():
         _log.info("ready to train after %.1f s", time.monotonic() - started)
-        return _loop(setup, opened, monitor, stop, watchdog, profile)
+        return _loop(setup, opened, monitor, stop, watchdog, profile, machines)
 
 
 def _loop(
-    setup: Setup, opened: Opened, monitor: Monitor, stop: StopRequest, watchdog: Watchdog, profile: Profile
+    setup: Setup,
+    opened: Opened,
+    monitor: Monitor,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    profile: Profile,
+    machines: Machines,
 ) -> int:
     """Steps until the last one or a stop; returns the exit status."""
     config, strategy, checkpoints, progress = setup.config, setup.strategy, setup.checkpoints, setup.progress
@@ -103,11 +111,20 @@ def _loop(
                 monitor.log_validation(*_validate(strategy, validation, watchdog, config, progress.step))
         with watchdog.over(f"the agreement after step {progress.step}"):
             wishes = strategy.ranks.gather(
-                [stop.requested and not last, stop.save_requested(), checkpoints.failed, stop.taken_over()]
+                [
+                    stop.requested and not last,
+                    stop.save_requested(),
+                    checkpoints.failed,
+                    stop.taken_over(),
+                    machines.are_due,
+                ]
             )
-        stopping, saving, failed, taken_over = wishes.any(0).tolist()
+        stopping, saving, failed, taken_over, telling = wishes.any(0).tolist()
         if taken_over:
             raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
+        if telling:
+            with watchdog.over(f"the machines after step {progress.step}"):
+                monitor.log_machines(machines.row(progress.step))
         with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
             if last or stopping or saving or checkpoints.are_due(progress):
                 checkpoints.save(progress)

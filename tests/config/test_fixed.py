@@ -100,6 +100,7 @@ OTHER: dict[str, Any] = {
     "run.time_budget_minutes": 60.0,
     "run.allow_change": ["train.lr"],
     "monitor.every": 7,
+    "monitor.machine_seconds": 5.0,
     "monitor.windows": 2,
     "monitor.profile": "2:3",
     "monitor.profile_ranks": [0, 1],
