@@ -191,8 +191,13 @@ class WandbConfig:
     )
     artifacts: list[str] = key(
         [],
-        "What W&B gets as artifacts when a start ends, of dataset, checkpoints and report: the manifest, references "
-        "to shards and the newest checkpoint, which stay where they are, and the page.",
+        "What W&B gets as artifacts when a start ends, of dataset, checkpoints, exports and report: the manifest, "
+        "references to shards, the newest checkpoint and the newest export, which stay where they are, and the page.",
+        fixes="nothing",
+    )
+    artifact_files: bool = key(
+        False,
+        "Of checkpoints and exports send the files themselves, when the run is complete or by `launch/runs.py sync`.",
         fixes="nothing",
     )
     save_code: bool = key(False, "Send the package's code to W&B, as an artifact.", fixes="nothing")
@@ -226,7 +231,7 @@ KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() f
 """Every key, by its name `section.key`."""
 
 
-ARTIFACTS = ("dataset", "checkpoints", "report")
+ARTIFACTS = ("dataset", "checkpoints", "exports", "report")
 """What `wandb.artifacts` may name."""
 
 

@@ -115,6 +115,7 @@ OTHER: dict[str, Any] = {
     "wandb.job_type": "another",
     "wandb.log_every": 2,
     "wandb.artifacts": ["report"],
+    "wandb.artifact_files": True,
     "wandb.save_code": True,
     "wandb.alerts": False,
     "wandb.required": True,
