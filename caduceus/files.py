@@ -5,6 +5,7 @@ import fcntl
 import filecmp
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -134,8 +135,17 @@ def fingerprint(values: Any) -> str:
 
 
 def dump_json(values: Any) -> bytes:
-    """JSON as files of this project hold it: indented, sorted, with a final newline."""
-    return (json.dumps(values, indent=1, sort_keys=True) + "\n").encode()
+    """JSON as files of this project hold it: indented, sorted, with a final newline, and null for NaN and infinity."""
+    return (json.dumps(without_nan(values), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def without_nan(values: Any) -> Any:
+    """Nested lists and dicts with None for numbers that JSON does not know: NaN and infinities."""
+    if isinstance(values, dict):
+        return {key: without_nan(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [without_nan(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def append_json_line(path: str | Path, row: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if content.startswith(GZIP_MAGIC):
-        content = b"".join(Gunzip(path, io.BytesIO(content).read))
+        content = b"".join(Gunzip(path, io.BytesIO(content).read, is_text=True))
     for beginning, kind in _OTHER_FORMATS.items():
         if content.startswith(beginning):
             raise UserError(f"{path}: is {kind}, not a text table; save it as text, plain or gzip")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import LONGEST_FIRST, REPOSITORY
 
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 350, 60, 8
 PACKAGES = ("caduceus", "data_prep", "launch", "demo", "benchmarks")
@@ -43,3 +43,7 @@ def test_a_file_and_its_functions_are_short(path: Path) -> None:
         assert function.end_lineno - function.lineno < FUNCTION_LINES, where
         if "ops" not in path.parts:  # an op takes the operands that its definition has
             assert parameters(function) <= PARAMETERS, where
+
+
+def test_files_that_start_first_are_there():
+    assert not [name for name in LONGEST_FIRST if not (REPOSITORY / "tests" / name).is_file()]

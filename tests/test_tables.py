@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from caduceus.bed import read_bed
 from caduceus.errors import UserError
 from caduceus.tables import is_missing, read_lines, split_fields, whole_number
-from data_prep.plan.bed import read_bed
 
 ROWS = [(1, "a\tb"), (2, "c d"), (4, "e")]
 TEXT = "a\tb\nc d\n \t\ne\n"
@@ -47,6 +47,10 @@ REFUSED = {
     "truncated gzip": (gzip.compress(b"a\tb\n" * 99)[:-9], r"table: truncated gzip; download it again"),
     "damaged gzip": (gzip.compress(b"a\tb\n" * 99)[:-8] + bytes(8), r"table: damaged gzip"),
     "spreadsheet": (b"PK\x03\x04 and more", r"table: is a zip archive or a spreadsheet, not a text table"),
+    "plain rows behind gzip": (
+        gzip.compress(b"a\tb\n") + b"c\td\n",
+        r"table: plain text follows the gzip data",
+    ),
     "bzip2 in gzip": (gzip.compress(b"BZh91AY"), r"table: is a bzip2 file"),
     "Latin-1": (b"a\tb\n# S\xf8ren\n", r"table:2: is no UTF-8 text"),
     "half UTF-16": (b"\xff\xfea", r"table:1: is no UTF-16-LE text"),

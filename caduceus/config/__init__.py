@@ -3,7 +3,7 @@
 from caduceus.config.checks import refuse_strategy
 from caduceus.config.data import DataConfig
 from caduceus.config.fixed import Change, changes, order_values
-from caduceus.config.load import config_from_dict, config_to_dict, load_config, save_config
+from caduceus.config.load import config_from_dict, config_to_dict, load_config, overridden, save_config
 from caduceus.config.model import CaduceusConfig
 from caduceus.config.run import (
     KEYS,
@@ -16,7 +16,8 @@ from caduceus.config.run import (
     ValidConfig,
     WandbConfig,
 )
-from caduceus.config.train import TrainConfig
+from caduceus.config.stages import Stage, stages_of, within
+from caduceus.config.train import StageConfig, TrainConfig
 
 __all__ = [
     "KEYS",
@@ -29,6 +30,8 @@ __all__ = [
     "OpsConfig",
     "ParallelConfig",
     "RunConfig",
+    "Stage",
+    "StageConfig",
     "TrainConfig",
     "ValidConfig",
     "WandbConfig",
@@ -37,6 +40,9 @@ __all__ = [
     "config_to_dict",
     "load_config",
     "order_values",
+    "overridden",
     "refuse_strategy",
     "save_config",
+    "stages_of",
+    "within",
 ]

@@ -35,7 +35,7 @@ BuildOptimizer = Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]
 
 
 class Part(NamedTuple):
-    """Of a parameter and its gradient what a rank holds."""
+    """What a rank holds of a parameter and of its gradient."""
 
     name: str
     weight: torch.Tensor
@@ -65,7 +65,7 @@ class Strategy:
         return model
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the forward and backward pass of a micro-batch; gradients meet in the last one of a step."""
+        """A context for both passes of a micro-batch: ranks exchange gradients only in the last one of a step."""
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -98,6 +98,10 @@ class Strategy:
             for name, parameter in self.network.named_parameters()
         ]
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """A copy of every whole parameter by its name, on every rank's device. All ranks call it together."""
+        return {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}
+
     def discard_gradients(self) -> None:
         """Clear the gradients; instead of `step`, the step is skipped."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -108,7 +112,7 @@ class Strategy:
         return 1
 
     def save(self, directory: Path, group: dist.ProcessGroup | None) -> None:
-        """Write model and optimizer into `directory`; `group`: of the `writers`, where these are several.
+        """Write model and optimizer into `directory`. `group` is that of the `writers`, where there are several.
 
         Every rank calls it. It returns on the first rank when all is written, on others when their part is.
         """

@@ -22,7 +22,7 @@ from torch import nn
 from caduceus.errors import UserError
 from caduceus.evaluate.baselines import fit_linear, kmer_counts
 from caduceus.evaluate.classifier import POOLS, Cnn, HeadOnly, SequenceModel
-from caduceus.evaluate.columns import write_columns
+from caduceus.evaluate.columns import mean_and_spread, write_columns
 from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.fitting import Examples, Fit, FitOptions
 from caduceus.evaluate.labelled import Labelled, LabelledTable, Task, copies, find_task, split_off
@@ -79,8 +79,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune on `tables` ("train", and where there are any "valid" and "test") and write the folder `out`.
 
-    Returns what stands in result.json: of each method, each seed's metrics on validation and test, and their mean and
-    spread. Killed, the same call goes on with what is not finished.
+    Returns what stands in result.json: for each method the metrics of each seed on validation and test, and their mean
+    and spread. After a kill, the same call goes on with what is not finished.
     """
     study = _Study(runner, tables, Path(out), options)
     if (finished := study.finished()) is not None:
@@ -140,7 +140,7 @@ class _Study:
 
     @cached_property
     def copies(self) -> dict[str, tuple[int, int]]:
-        """Of valid and test, how many sequences stand in train, as they are and only as their reverse complement."""
+        """How many sequences of valid and test stand in train: as they are, and only as their reverse complement."""
         others = [name for name in ("valid", "test") if name in self.data]
         return {name: copies(self.data["train"].bases, self.data[name].bases) for name in others}
 
@@ -260,7 +260,7 @@ class _Study:
 def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean and spread (of the sample; 0 for one seed) of each metric on the test, or without one on validation."""
     part = "test" if "test" in results[0] else "valid"
-    values = {name: np.array([result[part][name] for result in results]) for name in names_of(task)}
+    values = {name: np.array([result[part][name] for result in results], dtype=float) for name in names_of(task)}
     return {
         name: {"mean": float(v.mean()), "spread": float(v.std(ddof=1)) if len(v) > 1 else 0.0}
         for name, v in values.items()
@@ -282,6 +282,6 @@ def table_of(result: dict[str, Any]) -> str:
     rows = [["", *names]]
     for method in result["methods"]:
         metrics = summary[method]
-        rows.append([method, *(f"{metrics[name]['mean']:.4f} ± {metrics[name]['spread']:.4f}" for name in names)])
+        rows.append([method, *(mean_and_spread(metrics[name], 4) for name in names)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -73,15 +73,51 @@ def bootstrap_interval(
     task: Task, metric: str, labels: np.ndarray, outputs: np.ndarray, rounds: int = 200
 ) -> tuple[float, float]:
     """95 % interval of a metric over the examples, drawn with replacement; NaN where it is not defined."""
+    return interval_of(lambda rows: measure(task, labels[rows], outputs[rows], [metric])[metric], len(labels), rounds)
+
+
+def interval_of(statistic: Callable[[np.ndarray], float], count: int, rounds: int = 200) -> tuple[float, float]:
+    """95 % bootstrap interval of a statistic of rows (n,) out of `count`; NaN where it is not defined."""
     rng = np.random.default_rng(0)
-    draws = (rng.integers(len(labels), size=len(labels)) for _ in range(rounds))
-    values = [measure(task, labels[rows], outputs[rows], [metric])[metric] for rows in draws]
+    values = [statistic(rng.integers(count, size=count)) for _ in range(rounds)]
     low, high = np.nanpercentile(values, (2.5, 97.5)) if not np.isnan(values).all() else (np.nan, np.nan)
     return float(low), float(high)
 
 
-def is_better(metric: str, new: float, old: float | None) -> bool:
-    """Whether a value of a metric is better than an earlier one; NaN never is, and anything is better than NaN."""
+RANKINGS = ("auroc", "auprc", "auroc_by_chrom", "auprc_by_chrom")
+
+
+def ranking(metric: str, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """How well scores rank positives (labels true) above the others: one of `RANKINGS`; NaN where there is one class.
+
+    By chromosome, given as `groups`: the mean over those that have both classes, weighted by their number of variants.
+    """
+    of = {"auroc": "roc_auc_score", "auprc": "average_precision_score"}[metric.partition("_")[0]]
+    area = getattr(package("sklearn.metrics"), of)
+    if not metric.endswith("_by_chrom"):
+        groups = np.zeros(len(labels), dtype=np.int64)
+    parts = list(_by_group(labels, scores, groups))
+    if not parts:
+        return np.nan
+    return float(np.average([area(*part) for part in parts], weights=[len(part[0]) for part in parts]))
+
+
+def _by_group(
+    labels: np.ndarray, scores: np.ndarray, groups: np.ndarray | None
+) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    for group in np.unique(groups):
+        rows = groups == group
+        if 0 < labels[rows].sum() < rows.sum():
+            yield labels[rows], scores[rows]
+
+
+def is_better(metric: str, new: float | None, old: float | None) -> bool:
+    """Whether a value of a metric is better than an earlier one, None where there is none.
+
+    NaN, which a JSON has as None, never is, and anything is better than NaN.
+    """
+    if new is None or np.isnan(new):
+        return False
     if old is None or np.isnan(old):
-        return old is None or not np.isnan(new)
+        return True
     return new < old if metric in SMALLER_IS_BETTER else new > old

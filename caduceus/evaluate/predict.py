@@ -51,8 +51,9 @@ def predict_file(predictor: Predictor, source: SequenceSource, out: str | Path, 
     def compute(part: Sequence[Item]) -> dict[str, np.ndarray]:
         return {"outputs": predictor.predict([item.read() for item in part], batch_bases)}
 
-    if store.run("predicting", parts, lambda item: item.length, compute, "bases"):
-        outputs = np.concatenate([arrays["outputs"] for arrays in store.load(len(parts))])
-        write_columns(out, {"name": [item.name for item in items], **output_columns(predictor.model.task, outputs)})
-        store.finish(sequences=len(items))
-    store.barrier()
+    store.run("predicting", parts, lambda item: item.length, compute, "bases")
+    with store.writing() as writes:
+        if writes:
+            outputs = np.concatenate([arrays["outputs"] for arrays in store.load(len(parts))])
+            write_columns(out, {"name": [item.name for item in items], **output_columns(predictor.model.task, outputs)})
+            store.finish(sequences=len(items))

@@ -1,47 +1,67 @@
 """A benchmark of many tasks by one command: what is there is run, what is missing is named, beside published numbers.
 
-OUT/TASK/lr-…-batch-…/   a fine-tuning each (see `caduceus.evaluate.finetune`)
-OUT/suite.json           a row for each task        OUT/suite.html   the same to look at
+OUT/TASK/          what each task has computed, from which the same command goes on
+OUT/suite.json     a row for each task        OUT/suite.html   the same to look at
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.errors import UserError
-from caduceus.evaluate.columns import read_columns
-from caduceus.evaluate.finetune import FinetuneOptions, finetune
-from caduceus.evaluate.fitting import FitOptions
-from caduceus.evaluate.labelled import Task
-from caduceus.evaluate.metrics import bootstrap_interval, is_better
+from caduceus.evaluate.metrics import CLASSIFICATION, RANKINGS
 from caduceus.evaluate.model import Runner
-from caduceus.evaluate.suite_data import TaskData, find_task_data
+from caduceus.evaluate.suite_data import find_tables, find_task_data
+from caduceus.evaluate.suite_finetuned import finetuned
 from caduceus.evaluate.suite_page import write_page
-from caduceus.files import dump_json, write_atomically
+from caduceus.evaluate.window_svm import SvmTask, window_svm
+from caduceus.evaluate.zero_shot import KINDS, ZeroShot, check_score
+from caduceus.files import dump_json, without_nan, write_atomically
 from caduceus.presets import preset, preset_list
 
-_PROTOCOL = {"epochs", "lr", "batch_size", "weight_decay", "seeds", "pool", "valid_share"}
+_FINETUNE = {"epochs", "lr", "batch_size", "weight_decay", "seeds", "pool", "valid_share"}
+_OPTIONS = {
+    "finetune": _FINETUNE,
+    "variants": {"score", "window"},
+    "pairs": {"score", "length"},
+    "masked": {"places", "window"},
+    "structural": {"flank"},
+    "svm": {"window", "length", "distances", "C", "rows", "seeds"},
+}
+"""What the protocol of a suite, and a task of each kind, can say."""
+_METRICS = {
+    "finetune": CLASSIFICATION,
+    "masked": (*RANKINGS, "motif_accuracy"),
+    "svm": ("auroc",),
+    **dict.fromkeys(("variants", "pairs", "structural"), RANKINGS),
+}
 
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """One task: where it may lie below the data's folder, its metric, and {model: (mean, spread)} as published."""
+    """One task: where it may lie below the data's folder, its metric, and {model: (mean, spread)} as published.
+
+    kind: finetune; variants, pairs, masked or structural (see `caduceus.evaluate.zero_shot`); or svm. options: what it
+    has of its own beside the suite's protocol. split: the files that are measured, where they are not those of test.
+    """
 
     name: str
     folders: list[str]
     metric: str
     published: dict[str, tuple[float, float]]
+    kind: str
+    options: dict[str, Any]
+    split: str
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark of configs/suite/. `protocol`: options of a fine-tuning; of lists, each is tried on validation."""
+    """A benchmark of configs/suite/. `protocol`: options of its tasks; of lists of lr and batch_size, each is tried on
+    validation."""
 
     name: str
     title: str
@@ -57,15 +77,7 @@ def load_suite(name: str | Path) -> Suite:
     path = preset("suite", name)
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
-        tasks = [
-            SuiteTask(
-                task,
-                given.get("folders", [task]),
-                given["metric"],
-                {model: (mean, spread) for model, (mean, spread) in given.get("published", {}).items()},
-            )
-            for task, given in values["tasks"].items()
-        ]
+        kind = values.get("kind", "finetune")
         suite = Suite(
             path.stem,
             values["title"],
@@ -73,21 +85,53 @@ def load_suite(name: str | Path) -> Suite:
             values["expects"],
             values.get("published"),
             values["protocol"],
-            tasks,
+            [_task(task, given, kind) for task, given in values["tasks"].items()],
         )
+        _check(suite)
     except FileNotFoundError:
         raise UserError(f"--suite: no suite {name!r}; there are\n{preset_list('suite')}".replace("\n", " ")) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (OmegaConfBaseException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a suite ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
-    if unknown := suite.protocol.keys() - _PROTOCOL:
-        raise UserError(f"{path}: protocol: unknown key {min(unknown)!r}")
     return suite
+
+
+def _task(name: str, given: dict[str, Any], kind: str) -> SuiteTask:
+    own = {"folders", "metric", "published", "kind", "split"}
+    published = {model: (mean, spread) for model, (mean, spread) in given.get("published", {}).items()}
+    options = {key: value for key, value in given.items() if key not in own}
+    folders = given.get("folders", [name])
+    return SuiteTask(
+        name, folders, given["metric"], published, given.get("kind", kind), options, given.get("split", "test")
+    )
+
+
+def _check(suite: Suite) -> None:
+    kinds = {task.kind for task in suite.tasks}
+    if unknown := kinds - _OPTIONS.keys():
+        raise UserError(f"kind: choose one of {', '.join(_OPTIONS)}, got {min(unknown)!r}")
+    if unknown := suite.protocol.keys() - set().union(*(_OPTIONS[kind] for kind in kinds)):
+        raise UserError(f"protocol: unknown key {min(unknown)!r}")
+    for task in suite.tasks:
+        if unknown := task.options.keys() - _OPTIONS[task.kind]:
+            raise UserError(
+                f"{task.name}: unknown key {min(unknown)!r}; {task.kind} takes {', '.join(_OPTIONS[task.kind])}"
+            )
+        if task.metric not in _METRICS[task.kind]:
+            raise UserError(f"{task.name}: metric: choose one of {', '.join(_METRICS[task.kind])}, got {task.metric!r}")
+        options = {**suite.protocol, **task.options}
+        optional = {"distances", "valid_share", *(["window"] if task.kind == "masked" else [])}
+        if missing := _OPTIONS[task.kind] - optional - options.keys():
+            raise UserError(f"{task.name}: {min(missing)} is missing")
+        if task.kind in ("variants", "pairs"):
+            check_score(options["score"])
 
 
 @dataclass(frozen=True)
 class SuiteRequest:
     """data: the folder that has the tasks' folders. tasks: names of those to run, None for all. genome: for tasks that
-    are tables of places. protocol: options that win over the suite's."""
+    are tables of places. protocol: options that win over the suite's and its tasks'."""
 
     data: str | Path
     tasks: list[str] | None = None
@@ -100,33 +144,33 @@ def run_suite(
 ) -> list[dict[str, Any]]:
     """Run the tasks that are there, and write suite.json and suite.html to `out`; killed, the same call goes on.
 
-    Returns a row for each task: its result, or `missing`, which says where the data come from.
+    Returns a row for each task, or each bin of one: its result, or `missing`, which says where the data come from.
     """
     out, data = Path(out), Path(request.data)
-    if not data.is_dir():
-        raise UserError(f"--data: {data} is no folder; it should hold {suite.expects}")
-    chosen = _chosen(suite, request.tasks)
-    protocol = {**suite.protocol, **(request.protocol or {})}
     rows = []
-    for task in chosen:
-        genome = None if request.genome is None else Path(request.genome)
-        found = find_task_data(data, task.folders, out / "tables" / task.name, genome)
-        if found is None:
-            rows.append({"task": task.name, "metric": task.metric, "missing": f"{suite.source} ({suite.expects})"})
+    for task in asked_tasks(suite, request):
+        options = {**suite.protocol, **task.options, **(request.protocol or {})}
+        allowed = {key: value for key, value in options.items() if key in _OPTIONS[task.kind]}
+        found = _run_task(runner, task, allowed, request, out, say)
+        if not found:
+            found = [{"task": task.name, "metric": task.metric, "missing": f"{suite.source} ({suite.expects})"}]
             say(f"{task.name}: not in {data} (looked for {', '.join(task.folders)}); from {suite.source}")
-            continue
-        for note in found.notes:
-            say(f"note: {note}")
-        rows.append(_run_task(runner, task, found, protocol, out, say))
+        rows += found
     if all("missing" in row for row in rows):
         raise UserError(f"--data: {data} has none of the tasks; it should hold {suite.expects}, from {suite.source}")
+    rows = without_nan(rows)
+    protocol = {**suite.protocol, **(request.protocol or {})}
     result = {"suite": suite.name, "model": runner.origin(), "protocol": protocol, "tasks": rows}
     write_atomically(out / "suite.json", dump_json(result))
     write_page(out / "suite.html", suite.title, suite.published, rows)
     return rows
 
 
-def _chosen(suite: Suite, names: list[str] | None) -> list[SuiteTask]:
+def asked_tasks(suite: Suite, request: SuiteRequest) -> list[SuiteTask]:
+    """The tasks that a request names, or all; `UserError` where there is no such task, or no folder of data."""
+    if not Path(request.data).is_dir():
+        raise UserError(f"--data: {request.data} is no folder; it should hold {suite.expects}")
+    names = request.tasks
     known = {task.name: task for task in suite.tasks}
     for name in names or ():
         if name not in known:
@@ -135,54 +179,39 @@ def _chosen(suite: Suite, names: list[str] | None) -> list[SuiteTask]:
 
 
 def _run_task(
-    runner: Runner, task: SuiteTask, data: TaskData, protocol: dict[str, Any], out: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Fine-tune with each learning rate and batch of the protocol, and keep what is best on validation."""
-    best, best_value, best_place = None, None, None
-    base = FitOptions(epochs=protocol["epochs"], weight_decay=protocol["weight_decay"])
-    for lr, batch in product(_listed(protocol["lr"]), _listed(protocol["batch_size"])):
-        place = out / task.name / f"lr-{lr:g}-batch-{batch}"
-        say(f"{task.name}, rate {lr:g}, batch {batch}:")
-        fit = replace(base, lr=lr, batch_size=batch)
-        options = FinetuneOptions(
-            pool=protocol["pool"],
-            seeds=protocol["seeds"],
-            valid_share=protocol.get("valid_share", 0.1),
-            metric=task.metric,
-            task="classification",
-            fit=fit,
-        )
-        result = finetune(runner, data.tables, place, options, say)
-        value = float(np.mean([seed["valid"][task.metric] for seed in result["results"]["full"]]))
-        if best is None or is_better(task.metric, value, best_value):
-            best, best_value, best_place = {"lr": lr, "batch_size": batch, "result": result}, value, place
-    found = best["result"]["summary"]["full"][task.metric]
-    row = {
-        "task": task.name,
-        "metric": task.metric,
-        **found,
-        "seeds": protocol["seeds"],
-        "lr": best["lr"],
-        "batch_size": best["batch_size"],
-        "on": "test" if "test" in data.tables else "validation",
-        "copies": best["result"]["copies"],
-        "published": {model: list(numbers) for model, numbers in task.published.items()},
-    }
-    if "test" in data.tables:
-        row["interval"] = _interval(best_place / "predictions.tsv", best["result"], task.metric)
-    say(f"{task.name}: {task.metric} {found['mean']:.4f} ± {found['spread']:.4f}")
-    return row
-
-
-def _interval(predictions: Path, result: dict[str, Any], metric: str) -> list[float]:
-    """95 % bootstrap interval over the test's sequences, of the model that was kept."""
-    task = Task.from_json(result["task"])
-    columns = read_columns(predictions).values
-    numbers = {name: number for number, name in enumerate(task.classes)}
-    labels = np.array([numbers[label] for label in columns["label"]])
-    outputs = np.stack([np.array(columns[f"p_{name}"], dtype=float) for name in task.classes], 1)
-    return list(bootstrap_interval(task, metric, labels, outputs))
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    runner: Runner,
+    task: SuiteTask,
+    options: dict[str, Any],
+    request: SuiteRequest,
+    out: Path,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """The rows of a task; none where its data are not there."""
+    data, genome = Path(request.data), None if request.genome is None else Path(request.genome)
+    if task.kind == "finetune":
+        found = find_task_data(data, task.folders, out / "tables" / task.name, genome)
+        if found is None:
+            return []
+        for note in found.notes:
+            say(f"note: {note}")
+        rows = [finetuned(runner, task.metric, found, options, out / task.name, say)]
+    elif task.kind == "svm":
+        tables = find_tables(data, task.folders, ("train", "test"))
+        if len(tables) < 2:
+            return []
+        rows = window_svm(runner, SvmTask(tables, out / task.name, options, genome))
+    else:
+        tables = find_tables(data, task.folders, (task.split,))
+        if not tables:
+            return []
+        asked = ZeroShot(tables[task.split], out / task.name, task.metric, options, genome)
+        rows = [KINDS[task.kind](runner, asked)]
+    published = {model: list(numbers) for model, numbers in task.published.items()}
+    named = [
+        {"task": ", ".join(filter(None, [task.name, row.pop("bin", "")])), "metric": task.metric, **row} for row in rows
+    ]
+    for row in named:
+        row["published"] = published
+        spread = f" ± {row['spread']:.4f}" if "spread" in row else ""
+        say(f"{row['task']}: {task.metric} {row['mean']:.4f}{spread}")
+    return named

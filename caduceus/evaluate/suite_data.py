@@ -42,6 +42,26 @@ def find_task_data(folder: Path, names: list[str], converted: Path, genome: Path
     return TaskData(tables, notes) if "train" in tables else None
 
 
+def find_tables(folder: Path, names: list[str], splits: tuple[str, ...]) -> dict[str, Path]:
+    """{split: table} of the task that has one of these names below `folder`, each one file; those that are there.
+
+    A task is a folder with a table for each split, whose name may say more behind it; or, with one split, a table.
+    """
+    for name in names:
+        alone = [p for p in sorted(folder.glob(f"{name}.*")) if ending(p) in (*TEXT_TABLES, *PARQUET)]
+        if len(splits) == 1 and alone:
+            return {splits[0]: alone[0]}
+        if (folder / name).is_dir():
+            found = {split: _split_of(folder / name, split) for split in splits}
+            for split, files in found.items():
+                if files and len(files) > 1:
+                    raise UserError(
+                        f"{folder / name}: {len(files)} files hold the split {split!r}; join them to one table"
+                    )
+            return {split: files[0] for split, files in found.items() if files and files[0].is_file()}
+    return {}
+
+
 def _split_of(folder: Path, split: str) -> list[Path] | None:
     """The files of a split: one table or FASTA, shards of parquet, or a folder of classes."""
     known = [*TEXT_TABLES, *PARQUET, *_FASTA]

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from caduceus.evaluate.columns import mean_and_spread
 from caduceus.files import write_atomically
 from caduceus.page import COLOURS, page, table
 
@@ -21,29 +22,51 @@ _STYLE = {
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: task, metric, ours, its interval, each published model, and what was tried."""
+    """Headings and rows: task, metric, ours, its interval, each published model, what was tried, and how many rows."""
     models = list(dict.fromkeys(model for row in rows for model in row.get("published", ())))
-    headings = ["task", "metric", "this model", "95 % interval", *models, "rate, batch", "copies of train"]
-    lines = []
+    done = [row for row in rows if "missing" not in row]
+    extra = {
+        "rate, batch": [f"{row['lr']:g}, {row['batch_size']}" if "lr" in row else "" for row in done],
+        "copies of train": [_copies(row) for row in done],
+        "rows": [_rows(row) for row in done],
+    }
+    extra = {heading: column for heading, column in extra.items() if any(column)}
+    headings = ["task", "metric", "this model", "95 % interval", *models, *extra]
+    lines, others = [], iter(zip(*extra.values(), strict=True)) if extra else iter([()] * len(done))
     for row in rows:
         if "missing" in row:
             lines.append([row["task"], row["metric"], "missing", *[""] * (len(headings) - 3)])
             continue
-        interval = "–".join(f"{end:.3f}" for end in row["interval"]) if "interval" in row else row["on"]
         published = [row["published"].get(model) for model in models]
-        copies = row["copies"].get("test", row["copies"].get("valid"))
         lines.append(
             [
                 row["task"],
                 row["metric"],
-                f"{row['mean']:.3f} ± {row['spread']:.3f}",
-                interval,
+                mean_and_spread(row, 3),
+                _interval(row),
                 *("" if numbers is None else f"{numbers[0]:.3f} ± {numbers[1]:.3f}" for numbers in published),
-                f"{row['lr']:g}, {row['batch_size']}",
-                "" if copies is None else f"{copies[0]} + {copies[1]}",
+                *next(others),
             ]
         )
     return headings, lines
+
+
+def _interval(row: dict[str, Any]) -> str:
+    ends = row.get("interval", [None])
+    return "–".join(f"{end:.3f}" for end in ends) if None not in ends else row.get("note", row["on"])
+
+
+def _copies(row: dict[str, Any]) -> str:
+    copies = row.get("copies", {})
+    found = copies.get("test", copies.get("valid"))
+    return "" if found is None else f"{found[0]} + {found[1]}"
+
+
+def _rows(row: dict[str, Any]) -> str:
+    """How many rows were scored, and how many could not be."""
+    if "rows" not in row:
+        return ""
+    return f"{row['rows']:,}" + (f" ({row['without_score']:,} without a score)" if row.get("without_score") else "")
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -60,12 +83,15 @@ def write_page(target: Path, title: str, published: str | None, rows: Sequence[d
     """One page of figure and table, whole or not at all."""
     headings, lines = cells(rows)
     words = (
-        "Mean and spread over seeds. The interval is a bootstrap over the test's sequences, of the model that was kept."
+        "Mean and, where a task is trained, spread over seeds. The interval is a bootstrap over the rows of the test, "
+        "of one seed: that whose model was kept, or the first."
     )
     copies = (
         "Copies of train: sequences of the test that also stand in train, as they are + as their reverse complement."
     )
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{words}</p>", _figure(rows), table(headings, lines), f"<p>{copies}</p>"]
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{words}</p>", _figure(rows), table(headings, lines)]
+    if "copies of train" in headings:
+        parts.append(f"<p>{copies}</p>")
     if published:
         parts.append(f"<p>Published: {escape(published)}</p>")
     parts += [f"<p>{escape(row['task'])} is missing: {escape(row['missing'])}</p>" for row in rows if "missing" in row]
@@ -74,7 +100,7 @@ def write_page(target: Path, title: str, published: str | None, rows: Sequence[d
 
 def _figure(rows: Sequence[dict[str, Any]]) -> str:
     """A row for each task: ours with its spread, the published models beside it."""
-    done = [row for row in rows if "missing" not in row]
+    done = [row for row in rows if row.get("mean") is not None]
     models = list(dict.fromkeys(model for row in done for model in row["published"]))
     with rc_context(_STYLE):
         figure = Figure(figsize=(7, 0.9 + 0.34 * len(done)), layout="constrained")
@@ -84,7 +110,7 @@ def _figure(rows: Sequence[dict[str, Any]]) -> str:
             pairs = [(row["published"][model][0], y) for y, row in enumerate(done) if model in row["published"]]
             axes.plot(*zip(*pairs, strict=True), "o", markersize=4, color=colour, alpha=0.8, label=model)
         ours = COLOURS["series0"][0]
-        values, spreads = [row["mean"] for row in done], [row["spread"] for row in done]
+        values, spreads = [row["mean"] for row in done], [row.get("spread") or 0 for row in done]
         axes.errorbar(values, range(len(done)), xerr=spreads, fmt="D", color=ours, capsize=3, label="this model")
         axes.set_yticks(range(len(done)), [f"{row['task']} ({row['metric']})" for row in done])
         axes.invert_yaxis()

@@ -13,9 +13,9 @@ from caduceus.evaluate.vcf import Vcf, read_vcf
 from caduceus.evaluate.windows import Windows, checked_bases
 from caduceus.tables import is_missing
 
-_CONTIG = ("chrom", "chr", "chromosome", "contig", "#chrom", "chr_hg38")
-_POS = ("pos", "position", "pos_hg38")
-_REF = ("ref", "reference", "allele1")
+CONTIG = ("chrom", "chr", "chromosome", "contig", "#chrom", "chr_hg38")
+POS = ("pos", "position", "pos_hg38")
+REF = ("ref", "reference", "allele1")
 ALT = ("alt", "alternate", "allele2")
 _SEQUENCES = ("sequence", "sequences")
 
@@ -75,6 +75,11 @@ class VariantFile:
     vcf: Vcf | None
     columns: Columns | None
 
+    @property
+    def source(self) -> Path:
+        """The file's path."""
+        return self.columns.path if self.vcf is None else self.vcf.path
+
 
 class OwnSequences:
     """The windows that the rows of a table bring along; a contig is a row's number."""
@@ -87,7 +92,7 @@ class OwnSequences:
 
     @classmethod
     def of(cls, columns: Columns) -> "OwnSequences":
-        """Of a table's columns `sequence` and `start`."""
+        """The sequences in a table's columns `sequence` and `start`."""
         if not any(columns.has(name) for name in _SEQUENCES):
             raise UserError(f"{columns.path}: give the genome with --genome, or a column 'sequence' of windows")
         texts = columns.values[columns.find(*_SEQUENCES, what="the windows")]
@@ -95,7 +100,7 @@ class OwnSequences:
             checked_bases("" if text is None else str(text), place)
             for text, place in zip(texts, columns.places, strict=True)
         ]
-        return cls(sequences, _whole_numbers(columns, ("start",), "the first base of each window, from 0"))
+        return cls(sequences, whole_numbers(columns, ("start",), "the first base of each window, from 0"))
 
     def find(self, name: str) -> str:
         """A row is its own contig."""
@@ -106,7 +111,7 @@ class OwnSequences:
         return self.starts[int(contig)], len(self.sequences[int(contig)])
 
     def read(self, contig: str, start: int, end: int) -> np.ndarray:
-        """As of `Windows`: N stands beyond the window."""
+        """As `Windows` does: N stands beyond the window."""
         bases, first = self.sequences[int(contig)], self.starts[int(contig)]
         read = np.full(end - start, ord("N"), np.uint8)
         inside = slice(max(start - first, 0), max(end - first, 0))
@@ -118,12 +123,12 @@ class OwnSequences:
 
 def _alleles(columns: Columns, genome: BasesOf) -> tuple[list[Allele], list[int]]:
     """The alleles of a table, several where ALT lists them with commas, and the row of each."""
-    refs, alts = (columns.values[columns.find(*names, what=what)] for names, what in ((_REF, "REF"), (ALT, "ALT")))
-    positions = _whole_numbers(columns, _POS, "the place, from 1")
+    refs, alts = (columns.values[columns.find(*names, what=what)] for names, what in ((REF, "REF"), (ALT, "ALT")))
+    positions = whole_numbers(columns, POS, "the place, from 1")
     if isinstance(genome, OwnSequences):
         contigs: list[Any] = [str(row) for row in range(len(columns))]
     else:
-        contigs = columns.values[columns.find(*_CONTIG, what="the contig")]
+        contigs = columns.values[columns.find(*CONTIG, what="the contig")]
     found, rows = [], []
     for row, place in enumerate(columns.places):
         for alt in _allele(alts[row]).split(","):
@@ -136,7 +141,8 @@ def _allele(value: Any) -> str:
     return "." if value is None or is_missing(str(value)) else str(value).strip()
 
 
-def _whole_numbers(columns: Columns, names: tuple[str, ...], what: str) -> list[int]:
+def whole_numbers(columns: Columns, names: tuple[str, ...], what: str) -> list[int]:
+    """The column that has one of the names, as whole numbers of at least 0; anything else is a `UserError`."""
     name = columns.find(*names, what=what)
     numbers = []
     for value, place in zip(columns.values[name], columns.places, strict=True):

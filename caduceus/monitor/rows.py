@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from caduceus.config import Config
+from caduceus.config import Config, Stage
 from caduceus.monitor.report.write import report_of_finished
 from caduceus.monitor.terminal import Terminal
 from caduceus.monitor.view import BEST, View, clock
@@ -44,7 +44,7 @@ class Monitor:
         self._drawing = Drawing(run.path)
         self._unwritten = b""
         self._looked, self._is_lost = time.monotonic(), False
-        self._view = View(run, config.run.name or run.path.name, config.train.steps, config.valid.every)
+        self._view = View.of(run, config.run.name or run.path.name, config)
         self._recall()
         self._skipped = self._view.row.get("skipped_steps", 0)
         self._terminal = Terminal(self._view)
@@ -96,6 +96,24 @@ class Monitor:
         if self._active:
             self._record(row)
 
+    def begin_stage(self, stage: Stage) -> None:
+        """A stage of `train.stages` follows on the one before."""
+        if not self._active:
+            return
+        record_event(self._run.path, "stage", self._view.step, number=stage.number, seq_len=stage.config.data.seq_len)
+        self._view.begin_start()
+
+    def log_evaluation(self, row: dict[str, Any]) -> None:
+        """Record and show the numbers of an evaluation, `evaluated`."""
+        if not self._active:
+            return
+        self._record(row)
+        of = f"eval/{row['evaluated']}/"
+        numbers = {key.removeprefix(of): value for key, value in row.items() if key.startswith(of)}
+        seconds = numbers.pop("seconds")
+        shown = ", ".join(f"{key} {value:.4f}" for key, value in list(numbers.items())[:6] if isinstance(value, float))
+        self._terminal.tell_validation(f"step {row['step']:,}  {row['evaluated']}: {shown or 'done'} ({seconds:.1f} s)")
+
     def rewind(self, step: int) -> None:
         """Drop the rows after `step` from metrics.jsonl: they are about to be made again."""
         if not self._active:
@@ -121,7 +139,7 @@ class Monitor:
         if self._has_lost_its_run():
             return
         # JSON knows no NaN.
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        finite = {key: value if isinstance(value, str) or math.isfinite(value) else None for key, value in row.items()}
         self._unwritten += (json.dumps(finite) + "\n").encode()
         try:
             while self._unwritten:

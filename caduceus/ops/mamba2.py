@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caduceus.config.model import CHUNK
-from caduceus.ops.runs import runs_backwards
-from caduceus.ops.split import Context, scan_over_ranks
+from caduceus.ops.across_ranks import Context, scan_over_ranks
+from caduceus.ops.directions import runs_backwards
+from caduceus.ops.operands import ScanOperands
 
 NORM_EPSILON = 1e-5
-"""Of the gated norm, as published."""
+"""Epsilon of the gated norm, as published."""
 
 Operands = tuple[Tensor, ...]
 """x (G, B, L, H, W), dt (G, B, L, H) before bias and softplus, A (G, H), negative, B and C (G, B, L, N), D and dt_bias
@@ -80,7 +81,7 @@ def bidirectional_ssd_scan(
     """y (P, S, B, L, H, W) of every stream in both directions.
 
     x (P, S, B, L, H, W); dt (P, S, B, L, H); A, D, dt_bias (P, H); B, C (P, S, B, L, N). Stream s runs parameter
-    direction d right-to-left where d + s is odd. `context` and `starts` as of `ssd_scan`; not both.
+    direction d right-to-left where d + s is odd. `context` and `starts` are those of `ssd_scan`; not both.
     """
     if context is not None:
         if starts is not None:
@@ -229,21 +230,10 @@ def _no_state(x: Tensor, states: int) -> Tensor:
 
 
 class SlicedSSD:
-    """`split.SlicedScan` of Mamba-2: a state is (P, S, B, H, W N), and A (P, H, 1)."""
+    """`across_ranks.SlicedScan` of Mamba-2: a state is (P, S, B, H, W N), and A (P, H, 1)."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        z: None,
-        dt_bias: Tensor,
-        softplus: bool,
-        reverse: bool,
-    ) -> None:
+    def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
+        x, dt, A, B, C, D, _, dt_bias = operands
         self.operands, self.reverse = (x, dt, A, B, C, D, dt_bias), reverse
         self.shape = x.shape[:3] + x.shape[4:]
 
@@ -288,7 +278,8 @@ def _over_ranks(
     reverse: bool,
     context: Context,
 ) -> Tensor:
-    return scan_over_ranks(SlicedSSD, (x, dt, A[..., None], B, C, D, None, dt_bias), True, reverse, context)
+    operands = ScanOperands(x, dt, A[..., None], B, C, D, None, dt_bias)
+    return scan_over_ranks(SlicedSSD, operands, True, reverse, context)
 
 
 def _as_runs(operands: Operands, reverse: bool) -> tuple[Operands, list[bool]]:

@@ -1,7 +1,7 @@
 """How much of a GPU a model uses: its matrix products and its scans against the GPU's peaks.
 
-The scan is bound by exponentials, not by products: of a Caduceus only a few per cent of the products' peak can be had,
-so both shares are told. Counted is what the model needs, recomputation left out.
+The scan is bound by exponentials, not by products: a Caduceus reaches only a few per cent of the products' peak, so
+both shares are told. What the model needs is counted, without recomputation.
 """
 
 import functools

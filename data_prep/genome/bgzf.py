@@ -78,7 +78,7 @@ class BlockScanner:
                     break
             size = _block_size(buffer[at : at + (1 << 16)])
             if size is None and last_size == 0 and buffer[at : at + 2] != GZIP_MAGIC:
-                self.passed_over = count_foreign_bytes(self._path, buffer[at:], reader.read)
+                self.passed_over = count_foreign_bytes(self._path, buffer[at:], reader.read, is_text=True)
                 break
             if size is None:
                 raise UserError(f"{self._path}: damaged or not bgzip at byte {offset}; download or compress it again")

@@ -90,7 +90,7 @@ def _scan(file: PinnedFile, bases: BinaryIO | None = None, label: str = "checkin
             blocks = BlockScanner(file.path)
             pieces = blocks.pieces(reader)
         elif beginning.startswith(GZIP_MAGIC):
-            gunzip = Gunzip(file.path, reader.read)
+            gunzip = Gunzip(file.path, reader.read, is_text=True)
             pieces = iter(gunzip)
         else:
             pieces = iter(lambda: reader.read(CHUNK), b"")

@@ -1,5 +1,6 @@
 """Foreign tars without an index: usable crops only, every tar read, damage told, and the weaker guarantees stated."""
 
+import gzip
 import io
 import itertools
 import tarfile
@@ -237,3 +238,33 @@ def test_validation_refuses_damage(stream: Callable[..., Config], damaged: str, 
     for name, problem in ((2, "ends inside a header"), (3, "bytes that are no bases"), (4, "a name that was there")):
         with pytest.raises(UserError, match=rf"data\.valid_path: .*/{name}\.tar: .*{problem}"):
             build_validation(stream(valid_path=f"{tmp_path}/{name}.tar", valid={"samples": 9}))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_bytes_behind_a_compressed_tar_are_told_once_and_are_no_damage(
+    stream: Callable[..., Config], tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar = write_tar(tmp_path / "a.tar", {"a.dna": "ACGT" * 16})
+    url = str(tmp_path / "a.tar.gz")
+    Path(url).write_bytes(gzip.compress(tar.read_bytes()) + b"an index\n" * 100)
+    line = f"{url}: 900 bytes stand behind the end of its compressed data: passed over"
+    loader = build_loader(stream(path=url, workers=workers, max_substituted=0))
+    take(loader, 200)
+    assert [record.getMessage() for record in caplog.records if "behind" in record.getMessage()] == [f"data: {line}"]
+    assert loader.substituted == 0
+    build_validation(stream(valid_path=url, valid={"samples": 9}))
+    assert caplog.records[-1].getMessage() == f"data.valid_path: {line}"
+
+
+def test_rna_is_read_as_dna_and_told_once(
+    stream: Callable[..., Config], tmp_path: Path, sequences: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = [text for text in sequences if "T" in text]
+    write_tar(tmp_path / "dna.tar", {f"{n}.dna": text for n, text in enumerate(whole)})
+    rna = {f"{n}.dna": text.replace("T", "U").replace("t", "u") for n, text in enumerate(whole)}
+    url = str(write_tar(tmp_path / "rna.tar", rna))
+    of_dna = take(build_loader(stream(path=str(tmp_path / "dna.tar"))), 200)
+    loader = build_loader(stream(path=url, max_substituted=0))
+    assert texts(take(loader, 200)) == texts(of_dna)
+    told = [record.getMessage() for record in caplog.records if "RNA" in record.getMessage()]
+    assert told == [f"data: {url}: holds RNA (U): every U is read as T"] and loader.substituted == 0

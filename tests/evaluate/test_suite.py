@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from caduceus.evaluate import suite as suite_module
+from caduceus.evaluate import suite_finetuned
 from caduceus.evaluate.labelled import Task
-from caduceus.evaluate.metrics import CLASSIFICATION, bootstrap_interval, measure
+from caduceus.evaluate.metrics import bootstrap_interval, measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.suite import SuiteRequest, load_suite, run_suite
 from caduceus.evaluate.suite_data import find_task_data
@@ -135,7 +135,7 @@ def test_a_suite_that_was_killed_goes_on_and_keeps_what_is_best_on_validation(
         "weight_decay: 0.1, seeds: 1, pool: mean}\ntasks:\n  H3: {folders: [gue_H3], metric: auroc}\n"
     )
     suite, runner = load_suite(tmp_path / "mine.yaml"), Runner(made("ps", torch.float32))
-    real, calls = suite_module.finetune, []
+    real, calls = suite_finetuned.finetune, []
 
     def dying(*arguments: object) -> dict:
         calls.append(arguments)
@@ -145,7 +145,7 @@ def test_a_suite_that_was_killed_goes_on_and_keeps_what_is_best_on_validation(
         result["results"]["full"][0]["valid"]["auroc"] = arguments[3].fit.lr  # the higher rate is the better one
         return result
 
-    monkeypatch.setattr(suite_module, "finetune", dying)
+    monkeypatch.setattr(suite_finetuned, "finetune", dying)
     with pytest.raises(KeyboardInterrupt):
         run_suite(runner, suite, SuiteRequest(tmp_path), tmp_path / "out")
     said: list[str] = []
@@ -154,10 +154,9 @@ def test_a_suite_that_was_killed_goes_on_and_keeps_what_is_best_on_validation(
 
 
 def test_every_suite_loads_and_names_metrics_that_there_are() -> None:
-    assert {"nt", "gue", "gb"} <= set(presets("suite"))
+    assert {"nt", "gue", "gb", "lrb", "traitgym", "plantcad"} <= set(presets("suite"))
     for name, words in presets("suite").items():
-        suite = load_suite(name)
-        assert words and suite.tasks and all(task.metric in CLASSIFICATION for task in suite.tasks)
+        assert words and load_suite(name).tasks
     published = {task.name: task.published for task in load_suite("nt").tasks}
     assert len(published) == 18 and all(len(models) == 6 for models in published.values())
     assert published["splice_sites_donors"]["Caduceus-PS"] == (0.874, 0.289)

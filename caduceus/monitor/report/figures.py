@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, LogFormatter
 
 from caduceus.monitor.report.bins import outlined
 from caduceus.monitor.report.history import History
-from caduceus.monitor.report.runs import Reported
+from caduceus.monitor.report.reported import Reported
 from caduceus.page import COLOURS
 
 AXES = {"tokens": "tokens, billions", "step": "steps", "hours": "hours of training steps"}

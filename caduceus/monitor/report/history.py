@@ -94,10 +94,10 @@ class _MadeAgainError(Exception):
 
 
 def read_history(path: Path) -> History:
-    """Read a metrics.jsonl. Of a step that was made again the row that came last counts.
+    """Read a metrics.jsonl. Where a step was made again, its last row counts.
 
-    What followed that step before it was made again counts no more. A last line without its end is being
-    written and is left out.
+    Rows that followed the earlier one no longer count. A last line without its end is still being written and is left
+    out.
     """
     try:
         return _Reader(path).read()
@@ -260,7 +260,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         except ValueError:
             return None
     is_row = isinstance(row, dict) and type(row.get("step")) is int
-    if is_row and ("loss" in row or "valid_loss" in row or any(name.partition("/")[0] in _MACHINES for name in row)):
+    known = ("loss", "valid_loss", "evaluated")
+    if is_row and (any(name in row for name in known) or any(name.partition("/")[0] in _MACHINES for name in row)):
         return row
     return None
 

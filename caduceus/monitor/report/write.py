@@ -17,7 +17,7 @@ from caduceus.errors import UserError
 from caduceus.files import write_atomically
 from caduceus.monitor.report.bins import binned
 from caduceus.monitor.report.history import History
-from caduceus.monitor.report.runs import Reported, differences, read_run
+from caduceus.monitor.report.reported import Reported, differences, read_run
 from caduceus.monitor.report.validation import validation_tables, window_drawings
 from caduceus.monitor.view import clock
 from caduceus.page import page, table

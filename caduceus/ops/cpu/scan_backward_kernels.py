@@ -275,7 +275,7 @@ def _recede(tokens, states, step, gy, rates, adjoint, Cs):
 
 @jit(EXACT)
 def initial_state_gradient(first, last, tensors, strides, flags, block, g_initial):
-    """Gradient of the initial states (P, S, B, N, E) alone. Items as of `scan_backward`."""
+    """Gradient of the initial states (P, S, B, N, E) alone. Items are those of `scan_backward`."""
     g, dt, C, z, rates, bias = tensors
     g_s, dt_s, C_s, z_s = strides
     has_softplus, gated, backward, length = flags

@@ -5,6 +5,7 @@ import gzip
 import pytest
 
 from caduceus import gunzip
+from caduceus.errors import UserError
 from data_prep.genome import fasta
 from data_prep.genome.genome import open_genome
 from tests.data_prep.genome_files import FASTA, bgzip, cache_of, settled
@@ -42,6 +43,15 @@ def test_oddities_of_tools_are_read_and_told(folder, case, chunk, monkeypatch):
         assert any(note in said for said in genome.notes) and len(genome.notes) <= 2
         if "Ctrl-A" in case:
             assert genome.descriptions["a"] in ("a one", "a")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bgzip])
+def test_records_that_are_appended_to_a_gzip_file_as_text_are_refused(folder, compress):
+    path = settled(folder(compress(FASTA) + b">c\nACGT\n"))
+    with pytest.raises(UserError, match="plain text follows the gzip data; compress that as well"):
+        open_genome(path, cache_of(path))
+    path.write_bytes(compress(FASTA) + compress(b">c\nACGT\n"))
+    assert open_genome(settled(path), cache_of(path)).contigs == {"a": 12, "b": 4, "c": 4}
 
 
 def test_what_was_passed_over_is_told_once_by_the_command(tmp_path):

@@ -9,12 +9,13 @@ its length. Strands on ranks of their own meet in the logits alone.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from caduceus.ops.runs import runs_backwards
+from caduceus.ops.directions import runs_backwards
+from caduceus.ops.operands import ScanOperands
 
 
 class Context(Protocol):
@@ -51,7 +52,7 @@ class SlicedScan(Protocol):
     directions. A state is (P, S, B, E, N).
     """
 
-    def __init__(self, *operands: Any) -> None: ...
+    def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None: ...
 
     def end_state(self) -> tuple[Tensor, Tensor]:
         """The state in which a scan from zero ends, and the sum of the step sizes (P, S, B, E)."""
@@ -68,24 +69,21 @@ class SlicedScan(Protocol):
 
 @torch.compiler.disable  # exchanges are not for a compiled graph; what lies between them is
 def scan_over_ranks(
-    sliced: type[SlicedScan],
-    operands: tuple[Tensor | None, ...],
-    softplus: bool,
-    reverse: bool,
-    context: Context,
+    sliced: type[SlicedScan], operands: ScanOperands, softplus: bool, reverse: bool, context: Context
 ) -> Tensor:
-    """y (S, B, L, E) of this rank's slice. `operands` as of `caduceus.ops.bidirectional_scan`."""
+    """y (S, B, L, E) of this rank's slice. The operands are those of `caduceus.ops.bidirectional_scan`."""
     return _ScanOverRanks.apply(sliced, softplus, reverse, context, *operands)
 
 
 class _ScanOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sliced, softplus, reverse, context, *operands):
-        scan = sliced(*operands, softplus, reverse)
+    def forward(ctx, sliced, softplus, reverse, context, *tensors):
+        operands = ScanOperands(*tensors)
+        scan = sliced(operands, softplus, reverse)
         state, steps = scan.end_state()
         gathered = context.all_gather(torch.cat([steps[..., None], state], dim=-1))
         steps, states = gathered[..., 0].contiguous(), gathered[..., 1:]
-        y, kept = scan.outputs(carried(states, steps, operands[2], context, reverse))
+        y, kept = scan.outputs(carried(states, steps, operands.A, context, reverse))
         ctx.save_for_backward(*operands, steps, *kept)
         ctx.sliced, ctx.softplus, ctx.reverse, ctx.context = sliced, softplus, reverse, context
         return y
@@ -93,19 +91,19 @@ class _ScanOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         saved = ctx.saved_tensors  # to be asked for once: recomputed activations are unpacked then
-        operands, steps, kept = saved[:8], saved[8], saved[9:]
-        scan = ctx.sliced(*operands, ctx.softplus, ctx.reverse)
+        operands, steps, kept = ScanOperands(*saved[:8]), saved[8], saved[9:]
+        scan = ctx.sliced(operands, ctx.softplus, ctx.reverse)
         adjoints = ctx.context.all_gather(scan.initial_gradient(dy, kept))
-        final = carried(adjoints, steps, operands[2], ctx.context, not ctx.reverse)
+        final = carried(adjoints, steps, operands.A, ctx.context, not ctx.reverse)
         return None, None, None, None, *scan.gradients(dy, final, kept)
 
 
 def carried(ends: Tensor, steps: Tensor, A: Tensor, context: Context, reverse: bool) -> Tensor:
     """What enters this rank's slice in each run's direction; `ends` (R, P, S, B, E, N) is what slices reach from zero.
 
-    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, hence with `reverse` inverted. What a slice
-    ends with decays by all steps of the slices between: one exponential of their sum, as each small operation costs a
-    GPU's launch, and those of all layers would take as long as the layers.
+    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, so for them `reverse` is inverted. What a
+    slice ends with decays by all steps of the slices between: one exponential of their sum, as each small operation
+    costs a GPU's launch, and those of all layers would take as long as the layers.
     """
     before, between = _places(context.rank, context.size, *ends.shape[1:3], reverse, ends.dtype, ends.device)
     passed = (between * steps).sum(1)
@@ -119,7 +117,7 @@ def _places(
 ) -> tuple[Tensor, Tensor]:
     """Which slices precede that of `rank` in each run, and which lie between: ones and zeros that broadcast.
 
-    (R, P, S, 1, 1, 1) of slices, and (R, R, P, S, 1, 1) of slices and those that what they end with has to pass.
+    (R, P, S, 1, 1, 1) for each slice, and (R, R, P, S, 1, 1) for each slice and each other one that its end passes.
     """
     order = torch.arange(size)
     earlier, between = order < rank, (order[:, None] < order) & (order < rank)

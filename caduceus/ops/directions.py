@@ -6,30 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from caduceus.ops.operands import ScanOperands
+
 
 def runs_backwards(direction: int, stream: int, reverse: bool = False) -> bool:
     """Whether a run goes right-to-left: odd streams, as the other strand is, have the directions exchanged."""
     return ((direction + stream) % 2 == 1) != reverse
 
 
-def scan_by_runs(
+def scan_by_direction(
     scan: Callable[..., tuple[Tensor, Tensor]],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
+    operands: ScanOperands,
     softplus: bool = True,
     reverse: bool = False,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y (S, B, L, E), final states (P, S, B, E, N)) of a backend's `selective_scan`.
+    """(y (S, B, L, E), final states (P, S, B, E, N)) by a backend's `selective_scan`.
 
-    Operands as of `caduceus.ops.bidirectional_scan`, initial_state (P, S, B, E, N).
+    The operands are those of `caduceus.ops.bidirectional_scan`; initial_state (P, S, B, E, N).
     """
+    u, dt, A, B, C, D, z, dt_bias = operands
     directions, streams = u.shape[:2]
     u, dt, B, C, initial_state = (_unbound(t, directions, streams) for t in (u, dt, B, C, initial_state))
     A, D, dt_bias = (_unbound(t, directions) for t in (A, D, dt_bias))
@@ -39,14 +35,7 @@ def scan_by_runs(
         y, final = zip(
             *(
                 scan(
-                    u[d][s],
-                    dt[d][s],
-                    A[d],
-                    B[d][s],
-                    C[d][s],
-                    D[d],
-                    z[s],
-                    dt_bias[d],
+                    ScanOperands(u[d][s], dt[d][s], A[d], B[d][s], C[d][s], D[d], z[s], dt_bias[d]),
                     softplus,
                     runs_backwards(d, s, reverse),
                     initial_state[d][s],
@@ -60,8 +49,8 @@ def scan_by_runs(
     return torch.stack(outputs), torch.stack(states, dim=1)
 
 
-def conv_by_runs(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(P, S, B, L, E) of a backend's `causal_conv1d` with silu. Operands as of `caduceus.ops.bidirectional_conv1d`."""
+def conv_by_direction(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(P, S, B, L, E) by a backend's `causal_conv1d` with silu; operands of `caduceus.ops.bidirectional_conv1d`."""
     directions, streams = weight.shape[0], x.shape[0]
     x, weight, bias = _unbound(x, streams), _unbound(weight, directions), _unbound(bias, directions)
     rows = [

@@ -1,0 +1,69 @@
+"""Tasks of suites that a model is fine-tuned for: each learning rate and batch of the protocol tried on validation."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caduceus.evaluate.columns import read_columns
+from caduceus.evaluate.finetune import FinetuneOptions, finetune
+from caduceus.evaluate.fitting import FitOptions
+from caduceus.evaluate.labelled import Task
+from caduceus.evaluate.metrics import bootstrap_interval, is_better
+from caduceus.evaluate.model import Runner
+from caduceus.evaluate.suite_data import TaskData
+
+
+def finetuned(
+    runner: Runner, metric: str, data: TaskData, protocol: dict[str, Any], out: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The row of a task: what is best on validation, and where that lies under `out`."""
+    best, best_value, best_place = None, None, None
+    base = FitOptions(epochs=protocol["epochs"], weight_decay=protocol["weight_decay"])
+    for lr, batch in product(_listed(protocol["lr"]), _listed(protocol["batch_size"])):
+        place = out / f"lr-{lr:g}-batch-{batch}"
+        say(f"{out.name}, rate {lr:g}, batch {batch}:")
+        options = FinetuneOptions(
+            pool=protocol["pool"],
+            seeds=protocol["seeds"],
+            valid_share=protocol.get("valid_share", 0.1),
+            metric=metric,
+            task="classification",
+            fit=replace(base, lr=lr, batch_size=batch),
+        )
+        result = finetune(runner, data.tables, place, options, say)
+        value = _mean([seed["valid"][metric] for seed in result["results"]["full"]])
+        if best is None or is_better(metric, value, best_value):
+            best, best_value, best_place = {"lr": lr, "batch_size": batch, "result": result}, value, place
+    row = {
+        **best["result"]["summary"]["full"][metric],
+        "seeds": protocol["seeds"],
+        "lr": best["lr"],
+        "batch_size": best["batch_size"],
+        "on": "test" if "test" in data.tables else "validation",
+        "copies": best["result"]["copies"],
+    }
+    if "test" in data.tables:
+        row["interval"] = _interval(best_place / "predictions.tsv", best["result"], metric)
+    return row
+
+
+def _mean(values: list[float | None]) -> float:
+    return float(np.mean([np.nan if value is None else value for value in values]))
+
+
+def _interval(predictions: Path, result: dict[str, Any], metric: str) -> list[float]:
+    """95 % bootstrap interval over the test's sequences, of the model that was kept."""
+    task = Task.from_json(result["task"])
+    columns = read_columns(predictions).values
+    numbers = {name: number for number, name in enumerate(task.classes)}
+    labels = np.array([numbers[label] for label in columns["label"]])
+    outputs = np.stack([np.array(columns[f"p_{name}"], dtype=float) for name in task.classes], 1)
+    return list(bootstrap_interval(task, metric, labels, outputs))
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
