@@ -235,6 +235,11 @@ def head_cross_entropy(
     return head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label)
 
 
+def computes_on_gpu(backend: str, tensor: Tensor) -> bool:
+    """Whether the ops compute a tensor by kernels of a GPU's own."""
+    return _is_triton(_module(backend, tensor))
+
+
 def _sliced_scan(module: ModuleType) -> type[SlicedScan]:
     if not hasattr(module, "SlicedScan"):
         name = module.__name__.rpartition(".")[2]

@@ -55,9 +55,7 @@ def ssd_scan(
     if context is not None:
         if starts is not None or initial_state is not None or return_final_state:
             raise ValueError("a context takes neither starts nor an initial_state, and gives no final one")
-        operands = tuple(tensor[None, None] for tensor in (x, dt, B, C))
-        x, dt, B, C = operands
-        return _over_ranks(x, dt, A[None], B, C, D[None], dt_bias[None], reverse, context)[0, 0]
+        return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias).unsqueezed(), reverse, context)[0, 0]
     if initial_state is None:
         initial_state = _no_state(x, B.shape[-1])
     operands = tuple(tensor[None] for tensor in (x, dt, A, B, C, D, dt_bias, initial_state))
@@ -86,7 +84,7 @@ def bidirectional_ssd_scan(
     if context is not None:
         if starts is not None:
             raise ValueError("starts: packed sequences cannot be shared between ranks (parallel.context)")
-        return _over_ranks(x, dt, A, B, C, D, dt_bias, False, context)
+        return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias), False, context)
     operands, reverse = _as_runs((x, dt, A, B, C, D, dt_bias), False)
     y, _ = _run((*operands, _no_state(operands[0], B.shape[-1])), reverse, starts, backend)
     return y.unflatten(0, x.shape[:2])
@@ -267,19 +265,8 @@ class SlicedSSD:
         return *found[:6], None, found[6]
 
 
-def _over_ranks(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    reverse: bool,
-    context: Context,
-) -> Tensor:
-    operands = ScanOperands(x, dt, A[..., None], B, C, D, None, dt_bias)
-    return scan_over_ranks(SlicedSSD, operands, True, reverse, context)
+def _over_ranks(operands: ScanOperands, reverse: bool, context: Context) -> Tensor:
+    return scan_over_ranks(SlicedSSD, operands._replace(A=operands.A[..., None]), True, reverse, context)
 
 
 def _as_runs(operands: Operands, reverse: bool) -> tuple[Operands, list[bool]]:

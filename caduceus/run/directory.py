@@ -213,8 +213,8 @@ class RunDirectory:
     def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_steps: Collection[int] = ()) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
-        Those whose step `keep_every` divides are never removed (0: none), nor are those of `keep_steps`. As many of the
-        damaged ones that were set aside are kept.
+        Those whose step `keep_every` divides are never removed (0: none), nor are those of `keep_steps` and the best.
+        As many of the damaged ones that were set aside are kept.
         """
         kept = {*keep_steps, (self.best() or {}).get("step")}
         for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:

@@ -74,6 +74,12 @@ def _of_machines(title: str, column: str) -> Callable[[Sequence[Reported], str],
     return draw
 
 
+def _of_evaluations(runs: Sequence[Reported], axis: str) -> Figure | None:
+    """Draws the numbers of evaluations, each of which has steps of its own."""
+    series = [list(run.history.evaluations.columns.items()) for run in runs]
+    return _lines("Evaluations", runs, axis, series, [run.history.evaluations.steps for run in runs])
+
+
 @rc_context(STYLE)
 def _lines(
     title: str,
@@ -90,7 +96,8 @@ def _lines(
     for number, (run, lines) in enumerate(zip(runs, series, strict=True)):
         for label, values in lines:
             if label in labels:
-                x, y = outlined(steps[number], values, LINE_BINS)
+                known = ~np.isnan(values)
+                x, y = outlined(steps[number][known], values[known], LINE_BINS)
                 place = labels.index(label)
                 style = {"color": colour_of(place), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.1}
                 style |= {"marker": "os"[place // _COLOURS % 2], "markersize": 3, "gid": f"line-{number}-{place}"}
@@ -213,5 +220,6 @@ DETAILS = (
             ("gpu_watts", "Power that each GPU draws.", _of_machines("Power by GPU, watts", "gpu_watts")),
         )
     ),
+    Detail("evaluations", "Numbers of the run's evaluations; metrics.jsonl has all of them.", _of_evaluations),
     Detail("epochs", "How often the crops of each species were seen.", _of_vitals("Epochs by species", "epoch", False)),
 )

@@ -18,6 +18,7 @@ from caduceus.run.machine import OF_GPUS, OF_NODES
 _BLOCK = 1 << 22
 """Bytes that are read at a time."""
 _TAIL = 50
+_EVALUATED, _SPACE = "evaluated", "eval/"
 _MACHINES = frozenset({*OF_NODES, *OF_GPUS})
 
 
@@ -57,8 +58,8 @@ class History:
     each (bins,); `hours` is one of them: of training steps up to the end of each step, without validations,
     checkpoints and starts. first, last: (step, value) of the first and last row that know a column; tail: its last 50
     values. end: the last row's values. valid: the validations' values, which begin with `valid_`; vitals: of the steps
-    that tell of kinds of parameters and of layers, `grad_norm/KIND` and so on; machines: of nodes and GPUs. jumps:
-    (step, samples) of each rewind. unreadable: whole lines that are no rows.
+    that tell of kinds of parameters and of layers, `grad_norm/KIND` and so on; machines: of nodes and GPUs;
+    evaluations: `NAME/NUMBER`. jumps: (step, samples) of each rewind. unreadable: whole lines that are no rows.
     """
 
     train: dict[str, np.ndarray]
@@ -73,6 +74,7 @@ class History:
     valid: Table
     vitals: Table
     machines: Table
+    evaluations: Table
     jumps: list[tuple[int, int]]
     unreadable: int
 
@@ -123,7 +125,8 @@ class _Reader:
     def __init__(self, path: Path, count: np.ndarray | None = None) -> None:
         self._path, self._count = path, count
         self._unreadable = 0
-        self._valid, self._vitals, self._machines = _Growing(), _Growing(), _Growing()
+        self._valid, self._vitals = _Growing(), _Growing()
+        self._machines, self._evaluations = _Growing(), _Growing()
         self._bins, self._jumps = Bins(len(_COLUMNS) + 1), Jumps()
         self._hours, self._step = 0.0, -math.inf
         self._tail = np.empty((0, len(_COLUMNS) + 1))
@@ -158,6 +161,9 @@ class _Reader:
             self._valid.add(step, {name: value for name, value in row.items() if name.startswith("valid_")})
         if "loss" in row and (told := [name for name in names if not name.startswith("loss/")]):
             self._vitals.add(step, {name: row[name] for name in told})
+        if _EVALUATED in row:
+            told = [name for name in names if name.startswith(_SPACE) and not name.endswith("/seconds")]
+            self._evaluations.add(step, {name.removeprefix(_SPACE): row[name] for name in told})
         if told := [name for name in names if name.partition("/")[0] in _MACHINES]:
             self._machines.add(step, {name: row[name] for name in told})
         if "loss" not in row:
@@ -199,6 +205,7 @@ class _Reader:
             valid=self._valid.table(),
             vitals=self._vitals.table(),
             machines=self._machines.table(),
+            evaluations=self._evaluations.table(),
             jumps=self._jumps.end(),
             unreadable=self._unreadable,
         )
@@ -214,6 +221,10 @@ class _Growing:
     def add(self, step: int, values: dict[str, Any]) -> None:
         for name in [name for name in values if name not in self._columns]:
             self._columns[name] = array("d", [math.nan]) * len(self._steps)
+        if self._steps and self._steps[-1] == step:
+            for name, value in values.items():
+                self._columns[name][-1] = _number(value)
+            return
         self._steps.append(step)
         for name, column in self._columns.items():
             column.append(_number(values.get(name)))
@@ -260,7 +271,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         except ValueError:
             return None
     is_row = isinstance(row, dict) and type(row.get("step")) is int
-    known = ("loss", "valid_loss", "evaluated")
+    known = ("loss", "valid_loss", _EVALUATED)
     if is_row and (any(name in row for name in known) or any(name.partition("/")[0] in _MACHINES for name in row)):
         return row
     return None

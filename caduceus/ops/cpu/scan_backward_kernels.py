@@ -6,6 +6,7 @@ A scan's states are recomputed from those kept before every chunk; adjoints go t
 import numpy as np
 
 from caduceus.ops.cpu.compiled import jit, leaf
+from caduceus.ops.cpu.llvm_values import EXACT
 from caduceus.ops.cpu.scan_kernels import (
     CHUNK,
     GROUP,
@@ -19,7 +20,6 @@ from caduceus.ops.cpu.scan_kernels import (
     vectors_of_rows,
 )
 from caduceus.ops.cpu.vectors import (
-    EXACT,
     LANES,
     exp2,
     load,

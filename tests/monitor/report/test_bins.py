@@ -1,13 +1,14 @@
 """Columns of rows as bins."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caduceus.monitor.report import bins as module
 from caduceus.monitor.report.bins import Bins, Jumps, binned, outlined
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.integers(0, 900), max_size=6), st.integers(0, 2**32 - 1))
 def test_bins_are_those_of_all_rows_at_once_however_they_come(blocks: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -29,6 +30,7 @@ def test_bins_are_those_of_all_rows_at_once_however_they_come(blocks: list[int],
                 assert np.isnan(told).all()
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=40), st.integers(1, 40))
 def test_jumps_are_found_wherever_rows_are_cut(counts: list[int], cut: int) -> None:
     steps, samples = np.arange(1.0, len(counts) + 1), np.cumsum(counts).astype(float)
@@ -44,6 +46,7 @@ def test_jumps_are_found_wherever_rows_are_cut(counts: list[int], cut: int) -> N
     assert whole.end() == parts.end() == expected
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(1, 40))
 def test_an_outline_keeps_the_least_and_greatest(values: list[float], bins: int) -> None:
     y = np.array(values)
@@ -52,6 +55,7 @@ def test_an_outline_keeps_the_least_and_greatest(values: list[float], bins: int)
     assert drawn.min() == y.min() and drawn.max() == y.max()
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.one_of(st.just(float("nan")), st.floats(-1e6, 1e6)), min_size=1, max_size=300), st.integers(1, 40))
 def test_bins_keep_the_least_and_greatest_and_the_mean(values: list[float], bins: int) -> None:
     y = np.array(values)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caduceus.monitor.report.history import read_history
@@ -21,6 +21,7 @@ def training(step: int, loss: float | None = 1.0, samples: int | None = None) ->
     return {"step": step, "loss": loss, "tokens": 100 * step, "samples": samples or 8 * step, "seconds": 1.0}
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.tuples(st.integers(1, 12), st.floats(0, 9)), min_size=1, max_size=40))
 def test_a_step_made_again_counts_once_by_its_last_row(tmp_path_factory: Any, made: list[tuple[int, float]]) -> None:
     path = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
@@ -41,6 +42,19 @@ def test_what_is_no_row_is_left_out_and_counted(tmp_path: Path) -> None:
     history = read_history(path)
     assert history.train["step"].tolist() == [1, 2] and history.unreadable == len(odd) + 1
     assert np.isnan(history.train["loss"]).tolist() == [False, True] and np.isnan(history.train["lr"]).all()
+
+
+def test_evaluations_are_columns_over_steps_of_their_own(tmp_path: Path) -> None:
+    def evaluated(step: int, name: str, **numbers: float | None) -> dict[str, Any]:
+        return {"step": step, "evaluated": name} | {f"eval/{name}/{key}": value for key, value in numbers.items()}
+
+    rows = [training(2), evaluated(2, "a", mcc=0.5, seconds=3.0), evaluated(2, "b", auprc=None)]
+    rows += [training(4), evaluated(4, "a", mcc=0.1), training(3), training(4), evaluated(4, "b", auprc=0.7)]
+    history = read_history(write(tmp_path / "metrics.jsonl", rows))
+    assert history.unreadable == 0 and history.evaluations.steps.tolist() == [2, 4]
+    expected = {"a/mcc": [0.5, np.nan], "b/auprc": [np.nan, 0.7]}
+    assert history.evaluations.columns.keys() == expected.keys()
+    assert all(np.array_equal(history.evaluations.columns[name], expected[name], equal_nan=True) for name in expected)
 
 
 def test_axes(tmp_path: Path) -> None:
