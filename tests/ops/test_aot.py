@@ -27,6 +27,8 @@ REGISTERS = {
     "conv_backward": 128,
     "add_norm_forward": 168,
     "add_norm_backward": 168,
+    "gated_norm_forward": 128,
+    "gated_norm_backward": 168,
     "cross_entropy_forward": 128,
     "cross_entropy_backward": 168,
 }
@@ -35,6 +37,7 @@ SCAN = ("chunk_state", "chunk_carry", "scan_forward", "chunk_adjoint", "scan_rep
 SCAN += ("scatter_pieces",)
 OTHERS = ("conv_forward", "conv_backward", "add_norm_forward", "add_norm_backward")
 OTHERS += ("cross_entropy_forward", "cross_entropy_backward")
+GATED = ("gated_norm_forward", "gated_norm_backward")
 SHARED = 48 * 1024  # what a block gets without asking for more
 
 
@@ -87,6 +90,11 @@ def test_an_older_gpu_and_another_type_compile_without_spills(element):
 
 def test_packed_odd_giant_and_smallest_sequences_compile_without_spills():
     check(compiled((90,), "bf16", "rest"), REGISTERS)
+
+
+@pytest.mark.parametrize(("capability", "element"), [(80, "fp32"), (90, "bf16")])
+def test_mamba2s_gated_norm_compiles_without_spills(capability, element):
+    check(compiled((capability,), element, "gated", GATED), REGISTERS)
 
 
 @pytest.mark.parametrize(("capability", "states"), [(80, 32), (90, 64)])
