@@ -5,6 +5,8 @@ another rank. Anything else is a crash, with its traceback.
 """
 
 import enum
+import os
+import select
 import signal
 import sys
 import traceback
@@ -47,7 +49,7 @@ class RetryError(UserError):
 class PeerError(Exception):
     """This rank ended because of another one. The message is one line that names that rank where it is known.
 
-    rank: of the one that failed, and peer_kind: how; each is None where only the loss of the peer was noticed.
+    `rank` is the one that failed and `peer_kind` says how; each is None where only the loss of the peer was noticed.
     """
 
     kind = Kind.PEER
@@ -62,7 +64,7 @@ class PeerError(Exception):
 
     @property
     def status(self) -> int:
-        """Exit status: as of the rank that failed, if it ended with a line; otherwise that of a crash."""
+        """Exit status: that of the rank that failed, if it ended with a line; otherwise that of a crash."""
         return 2 if self.peer_kind in (Kind.USER, Kind.NODE, Kind.RETRY) else 1
 
 
@@ -113,6 +115,22 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
     """
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        status = 128 + signal.SIGPIPE
     except (*ONE_LINE, KeyboardInterrupt) as error:
         status = tell(error, interrupted)
     sys.exit(status or 0)
+
+
+def _nobody_reads() -> bool:
+    """Whether what is printed goes to a reader that has left, as `head` does; nothing more is then said to it."""
+    stdout = sys.stdout.fileno()
+    pipe = select.poll()
+    pipe.register(stdout, 0)
+    if not any(events & select.POLLERR for _, events in pipe.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

@@ -1,7 +1,9 @@
 """The sources of a run: which species, from which directories, at which weights, cut into crops. Imports no torch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,11 @@ from caduceus.alphabet import IS_ACGT_BYTE
 from caduceus.config import DataConfig
 from caduceus.data.cache import ShardCache
 from caduceus.data.crops import CropTable
-from caduceus.data.genome import ShardedGenome, WindowTable
+from caduceus.data.genome import ShardedGenome, WindowTable, read_manifest
 from caduceus.data.order import MIXTURE_BLOCK
 from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.data.shard_files import ShardFiles
+from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,31 @@ class Dataset:
     crops: CropTable
     cache: ShardCache | None
     """Where the shards are kept that live elsewhere."""
+    checked: tuple[Verdicts, ...] = ()
+    """On the tables, kept for processes of this node that come later."""
+
+
+_at_hand: ContextVar[Mapping[str, dict[str, Any]] | None] = ContextVar("manifests", default=None)
+
+
+def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
+    """The checked manifests of `data.path` by their addresses; `UserError` as of `open_dataset`."""
+    paths = [path for path, _ in _parse_path(data.path)]
+    refuse_commands(paths, data.allow_commands, "data.path")
+    return {path: read_manifest(path, bool(data.cache_dir)) for path in paths}
+
+
+@contextmanager
+def using_manifests(manifests: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """Within, datasets at these addresses are opened by the manifests that are at hand, and none is read for them.
+
+    So that of many ranks one reads them, and checks them once for all splits.
+    """
+    before = _at_hand.set(manifests)
+    try:
+        yield
+    finally:
+        _at_hand.reset(before)
 
 
 def open_dataset(data: DataConfig, split: str) -> Dataset:
@@ -60,7 +88,8 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     entries = _parse_path(data.path)
     refuse_commands([path for path, _ in entries], data.allow_commands, "data.path")
     cache = ShardCache(data.cache_dir, data.cache_bytes) if data.cache_dir else None
-    directories = [(ShardedGenome(path, cache), weight) for path, weight in entries]
+    known = _at_hand.get() or {}
+    directories = [(ShardedGenome(path, cache, known.get(path)), weight) for path, weight in entries]
     sources = [source for genome, weight in directories for source in _sources(genome, weight, split)]
     names = [source.species for source in sources]
     for name in names:
@@ -77,11 +106,16 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
         sources=tuple(sources),
         crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack),
         cache=cache,
+        checked=tuple(verdict for genome, _ in directories for verdict in genome.checked),
     )
 
 
-def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
-    """Say what is drawn, what is left out, and the weights as rounded (`counts` of each block of the mixture)."""
+def log_dataset(dataset: Dataset, counts: np.ndarray, bases: np.ndarray, epochs_differ: bool) -> None:
+    """Say what is drawn, what is left out, and the weights as rounded.
+
+    `counts` (stages, S): samples of each source in each block of the stages of the mixture. `bases` (S,): of each
+    source, those that any crop of its first epoch holds.
+    """
     crops = dataset.crops
     log_commands(dataset.addresses)
     log.info(
@@ -95,9 +129,10 @@ def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
         crops.left_out_bases,
         crops.left_out_tiles,
     )
-    shares_used = crops.bases_of_source / [source.table.bases for source in dataset.sources]
+    shares_used = bases / [source.table.bases for source in dataset.sources]
     unseen = (f"{source.species} {1 - used:.2%}" for source, used in zip(dataset.sources, shares_used, strict=True))
-    log.info("data: %s: bases of each species that no crop holds: %s", dataset.split, ", ".join(unseen))
+    others = " in its first epoch; others are tiled differently" if epochs_differ else ""
+    log.info("data: %s: bases of each species that no crop holds: %s%s", dataset.split, ", ".join(unseen), others)
     for source, used in zip(dataset.sources, shares_used, strict=True):
         if used < _LITTLE_USED:
             log.warning(
@@ -108,8 +143,10 @@ def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
                 source.species,
                 crops.seq_len,
             )
-    shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, counts, strict=True))
-    log.info("data: samples of each species in every %d: %s", MIXTURE_BLOCK, ", ".join(shares))
+    for number, stage in enumerate(counts.tolist(), start=1):
+        shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, stage, strict=True))
+        which = f" in stage {number} of {len(counts)} of data.species_weights" if len(counts) > 1 else ""
+        log.info("data: samples of each species in every %d%s: %s", MIXTURE_BLOCK, which, ", ".join(shares))
 
 
 def _parse_path(path: Any) -> list[tuple[str, float]]:

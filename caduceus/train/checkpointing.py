@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from caduceus.config import Config, Stage, TrainConfig, config_to_dict, stages_of
+from caduceus.config import Config, Stage, config_to_dict, stages_of
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.groups import group_of
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
-from caduceus.files import dump_json, system_error, write_atomically
+from caduceus.files import dump_json, patiently, system_error, write_atomically
 from caduceus.hub.folders import load, save_published
 from caduceus.run.checkpoints import Checkpoint
 from caduceus.run.directory import RunDirectory
@@ -36,7 +36,7 @@ from caduceus.run.events import record_event
 from caduceus.train.branching import branch_point
 from caduceus.train.guards import MAX_REWINDS, Health
 from caduceus.train.progress import Progress
-from caduceus.train.schedule import default_decay_start, default_warmup, kept_decay_start, kept_warmup
+from caduceus.train.schedule import default_decay_start, default_warmup, in_steps, kept_decay_start, kept_warmup
 
 _log = logging.getLogger(__name__)
 
@@ -135,9 +135,9 @@ class Checkpoints:
         progress = load_checkpoint(checkpoint, self._strategy)
         if progress.stage == self._stage.number - 1:
             loader.seek(0)
-            return progress.next_stage(self._stage.config.train, loader)
+            return progress.next_stage(self._stage.config, loader)
         loader.load_state(progress.loader)
-        self._keep_schedule(progress, stages_of(former)[progress.stage - 1].config.train)
+        self._keep_schedule(progress, stages_of(former)[progress.stage - 1].config)
         return progress
 
     def branch(self, loader: TrainLoader) -> Progress:
@@ -152,17 +152,17 @@ class Checkpoints:
         progress.decay_start = default_decay_start(self._config.train, progress.step)
         return progress
 
-    def _keep_schedule(self, progress: Progress, former: TrainConfig) -> None:
+    def _keep_schedule(self, progress: Progress, former: Config) -> None:
         train, began_with, step = self._stage.config.train, progress.warmup_steps, progress.step_of_stage
         if began_with is None:
-            began_with = default_warmup(former)
-        progress.warmup_steps = kept_warmup(train, former, began_with, step)
-        progress.decay_start = kept_decay_start(train, former, progress.decay_start, step)
-        if self._ranks.is_main and train.steps != former.steps:
+            began_with = default_warmup(in_steps(former))
+        progress.warmup_steps = kept_warmup(in_steps(self._stage.config), in_steps(former), began_with, step)
+        progress.decay_start = kept_decay_start(train, former.train, progress.decay_start, step)
+        if self._ranks.is_main and train.steps != former.train.steps:
             _log.info(
                 "train.steps: %d instead of %d; the warm-up stays at the %d steps that the run began with, and the "
                 "learning rate goes on from %.3g",
-                *(train.steps, former.steps, progress.warmup_steps),
+                *(train.steps, former.train.steps, progress.warmup_steps),
                 progress.learning_rate(train),
             )
 
@@ -265,8 +265,9 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
             raise
         raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
     with strategy.ranks.agreeing():
-        set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
-        values = json.loads((checkpoint.path / "progress.json").read_text())
+        rng, progress = checkpoint.path / "rng.pt", checkpoint.path / "progress.json"
+        set_rng_state(patiently(lambda: torch.load(rng, weights_only=False), is_there=True))
+        values = json.loads(patiently(progress.read_bytes, is_there=True))
         values.pop("wandb_id", None)  # stood here once; the run directory keeps it
     return Progress(**{**values, "health": Health(**values["health"])})
 
