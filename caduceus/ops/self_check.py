@@ -21,7 +21,6 @@ from torch import Tensor
 from caduceus import ops
 from caduceus.errors import UserError
 from caduceus.files import fingerprint, sha256_of, write_atomically
-from caduceus.ops.mamba2 import gated_norm
 
 BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2}
 """Most error of an output or gradient, relative to its largest value; a wrong term is of order 1.
@@ -171,7 +170,7 @@ def _cases(device: torch.device) -> Iterator[Case]:
     yield Case(f"add + RMSNorm ({sizes})", normed, partial(_pair, ops.add_norm, eps=1e-5))
     yield Case(f"add + LayerNorm ({sizes})", {**normed, "bias": normal(E)}, partial(_pair, ops.add_norm, eps=1e-5))
     gated = {"y": normal(*runs, E), "z": normal(*runs[1:], E), "weight": normal(P, E)}
-    yield Case(f"gated RMSNorm ({sizes})", gated, partial(_alone, gated_norm))
+    yield Case(f"gated RMSNorm ({sizes})", gated, partial(_alone, ops.gated_norm))
     labels = (torch.arange(length, device=device) % 16)[None]
     labels = torch.where(labels % 3 == 0, _IGNORED, labels)
     head = {"x": normal(S, batch, length, E), "weight": normal(S, 16, E)}
