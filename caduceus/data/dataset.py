@@ -17,6 +17,7 @@ from caduceus.data.genome import ShardedGenome, WindowTable, read_manifest
 from caduceus.data.order import MIXTURE_BLOCK
 from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.data.shard_files import ShardFiles
+from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Dataset:
     crops: CropTable
     cache: ShardCache | None
     """Where the shards are kept that live elsewhere."""
+    checked: tuple[Verdicts, ...] = ()
+    """On the tables, kept for processes of this node that come later."""
 
 
 _at_hand: ContextVar[Mapping[str, dict[str, Any]] | None] = ContextVar("manifests", default=None)
@@ -103,6 +106,7 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
         sources=tuple(sources),
         crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack),
         cache=cache,
+        checked=tuple(verdict for genome, _ in directories for verdict in genome.checked),
     )
 
 

@@ -72,7 +72,8 @@ class ShardedGenome:
         self._home = Path(directory) if cache is None else cache.directory / self.fingerprint[:16]
         self._readable: dict[str, _OpenedSpecies] = {}
         self._tables: dict[str, SplitTable] = {}
-        self._checked: list[Verdicts] = []
+        self.checked: list[Verdicts] = []
+        """On its tables; other processes of the node see them as long as one process keeps them."""
 
     def table(self, species: str, split: str) -> WindowTable:
         """The windows of a species and split, from its checked indexes; empty where the split has none."""
@@ -122,7 +123,7 @@ class ShardedGenome:
                 for part in holders:
                     _require_sizes(self._home / part["name"], part["splits"][split]["shards"])
                 verdict.sound[0] = True
-        self._checked.append(verdict)  # which holds as long as a process keeps it
+        self.checked.append(verdict)
 
     def read(self, species: str, contig: str, start: int, end: int, strand: str = "+") -> np.ndarray:
         """The bases of an interval that lies inside one window, (end - start,) uint8 ASCII, case kept.
