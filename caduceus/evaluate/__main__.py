@@ -5,6 +5,7 @@ python -m caduceus.evaluate embed|variants --model DIR --input FILE --out FILE [
 import argparse
 import json
 import logging
+import warnings
 
 from caduceus.arguments import Parser
 from caduceus.config import load_config
@@ -45,6 +46,7 @@ def main() -> int:
     add_suite(commands)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
     arguments.handler(arguments)
     return 0
 

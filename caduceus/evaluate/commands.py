@@ -1,6 +1,7 @@
 """The options of each verb, and what it does with them. Imports no torch before a verb runs."""
 
 import argparse
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -46,15 +47,29 @@ def add_finetune(commands: Any) -> None:
     """The verb `finetune`."""
     parser = commands.add_parser("finetune", help="train on labelled sequences, beside baselines on the same split")
     _add_model(parser)
-    parser.add_argument("--train", required=True, metavar="FILE", help="CSV, TSV or parquet of sequence, label")
+    help_ = "CSV, TSV or parquet of sequence, label; FASTA with |LABEL; BED with --genome; or a benchmark's folder"
+    parser.add_argument("--train", required=True, metavar="FILE", help=help_)
     parser.add_argument("--valid", metavar="FILE", help="to choose the best epoch by; default a share of train")
     parser.add_argument("--test", metavar="FILE", help="measured at the end")
+    parser.add_argument("--genome", metavar="FASTA", help="the genome that a BED is about")
+    parser.add_argument("--aliases", metavar="FILE", help="a table of names of contigs")
+    parser.add_argument("--window", type=int, metavar="N", help="bases about the middle of each BED row")
+    parser.add_argument(
+        "--bigwig", metavar="FILE", help="labels of a BED: the values there; default its column of names"
+    )
+    parser.add_argument(
+        "--signal", default="mean", metavar="mean|max", help="of the values; --task per-base takes each"
+    )
     parser.add_argument("--column", default="sequence", help="of the sequences; default sequence")
-    parser.add_argument("--label", default="label", help="the column of the labels; default label")
+    parser.add_argument("--label", default="label", metavar="NAMES", help="column of the labels, or several as a,b")
     parser.add_argument("--longest", type=int, metavar="N", help="refuse sequences of more bases")
-    parser.add_argument("--task", default="auto", metavar="auto|classification|regression")
+    parser.add_argument(
+        "--task", default="auto", metavar="KIND", help="auto, classification, regression, multilabel, per-base"
+    )
     parser.add_argument("--pool", default="mean", metavar="mean|max|centre")
     parser.add_argument("--frozen", action="store_true", help="train the head alone")
+    parser.add_argument("--strands", default="auto", metavar="auto|post-hoc|augment", help="of other models than PS")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train low-rank adapters and the head")
     parser.add_argument("--probe", action="store_true", help="also a linear model on the embeddings")
     parser.add_argument("--baseline", default="", metavar="random,cnn,kmer", help="also these, on the same split")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, with seeds 1 to N; default 1")
@@ -66,6 +81,7 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--patience", type=int, default=0, help="end after so many epochs without a better one")
     parser.add_argument("--class-weights", action="store_true", help="classes count alike, whatever their share")
+    parser.add_argument("--wandb", default="disabled", metavar="auto|online|offline|disabled", help="default disabled")
     _add_batch_bases(parser)
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.set_defaults(handler=_finetune)
@@ -156,20 +172,22 @@ def _variants(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from caduceus.evaluate.finetune import FinetuneOptions, finetune, table_of
+    from caduceus.evaluate.finetune import FinetuneOptions, finetune
     from caduceus.evaluate.fitting import FitOptions
-    from caduceus.evaluate.labelled import LabelledTable
+    from caduceus.evaluate.labelled_sources import LabelledSource, labelled_tables
     from caduceus.evaluate.model import Runner
+    from caduceus.evaluate.results import table_of
 
     arguments.baselines = tuple(filter(None, arguments.baseline.split(",")))
     arguments.fit = _picked(arguments, FitOptions)
     options = _picked(arguments, FinetuneOptions)
     files = {"train": arguments.train, "valid": arguments.valid, "test": arguments.test}
     columns = arguments.column, arguments.label, arguments.longest
-    tables = {name: LabelledTable(path, *columns) for name, path in files.items() if path is not None}
+    tables = labelled_tables(files, _picked(arguments, LabelledSource), columns, arguments.out)
     runner = Runner(arguments.model, arguments.device, arguments.precision)
     result = finetune(runner, tables, arguments.out, options)
-    print(f"{table_of(result)}\n{arguments.out}: written")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{table_of(result)}\n{arguments.out}: written")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -191,4 +209,6 @@ def _suite(arguments: argparse.Namespace) -> None:
     protocol = {name: value for name, value in given.items() if value is not None}
     request = SuiteRequest(arguments.data, arguments.tasks, arguments.genome, protocol)
     runner = Runner(arguments.model, arguments.device, arguments.precision)
-    print(text_table(run_suite(runner, suite, request, arguments.out)))
+    rows = run_suite(runner, suite, request, arguments.out)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text_table(rows))
