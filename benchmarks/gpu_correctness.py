@@ -22,6 +22,7 @@ from torch import Tensor
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
 from caduceus.model.heads import CaduceusForMaskedLM
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import scan_launches
 
 sys.path.append(str(Path(__file__).parents[1]))  # the tests are not installed
@@ -167,7 +168,7 @@ def strands_mirror(device: str, length: int, channels: int, states: int) -> bool
         leaves[name].select(-4, 1).copy_(leaves[name].select(-4, 0).flip(-2))
     # On the CPU a chunk is 32 tokens, and of these the shortest there is.
     operands = scan_operands({n: t.requires_grad_() for n, t in leaves.items()})
-    y, _ = scan_with_states(*operands, chunk=8 if device == "cpu" else None)
+    y, _ = scan_with_states(operands, chunk=8 if device == "cpu" else None)
     moving = [leaves[n] for n in ("u", "dt", "B", "C", "z")]
     results = [y, *torch.autograd.grad(y, moving, y.detach())]
     return all(torch.equal(t.select(-4, 1), t.select(-4, 0).flip(-2)) for t in results)
@@ -183,7 +184,7 @@ def prepare_scan(device: str, length: int, channels: int, states: int) -> Callab
     }
 
     def run() -> list[Tensor]:
-        y, final = scan_with_states(*scan_operands(leaves), initial_state=leaves["state"])
+        y, final = scan_with_states(scan_operands(leaves), initial_state=leaves["state"])
         gradients = torch.autograd.grad((y, final), list(leaves.values()), (y.detach(), final.detach()))
         return [y.detach(), final.detach(), *gradients]
 
@@ -257,7 +258,7 @@ def far_scan_error(length: int, channels: int, device: str, last: int = 64) -> f
     dy = torch.randn(1, 1, last, channels, device=device).to(u.dtype)
 
     def scan(u, dt, B, C, z, state=None):
-        return scan_with_states(u, dt, A, B, C, None, z, None, initial_state=state)
+        return scan_with_states(ScanOperands(u, dt, A, B, C, z=z), initial_state=state)
 
     operands = [u, dt, B, C, z[0]]
     _, state = scan(*(t[..., :-last, :] for t in operands))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.ops import PAD_DT, add_norm, bidirectional_conv1d, bidirectional_scan, head_cross_entropy, naive
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.runs import runs_backwards, scan_by_runs
 from caduceus.ops.self_check import ACTIVATIONS, Function, Operands
 from caduceus.ops.triton import scan_launches
@@ -41,10 +42,10 @@ def scan_cases(small: bool) -> Iterator[Case]:
     from caduceus.ops.triton import SlicedScan, scan_with_states
 
     def run(softplus=True, reverse=False, starts=None, **o):
-        return scan_with_states(*scan_operands(o), softplus, o.get("state"), starts, reverse)
+        return scan_with_states(scan_operands(o), softplus, o.get("state"), starts, reverse)
 
     def define(softplus=True, reverse=False, **o):
-        return scan_by_runs(naive.selective_scan, *scan_operands(o), softplus, reverse, o.get("state"))
+        return scan_by_runs(naive.selective_scan, scan_operands(o), softplus, reverse, o.get("state"))
 
     length, channels, batch = (11, 3, 1) if small else (333, 200, 2)
     half = length // 2
@@ -179,18 +180,19 @@ def sliced_scan(sliced: type, cuts: list[int]) -> Function:
         @staticmethod
         def forward(ctx, *operands):
             ctx.save_for_backward(*operands)
-            dy = torch.zeros_like(operands[6])
-            return scan_in_slices(sliced, list(operands), cuts, True, False, dy)[0]
+            given = ScanOperands(*operands)
+            return scan_in_slices(sliced, given, cuts, True, False, torch.zeros_like(given.z))[0]
 
         @staticmethod
         def backward(ctx, dy):
-            return tuple(scan_in_slices(sliced, list(ctx.saved_tensors), cuts, True, False, dy.contiguous())[1])
+            given = ScanOperands(*ctx.saved_tensors)
+            return tuple(scan_in_slices(sliced, given, cuts, True, False, dy.contiguous())[1])
 
     return lambda **o: (InSlices.apply(*scan_operands(o)),)
 
 
-def scan_operands(operands: Operands) -> list[Tensor | None]:
-    return [operands.get(name) for name in ("u", "dt", "A", "B", "C", "D", "z", "bias")]
+def scan_operands(operands: Operands) -> ScanOperands:
+    return ScanOperands(*(operands.get(name) for name in ("u", "dt", "A", "B", "C", "D", "z", "bias")))
 
 
 def scan_inputs(P: int, S: int, batch: int, length: int, E: int, N: int) -> Operands:

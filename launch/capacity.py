@@ -30,8 +30,9 @@ def slurm_complaint(request: JobRequest) -> str | None:
     if request.gpus_per_node > most and request.gpu_request != "none":
         kind = f"{request.gpu_type} GPUs" if request.gpu_type else "GPUs"
         return f"gpus_per_node: {request.gpus_per_node} {kind} asked for, but a node has at most {most}"
-    if chosen and request.nodes > (most := _largest_partition(chosen)):
-        return f"nodes: {request.nodes} asked for, but a partition has at most {most}"
+    if chosen and request.allocated_nodes > (most := _largest_partition(chosen)):
+        spare = f" and {request.spare} spare" if request.spare else ""
+        return f"nodes: {request.nodes}{spare} asked for, but a partition has at most {most}"
     limits = [(_limit(row.limit), row.limit) for row in chosen]
     # A quality of service may lift the partition's limit.
     if limits and request.qos is None and request.minutes > max(limits)[0]:
@@ -46,9 +47,9 @@ def waiting_note(request: JobRequest) -> str | None:
     Raises `SilentError`.
     """
     suitable = [row for row in _chosen(request, scheduler.nodes()) if _has_room(row, request)]
-    if _largest_partition([row for row in suitable if row.can_start]) >= request.nodes:
+    if _largest_partition([row for row in suitable if row.can_start]) >= request.allocated_nodes:
         return None
-    if _largest_partition(suitable) < request.nodes:
+    if _largest_partition(suitable) < request.allocated_nodes:
         return None
     states = sorted(
         {row.state if row.is_up else "in a partition that is down" for row in suitable if not row.can_start}

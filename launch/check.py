@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def check(request: JobRequest, folder: Path, device: str) -> int:
 
     It waits for the nodes, as srun does, and shows the page. Raises `UserError` where SLURM refuses.
     """
+    request = replace(request, nodes=request.allocated_nodes, spare=0)
     doctor = [sys.executable, "-m", "caduceus.doctor", "--folder", str(folder), "--device", device]
     environment = os.environ | request.env | {"PYTHONPATH": _pythonpath()}
     if request.executor == "debug":

@@ -10,7 +10,9 @@ end       the processes have ended: reason, newest checkpoint's step, and the er
 gave up   after too many failures the run does not go on by itself
 """
 
+import enum
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,13 +25,36 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, read_ends
 from caduceus.run.provenance import provenance
 
-COMPLETE, STOPPED, FAILED, BAD_NODE = "complete", "stopped", "failed", "bad node"
-TIME_LIMIT, PREEMPTED, SIGNAL, TAKEN = "time limit", "preempted", "signal", "ended by SLURM"
-UNSAVED = "time limit before the last save was done"
-LOST = "lost"
-"""How an attempt ended of which neither its job nor its ranks left an end: its node died, or all was killed at once."""
-FAILURES = (FAILED, BAD_NODE, UNSAVED)
+
+class Reason(str, enum.Enum):
+    """How an attempt ended. The words are those of RUN/attempts.jsonl and of `runs.py status`."""
+
+    COMPLETE = "complete"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    BAD_NODE = "bad node"
+    NODE_LOST = "node lost"
+    """A job with spare nodes went on with one of them."""
+    TIME_LIMIT = "time limit"
+    UNSAVED = "time limit before the last save was done"
+    PREEMPTED = "preempted"
+    SIGNAL = "signal"
+    CANCELLED = "cancelled"
+    """By `runs.py cancel`, scancel, or a SIGTERM to the controller of a local job."""
+    TAKEN = "ended by SLURM"
+    """For a reason that SLURM does not tell the job; former versions also called a cancelled local job so."""
+    LOST = "lost"
+    """Neither its job nor its ranks left an end: its node died, or all was killed at once."""
+
+    __str__ = str.__str__
+
+
+FAILURES = (Reason.FAILED, Reason.BAD_NODE, Reason.UNSAVED)
 """What makes a run be given up when it comes again and again without a new checkpoint in between."""
+
+
+RESTART = "CADUCEUS_RESTART"
+"""Variable by which a batch script that starts its processes again in its nodes numbers these starts."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +74,22 @@ class Attempt:
 
     job: str
     restart: int
-    """How often SLURM had started this job before."""
+    """Number of this start of the job, growing; without spare nodes, how often SLURM had started it before."""
     started: str | None = None
     ended: str | None = None
     nodes: str = ""
     step: int = 0
     """Step of the newest checkpoint, at the attempt's end or, before that, at its start."""
-    reason: str | None = None
+    reason: Reason | None = None
     error: str | None = None
     gave_up: bool = False
     refused: bool = False
     bad_nodes: list[str] = field(default_factory=list)
+
+
+def this_restart() -> int:
+    """The number of this start of the job around this process."""
+    return int(os.environ.get(RESTART) or os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) -> None:
@@ -110,7 +140,7 @@ def attempts(run: RunDirectory) -> list[Attempt]:
         elif row["event"] == "refused":
             attempt.refused = True
         elif row["event"] == "end":
-            attempt.ended, attempt.reason, attempt.step = row["time"], row["reason"], row["step"]
+            attempt.ended, attempt.reason, attempt.step = row["time"], _reason(run, row["reason"]), row["step"]
             attempt.error = row["error"]
         else:
             attempt.gave_up = True
@@ -118,9 +148,19 @@ def attempts(run: RunDirectory) -> list[Attempt]:
     for attempt, after in pairwise(in_order):
         if attempt.reason is None:
             by_itself = ended_by_itself(run, attempt)
-            attempt.reason = LOST if not by_itself else TAKEN if after.job == attempt.job else SIGNAL
+            same_job = after.job == attempt.job
+            attempt.reason = Reason.LOST if not by_itself else Reason.TAKEN if same_job else Reason.SIGNAL
             attempt.step = began.get((after.job, after.restart), attempt.step)
     return in_order
+
+
+def _reason(run: RunDirectory, words: str) -> Reason:
+    try:
+        return Reason(words)
+    except ValueError:
+        raise UserError(
+            f"{run.path}/attempts.jsonl: no end is called {words!r} here; use the version that wrote it"
+        ) from None
 
 
 def ended_by_itself(run: RunDirectory, attempt: Attempt) -> bool:
@@ -146,6 +186,13 @@ def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
         step = attempt.step
         failures += attempt.reason in FAILURES
     return failures
+
+
+def bad_nodes(run: RunDirectory, submission: Submission, job: str, restart: int) -> list[str]:
+    """Nodes that failed their checks since SLURM gave the job the nodes that it has at a restart."""
+    starts = submission.request.get("spare", 0) + 1
+    same = [a for a in attempts(run) if a.job == job and a.restart // starts == restart // starts]
+    return sorted({node for attempt in same for node in attempt.bad_nodes})
 
 
 def newest_step(run: RunDirectory) -> int:

@@ -37,10 +37,13 @@ class TrainTask:
         # handlers would swallow it or requeue from one rank alone.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, signal.SIG_DFL)
+        if "SLURM_STEP_NODELIST" in os.environ:  # the job may have spare nodes besides
+            os.environ["SLURM_JOB_NODELIST"] = os.environ["SLURM_STEP_NODELIST"]
+            os.environ["SLURM_JOB_NUM_NODES"] = os.environ["SLURM_STEP_NUM_NODES"]
         job = submitit.JobEnvironment()
         on_slurm = job.cluster == "slurm"
         first_host = job.hostnames[0] if on_slurm else "127.0.0.1"
-        restart = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        restart = history.this_restart()
         attempt = (int(job.raw_job_id), restart)
         ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
         os.environ.update(rendezvous(*ranks, first_host, *attempt))

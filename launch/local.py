@@ -64,9 +64,9 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
     mistaken = cause is not None and cause.kind in (Kind.USER, Kind.NODE, Kind.RETRY)
     status = (2 if mistaken else 1) if failed else max(job.results())
     error = last_error(run, logs, job.job_id, 0) if failed else None
-    reason = history.FAILED if failed else history.STOPPED if status else history.COMPLETE
+    reason = history.Reason.FAILED if failed else history.Reason.STOPPED if status else history.Reason.COMPLETE
     if ended == _CANCELLED:
-        reason, error = history.TAKEN, None
+        reason, error = history.Reason.CANCELLED, None
     history.record(run, "end", job.job_id, 0, reason=reason, step=history.newest_step(run), error=error, status=status)
     return status
 

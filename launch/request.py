@@ -16,7 +16,7 @@ from launch.scheduler import time_limit_seconds
 
 PRESETS = CONFIGS / "cluster"
 EXECUTORS = ("slurm", "local", "debug")
-COUNTS = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "chain")
+COUNTS = ("nodes", "spare", "gpus_per_node", "tasks_per_node", "cpus_per_task", "chain")
 TEXTS = ("mem", "time", "partition", "account", "qos", "constraint", "exclude", "reservation", "python")
 LISTS = {"setup": "LINE", "srun": "OPTION"}
 PAIRS = {"sbatch": "KEY=VALUE", "env": "NAME=VALUE"}
@@ -30,6 +30,7 @@ _SAID_OTHERWISE = {
     **dict.fromkeys(("requeue", "no-requeue"), "the preset's key requeue, or --chain"),
     **dict.fromkeys(("output", "error", "open-mode"), "run.dir: the logs lie in RUN/logs"),
     **dict.fromkeys(("wrap", "test-only"), "--dry-run"),
+    "no-kill": "--spare",
     "signal": "the preset's key signal_seconds",
     "job-name": "run.name=NAME",
     "array": "--sweep",
@@ -45,6 +46,8 @@ class JobRequest:
     executor: str = "slurm"
     """slurm | local (this machine, through submitit) | debug (one process, this one)."""
     nodes: int = 1
+    spare: int = 0
+    """Further nodes that the job holds idle: where one of its nodes fails, the run goes on with one of these."""
     gpus_per_node: int = 0
     gpu_request: str = "gpus-per-node"
     """How GPUs are asked for: gpus-per-node | gres | none (where whole nodes are given out)."""
@@ -85,6 +88,10 @@ class JobRequest:
     @property
     def processes_per_node(self) -> int:
         return self.tasks_per_node or max(self.gpus_per_node, 1)
+
+    @property
+    def allocated_nodes(self) -> int:
+        return self.nodes + self.spare
 
     @property
     def world(self) -> int:
@@ -137,7 +144,7 @@ def check_request(request: JobRequest) -> None:
         raise UserError(f"executor: choose one of {', '.join(EXECUTORS)}; got '{request.executor}'")
     if request.gpu_request not in ("gpus-per-node", "gres", "none"):
         raise UserError(f"gpu_request: choose gpus-per-node, gres or none; got '{request.gpu_request}'")
-    least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 0}
+    least = {"nodes": 1, "spare": 0, "gpus_per_node": 0, "tasks_per_node": 1, "cpus_per_task": 1, "signal_seconds": 0}
     least |= {"chain": 1, "max_failures": 1}
     for key, smallest in least.items():
         value = getattr(request, key)
@@ -152,6 +159,8 @@ def check_request(request: JobRequest) -> None:
         raise UserError(f"nodes: this machine is one, not {request.nodes}; for more processes use --tasks-per-node")
     if request.executor == "debug" and request.world > 1:
         raise UserError(f"nodes: debug runs in this one process, not in {request.world}; use --cluster local")
+    if request.executor != "slurm" and request.spare:
+        raise UserError(f"spare: only a job of SLURM can hold further nodes, and the executor is {request.executor}")
     if request.minutes * 60 <= request.signal_seconds:
         raise UserError(
             f"time: of {request.minutes} minutes nothing is left after the {request.signal_seconds} s that are kept "
@@ -215,19 +224,21 @@ def sbatch_parameters(request: JobRequest, job_name: str) -> dict[str, Any]:
     """The request as submitit's SlurmExecutor takes it (`update_parameters`)."""
     parameters: dict[str, Any] = {
         "job_name": job_name,
-        "nodes": request.nodes,
+        "nodes": request.allocated_nodes,
         "ntasks_per_node": request.processes_per_node,
         "time": 0 if math.isinf(request.minutes) else request.minutes,
         "signal_delay_s": request.signal_seconds,
         "wckey": None,  # submitit's own key, which a cluster with checked keys refuses
         "stderr_to_stdout": True,
         "setup": _setup_lines(request),
-        "srun_args": ["--kill-on-bad-exit=1", *request.srun],
+        "srun_args": ["--kill-on-bad-exit=1", *_without_spare(request), *request.srun],
     }
     for key in ("cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude"):
         if (value := getattr(request, key)) is not None:
             parameters[key] = value
     further: dict[str, Any] = {"requeue" if request.requeues else "no-requeue": True}
+    if request.spare:
+        further["no-kill"] = True
     if request.reservation:
         further["reservation"] = request.reservation
     if request.gpus_per_node and request.gpu_request != "none":
@@ -267,6 +278,11 @@ def _setup_lines(request: JobRequest) -> list[str]:
         # Since SLURM 22.05 srun does not take over sbatch's --cpus-per-task: a process would get a single CPU.
         lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
     return lines
+
+
+def _without_spare(request: JobRequest) -> list[str]:
+    """Options of srun for a step that leaves the spare nodes idle."""
+    return [f"--nodes={request.nodes}", f"--ntasks={request.world}"] if request.spare else []
 
 
 def _option(name: str) -> str:

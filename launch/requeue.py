@@ -15,7 +15,7 @@ import time
 from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
 from launch import history, scheduler
-from launch.history import Submission, newest_step, submissions
+from launch.history import Reason, Submission, newest_step, submissions
 from launch.logs import last_error
 from launch.scheduler import OwnJob
 from launch.terminal import runs_command
@@ -31,37 +31,44 @@ _RECORD_SECONDS = 60
 def main() -> int:
     """Settle the job that this process belongs to; returns the batch script's exit status."""
     run, status = RunDirectory.open(sys.argv[1]), None if sys.argv[2] == "TERM" else int(sys.argv[2])
-    job, restart = this_job(), int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    job, restart = this_job(), history.this_restart()
     submission = submission_of(run, job)
     this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
     if this is not None and this.ended is not None:  # settled on SIGTERM, and KillWait was long enough for the save
-        reason = history.TIME_LIMIT if newest_step(run) > this.step else this.reason
+        reason = Reason.TIME_LIMIT if newest_step(run) > this.step else this.reason
         error = this.error if reason == this.reason else None
         history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
         return 1
-    slurm_job = ask_slurm(job, restart)
-    if slurm_job.restarts != restart:
+    slurm_job = ask_slurm(job)
+    if not is_current(slurm_job):
         # This node's slurmd had died: SLURM has started the job anew on others, and the run is that attempt's.
         return 1
-    bad_nodes = this.bad_nodes if this else []
     signal_seconds = submission.request["signal_seconds"]
     if status is not None:
-        reason = why_ended(run, status, slurm_job, bad_nodes, signal_seconds)
-        error = last_error(run, submission.logs, job, restart) if reason in (history.FAILED, history.BAD_NODE) else None
+        reason = why_ended(run, status, slurm_job, this.bad_nodes if this else [], signal_seconds)
+        error = last_error(run, submission.logs, job, restart) if reason in (Reason.FAILED, Reason.BAD_NODE) else None
     elif must_go_on_unsaved(run, slurm_job):
-        reason, error = history.UNSAVED, f"signal_seconds: {signal_seconds} s are too short for a checkpoint; raise it"
+        reason, error = (
+            Reason.UNSAVED,
+            f"signal_seconds: {signal_seconds} s are too short for a checkpoint; raise it",
+        )
     else:
         return 0
     history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
-    refused = reason == history.FAILED and this is not None and this.refused
+    refused = reason == Reason.FAILED and this is not None and this.refused
     gave_up = give_up(run, submission, job, restart, reason, refused, error)
-    if reason in (history.COMPLETE, history.STOPPED) or gave_up:
+    if reason in (Reason.COMPLETE, Reason.STOPPED) or gave_up:
         cancel_chain([later for later in submission.jobs if later != job])
         return int(gave_up)
-    if reason == history.TAKEN:
+    if reason == Reason.TAKEN:
         return 1
-    goes_on = go_on(job, submission, slurm_job, reason, bad_nodes)
+    goes_on = go_on(job, submission, slurm_job, reason, history.bad_nodes(run, submission, job, restart))
     return 0 if status == 0 and goes_on else 1
+
+
+def is_current(job: OwnJob) -> bool:
+    """Whether this process belongs to SLURM's newest start of its job."""
+    return job.restarts == int(os.environ.get("SLURM_RESTART_COUNT", 0))
 
 
 def submission_of(run: RunDirectory, job: str) -> Submission:
@@ -75,7 +82,7 @@ def submission_of(run: RunDirectory, job: str) -> Submission:
 
 
 def give_up(
-    run: RunDirectory, submission: Submission, job: str, restart: int, reason: str, refused: bool, error: str | None
+    run: RunDirectory, submission: Submission, job: str, restart: int, reason: Reason, refused: bool, error: str | None
 ) -> bool:
     """Whether the run is not to go on by itself, which is then written down."""
     failures = history.failures_without_progress(run, submission.jobs)
@@ -93,20 +100,20 @@ def this_job() -> str:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
-def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str], signal_seconds: int) -> str:
+def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str], signal_seconds: int) -> Reason:
     """The reason of an end, as the run's history names it; `status` is srun's, which is 0 after a stop with a save."""
     if newest_step(run) >= run.config().train.steps:
-        return history.COMPLETE
+        return Reason.COMPLETE
     if run.stop_path.exists():
-        return history.STOPPED if status == 0 else history.FAILED
+        return Reason.STOPPED if status == 0 else Reason.FAILED
     if job.state != "RUNNING":
-        return history.TIME_LIMIT if job.reason == "TimeLimit" else history.TAKEN
+        return Reason.TIME_LIMIT if job.reason == "TimeLimit" else Reason.TAKEN
     if status:
-        return history.BAD_NODE if bad_nodes else history.FAILED
+        return Reason.BAD_NODE if bad_nodes else Reason.FAILED
     if job.preempted:
-        return history.PREEMPTED
+        return Reason.PREEMPTED
     near_the_end = job.seconds_left <= signal_seconds + EARLIEST_SIGNAL_SECONDS
-    return history.TIME_LIMIT if near_the_end else history.SIGNAL
+    return Reason.TIME_LIMIT if near_the_end else Reason.SIGNAL
 
 
 def must_go_on_unsaved(run: RunDirectory, job: OwnJob) -> bool:
@@ -115,7 +122,7 @@ def must_go_on_unsaved(run: RunDirectory, job: OwnJob) -> bool:
     return at_its_limit and not run.stop_path.exists() and newest_step(run) < run.config().train.steps
 
 
-def ask_slurm(job: str, restart: int) -> OwnJob:
+def ask_slurm(job: str) -> OwnJob:
     """What SLURM says of this job; in a container without its commands, what the environment tells."""
     try:
         return scheduler.own_job(job)
@@ -124,10 +131,10 @@ def ask_slurm(job: str, restart: int) -> OwnJob:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         left = int(end) - time.time() if end.isdigit() and int(end) else math.inf
         state, reason = ("RUNNING", "None") if left > 0 else ("TIMEOUT", "TimeLimit")
-        return OwnJob(state, reason, False, left, "", restart)
+        return OwnJob(state, reason, False, left, "", int(os.environ.get("SLURM_RESTART_COUNT", 0)))
 
 
-def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: str, bad_nodes: list[str]) -> bool:
+def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: Reason, bad_nodes: list[str]) -> bool:
     """Put the job back into the queue, or leave the run to the next job of its chain; bad nodes are left out.
 
     Returns whether a job goes on with the run.
@@ -147,7 +154,7 @@ def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: str, bad_
         return False
     if bad_nodes:
         # SLURM takes this for a waiting job only. A requeued one waits at least until this process has ended.
-        excluded = ",".join(filter(None, [slurm_job.excluded, *sorted(set(bad_nodes))]))
+        excluded = ",".join(filter(None, [slurm_job.excluded, *bad_nodes]))
         try:
             scheduler.exclude_nodes(later[0], excluded)
         except UserError as error:

@@ -225,9 +225,19 @@ def cancel(run: RunDirectory) -> None:
     deadline = time.monotonic() + _ENDING_SECONDS
     while lives() and time.monotonic() < deadline:  # its processes may still save
         time.sleep(0.2)
+    if is_local and not lives():
+        _record_cancelled(run, now.jobs[0])
     step, checkpoint = overview(run).step, history.newest_step(run)
     left = f"its newest checkpoint is of step {checkpoint:,}: {run.checkpoint_path(checkpoint)}"
     print(f"{run.path}: cancelled at step {step:,}; {left if checkpoint else 'there is no checkpoint of it'}")
+
+
+def _record_cancelled(run: RunDirectory, job: str) -> None:
+    """Write down how a local job ended, as the command that started it does, which may be gone."""
+    open_ended = any(attempt.job == job and attempt.reason is None for attempt in history.attempts(run))
+    if open_ended:
+        step = history.newest_step(run)
+        history.record(run, "end", job, 0, reason=history.Reason.CANCELLED, step=step, error=None)
 
 
 def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:

@@ -206,6 +206,17 @@ def own_job(job: str) -> OwnJob:
     )
 
 
+def nodes_of(job: str) -> list[str]:
+    """Names of the nodes that a running job has, without those that it has lost. Raises `SilentError`."""
+    question = ["squeue", "--noheader", "--array", f"--jobs={job}", "--format=%A|%F_%K|%N"]
+    return node_names(_answer(question, 3, job)[2])
+
+
+def node_names(nodes: str) -> list[str]:
+    """The names in one of SLURM's lists of nodes, such as n[0-3,7]. Raises `SilentError`."""
+    return _insist(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
+
+
 def requeue(job: str) -> None:
     """Put a running job back into the queue. Raises `UserError` where SLURM refuses, `SilentError` without answer."""
     _insist(["scontrol", "requeue", job])

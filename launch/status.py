@@ -16,7 +16,11 @@ OVER = ("complete", "stopped", "failed", "given up", "cancelled", "interrupted")
 """States that nothing changes but a process or a job which tells of itself in the run's directory, or in the queue."""
 RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
 _RECENT_ROWS = 50
-_STOPPED_BY = {"TIMEOUT": history.TIME_LIMIT, "PREEMPTED": history.PREEMPTED, "CANCELLED": history.TAKEN}
+_STOPPED_BY = {
+    "TIMEOUT": history.Reason.TIME_LIMIT,
+    "PREEMPTED": history.Reason.PREEMPTED,
+    "CANCELLED": history.Reason.CANCELLED,
+}
 """Why ranks stopped with a checkpoint, by the state in which SLURM ended their job."""
 _State = tuple[str, str | None, list[str]]
 
@@ -103,10 +107,11 @@ def _state(
         holder = run.holder()
         if holder is None or holder.slurm_job is None or scheduler.may_be_live(holder.slurm_job):
             return (STOPPING if stop else RUNNING), None, []
-        return LOST, f"{_signs_of_life(run, holder.slurm_job, submitted)}; {holder} lives on: end it, or resume", []
+        signs = _signs_of_life(run, holder.slurm_job, scheduler.end_of(holder.slurm_job), submitted)
+        return LOST, f"{signs}; {holder} lives on: end it, or resume", []
     if newest_step(run) >= steps:
         return "complete", None, []
-    if silence and not (found and (found[-1].gave_up or found[-1].reason == history.STOPPED)):
+    if silence and not (found and (found[-1].gave_up or found[-1].reason == history.Reason.STOPPED)):
         return UNKNOWN, silence, []
     if found := _ended(run, submitted):
         return _how_it_ended(found[-1], stop)
@@ -118,15 +123,15 @@ def _state(
 def _how_it_ended(last: Attempt, stop: bool) -> _State:
     if last.gave_up:
         return "given up", last.error, []
-    if last.reason == history.FAILED:
+    if last.reason == history.Reason.FAILED:
         return "failed", last.error, []
-    if stop or last.reason == history.STOPPED:
+    if stop or last.reason == history.Reason.STOPPED:
         return "stopped", None, []
-    if last.reason == history.TAKEN:
+    if last.reason in (history.Reason.CANCELLED, history.Reason.TAKEN):
         return "cancelled", None, []
-    if last.reason == history.COMPLETE:
+    if last.reason == history.Reason.COMPLETE:
         return "interrupted", "the checkpoint of its last step is gone; resume makes it again", []
-    if last.reason == history.LOST:
+    if last.reason == history.Reason.LOST:
         return LOST, last.error, []
     return "interrupted", last.reason, []
 
@@ -137,23 +142,31 @@ def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
     if not found or found[-1].reason is not None:
         return found
     last = found[-1]
+    of_slurm = not any(last.job in entry.jobs and entry.executor == "local" for entry in submitted)
+    state = scheduler.end_of(last.job) if of_slurm else None
     if history.ended_by_itself(run, last):
-        reason, told = _STOPPED_BY.get(scheduler.end_of(last.job) or "", history.SIGNAL), None
+        reason, told = _STOPPED_BY.get(state or "", history.Reason.SIGNAL), None
     elif error := last_error(run, submitted[-1].logs, last.job, last.restart) if submitted else None:
-        reason, told = history.FAILED, error
+        reason, told = history.Reason.FAILED, error
     else:
-        reason, told = history.LOST, _signs_of_life(run, last.job, submitted)
+        reason, told = history.Reason.LOST, _signs_of_life(run, last.job, state, submitted)
     with contextlib.suppress(OSError):  # who may only look
         history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
     last.reason, last.error, last.step = reason, told, newest_step(run)
     return found
 
 
-def _signs_of_life(run: RunDirectory, job: str, submitted: list[Submission]) -> str:
-    """What SLURM says of a job that left no end, and when its processes last wrote something."""
+def _signs_of_life(run: RunDirectory, job: str, state: str | None, submitted: list[Submission]) -> str:
+    """What is known of a job that left no end, and when its processes last wrote something.
+
+    state: in which SLURM says that it ended.
+    """
+    entries = [entry for entry in submitted if job in entry.jobs]
     logs = [path for entry in submitted for path in entry.logs.glob(f"{job}_*_log.out")]
     written = [path.stat().st_mtime for path in (run.metrics_path, *logs) if path.exists()]
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(written))) if written else "none"
-    state = scheduler.end_of(job)
-    told = f"ended as {state}" if state else "is no longer known to SLURM"
+    if any(entry.executor == "local" for entry in entries):
+        told = "on this machine is gone"
+    else:
+        told = f"ended as {state}" if state else "is no longer known to SLURM"
     return f"job {job} {told}; last sign of life: {last}"

@@ -15,7 +15,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.provenance import CODE_VERSION, code_version
 from launch import scheduler
 from launch.capacity import waiting_note
-from launch.history import Submission, record_submission
+from launch.history import RESTART, Submission, record_submission
 from launch.job import TrainTask
 from launch.request import JobRequest, sbatch_parameters
 
@@ -81,8 +81,7 @@ def run_executor(request: JobRequest, folder: Path, job_name: str, array: bool =
         f"RUN={listed if array else shlex.quote(str(folder))}",
         '[ -e "$RUN/STOP" ] && exit',
         f"trap '{settle} TERM' TERM  # the time may be up while the processes still save",
-        'srun() { command srun "$@" & while wait $!; s=$?; kill -0 $! 2>/dev/null; do :; done; return $s; }'
-        "  # traps need wait",
+        *_starts(request),
     ]
     parameters["teardown"] = [
         "status=$?",
@@ -91,6 +90,24 @@ def run_executor(request: JobRequest, folder: Path, job_name: str, array: bool =
     ]
     executor.update_parameters(**parameters)
     return executor
+
+
+def _starts(request: JobRequest) -> list[str]:
+    """Shell lines that start the processes, again on a spare node where one is lost (launch/spare.py)."""
+    waiting = '{ command srun "$@" & while wait $!; s=$?; kill -0 $! 2>/dev/null; do :; done; return $s; }'
+    if not request.spare:
+        return [f"srun() {waiting}  # traps need wait"]
+    python = shlex.quote(sys.executable)
+    return [
+        f"export {RESTART}=$((${{SLURM_RESTART_COUNT:-0}} * {request.spare + 1}))",
+        f"run_step() {waiting}  # traps need wait",
+        "srun() {",
+        '  until run_step $again "$@"; do',
+        f'    again=$({python} -m launch.spare "$RUN" $s) || return $s',
+        f"    {RESTART}=$(({RESTART} + 1))",
+        "  done",
+        "}",
+    ]
 
 
 def pythonpath(folder: Path) -> str:

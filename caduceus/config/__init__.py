@@ -3,7 +3,7 @@
 from caduceus.config.checks import refuse_strategy
 from caduceus.config.data import DataConfig
 from caduceus.config.fixed import Change, changes, order_values
-from caduceus.config.load import config_from_dict, config_to_dict, load_config, save_config
+from caduceus.config.load import config_from_dict, config_to_dict, load_config, overridden, save_config
 from caduceus.config.model import CaduceusConfig
 from caduceus.config.run import (
     KEYS,
@@ -37,6 +37,7 @@ __all__ = [
     "config_to_dict",
     "load_config",
     "order_values",
+    "overridden",
     "refuse_strategy",
     "save_config",
 ]

@@ -3,6 +3,7 @@
 import math
 import re
 
+from caduceus.config.evaluations import SPACE, evaluations_of
 from caduceus.config.keys import check_section
 from caduceus.config.run import ARTIFACTS, KEYS, SECTIONS, Config, profiled_steps
 from caduceus.config.train import TrainConfig
@@ -50,6 +51,7 @@ def refuse_impossible_values(config: Config) -> None:
             "parallel.strands: 2 needs model.rcps=true, whose two strands are computed apart; use parallel.context"
         )
     _refuse_impossible_sharing(config)
+    _refuse_impossible_best(config)
     if train.global_batch % train.micro_batch:
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"
@@ -81,6 +83,27 @@ def _refuse_impossible_sharing(config: Config) -> None:
             "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "
             "tar, those that share its sequences would not know; use data.mode=shards"
         )
+
+
+def _refuse_impossible_best(config: Config) -> None:
+    names = [evaluation.name for evaluation in evaluations_of(config.evaluations)]
+    best, best_is = config.checkpoint.best, config.checkpoint.best_is
+    if best is None and best_is is None:
+        return
+    if best is None:
+        raise UserError("checkpoint.best_is: says of which kind the best is; name its number in checkpoint.best")
+    if best_is is None:
+        raise UserError(f"checkpoint.best: say with checkpoint.best_is=max or min which {best} is the best")
+    if best.startswith("valid_"):
+        if not config.valid.every:
+            raise UserError(f"checkpoint.best: {best} is a validation's, and valid.every=0 makes none")
+    elif not best.startswith(SPACE):
+        raise UserError(
+            f"checkpoint.best: a number of validations (valid_…) or evaluations (eval/NAME/…), got '{best}'"
+        )
+    elif best.count("/") < 2 or best.split("/")[1] not in names:
+        known = ", ".join(names) or "none"
+        raise UserError(f"checkpoint.best: '{best}' is of no evaluation; evaluations has {known}")
 
 
 def refuse_strategy(train: TrainConfig, strategy: str) -> None:

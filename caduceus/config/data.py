@@ -34,7 +34,8 @@ class DataConfig:
     allow_commands: bool = key(
         False,
         "Whether `path` and `valid_path` may run commands (`pipe:COMMAND {}`). Always so where the command line gives "
-        "them; in a file, which may be somebody else's, only with this key.",
+        "them; in a file, which may be somebody else's, only with this key. A run remembers what was allowed, for its "
+        "own user, beside its config.yaml and not in it.",
         fixes="nothing",
     )
     seq_len: int = key(1024, "Bases per training sequence.", fixes="order", least=1)

@@ -45,7 +45,7 @@ class Key:
     def check(self, value: Any) -> None:
         """Raise `UserError` where the key cannot have this value, whatever the others are."""
         if self.choices and value not in self.choices:
-            raise UserError(f"{self.name}: choose one of {', '.join(map(str, self.choices))}; got '{value}'")
+            raise UserError(f"{self.name}: choose one of {self.known()}; got '{value}'")
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
                 self._check_number(number)
@@ -59,6 +59,10 @@ class Key:
         too_large = (self.most is not None and number > self.most) or (self.below is not None and number >= self.below)
         if too_small or too_large:
             raise UserError(f"{self.name}: must be {self.bounds()}, got {number}")
+
+    def known(self) -> str:
+        """The choices as users write them, parted by commas."""
+        return ", ".join("null" if choice is None else str(choice) for choice in self.choices)
 
     def bounds(self) -> str:
         """The bounds as words, as in `at least 1`; empty where there are none."""

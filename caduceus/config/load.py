@@ -5,6 +5,8 @@ its own keys come on top, and `key.path=value` overrides come last. An unknown k
 combination is a `UserError` that names the key. Nothing here imports torch.
 """
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from caduceus.config.checks import refuse_impossible_values
 from caduceus.config.data import DataConfig
 from caduceus.config.keys import attribute_of, name_of
-from caduceus.config.run import Config
+from caduceus.config.run import SECTIONS, Config
 from caduceus.errors import UserError
-from caduceus.files import write_atomically
+from caduceus.files import dump_json, write_atomically
 from caduceus.presets import preset
+
+ALLOWED = "allowed_commands.json"
+"""Beside a configuration that a run keeps: the addresses whose commands its user has allowed to run."""
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -28,7 +33,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     path = preset("pretrain", path)
     typed = [_parse_override(override) for override in overrides]
     config = _merge([*_read_layers(path), *typed])
-    if _commands_are_typed(config.data, [values for _, values in typed]):
+    if _commands_are_typed(config.data, [values for _, values in typed]) or _commands_are_remembered(config.data, path):
         config.data.allow_commands = True
     if config.run.name is None:
         config.run.name = path.stem
@@ -42,6 +47,12 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     return _merge([("configuration", OmegaConf.create(values))])
 
 
+def overridden(config: Config, overrides: list[str] | tuple[str, ...]) -> Config:
+    """A copy of a configuration with `key.path=value` overrides, checked."""
+    typed = [_parse_override(override) for override in overrides]
+    return _merge([("configuration", OmegaConf.create(config_to_dict(config))), *typed])
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain nested dicts and lists, every key present."""
     values: Any = OmegaConf.to_container(OmegaConf.structured(config))
@@ -49,8 +60,15 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML; `load_config` of that file gives it back."""
-    write_atomically(path, OmegaConf.to_yaml(config_to_dict(config)).encode())
+    """Write the resolved configuration as YAML; `load_config` of that file, where it lies, gives it back.
+
+    That its commands may run is written beside it, so that who takes the file over is asked anew.
+    """
+    values = config_to_dict(config)
+    if config.data.allow_commands and any(_may_run(address) for address in _addresses(config.data).values()):
+        values["data"]["allow_commands"] = False
+        write_atomically(Path(path).with_name(ALLOWED), dump_json(_addresses(config.data)))
+    write_atomically(path, OmegaConf.to_yaml(values).encode())
 
 
 def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
@@ -91,9 +109,25 @@ def _parse_override(override: str) -> tuple[str, DictConfig]:
 def _commands_are_typed(data: DataConfig, typed: list[DictConfig]) -> bool:
     """Whether all of `data.path` and `data.valid_path` that might run a command was given on the command line."""
     keys = {key for values in typed for key in (values.get("data") or {})}
-    signs = ("pipe:", "{", "::")  # the latter two may hide the first
-    suspects = {key for key in ("path", "valid_path") if any(sign in str(getattr(data, key)) for sign in signs)}
+    suspects = {key for key, address in _addresses(data).items() if _may_run(address)}
     return any("pipe:" in str(getattr(data, key)) for key in suspects) and suspects <= keys
+
+
+def _commands_are_remembered(data: DataConfig, path: Path) -> bool:
+    """Whether this user has allowed the commands of a configuration that a run keeps at `path`."""
+    allowed = path.with_name(ALLOWED)
+    try:
+        return allowed.stat().st_uid == os.getuid() and json.loads(allowed.read_text()) == _addresses(data)
+    except (OSError, ValueError):
+        return False
+
+
+def _addresses(data: DataConfig) -> dict[str, Any]:
+    return {"path": data.path, "valid_path": data.valid_path}
+
+
+def _may_run(address: Any) -> bool:
+    return any(sign in str(address) for sign in ("pipe:", "{", "::"))  # the latter two may hide the first
 
 
 def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
@@ -118,6 +152,10 @@ def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, pre
         if key not in names:
             raise UserError(f"{origin}: unknown key '{prefix}{key}'; known here: {', '.join(names)}")
         if OmegaConf.is_dict(known[attribute_of(key)]):
+            if not prefix and key not in SECTIONS:  # evaluations, whose names are the user's
+                if not OmegaConf.is_dict(values[key]):
+                    raise UserError(f"{origin}: {key}: expected a mapping of names, as 'clinvar: {{verb: …}}'")
+                continue
             if not OmegaConf.is_dict(values[key]):
                 inner = ", ".join(map(name_of, known[key]))
                 raise UserError(f"{origin}: {prefix}{key}: expected a mapping with keys {inner}")
@@ -128,7 +166,7 @@ def _attributes(values: DictConfig) -> DictConfig:
     """Sections of keys -> sections of attributes."""
     sections = {
         section: {attribute_of(key): value for key, value in keys.items_ex(resolve=False)}
-        if OmegaConf.is_dict(keys)
+        if OmegaConf.is_dict(keys) and section in SECTIONS
         else keys
         for section, keys in values.items_ex(resolve=False)
     }

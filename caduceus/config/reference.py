@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from caduceus.config.evaluations import ABOUT
 from caduceus.config.fixed import value_of
 from caduceus.config.keys import FIXES, Key, name_of
 from caduceus.config.run import KEYS, SECTIONS, Config
@@ -30,6 +31,7 @@ def reference() -> str:
     for section in SECTIONS:
         parts.append(f"## {section}\n\n{about_section(section)}\n\n| key | default | fixes | |\n|---|---|---|---|")
         parts[-1] += "".join(_row(key) for key in KEYS.values() if key.section == section) + "\n"
+    parts.append(f"## evaluations\n\n{ABOUT}\n")
     return "\n".join(parts)
 
 
@@ -44,7 +46,9 @@ def annotated(config: Config) -> str:
             value = OmegaConf.to_yaml({name_of(key.attribute): value_of(config, key)})
             lines += textwrap.indent(value, "  ").splitlines()
         lines.append("")
-    return "\n".join(lines)
+    lines += textwrap.wrap(ABOUT.partition(" See ")[0], 116, initial_indent="# ", subsequent_indent="# ")
+    lines += OmegaConf.to_yaml({"evaluations": config.evaluations}).splitlines()
+    return "\n".join([*lines, ""])
 
 
 def about_section(section: str) -> str:
@@ -55,7 +59,7 @@ def about_section(section: str) -> str:
 def limits(key: Key) -> str:
     """The choices of a key, or its bounds, as words; empty where there are none."""
     if key.choices:
-        return f"One of {', '.join(map(str, key.choices))}."
+        return f"One of {key.known()}."
     return f"{key.bounds().capitalize()}." if key.bounds() else ""
 
 

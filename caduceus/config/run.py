@@ -1,6 +1,6 @@
 """The sections of a run's configuration and their keys. Imports no torch."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from caduceus.config.data import DataConfig
@@ -99,6 +99,19 @@ class CheckpointConfig:
         "made of a checkpoint of its step, while training goes on. 0 makes none.",
         fixes="nothing",
         least=0,
+    )
+    best: str | None = key(
+        None,
+        "A number of validations or evaluations, such as valid_loss or eval/NAME/auprc_llr. A checkpoint is written of "
+        "each step where it is better than ever, and that of the best stays, whatever else is removed, as "
+        "checkpoints/best.",
+        fixes="nothing",
+    )
+    best_is: str | None = key(
+        None,
+        "Whether the greatest or the least value of `best` is the best.",
+        fixes="nothing",
+        choices=(None, "max", "min"),
     )
     async_: bool = key(True, "Write checkpoints while training goes on, from a copy in host memory.", fixes="nothing")
 
@@ -211,9 +224,10 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    evaluations: dict[str, Any] = field(default_factory=dict)
 
 
-SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Config)}
+SECTIONS: dict[str, Any] = {section.name: section.type for section in fields(Config) if is_dataclass(section.type)}
 """The dataclass of each section; its docstring says what the section is about."""
 KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() for found in keys_of(section, cls)}
 """Every key, by its name `section.key`."""

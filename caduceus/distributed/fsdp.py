@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from caduceus.config import Config
@@ -54,6 +54,13 @@ class FSDP(Strategy):
     @property
     def writers(self) -> int:
         return self._holders
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        for module in self.model.modules():  # those of the ends stay gathered after a forward pass without a backward
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        device = self.ranks.device
+        return {name: p.detach().to(device).full_tensor().clone() for name, p in self.model.named_parameters()}
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
         self.model.set_requires_gradient_sync(last)

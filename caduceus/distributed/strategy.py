@@ -98,6 +98,10 @@ class Strategy:
             for name, parameter in self.network.named_parameters()
         ]
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """A copy of every whole parameter by its name, on every rank's device. All ranks call it together."""
+        return {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}
+
     def discard_gradients(self) -> None:
         """Clear the gradients; instead of `step`, the step is skipped."""
         self.optimizer.zero_grad(set_to_none=True)

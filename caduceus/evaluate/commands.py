@@ -1,16 +1,43 @@
 """The options of each verb, and what it does with them. Imports no torch before a verb runs."""
 
 import argparse
+import json
 import os
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caduceus.arguments import PresetAction
+from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
 
+if TYPE_CHECKING:  # they import torch
+    from caduceus.evaluate.finetune import FinetuneOptions
+    from caduceus.evaluate.labelled import LabelledTable
+    from caduceus.evaluate.model import Runner
+    from caduceus.evaluate.suite import SuiteRequest
+    from caduceus.evaluate.variant_labels import Labels
 
-def add_embed(commands: Any) -> None:
-    """The verb `embed`."""
+
+def add_verbs(commands: Any) -> None:
+    """All verbs, as subcommands of a parser."""
+    for add in (_add_heldout, _add_embed, _add_variants, _add_probe, _add_finetune, _add_predict, _add_suite):
+        add(commands)
+
+
+def _add_heldout(commands: Any) -> None:
+    parser = commands.add_parser("heldout", help="loss on held-out sequences, per species, in nats per labelled base")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--run", metavar="RUN", help="a run directory (its newest checkpoint), or one of its checkpoints"
+    )
+    source.add_argument("--export", metavar="DIR", help="a published checkpoint, such as caduceus.hub exports")
+    parser.add_argument("--config", metavar="FILE", help="data and masks; default the run's own config.yaml")
+    parser.add_argument("--split", choices=SPLITS, default="valid")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
+    parser.set_defaults(handler=_heldout)
+
+
+def _add_embed(commands: Any) -> None:
     parser = commands.add_parser("embed", help="embeddings of sequences, one vector each or one for each base")
     _add_model(parser)
     _add_sequences(parser)
@@ -23,8 +50,7 @@ def add_embed(commands: Any) -> None:
     parser.set_defaults(handler=_embed)
 
 
-def add_variants(commands: Any) -> None:
-    """The verb `variants`."""
+def _add_variants(commands: Any) -> None:
     parser = commands.add_parser("variants", help="scores of variants: likelihoods, probabilities, embeddings")
     _add_model(parser)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -38,42 +64,34 @@ def add_variants(commands: Any) -> None:
     parser.add_argument("--flank", type=int, default=5, help="bases beside an indel that score it; default 5")
     parser.add_argument("--ref-mismatch", default="refuse", metavar="refuse|skip|swap")
     parser.add_argument("--allow-unknown-contigs", action="store_true", help="leave out variants on other contigs")
+    parser.add_argument("--label", metavar="NAME", help="an entry of INFO, or a column, by which areas are measured")
+    parser.add_argument("--positive", nargs="+", default=[], metavar="VALUE", help="of the label; default 1 or true")
     _add_batch_bases(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help=".vcf, .vcf.gz, .tsv, .csv or .parquet")
     parser.set_defaults(handler=_variants)
 
 
-def add_finetune(commands: Any) -> None:
-    """The verb `finetune`."""
+def _add_probe(commands: Any) -> None:
+    parser = commands.add_parser("probe", help="a linear model on the embeddings of labelled sequences")
+    _add_model(parser)
+    _add_labelled(parser)
+    parser.add_argument("--layer", type=int, default=-1, help="0 the embedding … n_layer or -1 the final norm")
+    parser.add_argument("--metric", help="what the penalty is chosen by; default mcc or pearson")
+    _add_batch_bases(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="a JSON file of the metrics")
+    parser.set_defaults(handler=_probe)
+
+
+def _add_finetune(commands: Any) -> None:
     parser = commands.add_parser("finetune", help="train on labelled sequences, beside baselines on the same split")
     _add_model(parser)
-    help_ = "CSV, TSV or parquet of sequence, label; FASTA with |LABEL; BED with --genome; or a benchmark's folder"
-    parser.add_argument("--train", required=True, metavar="FILE", help=help_)
-    parser.add_argument("--valid", metavar="FILE", help="to choose the best epoch by; default a share of train")
-    parser.add_argument("--test", metavar="FILE", help="measured at the end")
-    parser.add_argument("--genome", metavar="FASTA", help="the genome that a BED is about")
-    parser.add_argument("--aliases", metavar="FILE", help="a table of names of contigs")
-    parser.add_argument("--window", type=int, metavar="N", help="bases about the middle of each BED row")
-    parser.add_argument(
-        "--bigwig", metavar="FILE", help="labels of a BED: the values there; default its column of names"
-    )
-    parser.add_argument(
-        "--signal", default="mean", metavar="mean|max", help="of the values; --task per-base takes each"
-    )
-    parser.add_argument("--column", default="sequence", help="of the sequences; default sequence")
-    parser.add_argument("--label", default="label", metavar="NAMES", help="column of the labels, or several as a,b")
-    parser.add_argument("--longest", type=int, metavar="N", help="refuse sequences of more bases")
-    parser.add_argument(
-        "--task", default="auto", metavar="KIND", help="auto, classification, regression, multilabel, per-base"
-    )
-    parser.add_argument("--pool", default="mean", metavar="mean|max|centre")
+    _add_labelled(parser)
     parser.add_argument("--frozen", action="store_true", help="train the head alone")
     parser.add_argument("--strands", default="auto", metavar="auto|post-hoc|augment", help="of other models than PS")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train low-rank adapters and the head")
     parser.add_argument("--probe", action="store_true", help="also a linear model on the embeddings")
     parser.add_argument("--baseline", default="", metavar="random,cnn,kmer", help="also these, on the same split")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, with seeds 1 to N; default 1")
-    parser.add_argument("--valid-share", type=float, default=0.1, help="of train without --valid; default 0.1")
     parser.add_argument("--metric", help="what the best epoch is chosen by; default mcc or pearson")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -87,8 +105,7 @@ def add_finetune(commands: Any) -> None:
     parser.set_defaults(handler=_finetune)
 
 
-def add_predict(commands: Any) -> None:
-    """The verb `predict`."""
+def _add_predict(commands: Any) -> None:
     parser = commands.add_parser("predict", help="what a fine-tuned model says of new sequences")
     parser.add_argument("--model", required=True, metavar="DIR", help="OUT/model of finetune")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -98,8 +115,7 @@ def add_predict(commands: Any) -> None:
     parser.set_defaults(handler=_predict)
 
 
-def add_suite(commands: Any) -> None:
-    """The verb `suite`."""
+def _add_suite(commands: Any) -> None:
     parser = commands.add_parser("suite", help="a benchmark of many tasks, beside published numbers")
     _add_model(parser)
     parser.add_argument("--suite", required=True, action=PresetAction, kind="suite", metavar="NAME|FILE|list")
@@ -119,6 +135,25 @@ def _add_batch_bases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-bases", type=int, metavar="N", help="bases of a batch; default as suits the device")
 
 
+def _add_labelled(parser: argparse.ArgumentParser) -> None:
+    help_ = "CSV, TSV or parquet of sequence, label; FASTA with |LABEL; BED with --genome; or a benchmark's folder"
+    parser.add_argument("--train", required=True, metavar="FILE", help=help_)
+    parser.add_argument("--valid", metavar="FILE", help="to choose by; default a share of train")
+    parser.add_argument("--test", metavar="FILE", help="measured at the end")
+    parser.add_argument("--genome", metavar="FASTA", help="the genome that a BED is about")
+    parser.add_argument("--aliases", metavar="FILE", help="a table of names of contigs")
+    parser.add_argument("--window", type=int, metavar="N", help="bases about the middle of each BED row")
+    parser.add_argument("--bigwig", metavar="FILE", help="labels of a BED: its values; default the column of names")
+    parser.add_argument("--signal", default="mean", metavar="mean|max", help="of them; --task per-base takes each")
+    parser.add_argument("--column", default="sequence", help="of the sequences; default sequence")
+    parser.add_argument("--label", default="label", metavar="NAMES", help="column of the labels, or several as a,b")
+    parser.add_argument("--longest", type=int, metavar="N", help="refuse sequences of more bases")
+    kinds = "auto, classification, regression, multilabel or per-base"
+    parser.add_argument("--task", default="auto", metavar="KIND", help=kinds)
+    parser.add_argument("--pool", default="mean", metavar="mean|max|centre")
+    parser.add_argument("--valid-share", type=float, default=0.1, help="of train without --valid; default 0.1")
+
+
 def _add_sequences(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", required=True, metavar="FILE", help="FASTA, 2bit, BED, VCF, CSV, TSV or parquet")
     parser.add_argument("--genome", metavar="FASTA", help="the genome that a BED or VCF is about")
@@ -135,57 +170,121 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
 
 
-def _picked(arguments: argparse.Namespace, kind: type) -> Any:
-    """The dataclass `kind` of the options that are named as its fields."""
-    return kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
+def picked(arguments: argparse.Namespace, kind: type) -> Any:
+    """The dataclass `kind` of the options that are named as its fields; what it has as a tuple comes as a list."""
+    values = {field.name: getattr(arguments, field.name) for field in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _heldout(arguments: argparse.Namespace) -> None:
+    from caduceus.config import load_config
+    from caduceus.data.loader import build_validation
+    from caduceus.distributed.ranks import Ranks, choose_device
+    from caduceus.evaluate.heldout import held_out_loss
+    from caduceus.hub import load
+    from caduceus.hub.folders import run_of
+    from caduceus.ops.backends import check_backend
+
+    if arguments.config is None and arguments.run is None:
+        raise UserError(
+            "--config: an export does not say which data to use; name a configuration, such as RUN/config.yaml"
+        )
+    config = load_config(arguments.config or run_of(arguments.run).config_path, arguments.overrides)
+    device = choose_device(config.run.device)
+    model = load(arguments.run or arguments.export)
+    config.model = model.config  # decides which strands a sample may show
+    dtype = next(model.parameters()).dtype
+    check_backend(model.backend, device, dtype, config.model)
+    batches = build_validation(config, arguments.split, device=device)
+    mirror = None if config.data.objective == "next_base" else Ranks(0, 1, 1, device).mirrored
+    told = held_out_loss(model.to(device), batches, device, config.train.precision, mirror=mirror)
+    print(json.dumps(told, indent=1))
+
+
+def runner_of(arguments: argparse.Namespace) -> "Runner":
+    """The model of `--model`, made ready to be run."""
+    from caduceus.evaluate.model import Runner
+
+    return Runner(arguments.model, arguments.device, arguments.precision)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
     from caduceus.evaluate.embed import EmbedOptions, embed_file
-    from caduceus.evaluate.model import Runner
     from caduceus.evaluate.sequences import SequenceSource
 
-    options = _picked(arguments, EmbedOptions)
-    runner = Runner(arguments.model, arguments.device, arguments.precision)
-    embed_file(runner, _picked(arguments, SequenceSource), arguments.out, options)
+    options = picked(arguments, EmbedOptions)
+    embed_file(runner_of(arguments), picked(arguments, SequenceSource), arguments.out, options)
     print(f"{arguments.out}: written")
 
 
+def labels_asked(arguments: argparse.Namespace) -> "Labels | None":
+    """What `--label` and `--positive` of the verb `variants` say."""
+    from caduceus.evaluate.variant_labels import Labels
+
+    if arguments.label is None and arguments.positive:
+        raise UserError("--positive: names values of --label, which is missing")
+    return None if arguments.label is None else Labels(arguments.label, tuple(arguments.positive))
+
+
 def _variants(arguments: argparse.Namespace) -> None:
-    from caduceus.evaluate.model import Runner
     from caduceus.evaluate.scores import ScoreOptions
     from caduceus.evaluate.variant_inputs import VariantSource
     from caduceus.evaluate.variants import score_every_snv, score_file
 
-    arguments.scores = tuple(arguments.scores)
-    options = _picked(arguments, ScoreOptions)
-    runner = Runner(arguments.model, arguments.device, arguments.precision)
+    options = picked(arguments, ScoreOptions)
+    labels = labels_asked(arguments)
+    areas: dict[str, float] = {}
     if arguments.every_snv is None:
-        found = score_file(runner, _picked(arguments, VariantSource), arguments.out, options)
+        source = picked(arguments, VariantSource)
+        found = score_file(runner_of(arguments), source, arguments.out, options, labels)
+        counts, areas = found.counts, found.areas
     elif arguments.genome is None:
         raise UserError("--every-snv: names places of a genome; give its file with --genome")
+    elif labels is not None:
+        raise UserError("--label: the places of --every-snv have none; give a file of variants with --input")
     else:
-        found = score_every_snv(
-            runner, arguments.every_snv, arguments.genome, arguments.out, options, arguments.aliases
-        )
-    print(f"{arguments.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in found.items()))
+        runner, places = runner_of(arguments), arguments.every_snv
+        counts = score_every_snv(runner, places, arguments.genome, arguments.out, options, arguments.aliases)
+    print(f"{arguments.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+    for name, value in areas.items():
+        print(f"{name}  {value:.4f}" if isinstance(value, float) else f"{name}  {value:,}")
+
+
+def labelled_tables(arguments: argparse.Namespace) -> "dict[str, LabelledTable]":
+    """The tables of `--train`, `--valid` and `--test`."""
+    from caduceus.evaluate.labelled_sources import LabelledSource, tables_of
+
+    files = {"train": arguments.train, "valid": arguments.valid, "test": arguments.test}
+    columns = arguments.column, arguments.label, arguments.longest
+    return tables_of(files, picked(arguments, LabelledSource), columns, arguments.out)
+
+
+def _probe(arguments: argparse.Namespace) -> None:
+    from caduceus.evaluate.probe import ProbeOptions, probe
+
+    tables, options = labelled_tables(arguments), picked(arguments, ProbeOptions)
+    result = probe(runner_of(arguments), tables, arguments.out, options)
+    for name, metrics in result["metrics"].items():
+        print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
+    print(f"{arguments.out}: written")
+
+
+def finetune_options(arguments: argparse.Namespace) -> "FinetuneOptions":
+    """The options of the verb `finetune`."""
+    from caduceus.evaluate.finetune import FinetuneOptions
+    from caduceus.evaluate.fitting import FitOptions
+
+    arguments.baselines = list(filter(None, arguments.baseline.split(",")))
+    arguments.fit = picked(arguments, FitOptions)
+    return picked(arguments, FinetuneOptions)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from caduceus.evaluate.finetune import FinetuneOptions, finetune
-    from caduceus.evaluate.fitting import FitOptions
-    from caduceus.evaluate.labelled_sources import LabelledSource, labelled_tables
-    from caduceus.evaluate.model import Runner
+    from caduceus.evaluate.finetune import finetune
     from caduceus.evaluate.results import table_of
 
-    arguments.baselines = tuple(filter(None, arguments.baseline.split(",")))
-    arguments.fit = _picked(arguments, FitOptions)
-    options = _picked(arguments, FinetuneOptions)
-    files = {"train": arguments.train, "valid": arguments.valid, "test": arguments.test}
-    columns = arguments.column, arguments.label, arguments.longest
-    tables = labelled_tables(files, _picked(arguments, LabelledSource), columns, arguments.out)
-    runner = Runner(arguments.model, arguments.device, arguments.precision)
-    result = finetune(runner, tables, arguments.out, options)
+    tables, options = labelled_tables(arguments), finetune_options(arguments)
+    result = finetune(runner_of(arguments), tables, arguments.out, options)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"{table_of(result)}\n{arguments.out}: written")
 
@@ -194,21 +293,25 @@ def _predict(arguments: argparse.Namespace) -> None:
     from caduceus.evaluate.predict import Predictor, predict_file
     from caduceus.evaluate.sequences import SequenceSource
 
-    source = _picked(arguments, SequenceSource)
+    source = picked(arguments, SequenceSource)
     predict_file(Predictor(arguments.model, arguments.device), source, arguments.out, arguments.batch_bases)
     print(f"{arguments.out}: written")
 
 
-def _suite(arguments: argparse.Namespace) -> None:
-    from caduceus.evaluate.model import Runner
-    from caduceus.evaluate.suite import SuiteRequest, load_suite, run_suite
-    from caduceus.evaluate.suite_page import text_table
+def suite_request(arguments: argparse.Namespace) -> "SuiteRequest":
+    """What the verb `suite` is to run."""
+    from caduceus.evaluate.suite import SuiteRequest
 
-    suite = load_suite(arguments.suite)
     given = {name: getattr(arguments, name) for name in ("seeds", "epochs", "lr", "batch_size", "window")}
     protocol = {name: value for name, value in given.items() if value is not None}
-    request = SuiteRequest(arguments.data, arguments.tasks, arguments.genome, protocol)
-    runner = Runner(arguments.model, arguments.device, arguments.precision)
-    rows = run_suite(runner, suite, request, arguments.out)
+    return SuiteRequest(arguments.data, arguments.tasks, arguments.genome, protocol)
+
+
+def _suite(arguments: argparse.Namespace) -> None:
+    from caduceus.evaluate.suite import load_suite, run_suite
+    from caduceus.evaluate.suite_page import text_table
+
+    suite, request = load_suite(arguments.suite), suite_request(arguments)
+    rows = run_suite(runner_of(arguments), suite, request, arguments.out)
     if int(os.environ.get("RANK", 0)) == 0:
         print(text_table(rows))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from caduceus.alphabet import reverse_complement
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.evaluate.embeddings_file import check_embeddings_name, write_embeddings
 from caduceus.evaluate.model import Runner, layer_number
@@ -73,12 +74,17 @@ def embed(
     return results if options.pool == "base" else np.stack(results)
 
 
-def embed_file(runner: Runner, source: SequenceSource, out: str | Path, options: EmbedOptions) -> None:
-    """Embed what `source` holds and write it to `out`, .npz or .parquet; killed, the same call goes on."""
+def embed_file(
+    runner: Runner, source: SequenceSource, out: str | Path, options: EmbedOptions, ranks: Ranks | None = None
+) -> None:
+    """Embed what `source` holds and write it to `out`, .npz or .parquet; killed, the same call goes on.
+
+    ranks: those that share the work; by default all that were started with this process.
+    """
     check_embeddings_name(out)
     items = source.items()
     layer_number(options.layer, runner.config)
-    _check_places(items, source, options)
+    check_places(items, source, options)
     origin = {
         "verb": "embed",
         "model": runner.origin(),
@@ -89,21 +95,23 @@ def embed_file(runner: Runner, source: SequenceSource, out: str | Path, options:
     if source.genome is not None:
         origin["genome_sha256"] = sha256_of(source.genome)
     parts = cut(items, lambda item: item.length, _PART_BASES, _PART_SEQUENCES)
-    store = Parts(out, origin)
+    store = Parts(out, origin, ranks)
 
     def compute(part: Sequence[Item]) -> dict[str, np.ndarray]:
         found = embed(runner, [item.read() for item in part], options)
         return {"embeddings": np.concatenate(found) if options.pool == "base" else found}
 
-    if store.run("embedding", parts, lambda item: item.length, compute, "bases"):
-        lengths = [item.length for item in items] if options.pool == "base" else None
-        vectors = (arrays["embeddings"] for arrays in store.load(len(parts)))
-        write_embeddings(out, [item.name for item in items], lengths, vectors)
-        store.finish(sequences=len(items), bases=sum(item.length for item in items))
-    store.barrier()
+    store.run("embedding", parts, lambda item: item.length, compute, "bases")
+    with store.writing() as writes:
+        if writes:
+            lengths = [item.length for item in items] if options.pool == "base" else None
+            vectors = (arrays["embeddings"] for arrays in store.load(len(parts)))
+            write_embeddings(out, [item.name for item in items], lengths, vectors)
+            store.finish(sequences=len(items), bases=sum(item.length for item in items))
 
 
-def _check_places(items: list[Item], source: SequenceSource, options: EmbedOptions) -> None:
+def check_places(items: list[Item], source: SequenceSource, options: EmbedOptions) -> None:
+    """Raise `UserError` for the first sequence that lacks the place to be pooled at."""
     if options.pool.isdecimal():
         short = next((item for item in items if item.length <= int(options.pool)), None)
         if short is not None:

@@ -5,8 +5,10 @@ A fit has a run directory: metrics.jsonl, which `python -m caduceus.monitor` sho
 the newest epoch, from which the same call goes on.
 """
 
+import contextlib
 import io
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from caduceus.evaluate.examples import ExampleLoader, Examples, WithLoss, label_
 from caduceus.evaluate.labelled import Task
 from caduceus.evaluate.metrics import is_better, measure, names_of
 from caduceus.evaluate.model import Runner
+from caduceus.evaluate.parts import is_alone, is_within_a_run
 from caduceus.evaluate.results import flat_labels
 from caduceus.files import write_atomically
 from caduceus.monitor.rows import Monitor
@@ -72,8 +75,11 @@ class FitOptions:
 
 @contextmanager
 def ranks_of(runner: Runner) -> Iterator[Ranks]:
-    """The ranks that torchrun or the launcher started, met as a run's meet, or this process alone."""
-    config = _config(runner.config, FitOptions(batch_size=1), 1, runner.precision)
+    """The ranks that torchrun or the launcher started, met as a run's meet; or, as within `alone`, one process."""
+    if is_alone():
+        yield Ranks(0, 1, 1, runner.device)
+        return
+    config = _config(runner.config, FitOptions(batch_size=int(os.environ["WORLD_SIZE"])), 1, runner.precision)
     config.run.device = runner.device.type
     with joined(config) as ranks:
         yield ranks
@@ -187,9 +193,11 @@ class _Training:
             if self.ranks.is_main:
                 self.run.truncate_metrics(self.progress.step)
                 self.run.write_provenance({"step": self.progress.step, "ranks": self.ranks.world})
-            monitor = Monitor(self.config, self.run, active=self.ranks.is_main)
+            monitor = Monitor(self.config, self.run, active=self.ranks.is_main, shown=not is_within_a_run())
             stop = StopRequest(self.run, self.ranks.is_main, 0.0, 0.0)
-        with stop.listening(), monitor, watchdog:
+        # Within a run, whose terminal and signals these are, a fit shows nothing and goes on to its end.
+        listening = contextlib.nullcontext() if is_within_a_run() else stop.listening()
+        with listening, monitor, watchdog:
             best = self._epochs(valid, monitor, stop, watchdog)
         if monitor.stopped or best is None:
             raise SystemExit(EXIT_REQUEUE)

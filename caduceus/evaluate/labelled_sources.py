@@ -45,7 +45,7 @@ class LabelledSource:
             raise UserError(f"--window: must be at least 1, got {self.window}")
 
 
-def labelled_tables(
+def tables_of(
     files: dict[str, str | Path | None], source: LabelledSource, columns: Sequence[Any], out: str | Path
 ) -> dict[str, LabelledTable]:
     """{split: table} of the files that are given; `columns`: column, label and longest of a `LabelledTable`.

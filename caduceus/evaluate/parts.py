@@ -4,15 +4,20 @@ What a command will write to OUT is first kept as OUT.parts/000000.npz, …, eac
 of what it is made from. The same command goes on with the parts that are missing; another one begins anew.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
+from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.errors import UserError
 from caduceus.files import dump_json, fingerprint, replacing, write_atomically
 from data_prep.progress import Progress, note
@@ -33,30 +38,66 @@ def cut(items: Sequence[Item], size: Callable[[Item], int], most: int, most_item
     return [*parts, items[first:]] if first < len(items) else parts
 
 
-class Parts:
-    """The parts of one output. `origin` says all that decides what they hold."""
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
-    def __init__(self, out: str | Path, origin: dict[str, Any]) -> None:
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, this process shares work with no other rank, though there are some."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def is_within_a_run() -> bool:
+    """Whether this is `alone` within a run."""
+    return _ALONE.get()
+
+
+def is_alone() -> bool:
+    """Whether no other rank shares this process's work."""
+    return _ALONE.get() or int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
+def ranks_here() -> Ranks:
+    """This process among those that torchrun or the launcher started, or alone; they meet at the first call."""
+    if _ALONE.get():
+        return Ranks(0, 1, 1, torch.device("cpu"))
+    return _ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+@functools.cache
+def _ranks(rank: int, world: int) -> Ranks:
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    return Ranks(rank, world, 1, torch.device("cpu"))
+
+
+class Parts:
+    """The parts of one output. `origin` says all that decides what they hold; `ranks` share the work.
+
+    What fails on one rank is raised on all of them.
+    """
+
+    def __init__(self, out: str | Path, origin: dict[str, Any], ranks: Ranks | None = None) -> None:
         self.out = Path(out)
         self.folder = self.out.with_name(f"{self.out.name}.parts")
         self.origin = {**origin, "fingerprint": fingerprint(origin)}
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.ranks = ranks or ranks_here()
 
-    def begin(self) -> None:
-        """Make room: on the first rank, drop what an earlier command left that was made from something else."""
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
-        if self.rank == 0:
-            content = dump_json(self.origin)
-            stamp = self.folder / _ORIGIN
-            if self.folder.is_dir() and not (stamp.is_file() and stamp.read_bytes() == content):
-                shutil.rmtree(self.folder)
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(stamp, content)
-            except OSError as error:
-                raise UserError(f"--out: {self.folder} cannot be written ({error.strerror})") from None
-        self.barrier()
+    def _begin(self) -> None:
+        """Make room: drop what an earlier command left that was made from something else."""
+        content = dump_json(self.origin)
+        stamp = self.folder / _ORIGIN
+        if self.folder.is_dir() and not (stamp.is_file() and stamp.read_bytes() == content):
+            shutil.rmtree(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(stamp, content)
+        except OSError as error:
+            raise UserError(f"--out: {self.folder} cannot be written ({error.strerror})") from None
 
     def run(
         self,
@@ -65,24 +106,28 @@ class Parts:
         size: Callable[[Item], int],
         compute: Callable[[Sequence[Item]], dict[str, np.ndarray]],
         unit: str,
-    ) -> bool:
-        """Compute and keep this rank's share of the parts that are missing; whether this is the rank that writes OUT.
+    ) -> None:
+        """Compute and keep this rank's share of the parts that are missing. After it, those of all ranks are there."""
+        with self.ranks.agreeing():
+            if self.ranks.is_main:
+                self._begin()
+        with self.ranks.agreeing():
+            mine = [number for number in range(len(parts)) if number % self.ranks.world == self.ranks.rank]
+            missing = [number for number in mine if not self._path(number).is_file()]
+            if len(missing) < len(mine):
+                note(f"{self.out}: {len(mine) - len(missing)} of {len(mine)} parts are there already")
+            with Progress(label, sum(size(item) for number in missing for item in parts[number]), unit) as progress:
+                for number in missing:
+                    results = compute(parts[number])
+                    with replacing(self._path(number)) as file:
+                        np.savez(file, **results)
+                    progress.add(sum(map(size, parts[number])))
 
-        After it, all parts of all ranks are there.
-        """
-        self.begin()
-        mine = [number for number in range(len(parts)) if number % self.world == self.rank]
-        missing = [number for number in mine if not self._path(number).is_file()]
-        if len(missing) < len(mine):
-            note(f"{self.out}: {len(mine) - len(missing)} of {len(mine)} parts are there already")
-        with Progress(label, sum(size(item) for number in missing for item in parts[number]), unit) as progress:
-            for number in missing:
-                results = compute(parts[number])
-                with replacing(self._path(number)) as file:
-                    np.savez(file, **results)
-                progress.add(sum(map(size, parts[number])))
-        self.barrier()
-        return self.rank == 0
+    @contextmanager
+    def writing(self) -> Iterator[bool]:
+        """Around what writes OUT, after `run`: whether this is the rank that does."""
+        with self.ranks.agreeing():
+            yield self.ranks.is_main
 
     def load(self, count: int) -> Iterator[dict[str, np.ndarray]]:
         """The results of the parts, in their order."""
@@ -93,11 +138,11 @@ class Parts:
     def finish(self, **more: Any) -> None:
         """After OUT is written: say beside it how it was made, and drop the parts."""
         write_atomically(self.out.with_name(f"{self.out.name}.json"), dump_json({**self.origin, **more}))
-        shutil.rmtree(self.folder)
+        self.drop()
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+    def drop(self) -> None:
+        """Remove the parts."""
+        shutil.rmtree(self.folder)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"

@@ -52,10 +52,11 @@ def predict_file(predictor: Predictor, source: SequenceSource, out: str | Path, 
     def compute(part: Sequence[Item]) -> dict[str, np.ndarray]:
         return {"outputs": predictor.predict([item.read() for item in part], batch_bases)}
 
-    if store.run("predicting", parts, lambda item: item.length, compute, "bases"):
-        outputs = np.concatenate([arrays["outputs"] for arrays in store.load(len(parts))])
-        task, names = predictor.model.task, [item.name for item in items]
-        places = place_columns(task, names, [item.length for item in items])
-        write_columns(out, {"name": names, **places, **output_columns(task, outputs)})
-        store.finish(sequences=len(items))
-    store.barrier()
+    store.run("predicting", parts, lambda item: item.length, compute, "bases")
+    with store.writing() as writes:
+        if writes:
+            outputs = np.concatenate([arrays["outputs"] for arrays in store.load(len(parts))])
+            task, names = predictor.model.task, [item.name for item in items]
+            places = place_columns(task, names, [item.length for item in items])
+            write_columns(out, {"name": names, **places, **output_columns(task, outputs)})
+            store.finish(sequences=len(items))

@@ -147,10 +147,9 @@ def run_suite(
 
     Returns a row for each task, or each bin of one: its result, or `missing`, which says where the data come from.
     """
-    if not Path(request.data).is_dir():
-        raise UserError(f"--data: {request.data} is no folder; it should hold {suite.expects}")
+    tasks = asked_tasks(suite, request)
     with ranks_of(runner) as ranks:
-        rows = _rows_of(runner, suite, request, Path(out), say if ranks.is_main else lambda line: None)
+        rows = _rows_of(runner, suite, tasks, request, Path(out), say if ranks.is_main else lambda line: None)
         with ranks.agreeing():
             if ranks.is_main:
                 protocol = {**suite.protocol, **(request.protocol or {})}
@@ -161,10 +160,15 @@ def run_suite(
 
 
 def _rows_of(
-    runner: Runner, suite: Suite, request: SuiteRequest, out: Path, say: Callable[[str], None]
+    runner: Runner,
+    suite: Suite,
+    tasks: list[SuiteTask],
+    request: SuiteRequest,
+    out: Path,
+    say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     data, rows = Path(request.data), []
-    for task in _chosen(suite, request.tasks):
+    for task in tasks:
         options = {**suite.protocol, **task.options, **(request.protocol or {})}
         allowed = {key: value for key, value in options.items() if key in _OPTIONS[task.kind]}
         found = _run_task(runner, task, allowed, request, out, say)
@@ -177,7 +181,11 @@ def _rows_of(
     return without_nan(rows)
 
 
-def _chosen(suite: Suite, names: list[str] | None) -> list[SuiteTask]:
+def asked_tasks(suite: Suite, request: SuiteRequest) -> list[SuiteTask]:
+    """The tasks that a request names, or all; `UserError` where there is no such task, or no folder of data."""
+    if not Path(request.data).is_dir():
+        raise UserError(f"--data: {request.data} is no folder; it should hold {suite.expects}")
+    names = request.tasks
     known = {task.name: task for task in suite.tasks}
     for name in names or ():
         if name not in known:

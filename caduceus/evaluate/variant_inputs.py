@@ -75,6 +75,11 @@ class VariantFile:
     vcf: Vcf | None
     columns: Columns | None
 
+    @property
+    def source(self) -> Path:
+        """The file's path."""
+        return self.columns.path if self.vcf is None else self.vcf.path
+
 
 class OwnSequences:
     """The windows that the rows of a table bring along; a contig is a row's number."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.evaluate.alleles import MISMATCHES, Variant, prepare
 from caduceus.evaluate.columns import as_text, check_table_name, ending, write_columns
@@ -15,6 +16,7 @@ from caduceus.evaluate.model import Runner
 from caduceus.evaluate.parts import Parts, cut
 from caduceus.evaluate.scores import BASES, ScoreOptions, score_variants
 from caduceus.evaluate.variant_inputs import ALT, VariantFile, VariantSource
+from caduceus.evaluate.variant_labels import Labels, areas
 from caduceus.evaluate.vcf import write_vcf
 from caduceus.evaluate.windows import Windows
 from caduceus.files import sha256_of
@@ -36,39 +38,65 @@ _INFO = {
 }
 
 
-def score_file(runner: Runner, source: VariantSource, out: str | Path, options: ScoreOptions) -> dict[str, int]:
+@dataclass(frozen=True)
+class Scored:
+    """What scoring a file came to. counts: variants with a score by kind, and those without by reason. areas: of
+    labelled variants, see `caduceus.evaluate.variant_labels`."""
+
+    counts: dict[str, int]
+    areas: dict[str, float]
+
+
+def score_file(
+    runner: Runner,
+    source: VariantSource,
+    out: str | Path,
+    options: ScoreOptions,
+    labels: Labels | None = None,
+    ranks: Ranks | None = None,
+) -> Scored:
     """Score the variants of a file and write them to `out`: a VCF as it came with scores in INFO, or a table.
 
-    Killed, the same call goes on. Returns how many there are of each kind, and why others have no score.
+    Killed, the same call goes on. ranks: those that share the work; by default all that were started with this process.
     """
-    if source.ref_mismatch not in MISMATCHES:
-        raise UserError(f"--ref-mismatch: choose one of {', '.join(MISMATCHES)}, got {source.ref_mismatch!r}")
     is_vcf = ending(out) == ".vcf"
     if is_vcf and ending(source.input) != ".vcf":
         raise UserError(f"--out: {out} is a VCF, but {source.input} is none; choose .tsv, .csv or .parquet")
     check_table_name(out, ".vcf")
-    file = source.read()
-    variants = prepare(file.alleles, file.genome, source.ref_mismatch, source.allow_unknown_contigs)
+    file, variants, known = prepared(source, labels)
     given = {key: value and str(value) for key, value in asdict(source).items()}
-    store = Parts(out, _origin(runner, options, source.input, source.genome, given))
+    if labels is not None:
+        given |= {"labels": asdict(labels)}
+    store = Parts(out, _origin(runner, options, source.input, source.genome, given), ranks)
     parts = cut(variants, lambda variant: 1, _PART, _PART)
 
     def compute(part: Sequence[Variant]) -> dict[str, np.ndarray]:
         return score_variants(runner, file.genome, part, options)
 
-    found: dict[str, int] = {}
-    if store.run("scoring", parts, lambda variant: 1, compute, "variants"):
-        scores = _joined(store, len(parts), options)
-        kinds = [variant.kind or "" for variant in variants]
-        notes = [_note(variant, row) for variant, row in zip(variants, zip(*scores.values(), strict=True), strict=True)]
-        found = _counts(variants, notes)
-        if is_vcf:
-            _write_vcf(out, file, scores, notes)
-        else:
-            write_columns(out, {**_given(file), "kind": kinds, "note": notes, **scores})
-        store.finish(counts=found)
-    store.barrier()
-    return found
+    store.run("scoring", parts, lambda variant: 1, compute, "variants")
+    found = Scored({}, {})
+    with store.writing() as writes:
+        if writes:
+            scores = _joined(store, len(parts), options)
+            rows = zip(*scores.values(), strict=True)
+            notes = [_note(variant, row) for variant, row in zip(variants, rows, strict=True)]
+            found = Scored(_counts(variants, notes), {} if known is None else areas(known, scores))
+            if is_vcf:
+                _write_vcf(out, file, scores, notes)
+            else:
+                kinds = [variant.kind or "" for variant in variants]
+                write_columns(out, {**_given(file), "kind": kinds, "note": notes, **scores})
+            store.finish(counts=found.counts, areas=found.areas)
+    return store.ranks.broadcast(found)
+
+
+def prepared(source: VariantSource, labels: Labels | None) -> tuple[VariantFile, list[Variant], np.ndarray | None]:
+    """A file's alleles, the variant that each is, and of `labels` 1, 0 or NaN for each."""
+    if source.ref_mismatch not in MISMATCHES:
+        raise UserError(f"--ref-mismatch: choose one of {', '.join(MISMATCHES)}, got {source.ref_mismatch!r}")
+    file = source.read()
+    known = None if labels is None else labels.of(file)
+    return file, prepare(file.alleles, file.genome, source.ref_mismatch, source.allow_unknown_contigs), known
 
 
 def _counts(variants: list[Variant], notes: list[str]) -> dict[str, int]:
@@ -128,12 +156,13 @@ def score_every_snv(
         return named | score_variants(runner, windows, variants, options)
 
     parts = [[places] for places in regions]
-    if store.run("scoring", parts, lambda places: places.end - places.start, compute, "places"):
-        tables = list(store.load(len(parts)))
-        columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
-        write_columns(out, columns)
-        store.finish(counts={"snv": len(columns["pos"])})
-    store.barrier()
+    store.run("scoring", parts, lambda places: places.end - places.start, compute, "places")
+    with store.writing() as writes:
+        if writes:
+            tables = list(store.load(len(parts)))
+            columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+            write_columns(out, columns)
+            store.finish(counts={"snv": len(columns["pos"])})
     return {"places": sum(places.end - places.start for places in regions)}
 
 

@@ -26,6 +26,11 @@ class Record:
     ref: str
     alts: list[str]
 
+    def info(self) -> dict[str, str]:
+        """The entries of INFO; of those without a value it is empty."""
+        pairs = (entry.partition("=") for entry in self.fields[_INFO].split(";"))
+        return {key: value for key, _, value in pairs if key not in ("", ".")}
+
 
 @dataclass(frozen=True)
 class Vcf:

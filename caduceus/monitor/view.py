@@ -65,6 +65,8 @@ class View:
         """Take in a row; `now` is the monotonic time at which it was made, None where that is not known."""
         if "valid_loss" in row:
             self._take_validation(row, now)
+        if "evaluated" in row and now is not None and self._before is not None:
+            self._before = now  # evaluations count for no step, and no time left
         if "loss" not in row:
             return
         self.row = row

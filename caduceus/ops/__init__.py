@@ -18,7 +18,7 @@ from torch import Tensor
 from caduceus.errors import UserError
 from caduceus.ops import naive
 from caduceus.ops.backends import resolve_backend
-from caduceus.ops.operands import check_conv, check_head, check_norm, check_scan
+from caduceus.ops.operands import ScanOperands, check_conv, check_head, check_norm, check_scan
 from caduceus.ops.packed import run_apart
 from caduceus.ops.runs import conv_by_runs, scan_by_runs
 from caduceus.ops.split import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
@@ -55,7 +55,8 @@ def selective_scan(
     its ranks: L is this rank's slice, and the states come from and go to the neighbours. `starts` (B, L) bool marks the
     first positions of packed sequences: no state crosses one. Neither goes with a state to begin from or to return.
     """
-    check_scan(u, dt, A, B, C, D, z, dt_bias, initial_state, starts)
+    operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
+    check_scan(operands, initial_state, starts)
     module = _module(backend, u)
     has_states = initial_state is not None or return_final_state
     if starts is not None:
@@ -63,10 +64,10 @@ def selective_scan(
         if has_states:
             raise ValueError("starts: packed sequences take no initial_state and give no final one")
         if _is_triton(module):
-            return module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, None, starts)[0]
+            return module.selective_scan(operands, softplus, reverse, None, starts)[0]
 
         def scan_alone(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
-            return module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, None)[0]
+            return module.selective_scan(ScanOperands(u, dt, A, B, C, D, z, dt_bias), softplus, reverse, None)[0]
 
         return run_apart(starts, scan_alone, u, dt, B, C, z)
     if context is not None:
@@ -74,14 +75,8 @@ def selective_scan(
             raise ValueError(
                 "a context carries the states between ranks; it takes no initial_state and gives no final one"
             )
-        operands = (
-            *(t[None, None] for t in (u, dt)),
-            A[None],
-            *(t[None, None] for t in (B, C)),
-            *(None if t is None else t[None] for t in (D, z, dt_bias)),
-        )
-        return scan_over_ranks(_sliced_scan(module), operands, softplus, reverse, context).squeeze(0)
-    y, state = module.selective_scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, initial_state)
+        return scan_over_ranks(_sliced_scan(module), operands.unsqueezed(), softplus, reverse, context).squeeze(0)
+    y, state = module.selective_scan(operands, softplus, reverse, initial_state)
     return (y, state) if return_final_state else y
 
 
@@ -174,23 +169,23 @@ def bidirectional_scan(
     `context` the sequence goes on over its ranks.
     `starts` (B, L) bool marks the first positions of packed sequences: no state crosses one, in either direction.
     """
-    check_scan(u, dt, A, B, C, D, z, dt_bias, None, starts, parameters="P", streams="S")
+    operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
+    check_scan(operands, None, starts, parameters="P", streams="S")
     module = _module(backend, u)
     if starts is not None:
         _refuse_context(context)
         if _is_triton(module):
-            return module.bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, starts)
+            return module.bidirectional_scan(operands, starts)
 
         def scan_alone(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
             return bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, backend=backend)
 
         return run_apart(starts, scan_alone, u, dt, B, C, z)
-    operands = (u, dt, A, B, C, D, z, dt_bias)
     if context is not None:
         return scan_over_ranks(_sliced_scan(module), operands, True, False, context)
     if hasattr(module, "bidirectional_scan"):
-        return module.bidirectional_scan(*operands)
-    return scan_by_runs(module.selective_scan, *operands)[0]
+        return module.bidirectional_scan(operands)
+    return scan_by_runs(module.selective_scan, operands)[0]
 
 
 def add_norm(

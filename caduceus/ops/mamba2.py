@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caduceus.config.model import CHUNK
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.runs import runs_backwards
 from caduceus.ops.split import Context, scan_over_ranks
 
@@ -231,19 +232,8 @@ def _no_state(x: Tensor, states: int) -> Tensor:
 class SlicedSSD:
     """`split.SlicedScan` of Mamba-2: a state is (P, S, B, H, W N), and A (P, H, 1)."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        z: None,
-        dt_bias: Tensor,
-        softplus: bool,
-        reverse: bool,
-    ) -> None:
+    def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
+        x, dt, A, B, C, D, _, dt_bias = operands
         self.operands, self.reverse = (x, dt, A, B, C, D, dt_bias), reverse
         self.shape = x.shape[:3] + x.shape[4:]
 
@@ -288,7 +278,8 @@ def _over_ranks(
     reverse: bool,
     context: Context,
 ) -> Tensor:
-    return scan_over_ranks(SlicedSSD, (x, dt, A[..., None], B, C, D, None, dt_bias), True, reverse, context)
+    operands = ScanOperands(x, dt, A[..., None], B, C, D, None, dt_bias)
+    return scan_over_ranks(SlicedSSD, operands, True, reverse, context)
 
 
 def _as_runs(operands: Operands, reverse: bool) -> tuple[Operands, list[bool]]:

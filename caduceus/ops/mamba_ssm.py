@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from caduceus.errors import UserError
+from caduceus.ops.operands import ScanOperands
 
 INSTALL = (
     "pip install einops transformers ninja packaging setuptools wheel && "
@@ -37,23 +38,14 @@ def missing() -> str | None:
 
 
 def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    initial_state: Tensor | None,
+    operands: ScanOperands, softplus: bool, reverse: bool, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `naive.selective_scan`; a gradient of the final state is refused."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     if initial_state is not None:
         raise UserError("ops.backend: mamba_ssm cannot begin from a state; choose triton")
+    u, dt, A, B, C, D, z, dt_bias = operands
     chunk_states = u.shape[0] * A.numel() * -(-u.shape[1] // _CHUNK)
     if chunk_states >= 2**31:
         raise UserError(f"ops.backend: mamba_ssm's offsets overflow at {chunk_states} chunk states; choose triton")

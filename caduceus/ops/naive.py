@@ -9,27 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.runs import scan_by_runs
 
 
 def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    initial_state: Tensor | None,
+    operands: ScanOperands, softplus: bool, reverse: bool, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t;  y_t = C_t h_t + D u_t, gated by silu(z_t)  (Gu and Dao 2023).
 
     Right-to-left (`reverse`) the recurrence starts at the last position. Returns y (B, L, E) in u's dtype and the
     state after the last step taken (B, E, N); the arithmetic is at least fp32.
     """
+    u, dt, A, B, C, D, z, dt_bias = operands
     compute = torch.promote_types(u.dtype, torch.float32)
     out_dtype = u.dtype
     u, dt, A, B, C = (t.to(compute) for t in (u, dt, A, B, C))
@@ -55,31 +47,31 @@ def selective_scan(
 class SlicedScan:
     """`split.SlicedScan` by autograd."""
 
-    def __init__(self, u, dt, A, B, C, D, z, dt_bias, softplus: bool, reverse: bool) -> None:
-        self.operands = (u, dt, A, B, C, D, z, dt_bias)
+    def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
+        self.operands = operands
         self.options = (softplus, reverse)
 
     def end_state(self) -> tuple[Tensor, Tensor]:
         _, dt, A, *_, dt_bias = self.operands
         steps = dt.to(A.dtype) if dt_bias is None else dt + dt_bias[:, None, None, None]
         steps = F.softplus(steps) if self.options[0] else steps
-        return scan_by_runs(selective_scan, *self.operands, *self.options)[1], steps.sum(3)
+        return scan_by_runs(selective_scan, self.operands, *self.options)[1], steps.sum(3)
 
     def outputs(self, initial_state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, _ = scan_by_runs(selective_scan, *self.operands, *self.options, initial_state)
+        y, _ = scan_by_runs(selective_scan, self.operands, *self.options, initial_state)
         return y, (initial_state,)
 
     def initial_gradient(self, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         (initial_state,) = kept
         with torch.enable_grad():
             initial_state = initial_state.detach().requires_grad_()
-            y, _ = scan_by_runs(selective_scan, *self.operands, *self.options, initial_state)
+            y, _ = scan_by_runs(selective_scan, self.operands, *self.options, initial_state)
             return torch.autograd.grad(y, initial_state, dy)[0]
 
     def gradients(self, dy: Tensor, final_gradient: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_() for t in self.operands]
-            outputs = scan_by_runs(selective_scan, *leaves, *self.options, *kept)
+            leaves = ScanOperands(*(None if t is None else t.detach().requires_grad_() for t in self.operands))
+            outputs = scan_by_runs(selective_scan, leaves, *self.options, *kept)
             present = [leaf for leaf in leaves if leaf is not None]
             found = iter(torch.autograd.grad(outputs, present, (dy, final_gradient)))
         return tuple(None if leaf is None else next(found) for leaf in leaves)

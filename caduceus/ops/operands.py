@@ -4,6 +4,7 @@ Shapes, types and devices only: no value is read, so that a GPU need not be wait
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +16,32 @@ Operand = tuple[str, Tensor | None, str]
 """Name, tensor, and the axes that it is to have, a letter each."""
 
 
+class ScanOperands(NamedTuple):
+    """What a selective scan reads, in the order of its arguments.
+
+    The axes are those of `caduceus.ops.selective_scan` for one direction of one stream, and those of
+    `caduceus.ops.bidirectional_scan` for all of them.
+    """
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+
+    def unsqueezed(self) -> "ScanOperands":
+        """The operands of one direction of one stream, with the axes of directions and streams in front, of size 1."""
+        u, dt, A, B, C, D, z, dt_bias = self
+        u, dt, B, C = (tensor[None, None] for tensor in (u, dt, B, C))
+        D, z, dt_bias = (None if tensor is None else tensor[None] for tensor in (D, z, dt_bias))
+        return ScanOperands(u, dt, A[None], B, C, D, z, dt_bias)
+
+
 def check_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
+    operands: ScanOperands,
     initial_state: Tensor | None,
     starts: Tensor | None,
     *,
@@ -32,23 +50,13 @@ def check_scan(
 ) -> None:
     """Operands of a scan of runs with the leading axes `parameters` + `streams` + "B"."""
     runs = parameters + streams + "B"
+    u, A = operands.u, operands.A
     sizes = _sizes("u", u, runs + "LE")
     sizes["N"] = A.shape[-1] if A.ndim else 0
-    _check_floats(
-        u,
-        sizes,
-        (
-            ("u", u, runs + "LE"),
-            ("dt", dt, runs + "LE"),
-            ("A", A, parameters + "EN"),
-            ("B", B, runs + "LN"),
-            ("C", C, runs + "LN"),
-            ("D", D, parameters + "E"),
-            ("z", z, streams + "BLE"),
-            ("dt_bias", dt_bias, parameters + "E"),
-            ("initial_state", initial_state, runs + "EN"),
-        ),
-    )
+    inner, states, vectors = runs + "LE", runs + "LN", parameters + "E"
+    axes = (inner, inner, parameters + "EN", states, states, vectors, streams + "BLE", vectors)
+    given = (*zip(ScanOperands._fields, operands, axes, strict=True), ("initial_state", initial_state, runs + "EN"))
+    _check_floats(u, sizes, given)
     _check_starts(starts, u, sizes)
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from caduceus.ops.naive import add_norm as naive_add_norm
 from caduceus.ops.naive import causal_conv1d as naive_conv
 from caduceus.ops.naive import head_cross_entropy as naive_head
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.runs import conv_by_runs, scan_by_runs
 from caduceus.ops.split import Context, Strands
 
@@ -51,7 +52,7 @@ def selective_scan(
 ) -> Tensor:
     """y (B, L, E) of `caduceus.ops.selective_scan`."""
     _refuse(context, starts)
-    return _scan(u, dt, A, B, C, D, z, dt_bias, softplus, reverse, None)[0]
+    return _scan(ScanOperands(u, dt, A, B, C, D, z, dt_bias), softplus, reverse, None)[0]
 
 
 def bidirectional_scan(
@@ -70,7 +71,7 @@ def bidirectional_scan(
 ) -> Tensor:
     """y (S, B, L, E) of `caduceus.ops.bidirectional_scan`."""
     _refuse(context, starts)
-    return scan_by_runs(_scan, u, dt, A, B, C, D, z, dt_bias)[0]
+    return scan_by_runs(_scan, ScanOperands(u, dt, A, B, C, D, z, dt_bias))[0]
 
 
 def causal_conv1d(
@@ -137,20 +138,9 @@ def _refuse(context: Context | None, starts: Tensor | None) -> None:
 
 
 @torch.compiler.disable  # which would write every step into its graph
-def _scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _scan(operands: ScanOperands, softplus: bool, reverse: bool, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `naive.selective_scan`, whose arguments these are."""
+    u, dt, A, B, C, D, z, dt_bias = operands
     compute, length = torch.promote_types(u.dtype, torch.float32), u.shape[1]
     steps = dt.to(compute) if dt_bias is None else dt.to(compute) + dt_bias.to(compute)
     steps = F.softplus(steps) if softplus else steps
@@ -161,11 +151,11 @@ def _scan(
     size = max(1, round(math.sqrt(length / 2)))
     # What fills the last piece has steps of 0, which leave a state as it is.
     pieces = [F.pad(t, (0, 0, 0, -length % size)).unflatten(1, (-1, size)) for t in (steps, inputs, B, C)]
-    operands = (*(piece.to(compute) for piece in pieces), A.to(compute), state, reverse)
+    inside = (*(piece.to(compute) for piece in pieces), A.to(compute), state, reverse)
     if torch.is_grad_enabled():  # every step would keep its state for the backward pass
-        y, state = checkpoint(_scan_pieces, *operands, use_reentrant=False)
+        y, state = checkpoint(_scan_pieces, *inside, use_reentrant=False)
     else:
-        y, state = _scan_pieces(*operands)
+        y, state = _scan_pieces(*inside)
     y = y.flatten(1, 2)[:, :length]
     if D is not None:
         y = y + D.to(compute) * inputs

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from caduceus.ops.operands import ScanOperands
+
 
 def runs_backwards(direction: int, stream: int, reverse: bool = False) -> bool:
     """Whether a run goes right-to-left: odd streams, as the other strand is, have the directions exchanged."""
@@ -14,14 +16,7 @@ def runs_backwards(direction: int, stream: int, reverse: bool = False) -> bool:
 
 def scan_by_runs(
     scan: Callable[..., tuple[Tensor, Tensor]],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
+    operands: ScanOperands,
     softplus: bool = True,
     reverse: bool = False,
     initial_state: Tensor | None = None,
@@ -30,6 +25,7 @@ def scan_by_runs(
 
     Operands as of `caduceus.ops.bidirectional_scan`, initial_state (P, S, B, E, N).
     """
+    u, dt, A, B, C, D, z, dt_bias = operands
     directions, streams = u.shape[:2]
     u, dt, B, C, initial_state = (_unbound(t, directions, streams) for t in (u, dt, B, C, initial_state))
     A, D, dt_bias = (_unbound(t, directions) for t in (A, D, dt_bias))
@@ -39,14 +35,7 @@ def scan_by_runs(
         y, final = zip(
             *(
                 scan(
-                    u[d][s],
-                    dt[d][s],
-                    A[d],
-                    B[d][s],
-                    C[d][s],
-                    D[d],
-                    z[s],
-                    dt_bias[d],
+                    ScanOperands(u[d][s], dt[d][s], A[d], B[d][s], C[d][s], D[d], z[s], dt_bias[d]),
                     softplus,
                     runs_backwards(d, s, reverse),
                     initial_state[d][s],

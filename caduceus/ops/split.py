@@ -9,11 +9,12 @@ its length. Strands on ranks of their own meet in the logits alone.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.runs import runs_backwards
 
 
@@ -51,7 +52,7 @@ class SlicedScan(Protocol):
     directions. A state is (P, S, B, E, N).
     """
 
-    def __init__(self, *operands: Any) -> None: ...
+    def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None: ...
 
     def end_state(self) -> tuple[Tensor, Tensor]:
         """The state in which a scan from zero ends, and the sum of the step sizes (P, S, B, E)."""
@@ -68,11 +69,7 @@ class SlicedScan(Protocol):
 
 @torch.compiler.disable  # exchanges are not for a compiled graph; what lies between them is
 def scan_over_ranks(
-    sliced: type[SlicedScan],
-    operands: tuple[Tensor | None, ...],
-    softplus: bool,
-    reverse: bool,
-    context: Context,
+    sliced: type[SlicedScan], operands: ScanOperands, softplus: bool, reverse: bool, context: Context
 ) -> Tensor:
     """y (S, B, L, E) of this rank's slice. `operands` as of `caduceus.ops.bidirectional_scan`."""
     return _ScanOverRanks.apply(sliced, softplus, reverse, context, *operands)
@@ -80,12 +77,13 @@ def scan_over_ranks(
 
 class _ScanOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sliced, softplus, reverse, context, *operands):
-        scan = sliced(*operands, softplus, reverse)
+    def forward(ctx, sliced, softplus, reverse, context, *tensors):
+        operands = ScanOperands(*tensors)
+        scan = sliced(operands, softplus, reverse)
         state, steps = scan.end_state()
         gathered = context.all_gather(torch.cat([steps[..., None], state], dim=-1))
         steps, states = gathered[..., 0].contiguous(), gathered[..., 1:]
-        y, kept = scan.outputs(carried(states, steps, operands[2], context, reverse))
+        y, kept = scan.outputs(carried(states, steps, operands.A, context, reverse))
         ctx.save_for_backward(*operands, steps, *kept)
         ctx.sliced, ctx.softplus, ctx.reverse, ctx.context = sliced, softplus, reverse, context
         return y
@@ -93,10 +91,10 @@ class _ScanOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         saved = ctx.saved_tensors  # to be asked for once: recomputed activations are unpacked then
-        operands, steps, kept = saved[:8], saved[8], saved[9:]
-        scan = ctx.sliced(*operands, ctx.softplus, ctx.reverse)
+        operands, steps, kept = ScanOperands(*saved[:8]), saved[8], saved[9:]
+        scan = ctx.sliced(operands, ctx.softplus, ctx.reverse)
         adjoints = ctx.context.all_gather(scan.initial_gradient(dy, kept))
-        final = carried(adjoints, steps, operands[2], ctx.context, not ctx.reverse)
+        final = carried(adjoints, steps, operands.A, ctx.context, not ctx.reverse)
         return None, None, None, None, *scan.gradients(dy, final, kept)
 
 

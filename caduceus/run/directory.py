@@ -1,11 +1,13 @@
 """A run directory: where everything of one run lies, and which of its checkpoints can be trusted. Imports no torch.
 
 config.yaml          the configuration as asked for    resolved.yaml     what every `auto` became at the last start
+allowed_commands.json                                  commands in it that its user allowed, where there are any
 provenance.json      code, packages, hosts, fingerprints
 metrics.jsonl        one JSON object per line          logs/  wandb/  report/  export/  windows/  profile/
 events.jsonl         starts, checkpoints, rewinds and ends, of all starts
 checkpoints/step-00001000/COMPLETE                     marker, written last: sizes and sha256 of the checkpoint's files
 checkpoints/latest                                     link to the newest complete checkpoint
+checkpoints/best  best.json                            link to that of `checkpoint.best`, and its step and value
 checkpoints/damaged-step-00002000                      set aside by a start that found it damaged; counts for nothing
 """
 
@@ -28,6 +30,7 @@ from caduceus.run.provenance import provenance
 from caduceus.run.rows import cut_after, newest_rows
 
 _STEPS = re.compile(r"^train:\n(?:  .*\n)*?  steps: (\d+)\n", re.MULTILINE)
+_BEST = "best.json"
 OPTIMIZER_STATE = ("train.optimizer", "train.lr_scale", "train.ema")
 """Keys that fix what a checkpoint holds of the optimizer."""
 
@@ -175,7 +178,7 @@ class RunDirectory:
         if newest is None:
             (self.checkpoints_path / "latest").unlink(missing_ok=True)
         else:
-            self._link_latest(newest.path)
+            self._link("latest", newest.path)
         return newest
 
     def complete_checkpoint(self, written: Path, step: int, facts: dict[str, Any]) -> Checkpoint:
@@ -190,30 +193,44 @@ class RunDirectory:
         if final.exists():
             self._remove(final)
         written.rename(final)
-        self._link_latest(final)
+        self._link("latest", final)
         sync(self.checkpoints_path)
         return Checkpoint(final, step)
+
+    def best(self) -> dict[str, Any] | None:
+        """The `step` of the best checkpoint, with `metric`, `is` and `value`; None where there is none."""
+        try:
+            best = json.loads((self.checkpoints_path / _BEST).read_text())
+            return best if (self.checkpoint_path(best["step"]) / MARKER).is_file() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep_best(self, step: int, facts: dict[str, Any]) -> None:
+        """Make the complete checkpoint of `step` the best one; `facts`: as `best` tells them."""
+        write_atomically(self.checkpoints_path / _BEST, dump_json({"step": step, **facts}))
+        self._link("best", self.checkpoint_path(step))
 
     def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_step: int | None = None) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
-        Those of steps that `keep_every` divides stay for good (0: none), and that of `keep_step`. Of damaged ones that
-        were set aside, as many stay as of the others.
+        Those of steps that `keep_every` divides stay for good (0: none), that of `keep_step`, and the best. Of damaged
+        ones that were set aside, as many stay as of the others.
         """
+        kept = {keep_step, (self.best() or {}).get("step")}
         for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
             shutil.rmtree(leftover)
         for checkpoint in self.checkpoints()[:-keep] if keep else []:
-            if checkpoint.step != keep_step and (not keep_every or checkpoint.step % keep_every):
+            if checkpoint.step not in kept and (not keep_every or checkpoint.step % keep_every):
                 self._remove(checkpoint.path)
         for damaged in sorted(self.checkpoints_path.glob("damaged-step-*"))[:-keep] if keep else []:
             shutil.rmtree(damaged)
             _log.warning("%s: removed, as checkpoint.keep=%d newer damaged ones are kept", damaged, keep)
 
-    def _link_latest(self, checkpoint: Path) -> None:
-        link = self.checkpoints_path / f".latest.{os.getpid()}"
+    def _link(self, name: str, checkpoint: Path) -> None:
+        link = self.checkpoints_path / f".{name}.{os.getpid()}"
         link.unlink(missing_ok=True)
         link.symlink_to(checkpoint.name)
-        link.replace(self.checkpoints_path / "latest")
+        link.replace(self.checkpoints_path / name)
 
     def _remove(self, checkpoint: Path) -> None:
         # Under its own name, a kill would leave a checkpoint that is there in part.
@@ -273,7 +290,13 @@ class RunDirectory:
             else:
                 way_on = f"; choose another run.dir, or go on with the change by run.allow_change=[{key.name}]"
             values = f"{key.name}={_shown(change.before)}, not {_shown(change.now)}"
-            raise UserError(f"run.dir: {self.path} holds a run with {values}{way_on}")
+            raise UserError(f"run.dir: {self.path} holds a run with {values}{way_on}{self._newest_if_damaged()}")
+
+    def _newest_if_damaged(self) -> str:
+        """What to add to a refusal where the newest checkpoint cannot tell with which values it was made."""
+        newest = self.checkpoints()[-1:]
+        damage = newest[0].damage(contents=False) if newest else None
+        return f" (compared with an older one, as {newest[0].path.name} is damaged: {damage})" if damage else ""
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from caduceus.files import append_json_line, read_json_lines
 
-KINDS = ("start", "skipped", "rewind", "checkpoint", "stalled", "stopped", "failed", "finished")
+KINDS = ("start", "skipped", "rewind", "checkpoint", "stalled", "stopped", "failed", "finished", "evaluation failed")
 """stopped: with a checkpoint, to go on later; skipped: a step that updated nothing."""
 
 

@@ -94,8 +94,11 @@ class Checkpoints:
         every = self._config.checkpoint.export_every
         return every > 0 and step % every == 0
 
-    def save(self, progress: Progress) -> None:
-        """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well."""
+    def save(self, progress: Progress, best: dict[str, Any] | None = None) -> None:
+        """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well.
+
+        best: what makes it the best one of the run, as of `RunDirectory.keep_best`; None where it is not.
+        """
         self.wait()
         self._began = time.monotonic()
         progress.health.rewinds = 0
@@ -110,7 +113,7 @@ class Checkpoints:
         writing = self._ranks.broadcast(writing)
         save = self._strategy.save
         write = self._strategy.stage(self.group) if self._behind else lambda directory: save(directory, self.group)
-        arguments = (write, writing, asdict(progress), _rng_state())
+        arguments = (write, writing, asdict(progress), rng_state(), best)
         if self._behind:
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
@@ -198,7 +201,12 @@ class Checkpoints:
         return replace(before, loader=position, health=health)
 
     def _write(
-        self, write: Callable[[Path], None], writing: Path, progress: dict[str, Any], rng: dict[str, Any]
+        self,
+        write: Callable[[Path], None],
+        writing: Path,
+        progress: dict[str, Any],
+        rng: dict[str, Any],
+        best: dict[str, Any] | None,
     ) -> None:
         try:
             if self._ranks.device.type == "cuda":  # a new thread begins on the first GPU, of which it would take a part
@@ -211,6 +219,8 @@ class Checkpoints:
                 samples = progress["loader"]["samples_consumed"]
                 facts = {"samples": samples, "config": config_to_dict(self._config)}
                 self._run.complete_checkpoint(writing, progress["step"], facts)
+                if best is not None:
+                    self._run.keep_best(progress["step"], best)
                 seconds = round(time.monotonic() - self._began, 3)
                 record_event(self._run.path, "checkpoint", progress["step"], seconds=seconds)
                 self._remove_old(progress["decay_start"])
@@ -260,20 +270,22 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
             raise
         raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
     with strategy.ranks.agreeing():
-        _set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
+        set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
         values = json.loads((checkpoint.path / "progress.json").read_text())
         values.pop("wandb_id", None)  # stood here once; the run directory keeps it
     return Progress(**{**values, "health": Health(**values["health"])})
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
+    """Where this process's generators of random numbers stand."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the generators of random numbers where `rng_state` found them."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -16,6 +16,7 @@ from caduceus.distributed.build import build_model, build_strategy, choose_strat
 from caduceus.distributed.initialisation import starting_weights
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
+from caduceus.evaluate.in_loop import InLoop, check_evaluations, evaluations_in
 from caduceus.files import write_atomically
 from caduceus.ops.backends import resolve_backend
 from caduceus.run.directory import RunDirectory
@@ -70,11 +71,12 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Opened:
-    """The run directory, which the main rank holds, and this rank's part of the data."""
+    """The run directory, which the main rank holds, this rank's part of the data, and the evaluations to come."""
 
     run: RunDirectory
     loader: TrainLoader
     validation: ValidationLoader | None
+    evaluations: list[InLoop]
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def open_run(config: Config, ranks: Ranks) -> Opened:
     run = RunDirectory(config.run.dir)
     with ranks.agreeing():
         check_model(config, ranks.device)
+        evaluations = evaluations_in(config)
         loader = build_loader(config, "train", **part, largest_of_peers=peers)
         validation = build_validation(config, **part) if config.valid.every else None
         if ranks.is_main:
@@ -106,9 +109,10 @@ def open_run(config: Config, ranks: Ranks) -> Opened:
                 branch_point(config)
             if config.train.init_from is not None and not run.checkpoints():
                 starting_weights(config.train.init_from, config.model)
+            check_evaluations(evaluations, config.checkpoint.best)
             run = RunDirectory.create_or_resume(config)
     refuse_other_data(loader, ranks)
-    return Opened(run, loader, validation)
+    return Opened(run, loader, validation, evaluations)
 
 
 def set_up(config: Config, ranks: Ranks, opened: Opened, started: float) -> Setup:

@@ -19,6 +19,7 @@ from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
+from caduceus.train.evaluating import Best, Evaluations
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
 from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.optimizer import averaged_weights
@@ -81,6 +82,9 @@ def _loop(
     """Steps until the last one or a stop; returns the exit status."""
     config, strategy, checkpoints, progress = setup.config, setup.strategy, setup.checkpoints, setup.progress
     run, loader, validation = opened.run, opened.loader, opened.validation
+    evaluations = Evaluations(config, run, opened.evaluations, monitor, stop, watchdog)
+    best = Best(config.checkpoint, strategy, run)
+    best.keep(progress.step, evaluations.missing(strategy, progress.step))
     batches = iter(loader)
     while progress.step < config.train.steps:
         step = progress.step + 1
@@ -97,10 +101,12 @@ def _loop(
                 with strategy.ranks.agreeing(), run.telling_of_disks():
                     monitor.rewind(progress.step)
                 continue
-        last = progress.step == config.train.steps
+        last, told = progress.step == config.train.steps, {}
         if validation is not None and (last or progress.step % config.valid.every == 0):
             with refusing_what_is_too_large(config, strategy.ranks):
-                monitor.log_validation(*_validate(strategy, validation, watchdog, config, progress.step))
+                told, windows = _validate(strategy, validation, watchdog, config, progress.step)
+            monitor.log_validation(told, windows)
+        is_best = best.take(progress.step, {**told, **evaluations.after(strategy, progress.step)})
         with watchdog.over(f"the agreement after step {progress.step}"):
             wishes = strategy.ranks.gather(
                 [stop.requested and not last, stop.save_requested(), checkpoints.failed, stop.taken_over()]
@@ -109,8 +115,8 @@ def _loop(
         if taken_over:
             raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
         with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
-            if last or stopping or saving or checkpoints.are_due(progress):
-                checkpoints.save(progress)
+            if last or stopping or saving or is_best or checkpoints.are_due(progress):
+                checkpoints.save(progress, is_best)
             if last or stopping or failed:
                 checkpoints.wait()
         if last or stopping:

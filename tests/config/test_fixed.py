@@ -93,6 +93,8 @@ OTHER: dict[str, Any] = {
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 3,
     "checkpoint.export_every": 2,
+    "checkpoint.best": "valid_loss",
+    "checkpoint.best_is": "min",
     "checkpoint.async": False,
     "run.dir": "moved",
     "run.name": "another",
@@ -149,6 +151,8 @@ def changed(config: Config, name: str, tmp_path: Path) -> Config:
         value = str(tmp_path / "cache")
     shutil.copytree(config.run.dir, tmp_path / "moved", symlinks=True)
     config.run.dir = str(tmp_path / "moved")
+    if name == "checkpoint.best":
+        config.checkpoint.best_is = "min"
     if name != "run.dir":
         setattr(getattr(config, KEYS[name].section), KEYS[name].attribute, value)
     return config

@@ -1,6 +1,7 @@
 """An address runs a command only where the user typed it or allowed it, and no other address ever reaches a shell."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from caduceus.config import Config, load_config, save_config
+from caduceus.config.load import ALLOWED
 from caduceus.data import build_loader, build_validation
 from caduceus.data.remote import RemoteError, read_chunks
 from caduceus.errors import UserError
@@ -89,6 +91,44 @@ def test_what_the_command_line_or_the_key_allows_runs_and_is_shown(
         mark.unlink()
         save_config(config, tmp_path / "resolved.yaml")  # what a run is resumed from
         assert load_config(tmp_path / "resolved.yaml").data.allow_commands
+
+
+def test_a_run_remembers_what_was_allowed_and_its_configuration_does_not_hand_it_on(
+    load: Callable[..., Config], mark: Path, shards: Path, tmp_path: Path
+) -> None:
+    whole = f"pipe:touch {mark}; cat {shards}/{{}}"
+    run, taken = tmp_path / "run" / "config.yaml", tmp_path / "mine" / "config.yaml"
+    taken.parent.mkdir()
+    for asked in (load({}, f"data.path={whole}"), load({"path": whole}, "data.allow_commands=true")):
+        run.parent.mkdir(exist_ok=True)
+        save_config(asked, run)
+        assert load_config(run) == asked  # as a resume or a job of the run loads it
+        open_all(load_config(run, ["train.lr=1e-3"]))
+        assert mark.exists()
+        mark.unlink()
+        shutil.copy(run, taken)
+        with pytest.raises(UserError, match="runs a command"):
+            open_all(load_config(taken))
+        shutil.rmtree(run.parent)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("change", ["another command", "another user", "damaged"])
+def test_what_was_allowed_is_for_these_commands_and_this_user(
+    load: Callable[..., Config], mark: Path, shards: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "config.yaml"
+    save_config(load({}, f"data.path=pipe:cat {shards}/{{}}"), run)
+    if change == "another command":
+        run.write_text(run.read_text().replace("pipe:cat", f"pipe:touch {mark}; cat"))
+    elif change == "another user":
+        monkeypatch.setattr("os.getuid", lambda: 12345)
+    else:
+        (tmp_path / ALLOWED).write_text("[")
+    with pytest.raises(UserError, match="runs a command"):
+        open_all(load_config(run))
+    assert not mark.exists()
+    open_all(load_config(run, ["data.allow_commands=true"]))  # as the line advises
 
 
 def test_what_was_typed_allows_no_command_of_the_file(load: Callable[..., Config], mark: Path, tar: Path) -> None:

@@ -1,8 +1,12 @@
 """Records the collectives of this rank, in their order, as they reach torch's process groups."""
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -69,6 +73,23 @@ class Recorder(TorchDispatchMode):
             kind: sum(call.bytes for call in self.calls if call.kind == kind)
             for kind in {call.kind for call in self.calls}
         }
+
+
+@contextlib.contextmanager
+def recording_threads() -> Iterator[list[list[Call]]]:
+    """Gives the calls of this thread and of each that starts within, in the order of their starts."""
+    calls: list[list[Call]] = []
+    run = threading.Thread.run
+
+    def run_recorded(thread: threading.Thread) -> None:
+        with Recorder() as recorder:
+            calls.append(recorder.calls)
+            run(thread)
+
+    with pytest.MonkeyPatch.context() as patch, Recorder() as recorder:
+        calls.append(recorder.calls)
+        patch.setattr(threading.Thread, "run", run_recorded)
+        yield calls
 
 
 def _bytes(name: str, args: tuple) -> int:

@@ -40,7 +40,10 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "places.bed").write_text("chr2\t500\t504\n")
     bases = (tmp_path / "genome.fa").read_text().split("\n")[9]  # the ninth line of chr1
     row = "\t".join(["chr1", "481", ".", bases[0].upper(), "AC" if bases[0] in "Gg" else "GA"])
-    (tmp_path / "variants.vcf").write_text(f"##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\n{row}\n")
+    head = "#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO"
+    other = row.replace("481", "482").replace(f"\t{bases[0].upper()}\t", f"\t{bases[1].upper()}\t")
+    labels = [f"{row}\t.\t.\tCLNSIG=Pathogenic", f"{other}\t.\t.\tCLNSIG=Benign"]
+    (tmp_path / "variants.vcf").write_text("\n".join(["##fileformat=VCFv4.2", head, *labels, ""]))
     (tmp_path / "variants.tsv").write_text(f"chrom\tpos\tid\tref\talt\n{row}\n")
     return tmp_path
 

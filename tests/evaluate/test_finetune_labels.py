@@ -14,7 +14,7 @@ from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.examples import ExampleLoader, Examples, WithLoss, label_tensors
 from caduceus.evaluate.finetune import finetune
 from caduceus.evaluate.labelled import LabelledTable, Task, find_task
-from caduceus.evaluate.labelled_sources import LabelledSource, labelled_tables
+from caduceus.evaluate.labelled_sources import LabelledSource, tables_of
 from caduceus.evaluate.metrics import measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.predict import Predictor
@@ -167,7 +167,7 @@ def test_places_of_a_genome_are_labelled_by_their_names_or_a_bigwig(tmp_path: Pa
 
     def rows(name: str, **given: object) -> dict:
         source = LabelledSource(genome=tmp_path / "g.fa", **given)
-        return read_columns(labelled_tables(files, source, columns, tmp_path / name)["train"].path).values
+        return read_columns(tables_of(files, source, columns, tmp_path / name)["train"].path).values
 
     assert rows("a") == {
         "sequence": [genome[10:30], genome[40:60], genome[100:120]],
@@ -188,7 +188,7 @@ def test_places_of_a_genome_are_labelled_by_their_names_or_a_bigwig(tmp_path: Pa
         ({"signal": "sum"}, "--signal: choose one of mean, max"),
     ):
         with pytest.raises(UserError) as caught:
-            labelled_tables(files, LabelledSource(**{"genome": tmp_path / "g.fa", **given}), columns, tmp_path / "e")
+            tables_of(files, LabelledSource(**{"genome": tmp_path / "g.fa", **given}), columns, tmp_path / "e")
         assert message in str(caught.value)
 
 
@@ -196,18 +196,18 @@ def test_fasta_and_folders_of_benchmarks_are_taken_as_they_are(tmp_path: Path) -
     (tmp_path / "x.fna").write_text(">a|1\nAC\nGT\n>b|0\nGGGG\n")
     columns = ("sequence", "label", None)
     files = {"train": tmp_path / "x.fna", "valid": None, "test": None}
-    table = labelled_tables(files, LabelledSource(), columns, tmp_path / "out")["train"]
+    table = tables_of(files, LabelledSource(), columns, tmp_path / "out")["train"]
     assert read_columns(table.path).values == {"sequence": ["ACGT", "GGGG"], "label": ["1", "0"]}
     (tmp_path / "tf").mkdir()
     for name in ("train", "dev", "test"):
         (tmp_path / "tf" / f"{name}.csv").write_text(f"sequence,label\nACGT,{name}\n")
-    found = labelled_tables({"train": tmp_path / "tf"}, LabelledSource(), columns, tmp_path / "out")
+    found = tables_of({"train": tmp_path / "tf"}, LabelledSource(), columns, tmp_path / "out")
     assert {split: table.path.name for split, table in found.items()} == {
         "train": "train.csv", "valid": "dev.csv", "test": "test.csv",
     }  # fmt: skip
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no train split"):
-        labelled_tables({"train": tmp_path / "empty"}, LabelledSource(), columns, tmp_path / "out")
+        tables_of({"train": tmp_path / "empty"}, LabelledSource(), columns, tmp_path / "out")
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None:

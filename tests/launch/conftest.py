@@ -68,11 +68,12 @@ class FakeSlurm:
             "reason": "None",
             "restarts": 0,
             "preempted": "",
-        }
-        job |= {"preempted": ""} | facts
+            "nodes": "n0",
+        } | facts
         own = "7|7_N/A|{state}|{left}|{excluded}|{reason}".format(**job)
         starts = "7|7|N/A|{restarts}|{preempted}|".format(**job)
-        self.answer("squeue", f"case \"$*\" in *RestartCnt*) echo '{starts}';; *) echo '{own}';; esac")
+        cases = f"*RestartCnt*) echo '{starts}';; *%N) echo '7|7_N/A|{job['nodes']}';; *) echo '{own}';;"
+        self.answer("squeue", f'case "$*" in {cases} esac')
 
     def asked(self, command: str) -> list[str]:
         """The arguments of each call of a command, save those of sbatch that submit nothing."""

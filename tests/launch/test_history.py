@@ -97,12 +97,12 @@ def leave_ends(run: RunDirectory, restart: int, ends: dict[int, Exception | None
 @pytest.mark.parametrize(
     ("ends", "next_job", "reason"),
     [
-        (SAVED, "7", history.TAKEN),
-        (SAVED, "8", history.SIGNAL),
-        ({0: None}, "7", history.TAKEN),
-        ({1: None}, "7", history.LOST),
-        (CRASHED, "7", history.LOST),
-        ({}, "7", history.LOST),
+        (SAVED, "7", history.Reason.TAKEN),
+        (SAVED, "8", history.Reason.SIGNAL),
+        ({0: None}, "7", history.Reason.TAKEN),
+        ({1: None}, "7", history.Reason.LOST),
+        (CRASHED, "7", history.Reason.LOST),
+        ({}, "7", history.Reason.LOST),
     ],
 )
 def test_ends_of_the_ranks_count_where_their_job_wrote_none(run, ends, next_job, reason):
@@ -116,10 +116,11 @@ def test_ends_of_the_ranks_count_where_their_job_wrote_none(run, ends, next_job,
 @pytest.mark.parametrize(
     ("slurm", "ends", "state", "why"),
     [
-        ("TIMEOUT", SAVED, "interrupted", history.TIME_LIMIT),
-        ("PREEMPTED", SAVED, "interrupted", history.PREEMPTED),
+        ("TIMEOUT", SAVED, "interrupted", history.Reason.TIME_LIMIT),
+        ("PREEMPTED", SAVED, "interrupted", history.Reason.PREEMPTED),
         ("CANCELLED by 1000", SAVED, "cancelled", None),
-        ("", SAVED, "interrupted", history.SIGNAL),
+        ("NODE_FAIL", SAVED, "interrupted", history.Reason.SIGNAL),
+        ("", SAVED, "interrupted", history.Reason.SIGNAL),
         ("CANCELLED", CRASHED, "failed", "ValueError: 3"),
         ("CANCELLED", {}, "lost", "job 7 ended as CANCELLED; last sign of life: none"),
     ],
@@ -139,24 +140,26 @@ def test_the_newest_attempt_ended_as_its_ranks_say(run, fake_slurm, slurm, ends,
 @pytest.mark.parametrize(
     ("status", "job", "reason"),
     [
-        (0, RUNNING, history.SIGNAL),
-        (0, OwnJob("RUNNING", "None", False, 130, "", 0), history.TIME_LIMIT),
-        (0, OwnJob("RUNNING", "None", True, 1e6, "", 0), history.PREEMPTED),
-        (137, RUNNING, history.FAILED),
-        (143, OwnJob("COMPLETING", "TimeLimit", False, 0, "", 0), history.TIME_LIMIT),
-        (143, OwnJob("COMPLETING", "None", False, 1e6, "", 0), history.TAKEN),
+        (0, RUNNING, history.Reason.SIGNAL),
+        (0, OwnJob("RUNNING", "None", False, 130, "", 0), history.Reason.TIME_LIMIT),
+        (0, OwnJob("RUNNING", "None", True, 1e6, "", 0), history.Reason.PREEMPTED),
+        (137, RUNNING, history.Reason.FAILED),
+        (143, OwnJob("COMPLETING", "TimeLimit", False, 0, "", 0), history.Reason.TIME_LIMIT),
+        (143, OwnJob("COMPLETING", "None", False, 1e6, "", 0), history.Reason.TAKEN),
     ],
 )
 def test_why_a_job_ended(run, status, job, reason):
     assert why_ended(run, status, job, [], signal_seconds=120) == reason
     (run.path / "STOP").touch()
-    assert why_ended(run, status, job, [], signal_seconds=120) == (history.FAILED if status else history.STOPPED)
+    assert why_ended(run, status, job, [], signal_seconds=120) == (
+        history.Reason.FAILED if status else history.Reason.STOPPED
+    )
     add_checkpoint(run, 100)
-    assert why_ended(run, status, job, [], signal_seconds=120) == history.COMPLETE
+    assert why_ended(run, status, job, [], signal_seconds=120) == history.Reason.COMPLETE
 
 
 def test_a_failure_on_a_bad_node_is_the_node_s(run):
-    assert why_ended(run, 2, RUNNING, ["n3"], signal_seconds=120) == history.BAD_NODE
+    assert why_ended(run, 2, RUNNING, ["n3"], signal_seconds=120) == history.Reason.BAD_NODE
 
 
 LOST = RuntimeError("Connection closed by peer")
@@ -243,3 +246,26 @@ def test_numbers_of_a_run(run):
     now = overview(run)
     assert (now.state, now.step, now.steps, now.loss, now.valid_loss) == ("interrupted", 3, 100, 1.0, 1.5)
     assert (now.tokens_per_second, now.seconds_left) == (10.0, 2.0 * 97)
+
+
+@pytest.mark.parametrize(("words", "state"), [("ended by SLURM", "cancelled"), ("cancelled", "cancelled")])
+def test_a_cancelled_job_is_told_by_type_in_old_histories_as_well(run, words, state):
+    record_submission(run, Submission(run.path, ["7"], "local", run.logs_path, {}))
+    add_attempt(run, 0, words, 0, 0)
+    assert isinstance(attempts(run)[0].reason, history.Reason)
+    assert overview(run).state == state
+
+
+def test_words_of_an_end_that_nobody_wrote_are_told(run):
+    add_attempt(run, 0, "eaten", 0, 0)
+    with pytest.raises(UserError, match=r"attempts\.jsonl: no end is called 'eaten' here"):
+        attempts(run)
+
+
+def test_slurm_is_not_asked_about_a_process_of_this_machine(run, fake_slurm):
+    """Its number may be that of anybody's job."""
+    record_submission(run, Submission(run.path, ["7"], "local", run.logs_path, {}))
+    add_attempt(run, 0, None, 0, 0)
+    fake_slurm.answer("sacct", "echo CANCELLED")
+    assert overview(run).why == "job 7 on this machine is gone; last sign of life: none"
+    assert fake_slurm.asked("squeue") == fake_slurm.asked("sacct") == []

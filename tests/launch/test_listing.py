@@ -79,7 +79,7 @@ def test_slurm_is_asked_once_about_all_runs_and_one_that_waits_again_is_seen(run
     for number, run in enumerate(runs):
         record_submission(run, Submission(run.path, [str(12 + number)], "slurm", run.logs_path, {}))
         history.record(run, "start", str(12 + number), 0, nodes="n", tasks=1, step=0)
-        history.record(run, "end", str(12 + number), 0, reason=history.STOPPED, step=0, error=None)
+        history.record(run, "end", str(12 + number), 0, reason=history.Reason.STOPPED, step=0, error=None)
         age(run)
     for expected in (["a", "b", "c"], []):
         assert looked_at(monkeypatch, tmp_path / "runs")[1] == expected

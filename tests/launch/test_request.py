@@ -63,6 +63,9 @@ def test_options_win_over_the_preset_and_mappings_add_up(tmp_path):
         ("gpu_request: gpus", "gpu_request: choose"),
         ("gpus_per_node: 2\ntasks_per_node: 3", "3 processes cannot share a node's 2 GPUs"),
         ("executor: local\nnodes: 2", "use --tasks-per-node"),
+        ("spare: -1", "spare: must be at least 0, got -1"),
+        ("executor: local\nspare: 1", "spare: only a job of SLURM can hold further nodes, and the executor is local"),
+        ("sbatch: {no-kill: true}", "sbatch: no-kill: is set by --spare"),
         ("executor: debug\ntasks_per_node: 2", "debug runs in this one process"),
         ("time: '2'\nsignal_seconds: 120", "nothing is left"),
     ],
@@ -160,6 +163,14 @@ def test_what_sbatch_would_be_told_twice_is_refused(preset, options, message):
     with pytest.raises(UserError, match=message) as error:
         load_request(preset, options)
     assert "\n" not in str(error.value)
+
+
+def test_spare_nodes_are_asked_for_and_left_idle():
+    parameters = sbatch_parameters(load_request("h100x8", {"nodes": 4, "spare": 2}), "name")
+    assert parameters["nodes"] == 6 and parameters["additional_parameters"]["no-kill"] is True
+    assert parameters["srun_args"][:3] == ["--kill-on-bad-exit=1", "--nodes=4", "--ntasks=32"]
+    parameters = sbatch_parameters(load_request("h100x8", {"nodes": 4}), "name")
+    assert "no-kill" not in parameters["additional_parameters"] and "--nodes=4" not in parameters["srun_args"]
 
 
 def test_no_time_limit_is_sbatch_s_zero():

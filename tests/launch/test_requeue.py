@@ -54,17 +54,17 @@ def test_a_job_whose_time_is_up_before_its_save_goes_back_into_the_queue(run, mo
     fake_slurm.shows(**TIMED_OUT)
     ended(run, monkeypatch, "TERM")
     assert fake_slurm.asked("scontrol").count("requeue 7") == 1
-    assert history.attempts(run)[-1].reason == history.UNSAVED
+    assert history.attempts(run)[-1].reason == history.Reason.UNSAVED
     ended(run, monkeypatch, 143)  # KillWait was not long enough for the save, but for the processes to end
-    assert history.attempts(run)[-1].reason == history.UNSAVED
+    assert history.attempts(run)[-1].reason == history.Reason.UNSAVED
     add_checkpoint(run, 5)
     ended(run, monkeypatch, 0)  # it was long enough
     [only] = history.attempts(run)
-    assert (only.reason, only.step, only.error) == (history.TIME_LIMIT, 5, None)
+    assert (only.reason, only.step, only.error) == (history.Reason.TIME_LIMIT, 5, None)
     assert fake_slurm.asked("scontrol").count("requeue 7") == 1, "once is enough"
 
 
-@pytest.mark.parametrize(("file", "reason"), [("STOP", None), ("attempts.jsonl", history.UNSAVED)])
+@pytest.mark.parametrize(("file", "reason"), [("STOP", None), ("attempts.jsonl", history.Reason.UNSAVED)])
 def test_a_stopped_run_and_one_whose_saves_never_fit_do_not_go_back(run, monkeypatch, fake_slurm, file, reason, capsys):
     (run.path / file).touch()
     for restart in range(3):
@@ -92,7 +92,12 @@ BY_HAND = "the run does not go on by itself: python launch/runs.py resume "
 
 @pytest.mark.parametrize(
     ("status", "minutes_left", "reason"),
-    [(1, None, history.FAILED), (0, None, history.SIGNAL), (0, 1, history.TIME_LIMIT), (143, -1, history.TIME_LIMIT)],
+    [
+        (1, None, history.Reason.FAILED),
+        (0, None, history.Reason.SIGNAL),
+        (0, 1, history.Reason.TIME_LIMIT),
+        (143, -1, history.Reason.TIME_LIMIT),
+    ],
 )
 def test_an_end_in_a_container_without_slurm_s_commands(
     without_slurm, monkeypatch, capsys, status, minutes_left, reason
@@ -111,7 +116,7 @@ def test_a_time_limit_in_such_a_container_is_seen_by_the_clock(without_slurm, mo
     assert ended(without_slurm, monkeypatch, "TERM") == 0  # it may be anything
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) - 1))
     assert ended(without_slurm, monkeypatch, "TERM") == 1
-    assert history.attempts(without_slurm)[-1].reason == history.UNSAVED
+    assert history.attempts(without_slurm)[-1].reason == history.Reason.UNSAVED
 
 
 def test_a_complete_run_of_a_chain_ends_well_in_such_a_container(without_slurm, monkeypatch, capsys):
@@ -119,7 +124,7 @@ def test_a_complete_run_of_a_chain_ends_well_in_such_a_container(without_slurm, 
     record_submission(without_slurm, replace(submission, jobs=["7", "8"]))
     add_checkpoint(without_slurm, without_slurm.config().train.steps)
     assert ended(without_slurm, monkeypatch, 0) == 0
-    assert history.attempts(without_slurm)[-1].reason == history.COMPLETE
+    assert history.attempts(without_slurm)[-1].reason == history.Reason.COMPLETE
     assert "no scancel on this machine" in capsys.readouterr().out
 
 
@@ -140,13 +145,13 @@ def test_a_requeue_that_slurm_refuses_is_told_in_a_line(run, monkeypatch, fake_s
     assert (
         f"scontrol requeue 7: Requested operation is presently disabled for job 7; {BY_HAND}" in capsys.readouterr().out
     )
-    assert history.attempts(run)[-1].reason == history.SIGNAL
+    assert history.attempts(run)[-1].reason == history.Reason.SIGNAL
 
 
 def test_what_a_user_wrote_about_a_job_is_none_of_its_state(run, monkeypatch, fake_slurm):
     fake_slurm.shows(reason="JobState=FAILED|Restarts=9", excluded="(null)")
     ended(run, monkeypatch, 0)
-    assert history.attempts(run)[-1].reason == history.SIGNAL
+    assert history.attempts(run)[-1].reason == history.Reason.SIGNAL
     assert "requeue 7" in fake_slurm.asked("scontrol")
 
 
@@ -155,4 +160,4 @@ def test_a_job_that_ends_before_its_submission_is_written_down_waits_for_that(ru
     path.rename(path.with_suffix(".later"))
     monkeypatch.setattr("time.sleep", lambda seconds: path.with_suffix(".later").rename(path))
     ended(run, monkeypatch, 0)
-    assert history.attempts(run)[-1].reason == history.SIGNAL
+    assert history.attempts(run)[-1].reason == history.Reason.SIGNAL

@@ -194,7 +194,7 @@ def test_an_attempt_without_an_end_gets_one_at_the_next_look(run, steer, fake_sl
     fake_slurm.answer("sacct", "echo NODE_FAIL")
     steer(look, looks[look])
     [only] = history.attempts(run)
-    assert only.ended and only.reason == history.LOST and "job 12 ended as NODE_FAIL" in only.error
+    assert only.ended and only.reason == history.Reason.LOST and "job 12 ended as NODE_FAIL" in only.error
     before = (run.path / "attempts.jsonl").read_text()
     fake_slurm.answer("sacct", "exit 1")  # by now SLURM has forgotten it
     capsys.readouterr()
@@ -210,13 +210,13 @@ def test_the_end_that_an_attempt_had_written_down_is_not_overwritten(run, steer,
     # It comes between the question to SLURM and its answer.
     fake_slurm.answer("squeue", f"echo '{row}' >> {run.path}/attempts.jsonl; {NO_JOB}")
     assert overview(run).state == "interrupted"
-    assert history.attempts(run)[-1].reason == history.SIGNAL
+    assert history.attempts(run)[-1].reason == history.Reason.SIGNAL
 
 
 def test_a_complete_run_whose_last_checkpoint_was_deleted_can_go_on(run, steer, fake_slurm):
     submitted(run)
     fake_slurm.answer("squeue", NO_JOB)
     history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
-    history.record(run, "end", "12", 0, reason=history.COMPLETE, step=9, error=None, status=0)
+    history.record(run, "end", "12", 0, reason=history.Reason.COMPLETE, step=9, error=None, status=0)
     now = overview(run)
     assert (now.state, now.why) == ("interrupted", "the checkpoint of its last step is gone; resume makes it again")

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import naive
+from caduceus.ops.operands import ScanOperands
 
 
 def published_logits(model: CaduceusForMaskedLM, input_ids: Tensor) -> Tensor:
@@ -61,5 +62,5 @@ def _mamba(mixer, u: Tensor, direction: int) -> Tensor:
     dt, B, C = F.linear(x, mixer.x_proj[direction]).split([config.dt_rank, config.d_state, config.d_state], dim=-1)
     dt = F.linear(dt, mixer.dt_proj[direction])
     A, D, bias = -mixer.A_log[direction].exp(), mixer.D[direction], mixer.dt_bias[direction]
-    y, _ = naive.selective_scan(x, dt, A, B, C, D, z, bias, True, False, None)
+    y, _ = naive.selective_scan(ScanOperands(x, dt, A, B, C, D, z, bias), True, False, None)
     return F.linear(y, mixer.out_proj[projection])

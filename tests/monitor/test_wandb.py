@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from caduceus.monitor.wandb.process import sync
 from caduceus.run.checkpoints import write_marker
 from caduceus.run.events import record_event
 from launch import runs
+from tests.conftest import REPOSITORY
 from tests.monitor.conftest import STEPS, Watched, children_of, make_step, sent_rows, status, wait_for, write_rows
 from tests.monitor.wandb_server import WandbServer
 
@@ -236,6 +239,33 @@ def test_nothing_stays_in_the_temporary_directory_after_kills(tmp_path: Path, mo
     disabled = Watched(tmp_path / "run", mode="disabled")
     disabled.go_on(1, 1)  # a start without W&B tidies up as well
     assert not list(system.glob("*wandb*"))
+
+
+def test_sync_leaves_nothing_in_the_temporary_directory_when_it_is_killed(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(tmp_path / "offline", mode="offline")
+    watched.go_on(1, STEPS)
+    system = tmp_path / "system"
+    system.mkdir()
+    monkeypatch.setenv("TMPDIR", str(system))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    command = [sys.executable, str(REPOSITORY / "launch" / "runs.py"), "sync", str(watched.path)]
+    for kill_sender in (False, True):
+        process = subprocess.Popen(command)
+        wait_for(lambda: any(system.glob("*/*wandb*")), 60)
+        assert not list(system.glob("*wandb-media*")) and not list(system.glob("*wandb-artifacts*"))
+        senders = children_of(process.pid)
+        assert len(senders) == 1
+        process.kill()
+        process.wait()
+        if kill_sender:
+            os.kill(senders[0], signal.SIGKILL)
+        else:  # the sender ends by itself, and tidies up
+            wait_for(lambda: not list(system.iterdir()), 90)
+    assert list(system.iterdir())
+    assert sync(watched.run) == 0 and not list(system.iterdir())
+    assert sent_rows(server.only_run()) == watched.rows()
 
 
 def test_what_happens_is_marked_in_the_history_and_alerted(server: WandbServer, watched: Watched) -> None:

@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from caduceus.config import CaduceusConfig
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import conv, cross_entropy, device, norm, scan, scan_launches
 from tests.ops.offsets import narrow_products
 
@@ -149,7 +150,9 @@ def train_packed(config: CaduceusConfig, length: int, element: str) -> None:
     )
     _, B, C = leaf(P, 1, 1, length, config.dt_rank + 2 * N).split([config.dt_rank, N, N], dim=-1)
     A, z = leaf(P, E, N, dtype=torch.float32), leaf(1, 1, length, E)
-    y = backend.bidirectional_scan(u, leaf(*u.shape), A, B, C, vectors["D"], z, vectors["dt_bias"], starts)
+    y = backend.bidirectional_scan(
+        ScanOperands(u, leaf(*u.shape), A, B, C, vectors["D"], z, vectors["dt_bias"]), starts
+    )
     y.sum().backward()
 
 
@@ -221,9 +224,8 @@ def run_smallest(element: str) -> None:
     one = torch.zeros(1, 1, 1, 1, dtype=ELEMENTS[element], requires_grad=True)
     vector = torch.ones(1, 1, requires_grad=True)
     backend.bidirectional_conv1d(one, vector[None], vector).sum().backward()
-    backend.bidirectional_scan(
-        *(one[None],) * 2, -vector[None], *(one[None],) * 2, vector, one, vector
-    ).sum().backward()
+    operands = ScanOperands(*(one[None],) * 2, -vector[None], *(one[None],) * 2, vector, one, vector)
+    backend.bidirectional_scan(operands).sum().backward()
     normed, total = backend.add_norm(one, one, vector, vector, 1e-5, one.dtype)
     loss, _ = backend.head_cross_entropy(normed, vector[None], torch.zeros(1, 1, dtype=torch.long), None, 4)
     (loss + total.sum()).backward()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from caduceus import ops
+from caduceus.ops.operands import ScanOperands
 
 
 @dataclass
@@ -21,6 +22,10 @@ class Scan:
     z: Tensor | None
     dt_bias: Tensor | None
     initial_state: Tensor | None
+
+    @property
+    def operands(self) -> ScanOperands:
+        return ScanOperands(*self.tensors()[:8])
 
     def tensors(self) -> list[Tensor | None]:
         return [getattr(self, name) for name in self.__dataclass_fields__]
@@ -72,7 +77,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def scan(module, softplus=True, reverse=False):
-    return lambda *t: module.selective_scan(*t[:8], softplus, reverse, t[8])
+    return lambda *t: module.selective_scan(ScanOperands(*t[:8]), softplus, reverse, t[8])
 
 
 def bidirectional_inputs(directions, streams, batch=2, length=21, channels=40, states=5):

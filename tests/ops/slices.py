@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.split import SlicedScan, carried
 
 ALONG_LENGTH = (True, True, False, True, True, False, True, False)
@@ -12,7 +13,7 @@ ALONG_LENGTH = (True, True, False, True, True, False, True, False)
 
 
 def scan_in_slices(
-    sliced: type[SlicedScan], operands: list[Tensor | None], cuts: list[int], softplus: bool, reverse: bool, dy: Tensor
+    sliced: type[SlicedScan], operands: ScanOperands, cuts: list[int], softplus: bool, reverse: bool, dy: Tensor
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y and the operands' gradients, from slices of the lengths `cuts` and what would travel between their ranks."""
     pieces = [
@@ -21,14 +22,13 @@ def scan_in_slices(
     ]
     ranks = [SimpleNamespace(rank=rank, size=len(cuts)) for rank in range(len(cuts))]
     arriving = dy.split(cuts, dim=-2)
-    forward = [sliced(*piece, softplus, reverse) for piece in zip(*pieces, strict=True)]
+    forward = [sliced(ScanOperands(*piece), softplus, reverse) for piece in zip(*pieces, strict=True)]
     ends, steps = (torch.stack(found) for found in zip(*(scan.end_state() for scan in forward), strict=True))
-    A = operands[2]
-    entering = [carried(ends, steps, A, rank, reverse) for rank in ranks]
+    entering = [carried(ends, steps, operands.A, rank, reverse) for rank in ranks]
     y, kept = zip(*(scan.outputs(state) for scan, state in zip(forward, entering, strict=True)), strict=True)
-    back = [sliced(*piece, softplus, reverse) for piece in zip(*pieces, strict=True)]
+    back = [sliced(ScanOperands(*piece), softplus, reverse) for piece in zip(*pieces, strict=True)]
     adjoints = torch.stack([scan.initial_gradient(g, k) for scan, g, k in zip(back, arriving, kept, strict=True)])
-    final = [carried(adjoints, steps, A, rank, not reverse) for rank in ranks]
+    final = [carried(adjoints, steps, operands.A, rank, not reverse) for rank in ranks]
     found = [scan.gradients(g, last, k) for scan, g, last, k in zip(back, arriving, final, kept, strict=True)]
     gradients = [
         None if parts[0] is None else torch.cat(parts, dim=-2) if along else sum(parts)

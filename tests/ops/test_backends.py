@@ -9,6 +9,7 @@ import torch
 from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
 from caduceus.ops import backends, mamba_ssm, naive
+from caduceus.ops.operands import ScanOperands
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +148,7 @@ def published_kernels(monkeypatch):
         assert all(t.is_contiguous() for t in (u, delta, B, C))
         tensors = [None if t is None else t.mT for t in (u, delta, B, C, z)]
         u, delta, B, C, z = tensors
-        y, state = naive.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, False, None)
+        y, state = naive.selective_scan(ScanOperands(u, delta, A, B, C, D, z, delta_bias), delta_softplus, False, None)
         return y.mT, state.detach()
 
     def causal_conv1d_fn(x, weight, bias=None, *, activation=None):
@@ -169,7 +170,7 @@ def test_mamba_ssm_is_adapted_to_our_layout_and_directions(published_kernels, re
     u, dt, z = (torch.randn(2, 9, 4, generator=generator, requires_grad=True) for _ in range(3))
     B, C = (torch.randn(2, 9, 3, generator=generator, requires_grad=True) for _ in range(2))
     A, D, bias = -torch.rand(4, 3, generator=generator), torch.randn(4), torch.randn(4)
-    args = (u, dt, A, B, C, D, z, bias, True, reverse, None)
+    args = (ScanOperands(u, dt, A, B, C, D, z, bias), True, reverse, None)
     (y, state), (expected, end) = mamba_ssm.selective_scan(*args), naive.selective_scan(*args)
     torch.testing.assert_close((y, state), (expected, end))
     gradients, right = (torch.autograd.grad(t.sin().sum(), [u, dt, B, C, z]) for t in (y, expected))
@@ -182,13 +183,14 @@ def test_mamba_ssm_is_adapted_to_our_layout_and_directions(published_kernels, re
 def test_mamba_ssm_refuses_what_it_would_get_wrong(published_kernels):
     u = torch.randn(1, 4, 2, requires_grad=True)
     A, BC = -torch.rand(2, 3), torch.randn(1, 4, 3)
+    given = ScanOperands(u, u, A, BC, BC)
     with pytest.raises(UserError, match="cannot begin from a state"):
-        mamba_ssm.selective_scan(u, u, A, BC, BC, None, None, None, True, False, torch.zeros(1, 2, 3))
-    _, state = mamba_ssm.selective_scan(u, u, A, BC, BC, None, None, None, True, False, None)
+        mamba_ssm.selective_scan(given, True, False, torch.zeros(1, 2, 3))
+    _, state = mamba_ssm.selective_scan(given, True, False, None)
     with pytest.raises(UserError, match="no gradient of the final state"):
         state.sum().backward()
     long = torch.empty(1, device="meta").expand(2**11, 2**20, 2**5)
     with pytest.raises(UserError, match="overflow"):
         mamba_ssm.causal_conv1d(long, torch.randn(2, 4), None, "silu", False)
     with pytest.raises(UserError, match="overflow"):
-        mamba_ssm.selective_scan(long, long, -torch.rand(2**5, 2**7), BC, BC, None, None, None, True, False, None)
+        mamba_ssm.selective_scan(ScanOperands(long, long, -torch.rand(2**5, 2**7), BC, BC), True, False, None)

@@ -13,6 +13,7 @@ from caduceus import ops
 from caduceus.ops import PAD_DT, cpu, naive
 from caduceus.ops.cpu import compiled, vectors
 from caduceus.ops.cpu import scan_kernels as kernels
+from caduceus.ops.operands import ScanOperands
 from tests.ops.cases import assert_close, bidirectional_inputs, block, make_scan, scan, with_gradients
 
 FLOAT32 = 3e-6
@@ -139,9 +140,8 @@ def test_two_parts_joined_by_their_state_are_the_whole(cut, reverse):
         parts = {}
         for part in reversed(ranges) if reverse else ranges:
             sequences = [t[:, part] for t in (u, dt, B, C, z)]
-            parts[part.start], state = cpu.selective_scan(
-                *sequences[:2], A, *sequences[2:4], D, sequences[4], bias, True, reverse, state
-            )
+            operands = ScanOperands(*sequences[:2], A, *sequences[2:4], D, sequences[4], bias)
+            parts[part.start], state = cpu.selective_scan(operands, True, reverse, state)
         return torch.cat([parts[0], parts[cut]], dim=1), state
 
     whole = with_gradients(scan(cpu, reverse=reverse), case.tensors(), torch.float32)
@@ -202,9 +202,9 @@ def test_views_give_the_bits_of_copies():
     u, dt, z, B, C = projected.split([40, 40, 40, 5, 5], dim=-1)
     u = u.transpose(1, 2).contiguous().transpose(1, 2)
     A = -torch.rand(5, 40, generator=generator).T
-    args = (torch.ones(40), z, torch.zeros(40), True, True, None)
-    expected = cpu.selective_scan(*(t.contiguous() for t in (u, dt, A, B, C)), *args)
-    actual = cpu.selective_scan(u, dt, A, B, C, *args)
+    given = ScanOperands(u, dt, A, B, C, torch.ones(40), z, torch.zeros(40))
+    expected = cpu.selective_scan(ScanOperands(*(t.contiguous() for t in given[:5]), *given[5:]), True, True, None)
+    actual = cpu.selective_scan(given, True, True, None)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     weight = torch.randn(4, 40, generator=generator).T
     y = cpu.causal_conv1d(z, weight, None, "silu", False)

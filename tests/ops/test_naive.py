@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from caduceus.ops import PAD_DT, bidirectional_conv1d, bidirectional_scan, head_cross_entropy, naive
+from caduceus.ops.operands import ScanOperands
 from tests.ops.cases import make_scan
 
 
@@ -12,7 +13,7 @@ from tests.ops.cases import make_scan
 def test_scan_is_the_sum_over_earlier_positions(reverse):
     """y_t = Σ_s C_t · exp(A Σ_{s<r≤t} dt_r) dt_s u_s B_s, written as one sum with no recurrence."""
     case = make_scan(2, 7, 3, 4)
-    y, final = naive.selective_scan(*case.tensors()[:8], True, reverse, case.initial_state)
+    y, final = naive.selective_scan(case.operands, True, reverse, case.initial_state)
 
     order = torch.arange(7).flip(0) if reverse else torch.arange(7)
     u, dt, B, C, z = (t[:, order] for t in (case.u, case.dt, case.B, case.C, case.z))
@@ -33,16 +34,17 @@ def test_scan_is_the_sum_over_earlier_positions(reverse):
 def test_scan_gradients():
     case = make_scan(1, 4, 2, 3)
     inputs = [t.requires_grad_() for t in case.tensors()]
-    assert torch.autograd.gradcheck(lambda *t: naive.selective_scan(*t[:8], True, True, t[8]), inputs)
+    assert torch.autograd.gradcheck(lambda *t: naive.selective_scan(ScanOperands(*t[:8]), True, True, t[8]), inputs)
 
 
 def test_padding_keeps_the_state():
     case = make_scan(2, 6, 3, 4, initial=True)
     case.dt[:, 2:4] = PAD_DT
-    _, final = naive.selective_scan(*case.tensors()[:8], True, False, case.initial_state)
+    _, final = naive.selective_scan(case.operands, True, False, case.initial_state)
     kept = [0, 1, 4, 5]
     u, dt, B, C, z = (t[:, kept] for t in (case.u, case.dt, case.B, case.C, case.z))
-    _, expected = naive.selective_scan(u, dt, case.A, B, C, case.D, z, case.dt_bias, True, False, case.initial_state)
+    shorter = case.operands._replace(u=u, dt=dt, B=B, C=C, z=z)
+    _, expected = naive.selective_scan(shorter, True, False, case.initial_state)
     assert torch.equal(final, expected)
 
 
@@ -86,12 +88,8 @@ def test_odd_streams_run_with_the_directions_exchanged(backend):
         for d in range(2):
             expected = naive.causal_conv1d(x[s], weight[d], bias[d], "silu", backwards[d])
             torch.testing.assert_close(u[d, s], expected, rtol=1e-12, atol=1e-12)
-        runs = [
-            naive.selective_scan(
-                *(u[d, s], dt[d, s], A[d], B[d, s], C[d, s], D[d], z[s], dt_bias[d]), True, backwards[d], None
-            )[0]
-            for d in range(2)
-        ]
+        given = [ScanOperands(u[d, s], dt[d, s], A[d], B[d, s], C[d, s], D[d], z[s], dt_bias[d]) for d in range(2)]
+        runs = [naive.selective_scan(given[d], True, backwards[d], None)[0] for d in range(2)]
         torch.testing.assert_close(y[s], runs[0] + runs[1], rtol=1e-12, atol=1e-12)
 
 
@@ -99,8 +97,8 @@ def test_odd_streams_run_with_the_directions_exchanged(backend):
 def test_half_precision_is_computed_in_float32(dtype):
     case = make_scan(1, 5, 3, 2)
     halves = [t.to(dtype) for t in case.tensors()]
-    y, final = naive.selective_scan(*halves[:8], True, False, halves[8])
-    exact, state = naive.selective_scan(*[t.float() for t in halves[:8]], True, False, halves[8].float())
+    y, final = naive.selective_scan(ScanOperands(*halves[:8]), True, False, halves[8])
+    exact, state = naive.selective_scan(ScanOperands(*(t.float() for t in halves[:8])), True, False, halves[8].float())
     assert y.dtype == dtype
     assert final.dtype == torch.float32
     assert torch.equal(y, exact.to(dtype))

@@ -9,42 +9,48 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from caduceus.ops import cpu, naive
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.runs import scan_by_runs
 from caduceus.ops.split import carried
 from tests.ops.slices import scan_in_slices
 
 
-def operands(directions: int, streams: int, length: int, absent: tuple[int, ...] = ()) -> list[Tensor | None]:
-    """u, dt, A, B, C, D, z, dt_bias in double precision, some of them None."""
+def operands(directions: int, streams: int, length: int, absent: tuple[str, ...] = ()) -> ScanOperands:
+    """In double precision, some of them None."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     runs, channels, states = (directions, streams, 2), 5, 3
-    given = [
-        normal(*runs, length, channels),
-        normal(*runs, length, channels) - 1,
-        -torch.rand(directions, channels, states, generator=generator, dtype=torch.float64) * 4 - 0.01,
-        normal(*runs, length, states),
-        normal(*runs, length, states),
-        normal(directions, channels),
-        normal(streams, 2, length, channels),
-        normal(directions, channels),
-    ]
-    return [None if number in absent else tensor for number, tensor in enumerate(given)]
+    given = ScanOperands(
+        u=normal(*runs, length, channels),
+        dt=normal(*runs, length, channels) - 1,
+        A=-torch.rand(directions, channels, states, generator=generator, dtype=torch.float64) * 4 - 0.01,
+        B=normal(*runs, length, states),
+        C=normal(*runs, length, states),
+        D=normal(directions, channels),
+        z=normal(streams, 2, length, channels),
+        dt_bias=normal(directions, channels),
+    )
+    return given._replace(**dict.fromkeys(absent))
 
 
 @pytest.mark.parametrize("backend", [naive, cpu])
 @pytest.mark.parametrize("cuts", [[40], [20, 20], [17, 1, 22], [10, 10, 10, 10]])
 @pytest.mark.parametrize(
     ("directions", "streams", "reverse", "softplus", "absent"),
-    [(2, 3, False, True, ()), (2, 1, True, True, (5, 7)), (1, 1, True, True, (6,)), (1, 1, False, True, (5, 6, 7))],
+    [
+        (2, 3, False, True, ()),
+        (2, 1, True, True, ("D", "dt_bias")),
+        (1, 1, True, True, ("z",)),
+        (1, 1, False, True, ("D", "z", "dt_bias")),
+    ],
 )
 def test_slices_equal_the_whole(backend, cuts, directions, streams, reverse, softplus, absent):
     given = operands(directions, streams, 40, absent)
-    leaves = [None if t is None else t.clone().requires_grad_() for t in given]
-    expected, _ = scan_by_runs(naive.selective_scan, *leaves, softplus, reverse)
+    leaves = ScanOperands(*(None if t is None else t.clone().requires_grad_() for t in given))
+    expected, _ = scan_by_runs(naive.selective_scan, leaves, softplus, reverse)
     dy = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected.backward(dy)
     y, gradients = scan_in_slices(backend.SlicedScan, given, cuts, softplus, reverse, dy)
@@ -57,13 +63,12 @@ def test_slices_equal_the_whole(backend, cuts, directions, streams, reverse, sof
 
 
 def test_half_precision_comes_back_in_its_own_type():
-    given = [
-        None if t is None else t.bfloat16() if number != 2 else t.float() for number, t in enumerate(operands(2, 2, 40))
-    ]
-    dy = torch.ones_like(given[6])
-    whole = cpu.bidirectional_scan(*[t.requires_grad_() for t in given])
+    wide = operands(2, 2, 40)
+    given = ScanOperands(*(t.bfloat16() for t in wide))._replace(A=wide.A.float())
+    dy = torch.ones_like(given.z)
+    whole = cpu.bidirectional_scan(ScanOperands(*(t.requires_grad_() for t in given)))
     whole.backward(dy)
-    y, gradients = scan_in_slices(cpu.SlicedScan, [t.detach() for t in given], [20, 20], True, False, dy)
+    y, gradients = scan_in_slices(cpu.SlicedScan, ScanOperands(*(t.detach() for t in given)), [20, 20], True, False, dy)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, whole.detach(), rtol=2**-7, atol=2**-7)  # one rounding to bfloat16
     for tensor, gradient in zip(given, gradients, strict=True):

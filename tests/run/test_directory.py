@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -203,6 +204,32 @@ def test_a_damaged_checkpoint_does_not_say_what_the_run_was_made_with(run: RunDi
     (write_checkpoint(run, 2, config=config_to_dict(make_config(run.path, lr=1e-3))) / "weights").unlink()
     run.release()
     assert run.former_config().train.lr == 8e-3
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda path: (path / MARKER).write_text("{"), "its marker is not readable"),
+        (lambda path: (path / MARKER).write_bytes(b""), "its marker is not readable"),
+        (lambda path: (path / "weights").unlink(), "weights is missing"),
+    ],
+)
+def test_a_refusal_names_the_damaged_checkpoint_that_it_could_not_compare_with(
+    run: RunDirectory, damage: Callable[[Path], object], named: str
+) -> None:
+    changed = make_config(run.path, lr=1e-3)
+    write_checkpoint(run, 1, config=config_to_dict(make_config(run.path)))
+    newest = write_checkpoint(run, 2, config=config_to_dict(changed))
+    run.release()
+    RunDirectory.create_or_resume(changed).release()
+    damage(newest)
+    with pytest.raises(
+        UserError, match=rf"compared with an older one, as step-00000002 is damaged: {named}"
+    ) as refusal:
+        RunDirectory.create_or_resume(changed)
+    assert "\n" not in str(refusal.value)
+    changed.run.allow_change = ["train.lr"]
+    RunDirectory.create_or_resume(changed).release()
 
 
 def test_settings_that_do_not_decide_the_numbers_may_change(run: RunDirectory) -> None:

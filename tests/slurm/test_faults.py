@@ -13,7 +13,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, read_ends
 from launch import history
 from launch.history import attempts
-from launch.scheduler import IN_QUEUE
+from launch.scheduler import IN_QUEUE, own_job
 from launch.status import WAITING, overview
 from tests.slurm.small_runs import (
     REQUEST,
@@ -51,9 +51,9 @@ def signal_requeue_and_a_killed_rank(on: Setting) -> None:
     wait_until_training(run, 4)
     assert wait_for_end(on.cluster, job) == "COMPLETED"
     signalled, requeued, *others = reasons(run)
-    assert signalled == history.SIGNAL and others == [history.FAILED, history.COMPLETE]
+    assert signalled == history.Reason.SIGNAL and others == [history.Reason.FAILED, history.Reason.COMPLETE]
     saved = len(read_ends(ends_folder(run, job, 1))) == 2  # SLURM's KillWait may be too short
-    assert requeued == (history.TAKEN if saved else history.LOST)
+    assert requeued == (history.Reason.TAKEN if saved else history.Reason.LOST)
     killed = attempts(RunDirectory(run))[2]
     assert "Killed" in killed.error and not killed.gave_up
     assert_undisturbed(run, on.undisturbed)
@@ -86,7 +86,7 @@ def the_time_limit(on: Setting) -> None:
         )
     give_an_hour_once_requeued(on, job)
     assert wait_for_end(on.cluster, job) == "COMPLETED"
-    assert reasons(run) == [history.TIME_LIMIT, history.COMPLETE]
+    assert reasons(run) == [history.Reason.TIME_LIMIT, history.Reason.COMPLETE]
     assert_undisturbed(run, on.undisturbed)
 
 
@@ -108,7 +108,7 @@ def a_save_that_outlasts_the_time_limit(on: Setting) -> None:
     slow.unlink()
     assert wait_for_end(on.cluster, job) == "COMPLETED"
     first, last = attempts(RunDirectory(run))
-    assert (first.reason, last.reason) == (history.UNSAVED, history.COMPLETE)
+    assert (first.reason, last.reason) == (history.Reason.UNSAVED, history.Reason.COMPLETE)
     assert first.step < STEPS and "signal_seconds: 5 s are too short for a checkpoint" in first.error
     assert_undisturbed(run, on.undisturbed)
 
@@ -118,7 +118,7 @@ def a_run_that_fails_at_the_same_step_is_given_up(on: Setting) -> None:
     diverging = ["train.lr=1e30", "train.warmup_steps=0", "train.max_skipped_steps=0", "checkpoint.every=100"]
     job = job_of(on.launch(*REQUEST, f"run.dir={run}", *diverging))
     assert wait_for_end(on.cluster, job) == "FAILED"
-    assert reasons(run) == [history.FAILED] * 3
+    assert reasons(run) == [history.Reason.FAILED] * 3
     assert [attempt.gave_up for attempt in attempts(RunDirectory(run))] == [False, False, True]
     log = (run / "logs" / f"{job}_0_log.out").read_text()
     assert "given up after 3 failures without a new checkpoint; the last one: train.max_skipped_steps: loss" in log
@@ -158,34 +158,38 @@ def a_loader_worker_that_is_killed_before_the_first_step(on: Setting) -> None:
     assert wait_for_end(on.cluster, job) == "COMPLETED"
     assert killed.exists()
     first, second = attempts(RunDirectory(run))
-    assert (first.reason, first.refused, first.gave_up) == (history.FAILED, False, False)
+    assert (first.reason, first.refused, first.gave_up) == (history.Reason.FAILED, False, False)
     ends = read_ends(ends_folder(run, job, 0))
     assert {rank: end.kind for rank, end in ends.items()} in (
         {0: Kind.PEER, 1: Kind.CRASH},
         {1: Kind.CRASH},  # srun may end the other rank before it has told
     )
-    assert "worker" in first.error and second.reason == history.COMPLETE
+    assert "worker" in first.error and second.reason == history.Reason.COMPLETE
 
 
-def a_bad_node_is_left_out(on: Setting) -> None:
-    run = on.directory / "run"
-    prolog = on.directory / "prolog.sh"
-    bad = on.directory / "bad"  # names the first node that the job comes to
+def first_node_is_bad(directory: Path) -> Path:
+    """A prolog of tasks by which the first node that the job comes to fails its checks; DIRECTORY/bad names it."""
+    prolog, bad = directory / "prolog.sh", directory / "bad"
     prolog.write_text(
         f"#!/bin/sh\n(set -C; echo $SLURMD_NODENAME >{bad}) 2>/dev/null\n"
         f'[ $SLURMD_NODENAME = "$(cat {bad})" ] && echo export SLURM_TMPDIR=/proc/none\nexit 0\n'
     )
     prolog.chmod(0o755)
+    return prolog
+
+
+def a_bad_node_is_left_out(on: Setting) -> None:
+    run, prolog = on.directory / "run", first_node_is_bad(on.directory)
     request = [*REQUEST, "--nodes", "2", f"--srun=--task-prolog={prolog}", "train.steps=2", f"run.dir={run}"]
     job = job_of(on.launch(*request))
     assert wait_for_end(on.cluster, job) == "COMPLETED"
     first, second = attempts(RunDirectory(run))
-    node = bad.read_text().strip()
+    node = (on.directory / "bad").read_text().strip()
     assert node in hosts(on.cluster, first.nodes)
-    assert (first.reason, first.bad_nodes) == (history.BAD_NODE, [node])
+    assert (first.reason, first.bad_nodes) == (history.Reason.BAD_NODE, [node])
     assert "/proc/none" in first.error
     assert node not in hosts(on.cluster, second.nodes)
-    assert second.reason == history.COMPLETE
+    assert second.reason == history.Reason.COMPLETE
 
 
 SCENARIOS = [
@@ -235,12 +239,16 @@ def test_a_dead_controller_a_dead_node_and_a_dead_slurmd(slurm_cluster, config, 
         wait_for(lambda: len(attempts(RunDirectory(alone))) == 2, "SLURM to start the run anew")
         assert all(last_step(run) < STEPS for run in (pair, alone))
     # What is left on n0 goes on: one without its peer, one beside the new attempt, whose the run directory now is.
-    ends = {pair: [history.FAILED, history.COMPLETE], alone: [history.COMPLETE], cut: [history.COMPLETE]}
+    ends = {
+        pair: [history.Reason.FAILED, history.Reason.COMPLETE],
+        alone: [history.Reason.COMPLETE],
+        cut: [history.Reason.COMPLETE],
+    }
     for run, job in jobs.items():
         assert wait_for_end(slurm_cluster, job) == "COMPLETED"
         *before, lost, last = attempts(RunDirectory(run))
         assert [attempt.reason for attempt in (*before, last)] == ends[run]
-        assert lost.reason in (history.LOST, history.TAKEN)
+        assert lost.reason in (history.Reason.LOST, history.Reason.TAKEN)
         assert not {"n0", "n2"} & set(hosts(slurm_cluster, last.nodes))
         assert_undisturbed(run, undisturbed)
     for survivor in (peer, first[alone]):
@@ -248,6 +256,29 @@ def test_a_dead_controller_a_dead_node_and_a_dead_slurmd(slurm_cluster, config, 
     log = (alone / "logs" / f"{jobs[alone]}_0_log.out").read_text()
     assert f"taken over from process {first[alone]} of SLURM job {jobs[alone]}" in log
     assert "was taken over by another process; this one ends without saving" in log
+
+
+def test_spare_nodes_take_the_place_of_a_bad_and_of_a_lost_one(slurm_cluster, config, undisturbed, tmp_path):
+    """Without giving the nodes back: the job is never requeued."""
+    run, request = tmp_path / "run", [*REQUEST, "--nodes", "2", "--spare", "2"]
+    request.append(f"--srun=--task-prolog={first_node_is_bad(tmp_path)}")
+    job = job_of(launch(tmp_path, "--config", config, *request, f"run.dir={run}"))
+    second = wait_until_training(run, 2)
+    bad = (tmp_path / "bad").read_text().strip()
+    _, lost = hosts(slurm_cluster, second.nodes)
+    with held(run):
+        assert last_step(run) < STEPS
+        slurm_cluster.kill_node(lost)
+    assert wait_for_end(slurm_cluster, job) == "COMPLETED"
+    assert reasons(run) == [history.Reason.BAD_NODE, history.Reason.NODE_LOST, history.Reason.COMPLETE]
+    first, second, third = (set(hosts(slurm_cluster, attempt.nodes)) for attempt in attempts(RunDirectory(run)))
+    assert bad in first and bad not in second | third and lost in second and lost not in third
+    assert len(first) == len(second) == len(third) == 2
+    assert own_job(job).restarts == 0
+    log = (run / "logs" / f"{job}_0_log.out").read_text()
+    assert f"{bad} failed its checks; the run goes on on {', '.join(sorted(second))} of the same job" in log
+    assert f"{lost} lost; the run goes on on {', '.join(sorted(third))} of the same job" in log
+    assert_undisturbed(run, undisturbed)
 
 
 def test_preemption_by_an_urgent_job(slurm_cluster, config, undisturbed, tmp_path):
@@ -260,10 +291,10 @@ def test_preemption_by_an_urgent_job(slurm_cluster, config, undisturbed, tmp_pat
     wait_for(lambda: overview(RunDirectory(run)).state == WAITING, "the run to make way")
     saved = overview(RunDirectory(run))
     assert saved.jobs == [job] and 0 < saved.step == saved.checkpoint < STEPS
-    assert [attempt.reason for attempt in saved.attempts] == [history.PREEMPTED]
+    assert [attempt.reason for attempt in saved.attempts] == [history.Reason.PREEMPTED]
     status = runs(tmp_path, "status", run)
     assert "state       waiting: " in status and f"checkpoint {saved.step}: preempted" in status
     go_on.touch()
     assert wait_for_end(slurm_cluster, job) == "COMPLETED"
-    assert reasons(run) == [history.PREEMPTED, history.COMPLETE]
+    assert reasons(run) == [history.Reason.PREEMPTED, history.Reason.COMPLETE]
     assert_undisturbed(run, undisturbed)

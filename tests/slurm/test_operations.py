@@ -95,8 +95,8 @@ def a_chain_goes_on_without_requeueing(on: Setting) -> None:
     assert wait_for_end(on.cluster, second) == "COMPLETED"
     found = attempts(RunDirectory(run))
     assert [(attempt.job, attempt.reason) for attempt in found] == [
-        (first, history.SIGNAL),
-        (second, history.COMPLETE),
+        (first, history.Reason.SIGNAL),
+        (second, history.Reason.COMPLETE),
     ]
     assert wait_for_end(on.cluster, third) == "CANCELLED"
 

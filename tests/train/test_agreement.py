@@ -21,6 +21,7 @@ from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, RetryError, Us
 from caduceus.run.directory import RunDirectory
 from caduceus.train import setup, trainer
 from tests.distributed.ranks import on_ranks
+from tests.distributed.recorder import Call, recording_threads
 from tests.train.conftest import SmallRun, numbers
 
 pytestmark = pytest.mark.slow
@@ -89,33 +90,54 @@ KINDS = {"the model's check": Kind.CRASH, "a worker": Kind.CRASH}
 """Where that rank's failure is not its user's to mend."""
 
 
+SAVED = "none"
+"""A run without a fault, with checkpoints."""
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"d_model": 8, "n_layer": 1, "d_state": 2},
+    "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
+    "valid": {"every": 2, "samples": 16},
+    "data": {"seq_len": 64},
+}
+
+
 def small(small_run: SmallRun, name: str, **sections: dict[str, Any]) -> Config:
-    sections = {
-        "model": {"d_model": 8, "n_layer": 1, "d_state": 2},
-        "train": {"steps": 4, "global_batch": 8, "micro_batch": 2},
-        "valid": {"every": 2, "samples": 16},
-        "data": {"seq_len": 64},
-        **sections,
-    }
+    sections = {**SMALL, **sections}
     parallel = {"a worker": {"strategy": "ddp", "context": 2}, "DeepSpeed's file": {"strategy": "deepspeed"}}
     run = {"dir": str(small_run.directory / f"run {list(FAULTS).index(name)}")}
     return small_run.config(name, parallel=parallel.get(name, {"strategy": "fsdp"}), run=run, **sections)
 
 
-def train_with_faults(rank: int, configs: dict[str, Config]) -> dict[str, Exception]:
-    failures = {}
+def train_with_faults(rank: int, configs: dict[str, Config]) -> tuple[dict[str, Exception], dict[str, list[Call]]]:
+    """What each fault ended in on this rank, and what it exchanged until then, in the order of each thread."""
+    failures, exchanged = {}, {}
     for fault, (where, owner, name, replacement, _) in FAULTS.items():
         with pytest.MonkeyPatch.context() as patch, pytest.raises((*ONE_LINE, OSError, RuntimeError)) as failure:
             if rank == where:
                 patch.setattr(owner, name, replacement)
-            trainer.train(configs[fault])
+            with recording_threads() as calls:
+                trainer.train(configs[fault])
         failures[fault] = failure.value.with_traceback(None)
-    return failures
+        exchanged[fault] = [thread for thread in calls if thread]
+    with recording_threads() as calls:
+        trainer.train(configs[SAVED])
+    exchanged[SAVED] = [thread for thread in calls if thread]
+    return failures, exchanged
 
 
 def test_what_one_rank_meets_alone_ends_all(small_run: SmallRun) -> None:
     configs = {name: small(small_run, name) for name in FAULTS}
-    for rank, failures in enumerate(on_ranks(2, train_with_faults, configs)):
+    configs[SAVED] = small_run.config(SAVED, parallel={"strategy": "fsdp"}, checkpoint={"every": 2}, **SMALL)
+    ends = on_ranks(2, train_with_faults, configs)
+    for fault in (*FAULTS, SAVED):
+        # To a gathering or scattering, ranks give different amounts.
+        ours, others = (
+            [[(c.kind, c.ranks, c.kind in ("gather", "scatter") or c.bytes) for c in thread] for thread in of[fault]]
+            for _, of in ends
+        )
+        assert ours == others, f"{fault}: ranks exchange different things"
+        assert sum(map(len, ours)) > 2
+    assert len(ends[0][1][SAVED]) > 1, "nothing was seen of the threads that save"
+    for rank, (failures, _) in enumerate(ends):
         for fault, (where, *_, told) in FAULTS.items():
             failure, kind = failures[fault], KINDS.get(fault, Kind.USER)
             first, _, last = told.partition(".*")

@@ -92,6 +92,14 @@ class DeepSpeed(Strategy):
         parts = super().parts()
         return parts if self.zero_stage == 0 else [part._replace(gradient=None) for part in parts]
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """Of a sharded model gathered one at a time."""
+        weights = {}
+        for name, parameter in self.model.module.named_parameters():
+            with self._whole(parameter):
+                weights[name] = parameter.detach().clone()
+        return weights
+
     def discard_gradients(self) -> None:
         if self.zero_stage == 0:
             self.model.zero_grad()

@@ -13,6 +13,7 @@ _ALERTS = {
     "skipped": ("A step was skipped", "WARN"),
     "rewind": ("The loss leapt, and the run went back", "WARN"),
     "stalled": ("The run has stalled", "ERROR"),
+    "evaluation failed": ("An evaluation failed, and its numbers are missing", "WARN"),
     "failed": ("The run has failed", "ERROR"),
 }
 

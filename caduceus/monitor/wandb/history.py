@@ -18,13 +18,14 @@ SAME = 1e-3
 
 
 def wandb_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl under W&B's names: train/, valid/, perf/, health/; null is NaN, as it was."""
-    return {wandb_name(key): math.nan if value is None else value for key, value in row.items()}
+    """A row of metrics.jsonl under W&B's names: train/, valid/, eval/, perf/, health/; null is NaN, as it was."""
+    told = {key: value for key, value in row.items() if key != "evaluated"}
+    return {wandb_name(key): math.nan if value is None else value for key, value in told.items()}
 
 
 def wandb_name(key: str) -> str:
     """W&B's name of a key of metrics.jsonl: loss/hg38 is train/loss/hg38, valid_loss/hg38 is valid/loss/hg38."""
-    if key in _AXES:
+    if key in _AXES or key.startswith("eval/"):
         return key
     if key.startswith("valid_"):
         return key.replace("_", "/", 1)

@@ -24,6 +24,8 @@ from caduceus.run.directory import RunDirectory
 START_SECONDS = 10.0
 """How long a start may wait for W&B where `wandb.required` asks for it; others do not wait."""
 _END_SECONDS = 65.0
+_ENDING_SECONDS = 5.0
+"""How long a sender that was killed may take to be gone."""
 _LEVELS = {"warning": logging.WARNING}
 _ROOT = Path(__file__).resolve().parents[3]
 """The folder that holds the package, which may be a copy."""
@@ -85,7 +87,7 @@ class WandbProcess:
         self._temporary.mkdir(mode=0o700)
         with _client_log(self._run) as client_log:
             self._process = subprocess.Popen(
-                [*_command(self._run), "--trainer", str(os.getpid()), "--since", str(time.time())],
+                [*_command(self._run, self._temporary), "--trainer", str(os.getpid()), "--since", str(time.time())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=client_log,
@@ -136,12 +138,12 @@ class WandbProcess:
 
 def sync(run: RunDirectory) -> int:
     """Send W&B what it lacks of a run that nobody trains; returns the exit status, 0 where W&B then has all rows."""
-    try:
-        take_lock(run.path / "wandb" / ".sender", wait=False).close()
-    except FileNotFoundError:
-        (run.path / "wandb").mkdir()
-    except BlockingIOError:
-        raise UserError(f"{run.path}: its rows are being sent already; see {run.path}/wandb/status.json") from None
+    (run.path / "wandb").mkdir(exist_ok=True)
+    deadline = time.monotonic() + _ENDING_SECONDS
+    while not _may_be_sent(run.path):
+        if time.monotonic() > deadline:
+            raise UserError(f"{run.path}: its rows are being sent already; see {run.path}/wandb/status.json")
+        time.sleep(0.1)
     if not run.newest_metrics("step"):
         raise UserError(f"{run.path}: has no rows to send yet")
     temporary = _temporary_directory(run.path)
@@ -149,13 +151,24 @@ def sync(run: RunDirectory) -> int:
     temporary.mkdir(mode=0o700)
     environment = {**_environment(), "TMPDIR": str(temporary)}
     with _client_log(run.path) as client_log:
-        process = subprocess.Popen(_command(run.path), stdout=subprocess.PIPE, stderr=client_log, env=environment)
+        process = subprocess.Popen(
+            _command(run.path, temporary), stdout=subprocess.PIPE, stderr=client_log, env=environment
+        )
         for line in process.stdout:
             with contextlib.suppress(ValueError):
                 print(json.loads(line)["text"], flush=True)
     status = process.wait()
     shutil.rmtree(temporary, ignore_errors=True)
     return status
+
+
+def _may_be_sent(run: Path) -> bool:
+    """Whether no other process sends a run's rows."""
+    try:
+        take_lock(run / "wandb" / ".sender", wait=False).close()
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _client_log(run: Path) -> BinaryIO:
@@ -165,8 +178,9 @@ def _client_log(run: Path) -> BinaryIO:
     return Path(os.devnull).open("wb")
 
 
-def _command(run: Path) -> list[str]:
-    return [sys.executable, "-m", "caduceus.monitor.wandb.sender", str(run)]
+def _command(run: Path, temporary: Path) -> list[str]:
+    sender = [sys.executable, "-m", "caduceus.monitor.wandb.sender", str(run)]
+    return [*sender, "--starter", str(os.getpid()), "--temporary", str(temporary)]
 
 
 def _environment() -> dict[str, str]:

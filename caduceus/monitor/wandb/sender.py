@@ -1,8 +1,7 @@
-"""python -m caduceus.monitor.wandb.sender RUN [--trainer PID]: bring W&B up to a run's metrics.jsonl.
+"""python -m caduceus.monitor.wandb.sender RUN …: bring W&B up to a run's metrics.jsonl, with a trainer until it ends.
 
-With a trainer, until it ends; else once. It speaks to who started it in lines of JSON on stdout, and hears of the
-trainer's end on stdin. Every attempt with W&B's client begins in a fresh process image, so that nothing is left
-of a client that failed.
+It speaks to who started it in lines of JSON on stdout, and hears of the trainer's end on stdin. Every attempt with the
+client of W&B begins in a fresh process image, so that nothing is left of one that failed.
 """
 
 import argparse
@@ -325,6 +324,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m caduceus.monitor.wandb.sender")
     parser.add_argument("run", type=Path)
     parser.add_argument("--trainer", type=int)
+    parser.add_argument("--starter", type=int, help="the process that starts this one")
+    parser.add_argument("--temporary", type=Path, help="removed at the end if the starter is gone")
     parser.add_argument("--since", type=float, default=math.inf, help="seconds since the epoch of the trainer's start")
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
@@ -335,15 +336,14 @@ def main() -> int:
     sender = Sender(run, arguments.trainer, arguments.since, messages)
     sender.listen()
     sender.deadline() if arguments.trainer is not None else None
-    lock = directory(run.path) / ".sender"
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    directory(run.path).mkdir(parents=True, exist_ok=True)
     try:
-        with take_lock(lock, wait=arguments.trainer is not None):
+        with take_lock(directory(run.path) / ".sender", wait=arguments.trainer is not None):
             return sender.bring_up()
     finally:
         kill_clients()
-        if arguments.trainer is not None and os.getppid() != arguments.trainer:  # else the trainer does
-            shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+        if os.getppid() != arguments.starter:  # else the starter does
+            shutil.rmtree(arguments.temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

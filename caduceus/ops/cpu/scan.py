@@ -11,80 +11,50 @@ from caduceus.ops.cpu import scan_backward_kernels as backward_kernels
 from caduceus.ops.cpu import scan_kernels as kernels
 from caduceus.ops.cpu.arrays import copied, flattened, lead, run_kernel
 from caduceus.ops.cpu.vectors import LANES
+from caduceus.ops.operands import ScanOperands
 
 
 def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    initial_state: Tensor | None,
+    operands: ScanOperands, softplus: bool, reverse: bool, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As `naive.selective_scan`: y (B, L, E) in u's type and the state (B, E, N) after the last step taken."""
-    u, dt, B, C, initial_state = (lead(t, 2) for t in (u, dt, B, C, initial_state))
-    A, D, z, dt_bias = (lead(t, 1) for t in (A, D, z, dt_bias))
-    y, state = _scan_in_one_type(u, dt, A, B, C, D, z, dt_bias, initial_state, softplus, reverse)
+    y, state = _scan_in_one_type(operands.unsqueezed(), lead(initial_state, 2), softplus, reverse)
     return y.squeeze(0), state.squeeze((0, 1))
 
 
-def bidirectional_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-) -> Tensor:
+def bidirectional_scan(operands: ScanOperands) -> Tensor:
     """All directions and streams of `ops.bidirectional_scan` in one pass over memory."""
-    return _scan_in_one_type(u, dt, A, B, C, D, z, dt_bias, None, True, False)[0]
+    return _scan_in_one_type(operands, None, True, False)[0]
 
 
 def _scan_in_one_type(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    softplus: bool,
-    reverse: bool,
+    operands: ScanOperands, initial_state: Tensor | None, softplus: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(u.dtype, torch.float32)
-    tensors = [None if t is None else t.to(compute) for t in (u, dt, A, B, C, D, z, dt_bias, initial_state)]
+    compute = torch.promote_types(operands.u.dtype, torch.float32)
+    tensors = [None if t is None else t.to(compute) for t in (*operands, initial_state)]
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, state, _ = _scan(*tensors, softplus, reverse, keep)
-    return y.to(u.dtype), state
+    return y.to(operands.u.dtype), state
 
 
 class SlicedScan:
     """`split.SlicedScan`: the operands in the type of the arithmetic, and the gradients back in their own."""
 
-    def __init__(self, u, dt, A, B, C, D, z, dt_bias, softplus: bool, reverse: bool) -> None:
-        self.given = (u, dt, A, B, C, D, z, dt_bias)
-        self.compute = torch.promote_types(u.dtype, torch.float32)
-        self.operands = [None if t is None else t.to(self.compute) for t in self.given]
+    def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
+        self.given = operands
+        self.compute = torch.promote_types(operands.u.dtype, torch.float32)
+        self.operands = ScanOperands(*(None if t is None else t.to(self.compute) for t in operands))
         self.softplus, self.reverse = softplus, reverse
 
     def end_state(self) -> tuple[Tensor, Tensor]:
-        _, dt, *_, dt_bias = self.operands
+        dt, dt_bias = self.operands.dt, self.operands.dt_bias
         _, state, _ = _scan(*self.operands, None, self.softplus, self.reverse, False)
         steps = dt if dt_bias is None else dt + dt_bias[:, None, None, None]
         return state, (F.softplus(steps) if self.softplus else steps).sum(3)
 
     def outputs(self, initial_state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, _, kept = _scan(*self.operands, initial_state, self.softplus, self.reverse, True)
-        return y.to(self.given[0].dtype), (kept,)
+        return y.to(self.given.u.dtype), (kept,)
 
     def initial_gradient(self, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         u, dt, A, _, C, _, z, dt_bias = self.operands

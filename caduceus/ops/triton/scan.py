@@ -6,6 +6,7 @@ Shapes: P parameter directions, S streams, B batch, L length, E inner channels, 
 import torch
 from torch import Tensor
 
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import scan_launches as launches
 from caduceus.ops.triton.device import require_float, tokens_per_program
 
@@ -14,14 +15,7 @@ MAX_STATES = 64
 
 
 def scan_with_states(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
+    operands: ScanOperands,
     softplus: bool = True,
     initial_state: Tensor | None = None,
     starts: Tensor | None = None,
@@ -33,41 +27,25 @@ def scan_with_states(
     Operands as of `caduceus.ops.bidirectional_scan`, initial_state (P, S, B, E, N), starts as in `ops.packed`. With
     `reverse` all directions are exchanged; `chunk` is the number of tokens that one program takes.
     """
-    require_float(u, "u")
-    if A.shape[-1] > MAX_STATES:
-        raise ValueError(f"A: the triton backend has up to {MAX_STATES} states, got {A.shape[-1]}")
+    require_float(operands.u, "u")
+    states = operands.A.shape[-1]
+    if states > MAX_STATES:
+        raise ValueError(f"A: the triton backend has up to {MAX_STATES} states, got {states}")
     if chunk is None:
-        chunk = chunk_length(u)
+        chunk = chunk_length(operands.u)
     if chunk % launches.PIECE:
         raise ValueError(f"chunk: must be a multiple of {launches.PIECE}, got {chunk}")
-    y, final_state, _, _ = scan_forward(u, dt, A, B, C, D, z, dt_bias, initial_state, starts, softplus, reverse, chunk)
+    y, final_state, _, _ = scan_forward(*operands, initial_state, starts, softplus, reverse, chunk)
     return y, final_state
 
 
-def bidirectional_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    starts: Tensor | None = None,
-) -> Tensor:
+def bidirectional_scan(operands: ScanOperands, starts: Tensor | None = None) -> Tensor:
     """`caduceus.ops.bidirectional_scan`."""
-    return scan_with_states(u, dt, A, B, C, D, z, dt_bias, starts=starts)[0]
+    return scan_with_states(operands, starts=starts)[0]
 
 
 def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
+    operands: ScanOperands,
     softplus: bool,
     reverse: bool,
     initial_state: Tensor | None,
@@ -75,14 +53,7 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """(y (B, L, E), final state (B, E, N)) of `caduceus.ops.selective_scan`."""
     y, final_state = scan_with_states(
-        u[None, None],
-        dt[None, None],
-        A[None],
-        B[None, None],
-        C[None, None],
-        None if D is None else D[None],
-        None if z is None else z[None],
-        None if dt_bias is None else dt_bias[None],
+        operands.unsqueezed(),
         softplus,
         None if initial_state is None else initial_state[None, None],
         starts,

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import scan_adjoint_kernels as adjoint_kernels
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
@@ -52,7 +53,8 @@ def launch_forward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, final states, state before each chunk (rows, chunks, N, E), sum of dt over each (rows, chunks, E))."""
-    scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk)
+    operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
+    scan = ScanKernels(operands, starts, softplus, reverse, chunk)
     states, sum_dt = scan.chunk_states()
     final_state = scan.carry(states, sum_dt, initial_state, descending=False)
     return scan.outputs(states), final_state, states, sum_dt
@@ -77,7 +79,8 @@ def launch_backward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty for what is not given."""
-    scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk)
+    operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
+    scan = ScanKernels(operands, starts, softplus, reverse, chunk)
     adjoints = scan.adjoints(dy)
     dinitial_state = scan.carry(adjoints, sum_dt, dfinal_state, descending=True)
     return (*scan.gradients(dy, states, adjoints), dinitial_state)
@@ -86,14 +89,17 @@ def launch_backward(
 class ScanKernels:
     """The operands of a scan as the kernels want them, and a method for each kernel."""
 
-    def __init__(self, u, dt, A, B, C, D, z, dt_bias, starts, softplus, reverse, chunk):
+    def __init__(
+        self, operands: ScanOperands, starts: Tensor | None, softplus: bool, reverse: bool, chunk: int
+    ) -> None:
+        u, dt, A, B, C, D, z, dt_bias = operands
         self.P, self.S, self.batch, self.length, self.E = u.shape
         self.N = A.shape[-1]
         self.rows = self.P * self.S * self.batch
         self.chunk, self.n_chunks = chunk, triton.cdiv(self.length, chunk)
         self.items = self.S * self.batch * self.n_chunks
         self.reverse = int(reverse)
-        self.given = (u, dt, A, B, C, D, z, dt_bias)
+        self.given = operands
         self.u, self.dt = u.contiguous(), dt.contiguous()
         # Every thread reads all of B and C, two numbers to a load.
         self.B, self.C = (_in_pairs(t.float()) for t in (B, C))

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton.device import require_float
 from caduceus.ops.triton.scan import chunk_length
 from caduceus.ops.triton.scan_launches import ScanKernels
@@ -10,10 +11,10 @@ from caduceus.ops.triton.scan_launches import ScanKernels
 class SlicedScan:
     """`split.SlicedScan`. What ranks do to a state is what chunks do to it, so both passes share the chunks' states."""
 
-    def __init__(self, u, dt, A, B, C, D, z, dt_bias, softplus: bool, reverse: bool) -> None:
-        require_float(u, "u")
-        self._scan = ScanKernels(u, dt, A, B, C, D, z, dt_bias, None, softplus, reverse, chunk_length(u))
-        self._given = [t is not None for t in (u, dt, A, B, C, D, z, dt_bias)]
+    def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
+        require_float(operands.u, "u")
+        self._scan = ScanKernels(operands, None, softplus, reverse, chunk_length(operands.u))
+        self._given = [t is not None for t in operands]
 
     def end_state(self) -> tuple[Tensor, Tensor]:
         self._states, self._sum_dt = self._scan.chunk_states()

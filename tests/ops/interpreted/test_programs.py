@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from caduceus import ops
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import conv, scan, scan_launches
 from tests.interpreter import INTERPRETING
 
@@ -39,7 +40,7 @@ def test_scan():
     P, S, batch, L, E, N = 2, 1, 1, 9, 18, 1
     A, runs = -normal(P, E, N).detach().abs() - 0.1, (P, S, batch, L)
     given = (normal(*runs, E), normal(*runs, E), A.requires_grad_(), normal(*runs, N), normal(*runs, N), normal(P, E))
-    run(lambda: scan.scan_with_states(*given, normal(S, batch, L, E), normal(P, E), chunk=8))
+    run(lambda: scan.scan_with_states(ScanOperands(*given, normal(S, batch, L, E), normal(P, E)), chunk=8))
 
 
 def test_convolution():

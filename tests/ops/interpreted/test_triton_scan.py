@@ -6,6 +6,7 @@ from torch import Tensor
 
 from caduceus import ops
 from caduceus.ops import naive
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import scan as triton_scan
 from caduceus.ops.triton import scan_launches
 
@@ -62,7 +63,8 @@ def define(
                     Bb, Cb = (t[d, s, b, None, piece] for t in (B, C))
                     zb = None if z is None else z[s, b, None, piece]
                     Dd, bias = (None if t is None else t[d] for t in (D, dt_bias))
-                    y, end = naive.selective_scan(*run, A[d], Bb, Cb, Dd, zb, bias, softplus, backwards, h)
+                    given = ScanOperands(*run, A[d], Bb, Cb, Dd, zb, bias)
+                    y, end = naive.selective_scan(given, softplus, backwards, h)
                     outputs[piece.start], h = y, None
                 rows.append(torch.cat([outputs[i] for i in sorted(outputs)], 1))
                 ends.append(end)
@@ -89,7 +91,7 @@ def check(operands: dict[str, Tensor | None], dtype=torch.float32, tolerance=FP3
     actual = {name: None if t is None else t.requires_grad_() for name, t in rounded.items()}
     state = actual["initial_state"]
     y_, final_ = triton_scan.scan_with_states(
-        *(actual[name] for name in NAMES[:-1]), initial_state=state, chunk=chunk, **options
+        ScanOperands(*(actual[name] for name in NAMES[:-1])), initial_state=state, chunk=chunk, **options
     )
     assert y_.dtype == dtype
     gradients = torch.autograd.grad((y_, final_), [actual[name] for name in given], (dy, dfinal))
@@ -191,8 +193,8 @@ def test_pads_neither_decay_nor_feed_the_state():
 
 
 def run(operands: dict[str, Tensor], chunk: int = 8, **options) -> tuple[Tensor, Tensor]:
-    u, dt, A, B, C, D, z, dt_bias, state = (operands[name].float() for name in NAMES)
-    return triton_scan.scan_with_states(u, dt, A, B, C, D, z, dt_bias, initial_state=state, chunk=chunk, **options)
+    *given, state = (operands[name].float() for name in NAMES)
+    return triton_scan.scan_with_states(ScanOperands(*given), initial_state=state, chunk=chunk, **options)
 
 
 @pytest.mark.slow
@@ -245,8 +247,8 @@ def test_numbers_that_are_loaded_in_pairs_lie_at_even_places():
     o = {n: t.float() for n, t in make_operands(1, 1, 1, 1, 3, 2).items()}
     _, B, C = torch.cat([torch.zeros(1, 1, 1, 1, 1), o["B"], o["C"]], -1).split([1, 2, 2], -1)
     assert B.is_contiguous() and B.storage_offset() % 2 == 1
-    given = [o["u"], o["dt"], o["A"], B, C, o["D"], o["z"], o["dt_bias"]]
-    scan = scan_launches.ScanKernels(*given, None, True, False, 8)
+    given = ScanOperands(o["u"], o["dt"], o["A"], B, C, o["D"], o["z"], o["dt_bias"])
+    scan = scan_launches.ScanKernels(given, None, True, False, 8)
     for name, tensor in (("B", scan.B), ("C", scan.C)):
         assert tensor.data_ptr() % 8 == 0
         assert torch.equal(tensor.flatten(), o[name].flatten())
@@ -272,4 +274,4 @@ def test_refuses_what_it_cannot_run():
     with pytest.raises(ValueError, match="64 states"):
         run(o)
     with pytest.raises(TypeError, match="float64"):
-        triton_scan.scan_with_states(*(o[name] for name in NAMES[:-1]))
+        triton_scan.scan_with_states(ScanOperands(*(o[name] for name in NAMES[:-1])))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from caduceus.ops import naive
+from caduceus.ops.operands import ScanOperands
 from caduceus.ops.runs import scan_by_runs
 from caduceus.ops.triton import SlicedScan
 from tests.ops.slices import scan_in_slices
@@ -18,7 +19,7 @@ def test_slices_equal_the_whole(directions, streams, reverse):
 
     cuts, channels, states = [33, 9], 5, 2  # the first slice has two chunks
     runs = (directions, streams, 1)
-    given = [
+    given = ScanOperands(
         normal(*runs, sum(cuts), channels),
         normal(*runs, sum(cuts), channels) - 1,
         -normal(directions, channels, states).abs() - 0.1,
@@ -27,12 +28,14 @@ def test_slices_equal_the_whole(directions, streams, reverse):
         normal(directions, channels),
         normal(streams, 1, sum(cuts), channels),
         normal(directions, channels),
-    ]
-    leaves = [t.clone().requires_grad_() for t in given]
-    expected, _ = scan_by_runs(naive.selective_scan, *leaves, True, reverse)
+    )
+    leaves = ScanOperands(*(t.clone().requires_grad_() for t in given))
+    expected, _ = scan_by_runs(naive.selective_scan, leaves, True, reverse)
     dy = normal(*expected.shape)
     expected.backward(dy)
-    y, gradients = scan_in_slices(SlicedScan, [t.float() for t in given], cuts, True, reverse, dy.float())
+    y, gradients = scan_in_slices(
+        SlicedScan, ScanOperands(*(t.float() for t in given)), cuts, True, reverse, dy.float()
+    )
     # fp32 of values of order 1, in sums of at most some hundred terms.
     torch.testing.assert_close(y.double(), expected.detach(), rtol=0, atol=1e-5)
     for leaf, gradient in zip(leaves, gradients, strict=True):

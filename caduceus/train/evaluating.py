@@ -1,0 +1,180 @@
+"""`evaluations:` while a run trains, and which checkpoint is the best.
+
+The verbs run on a copy of the weights, on the same ranks, and generators of random numbers are put back after: what
+training computes is the same bits with them and without. One that fails costs its numbers: a warning, an event, and the
+run goes on; but contact lost to another rank ends the run. One during which the run is told to stop is left, and made
+at the next start.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from caduceus import CaduceusForMaskedLM
+from caduceus.config import CheckpointConfig, Config
+from caduceus.config.evaluations import SPACE
+from caduceus.distributed.ranks import PATIENCE, is_lost_contact
+from caduceus.distributed.strategy import Strategy
+from caduceus.errors import PeerError, RetryError, one_line
+from caduceus.evaluate.in_loop import InLoop
+from caduceus.evaluate.model import Runner
+from caduceus.monitor.rows import Monitor
+from caduceus.run.directory import RunDirectory
+from caduceus.run.events import record_event
+from caduceus.train.checkpointing import rng_state, set_rng_state
+from caduceus.train.optimizer import averaged_weights
+from caduceus.train.stopping import StopRequest
+from caduceus.train.watchdog import Watchdog
+
+Row = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """The evaluations of a run, on this rank."""
+
+    config: Config
+    run: RunDirectory
+    found: Sequence[InLoop]
+    monitor: Monitor
+    stop: StopRequest
+    watchdog: Watchdog
+
+    def after(self, strategy: Strategy, step: int) -> Row:
+        """Run those that are due after a step; their numbers as metrics.jsonl names them, the same on all ranks."""
+        due = [one for one in self.found if step % one.every == 0]
+        return self._run(strategy, step, due)
+
+    def missing(self, strategy: Strategy, step: int) -> Row:
+        """As `after`, at a start that goes on from a step: those that an earlier start left."""
+        if step == 0 or not self.found:
+            return {}
+        rows = []
+        with strategy.ranks.agreeing(), self.run.telling_of_disks():
+            if strategy.ranks.is_main:
+                rows = self.run.newest_metrics("evaluated", 10 * len(self.found))
+        made = {row["evaluated"] for row in strategy.ranks.broadcast(rows) if row["step"] == step}
+        return self._run(strategy, step, [one for one in self.found if step % one.every == 0 and one.name not in made])
+
+    def _run(self, strategy: Strategy, step: int, due: Sequence[InLoop]) -> Row:
+        if not due:
+            return {}
+        told: Row = {}
+        with _same_random_numbers(), self._slowly(strategy, f"the copy of the weights after step {step}"):
+            runner = self._runner(strategy)
+            for one in due:
+                with self._slowly(strategy, f"{one.key} after step {step}"):
+                    told |= self._numbers(one, runner, strategy, step)
+        del runner
+        if strategy.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return told
+
+    def _numbers(self, one: InLoop, runner: Runner, strategy: Strategy, step: int) -> Row:
+        started, failure = time.monotonic(), None
+        try:
+            numbers = one.run(runner, strategy.ranks)
+        except Exception as error:
+            if is_lost_contact(error) or (isinstance(error, PeerError) and error.rank is None):
+                raise
+            failure = error
+        if failure is not None:
+            if strategy.ranks.is_main:
+                self._tell_failure(one, step, failure)
+            return {}
+        row = {**one.row(numbers), f"{SPACE}{one.name}/seconds": time.monotonic() - started}
+        self.monitor.log_evaluation({"step": step, "evaluated": one.name, **row})
+        return row
+
+    def _tell_failure(self, one: InLoop, step: int, failure: Exception) -> None:
+        reason = one_line(failure)
+        if isinstance(failure, _StoppingError) or (isinstance(failure, PeerError) and _StoppingError.words in reason):
+            _log.warning("%s: left after step %d as the run stops; the next start makes it", one.key, step)
+            return
+        _log.warning("%s: failed after step %d, and the run goes on without its numbers: %s", one.key, step, reason)
+        record_event(self.run.path, "evaluation failed", step, name=one.name, reason=reason)
+
+    def _runner(self, strategy: Strategy) -> Runner:
+        """A model of its own, with the weights of now, or their average over steps where the run keeps one."""
+        average = averaged_weights(strategy) if self.config.train.ema else contextlib.nullcontext()
+        with average:
+            weights = strategy.whole_weights()
+        with torch.device("meta"):
+            model = CaduceusForMaskedLM(self.config.model, self.config.ops.backend)
+        model.load_state_dict(weights, assign=True)
+        model.complement = strategy.network.complement
+        return _Interruptible(model, self.stop, strategy.ranks.device.type, self.config.train.precision)
+
+    @contextlib.contextmanager
+    def _slowly(self, strategy: Strategy, what: str) -> Iterator[None]:
+        with self.watchdog.over(what, PATIENCE.total_seconds()), strategy.ranks.patiently():
+            yield
+
+
+class _StoppingError(RetryError):
+    """The run is to stop: the evaluation ends here."""
+
+    words = "the run stops"
+
+
+class _Interruptible(Runner):
+    """Ends an evaluation between two batches where the run is told to stop."""
+
+    def __init__(self, model: CaduceusForMaskedLM, stop: StopRequest, device: str, precision: str) -> None:
+        super().__init__(model, device, "bf16" if precision == "bf16" else "fp32")
+        self._stop = stop
+
+    def ids(self, bases: Any) -> torch.Tensor:
+        if self._stop.requested:
+            raise _StoppingError(_StoppingError.words)
+        return super().ids(bases)
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Within, whatever draws random numbers; after it, the generators stand where they stood."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+class Best:
+    """Which step is the best so far by `checkpoint.best`. All ranks come to the same."""
+
+    def __init__(self, config: CheckpointConfig, strategy: Strategy, run: RunDirectory) -> None:
+        self._ranks, self._run = strategy.ranks, run
+        self._asked = {"metric": config.best, "is": config.best_is}
+        before = self._ranks.broadcast(run.best() if self._ranks.is_main else None)
+        same = before is not None and {name: before[name] for name in self._asked} == self._asked
+        self._value: float | None = before["value"] if same else None
+
+    def take(self, step: int, told: Row) -> Row | None:
+        """Facts of the step, for `RunDirectory.keep_best`, where its numbers are the best; None otherwise."""
+        value = told.get(self._asked["metric"])
+        if value is None or not math.isfinite(value):
+            return None
+        before, is_max = self._value, self._asked["is"] == "max"
+        if before is not None and (value <= before if is_max else value >= before):
+            return None
+        self._value = value
+        if self._ranks.is_main:
+            _log.info("%s %.6g at step %d is the best so far", self._asked["metric"], value, step)
+        return {**self._asked, "value": value}
+
+    def keep(self, step: int, told: Row) -> None:
+        """As `take`, of a step that has its checkpoint."""
+        facts = self.take(step, told)
+        if facts is not None:
+            with self._ranks.agreeing(), self._run.telling_of_disks():
+                if self._ranks.is_main:
+                    self._run.keep_best(step, facts)
