@@ -139,12 +139,6 @@ class Fit:
             found = _Training(self, config, run, loader).until_the_end(valid)
         finally:
             run.release()
-        with self.ranks.agreeing():
-            self.net.load_state_dict(torch.load(folder / _BEST, map_location=self.ranks.device, weights_only=True))
-        self.ranks.barrier()
-        if self.ranks.is_main:
-            shutil.rmtree(run.checkpoints_path)
-            (folder / _BEST).unlink()
         return found
 
     def _loader(self, train: Examples, seed: int) -> ExampleLoader:
@@ -199,9 +193,21 @@ class _Training:
         listening = contextlib.nullcontext() if is_within_a_run() else stop.listening()
         with listening, monitor, watchdog:
             best = self._epochs(valid, monitor, stop, watchdog)
+            if not monitor.stopped:
+                self._take_best()
         if monitor.stopped or best is None:
             raise SystemExit(EXIT_REQUEUE)
         return {**best, "epochs": self._epoch}
+
+    def _take_best(self) -> None:
+        """Give the network the weights of its best epoch; nobody needs the checkpoints any more."""
+        with self.ranks.agreeing():
+            best = torch.load(self.run.path / _BEST, map_location=self.ranks.device, weights_only=True)
+            self.fit.net.load_state_dict(best)
+        with self.ranks.agreeing():
+            if self.ranks.is_main:
+                shutil.rmtree(self.run.checkpoints_path)
+                (self.run.path / _BEST).unlink()
 
     def _epochs(
         self, valid: Examples, monitor: Monitor, stop: StopRequest, watchdog: Watchdog

@@ -96,7 +96,7 @@ def write_page(target: Path, title: str, published: str | None, rows: Sequence[d
         parts.append(f"<p>Published: {escape(published)}</p>")
     parts += [f"<p>{escape(row['task'])} is missing: {escape(row['missing'])}</p>" for row in rows if "missing" in row]
     wide = any(row.get("published") for row in rows)  # six more columns
-    style = "body { max-width: 1400px; } figure { max-width: 900px; }" if wide else ""
+    style = "body { max-width: 1600px; } figure { max-width: 900px; }" if wide else ""
     write_atomically(target, page(title, parts, style))
 
 
