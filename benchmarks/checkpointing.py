@@ -33,8 +33,9 @@ from caduceus.distributed.build import build_strategy
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.run.directory import RunDirectory
-from caduceus.train.checkpointing import Checkpoints, Progress
+from caduceus.train.checkpointing import Checkpoints
 from caduceus.train.optimizer import build_optimizer
+from caduceus.train.progress import Progress
 
 MODES = ("none", "waiting", "behind")
 

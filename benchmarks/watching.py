@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from machine import processor
 
-from caduceus.config import Config, load_config
+from caduceus.config import Config, load_config, stages_of
 from caduceus.distributed.ranks import Ranks
 from caduceus.evaluate import heldout
 from caduceus.monitor.rows import Monitor
@@ -51,8 +51,9 @@ def main() -> None:
         config = _config(Path(folder), options.overrides)
         every, valid_every = config.monitor.every, config.valid.every
         keep_freed_memory_for(config)
-        opened = open_run(config, Ranks(0, 1, 1, torch.device("cpu")))
-        setup = set_up(config, Ranks(0, 1, 1, torch.device("cpu")), opened, time.monotonic())
+        (stage,), ranks = stages_of(config), Ranks(0, 1, 1, torch.device("cpu"))
+        opened = open_run(stage, ranks)
+        setup = set_up(stage, ranks, opened, time.monotonic())
         plain, telling, row = _steps(setup, opened, options.steps)
         bare, detailed = _validations(setup, opened)
         of_row = _rows(config, opened, row)
@@ -102,7 +103,7 @@ def _validations(setup: Setup, opened: Opened) -> tuple[float, float]:
     model, ranks, watchdog = setup.strategy.model, setup.strategy.ranks, Watchdog(Path(), 0, 0)
 
     def whole() -> None:
-        _validate(setup.strategy, opened.validation, watchdog, setup.config, 0)
+        _validate(setup.strategy, opened.validation, watchdog, setup.config, setup.progress)
 
     def bare() -> None:
         forward = model.forward

@@ -29,6 +29,8 @@ COMPLEMENT_BYTE = _complement_bytes()
 """(256,) uint8: IUPAC complement of a base byte, case kept."""
 IS_ACGT_BYTE = np.isin(np.arange(256, dtype=np.uint8), np.frombuffer(b"ACGTacgt", np.uint8))
 """(256,) bool: the bytes that can be labels."""
+IS_URACIL_BYTE = np.isin(np.arange(256, dtype=np.uint8), np.frombuffer(b"Uu", np.uint8))
+"""(256,) bool: the bytes of RNA that stand for T."""
 IS_IUPAC_BYTE = np.isin(np.arange(256, dtype=np.uint8), np.frombuffer(_IUPAC + _IUPAC.lower(), np.uint8))
 """(256,) bool: the bytes a genome may hold."""
 
@@ -88,8 +90,8 @@ class Vocabulary:
 CADUCEUS = Vocabulary(
     "caduceus", ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *"ACGTN"), n="[PAD]"
 )
-"""Of the published Caduceus; N stands as [PAD], as in its training."""
+"""The vocabulary of the published Caduceus; N stands as [PAD], as in its training."""
 PLANTCAD = Vocabulary("plantcad", ("[PAD]", "[MASK]", "[UNK]", *"acgt"), n="[UNK]")
-"""Of the published PlantCaduceus and PlantCAD2."""
+"""The vocabulary of the published PlantCaduceus and PlantCAD2."""
 VOCABULARIES = {12: CADUCEUS, 8: PLANTCAD}
-"""By `model.vocab_size`, as published: PlantCAD's counts a row that no token has."""
+"""Vocabularies by `model.vocab_size`, as published: PlantCAD's size counts a row that no token has."""

@@ -100,6 +100,8 @@ _VALUES = {
     "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
     "aliases": (str, "FILE|URL", "table of contig names, or an NCBI assembly report"),
     "intervals": (str, "BED|URL", "regions to use, split by column 4 if there is one; 'registry': the published ones"),
+    "around": (str, "GTF|URL", "use the genes of an annotation (GTF or GFF3), each with --flank bases on either side"),
+    "flank": (int, "N", "bases on either side of a gene (2000)"),
     "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
     "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
     "test_fraction": (float, "F", "share of the blocks that are test (0)"),

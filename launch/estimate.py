@@ -8,22 +8,13 @@ is what autograd keeps of each block and what the backward pass of one needs bes
 from dataclasses import dataclass
 
 from caduceus.config import Config
-from caduceus.distributed.costs import held, sent
-from caduceus.distributed.layout import Sharing, blocks_to_recompute, check_layout
+from caduceus.distributed.costs import sent
+from caduceus.distributed.footprint import Footprint
+from caduceus.distributed.layout import Room, Sharing, check_layout, footprint_of, with_sharing
 from caduceus.model import costs
-from caduceus.model.costs import block_bytes, parameter_count
+from caduceus.model.costs import parameter_count
 
 SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
-SCAN_INPUTS = 0.2
-"""Time that recomputing what feeds the scan takes, in forward passes of a block: by the bytes it moves."""
-GPU_CHUNK, CPU_CHUNK = 256, 16
-"""Tokens for which a scan keeps one state."""
-REPLAYED, MOST_REPLAYED = 8, 2**31
-"""A GPU's backward pass replays one state of so many, and keeps at most so many bytes of them."""
-GPU_SCRATCH, CPU_SCRATCH = 2**28, 2**29
-"""Bytes besides: of libraries, and on a CPU of the whole process."""
-CPU_HEAP = 1.1
-"""Bytes that a process on a CPU holds for each byte of its tensors."""
 GPU_BYTES = 80_000_000_000
 """Memory of an H100."""
 
@@ -39,10 +30,14 @@ class Estimate:
     bases: int
     """Bases in memory at a time."""
     parameters: int
+    footprint: Footprint
     step_seconds: float
-    memory_bytes: int
     sent_bytes: int
     """That a rank gives to collectives in a step."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.footprint.total
 
     def describe(self, gpus: bool) -> str:
         """One line; without `gpus` it leaves out the time, which is for GPUs."""
@@ -58,39 +53,27 @@ class Estimate:
         return f"{ranks} with {share} each; {size}; unmeasured estimate for {found}"
 
 
-def estimate(config: Config, world: int, gpus: bool = True) -> Estimate:
+def estimate(config: Config, world: int, gpus: bool = True, node: int = 0) -> Estimate:
     """Estimate a run on `world` ranks, each with a GPU or else on CPUs, where `auto` is taken to recompute nothing.
 
-    Raises `UserError` for a layout that the ranks cannot take.
+    `node`: ranks of a node (0: all). Raises `UserError` for a layout that the ranks cannot take.
     """
     model, train = config.model, config.train
-    sharing = check_layout(config, world)
+    room = Room(GPU_BYTES, node or world) if gpus else None
+    sharing = check_layout(config, world, room)
+    config = with_sharing(config, sharing)
     streams = costs.streams(model) // sharing.strands
     sequences = train.global_batch // (world // sharing.ranks)
     bases_per_sequence = config.data.seq_len // sharing.context
-    bases = bases_per_sequence * train.micro_batch
-    parameters = parameter_count(model)
-    layers, bases_in_streams = model.n_layer, bases * streams
-    element = {"fp64": 8, "fp32": 4, "bf16": 2 if gpus else 4}[train.precision]  # a CPU's scan computes in fp32
-    block = block_bytes(model, element, GPU_CHUNK if gpus else CPU_CHUNK, fused_norm=gpus)
-    full, lean, residual = (int(n * bases_in_streams) for n in (block.full, block.lean, block.residual))
-    if train.precision == "bf16" and not gpus:  # its scan keeps copies of its inputs in fp32
-        lean = full
-    fixed = held(config, world).total + int(block.gradients * bases_in_streams)
-    if gpus:
-        fixed += GPU_SCRATCH + min(int(block.states * bases_in_streams) // REPLAYED, MOST_REPLAYED)
-    counts = {"none": (0, 0), "scan": (0, layers), "block": (layers, 0)}.get(train.activation_checkpointing)
-    if counts is None and not gpus:
-        counts = (0, 0)
-    if counts is None:
-        least = fixed + (layers - 1) * residual + full
-        counts = blocks_to_recompute(least, lean - residual, full - residual, GPU_BYTES, layers)
-    whole, inputs = counts
-    memory = fixed + whole * residual + inputs * lean + (layers - whole - inputs) * full
-    if layers in counts:  # the backward pass first recomputes the last block, beside what is kept of all
-        memory += full if whole else full - lean
-    if not gpus:
-        memory = int(CPU_HEAP * memory) + CPU_SCRATCH
-    passes = 3 * layers + whole + SCAN_INPUTS * inputs  # a backward pass counts as two forward ones
-    step = SECONDS_PER_BASE * model.d_model * streams * sequences * bases_per_sequence * passes / 3
-    return Estimate(world, sharing, sequences, bases, parameters, step, memory, sent(config, world).total)
+    takes = footprint_of(config, world, sharing, room)
+    passes = takes.passes(model.n_layer) / 3
+    return Estimate(
+        world=world,
+        shared_by=sharing,
+        sequences=sequences,
+        bases=bases_per_sequence * train.micro_batch,
+        parameters=parameter_count(model),
+        footprint=takes,
+        step_seconds=SECONDS_PER_BASE * model.d_model * streams * sequences * bases_per_sequence * passes,
+        sent_bytes=sent(config, world, node).total,
+    )

@@ -3,7 +3,7 @@
 import contextlib
 from statistics import median
 
-from caduceus.config import Config
+from caduceus.config import Config, stages_of, within
 from caduceus.data.dataset import open_dataset
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
@@ -18,7 +18,9 @@ from launch.terminal import runs_command
 
 def refuse_impossible_layout(config: Config, request: JobRequest) -> None:
     """Raise `UserError` where the ranks of the request cannot be arranged as the configuration wants."""
-    check_layout(config, request.world)
+    for stage in stages_of(config):
+        with within(stage):
+            check_layout(stage.config, request.world)
     if config.run.device == "cuda" and request.executor == "slurm" and not request.gpus_per_node:
         raise UserError("run.device: cuda was asked for, but the job asks for no GPUs; use --gpus-per-node")
 
@@ -59,9 +61,11 @@ def _data_complaint(config: Config) -> str | None:
 
             expand_urls(config.data.path, "data.path", config.data.allow_commands)
         else:
-            open_dataset(config.data, "train")
-            if config.valid.every:
-                open_dataset(config.data, "valid")
+            for stage in stages_of(config):
+                with within(stage):
+                    open_dataset(stage.config.data, "train")
+                    if config.valid.every:
+                        open_dataset(stage.config.data, "valid")
     except UserError as error:
         return str(error)
     return None
@@ -81,13 +85,18 @@ def _evaluations_complaint(config: Config) -> str | None:
 
 def _time_complaint(config: Config, request: JobRequest) -> str | None:
     """A job that ends before its first checkpoint, by the speed that this run had, or by the estimate for GPUs."""
-    measured = [row["seconds"] for row in RunDirectory(config.run.dir).newest_metrics("seconds", 100)]
-    if measured:
-        step = median(measured)
+    stages, rows = stages_of(config), RunDirectory(config.run.dir).newest_metrics("seconds", 100)
+    current = rows[-1].get("stage", 1) if rows else 1
+    if rows:
+        measured = median(row["seconds"] for row in rows if row.get("stage", 1) == current)
+        bases = stages[min(current, len(stages)) - 1].bases_of_a_step
+        seconds = [measured * (stage.bases_of_a_step / bases) for stage in stages]
     elif request.gpus_per_node:
-        step = estimate(config, request.world).step_seconds
+        node = request.processes_per_node
+        seconds = [estimate(stage.config, request.world, node=node).step_seconds for stage in stages]
     else:
         return None
+    step = max(seconds[current - 1 :])
     interval = step * min(config.checkpoint.every, config.train.steps)
     available = request.minutes * 60 - request.signal_seconds
     if interval <= available:

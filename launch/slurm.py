@@ -11,10 +11,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from caduceus.arguments import Parser, PresetAction
-from caduceus.config import Config, WandbConfig, config_to_dict, load_config
-from caduceus.errors import run_command
+from caduceus.config import Config, WandbConfig, config_to_dict, load_config, stages_of
+from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
 from launch.check import check
+from launch.dial import dial_table, is_turned
 from launch.estimate import estimate
 from launch.job import train
 from launch.local import run_here
@@ -22,6 +23,7 @@ from launch.logs import log_path
 from launch.preparation import prepared
 from launch.refusals import complaints, refuse_bad_request, refuse_impossible_layout, refuse_run_in_use
 from launch.request import JobRequest, add_request_options, requested_job
+from launch.simulation import print_simulation
 from launch.submission import note_unused_settings, run_executor, submit
 from launch.sweep import run_sweep
 from launch.terminal import runs_command
@@ -53,6 +55,12 @@ def main() -> int:
     if arguments.sweep:
         return run_sweep(arguments.config, arguments.overrides, arguments.sweep, request, arguments.dry_run)
     config = load_config(arguments.config, arguments.overrides)
+    if request.gpus_per_node and is_turned(arguments.config, arguments.overrides):
+        print(dial_table(config, request.world), flush=True)
+    if arguments.simulate:
+        refuse_impossible_layout(config, request)
+        print_simulation(config, request)
+        return 0
     if arguments.dry_run:
         refuse_impossible_layout(config, request)
         show(config, request)
@@ -64,7 +72,9 @@ def check_and_start(config: Config, request: JobRequest) -> int:
     """Start a run, or go on with it, unless something is seen to be wrong with it; returns the exit status."""
     refuse_bad_request(config, request)
     path = Path(config.run.dir)
-    print(f"estimate:      {described_estimate(config, request)}\nrun directory: {path}", flush=True)
+    for line in described_estimates(config, request):
+        print(f"estimate:      {line}")
+    print(f"run directory: {path}", flush=True)
     if request.executor == "debug":
         refuse_run_in_use(RunDirectory(path))
         RunDirectory(path).stop_path.unlink(missing_ok=True)
@@ -96,6 +106,8 @@ def parse_arguments() -> argparse.Namespace:
         help=f"what to train: a preset, or a YAML file; list shows the presets ({DEFAULT_CONFIG})",
     )
     parser.add_argument("--dry-run", action="store_true", help="print batch script and configuration, submit nothing")
+    simulate = "with --dry-run: print who of the ranks would do what, and a model's times on 1 to --nodes nodes of H100"
+    parser.add_argument("--simulate", action="store_true", help=simulate)
     parser.add_argument(
         "--check", action="store_true", help="look at the nodes that a job would get, and train nothing"
     )
@@ -103,13 +115,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2,…", help=values)
     add_request_options(parser, default="slurm")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the config's")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if arguments.simulate and not arguments.dry_run:
+        raise UserError("--simulate: submits nothing; give it with --dry-run")
+    if arguments.simulate and arguments.sweep:
+        raise UserError("--simulate: shows one run, not a --sweep; give the values of one as key.path=value")
+    return arguments
 
 
 def show(config: Config, request: JobRequest) -> None:
     """Print the estimate, the batch script and resolved configuration; on stderr, what would be refused here."""
     note_unused_settings()
-    print(f"# estimate: {described_estimate(config, request)}")
+    for line in described_estimates(config, request):
+        print(f"# estimate: {line}")
     if request.executor == "slurm":
         print(run_executor(request, Path(config.run.dir).absolute(), config.run.name).script())
     print(f"# {Path(config.run.dir) / 'config.yaml'}")
@@ -118,9 +136,16 @@ def show(config: Config, request: JobRequest) -> None:
         print(f"would be refused: {complaint}", file=sys.stderr)
 
 
-def described_estimate(config: Config, request: JobRequest) -> str:
-    gpus = request.gpus_per_node > 0
-    return estimate(config, request.world, gpus).describe(gpus)
+def described_estimates(config: Config, request: JobRequest) -> list[str]:
+    """What the run takes, or each of its stages: a line each."""
+    gpus, lines = request.gpus_per_node > 0, []
+    for stage in stages_of(config):
+        found = estimate(stage.config, request.world, gpus, request.processes_per_node)
+        steps = stage.config.train.steps
+        hours = f", {found.step_seconds * steps / 3600:.2g} h" if gpus else ""
+        of_stage = f"stage {stage.number}, {steps:,} steps{hours}: " if config.train.stages else ""
+        lines.append(of_stage + found.describe(gpus))
+    return lines
 
 
 def wandb_place(wandb: WandbConfig) -> str:

@@ -16,7 +16,8 @@ from caduceus.config.run import (
     ValidConfig,
     WandbConfig,
 )
-from caduceus.config.train import TrainConfig
+from caduceus.config.stages import Stage, stages_of, within
+from caduceus.config.train import StageConfig, TrainConfig
 
 __all__ = [
     "KEYS",
@@ -29,6 +30,8 @@ __all__ = [
     "OpsConfig",
     "ParallelConfig",
     "RunConfig",
+    "Stage",
+    "StageConfig",
     "TrainConfig",
     "ValidConfig",
     "WandbConfig",
@@ -40,4 +43,6 @@ __all__ = [
     "overridden",
     "refuse_strategy",
     "save_config",
+    "stages_of",
+    "within",
 ]

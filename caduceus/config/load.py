@@ -15,8 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.config.checks import refuse_impossible_values
 from caduceus.config.data import DataConfig
+from caduceus.config.dial import DIAL, turned
 from caduceus.config.keys import attribute_of, name_of
 from caduceus.config.run import SECTIONS, Config
+from caduceus.config.stages import steps_of_stages, with_stages
+from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
 from caduceus.files import dump_json, write_atomically
 from caduceus.presets import preset
@@ -32,7 +35,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = preset("pretrain", path)
     typed = [_parse_override(override) for override in overrides]
-    config = _merge([*_read_layers(path), *typed])
+    config = _merge(_with_dial(_read_layers(path), typed))
     if _commands_are_typed(config.data, [values for _, values in typed]) or _commands_are_remembered(config.data, path):
         config.data.allow_commands = True
     if config.run.name is None:
@@ -69,6 +72,21 @@ def save_config(config: Config, path: str | Path) -> None:
         values["data"]["allow_commands"] = False
         write_atomically(Path(path).with_name(ALLOWED), dump_json(_addresses(config.data)))
     write_atomically(path, OmegaConf.to_yaml(values).encode())
+
+
+def _with_dial(layers: list[tuple[str, DictConfig]], typed: list[tuple[str, DictConfig]]) -> list:
+    """All layers, and where one names a `size` or `compute`, the keys that follow from it before those typed."""
+    dial: dict[str, Any] = {}
+    for _, values in layers:
+        found = {name: values.pop(name) for name in DIAL if name in values}
+        dial = found or dial
+    wanted = {name: values.pop(name) for _, values in typed for name in DIAL if name in values}
+    dial = wanted or dial
+    if not dial:
+        return [*layers, *typed]
+    lengths = [values.data.seq_len for _, values in (*layers, *typed) if "seq_len" in (values.get("data") or {})]
+    keys = turned(dial.get("size"), dial.get("compute"), lengths[-1] if lengths else DataConfig.seq_len)
+    return [*layers, ("size", OmegaConf.create(keys)), *typed]
 
 
 def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
@@ -134,6 +152,7 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
     merged = OmegaConf.structured(Config)
     for origin, values in layers:
         _refuse_unknown_keys(merged, values, origin)
+        values = with_stages(merged, values, origin)
         try:
             merged = OmegaConf.merge(merged, _attributes(values))
         except OmegaConfBaseException as error:
@@ -142,8 +161,21 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
         config: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(_one_line(error)) from None
+    if config.train.stages:
+        _count_steps(config.train)
     refuse_impossible_values(config)
     return config
+
+
+def _count_steps(train: TrainConfig) -> None:
+    """Those of all stages are the run's."""
+    steps = steps_of_stages(train)
+    if train.steps not in (TrainConfig.steps, steps):
+        raise UserError(
+            f"train.steps: {train.steps}, but the stages of train.stages have {steps}; change those, as "
+            "train.stages.1.steps=1000, and leave train.steps out"
+        )
+    train.steps = steps
 
 
 def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, prefix: str = "") -> None:

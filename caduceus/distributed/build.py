@@ -12,7 +12,7 @@ from caduceus.config import Config, ParallelConfig, refuse_strategy
 from caduceus.distributed.ddp import DDP
 from caduceus.distributed.deepspeed.strategy import DeepSpeed
 from caduceus.distributed.fsdp import FSDP
-from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL
+from caduceus.distributed.held import chosen_strategy
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strands import StrandGroup
 from caduceus.distributed.strategy import BuildOptimizer, Single, Strategy
@@ -72,15 +72,6 @@ def choose_strategy(parallel: ParallelConfig, model: nn.Module, world: int) -> s
 
 
 def _choose(parallel: ParallelConfig, parameters: int, world: int) -> str:
-    if world == 1:
-        parallel.strategy = "single"
-        return "one process"
-    if parameters <= LARGEST_REPLICATED_MODEL:
-        parallel.strategy = "ddp"
-        return f"{world} ranks; {parameters:,} parameters fit on each, and sharding them would only add latency"
-    parallel.strategy = "fsdp"
     node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if not parallel.shard and 1 < node < world and world % node == 0:
-        parallel.shard = node
-        return f"{world} ranks; {parameters:,} parameters, shared by the {node} ranks of a node, whose links are fast"
-    return f"{world} ranks; {parameters:,} parameters, shared by {parallel.shard or world} ranks"
+    parallel.strategy, parallel.shard, reason = chosen_strategy(parallel, parameters, world, node)
+    return reason

@@ -1,28 +1,18 @@
-"""What a layout of ranks costs each of them: bytes held between passes, and bytes given to collectives in a step.
+"""What a layout of ranks costs each of them: the collectives of a step.
 
 Counted from the configuration, for parameters and gradients in fp32. Imports no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from caduceus.config import Config
-from caduceus.distributed.layout import LARGEST_REPLICATED_MODEL, check_layout
-from caduceus.model.costs import MOMENTS, block_parameters, parameter_count, streams
+from caduceus.distributed.held import strategy_of
+from caduceus.distributed.layout import check_layout
+from caduceus.model.costs import block_parameters, parameter_count, streams
 
-_FP32 = 4
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of a rank, without the buckets in which gradients and gathered parameters pass by."""
-
-    parameters: int
-    gradients: int
-    states: int
-
-    @property
-    def total(self) -> int:
-        return self.parameters + self.gradients + self.states
+_FP32, _FP64 = 4, 8
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+"""Bytes of gradients that DDP sends at a time, at first and then; as near to them as whole parameters come."""
 
 
 @dataclass(frozen=True)
@@ -37,82 +27,147 @@ class Sent:
     def total(self) -> int:
         return self.all_reduce + self.all_gather + self.reduce_scatter
 
-    def __add__(self, other: "Sent") -> "Sent":
-        return Sent(
-            self.all_reduce + other.all_reduce,
-            self.all_gather + other.all_gather,
-            self.reduce_scatter + other.reduce_scatter,
-        )
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that exchange with each other: `size` of them, each `stride` ranks after the one before."""
+
+    name: str
+    size: int
+    stride: int = 1
 
 
-def strategy_of(config: Config, world: int) -> tuple[str, int]:
-    """(strategy, ranks that share a copy of the parameters), with `auto` as a run on one node decides it."""
-    parallel = config.parallel
-    strategy = parallel.strategy
-    if strategy == "auto":
-        replicated = parameter_count(config.model) <= LARGEST_REPLICATED_MODEL
-        strategy = "single" if world == 1 else "ddp" if replicated else "fsdp"
-    return strategy, {"fsdp": parallel.shard or world, "deepspeed": world}.get(strategy, 1)
+@dataclass(frozen=True)
+class Exchange:
+    """A collective that a rank takes part in."""
+
+    kind: str
+    """all-reduce, all-gather, reduce-scatter or broadcast."""
+    what: str
+    """gradients, parameters, edges, states, logits or agreement."""
+    group: Group
+    bytes: int
+    """That the rank gives to it each time."""
+    times: int
+    """In a step."""
+    behind: str = ""
+    """What the rank computes meanwhile: passes, backward passes, or the last backward pass; nothing where it waits.
+
+    Of those with the same word, the last one listed comes when nothing is left to compute, or has yet begun."""
 
 
-def held(config: Config, world: int) -> Held:
-    """What a rank holds between the backward pass and the update."""
-    whole = _FP32 * parameter_count(config.model)
-    strategy, holders = strategy_of(config, world)
-    if strategy != "deepspeed":
-        kept = MOMENTS + bool(config.train.ema)
-        return Held(whole // holders, whole // holders, kept * whole // holders)
-    stage = config.parallel.zero_stage
-    if stage == 0:
-        return Held(whole, whole, MOMENTS * whole)
-    master = (1 + MOMENTS) * whole // world  # it keeps a copy of its own, also of parameters in fp32
-    return Held(whole // world if stage == 3 else whole, whole if stage == 1 else whole // world, master)
-
-
-def sent(config: Config, world: int) -> Sent:
+def sent(config: Config, world: int, node: int = 0) -> Sent:
     """What a rank gives to collectives in a step that recomputes nothing.
 
     Of ZeRO 3 it is an upper bound: small parameters stay gathered, and the last block between its two passes.
     """
-    return _for_parameters(config, world) + _for_sequences(config, world)
+    given = dict.fromkeys(("all-reduce", "all-gather", "reduce-scatter"), 0)
+    for exchange in exchanges(config, world, node):
+        if exchange.what != "agreement":
+            given[exchange.kind] += exchange.times * exchange.bytes
+    return Sent(*given.values())
 
 
-def _for_parameters(config: Config, world: int) -> Sent:
-    strategy, holders = strategy_of(config, world)
-    whole = _FP32 * parameter_count(config.model)
-    rest = whole - _FP32 * config.model.n_layer * block_parameters(config.model)
-    passes = micro_batches(config, world)
+def exchanges(config: Config, world: int, node: int = 0, recomputed: tuple[int, int] = (0, 0)) -> list[Exchange]:
+    """The collectives of a step, where of `recomputed` blocks all, or what feeds the scan, is computed again.
+
+    `node`: ranks of a node (0: all), by which `auto` shares parameters.
+    """
     if world == 1:
-        return Sent()
-    if strategy == "fsdp":
-        # Blocks are gathered for either pass, what is left once; gradients meet in the last micro-batch.
-        copies = whole // holders if holders < world else 0
-        return Sent(copies, passes * (2 * whole - rest) // holders, whole)
-    if strategy == "deepspeed" and config.parallel.zero_stage:
-        stage = config.parallel.zero_stage
-        if stage == 3:
-            return Sent(0, passes * (2 * whole - rest) // world, passes * whole)
-        return Sent(whole * (passes if stage == 2 else 1), whole // world, 0)
-    return Sent(all_reduce=whole)
+        return []
+    strategy, holders = strategy_of(config, world, node)
+    passes = micro_batches(config, world)
+    of_parameters = {"fsdp": _of_fsdp, "deepspeed": _of_zero}.get(strategy, _of_ddp)
+    found = of_parameters(config, world, holders, passes)
+    found += _of_strands(config, world, passes) + _of_context(config, world, passes, *recomputed)
+    everyone = Group("all ranks", world)
+    found.append(Exchange("all-gather", "agreement", everyone, 2 * _FP64, 2))
+    found.append(Exchange("all-reduce", "agreement", everyone, _FP64, 1))
+    return [exchange for exchange in found if exchange.bytes and exchange.times]
 
 
-def _for_sequences(config: Config, world: int) -> Sent:
-    """What the ranks of a sample exchange of it."""
+def _of_ddp(config: Config, world: int, holders: int, passes: int) -> list[Exchange]:
+    whole, everyone = _FP32 * parameter_count(config.model), Group("all ranks", world)
+    first = min(whole, FIRST_BUCKET)
+    others, last = divmod(whole - first, BUCKET)
+    bucket = Exchange("all-reduce", "gradients", everyone, BUCKET, others, "last backward pass")
+    return [replace(bucket, bytes=first, times=1), bucket, replace(bucket, bytes=last, times=1)]
+
+
+def _of_fsdp(config: Config, world: int, holders: int, passes: int) -> list[Exchange]:
+    """Blocks are gathered for either pass, what is left once; gradients meet in the last micro-batch."""
+    layers = config.model.n_layer
+    block, rest = _parts(config)
+    sharing = Group("the ranks that share parameters", holders)
+    copies = Group("the ranks with the same part", world // holders, holders)
+    gather = Exchange("all-gather", "parameters", sharing, block // holders, 2 * layers * passes, "passes")
+    reduce = Exchange("reduce-scatter", "gradients", sharing, block, layers, "last backward pass")
+    found = [replace(gather, bytes=rest // holders, times=passes), gather]
+    found += [replace(reduce, bytes=rest, times=1), reduce]
+    if copies.size > 1:
+        meet = Exchange("all-reduce", "gradients", copies, block // holders, layers, "last backward pass")
+        found += [replace(meet, bytes=rest // holders, times=1), meet]
+        found.append(Exchange("broadcast", "agreement", copies, _FP32, 1))
+    return [*found, Exchange("all-reduce", "agreement", sharing, _FP32, 1)]
+
+
+def _of_zero(config: Config, world: int, holders: int, passes: int) -> list[Exchange]:
+    stage, layers = config.parallel.zero_stage, config.model.n_layer
+    block, rest = _parts(config)
+    everyone = Group("all ranks", world)
+    meet = Exchange("all-reduce", "gradients", everyone, block, layers)
+    if stage < 3:
+        times = passes if stage == 2 else 1
+        found = [replace(meet, times=layers * times), replace(meet, bytes=rest, times=times)]
+        whole = layers * block + rest
+        return found + ([Exchange("all-gather", "parameters", everyone, whole // world, 1)] if stage else [])
+    gather = Exchange("all-gather", "parameters", everyone, block // world, 2 * layers * passes, "passes")
+    reduce = Exchange("reduce-scatter", "gradients", everyone, block, layers * passes, "backward passes")
+    found = [replace(gather, bytes=rest // world, times=passes), gather]
+    return [*found, replace(reduce, bytes=rest, times=passes), reduce]
+
+
+def _parts(config: Config) -> tuple[int, int]:
+    """Bytes of the parameters of a block, and of those outside the blocks."""
+    block = _FP32 * block_parameters(config.model)
+    return block, _FP32 * parameter_count(config.model) - config.model.n_layer * block
+
+
+def _of_strands(config: Config, world: int, passes: int) -> list[Exchange]:
     model, sharing = config.model, check_layout(config, world)
-    passes, sequences = micro_batches(config, world), config.train.micro_batch
-    element = {"fp64": 8, "fp32": 4, "bf16": 2}[config.train.precision]
-    logits = edges = states = 0
-    if sharing.strands > 1:
-        labels = round(config.data.mask_prob * sequences * config.data.seq_len / sharing.context)
-        logits = max(element, _FP32) * labels * model.padded_vocab_size
-    if sharing.context > 1:
-        rows = model.n_layer * streams(model) // sharing.strands * sequences
-        two = model.mixer == "mamba2"  # convolves B and C as well, and has one step size for a head
-        channels = model.d_inner + (2 * model.d_state if two else 0)
-        edges = element * rows * channels * 2 * (model.d_conv - 1)
-        state = 2 * model.d_inner * model.d_state + (model.heads if two else model.d_inner)
-        states = max(element, _FP32) * rows * (2 if model.bidirectional else 1) * state
-    return Sent(passes * logits, passes * (edges + states), passes * edges * sharing.context)
+    if sharing.strands == 1:
+        return []
+    sequences = config.train.micro_batch
+    labels = round(config.data.mask_prob * sequences * config.data.seq_len / sharing.context)
+    logits = max(_element(config), _FP32) * labels * model.padded_vocab_size
+    group = Group("the strands of a slice", sharing.strands, sharing.context)
+    return [Exchange("all-reduce", "logits", group, logits, passes)]
+
+
+def _of_context(config: Config, world: int, passes: int, whole: int, inputs: int) -> list[Exchange]:
+    """What the slices of a strand exchange of it in every layer, either way."""
+    model, sharing = config.model, check_layout(config, world)
+    if sharing.context == 1:
+        return []
+    layers, element = model.n_layer, _element(config)
+    rows = streams(model) // sharing.strands * config.train.micro_batch
+    two = model.mixer == "mamba2"  # convolves B and C as well, and has one step size for a head
+    channels = model.d_inner + (2 * model.d_state if two else 0)
+    edges = element * rows * channels * 2 * (model.d_conv - 1)
+    number = max(element, _FP32) * rows * (2 if model.bidirectional else 1)
+    ends = number * (model.d_inner * model.d_state + (model.heads if two else model.d_inner))
+    group = Group("the slices of a strand", sharing.context)
+    gather = Exchange("all-gather", "edges", group, edges, passes * (layers + whole + inputs))
+    return [
+        gather,
+        replace(gather, what="states", bytes=ends, times=passes * (layers + whole)),
+        replace(gather, what="states", bytes=number * model.d_inner * model.d_state, times=passes * layers),
+        replace(gather, kind="reduce-scatter", bytes=edges * sharing.context, times=passes * layers),
+    ]
+
+
+def _element(config: Config) -> int:
+    return {"fp64": 8, "fp32": 4, "bf16": 2}[config.train.precision]
 
 
 def micro_batches(config: Config, world: int) -> int:

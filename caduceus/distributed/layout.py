@@ -1,15 +1,20 @@
 """Which arrangements of ranks and memory a run can take. Imports no torch: the launcher asks before it submits."""
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from caduceus.config import Config
-from caduceus.distributed.deepspeed.options import user_options
+from caduceus.config.by_step import BatchRamp
+from caduceus.distributed.deepspeed.settings import user_settings
+from caduceus.distributed.footprint import Footprint, footprint
+from caduceus.distributed.held import held
 from caduceus.errors import UserError
+from caduceus.model.costs import streams
 
-LARGEST_REPLICATED_MODEL = 500_000_000
-"""Parameters up to which every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two moments."""
-RESERVE = 0.1
-"""Share of the free memory that is left alone: for fragmentation, and for what libraries take besides torch."""
+SHORTEST_SLICE = 2**14
+"""Bases of a slice, per block, whose computation takes many times as long as what its ranks exchange in a node."""
+
 _CHANGE = "change the number of ranks or train.micro_batch"
 
 
@@ -29,14 +34,25 @@ class Sharing:
         return f"parallel.strands={self.strands} parallel.context={self.context}"
 
 
-def check_layout(config: Config, world: int) -> Sharing:
+@dataclass(frozen=True)
+class Room:
+    """What each rank has: bytes of its GPU's memory, and how many ranks are on its node."""
+
+    gpu: int
+    node: int
+
+
+def check_layout(config: Config, world: int, room: Room | None = None) -> Sharing:
     """How `world` ranks share samples, where `parallel.strands` or `parallel.context` may be 0: as it takes.
+
+    As few ranks as can share one, but with `room`, and where `auto` decides what is recomputed, as many of a node as
+    it takes to recompute less: micro-batches are then more, of shorter slices, and the work is the same.
 
     Raises `UserError` for an arrangement that they cannot take; the message names the key.
     """
     parallel, train = config.parallel, config.train
     asked = Sharing(parallel.strands, parallel.context)
-    sharing = _smallest_sharing(config, world, asked) or Sharing(asked.strands or 1, asked.context or 1)
+    sharing = _chosen_sharing(config, world, asked, room) or Sharing(asked.strands or 1, asked.context or 1)
     if world % sharing.context:
         raise UserError(f"parallel.context: {sharing.context} does not divide the {world} ranks")
     if world % sharing.ranks:
@@ -52,22 +68,53 @@ def check_layout(config: Config, world: int) -> Sharing:
     if parallel.shard and world % parallel.shard:
         raise UserError(f"parallel.shard: {parallel.shard} does not divide the {world} ranks")
     if not _shares_batch(config, world, sharing.ranks):
-        fitting = _smallest_sharing(config, world, Sharing(0, 0))
+        fitting = next(_sharings(config, world, Sharing(0, 0)), None)
         way_on = f"{fitting} fits" if fitting else f"no parallel.context fits: {_CHANGE}"
         raise UserError(
-            f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
+            f"train.{'batch_ramp' if train.batch_ramp else 'global_batch'}: "
+            f"{train.batch_ramp or train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
             f"{world // sharing.ranks} data-parallel ranks (parallel.context x parallel.strands ranks share a sequence "
             f"and count as one); {way_on}"
         )
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
     if parallel.strategy == "deepspeed":
-        user_options(config, world // sharing.ranks)
+        user_settings(config, world // sharing.ranks)
     return sharing
 
 
-def _smallest_sharing(config: Config, world: int, asked: Sharing) -> Sharing | None:
-    """The arrangement that gives every rank a part with the fewest ranks a sample, among those as asked (0: any).
+def with_sharing(config: Config, sharing: Sharing) -> Config:
+    """The configuration, in which samples are shared so; all but `parallel` is that of `config` itself."""
+    parallel = replace(config.parallel, strands=sharing.strands, context=sharing.context)
+    arranged = copy.copy(config)
+    arranged.parallel = parallel
+    return arranged
+
+
+def footprint_of(config: Config, world: int, sharing: Sharing, room: Room | None) -> Footprint:
+    """What a rank's memory holds where samples are shared so; without `room`, on a CPU."""
+    slices = config.train.micro_batch * config.data.seq_len // sharing.context
+    bases = slices * (streams(config.model) // sharing.strands)
+    return footprint(config, bases, held(config, world, room.node if room else 0), room and room.gpu)
+
+
+def _chosen_sharing(config: Config, world: int, asked: Sharing, room: Room | None) -> Sharing | None:
+    possible = _sharings(config, world, asked)
+    smallest = next(possible, None)
+    if smallest is None or room is None or config.train.activation_checkpointing != "auto":
+        return smallest
+    others = (
+        sharing
+        for sharing in possible
+        if room.node % sharing.ranks == 0
+        and (sharing.context == 1 or config.data.seq_len // sharing.context >= SHORTEST_SLICE)
+    )
+    layers = config.model.n_layer
+    return min([smallest, *others], key=lambda it: footprint_of(config, world, it, room).passes(layers))
+
+
+def _sharings(config: Config, world: int, asked: Sharing) -> Iterator[Sharing]:
+    """Arrangements that give every rank a part, those with the fewest ranks a sample first, as asked (0: any).
 
     Strands cost less than slices, and come first.
     """
@@ -78,8 +125,7 @@ def _smallest_sharing(config: Config, world: int, asked: Sharing) -> Sharing | N
         for strands in (asked.strands,) if asked.strands else (2, 1) if config.model.rcps else (1,):
             context, rest = divmod(ranks, strands)
             if not rest and asked.context in (0, context) and _cuts_sequences(config, context):
-                return Sharing(strands, context)
-    return None
+                yield Sharing(strands, context)
 
 
 def _cuts_sequences(config: Config, context: int) -> bool:
@@ -88,20 +134,5 @@ def _cuts_sequences(config: Config, context: int) -> bool:
 
 
 def _shares_batch(config: Config, world: int, ranks_per_sample: int) -> bool:
-    return config.train.global_batch % (config.train.micro_batch * (world // ranks_per_sample)) == 0
-
-
-def blocks_to_recompute(least: int, lean: int, full: int, free: int, layers: int) -> tuple[int, int]:
-    """(blocks recomputed whole, others of which the scan's inputs are) so that training fits `free` less the reserve.
-
-    As few as can be, first of the whole ones, then of the others; together at most layers - 1. `least`: bytes with
-    layers - 1 recomputed whole; `lean` and `full`: added by each block that only has the scan's inputs recomputed, or
-    nothing. More ranks than one take the largest of their pairs, which is the one with the fewest bytes.
-    """
-    spare, others = int((1 - RESERVE) * free) - least, layers - 1
-    added = min(lean, full)
-    whole = others - min(others, max(0, spare // added)) if added > 0 else 0
-    lacking = (others - whole) * full - spare
-    if lacking <= 0 or lean >= full:
-        return whole, 0
-    return whole, min(others - whole, -(-lacking // (full - lean)))
+    sequences = config.train.micro_batch * (world // ranks_per_sample)
+    return all(size % sequences == 0 for size in BatchRamp.of(config.train).sizes)

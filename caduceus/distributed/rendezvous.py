@@ -21,7 +21,7 @@ import torch.distributed as dist
 from caduceus.config import Config, config_to_dict
 from caduceus.distributed.deepspeed.package import need_deepspeed
 from caduceus.distributed.environment import allow_descriptors, choose_interface, set_nccl_defaults, stay_near
-from caduceus.distributed.layout import check_layout
+from caduceus.distributed.layout import Room, check_layout
 from caduceus.distributed.ranks import Ranks, choose_device, is_lost_contact, make_deterministic
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank, one_line
 from caduceus.files import dump_json
@@ -47,17 +47,22 @@ class Member:
     configuration: str
     device: str | None
     problem: str | None = None
+    memory: int | None = None
+    """Bytes of its GPU's memory."""
 
     @classmethod
-    def here(cls, config: Config, device: str | None, problem: str | None = None) -> "Member":
-        return cls(socket.gethostname(), *code_and_config_hash(config), device, problem)
+    def here(cls, config: Config, device: torch.device | None, problem: str | None = None) -> "Member":
+        kind, memory = device and device.type, None
+        if kind == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        return cls(socket.gethostname(), *code_and_config_hash(config), kind, problem, memory)
 
 
 def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, list[Member]]:
     """Wait for all ranks at MASTER_ADDR, MASTER_PORT; the store there, and what each rank tells of itself.
 
-    Raises `PeerError` where they do not all come, and `UserError` without an address. `timeout`: of the store from
-    then on.
+    Raises `PeerError` where they do not all come, and `UserError` without an address. `timeout` is that of
+    the store from then on.
     """
     if world == 1:  # which may have been started without any address to meet at
         return dist.HashStore(), [member]
@@ -149,12 +154,12 @@ def joined(config: Config) -> Iterator[Ranks]:
     device, problem = None, None
     try:
         device = choose_device(config.run.device)
-        sharing = check_layout(config, world)
+        check_layout(config, world)
         if config.parallel.strategy == "deepspeed":
             need_deepspeed(device.type)
     except UserError as error:
         problem = str(error)
-    member = Member.here(config, device and device.type, problem)
+    member = Member.here(config, device, problem)
     joined_already = dist.is_initialized()
     if joined_already:
         members: list[Member | None] = [None] * world
@@ -162,8 +167,9 @@ def joined(config: Config) -> Iterator[Ranks]:
     else:
         store, members = meet(member, rank, world, timeout)
     refuse_strangers(members, rank)
+    sharing = check_layout(config, world, _room(members))
     if rank == 0 and (sharing.strands, sharing.context) != (config.parallel.strands or 1, config.parallel.context or 1):
-        why = "as a global batch of %d sequences cannot give each of %d ranks a part"
+        why = "so that a global batch of %d sequences gives each of %d ranks a part, and little has to be recomputed"
         _log.info(f"%s: chosen, {why}", sharing, config.train.global_batch, world)
     arranged = world, sharing.context, device, timeout, sharing.strands
     if joined_already:
@@ -176,6 +182,13 @@ def joined(config: Config) -> Iterator[Ranks]:
             yield Ranks(rank, *arranged)
     if world > 1:  # after a failure it stays: NCCL destroys it on all ranks together
         dist.destroy_process_group()
+
+
+def _room(members: list[Member]) -> Room | None:
+    """What every rank has at least; None where they compute on CPUs."""
+    memory = [member.memory for member in members if member.memory is not None]
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", len(members)))
+    return Room(min(memory), node) if memory else None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from data_prep.plan.bed import BedRow, read_bed
 
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, package, write_columns
@@ -18,7 +19,6 @@ from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.sequences import BED, FASTA
 from caduceus.evaluate.suite_data import find_task_data, rows_of_fasta
 from caduceus.evaluate.windows import Windows
-from data_prep.plan.bed import BedRow, read_bed
 
 SIGNALS = ("mean", "max")
 

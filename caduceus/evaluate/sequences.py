@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from caduceus.bed import read_bed
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, read_columns
 from caduceus.evaluate.vcf import read_vcf
 from caduceus.evaluate.windows import Windows, checked_bases
-from data_prep.plan.bed import read_bed
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn", ".2bit")
 BED = (".bed", ".narrowpeak", ".broadpeak", ".bed3", ".bed6")
@@ -33,7 +33,7 @@ class SequenceSource:
     """Where sequences come from: a file, by its ending, and what else it takes.
 
     genome: for BED and VCF. window: the bases of each sequence, about the middle of a BED's row or the place of a VCF's
-    variant; a BED's rows have their own length without it. column: of the sequences in a table.
+    variant; a BED's rows have their own length without it. column: the one of a table that holds the sequences.
     """
 
     input: str | Path

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from caduceus.bed import read_bed
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.evaluate.alleles import MISMATCHES, Variant, prepare
@@ -20,7 +21,6 @@ from caduceus.evaluate.variant_labels import Labels, areas
 from caduceus.evaluate.vcf import write_vcf
 from caduceus.evaluate.windows import Windows
 from caduceus.files import sha256_of
-from data_prep.plan.bed import read_bed
 
 _PART = 2048
 _TOO_LONG = "longer than the window"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from caduceus.config import CaduceusConfig
+from caduceus.config import CaduceusConfig, stages_of
 from caduceus.model.costs import parameter_count
 from caduceus.run.directory import RunDirectory
 
@@ -36,12 +36,12 @@ inputs = tokenizer("ACGT[MASK]ACGT", return_tensors="pt")
 logits = model(**inputs).logits  # (1, 9, tokens)
 ```
 
-Of an `attention_mask` the zeros are padding, on either side, and change nothing.
+Zeros of an `attention_mask` are padding, on either side, and change nothing.
 """
 
 
 def model_card(config: CaduceusConfig, run: RunDirectory | None = None, step: int | None = None) -> str:
-    """The card, in Markdown. Of a `run` it tells data, fingerprint and the losses up to `step`."""
+    """The card, in Markdown. With a `run` it tells its data, its fingerprint and its losses up to `step`."""
     title, training = describe(config), ""
     if run is not None:
         title, training = f"{run.config().run.name}: {title}", _training(run, step)
@@ -82,13 +82,16 @@ def _training(run: RunDirectory, step: int | None) -> str:
     trained = [row for row in rows if "loss" in row]
     if not trained:
         return ""
-    config, start = run.config(), (run.starts() or [{}])[-1]
-    data, last = config.data, trained[-1]
+    config, last = run.config(), trained[-1]
+    begun = stages_of(config)[: last.get("stage", 1)]
+    lengths = ", then ".join(f"{stage.config.data.seq_len:,}" for stage in begun)
+    start = run.stages().get(str(last.get("stage"))) or (run.starts() or [{}])[-1]
+    data = config.data
     told: dict[str, Any] = {
         "steps": last["step"],
         "samples": f"{last['samples']:,}",
         "bases": f"{last['tokens']:,}",
-        "sequence length": f"{data.seq_len:,}",
+        "sequence length": lengths,
         "objective": f"{data.objective}, {data.mask_prob:.0%} of the bases" if data.objective == "mlm" else "next base",
         "loss weight of soft-masked bases": data.repeat_weight,
         "fingerprint of the data's order": start.get("data_fingerprint", "not known"),

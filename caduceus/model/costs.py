@@ -48,9 +48,9 @@ def flops_per_base(model: CaduceusConfig) -> int:
 def exponentials_per_base(model: CaduceusConfig) -> int:
     """Exponentials of the scans, in each direction.
 
-    Mamba's decay E x N states in four passes: two go forward, for the states of chunks and for the outputs; two
-    backward, for the replayed states and for the gradients. Mamba-2's decay, for each head, a base's way to every
-    other one of its chunk, in two passes: forward, and again on the way back.
+    Mamba takes the decay of E x N states in each of four passes: two forward, for the states of chunks and for the
+    outputs, and two backward, for the replayed states and for the gradients. Mamba-2 takes, for each head, the decay
+    from a base to every other base of its chunk, in two passes: forward, and again on the way back.
     """
     of_mamba = 4 * model.d_inner * model.d_state
     of_direction = 2 * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
@@ -98,6 +98,22 @@ def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, f
     gradients = (2 * directions * (e + 2 * n) + projections * 2 * e) * element + within
     states = directions * e * n * _FP32
     return BlockBytes(residual + rest + convolved, residual + rest, residual, gradients, states)
+
+
+def launches(
+    model: CaduceusConfig, streams: int, chunks: int, shared: bool, recomputed: tuple[int, int] = (0, 0)
+) -> int:
+    """Kernels and operators that a micro-batch launches on a GPU, forward and backward, without torch.compile.
+
+    `streams`: that are here. `chunks`: of `CHUNK` bases, of one of its sequences. `shared`: other ranks have slices of
+    them. `recomputed`: blocks of which the backward pass computes all again, and others of which what feeds the scan.
+    """
+    whole, inputs = recomputed
+    block = 80 + 16 * (streams - 1) + (37 if shared else 0)
+    if model.mixer == "mamba2":  # carries states from chunk to chunk by operators of their own
+        block += 267 + 8 * chunks * streams * _directions(model)
+    again = whole * (block / 4) + 6 * inputs
+    return round(model.n_layer * block + again + 43 + 17 * (streams - 1))
 
 
 def streams(model: CaduceusConfig) -> int:

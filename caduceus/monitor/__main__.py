@@ -32,7 +32,7 @@ class Followed:
         """Raises `UserError` where there is no run."""
         run = RunDirectory.open(path)
         config = run.config()
-        self.view = View(run, path.resolve().name, config.train.steps, config.valid.every)
+        self.view = View.of(run, path.resolve().name, config)
         self._follower = Follower(run.metrics_path, self.view.recall)
 
     def poll(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from caduceus.config import Config
+from caduceus.config import Config, Stage
 from caduceus.monitor.report.write import report_of_finished
 from caduceus.monitor.terminal import Terminal
 from caduceus.monitor.view import BEST, View, clock
@@ -44,7 +44,7 @@ class Monitor:
         self._drawing = Drawing(run.path)
         self._unwritten = b""
         self._looked, self._is_lost = time.monotonic(), False
-        self._view = View(run, config.run.name or run.path.name, config.train.steps, config.valid.every)
+        self._view = View.of(run, config.run.name or run.path.name, config)
         self._recall()
         self._skipped = self._view.row.get("skipped_steps", 0)
         self._terminal, self._is_shown = Terminal(self._view, shown), shown
@@ -90,6 +90,13 @@ class Monitor:
         species = [f"{key.split('/')[1]} {value:.4f}" for key, value in row.items() if key.startswith("valid_loss/")]
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
         self._terminal.tell_validation(f"step {row['step']:,}  valid loss {row['valid_loss']:.4f}{detail}")
+
+    def begin_stage(self, stage: Stage) -> None:
+        """A stage of `train.stages` follows on the one before."""
+        if not self._active:
+            return
+        record_event(self._run.path, "stage", self._view.step, number=stage.number, seq_len=stage.config.data.seq_len)
+        self._view.begin_start()
 
     def log_evaluation(self, row: dict[str, Any]) -> None:
         """Record and show the numbers of an evaluation, `evaluated`."""

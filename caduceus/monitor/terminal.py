@@ -74,7 +74,7 @@ def panel(views: Sequence[View], width: int) -> RenderableType:
 def plain_line(view: View) -> str:
     """How a run stands, in one line."""
     row = view.row
-    parts = [f"step {view.step:,}/{view.steps:,}", f"loss {_number(row.get('loss'))}"]
+    parts = [_count(view), f"loss {_number(row.get('loss'))}"]
     if "lr" in row:
         parts.append(f"lr {row['lr']:.2e}  grad norm {_number(row.get('grad_norm'), 2)}")
     if view.bases_per_second is not None:
@@ -84,8 +84,13 @@ def plain_line(view: View) -> str:
     return "  ".join(parts)
 
 
+def _count(view: View) -> str:
+    stage = f" (stage {view.row['stage']})" if "stage" in view.row else ""
+    return f"step {view.step:,}/{view.steps:,}{stage}"
+
+
 def _bar(view: View, width: int) -> RenderableType:
-    count = f"step {view.step:,}/{view.steps:,}"
+    count = _count(view)
     share = f"{view.step / view.steps:.1%}"
     name = view.name if len(view.name) <= 24 else view.name[:23] + "…"
     room = width - len(name) - len(count) - len(share) - 6

@@ -2,9 +2,11 @@
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
+from caduceus.config import Config, stages_of
 from caduceus.run.directory import RunDirectory
 from caduceus.run.rows import lines_from_end
 
@@ -20,8 +22,18 @@ BEST = "best_valid_loss"
 class View:
     """How a run stands. Rows of metrics.jsonl go in, in their order."""
 
-    def __init__(self, run: RunDirectory, name: str, steps: int, valid_every: int) -> None:
+    @classmethod
+    def of(cls, run: RunDirectory, name: str, config: Config) -> "View":
+        """The view of a run by its configuration."""
+        stages = [(stage.config.train.steps, stage.bases_of_a_step) for stage in stages_of(config)]
+        return cls(run, name, config.train.steps, config.valid.every, stages)
+
+    def __init__(
+        self, run: RunDirectory, name: str, steps: int, valid_every: int, stages: Sequence[tuple[int, int]] = ()
+    ) -> None:
         self.name = name
+        self._stages = stages
+        """(steps, bases of a step) of each stage of the run."""
         self.steps = steps
         self._run = run
         self._valid_every = valid_every
@@ -137,11 +149,23 @@ class View:
         """Until the last step, with the validations to come; None until it can be told."""
         if self.seconds_per_step is None:
             return None
-        left = (self.steps - self.step) * self.seconds_per_step
+        left = self._steps_left * self.seconds_per_step
         if self._validation_seconds and self._valid_every:
             validations = self.steps // self._valid_every - self.step // self._valid_every
             left += validations * fmean(self._validation_seconds)
         return left
+
+    @property
+    def _steps_left(self) -> float:
+        """Steps to come, those of later stages as steps of this one: by their bases."""
+        left, bases_now, end = 0, None, 0
+        for steps, bases in self._stages:
+            end += steps
+            missing = min(steps, max(0, end - self.step))
+            left += missing * bases
+            if missing and bases_now is None:
+                bases_now = bases
+        return self.steps - self.step if bases_now is None else left / bases_now
 
 
 def clock(seconds: float) -> str:

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,13 +210,13 @@ class RunDirectory:
         write_atomically(self.checkpoints_path / _BEST, dump_json({"step": step, **facts}))
         self._link("best", self.checkpoint_path(step))
 
-    def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_step: int | None = None) -> None:
+    def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_steps: Collection[int] = ()) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
-        Those of steps that `keep_every` divides stay for good (0: none), that of `keep_step`, and the best. Of damaged
-        ones that were set aside, as many stay as of the others.
+        Those whose step `keep_every` divides are never removed (0: none), nor are those of `keep_steps` and the best.
+        As many of the damaged ones that were set aside are kept.
         """
-        kept = {keep_step, (self.best() or {}).get("step")}
+        kept = {*keep_steps, (self.best() or {}).get("step")}
         for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
             shutil.rmtree(leftover)
         for checkpoint in self.checkpoints()[:-keep] if keep else []:
@@ -245,7 +245,7 @@ class RunDirectory:
     def newest_metrics(self, key: str, count: int = 1, end: int | None = None) -> list[dict[str, Any]]:
         """The newest rows of metrics.jsonl that have `key`, oldest first, as far as they are near its end.
 
-        `end`: of the rows that end at this byte or before.
+        With `end`, only rows that end at this byte or before it count.
         """
         return newest_rows(self.metrics_path, key, count, end)
 
@@ -255,15 +255,30 @@ class RunDirectory:
 
     def write_provenance(self, facts: dict[str, Any]) -> None:
         """Add this start to provenance.json: code, packages, host and the given facts."""
-        starts = [*self.starts(), {**provenance(), **facts}]
-        write_atomically(self.provenance_path, dump_json({"starts": starts}))
+        found = self._provenance()
+        starts = [*found.get("starts", []), {**provenance(), **facts}]
+        write_atomically(self.provenance_path, dump_json({**found, "starts": starts}))
+
+    def note_stage(self, number: int, facts: dict[str, Any]) -> None:
+        """Have provenance.json tell of a stage of `train.stages` that begins or goes on."""
+        found = self._provenance()
+        stages = {**found.get("stages", {}), str(number): facts}
+        write_atomically(self.provenance_path, dump_json({**found, "stages": stages}))
 
     def starts(self) -> list[dict[str, Any]]:
         """What provenance.json tells of each time that training began."""
+        return self._provenance().get("starts", [])
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What provenance.json tells of each stage that has begun, by its number."""
+        return self._provenance().get("stages", {})
+
+    def _provenance(self) -> dict[str, Any]:
         try:
-            return json.loads(self.provenance_path.read_text())["starts"]
-        except (OSError, ValueError, KeyError):
-            return []
+            found = json.loads(self.provenance_path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def former_config(self) -> Config:
         """The configuration that the run's numbers so far were made with.

@@ -1,6 +1,6 @@
 """What happened to a run besides its steps: RUN/events.jsonl, a line each, of all starts. Imports no torch.
 
-Unlike rows of metrics.jsonl, which are made again after a kill, lines stay for good.
+Unlike rows of metrics.jsonl, which are made again after a kill, lines are never removed.
 """
 
 import time
@@ -9,8 +9,11 @@ from typing import Any
 
 from caduceus.files import append_json_line, read_json_lines
 
-KINDS = ("start", "skipped", "rewind", "checkpoint", "stalled", "stopped", "failed", "finished", "evaluation failed")
-"""stopped: with a checkpoint, to go on later; skipped: a step that updated nothing."""
+KINDS = (
+    *("start", "stage", "skipped", "rewind", "checkpoint", "stalled", "stopped", "failed", "finished"),
+    "evaluation failed",
+)
+"""stage: one of several begins; stopped: with a checkpoint, to go on later; skipped: a step that updated nothing."""
 
 
 def events_path(run: Path) -> Path:

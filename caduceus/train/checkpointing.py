@@ -3,6 +3,7 @@
 The sharded files carry names that do not depend on the layout, so a checkpoint resumes on any number of ranks.
 """
 
+import copy
 import json
 import logging
 import random
@@ -11,7 +12,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from caduceus.config import Config, TrainConfig, config_to_dict
+from caduceus.config import Config, Stage, config_to_dict, stages_of
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.groups import group_of
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
@@ -33,27 +35,10 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.events import record_event
 from caduceus.train.branching import branch_point
 from caduceus.train.guards import MAX_REWINDS, Health
-from caduceus.train.schedule import default_decay_start, default_warmup, kept_decay_start, kept_warmup, learning_rate
+from caduceus.train.progress import Progress
+from caduceus.train.schedule import default_decay_start, default_warmup, in_steps, kept_decay_start, kept_warmup
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """Where a run stands. `loader` is the loader's own state: {fingerprint, seed, samples_consumed}."""
-
-    step: int
-    tokens: int
-    loader: dict[str, Any]
-    warmup_steps: int | None = None
-    """Steps in which the learning rate rises; None in a checkpoint of a version that did not keep them."""
-    health: Health = field(default_factory=Health)
-    decay_start: int | None = None
-    """The step after which the rate of `train.schedule=wsd` falls."""
-
-    def learning_rate(self, train: TrainConfig) -> float:
-        """Learning rate of the next step."""
-        return learning_rate(self.step + 1, train, self.warmup_steps, self.decay_start)
 
 
 class Checkpoints:
@@ -61,11 +46,13 @@ class Checkpoints:
 
     With `checkpoint.async` the state is copied to host memory, and a thread writes it while training goes on. One save
     at a time: the next one waits for it. A checkpoint counts only once the files of all ranks are on disk. `group`: of
-    the ranks that hold one copy, where these are several.
+    the ranks that hold one copy, where these are several. `stage`: of the run, which the strategy is built for; a run
+    without stages is one.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, strategy: Strategy) -> None:
+    def __init__(self, config: Config, run: RunDirectory, strategy: Strategy, stage: Stage | None = None) -> None:
         self._config = config
+        self._stage = stage or stages_of(config)[0]
         self._run = run
         self._strategy = strategy
         self._ranks = strategy.ranks
@@ -87,7 +74,7 @@ class Checkpoints:
 
     def are_due(self, progress: Progress) -> bool:
         """Whether the run writes one after this step: every so often, and where the learning rate begins to fall."""
-        due = progress.step % self._config.checkpoint.every == 0 or progress.step == progress.decay_start
+        due = progress.step % self._config.checkpoint.every == 0 or progress.step_of_stage == progress.decay_start
         return due or self._exports(progress.step)
 
     def _exports(self, step: int) -> bool:
@@ -113,7 +100,7 @@ class Checkpoints:
         writing = self._ranks.broadcast(writing)
         save = self._strategy.save
         write = self._strategy.stage(self.group) if self._behind else lambda directory: save(directory, self.group)
-        arguments = (write, writing, asdict(progress), rng_state(), best)
+        arguments = (write, writing, copy.deepcopy(progress), rng_state(), best)
         if self._behind:
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
@@ -133,7 +120,10 @@ class Checkpoints:
         self._ranks.raise_together(failure)
 
     def resume(self, loader: TrainLoader) -> Progress | None:
-        """Restore the newest valid checkpoint, the loader's position included; None where there is none."""
+        """Restore the newest valid checkpoint, the loader's position included; None where there is none.
+
+        One that was written at the end of the stage before is the beginning of this one.
+        """
         checkpoint = former = None
         with self._ranks.agreeing(), self._run.telling_of_disks():
             if self._ranks.is_main:
@@ -143,8 +133,11 @@ class Checkpoints:
         if checkpoint is None:
             return None
         progress = load_checkpoint(checkpoint, self._strategy)
+        if progress.stage == self._stage.number - 1:
+            loader.seek(0)
+            return progress.next_stage(self._stage.config, loader)
         loader.load_state(progress.loader)
-        self._keep_schedule(progress, former)
+        self._keep_schedule(progress, stages_of(former)[progress.stage - 1].config)
         return progress
 
     def branch(self, loader: TrainLoader) -> Progress:
@@ -160,11 +153,11 @@ class Checkpoints:
         return progress
 
     def _keep_schedule(self, progress: Progress, former: Config) -> None:
-        train, began_with = self._config.train, progress.warmup_steps
+        train, began_with, step = self._stage.config.train, progress.warmup_steps, progress.step_of_stage
         if began_with is None:
-            began_with = default_warmup(former.train)
-        progress.warmup_steps = kept_warmup(train, former.train, began_with, progress.step)
-        progress.decay_start = kept_decay_start(train, former.train, progress.decay_start, progress.step)
+            began_with = default_warmup(in_steps(former))
+        progress.warmup_steps = kept_warmup(in_steps(self._stage.config), in_steps(former), began_with, step)
+        progress.decay_start = kept_decay_start(train, former.train, progress.decay_start, step)
         if self._ranks.is_main and train.steps != former.train.steps:
             _log.info(
                 "train.steps: %d instead of %d; the warm-up stays at the %d steps that the run began with, and the "
@@ -204,7 +197,7 @@ class Checkpoints:
         self,
         write: Callable[[Path], None],
         writing: Path,
-        progress: dict[str, Any],
+        progress: Progress,
         rng: dict[str, Any],
         best: dict[str, Any] | None,
     ) -> None:
@@ -215,22 +208,21 @@ class Checkpoints:
             if self._ranks.is_main:
                 with (writing / "rng.pt").open("wb") as file:  # torch's own writer would not tell of a full disk
                     torch.save(rng, file)
-                write_atomically(writing / "progress.json", dump_json(progress))
-                samples = progress["loader"]["samples_consumed"]
-                facts = {"samples": samples, "config": config_to_dict(self._config)}
-                self._run.complete_checkpoint(writing, progress["step"], facts)
+                write_atomically(writing / "progress.json", dump_json(asdict(progress)))
+                facts = {"samples": progress.samples, "stage": progress.stage, "config": config_to_dict(self._config)}
+                self._run.complete_checkpoint(writing, progress.step, facts)
                 if best is not None:
-                    self._run.keep_best(progress["step"], best)
+                    self._run.keep_best(progress.step, best)
                 seconds = round(time.monotonic() - self._began, 3)
-                record_event(self._run.path, "checkpoint", progress["step"], seconds=seconds)
-                self._remove_old(progress["decay_start"])
-                if self._exports(progress["step"]):
-                    self._begin_export(progress["step"])
+                record_event(self._run.path, "checkpoint", progress.step, seconds=seconds)
+                self._remove_old(progress)
+                if self._exports(progress.step):
+                    self._begin_export(progress.step)
         except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
             if self._ranks.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
             of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException)) and not is_lost_contact(error)
-            self._failure = self._not_written(progress["step"], error) if of_disk else error
+            self._failure = self._not_written(progress.step, error) if of_disk else error
 
     def _begin_export(self, step: int) -> None:
         """Write RUN/export/step-… of the complete checkpoint on a thread of its own. A failure costs the export."""
@@ -246,10 +238,13 @@ class Checkpoints:
         self._export = threading.Thread(target=export, name="export", daemon=True)
         self._export.start()
 
-    def _remove_old(self, decay_start: int | None) -> None:
-        keep = self._config.checkpoint
+    def _remove_old(self, progress: Progress) -> None:
+        keep, stages = self._config.checkpoint, stages_of(self._config)
+        kept = {*accumulate(stage.config.train.steps for stage in stages)}  # others may begin where a stage ended
+        if progress.decay_start is not None:
+            kept.add(progress.steps_before + progress.decay_start)
         try:
-            self._run.remove_old_checkpoints(keep.keep, keep.keep_every, decay_start)
+            self._run.remove_old_checkpoints(keep.keep, keep.keep_every, kept)
         except OSError as error:  # costs room alone, and the next save tries again
             _log.warning("%s: old checkpoints could not be removed (%s)", self._run.checkpoints_path, error)
 

@@ -10,7 +10,7 @@ import torch
 
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config
-from caduceus.distributed.layout import RESERVE, blocks_to_recompute
+from caduceus.distributed.footprint import RESERVE, blocks_to_recompute
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
@@ -57,7 +57,7 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
 def bytes_added_by_a_block(config: Config, ranks: Ranks) -> tuple[int, int]:
     """Bytes that a block keeps of a micro-batch beyond the input that recomputing it takes.
 
-    Of one that recomputes what feeds the scan, and of one that recomputes nothing.
+    The first number is for a block that recomputes what feeds the scan, the second for one that recomputes nothing.
     """
     with torch.device("meta"):
         small = dataclasses.replace(config.model, n_layer=1)

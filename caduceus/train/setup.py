@@ -3,17 +3,19 @@
 import copy
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from caduceus.config import Config
+from caduceus.config import Config, Stage, stages_of, within
+from caduceus.data.dataset import open_dataset
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
 from caduceus.distributed.initialisation import starting_weights
+from caduceus.distributed.layout import check_layout
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.evaluate.in_loop import InLoop, check_evaluations, evaluations_in
@@ -21,11 +23,11 @@ from caduceus.files import write_atomically
 from caduceus.ops.backends import resolve_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train.branching import branch_point
-from caduceus.train.checkpointing import Checkpoints, Progress
+from caduceus.train.checkpointing import Checkpoints
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
+from caduceus.train.progress import Progress
 from caduceus.train.recomputation import recompute_to_fit
-from caduceus.train.schedule import default_decay_start, default_warmup
 
 _log = logging.getLogger(__name__)
 
@@ -89,21 +91,19 @@ class Setup:
     progress: Progress
 
 
-def open_run(config: Config, ranks: Ranks) -> Opened:
-    """Open data and run directory on all ranks together; refuses what cannot be trained, before anything is written."""
-    part = {
-        "rank": ranks.data_rank,
-        "world": ranks.data_world,
-        "positions": ranks.positions(config.data.seq_len),
-        "device": ranks.device,
-    }
-    peers = ranks.largest_of_peers if ranks.shares_samples else None
+def open_run(stage: Stage, ranks: Ranks) -> Opened:
+    """Open data and run directory on all ranks together; refuses what cannot be trained, before anything is written.
+
+    `stage`: the one of the run that begins or goes on; those after it are looked at as well.
+    """
+    config = stage.run
     run = RunDirectory(config.run.dir)
     with ranks.agreeing():
         check_model(config, ranks.device)
         evaluations = evaluations_in(config)
-        loader = build_loader(config, "train", **part, largest_of_peers=peers)
-        validation = build_validation(config, **part) if config.valid.every else None
+        loader, validation = _build_loaders(stage.config, ranks)
+        for later in stages_of(config)[stage.number :]:
+            _refuse_stage(later, ranks.world)
         if ranks.is_main:
             if config.train.decay_from is not None and not run.checkpoints():
                 branch_point(config)
@@ -115,16 +115,46 @@ def open_run(config: Config, ranks: Ranks) -> Opened:
     return Opened(run, loader, validation, evaluations)
 
 
-def set_up(config: Config, ranks: Ranks, opened: Opened, started: float) -> Setup:
-    """Decide every `auto` of the configuration, once and the same on all ranks; build, resume and check what follows.
+def open_stage(opened: Opened, stage: Stage, ranks: Ranks) -> Opened:
+    """The same run with its data as a further stage draws from it."""
+    with ranks.agreeing():
+        loader, validation = _build_loaders(stage.config, ranks)
+    return replace(opened, loader=loader, validation=validation)
 
-    The decisions are logged as one table and written to RUN/resolved.yaml. `started`: monotonic time of the start.
+
+def _build_loaders(config: Config, ranks: Ranks) -> tuple[TrainLoader, ValidationLoader | None]:
+    part = {
+        "rank": ranks.data_rank,
+        "world": ranks.data_world,
+        "positions": ranks.positions(config.data.seq_len),
+        "device": ranks.device,
+    }
+    peers = ranks.largest_of_peers if ranks.shares_samples else None
+    loader = build_loader(config, "train", **part, largest_of_peers=peers)
+    return loader, build_validation(config, **part) if config.valid.every else None
+
+
+def _refuse_stage(stage: Stage, world: int) -> None:
+    """Raise `UserError` now for what a stage would be refused for when it begins."""
+    with within(stage):
+        check_layout(stage.config, world)
+        if stage.config.data.mode == "shards":
+            open_dataset(stage.config.data, "train")
+            if stage.config.valid.every:
+                open_dataset(stage.config.data, "valid")
+
+
+def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = None) -> Setup:
+    """Decide every `auto` of a stage, once and the same on all ranks; build, resume and check what follows.
+
+    The decisions are logged as one table and written to RUN/resolved.yaml. `started`: monotonic time of the start; None
+    where the process goes on from the stage before.
     """
-    run, loader = opened.run, opened.loader
+    run, loader, config = opened.run, opened.loader, stage.config
     resolved = _resolve(config, ranks)
     _forget_first_weights(resolved.config, run, ranks)
     strategy = build_strategy(resolved.config, ranks, build_optimizer)
-    checkpoints = Checkpoints(config, run, strategy)
+    checkpoints = Checkpoints(stage.run, run, strategy, stage)
     progress = _resume(config, run, loader, checkpoints)
     check_before_start(resolved.config, run, strategy, checkpoints.group)
     if config.train.activation_checkpointing == "auto":
@@ -135,13 +165,18 @@ def set_up(config: Config, ranks: Ranks, opened: Opened, started: float) -> Setu
     check_gpu_memory(resolved.config, strategy)
     with ranks.agreeing(), run.telling_of_disks():
         if ranks.is_main:
+            if config.train.stages:
+                _log.info("%s", _told_stage(stage, progress))
             _log.info("%s", resolved.table())
-            run.keep_config(config)
+            run.keep_config(stage.run)
             write_atomically(run.resolved_path, resolved.to_yaml().encode())
             run.truncate_metrics(progress.step)
             layout = {"ranks": ranks.world, "strands": ranks.strands, "context": ranks.context}
             facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
-            run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
+            if config.train.stages:
+                run.note_stage(stage.number, {**facts, "step": progress.steps_before})
+            if started is not None:
+                run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
     return Setup(resolved.config, strategy, checkpoints, progress)
 
 
@@ -187,11 +222,13 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
 
 
 def _tell_schedule(resolved: Resolved, config: Config, progress: Progress) -> None:
-    train, because = config.train, "a tenth of train.steps" if progress.step == 0 else "kept from the start of the run"
+    train, because = config.train, "kept from the start of the run"
+    if progress.step_of_stage == 0:
+        because = "a tenth of train.steps" if train.warmup_tokens is None else "train.warmup_tokens"
     if train.warmup_steps is None or train.warmup_steps != progress.warmup_steps:
         resolved.decide("train.warmup_steps", train.warmup_steps, progress.warmup_steps, because)
     if progress.decay_start is not None and train.decay_steps != train.steps - progress.decay_start:
-        because = f"the learning rate falls after step {progress.decay_start}"
+        because = f"the learning rate falls after step {progress.steps_before + progress.decay_start}"
         resolved.decide("train.decay_steps", train.decay_steps, train.steps - progress.decay_start, because)
 
 
@@ -202,14 +239,20 @@ def _resume(config: Config, run: RunDirectory, loader: TrainLoader, checkpoints:
         progress = checkpoints.branch(loader)
         what = f"{run.path} begins from {config.train.decay_from}"
     if progress is None:
-        train = config.train
-        first = {"warmup_steps": default_warmup(train), "decay_start": default_decay_start(train)}
-        return Progress(step=0, tokens=0, loader=loader.state(), **first)
+        return Progress.first(config, loader)
     _log.info(
         "%s after step %d (%d samples), loaded in %.1f s",
-        *(what, progress.step, loader.samples_consumed, time.monotonic() - started),
+        *(what, progress.step, progress.samples, time.monotonic() - started),
     )
     return progress
+
+
+def _told_stage(stage: Stage, progress: Progress) -> str:
+    train, all_stages = stage.config.train, len(stage.run.train.stages)
+    return (
+        f"stage {stage.number} of {all_stages}: steps {progress.steps_before + 1} to "
+        f"{progress.steps_before + train.steps}, each of {train.global_batch} sequences of {stage.config.data.seq_len}"
+    )
 
 
 def _word(value: Any) -> str:

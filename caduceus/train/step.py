@@ -13,9 +13,9 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.model.precision import autocast
 from caduceus.run.directory import RunDirectory
-from caduceus.train.checkpointing import Progress
 from caduceus.train.guards import report_skipped_step
 from caduceus.train.metrics import StepClock, measurements
+from caduceus.train.progress import Progress
 from caduceus.train.vitals import Vitals
 
 
@@ -31,6 +31,7 @@ def training_step(
     """
     ranks, vitals = strategy.ranks, Vitals(config, strategy, progress.step + 1)
     clock = StepClock(ranks.device)
+    bases = loader.global_batch * config.data.seq_len
     micro_batches, weight = _take(ranks, loader, batches, clock)
     shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
     parts = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
@@ -48,7 +49,7 @@ def training_step(
         strategy.discard_gradients()
     clock.lap("optimizer")
     progress.step += 1
-    progress.tokens += config.train.global_batch * config.data.seq_len
+    progress.tokens += bases
     progress.loader = loader.state()
     if not updating and (suspects := _suspects(micro_batches, sums, loss)):
         reason = "the loss leapt" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
@@ -56,15 +57,21 @@ def training_step(
         report_skipped_step(logs, ranks.rank, loader, progress.step, reason, suspects)
     return {
         "step": progress.step,
-        "samples": loader.samples_consumed,
+        **of_stage(config, progress),
+        "samples": progress.samples,
         "tokens": progress.tokens,
         "loss": loss,
         **_losses_by_species(loader.species, by_species),
         "lr": lr,
         "grad_norm": grad_norm,
         "skipped_steps": progress.health.skipped_steps,
-        **measurements(config, ranks, loader, clock, vitals),
+        **measurements(config, ranks, loader, clock, vitals, bases),
     }
+
+
+def of_stage(config: Config, progress: Progress) -> dict[str, int]:
+    """What a row tells of the stage, where the run has some."""
+    return {"stage": progress.stage} if config.train.stages else {}
 
 
 def _take(ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: StepClock) -> tuple[list[Batch], float]:

@@ -98,7 +98,7 @@ def scan_genomes(species: list[SpeciesWork], pool: Workers) -> list[dict[str, Sc
 
 
 def require_space(out: Path, species: list[SpeciesWork]) -> None:
-    """Refuse where the file system has not the room for what is still to be written."""
+    """Raise `UserError` where the file system lacks room for what is still to be written."""
     needed = 0
     for work in species:
         for shard in work.plan.shards:

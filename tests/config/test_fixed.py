@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from caduceus.config import KEYS, Config, changes, config_to_dict
+from caduceus.config import KEYS, Config, StageConfig, changes, config_to_dict
 from caduceus.errors import UserError
 from caduceus.run.directory import OPTIMIZER_STATE, RunDirectory
 from caduceus.train.trainer import train
@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     "model.fused_add_norm": False,
     "ops.backend": "naive",
     "data.path": "a link to the shards",
+    "data.species_weights": {"fly": 0.5},
     "data.mode": "stream",
     "data.stream_key": "fa",
     "data.valid_path": "elsewhere",
@@ -43,11 +44,16 @@ OTHER: dict[str, Any] = {
     "data.allow_commands": True,
     "data.seq_len": 256,
     "data.pack": True,
+    "data.crop_offset": "random",
     "data.strands": "both",
     "data.objective": "next_base",
     "data.mask_prob": 0.2,
+    "data.mask_span": 3,
+    "data.mask_schedule": [[0, 0.3], [2, 0.2]],
     "data.mask_token_prob": 0.7,
     "data.random_token_prob": 0.2,
+    "data.weights_bed": "absent.bed",
+    "data.weights_elsewhere": 0.5,
     "data.repeat_weight": 0.5,
     "data.min_acgt": 0.9,
     "data.workers": 1,
@@ -57,7 +63,9 @@ OTHER: dict[str, Any] = {
     "data.check_crc": False,
     "data.max_substituted": 0,
     "train.steps": 5,
+    "train.stages": [StageConfig(steps=2), StageConfig(steps=2)],
     "train.global_batch": 4,
+    "train.batch_ramp": [[0, 4], [2, 8]],
     "train.micro_batch": 2,
     "train.lr": 1e-3,
     "train.min_lr": 1e-5,
@@ -69,6 +77,7 @@ OTHER: dict[str, Any] = {
     "train.decay_from": "elsewhere/checkpoints/step-00000001",
     "train.init_from": "elsewhere",
     "train.warmup_steps": 2,
+    "train.warmup_tokens": 2048,
     "train.weight_decay": 0.0,
     "train.betas": [0.95, 0.9],
     "train.clip_norm": 0.1,

@@ -2,7 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from caduceus.config import CaduceusConfig, Config, config_from_dict, config_to_dict, load_config, save_config
+from caduceus.config import (
+    CaduceusConfig,
+    Config,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    save_config,
+    stages_of,
+)
 from caduceus.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -75,6 +83,43 @@ def test_a_mistake_is_one_line_that_names_the_key(preset: Path, override: str, n
     assert "\n" not in str(caught.value)
 
 
+STAGES = "train.stages=[{seq_len: 64, steps: 3}, {seq_len: 128, steps: 4, lr: 2e-3}]"
+
+
+def test_stages_are_changed_by_number_and_have_the_steps_of_the_run(preset: Path, tmp_path: Path) -> None:
+    config = load_config(preset, [STAGES, "train.stages.2.steps=9", "data.seq_len=32", "train.lr=1e-3"])
+    first, second = stages_of(config)
+    assert (config.train.steps, first.config.train.steps, second.config.train.steps) == (12, 3, 9)
+    assert (first.config.data.seq_len, first.config.train.lr, first.config.train.seed) == (64, 1e-3, 0)
+    assert (second.config.data.seq_len, second.config.train.lr, second.config.train.seed) == (128, 2e-3, 1)
+    assert not first.is_last and second.is_last and second.bases_of_a_step == 8 * 128
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml", ["train.stages.1.steps=1"]).train.steps == 10
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.stages.3.steps=1", "of which there are 1 to 2, as train.stages.1.steps=1000"),
+        ("train.stages.x.steps=1", "of which there are 1 to 2"),
+        ("train.stages.1.setps=1", "unknown key 'train.stages.1.setps'; known here: seq_len, "),
+        ("train.stages.1.lr=fast", "could not be converted"),
+        ("train.stages.2.seq_len=0", "train.stages: stage 2: data.seq_len: must be at least 1"),
+        ("train.stages.2.micro_batch=3", "train.stages: stage 2: train.global_batch: 8 is not a multiple"),
+        ("train.stages.2.min_lr=1", "train.stages: stage 2: train.min_lr: 1.0 is above train.lr 0.002"),
+        ("train.stages=[{steps: 1}, {lr: 1}]", "train.stages: stage 2 has no steps"),
+        ("train.stages=3", "train.stages"),
+        ("train.steps=8", "train.steps: 8, but the stages of train.stages have 7"),
+        ("train.decay_from=x", "train.decay_from: goes with train.schedule=wsd, not with train.stages"),
+    ],
+)
+def test_a_mistake_in_a_stage_is_one_line_that_names_it(preset: Path, override: str, named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(preset, [STAGES, override])
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -108,7 +153,7 @@ def test_every_preset_loads_and_keeps_the_published_batch(path: Path) -> None:
     config = load_config(path)
     assert config.model != CaduceusConfig() or "256" in path.stem or "1k" in path.stem
     if path.stem.startswith(("ph-", "ps-", "mamba-")):
-        assert config.train.global_batch * config.data.seq_len == 2**20
+        assert all(stage.bases_of_a_step == 2**20 for stage in stages_of(config))
         assert config.train.betas == [0.9, 0.95] and config.train.weight_decay == 0.1
 
 

@@ -254,3 +254,17 @@ def test_bytes_behind_a_compressed_tar_are_told_once_and_are_no_damage(
     assert loader.substituted == 0
     build_validation(stream(valid_path=url, valid={"samples": 9}))
     assert caplog.records[-1].getMessage() == f"data.valid_path: {line}"
+
+
+def test_rna_is_read_as_dna_and_told_once(
+    stream: Callable[..., Config], tmp_path: Path, sequences: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = [text for text in sequences if "T" in text]
+    write_tar(tmp_path / "dna.tar", {f"{n}.dna": text for n, text in enumerate(whole)})
+    rna = {f"{n}.dna": text.replace("T", "U").replace("t", "u") for n, text in enumerate(whole)}
+    url = str(write_tar(tmp_path / "rna.tar", rna))
+    of_dna = take(build_loader(stream(path=str(tmp_path / "dna.tar"))), 200)
+    loader = build_loader(stream(path=url, max_substituted=0))
+    assert texts(take(loader, 200)) == texts(of_dna)
+    told = [record.getMessage() for record in caplog.records if "RNA" in record.getMessage()]
+    assert told == [f"data: {url}: holds RNA (U): every U is read as T"] and loader.substituted == 0

@@ -10,11 +10,12 @@ import torch
 from caduceus.config import config_from_dict
 from caduceus.data.loader import build_loader
 from caduceus.distributed.build import build_strategy
+from caduceus.distributed.fake import fake_world
 from caduceus.distributed.ranks import Ranks
-from caduceus.train.checkpointing import Progress
 from caduceus.train.optimizer import build_optimizer
+from caduceus.train.progress import Progress
 from caduceus.train.step import training_step
-from tests.distributed.fake import CPU, fake_world, meet_by_python
+from tests.distributed.fake import CPU, meet_by_python
 from tests.distributed.layouts import Layout, config_of
 from tests.distributed.recorder import Call, Recorder
 

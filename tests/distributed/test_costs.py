@@ -1,5 +1,6 @@
 """What a layout is said to cost is what ranks are counted holding and sending."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,13 +10,15 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.costs import Held, Sent, held, micro_batches, sent
+from caduceus.distributed.costs import Group, Sent, exchanges, micro_batches, sent
+from caduceus.distributed.fake import fake_world
+from caduceus.distributed.held import Held, held
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.train.optimizer import build_optimizer
-from tests.distributed.fake import CPU, fake_world, meet_by_python
+from tests.distributed.fake import CPU, meet_by_python
 from tests.distributed.ranks import on_ranks
-from tests.distributed.recorder import Recorder
+from tests.distributed.recorder import Call, Recorder
 
 LENGTH = 32
 AGREED = 400
@@ -42,8 +45,8 @@ def config_of(parallel: dict[str, Any], world: int, accumulation: int) -> Config
     )
 
 
-def costs_of(config: Config, rank: int, world: int) -> tuple[Held, Sent]:
-    """Counted in a step, of which the update comes second: DeepSpeed learns in the first in which order blocks come."""
+def costs_of(config: Config, rank: int, world: int) -> tuple[Held, list[Call]]:
+    """Counted in the second of two steps: in the first DeepSpeed learns in which order blocks come."""
     parallel = config.parallel
     ranks = Ranks(rank, world, parallel.context or 1, CPU, None, parallel.strands or 1)
     strategy = build_strategy(config, ranks, build_optimizer)
@@ -59,9 +62,13 @@ def costs_of(config: Config, rank: int, world: int) -> tuple[Held, Sent]:
             strategy.clip(1.0)
             found = held_by(strategy) if parallel.strategy != "deepspeed" else Held(0, 0, 0)
             strategy.step(1e-3)
-    given = recorder.bytes()
-    assert given.keys() <= {"all-reduce", "all-gather", "reduce-scatter", "broadcast"}
-    return found, Sent(*(given.get(kind, 0) for kind in ("all-reduce", "all-gather", "reduce-scatter")))
+    assert {call.kind for call in recorder.calls} <= {"all-reduce", "all-gather", "reduce-scatter", "broadcast"}
+    return found, recorder.calls
+
+
+def sum_of(calls: list[Call]) -> Sent:
+    kinds = ("all-reduce", "all-gather", "reduce-scatter")
+    return Sent(*(sum(call.bytes for call in calls if call.kind == kind) for kind in kinds))
 
 
 def held_by(strategy: Strategy) -> Held:
@@ -81,18 +88,28 @@ def test_a_rank_holds_and_sends_what_the_formula_says(name: str, accumulation: i
     config = config_of(KEYS[name], 16, accumulation)
     for rank in (0, 9):
         with fake_world(rank, 16):
-            holds, sends = costs_of(config, rank, 16)
+            holds, calls = costs_of(config, rank, 16)
         assert holds == held(config, 16)
-        expected = sent(config, 16)
+        sends, expected = sum_of(calls), sent(config, 16)
         assert 0 <= sends.all_reduce - expected.all_reduce <= AGREED
         assert (sends.all_gather, sends.reduce_scatter) == (expected.all_gather, expected.reduce_scatter)
+        found = Counter((call.kind, len(call.ranks), call.bytes) for call in calls if call.bytes > AGREED)
+        foretold: Counter[tuple[str, int, int]] = Counter()
+        for one in exchanges(config, 16):
+            if one.bytes > AGREED and not (one.what == "gradients" and name.startswith("ddp")):  # which fill buckets
+                foretold[one.kind, one.group.size, one.bytes] += one.times
+                assert Group("", one.group.size, one.group.stride) in {
+                    Group("", len(call.ranks), call.ranks[1] - call.ranks[0]) for call in calls
+                }
+        buckets = {key for key in found if name.startswith("ddp") and key[:2] == ("all-reduce", 16)}
+        assert {key: times for key, times in found.items() if key not in buckets} == foretold
 
 
 ZERO = [config_of({"strategy": "deepspeed", "zero_stage": stage}, 2, passes) for stage in range(4) for passes in (1, 2)]
 
 
 def zero_costs(rank: int) -> list[Sent]:
-    return [costs_of(config, rank, 2)[1] for config in ZERO]
+    return [sum_of(costs_of(config, rank, 2)[1]) for config in ZERO]
 
 
 @pytest.mark.slow

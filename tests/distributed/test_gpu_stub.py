@@ -21,7 +21,9 @@ Told = list[tuple[str, Any]]
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     """What is asked of CUDA and of torch.distributed, in its order; nothing of it happens."""
     asked: Told = []
-    facts = SimpleNamespace(pci_domain_id=0, pci_bus_id=1, pci_device_id=0, name="NVIDIA H100 80GB HBM3")
+    facts = SimpleNamespace(
+        pci_domain_id=0, pci_bus_id=1, pci_device_id=0, name="NVIDIA H100 80GB HBM3", total_memory=85_000_000_000
+    )
     store, member = object(), Member("n", "c", "s", "cuda")
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

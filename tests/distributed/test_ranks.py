@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from caduceus.config import Config
 from caduceus.distributed import groups
+from caduceus.distributed.fake import fake_world
 from caduceus.distributed.fsdp import sharding_mesh
 from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.distributed.rendezvous import COLLECTIVE_MARGIN, NO_TIMEOUT, joined
-from tests.distributed.fake import CPU, fake_world
+from tests.distributed.fake import CPU
 from tests.distributed.layouts import Layout, config_of
 from tests.distributed.ranks import on_ranks
 

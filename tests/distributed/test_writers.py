@@ -13,8 +13,9 @@ from caduceus.distributed.build import build_strategy
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import BlockingAsyncStager
 from caduceus.run.directory import RunDirectory
-from caduceus.train.checkpointing import Checkpoints, Progress, load_checkpoint
+from caduceus.train.checkpointing import Checkpoints, load_checkpoint
 from caduceus.train.optimizer import build_optimizer
+from caduceus.train.progress import Progress
 from tests.distributed.layouts import Layout, config_of
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_guards import whole_parameters

@@ -21,8 +21,9 @@ from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.rendezvous import joined
 from caduceus.run.directory import RunDirectory
-from caduceus.train.checkpointing import Checkpoints, Progress, load_checkpoint
+from caduceus.train.checkpointing import Checkpoints, load_checkpoint
 from caduceus.train.optimizer import build_optimizer
+from caduceus.train.progress import Progress
 
 PATIENCE = 60
 """Seconds in which ranks end after another was killed."""

@@ -18,8 +18,9 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
-from caduceus.train.checkpointing import Checkpoints, Progress, load_checkpoint
+from caduceus.train.checkpointing import Checkpoints, load_checkpoint
 from caduceus.train.optimizer import build_optimizer
+from caduceus.train.progress import Progress
 from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
 from tests.train.conftest import SmallRun, numbers

@@ -10,7 +10,7 @@ import torch
 
 from caduceus.config import Config
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.layout import RESERVE, blocks_to_recompute
+from caduceus.distributed.footprint import RESERVE, blocks_to_recompute
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.train import memory, recomputation, setup, trainer

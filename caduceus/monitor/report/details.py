@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from caduceus.monitor.report.figures import STYLE, colour_of, new_figure, shortened, with_legend
-from caduceus.monitor.report.runs import Reported
+from caduceus.monitor.report.reported import Reported
 
 _DASHES = ("-", "--", ":", "-.")
 _COLOURS = 8
@@ -66,7 +66,7 @@ def _lines(
     series: Sequence[Sequence[tuple[str, np.ndarray]]],
     steps: Sequence[np.ndarray],
 ) -> Figure | None:
-    """A colour for each label, and dashes for each run. series: of each run, (label, values)."""
+    """A colour for each label, and dashes for each run. series: the (label, values) of each run."""
     labels = list(dict.fromkeys(label for lines in series for label, _ in lines))[:_MOST_LINES]
     if not labels:
         return None

@@ -58,10 +58,10 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Read a metrics.jsonl. Of a step that was made again the row that came last counts.
+    """Read a metrics.jsonl. Where a step was made again, its last row counts.
 
-    What followed that step before it was made again counts no more. A last line without its end is being
-    written and is left out.
+    Rows that followed the earlier one no longer count. A last line without its end is still being written and is left
+    out.
     """
     train = {name: array("d") for name in _COLUMNS}
     valid: dict[int, dict[str, float]] = {}

@@ -120,11 +120,16 @@ def _time_of_rewind(recorded: list[dict[str, Any]], step: int) -> float | None:
 
 
 def _recorded(event: dict[str, Any]) -> Event | None:
-    """Of what was written down, that which nothing else tells."""
+    """A recorded event as the report shows it; None where something else tells of it."""
     step = event["step"] if isinstance(event.get("step"), int) else None
     if event["event"] == "skipped":
         words = f"no update: loss {event.get('loss')}, gradient norm {event.get('grad_norm')}"
         return Event("skipped", step, event["time"], words)
+    if event["event"] == "stage":
+        words = (
+            f"stage {event.get('number')} begins after step {step or 0:,}: {event.get('seq_len', 0):,} bases a sequence"
+        )
+        return Event("stage", step, event["time"], words)
     if event["event"] in ("stalled", "failed"):
         return Event("end", step, event["time"], f"{event['event']}: {event.get('reason')}")
     return None
