@@ -152,6 +152,11 @@ class ExampleLoader:
         return fingerprint({"examples": len(self.examples), "batch_size": self.batch_size, "seed": self.seed})
 
     @property
+    def global_batch(self) -> int:
+        """Examples of a step, at the end of an epoch fewer."""
+        return self.batch_size
+
+    @property
     def per_epoch(self) -> int:
         """Steps in an epoch."""
         return -(-len(self.examples) // self.batch_size)

@@ -36,8 +36,9 @@ from caduceus.evaluate.results import flat_labels
 from caduceus.files import write_atomically
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
-from caduceus.train.checkpointing import Checkpoints, Progress
+from caduceus.train.checkpointing import Checkpoints
 from caduceus.train.optimizer import build_optimizer
+from caduceus.train.progress import Progress
 from caduceus.train.step import training_step
 from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
 from caduceus.train.watchdog import Watchdog
