@@ -105,6 +105,11 @@ _VALUES = {
     "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
     "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
     "test_fraction": (float, "F", "share of the blocks that are test (0)"),
+    "homology": (
+        float,
+        "F",
+        "leave out of train what has this share of its k-mers in valid or test of any of the species, as 0.5 (off)",
+    ),
     "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
     "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
 }

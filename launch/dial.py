@@ -8,8 +8,8 @@ from caduceus.model.costs import flops_per_base, parameter_count
 from caduceus.train.roofline import PEAKS
 from launch.estimate import estimate
 
-MEMORY = {"A100": 80, "H100": 80, "H200": 141, "L40S": 48}
-"""GB of a GPU, by its maker's data sheet."""
+GPUS = {"A100": (80, 2.04), "H100": (80, 3.35), "H200": (141, 4.8), "L40S": (48, 0.864)}
+"""GB of memory and TB per second of a GPU, by its maker's data sheet."""
 
 
 def is_turned(path: str | Path, overrides: list[str]) -> bool:
@@ -20,7 +20,8 @@ def is_turned(path: str | Path, overrides: list[str]) -> bool:
 def dial_table(config: Config, world: int) -> str:
     """Lines of the keys that a dial decides, and estimates for `world` GPUs of each kind.
 
-    Memory is what a GPU needs. Time is scaled from an H100's by the rate of exponentials, which bound the scan.
+    Memory is what a GPU needs. Time is scaled from an H100's by the rate of exponentials, which bound the scan, or of
+    memory, whichever is further behind.
     """
     model, train, bases = config.model, config.train, config.train.global_batch * config.data.seq_len
     flops = flops_per_base(model) * float(bases) * train.steps
@@ -33,8 +34,9 @@ def dial_table(config: Config, world: int) -> str:
         f"# unmeasured estimates for {world} GPU{'s' * (world > 1)}:",
     ]
     found = estimate(config, world)
-    for name, gigabytes in MEMORY.items():
-        seconds = found.step_seconds * PEAKS["H100"].exponentials / PEAKS[name].exponentials
+    for name, (gigabytes, bandwidth) in GPUS.items():
+        behind = max(PEAKS["H100"].exponentials / PEAKS[name].exponentials, GPUS["H100"][1] / bandwidth)
+        seconds = found.step_seconds * max(1.0, behind)
         fits = "fits" if found.memory_bytes < 0.9e9 * gigabytes else "DOES NOT FIT"
         lines.append(
             f"#   {name:5} {seconds:7.2f} s a step, {seconds * train.steps / 86400:6.1f} days; "

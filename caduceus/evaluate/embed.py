@@ -88,7 +88,7 @@ def embed_file(
     origin = {
         "verb": "embed",
         "model": runner.origin(),
-        "input_sha256": sha256_of(source.input),
+        "input_sha256": source.sha256(),
         "source": {key: value and str(value) for key, value in asdict(source).items()},
         "options": asdict(options),
     }

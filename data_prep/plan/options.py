@@ -15,7 +15,7 @@ INTERVAL_MODES = ("exact", "extend", "tile")
 CONTIGS = ("auto", "all", "primary")
 _SPLIT_BY_CONTIG = ("valid_contigs", "test_contigs")
 _SPLIT_BY_BLOCK = ("split_block", "valid_fraction", "test_fraction")
-_OPTIONAL = {"stride": int, "split_block": int, "forbid_leakage": bool}
+_OPTIONAL = {"stride": int, "split_block": int, "forbid_leakage": bool, "homology": float}
 _OPTIONAL |= dict.fromkeys(("include", "exclude", "aliases", "intervals", "around"), str)
 _KIND_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]i?)?B?", re.IGNORECASE)
@@ -66,6 +66,8 @@ class PlanOptions:
     test_fraction: float = 0.0
     forbid_leakage: bool | None = None
     """Cut out of train what valid or test hold; None: except with interval_mode extend."""
+    homology: float | None = None
+    """Leave out of train what has at least this share of its k-mers in valid or test, of any species made with it."""
     shard_bytes: int = 256_000_000
     seed: int = 0
 
@@ -92,6 +94,7 @@ class PlanOptions:
         if self.interval_mode != "tile" and self.stride is not None:
             raise UserError(f"--stride: rows are not tiled with --interval-mode {self.interval_mode}; leave it out")
         _require(self, "flank", self.flank >= 0, "0 or more")
+        _require(self, "homology", self.homology is None or 0 < self.homology <= 1, "above 0 and at most 1")
         if self.around is not None and self.intervals is not None:
             raise UserError("--around: --intervals says which regions are used; leave one out")
         self._check_blocks()
@@ -154,7 +157,9 @@ class PlanOptions:
         del values["allow_unknown_contigs"]  # a permission, on which no byte depends
         values["forbid_leakage"] = self.leakage_forbidden
         values["exclude_bed"] = [_describe_file("exclude_bed", path) for path in self.exclude_bed]
-        if self.around is None:  # older datasets know neither
+        if self.homology is None:  # older datasets know none of these
+            del values["homology"]
+        if self.around is None:
             del values["around"], values["flank"]
         for key in ("aliases", "intervals", "around"):
             if values.get(key) is not None:

@@ -14,7 +14,7 @@ from caduceus.errors import UserError
 from caduceus.tables import refuse_line
 from data_prep.plan.annotation import read_genes
 from data_prep.plan.contigs import Selection
-from data_prep.plan.intervals import EMPTY, intersection, union
+from data_prep.plan.intervals import EMPTY, difference, intersection, size, union
 from data_prep.plan.options import PlanOptions, option_name
 from data_prep.plan.windows import hash_rows
 
@@ -31,6 +31,17 @@ class Regions:
     splits: dict[str, dict[str, np.ndarray]]
     excluded: dict[str, np.ndarray]
     notes: list[str] = field(default_factory=list)
+
+    def leave_out(self, copies: Mapping[str, np.ndarray]) -> None:
+        """Take near copies of what is held out, by contig (n, 2), out of train, and tell how much it is."""
+        bases = 0
+        for name, near in copies.items():
+            of_contig = self.splits[name]
+            held_out = [rows for split, rows in of_contig.items() if split != "train"]
+            near = difference(near, union(np.concatenate([EMPTY, *held_out])))
+            self.excluded[name] = union(np.concatenate([self.excluded[name], near]))
+            bases += size(near)
+        self.notes.append(f"--homology: {bases:,} bp of train are near copies of valid or test, and left out of it")
 
 
 def build_regions(selection: Selection, options: PlanOptions) -> Regions:

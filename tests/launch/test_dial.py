@@ -75,8 +75,10 @@ def test_the_table_stands_before_the_run(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["slurm.py", *words])
     assert main() == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("# 302,828,544 parameters: model.d_model=1024, model.n_layer=43")
+    assert printed.startswith("# 302,825,472 parameters: model.d_model=1024, model.n_layer=43")
     assert re.search(r"of matrices 0\.002\n# unmeasured estimates for 16 GPUs:\n#   A100 .* fits", printed)
     config = load_config("auto", ["size=300M", "data.path=x"])
     assert dial_table(config, 16) in printed
+    seconds = {gpu: float(found) for gpu, found in re.findall(r"#   (\w+) +([\d.]+) s a step", printed)}
+    assert seconds["H100"] == seconds["H200"] < seconds["A100"] < seconds["L40S"]
     assert is_turned(Path("ps-1k.yaml"), ["size=8M"]) and not is_turned(Path("ps-1k.yaml"), ["train.steps=8"])
