@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data_prep.plan.bed import BedRow, read_bed
 
+from caduceus.bed import BedRow, read_bed
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, package, write_columns
 from caduceus.evaluate.labelled import LabelledTable
