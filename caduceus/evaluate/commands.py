@@ -11,6 +11,7 @@ from caduceus.arguments import Parser, PresetAction
 from caduceus.commands import command
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
+from caduceus.evaluate.labelled_options import add_labelled
 
 if TYPE_CHECKING:  # they import torch
     from caduceus.evaluate.finetune import FinetuneOptions
@@ -103,7 +104,7 @@ def _add_variants(commands: Any) -> None:
 def _add_probe(commands: Any) -> None:
     parser = commands.add_parser("probe", help="a linear model on the embeddings of labelled sequences")
     _add_model(parser)
-    _add_labelled(parser)
+    add_labelled(parser)
     parser.add_argument("--layer", type=int, default=-1, help="0 the embedding … n_layer or -1 the final norm")
     parser.add_argument("--metric", help="what the penalty is chosen by; default mcc or pearson")
     _add_batch_bases(parser)
@@ -114,7 +115,7 @@ def _add_probe(commands: Any) -> None:
 def _add_finetune(commands: Any) -> None:
     parser = commands.add_parser("finetune", help="train on labelled sequences, beside baselines on the same split")
     _add_model(parser)
-    _add_labelled(parser)
+    add_labelled(parser)
     parser.add_argument("--frozen", action="store_true", help="train the head alone")
     parser.add_argument("--strands", default="auto", metavar="auto|post-hoc|augment", help="of other models than PS")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train low-rank adapters and the head")
@@ -162,25 +163,6 @@ def _add_suite(commands: Any) -> None:
 
 def _add_batch_bases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-bases", type=int, metavar="N", help="bases of a batch; default as suits the device")
-
-
-def _add_labelled(parser: argparse.ArgumentParser) -> None:
-    help_ = "CSV, TSV or parquet of sequence, label; FASTA with |LABEL; BED with --genome; or a benchmark's folder"
-    parser.add_argument("--train", required=True, metavar="FILE", help=help_)
-    parser.add_argument("--valid", metavar="FILE", help="to choose by; default a share of train")
-    parser.add_argument("--test", metavar="FILE", help="measured at the end")
-    parser.add_argument("--genome", metavar="FASTA", help="the genome that a BED is about")
-    parser.add_argument("--aliases", metavar="FILE", help="a table of names of contigs")
-    parser.add_argument("--window", type=int, metavar="N", help="bases about the middle of each BED row")
-    parser.add_argument("--bigwig", metavar="FILE", help="labels of a BED: its values; default the column of names")
-    parser.add_argument("--signal", default="mean", metavar="mean|max", help="of them; --task per-base takes each")
-    parser.add_argument("--column", default="sequence", help="of the sequences; default sequence")
-    parser.add_argument("--label", default="label", metavar="NAMES", help="column of the labels, or several as a,b")
-    parser.add_argument("--longest", type=int, metavar="N", help="refuse sequences of more bases")
-    kinds = "auto, classification, regression, multilabel or per-base"
-    parser.add_argument("--task", default="auto", metavar="KIND", help=kinds)
-    parser.add_argument("--pool", default="mean", metavar="mean|max|centre")
-    parser.add_argument("--valid-share", type=float, default=0.1, help="of train without --valid; default 0.1")
 
 
 def _add_sequences(parser: argparse.ArgumentParser) -> None:
