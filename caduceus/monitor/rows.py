@@ -91,6 +91,11 @@ class Monitor:
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
         self._terminal.tell_validation(f"step {row['step']:,}  valid loss {row['valid_loss']:.4f}{detail}")
 
+    def log_machines(self, row: dict[str, Any]) -> None:
+        """Record what nodes and GPUs do."""
+        if self._active:
+            self._record(row)
+
     def begin_stage(self, stage: Stage) -> None:
         """A stage of `train.stages` follows on the one before."""
         if not self._active:
