@@ -25,6 +25,7 @@ ENCODED = {
     "gzip": gzip.compress(TEXT.encode()),
     "gzip of two members": gzip.compress(TEXT[:4].encode()) + gzip.compress(TEXT[4:].encode()),
     "gzip with bytes behind it": gzip.compress(TEXT.encode()) + b"index of a tool",
+    "a mark by each of two tools": b"\xef\xbb\xbf\xef\xbb\xbf" + TEXT.encode(),
     "gzip of a byte order mark": gzip.compress(b"\xef\xbb\xbf" + TEXT.encode()),
     "joined files with marks": b"\xef\xbb\xbfa\tb\n\xef\xbb\xbfc d\n\n\xef\xbb\xbfe\n",
 }
