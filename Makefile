@@ -3,8 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-fast lint coverage bench docs
+.PHONY: demo test test-fast test-oldest lint coverage bench docs kernels
 
 # torch by its exact release first: an open range would bring the CUDA build, which a laptop does not need.
 # DeepSpeed's set-up asks torch what there is to build, hence no isolation; nothing is compiled.
@@ -27,6 +28,19 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
+# The fast tests on the oldest release that the range of each dependency takes in, which uv finds; torch is the one above.
+# Releases of that age have no wheels for Python 3.13, so say PYTHON=python3.11 or so.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+$(OLDEST)/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH) 'setuptools>=77' wheel uv
+	DS_BUILD_OPS=0 $(OLDEST)/bin/uv pip install --quiet --system-certs --python $(OLDEST)/bin/python --no-build-isolation \
+		--resolution lowest-direct --editable '.[dashboard,deepspeed,dev,evaluate,hub,s3]'
+	touch $@
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -41,6 +55,10 @@ coverage: $(VENV)/installed
 # The pages that are made of the code; tests compare them with it.
 docs: $(VENV)/installed
 	$(PY) -m caduceus.config.reference > docs/configuration.md
+
+# What ptxas makes of the kernels, on record: run it after a change of kernels, or the tests compile what changed each time.
+kernels: $(VENV)/installed
+	$(PY) -m tests.ops.aot --record
 
 # Each prints a table of ratios measured in one run.
 bench: $(VENV)/installed

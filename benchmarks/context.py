@@ -37,7 +37,7 @@ from caduceus.distributed.strands import StrandGroup
 from tests.distributed.ranks import on_ranks
 
 RUNS = 4
-"""Of scan and convolution in a layer of Caduceus-PS: two streams in two directions."""
+"""Directions times streams in which a layer of Caduceus-PS scans and convolves: two and two."""
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def _gradient_difference(ours: Result, single: Result) -> float:
 
 @dataclass
 class Column:
-    """Differences between a layout and one process: of which precision, how they are taken, how large they may be."""
+    """A difference between a layout and one process: in which precision, how it is taken, how large it may be."""
 
     name: str
     precision: str
@@ -158,7 +158,7 @@ COLUMNS = [
 
 
 def _largest(column: Column, layout: Layout, results: dict[tuple, Result]) -> float:
-    """Of the trainings with one and with two micro-batches; NaN if any is."""
+    """The largest difference of the trainings with one and with two micro-batches; NaN if any is."""
     pairs = [[results[name, n, column.precision] for name in (layout.name, "single")] for n in (1, 2)]
     return float(torch.tensor([column.difference(*pair) for pair in pairs], dtype=torch.float64).max())
 

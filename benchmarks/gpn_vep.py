@@ -1,6 +1,6 @@
 """gpn's own command on an export, where this package is not installed, against this package's scores.
 
-    python benchmarks/gpn_vep.py --gpn GPN_ENV/bin/python --genome genome.fa[.gz]
+    python benchmarks/gpn_vep.py --gpn GPN_ENV/bin/python --genome genome.fa[.gz] [--snvs 100000]
 
 `GPN_ENV`: an environment with PyPI's gpn, its extras `data` and `inference`, and torch. The model is a small
 Caduceus-PS with random weights. gpn masks each variant in a window, on both strands, and averages the log-likelihood
@@ -9,6 +9,7 @@ ratios.
 
 import argparse
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,31 +31,87 @@ WINDOW = 128
 
 
 def main() -> None:
-    """Score variants by both, and print how far they are apart."""
+    """Score variants by both, and print how far they are apart, or with --snvs how fast each is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpn", required=True, metavar="PYTHON", help="the Python of an environment with gpn")
     parser.add_argument("--genome", required=True, metavar="FASTA", help="a genome, such as sacCer3.fa.gz")
     parser.add_argument("--variants", type=int, default=40)
+    parser.add_argument("--snvs", type=int, metavar="N", help="instead: the rate over so many, by either's own command")
+    parser.add_argument("--of-gpn", type=int, metavar="N", help="how many of --snvs gpn gets; default all")
+    parser.add_argument("--gpn-batch", type=int, default=8, metavar="N", help="gpn's --per_device_batch_size")
     options = parser.parse_args()
-    model = random_model()
     genome = open_genome(options.genome)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.snvs is not None:
+            compare_rates(options, genome, folder)
+            return
+        model = random_model()
         hub.save_published(model, folder / "export")
         variants = some_variants(genome, options.variants)
-        names, columns = ("chrom", "pos", "ref", "alt"), zip(*variants, strict=True)
-        pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), folder / "variants.parquet")
-        command = [options.gpn, "-m", "gpn.ss.run_vep", "variants.parquet", str(Path(options.genome).resolve())]
-        command += [str(WINDOW), "export", "scores.parquet", "--is_file"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
-        started = time.monotonic()
-        subprocess.run(command, cwd=folder, env=environment, check=True)
-        seconds = time.monotonic() - started
-        theirs = pq.read_table(folder / "scores.parquet")["score"].to_numpy()
+        theirs, wall, _ = by_gpn(options, folder, variants)
     ours = np.array([score(model, genome, *variant) for variant in variants])
     print(f"{processor()}, torch {torch.__version__}")
-    print(f"{len(ours)} variants, scores up to {abs(ours).max():.2f}; gpn took {seconds:.0f} s")
+    print(f"{len(ours)} variants, scores up to {abs(ours).max():.2f}; gpn took {wall:.0f} s")
     print(f"largest difference: {abs(ours - theirs).max():.1e}")
+
+
+def compare_rates(options: argparse.Namespace, genome, folder: Path) -> None:
+    """Either's own command on one export and one file, as processor time, which other work on a machine changes little.
+
+    gpn compiles the model first, and finds it compiled the next time. So it gets a few variants twice; what it takes
+    for many beyond the second time is for the others.
+    """
+    hub.save_published(random_model(), folder / "export")
+    variants = some_variants(genome, options.snvs)
+    load = os.getloadavg()[0]
+    few, many = variants[:64], variants[: options.of_gpn]
+    by_gpn(options, folder, few)
+    _, _, start = by_gpn(options, folder, few)
+    theirs, wall, total = by_gpn(options, folder, many)
+    rows = ["gpn run_vep", wall, total, (total - start) / (len(many) - len(few))]
+    ours, wall, total = by_command(options, folder, variants)
+    print(f"{processor()}, {os.cpu_count()} cores, load {load:.1f} before and {os.getloadavg()[0]:.1f} after")
+    print(f"torch {torch.__version__}, windows of {WINDOW} bases, both strands; gpn in batches of {options.gpn_batch}")
+    print("| command | SNVs | seconds | processor seconds | per 100,000 SNVs |\n|---|---|---|---|---|")
+    print(f"| gpn run_vep | {len(many):,} | {rows[1]:.0f} | {rows[2]:.0f} | {rows[3] * 1e5:.0f} |")
+    print(f"| evaluate variants | {len(variants):,} | {wall:.0f} | {total:.0f} | {total / len(variants) * 1e5:.0f} |")
+    print(f"ratio of processor time per SNV: {rows[3] / (total / len(variants)):.1f}; its start not counted for gpn")
+    print(f"largest difference of scores: {np.abs(ours[: len(theirs)] - theirs).max():.1e}")
+
+
+def by_gpn(options: argparse.Namespace, folder: Path, variants: list) -> tuple[np.ndarray, float, float]:
+    """Scores of gpn's command, its seconds, and its processor seconds."""
+    write_variants(folder / "variants.parquet", variants)
+    command = [options.gpn, "-m", "gpn.ss.run_vep", "variants.parquet", str(Path(options.genome).resolve())]
+    command += [str(WINDOW), "export", "scores.parquet", "--is_file"]
+    command += ["--per_device_batch_size", str(options.gpn_batch)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
+    seconds = timed(command, folder, environment)
+    return pq.read_table(folder / "scores.parquet")["score"].to_numpy(), *seconds
+
+
+def by_command(options: argparse.Namespace, folder: Path, variants: list) -> tuple[np.ndarray, float, float]:
+    """As `by_gpn`, of this package's command."""
+    write_variants(folder / "variants.parquet", variants)
+    command = [sys.executable, "-m", "caduceus.evaluate", "variants", "--model", "export", "--window", str(WINDOW)]
+    command += ["--input", "variants.parquet", "--genome", str(Path(options.genome).resolve()), "--out", "ours.parquet"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    seconds = timed(command, folder, environment)
+    return pq.read_table(folder / "ours.parquet")["llr"].to_numpy(), *seconds
+
+
+def write_variants(path: Path, variants: list) -> None:
+    names, columns = ("chrom", "pos", "ref", "alt"), zip(*variants, strict=True)
+    pq.write_table(pa.table(dict(zip(names, map(list, columns), strict=True))), path)
+
+
+def timed(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[float, float]:
+    """Run a command; its seconds, and those of processors in it and what it started."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def random_model() -> CaduceusForMaskedLM:

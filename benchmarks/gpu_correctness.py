@@ -66,7 +66,7 @@ def all_right(parts: Iterable[str], device: str) -> bool:
 
 
 def check_ops(device: str) -> int:
-    """How many are wrong, as of every check."""
+    """How many ops are wrong. Every check returns such a number."""
     print("| op | type | largest error, relative to the largest value | of | same bits in two runs | |")
     print("|---|---|---|---|---|---|")
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def far_convolution_error(length: int, channels: int, device: str, last: int = 6
 
 
 def far_scan_error(length: int, channels: int, device: str, last: int = 64) -> float:
-    """As of the convolution, left-to-right; the state before the last tokens is the final one of all tokens before."""
+    """As for the convolution, left-to-right; the state before the last tokens is the final one of all tokens before."""
     from caduceus.ops.triton import scan_with_states
 
     u, dt, z = (torch.randn(1, 1, 1, length, channels, dtype=torch.bfloat16, device=device) for _ in range(3))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.ops import PAD_DT, add_norm, bidirectional_conv1d, bidirectional_scan, head_cross_entropy, naive
+from caduceus.ops.directions import runs_backwards, scan_by_direction
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.runs import runs_backwards, scan_by_runs
 from caduceus.ops.self_check import ACTIVATIONS, Function, Operands
 from caduceus.ops.triton import scan_launches
 from tests.ops.slices import scan_in_slices
@@ -45,7 +45,7 @@ def scan_cases(small: bool) -> Iterator[Case]:
         return scan_with_states(scan_operands(o), softplus, o.get("state"), starts, reverse)
 
     def define(softplus=True, reverse=False, **o):
-        return scan_by_runs(naive.selective_scan, scan_operands(o), softplus, reverse, o.get("state"))
+        return scan_by_direction(naive.selective_scan, scan_operands(o), softplus, reverse, o.get("state"))
 
     length, channels, batch = (11, 3, 1) if small else (333, 200, 2)
     half = length // 2

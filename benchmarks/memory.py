@@ -45,7 +45,7 @@ from caduceus.train.memory import TensorBytes, kept_storages, peak_bytes
 
 MODELS = {"Caduceus-Ph": False, "Caduceus-PS": True}
 MULTIPROCESSORS = 132
-"""Of an H100."""
+"""Multiprocessors of an H100."""
 
 
 def main() -> None:
@@ -205,7 +205,7 @@ def resident(key: str) -> int:
 
 
 def forward_and_backward(model: CaduceusForMaskedLM, length: int, bf16: bool) -> None:
-    """Of one sequence, all bases of which are labelled."""
+    """Both passes for one sequence, all bases of which are labelled."""
     tokens = torch.full((1, length), 7, device=model.embedding.weight.device)
     with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
         loss = model(tokens, tokens, return_logits=False).loss

@@ -94,7 +94,7 @@ def opened(directory: Path) -> dict[str, float]:
     from caduceus.data.samples import TrainingOrder
 
     config = Config()
-    config.data.path, config.data.seq_len = str(directory), SEQ_LEN
+    config.data.path, config.data.seq_len, config.data.strands = str(directory), SEQ_LEN, "both"
     opens, stats, stat = 0, 0, os.stat
 
     def count(event: str, arguments: tuple) -> None:
@@ -110,7 +110,7 @@ def opened(directory: Path) -> dict[str, float]:
     genome.os.stat = counted
     before, used, began = _private(), time.process_time(), time.perf_counter()
     dataset = open_dataset(config.data, "train")
-    order = TrainingOrder(dataset, seed=0, both_strands=True)
+    order = TrainingOrder(dataset, config)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     opens_of_start, memory = opens, _private() - before
     began = time.process_time()

@@ -90,7 +90,7 @@ def measured(options: argparse.Namespace, kind: str, dtype: str, piece: str, ref
 
 
 def high_water_mark() -> int:
-    """Of this process's resident memory, in KiB."""
+    """The most resident memory that this process has had, in KiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1])
 

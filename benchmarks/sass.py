@@ -82,7 +82,7 @@ LEVELS = {
 }
 """Where a loop's loads find a tensor. What is loaded again after the loops within a loop is in L1."""
 MUFU_CYCLES = 8
-"""Of a scheduler's unit, for the 32 threads of a warp."""
+"""Cycles that a scheduler's unit takes for the 32 threads of a warp."""
 ONE_DRAWS = 64
 """Bytes a cycle that a multiprocessor can draw from L2."""
 
@@ -235,7 +235,7 @@ class Kernel:
         return min(2048 // threads, 65_536 // (registers * threads), self.card.shared // (self.used["shared"] + 1024))
 
     def classes(self) -> Counter:
-        """Of instructions, per token and warp."""
+        """How many instructions of each class there are, per token and warp."""
         return self._per_token(lambda instruction: (class_of(instruction.name), 1))
 
     def times(self, work: float, programs: int, card: Card) -> tuple[list[str], float]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tests.ops.aot import Instruction
 
 CYCLES = {"L1": 38, "L2": 280, "DRAM": 700}
-"""Of a load, from the level where it finds what it asks for."""
+"""Cycles of a load, by the level where it finds what it asks for."""
 WAVEFRONT = 4
 """Cycles of a scheduler for a wavefront (128 bytes) of the load and store unit, which four schedulers share."""
 SHARED = {"LDS": 30, "LDSM": 33}
@@ -78,7 +78,7 @@ def operation_of(instruction: Instruction) -> str:
 
 
 def wavefronts(instruction: Instruction) -> int:
-    """Of 128 bytes, for the 32 threads of a warp. One where 64 bits are loaded from global memory: the same for all."""
+    """Wavefronts of 128 bytes for a warp of 32 threads: one where 64 bits, the same for all, are loaded from memory."""
     operation, name = operation_of(instruction), instruction.name
     if operation in ("LDG", "LDGSTS"):
         return 4 if ".128" in name and operation == "LDGSTS" else 1
@@ -116,7 +116,7 @@ def _named(operands: Sequence[str], width: int) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class Issued:
     cycles: float
-    """Of a scheduler for one warp to get through the code once, its share where several are resident."""
+    """Cycles in which a scheduler takes one warp through the code once; its share where several warps are resident."""
     utilisation: float
     """Cycles in which an instruction was issued."""
 

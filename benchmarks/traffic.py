@@ -41,13 +41,13 @@ FREE = (
 
 @dataclass
 class Traffic:
-    """Of one kernel or operator in a step."""
+    """What one kernel or operator moves and computes in a step."""
 
     launches: int = 0
     bytes: int = 0
     flops: int = 0
     tiles: int | None = None
-    """Of a batched product's output, which is how many multiprocessors take part in it."""
+    """Tiles of a batched product's output: so many multiprocessors take part in it."""
     programs: int = 0
     """Blocks of threads of a kernel's last launch."""
 

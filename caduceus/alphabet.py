@@ -90,8 +90,8 @@ class Vocabulary:
 CADUCEUS = Vocabulary(
     "caduceus", ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *"ACGTN"), n="[PAD]"
 )
-"""Of the published Caduceus; N stands as [PAD], as in its training."""
+"""The vocabulary of the published Caduceus; N stands as [PAD], as in its training."""
 PLANTCAD = Vocabulary("plantcad", ("[PAD]", "[MASK]", "[UNK]", *"acgt"), n="[UNK]")
-"""Of the published PlantCaduceus and PlantCAD2."""
+"""The vocabulary of the published PlantCaduceus and PlantCAD2."""
 VOCABULARIES = {12: CADUCEUS, 8: PLANTCAD}
-"""By `model.vocab_size`, as published: PlantCAD's counts a row that no token has."""
+"""Vocabularies by `model.vocab_size`, as published: PlantCAD's size counts a row that no token has."""

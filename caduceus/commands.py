@@ -9,6 +9,7 @@ COMMANDS = {
     "caduceus-train": "python -m caduceus.train",
     "caduceus-launch": "python launch/slurm.py",
     "caduceus-launch-shard": "python launch/shard.py",
+    "caduceus-launch-evaluate": "python launch/evaluate.py",
     "caduceus-runs": "python launch/runs.py",
     "caduceus-evaluate": "python -m caduceus.evaluate",
     "caduceus-hub": "python -m caduceus.hub",

@@ -47,7 +47,7 @@ class RetryError(UserError):
 class PeerError(Exception):
     """This rank ended because of another one. The message is one line that names that rank where it is known.
 
-    rank: of the one that failed, and peer_kind: how; each is None where only the loss of the peer was noticed.
+    `rank` is the one that failed and `peer_kind` says how; each is None where only the loss of the peer was noticed.
     """
 
     kind = Kind.PEER
@@ -62,7 +62,7 @@ class PeerError(Exception):
 
     @property
     def status(self) -> int:
-        """Exit status: as of the rank that failed, if it ended with a line; otherwise that of a crash."""
+        """Exit status: that of the rank that failed, if it ended with a line; otherwise that of a crash."""
         return 2 if self.peer_kind in (Kind.USER, Kind.NODE, Kind.RETRY) else 1
 
 

@@ -1,4 +1,4 @@
-"""Decompresses gzip files as people's tools write them: of any number of members, with bytes behind the last one."""
+"""Decompresses gzip files as people's tools write them: with any number of members, and bytes behind the last one."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -29,8 +29,8 @@ class Gunzip:
     `read` gives at most so many of the file's next bytes, none at its end. `passed_over` counts the bytes behind the
     last member, which are no gzip (padding, or the index of another tool); it is known when the iteration ends. Damage
     is a `DamagedGzipError` that names `path`. Bytes behind a member that look like a further one, damaged, are damage
-    too, and so are lines of text where the data `is_text`, as of `cat a.gz b.txt`. A piece has `most` bytes or fewer;
-    that in which damage is met is not given.
+    too, and so are lines of text where the data `is_text`, as `cat a.gz b.txt` makes them. A piece has `most` bytes or
+    fewer; that in which damage is met is not given.
     """
 
     def __init__(

@@ -100,9 +100,16 @@ _VALUES = {
     "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
     "aliases": (str, "FILE|URL", "table of contig names, or an NCBI assembly report"),
     "intervals": (str, "BED|URL", "regions to use, split by column 4 if there is one; 'registry': the published ones"),
+    "around": (str, "GTF|URL", "use the genes of an annotation (GTF or GFF3), each with --flank bases on either side"),
+    "flank": (int, "N", "bases on either side of a gene (2000)"),
     "split_block": (int, "N", "split contigs by hashed blocks of N bases"),
     "valid_fraction": (float, "F", "share of the blocks that are valid (0)"),
     "test_fraction": (float, "F", "share of the blocks that are test (0)"),
+    "homology": (
+        float,
+        "F",
+        "leave out of train what has this share of its k-mers in valid or test of any of the species, as 0.5 (off)",
+    ),
     "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
     "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
 }

@@ -36,7 +36,7 @@ class Workers:
             yield from self._run_in_pool(self._pool, function, enumerate(tasks))
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for want of memory; "
+                "a worker process was killed, perhaps for lack of memory; "
                 "run the same command again to go on, with fewer --workers"
             ) from None
 

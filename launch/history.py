@@ -166,7 +166,7 @@ def _reason(run: RunDirectory, words: str) -> Reason:
 def ended_by_itself(run: RunDirectory, attempt: Attempt) -> bool:
     """Whether the ranks of an attempt say that they stopped with a checkpoint, though its job wrote down no end.
 
-    So it is after `scontrol requeue` from elsewhere, where SLURM kills the batch script before its last line.
+    This happens after `scontrol requeue` from elsewhere, where SLURM kills the batch script before its last line.
     """
     ends = read_ends(ends_folder(run.path, attempt.job, attempt.restart))
     return 0 in ends and all(end.kind is None for end in ends.values())

@@ -33,23 +33,13 @@ class TrainTask:
             return self._run()
 
     def _run(self) -> int:
-        # Until the trainer listens, a signal ends the process: there is nothing to save yet, and submitit's own
-        # handlers would swallow it or requeue from one rank alone.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_DFL)
+        end_on_signals()  # until the trainer listens: there is nothing to save yet
         if "SLURM_STEP_NODELIST" in os.environ:  # the job may have spare nodes besides
             os.environ["SLURM_JOB_NODELIST"] = os.environ["SLURM_STEP_NODELIST"]
             os.environ["SLURM_JOB_NUM_NODES"] = os.environ["SLURM_STEP_NUM_NODES"]
         job = submitit.JobEnvironment()
-        on_slurm = job.cluster == "slurm"
-        first_host = job.hostnames[0] if on_slurm else "127.0.0.1"
-        restart = history.this_restart()
-        attempt = (int(job.raw_job_id), restart)
-        ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
-        os.environ.update(rendezvous(*ranks, first_host, *attempt))
-        os.environ.update(own_slice(os.environ, job.local_rank))
-        for name, value in node_defaults(os.environ).items():
-            os.environ.setdefault(name, value)
+        on_slurm, restart = job.cluster == "slurm", history.this_restart()
+        find_others(job, restart)
         run = RunDirectory.open(self.run_dir)
         step, starts = history.newest_step(run), len(run.starts())
         if job.global_rank == 0:
@@ -71,6 +61,22 @@ class TrainTask:
                 history.record(run, "refused", job.job_id, restart)
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(error.status)
+
+
+def end_on_signals() -> None:
+    """Let signals end this process: submitit's own handlers would swallow them, or requeue from one rank alone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def find_others(job: submitit.JobEnvironment, restart: int = 0) -> None:
+    """Set in this task's environment what torchrun would set, its share of the node, and what suits the node."""
+    first_host = job.hostnames[0] if job.cluster == "slurm" else "127.0.0.1"
+    ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
+    os.environ.update(rendezvous(*ranks, first_host, int(job.raw_job_id), restart))
+    os.environ.update(own_slice(os.environ, job.local_rank))
+    for name, value in node_defaults(os.environ).items():
+        os.environ.setdefault(name, value)
 
 
 def train(config: Config) -> int:

@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.local.local import Controller, LocalExecutor, LocalJob
@@ -33,32 +34,10 @@ GRACE_SECONDS = 10
 
 def run_here(request: JobRequest, run: RunDirectory) -> int:
     """Run as a job of this machine, show the first rank's output until it ends, and return its exit status."""
-    if request.setup or request.srun or request.python:
-        raise UserError("setup, srun, python: a local job runs in this shell's environment, with this Python")
-    given = visible_gpus(os.environ)
-    if given and len(given) < request.gpus_per_node:
-        raise UserError(
-            f"gpus_per_node: {request.gpus_per_node} asked for, but CUDA_VISIBLE_DEVICES gives this shell {len(given)}"
-        )
-    code = snapshot_code(run.path)
-    logs = run.path.absolute() / "logs"
-    executor = _Executor(logs)
-    executor.update_parameters(
-        tasks_per_node=request.processes_per_node,
-        gpus_per_node=request.gpus_per_node,
-        timeout_min=min(request.minutes, _LONGEST_MINUTES),
-        signal_delay_s=request.signal_seconds,
-        stderr_to_stdout=True,
-    )
-    path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
-    with submitit.helpers.environment_variables(**request.env, PYTHONPATH=path), _ctrl_c_ignored():
-        job = executor.submit(TrainTask(str(run.path.absolute())))
+    executor, job = started_here(request, run.path, TrainTask(str(run.path.absolute())))
+    logs = executor.folder
     record_submission(run, Submission(run.path.absolute(), [job.job_id], request.executor, logs, vars(request)))
-    log = log_path(logs, job.job_id)
-    print(f"log:           {log}", flush=True)
-    for line in _through_ctrl_c(follow(log, job.done)):
-        print(line, end="", flush=True)
-    ended = executor.controller.wait()
+    ended = shown(executor, job, "stopping after this step, with a checkpoint")
     failed = ended != 0
     cause = first_cause(read_ends(ends_folder(run.path, job.job_id, 0)))
     mistaken = cause is not None and cause.kind in (Kind.USER, Kind.NODE, Kind.RETRY)
@@ -69,6 +48,38 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
         reason, error = history.Reason.CANCELLED, None
     history.record(run, "end", job.job_id, 0, reason=reason, step=history.newest_step(run), error=error, status=status)
     return status
+
+
+def started_here(request: JobRequest, folder: Path, task: Callable[[], Any]) -> "tuple[_Executor, LocalJob]":
+    """Start a task's processes on this machine, with a copy of the code and their logs in `folder`."""
+    if request.setup or request.srun or request.python:
+        raise UserError("setup, srun, python: a local job runs in this shell's environment, with this Python")
+    given = visible_gpus(os.environ)
+    if given and len(given) < request.gpus_per_node:
+        raise UserError(
+            f"gpus_per_node: {request.gpus_per_node} asked for, but CUDA_VISIBLE_DEVICES gives this shell {len(given)}"
+        )
+    code = snapshot_code(folder)
+    executor = _Executor(folder.absolute() / "logs")
+    executor.update_parameters(
+        tasks_per_node=request.processes_per_node,
+        gpus_per_node=request.gpus_per_node,
+        timeout_min=min(request.minutes, _LONGEST_MINUTES),
+        signal_delay_s=request.signal_seconds,
+        stderr_to_stdout=True,
+    )
+    path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+    with submitit.helpers.environment_variables(**request.env, PYTHONPATH=path), _ctrl_c_ignored():
+        return executor, executor.submit(task)
+
+
+def shown(executor: "_Executor", job: LocalJob, on_ctrl_c: str) -> int:
+    """Show the first rank's output until the job ends; returns 0 where all its processes ended well."""
+    log = log_path(executor.folder, job.job_id)
+    print(f"log:           {log}", flush=True)
+    for line in _through_ctrl_c(follow(log, job.done), on_ctrl_c):
+        print(line, end="", flush=True)
+    return executor.controller.wait()
 
 
 class _Executor(LocalExecutor):
@@ -139,11 +150,11 @@ def _ctrl_c_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _through_ctrl_c(lines: Iterator[str]) -> Iterator[str]:
+def _through_ctrl_c(lines: Iterator[str], words: str) -> Iterator[str]:
     """Ctrl-C reaches the ranks by itself; their last lines are waited for."""
 
     def announce(*_: object) -> None:
-        os.write(1, b"stopping after this step, with a checkpoint\n")  # print must not interrupt itself
+        os.write(1, f"{words}\n".encode())  # print must not interrupt itself
 
     before = signal.signal(signal.SIGINT, announce)
     try:

@@ -23,9 +23,9 @@ def log_path(logs: Path, job: str, rank: int = 0) -> Path:
 def last_error(run: RunDirectory, logs: Path, job: str, restart: int) -> str | None:
     """The line that best says why an attempt's processes ended; None where nothing does.
 
-    That is what the rank told whose end the others follow from. Where the first process that SLURM saw fail had no time
-    to leave an end, as one that was killed, it is what SLURM says. An attempt without any end crashed before it
-    began: then it is the last exception in its logs.
+    It is what the rank said whose failure ended the others. Where the first process that SLURM saw fail left no end, as
+    when it was killed, it is what SLURM says. An attempt without any end crashed before it began: then it is the last
+    exception in its logs.
     """
     ends = read_ends(ends_folder(run.path, job, restart))
     paths = sorted(logs.glob(f"{job}_*_log.out"))

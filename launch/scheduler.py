@@ -223,12 +223,12 @@ def requeue(job: str) -> None:
 
 
 def exclude_nodes(job: str, names: str) -> None:
-    """Keep a waiting job from nodes, for good. Raises as `requeue`."""
+    """Keep a waiting job from nodes, for good. Raises what `requeue` raises."""
     _insist(["scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"])
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs; those that have ended already are none of scancel's. Raises `UserError`."""
+    """Cancel jobs; scancel does not mind those that have already ended. Raises `UserError`."""
     if not jobs:
         return
     result = _run("scancel", *jobs)

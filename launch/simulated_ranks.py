@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from caduceus.config import Config
+from caduceus.config.by_step import BatchRamp
 from caduceus.data.batch import RankSchedule
 from caduceus.distributed.build import build_model
 from caduceus.distributed.fake import fake_world
@@ -37,6 +38,7 @@ class SimulatedRank:
 def simulated_ranks(config: Config, world: int, sharing: Sharing, node: int) -> list[SimulatedRank]:
     """All ranks of a run, each in torch's fake process group; no model has memory. `node`: ranks of a node."""
     strategy, holders = strategy_of(config, world, node)
+    ramp = BatchRamp.of(config.train)
     shapes = [tuple(parameter.shape) for parameter in build_model(config).parameters()]
     found = []
     for rank in range(world):
@@ -52,7 +54,7 @@ def simulated_ranks(config: Config, world: int, sharing: Sharing, node: int) -> 
         found.append(
             SimulatedRank(
                 rank,
-                RankSchedule(config.train.global_batch, config.train.micro_batch, ranks.data_rank, ranks.data_world),
+                RankSchedule(ramp, config.train.micro_batch, ranks.data_rank, ranks.data_world),
                 ranks.positions(config.data.seq_len),
                 ranks.strand_rank,
                 members,
@@ -65,19 +67,19 @@ def simulated_ranks(config: Config, world: int, sharing: Sharing, node: int) -> 
 def drawn(ranks: list[SimulatedRank], consumed: int, steps: int) -> np.ndarray:
     """Sample numbers that the ranks draw in `steps` steps after `consumed` samples, in the order of the steps.
 
-    Each number stands as often as a rank computes a part of it; a step's are sorted. `consumed` is a multiple of the
-    global batch, as wherever a run is left.
+    Each number stands as often as a rank computes a part of it; a step's are sorted. `consumed` are those of
+    whole steps, as wherever a run is left.
     """
-    per_step, before = ranks[0].schedule.per_step, consumed // ranks[0].schedule.global_batch
-    micro_batches = np.arange(before * per_step, (before + steps) * per_step)
-    by_rank = [rank.schedule.samples(micro_batches).reshape(steps, -1) for rank in ranks]
-    return np.sort(np.concatenate(by_rank, axis=1), axis=1).ravel()
+    first, found = ranks[0].schedule.ramp.steps_before(consumed), []
+    for step in range(first, first + steps):
+        micro_batches = np.arange(*map(ranks[0].schedule.micro_batches_before, (step, step + 1)))
+        found.append(np.sort(np.concatenate([rank.schedule.samples(micro_batches).ravel() for rank in ranks])))
+    return np.concatenate(found)
 
 
 def refuse_gaps(ranks: list[SimulatedRank], sharing: Sharing, seq_len: int) -> None:
     """Raise `RuntimeError` unless the ranks together compute every position of every sample once, as one would."""
-    batch = ranks[0].schedule.global_batch
-    expected = np.arange(2 * batch).repeat(sharing.ranks)
+    expected = np.arange(ranks[0].schedule.ramp.samples_before(2)).repeat(sharing.ranks)
     if not np.array_equal(drawn(ranks, 0, 2), expected):
         raise RuntimeError(f"{len(ranks)} ranks do not draw the samples of two steps once each")
     parts: dict[tuple[int, int], list[tuple[int, int]]] = {}

@@ -56,6 +56,7 @@ def series(config: Config, most: int, network: Network, grows: bool) -> list[tup
         scaled.train = copy.copy(config.train)
         if grows:
             scaled.train.global_batch *= nodes
+            scaled.train.batch_ramp = None
         try:
             found.append((nodes, asked(scaled, nodes * network.node, network)))
         except UserError as error:

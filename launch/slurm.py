@@ -15,6 +15,7 @@ from caduceus.config import Config, WandbConfig, config_to_dict, load_config, st
 from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
 from launch.check import check
+from launch.dial import dial_table, is_turned
 from launch.estimate import estimate
 from launch.job import train
 from launch.local import run_here
@@ -54,6 +55,8 @@ def main() -> int:
     if arguments.sweep:
         return run_sweep(arguments.config, arguments.overrides, arguments.sweep, request, arguments.dry_run)
     config = load_config(arguments.config, arguments.overrides)
+    if request.gpus_per_node and is_turned(arguments.config, arguments.overrides):
+        print(dial_table(config, request.world), flush=True)
     if arguments.simulate:
         refuse_impossible_layout(config, request)
         print_simulation(config, request)

@@ -22,7 +22,7 @@ LONGEST_FIRST = (
     "slurm/test_launch.py",
     "model/test_triton_golden.py",
     "train/test_stopping.py",
-    "distributed/test_options.py",
+    "distributed/deepspeed/test_settings.py",
     "monitor/test_wandb.py",
     "config/test_fixed.py",
     "slurm/test_virtual_cluster.py",

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from caduceus.bed import read_bed
 from caduceus.errors import UserError
 from caduceus.tables import is_missing, read_lines, split_fields, whole_number
-from data_prep.plan.bed import read_bed
 
 ROWS = [(1, "a\tb"), (2, "c d"), (4, "e")]
 TEXT = "a\tb\nc d\n \t\ne\n"

@@ -1,8 +1,10 @@
-"""Which values no run can have beside each other. What a key can have by itself stands with the key."""
+"""Values that no run can have together. Which values a key alone can have stands with the key."""
 
 import math
 import re
 
+from caduceus.config.by_step import BatchRamp, factors_by_step, points_of, share
+from caduceus.config.data import DataConfig
 from caduceus.config.evaluations import SPACE, evaluations_of
 from caduceus.config.keys import check_section
 from caduceus.config.run import ARTIFACTS, KEYS, SECTIONS, Config, profiled_steps
@@ -65,10 +67,14 @@ def _refuse_impossible(config: Config) -> None:
         raise UserError(
             f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch}"
         )
+    _refuse_impossible_ramp(train)
+    _refuse_impossible_schedules(data)
     if len(train.betas) != 2:
         raise UserError(f"train.betas: expected two numbers, got {train.betas}")
     if train.spike_factor and train.spike_factor <= 1:
         raise UserError(f"train.spike_factor: must be 0 (off) or above 1, got {train.spike_factor}")
+    if train.warmup_steps is not None and train.warmup_tokens is not None:
+        raise UserError("train.warmup_tokens: says the same as train.warmup_steps; leave one of them out")
     if train.warmup_steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"train.warmup_steps: must be at most train.steps {train.steps}, got {train.warmup_steps}")
     _refuse_impossible_decay(train)
@@ -82,6 +88,8 @@ def _refuse_impossible_sharing(config: Config) -> None:
     data = config.data
     if data.pack and data.mode == "stream":
         raise UserError("data.pack: stream takes sequences from whole windows only; use data.mode=shards")
+    if data.crop_offset != "none" and data.mode == "stream":
+        raise UserError("data.crop_offset: stream cuts windows as they come; use data.mode=shards")
     if data.pack and config.parallel.context > 1:
         raise UserError(
             "data.pack: the ranks of parallel.context cannot share packed sequences; use "
@@ -92,6 +100,32 @@ def _refuse_impossible_sharing(config: Config) -> None:
             "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "
             "tar, those that share its sequences would not know; use data.mode=shards"
         )
+
+
+def _refuse_impossible_ramp(train: TrainConfig) -> None:
+    sizes = BatchRamp.of(train).sizes
+    if sizes[-1] != train.global_batch:
+        raise UserError(
+            f"train.batch_ramp: ends at {sizes[-1]}, but train.global_batch is {train.global_batch}; let it end there"
+        )
+    for size in sizes:
+        if size % train.micro_batch:
+            raise UserError(f"train.batch_ramp: {size} is not a multiple of train.micro_batch {train.micro_batch}")
+
+
+def _refuse_impossible_schedules(data: DataConfig) -> None:
+    if data.mask_schedule is not None:
+        points_of("data.mask_schedule", data.mask_schedule, share)
+    if data.species_weights is not None:
+        factors_by_step(data)
+    for name, default in (("mask_span", 1), ("mask_schedule", None)):
+        if data.objective == "next_base" and getattr(data, name) != default:
+            raise UserError(f"data.{name}: next_base masks nothing; leave it out, or use data.objective=mlm")
+    for name in ("species_weights", "weights_bed"):
+        if data.mode == "stream" and getattr(data, name) is not None:
+            raise UserError(f"data.{name}: a stream does not know where its bases come from; use data.mode=shards")
+    if data.weights_bed is None and data.weights_elsewhere != 1:
+        raise UserError("data.weights_elsewhere: without use where data.weights_bed names no regions; leave it out")
 
 
 def _refuse_impossible_best(config: Config) -> None:
@@ -122,6 +156,8 @@ def refuse_strategy(train: TrainConfig, strategy: str) -> None:
             f"train.optimizer: muon needs whole matrices, of which parallel.strategy={strategy} gives a rank a part; "
             "use parallel.strategy=ddp"
         )
+    if train.batch_ramp is not None and strategy == "deepspeed":
+        raise UserError("train.batch_ramp: parallel.strategy=deepspeed has one batch in all steps; use ddp or fsdp")
     if train.ema and strategy == "deepspeed":
         raise UserError(
             "train.ema: parallel.strategy=deepspeed cuts weights without regard to parameters; use ddp or fsdp"

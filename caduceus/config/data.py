@@ -16,6 +16,12 @@ class DataConfig:
         "Shards may move between two starts: what they hold is checked by their fingerprint.",
         fixes="nothing",
     )
+    species_weights: Any = key(
+        None,
+        "Factors of the weights by which species are drawn, as {human: 4, mouse: 0}, or by steps made, as "
+        "[[0, {}], [5000, {human: 4}]]; a species that is not named keeps its weight, one with 0 is not drawn.",
+        fixes="order",
+    )
     mode: str = key(
         "shards",
         "stream reads foreign tars without an index, with weaker guarantees, which the log states.",
@@ -45,6 +51,14 @@ class DataConfig:
         "crosses, so that an epoch sees every base once. Not with parallel.context.",
         fixes="order",
     )
+    crop_offset: str = key(
+        "none",
+        "Where a window is cut. none: at multiples of `seq_len`, in every epoch. random: each epoch of a species "
+        "begins at another base, so that borders move and the ends of windows have their turn; with `pack`, what is "
+        "left at both ends of a window is packed.",
+        fixes="order",
+        choices=("none", "random"),
+    )
     strands: str = key(
         "auto",
         "Which strands samples show. auto is forward for rcps (the model sees both strands by itself), both otherwise.",
@@ -58,6 +72,20 @@ class DataConfig:
         choices=("mlm", "next_base"),
     )
     mask_prob: float = key(0.15, "Share of ACGT bases that are labelled.", fixes="order", least=0, most=1)
+    mask_span: int = key(
+        1,
+        "Bases that are labelled together, and shown alike as [MASK], random bases or themselves: spans that begin "
+        "anywhere, `mask_prob` of all bases. Above 1 with mlm only.",
+        fixes="order",
+        least=1,
+        most=1 << 20,
+    )
+    mask_schedule: Any = key(
+        None,
+        "`mask_prob` in training by steps made, as [[0, 0.3], [5000, 0.15]]: linear between them, then the last. "
+        "Validation masks `mask_prob` all the time.",
+        fixes="order",
+    )
     mask_token_prob: float = key(
         0.8, "Share of labelled bases that the input shows as [MASK].", fixes="order", least=0, most=1
     )
@@ -67,6 +95,15 @@ class DataConfig:
         fixes="order",
         least=0,
         most=1,
+    )
+    weights_bed: Any = key(
+        None,
+        "Loss weights of regions: a BED file whose fourth column is the weight, or {species: file}; on top of "
+        "`repeat_weight`, in training and validation.",
+        fixes="numbers",
+    )
+    weights_elsewhere: float = key(
+        1.0, "Loss weight of bases in no region of a species' `weights_bed`.", fixes="numbers", least=0
     )
     repeat_weight: float = key(1.0, "Loss weight of soft-masked (lower-case) bases.", fixes="numbers", least=0, most=1)
     min_acgt: float = key(
@@ -101,7 +138,7 @@ class DataConfig:
         "Check a window's crc32 when a node first reads from it, which reads the window whole, once for all ranks and "
         "workers of the node, and not at all where `cache_dir` has fetched and checked the shard since the start. "
         "False checks only that bytes are bases: for short sequences from more bases than a run ever sees, on storage "
-        "where reading is dear. Shards that are whole give the same samples either way.",
+        "where reading is expensive. Shards that are whole give the same samples either way.",
         fixes="nothing",
     )
     max_substituted: int = key(

@@ -6,6 +6,12 @@ from typing import Any
 from caduceus.config.keys import Key
 from caduceus.config.run import KEYS, Config
 
+_LATER = {
+    *("data.pack", "data.crop_offset", "data.species_weights", "data.mask_span", "data.mask_schedule"),
+    "train.batch_ramp",
+}
+"""Keys that the positions in older checkpoints do not know."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -27,12 +33,12 @@ def changes(before: Config, now: Config) -> list[Change]:
 
 def order_values(config: Config) -> dict[str, Any]:
     """The keys that fix which samples a run sees, without their section, with their values."""
-    values = {key.attribute: value_of(config, key) for key in KEYS.values() if key.fixes == "order"}
+    keys = [key for key in KEYS.values() if key.fixes == "order"]
+    values = {key.attribute: value_of(config, key) for key in keys}
+    unknown = {key.attribute for key in keys if key.name in _LATER and value_of(config, key) == key.default}
     if config.data.mode == "shards":
-        del values["stream_key"]  # without effect, and unknown to the positions in older checkpoints
-    if not config.data.pack:
-        del values["pack"]  # likewise unknown
-    return values
+        unknown.add("stream_key")  # without effect
+    return {name: value for name, value in values.items() if name not in unknown}
 
 
 def value_of(config: Config, key: Key) -> Any:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.config.checks import refuse_impossible_values
 from caduceus.config.data import DataConfig
+from caduceus.config.dial import DIAL, turned
 from caduceus.config.keys import attribute_of, name_of
 from caduceus.config.run import SECTIONS, Config
 from caduceus.config.stages import steps_of_stages, with_stages
@@ -34,7 +35,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = preset("pretrain", path)
     typed = [_parse_override(override) for override in overrides]
-    config = _merge([*_read_layers(path), *typed])
+    config = _merge(_with_dial(_read_layers(path), typed))
     if _commands_are_typed(config.data, [values for _, values in typed]) or _commands_are_remembered(config.data, path):
         config.data.allow_commands = True
     if config.run.name is None:
@@ -71,6 +72,21 @@ def save_config(config: Config, path: str | Path) -> None:
         values["data"]["allow_commands"] = False
         write_atomically(Path(path).with_name(ALLOWED), dump_json(_addresses(config.data)))
     write_atomically(path, OmegaConf.to_yaml(values).encode())
+
+
+def _with_dial(layers: list[tuple[str, DictConfig]], typed: list[tuple[str, DictConfig]]) -> list:
+    """All layers, and where one names a `size` or `compute`, the keys that follow from it before those typed."""
+    dial: dict[str, Any] = {}
+    for _, values in layers:
+        found = {name: values.pop(name) for name in DIAL if name in values}
+        dial = found or dial
+    wanted = {name: values.pop(name) for _, values in typed for name in DIAL if name in values}
+    dial = wanted or dial
+    if not dial:
+        return [*layers, *typed]
+    lengths = [values.data.seq_len for _, values in (*layers, *typed) if "seq_len" in (values.get("data") or {})]
+    keys = turned(dial.get("size"), dial.get("compute"), lengths[-1] if lengths else DataConfig.seq_len)
+    return [*layers, ("size", OmegaConf.create(keys)), *typed]
 
 
 def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from caduceus.config.train import StageConfig, TrainConfig
 from caduceus.errors import UserError
 
-_OF_DATA = ("seq_len",)
+_OF_DATA = ("seq_len", "mask_prob", "species_weights")
 """Keys of a stage that are of the section `data`; the others are of `train`."""
 KEYS_OF_A_STAGE = tuple(field.name for field in fields(StageConfig))
 

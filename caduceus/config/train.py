@@ -19,6 +19,9 @@ class StageConfig:
     schedule: str | None = None
     warmup_steps: int | None = None
     decay_steps: int | None = None
+    batch_ramp: Any = None
+    mask_prob: float | None = None
+    species_weights: Any = None
 
     def __repr__(self) -> str:
         told = (f"{name}: {value}" for name, value in vars(self).items() if value is not None)
@@ -39,11 +42,18 @@ class TrainConfig:
     stages: list[StageConfig] = key(
         [],
         "Stages that the run goes through, a list of {seq_len, global_batch, micro_batch, steps, lr, min_lr, schedule, "
-        "warmup_steps, decay_steps}: `steps` and what else differs from the run's keys. Each has the learning rate and "
-        "samples of a run of its own; weights and the optimizer's state go on. `train.stages.2.steps=N` changes one.",
+        "warmup_steps, decay_steps, batch_ramp, mask_prob, species_weights}: `steps` and what else differs from the "
+        "run's keys. Each has the learning rate and samples of a run of its own; weights and the optimizer's state go "
+        "on. `train.stages.2.steps=N` changes one.",
         fixes="numbers",
     )
     global_batch: int = key(8, "Sequences per optimizer step, over all ranks.", fixes="order", least=1)
+    batch_ramp: Any = key(
+        None,
+        "Smaller global batches at the beginning, as [[0, 64], [500, 128], [1500, 256]]: sequences per step from when "
+        "so many steps were made; the last is `global_batch`. Not under deepspeed.",
+        fixes="order",
+    )
     micro_batch: int = key(
         8,
         "Sequences per forward and backward pass on a rank; accumulation follows.",
@@ -105,6 +115,12 @@ class TrainConfig:
     )
     warmup_steps: int | None = key(
         None, "Steps of linear warm-up from 1e-6; null is a tenth of `steps`.", fixes="numbers", least=0
+    )
+    warmup_tokens: int | None = key(
+        None,
+        "The same in bases: as many steps as take the first so many, whatever their batches.",
+        fixes="numbers",
+        least=0,
     )
     weight_decay: float = key(0.1, "Not applied to biases, norms, A_log and D.", fixes="numbers", least=0)
     betas: list[float] = key(

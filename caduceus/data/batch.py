@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from caduceus.config.by_step import BatchRamp
 from caduceus.data.objective import SampleArrays
 from caduceus.errors import UserError
 
@@ -71,25 +72,38 @@ def to_batch(arrays: SampleArrays) -> Batch:
 class RankSchedule:
     """Which sample numbers each micro-batch of a rank holds: samples rank, rank + world, … of each global batch."""
 
-    global_batch: int
+    ramp: BatchRamp
     micro_batch: int
     rank: int
     world: int
 
     def __post_init__(self) -> None:
-        if self.global_batch % (self.micro_batch * self.world):
-            raise UserError(
-                f"train.global_batch: {self.global_batch} is not a multiple of train.micro_batch {self.micro_batch} "
-                f"times {self.world} data-parallel ranks"
-            )
+        for size in self.ramp.sizes:
+            if size % (self.micro_batch * self.world):
+                name = "train.batch_ramp" if len(self.ramp.sizes) > 1 else "train.global_batch"
+                raise UserError(
+                    f"{name}: {size} is not a multiple of train.micro_batch {self.micro_batch} "
+                    f"times {self.world} data-parallel ranks"
+                )
 
-    @property
-    def per_step(self) -> int:
-        """Micro-batches of a rank in an optimizer step."""
-        return self.global_batch // (self.micro_batch * self.world)
+    def per_step(self, steps: int) -> int:
+        """Micro-batches of a rank in the optimizer step that follows so many."""
+        return self.ramp.size(steps) // (self.micro_batch * self.world)
+
+    def micro_batches_before(self, steps: int) -> int:
+        """Micro-batches of a rank in the first so many optimizer steps."""
+        return self.ramp.samples_before(steps) // (self.micro_batch * self.world)
+
+    def steps_before(self, micro_batches: int) -> int:
+        """Optimizer steps that the first so many micro-batches of a rank are whole ones of."""
+        return self.ramp.steps_before(micro_batches * self.micro_batch * self.world)
 
     def samples(self, micro_batches: np.ndarray) -> np.ndarray:
         """Numbers (n,) of micro-batches since the run's start -> sample numbers (n, micro_batch) int64."""
-        step, part = np.divmod(micro_batches, self.per_step)
-        within = part[:, None] * self.micro_batch + np.arange(self.micro_batch)
-        return step[:, None] * self.global_batch + self.rank + within * self.world
+        firsts = np.array([self.micro_batches_before(step) for step in self.ramp.steps])
+        part = np.searchsorted(firsts, micro_batches, side="right") - 1
+        per_step = np.array(self.ramp.sizes)[part] // (self.micro_batch * self.world)
+        step, number = np.divmod(micro_batches - firsts[part], per_step)
+        before = firsts[part] + step * per_step
+        within = number[:, None] * self.micro_batch + np.arange(self.micro_batch)
+        return before[:, None] * self.micro_batch * self.world + self.rank + within * self.world

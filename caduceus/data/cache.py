@@ -66,7 +66,7 @@ class ShardCache:
             raise UserError(f"data.cache_dir: {directory} cannot be made ({error.strerror})") from None
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of the shard, fetched first where it is absent. Raises as `fetch`."""
+        """A descriptor of the shard, fetched first where it is absent. Raises what `fetch` raises."""
         while True:
             try:
                 descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,7 +1,6 @@
 """The sources of a run: which species, from which directories, at which weights, cut into crops. Imports no torch."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +79,12 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     )
 
 
-def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
-    """Say what is drawn, what is left out, and the weights as rounded (`counts` of each block of the mixture)."""
+def log_dataset(dataset: Dataset, counts: np.ndarray, bases: np.ndarray, epochs_differ: bool) -> None:
+    """Say what is drawn, what is left out, and the weights as rounded.
+
+    `counts` (stages, S): samples of each source in each block of the stages of the mixture. `bases` (S,): of each
+    source, those that any crop of its first epoch holds.
+    """
     crops = dataset.crops
     log_commands(dataset.addresses)
     log.info(
@@ -95,9 +98,10 @@ def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
         crops.left_out_bases,
         crops.left_out_tiles,
     )
-    shares_used = crops.bases_of_source / [source.table.bases for source in dataset.sources]
+    shares_used = bases / [source.table.bases for source in dataset.sources]
     unseen = (f"{source.species} {1 - used:.2%}" for source, used in zip(dataset.sources, shares_used, strict=True))
-    log.info("data: %s: bases of each species that no crop holds: %s", dataset.split, ", ".join(unseen))
+    others = " in its first epoch; others are tiled differently" if epochs_differ else ""
+    log.info("data: %s: bases of each species that no crop holds: %s%s", dataset.split, ", ".join(unseen), others)
     for source, used in zip(dataset.sources, shares_used, strict=True):
         if used < _LITTLE_USED:
             log.warning(
@@ -108,8 +112,10 @@ def log_dataset(dataset: Dataset, counts: Sequence[int]) -> None:
                 source.species,
                 crops.seq_len,
             )
-    shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, counts, strict=True))
-    log.info("data: samples of each species in every %d: %s", MIXTURE_BLOCK, ", ".join(shares))
+    for number, stage in enumerate(counts.tolist(), start=1):
+        shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, stage, strict=True))
+        which = f" in stage {number} of {len(counts)} of data.species_weights" if len(counts) > 1 else ""
+        log.info("data: samples of each species in every %d%s: %s", MIXTURE_BLOCK, which, ", ".join(shares))
 
 
 def _parse_path(path: Any) -> list[tuple[str, float]]:

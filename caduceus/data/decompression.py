@@ -18,7 +18,7 @@ class DecompressionError(Exception):
 
 
 class Pieces(Protocol):
-    """The data of a compressed file, once; `passed_over` counts bytes behind it that belong to it no more."""
+    """The data of a compressed file, once; `passed_over` counts bytes behind it that no longer belong to it."""
 
     passed_over: int
 

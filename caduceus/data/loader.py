@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from caduceus.allocator import keep_freed_memory
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config, order_values
+from caduceus.config.by_step import BatchRamp
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
 from caduceus.data.dataset import open_dataset
 from caduceus.data.reading import SUBSTITUTES, SampleReader
@@ -38,9 +39,10 @@ _LABELS_EXPECTED = 64
 class TrainLoader:
     """Iterates over a rank's micro-batches without end, from the position `samples_consumed` on.
 
-    Attributes: `fingerprint` of everything that decides the order, `seed`, `global_batch`, `per_step` (micro-batches of
-    this rank in an optimizer step), `samples_consumed` (of all ranks, by the optimizer steps whose batches were all
-    handed out), `substituted` (samples of this rank, since it started, that other crops stood for).
+    Attributes: `fingerprint` of everything that decides the order, `seed`, `per_step` and `global_batch` (micro-batches
+    of this rank, and sequences of all, in the optimizer step at hand), `samples_consumed` (of all ranks, by the
+    optimizer steps whose batches were all handed out), `substituted` (samples of this rank, since it started, that
+    other crops stood for).
     """
 
     def __init__(
@@ -52,8 +54,6 @@ class TrainLoader:
         largest_of_peers: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.seed = config.train.seed
-        self.global_batch = schedule.global_batch
-        self.per_step = schedule.per_step
         self.substituted = 0
         self.fingerprint = fingerprint(
             {
@@ -78,7 +78,20 @@ class TrainLoader:
 
     @property
     def samples_consumed(self) -> int:
-        return self._handed_out // self.per_step * self.global_batch
+        return self._schedule.ramp.samples_before(self._steps)
+
+    @property
+    def global_batch(self) -> int:
+        return self._schedule.ramp.size(self._steps)
+
+    @property
+    def per_step(self) -> int:
+        return self._schedule.per_step(self._steps)
+
+    @property
+    def _steps(self) -> int:
+        """Optimizer steps whose batches were all handed out."""
+        return self._schedule.steps_before(self._handed_out)
 
     def state(self) -> dict[str, Any]:
         """The loader's whole position, for a checkpoint."""
@@ -95,11 +108,11 @@ class TrainLoader:
         self.seek(state["samples_consumed"])
 
     def seek(self, samples_consumed: int) -> None:
-        """Go on after so many samples, a multiple of the global batch; holds for iterators made afterwards."""
-        step, rest = divmod(samples_consumed, self.global_batch)
-        if rest:
-            raise ValueError(f"{samples_consumed} samples are no multiple of the global batch {self.global_batch}")
-        self._handed_out = step * self.per_step
+        """Go on after so many samples, those of whole steps; holds for iterators made afterwards."""
+        steps = self._schedule.ramp.steps_before(samples_consumed)
+        if self._schedule.ramp.samples_before(steps) != samples_consumed:
+            raise ValueError(f"{samples_consumed} samples are no whole steps of the global batch {self.global_batch}")
+        self._handed_out = self._schedule.micro_batches_before(steps)
 
     def describe(self, g: int) -> dict[str, Any]:
         """Where sample g lies: species, contig, start, end (0-based half-open, forward strand) and strand."""
@@ -259,7 +272,7 @@ def build_loader(
     the same crops, also where one of them cannot read its slice: `largest_of_peers` gives the elementwise maximum over
     them of an int64 tensor on the CPU. Raises `UserError` for shards or keys that do not fit.
     """
-    schedule = RankSchedule(config.train.global_batch, micro_batch or config.train.micro_batch, rank, world)
+    schedule = RankSchedule(BatchRamp.of(config.train), micro_batch or config.train.micro_batch, rank, world)
     stream = config.data.mode == "stream"
     samples = StreamSamples(config, positions) if stream else ShardSamples(config, split, positions)
     return TrainLoader(config, samples, schedule, device, None if stream else largest_of_peers)
@@ -277,7 +290,8 @@ def build_validation(
 ) -> ValidationLoader:
     """The validation batches of data-parallel rank `rank` of `world`: at most `valid.samples` crops of each species.
 
-    Crops and masks depend on the genomes and `data.*` alone, not on `train.seed`. Other arguments as of `build_loader`.
+    Crops and masks depend on the genomes and `data.*` alone, not on `train.seed`. The other arguments are those of
+    `build_loader`.
     """
     micro_batch = micro_batch or config.train.micro_batch
     if config.data.mode == "stream":

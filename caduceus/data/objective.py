@@ -7,6 +7,7 @@ that of the published training (Schiff et al. 2024): a share of the ACGT bases i
 [MASK], some as a random base, the rest as they are.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from caduceus.config import DataConfig
 
 _INVALID = 255
 _CHUNK = 1024
+_PHASE = np.uint64(1 << 63)
+"""No position: the draw of where the spans of a row begin, and with its bit, of the bases within them."""
 
 
 class Tokens(NamedTuple):
@@ -40,17 +43,24 @@ class Tokens(NamedTuple):
 class Masking(NamedTuple):
     """Thresholds of the masking hash, as the kernel compares them."""
 
-    labelled: np.uint64  # of the upper 32 bits
+    labelled: np.ndarray  # of the upper 32 bits, for all rows or (B,)
     shown_as_mask: np.uint64  # of 30 lower bits
     shown_as_mask_or_random: np.uint64
+    span: np.uint64  # positions that share a draw
 
     @classmethod
-    def of(cls, mask_prob: float, mask_token_prob: float, random_token_prob: float) -> "Masking":
-        """Shares of ACGT bases labelled; of the labelled shown as [MASK]; of the labelled shown as a random base."""
+    def of(
+        cls, mask_prob: float | np.ndarray, mask_token_prob: float, random_token_prob: float, span: int = 1
+    ) -> "Masking":
+        """Shares of ACGT bases labelled; of the labelled shown as [MASK]; of the labelled shown as a random base.
+
+        `mask_prob` may be one for each row, (B,). Bases are labelled in spans of `span`, and shown alike within one.
+        """
         return cls(
-            np.uint64(round(mask_prob * 2**32)),
+            np.rint(np.asarray(mask_prob) * 2**32).astype(np.uint64),
             np.uint64(round(mask_token_prob * 2**30)),
             np.uint64(round((mask_token_prob + random_token_prob) * 2**30)),
+            np.uint64(span),
         )
 
 
@@ -65,7 +75,7 @@ def _hash(key: np.uint64, position: np.uint64) -> np.uint64:
 @numba.njit(nogil=True, cache=True)
 def _mask(bases, mirrored, keys, first, masking, tokens, input_ids, labels):
     rows, length = bases.shape
-    labelled, shown_as_mask, shown_as_mask_or_random = masking
+    labelled, shown_as_mask, shown_as_mask_or_random, span = masking
     of_byte, mask, first_base = tokens
     invalid = np.zeros(rows, np.int64)
     # Chunks, so that hashing is a vector loop, and the choice of positions has no branch to mispredict.
@@ -74,10 +84,15 @@ def _mask(bases, mirrored, keys, first, masking, tokens, input_ids, labels):
     for row in range(rows):
         table = of_byte[1] if mirrored[row] else of_byte[0]
         source = bases[row, ::-1] if mirrored[row] else bases[row, ::1]
+        phase = _hash(keys[row], _PHASE) % span
         for begin in range(0, length, _CHUNK):
             count = min(_CHUNK, length - begin)
-            for i in range(count):
-                draws[i] = _hash(keys[row], np.uint64(first + begin + i))
+            if span == 1:
+                for i in range(count):
+                    draws[i] = _hash(keys[row], np.uint64(first + begin + i))
+            else:
+                for i in range(count):
+                    draws[i] = _hash(keys[row], (np.uint64(first + begin + i) + phase) // span)
             picked = 0
             for i in range(count):
                 token = table[source[begin + i]]
@@ -85,14 +100,15 @@ def _mask(bases, mirrored, keys, first, masking, tokens, input_ids, labels):
                 labels[row, begin + i] = IGNORE_LABEL
                 invalid[row] += token == _INVALID
                 chosen[picked] = i
-                picked += (draws[i] >> np.uint64(32) < labelled) & (token >= first_base)
+                picked += (draws[i] >> np.uint64(32) < labelled[row]) & (token >= first_base)
             for i in chosen[:picked]:
                 labels[row, begin + i] = input_ids[row, begin + i]
                 kind = (draws[i] >> np.uint64(2)) & np.uint64(0x3FFFFFFF)
                 if kind < shown_as_mask:
                     input_ids[row, begin + i] = mask
                 elif kind < shown_as_mask_or_random:
-                    input_ids[row, begin + i] = np.uint8(first_base + (draws[i] & np.uint64(3)))
+                    base = draws[i] if span == 1 else _hash(keys[row] ^ _PHASE, np.uint64(first + begin + i))
+                    input_ids[row, begin + i] = np.uint8(first_base + (base & np.uint64(3)))
     return invalid
 
 
@@ -139,6 +155,7 @@ def mask_bases(
     `IGNORE_LABEL` where nothing is predicted, and the count (B,) of bytes that are no IUPAC code.
     """
     input_ids, labels = np.empty(bases.shape, np.uint8), np.empty(bases.shape, np.int8)
+    masking = masking._replace(labelled=np.array(np.broadcast_to(masking.labelled, len(bases))))
     invalid = _mask(bases, mirrored, keys, first, masking, tokens, input_ids, labels)
     return input_ids, labels, invalid
 
@@ -148,7 +165,7 @@ def shift_bases(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Next-base inputs and labels of `length` positions; `bases` has one column more, or ends with the sample.
 
-    Shapes and results as of `mask_bases`, without masking: the label of a position is the base after it.
+    Shapes and results are those of `mask_bases`, without masking: the label of a position is the base after it.
     """
     input_ids, labels = np.empty((len(bases), length), np.uint8), np.empty((len(bases), length), np.int8)
     invalid = _shift(bases, mirrored, tokens, input_ids, labels)
@@ -187,7 +204,8 @@ class SampleArrays:
 class Objective:
     """Tokens of samples in the model's vocabulary, or of the slice `positions` (first, end) of each.
 
-    With `repeats`, the arrays tell which bases are soft-masked.
+    With `repeats`, the arrays tell which bases are soft-masked. `mask_rate`: the share of bases that are labelled by
+    sample number, (B,) -> (B,), where it is not `data.mask_prob` in all.
 
     Attributes: `first` and `end` of the positions whose bases it needs. With next_base these are one more than the
     slice has, where the sample goes on, because the last label is the base after it.
@@ -199,13 +217,15 @@ class Objective:
         vocabulary: Vocabulary,
         positions: tuple[int, int] | None = None,
         repeats: bool = False,
+        mask_rate: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self._repeats = repeats
+        self._mask_rate = mask_rate
         self.first, end = positions or (0, data.seq_len)
         self._length = end - self.first
         self._shift = int(data.objective == "next_base")
         self.end = min(end + self._shift, data.seq_len)
-        self._masking = Masking.of(data.mask_prob, data.mask_token_prob, data.random_token_prob)
+        self._masking = Masking.of(data.mask_prob, data.mask_token_prob, data.random_token_prob, data.mask_span)
         self._tokens = Tokens.of(vocabulary)
         self._repeat_weight = data.repeat_weight
 
@@ -218,7 +238,11 @@ class Objective:
             input_ids, labels, invalid = shift_bases(bases, mirrored, self._length, self._tokens)
         else:
             keys = samples["mask_key"].copy()  # out of the packed record, as the kernel needs it
-            input_ids, labels, invalid = mask_bases(bases, mirrored, keys, self.first, self._masking, self._tokens)
+            masking = self._masking
+            if self._mask_rate is not None:
+                rates = np.rint(self._mask_rate(samples["g"]) * 2**32)
+                masking = masking._replace(labelled=rates.astype(np.uint64))
+            input_ids, labels, invalid = mask_bases(bases, mirrored, keys, self.first, masking, self._tokens)
         weights = None
         if self._repeat_weight != 1:
             weights = weigh_repeats(bases, mirrored, self._length, self._shift, self._repeat_weight)
@@ -232,3 +256,10 @@ class Objective:
         arrays.starts = starts
         if self._shift:
             arrays.labels[:, :-1][starts[:, 1:]] = IGNORE_LABEL
+
+    def weigh(self, arrays: SampleArrays, weights: np.ndarray) -> None:
+        """Multiply the loss weights by those of all bases of the samples, (B, seq_len) float32."""
+        of_labels = np.ones(arrays.labels.shape, np.float32)
+        there = weights[:, self.first + self._shift : self.end]
+        of_labels[:, : there.shape[1]] = there[:, : of_labels.shape[1]]
+        arrays.loss_weights = of_labels if arrays.loss_weights is None else arrays.loss_weights * of_labels

@@ -31,6 +31,8 @@ class Purpose(IntEnum):
     MASK = 5
     VALIDATION = 6
     SUBSTITUTE = 7
+    OFFSET = 8
+    STAGE = 9
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -83,11 +85,14 @@ def _feistel(x: np.ndarray, left_bits: np.ndarray, right_bits: np.ndarray, keys:
 
 
 def largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
-    """Whole shares of `total` in proportion to positive weights, at least 1 each, (S,) int64, adding up to `total`."""
+    """Whole shares of `total` in proportion to weights, (S,) int64, adding up to `total`.
+
+    At least 1 each, but 0 of a weight of 0, which not all may have.
+    """
     if len(weights) > total:
         raise UserError(f"data.path: {len(weights)} sources, but a mixture holds at most {total}")
     exact = np.asarray(weights, np.float64) / np.sum(weights) * total
-    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    counts = np.maximum(np.floor(exact).astype(np.int64), exact > 0)
     while (missing := total - int(counts.sum())) > 0:
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
     while (excess := int(counts.sum()) - total) > 0:
@@ -139,6 +144,37 @@ class Mixture:
             number[by_source] = np.arange(MIXTURE_BLOCK) - self._first[source[by_source]]
             self._tables[block] = source, number
         return self._tables[block]
+
+
+class StagedMixture:
+    """Mixtures that follow each other: `stages` are (first sample, weights) of each, from sample 0 on.
+
+    Every source's own numbers go on from stage to stage, so that its epochs do. Attribute: `counts` (stages, S).
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[float]]], seed: int) -> None:
+        self._first = np.array([first for first, _ in stages], np.int64)
+        seeds = [seed, *(int(key(seed, Purpose.STAGE, number)[0]) for number in range(1, len(stages)))]
+        self._mixtures = [Mixture(weights, own) for (_, weights), own in zip(stages, seeds, strict=True)]
+        self.counts = np.stack([mixture.counts for mixture in self._mixtures])
+        lengths = np.diff(self._first).tolist()
+        drawn = [mixture.drawn(length) for mixture, length in zip(self._mixtures, lengths, strict=False)]
+        self._before = np.cumsum([np.zeros_like(self.counts[0]), *drawn], axis=0)
+
+    def locate(self, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Samples g (n,) int64 -> source (n,) and the source's own sample number (n,), both int64."""
+        stages = np.searchsorted(self._first, g, side="right") - 1
+        source, k = np.empty_like(g), np.empty_like(g)
+        for stage in np.unique(stages).tolist():
+            here = stages == stage
+            source[here], own = self._mixtures[stage].locate(g[here] - self._first[stage])
+            k[here] = self._before[stage][source[here]] + own
+        return source, k
+
+    def drawn(self, g: int) -> np.ndarray:
+        """How many of the first `g` samples are of each source, (S,) int64."""
+        stage = int(np.searchsorted(self._first, g, side="right")) - 1
+        return self._before[stage] + self._mixtures[stage].drawn(g - int(self._first[stage]))
 
 
 class EpochOrder:

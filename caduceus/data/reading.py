@@ -14,7 +14,9 @@ from caduceus.data.cache import Prefetcher, UnavailableError
 from caduceus.data.dataset import Dataset
 from caduceus.data.format import STRAND_SYMBOLS
 from caduceus.data.objective import Objective, SampleArrays
+from caduceus.data.region_weights import RegionWeights
 from caduceus.data.remote import log_commands
+from caduceus.data.samples import mask_rates
 from caduceus.data.shard_files import ShardFiles
 from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
@@ -33,10 +35,10 @@ class SampleReader:
     """Reads samples, or the slice `positions` of each. Safe to pickle and to fork.
 
     With `data.check_crc`, a window's crc32 is checked when it is first read from on this node, unless a cache has
-    checked the shard's sha256 since the start. What cannot be read soundly is
-    retried, then replaced by `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that
-    is no base, may be met by one alone of the peers that share a sample: they have to agree on the crops to take. With
-    `repeats`, the samples tell which of their bases are soft-masked.
+    checked the shard's sha256 since the start. What cannot be read soundly is retried, then replaced by
+    `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that is no base, may be met by
+    only one of the peers that share a sample, so they have to agree on the crops to take. With `repeats`, the samples
+    tell which of their bases are soft-masked.
     """
 
     def __init__(
@@ -50,7 +52,10 @@ class SampleReader:
         self._dataset = dataset
         self._crops = dataset.crops
         self._files = ShardFiles(dataset.crops.shards, dataset.cache)
-        self._objective = Objective(config.data, config.model.vocabulary, positions, repeats)
+        rates = None if substitute is None else mask_rates(config)
+        self._objective = Objective(config.data, config.model.vocabulary, positions, repeats, rates)
+        bed = config.data.weights_bed
+        self._weights = None if bed is None else RegionWeights(dataset, bed, config.data.weights_elsewhere)
         self._substitute = substitute
         self._verdicts = Verdicts(self._files.identities(), len(self._crops.windows)) if config.data.check_crc else None
         self._damaged_windows: set[int] = set()
@@ -72,8 +77,14 @@ class SampleReader:
             if not invalid.any():
                 if packed.any():
                     self._objective.separate(arrays, self._starts(taken))
+                if self._weights is not None:
+                    self._objective.weigh(arrays, self._weights.of(taken))
                 return replace(arrays, substituted=notes, choices=choices)
             self._condemn(taken[invalid > 0])
+
+    def what_decides_the_weights(self) -> dict[str, Any]:
+        """What `data.weights_bed` names, where it names anything."""
+        return {} if self._weights is None else {"weights": self._weights.fingerprint}
 
     def prefetch(self, samples: np.ndarray, first: int) -> None:
         """Have the shards of samples number `first`, `first` + 1, … of this reader fetched while others are read."""
@@ -96,8 +107,8 @@ class SampleReader:
     def describe(self, sample: np.void) -> dict[str, Any]:
         """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.
 
-        Of a packed sample it is the first piece. Bases of the sample beyond `end` are the padding of `--tail pad`, and
-        `end` is `start` where all of them are.
+        A packed sample is described by its first piece. Bases of the sample beyond `end` are the padding of `--tail
+        pad`, and `end` is `start` where all of them are.
         """
         where = self._describe_with_padding(sample)
         window = self._crops.windows[sample["window"]]

@@ -32,7 +32,7 @@ class RemoteError(OSError):
 
 
 class RefusalError(RemoteError):
-    """The answer is final, as of a file that is not there or may not be read: asking again at once is of no use."""
+    """The answer is final, as where a file is not there or may not be read: it does not help to ask again at once."""
 
 
 def is_remote(path: str) -> bool:

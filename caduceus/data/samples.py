@@ -1,12 +1,16 @@
 """Where samples lie: the g-th of training, and the fixed ones of validation. Imports no torch."""
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 
 from caduceus.config import Config
+from caduceus.config.by_step import BatchRamp, factors_by_step, points_of, share
 from caduceus.data.dataset import Dataset
-from caduceus.data.order import EpochOrder, Mixture, Purpose, key, permute
+from caduceus.data.epochs import Epochs, EqualEpochs, ShiftedEpochs
+from caduceus.data.order import Purpose, StagedMixture, key, permute
+from caduceus.errors import UserError
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -22,12 +26,13 @@ SAMPLE_DTYPE = np.dtype(
 class TrainingOrder:
     """The endless sequence of training samples. Pure function of the dataset, the seed and the sample number."""
 
-    def __init__(self, dataset: Dataset, seed: int, both_strands: bool, shuffle_block: int = 0) -> None:
-        self._crops = dataset.crops
+    def __init__(self, dataset: Dataset, config: Config) -> None:
+        data, seed = config.data, config.train.seed
         self._seed = seed
-        self._both_strands = both_strands
-        self.mixture = Mixture([source.weight for source in dataset.sources], seed)
-        self.epochs = EpochOrder(self._crops.crops_of_shard, self._crops.shards_of_source, seed, shuffle_block)
+        self._both_strands = resolve_strands(config) == "both"
+        self.mixture = StagedMixture(_stages_of_mixture(dataset, config), seed)
+        kind = ShiftedEpochs if data.crop_offset == "random" else EqualEpochs
+        self.epochs: Epochs = kind(dataset.crops, seed, data.shuffle_block)
 
     def locate(self, g: np.ndarray) -> np.ndarray:
         """Samples g (n,) int64 -> (n,) SAMPLE_DTYPE."""
@@ -41,13 +46,46 @@ class TrainingOrder:
         draw = key(self._seed, Purpose.SUBSTITUTE, number, attempt)
         return self._samples(number, self.epochs.draw(source, draw))
 
-    def _samples(self, g: np.ndarray, crops: np.ndarray) -> np.ndarray:
+    def _samples(self, g: np.ndarray, places: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         samples = np.empty(len(g), SAMPLE_DTYPE)
         samples["g"] = g
-        samples["window"], samples["begin"] = self._crops.locate(crops)
+        samples["window"], samples["begin"] = places
         samples["strand"] = key(self._seed, Purpose.STRAND, g) >> np.uint64(63) if self._both_strands else 0
         samples["mask_key"] = key(self._seed, Purpose.MASK, g)
         return samples
+
+
+def _stages_of_mixture(dataset: Dataset, config: Config) -> list[tuple[int, list[float]]]:
+    """(first sample, weight of each source) of the stages of `data.species_weights`."""
+    ramp, stages = BatchRamp.of(config.train), []
+    species = [source.species for source in dataset.sources]
+    for step, factors in factors_by_step(config.data):
+        for name in factors:
+            if name not in species:
+                raise UserError(
+                    f"data.species_weights: no species '{name}' in data.path; there are {', '.join(species)}"
+                )
+        weights = [source.weight * factors.get(source.species, 1) for source in dataset.sources]
+        if not any(weights):
+            raise UserError(f"data.species_weights: from step {step} on all species have 0; leave one in")
+        stages.append((ramp.samples_before(step), weights))
+    return stages
+
+
+def mask_rates(config: Config) -> Callable[[np.ndarray], np.ndarray] | None:
+    """The share of bases that is labelled by sample number, (n,) -> (n,); None where it is the same in all.
+
+    Linear between the steps of `data.mask_schedule`: all samples of a step have the same.
+    """
+    if config.data.mask_schedule is None:
+        return None
+    points = points_of("data.mask_schedule", config.data.mask_schedule, share)
+    ramp, (steps, rates) = BatchRamp.of(config.train), zip(*points, strict=True)
+
+    def rates_of(g: np.ndarray) -> np.ndarray:
+        return np.interp([ramp.steps_before(number) for number in g.tolist()], steps, rates)
+
+    return rates_of
 
 
 def resolve_strands(config: Config) -> str:
@@ -63,7 +101,7 @@ def validation_samples(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
     Choice and masks are keyed by the genome and the place of the crop alone, so every run has the same ones.
     """
     crops = dataset.crops
-    sizes = EpochOrder(crops.crops_of_shard, crops.shards_of_source, seed=0).sizes
+    sizes = crops.crops_of_source
     chosen = {}
     for source, first, size in zip(dataset.sources, np.cumsum(sizes) - sizes, sizes, strict=True):
         count = min(limit, int(size))

@@ -12,7 +12,7 @@ from caduceus.config import Config
 from caduceus.data.batch import Batch, RankSchedule, to_batch
 from caduceus.data.dataset import log_dataset, open_dataset
 from caduceus.data.reading import SampleReader
-from caduceus.data.samples import TrainingOrder, resolve_strands
+from caduceus.data.samples import TrainingOrder
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,23 +29,25 @@ class ShardSamples:
     substituted_are = "samples could not be read"
 
     def __init__(self, config: Config, split: str, positions: tuple[int, int] | None) -> None:
-        data, seed = config.data, config.train.seed
-        both_strands = resolve_strands(config) == "both"
-        self._dataset = open_dataset(data, split)
-        self._order = TrainingOrder(self._dataset, seed, both_strands, data.shuffle_block)
+        self._dataset = open_dataset(config.data, split)
+        self._order = TrainingOrder(self._dataset, config)
         self._reader = SampleReader(self._dataset, config, positions, self._order.substitute)
 
     def log(self) -> None:
-        log_dataset(self._dataset, self._order.mixture.counts)
+        counts, epochs = self._order.mixture.counts, self._order.epochs
+        log_dataset(self._dataset, counts, epochs.bases_seen, epochs.differ)
 
     def what_decides_the_order(self) -> dict[str, Any]:
         """What a position in the order is only good for, beyond the keys of the configuration."""
-        counts = self._order.mixture.counts.tolist()
+        first, *others = self._order.mixture.counts.tolist()
+        stages = {"stages_of_mixture": others} if others else {}
         return {
             "order_version": ORDER_VERSION,
             "split": self._dataset.split,
             "datasets": self._dataset.fingerprints,
-            "mixture": [[source.species, n] for source, n in zip(self._dataset.sources, counts, strict=True)],
+            "mixture": [[source.species, n] for source, n in zip(self._dataset.sources, first, strict=True)],
+            **stages,
+            **self._reader.what_decides_the_weights(),
         }
 
     def describe(self, g: int) -> dict[str, Any]:
@@ -62,7 +64,7 @@ class ShardSamples:
 
     def epochs(self, g: int) -> dict[str, float]:
         """How often the first `g` samples have gone through the crops of each species."""
-        epochs = self._order.mixture.drawn(g) / self._order.epochs.sizes
+        epochs = self._order.epochs.passed(self._order.mixture.drawn(g))
         return dict(zip(self.species, epochs.tolist(), strict=True))
 
     def read(self, numbers: np.ndarray, least: np.ndarray) -> Batch:

@@ -20,8 +20,8 @@ from caduceus.data.batch import Batch, RankSchedule, to_batch
 from caduceus.data.objective import Objective, SampleArrays
 from caduceus.data.order import Purpose, key, permute
 from caduceus.data.remote import log_commands, refuse_commands
-from caduceus.data.samples import SAMPLE_DTYPE, resolve_strands
-from caduceus.data.tars import Remark, TarReport, read_members
+from caduceus.data.samples import SAMPLE_DTYPE, mask_rates, resolve_strands
+from caduceus.data.tars import Remark, TarFindings, read_members
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ class StreamSamples:
         self._seed = config.train.seed
         self._both_strands = resolve_strands(config) == "both"
         self._urls = expand_urls(config.data.path, "data.path", config.data.allow_commands)
-        self._objective = Objective(config.data, config.model.vocabulary, positions)
+        rates = mask_rates(config)
+        self._objective = Objective(config.data, config.model.vocabulary, positions, mask_rate=rates)
 
     def log(self) -> None:
         log_commands(self._urls)
@@ -174,49 +175,49 @@ def crops_of_tars(urls: Iterator[str], data: DataConfig, notes: list[str], tars:
     """
     fruitless: set[str] = set()
     for url in urls:
-        report, found = TarReport(url), False
+        findings, found = TarFindings(url), False
         try:
-            for name, content in read_members(report, data.stream_key):
-                for crop in _crops_of_member(name, content, data, report):
+            for name, content in read_members(findings, data.stream_key):
+                for crop in _crops_of_member(name, content, data, findings):
                     found = True
                     yield crop
         finally:
-            notes.extend(line for line in (report.line(), report.remark()) if line is not None)
+            notes.extend(line for line in (findings.line(), findings.remark()) if line is not None)
         if found:
             fruitless.discard(url)
             continue
         fruitless.add(url)
-        if not report.problems:
-            notes.append(Remark(_fruitless(data, report)))
+        if not findings.problems:
+            notes.append(Remark(_fruitless(data, findings)))
         if len(fruitless) == tars:
-            raise UserError(_no_crop(data, report))
+            raise UserError(_no_crop(data, findings))
 
 
-def _fruitless(data: DataConfig, report: TarReport) -> str:
-    members = f"members named *.{data.stream_key} (data.stream_key){_other_files(report)}"
-    return f"{report.address}: has no usable crop of {data.seq_len} bases in {members}"
+def _fruitless(data: DataConfig, findings: TarFindings) -> str:
+    members = f"members named *.{data.stream_key} (data.stream_key){_other_files(findings)}"
+    return f"{findings.address}: has no usable crop of {data.seq_len} bases in {members}"
 
 
-def _other_files(report: TarReport) -> str:
-    others = ", ".join(f".{extension}" for extension in sorted(report.other_extensions))
+def _other_files(findings: TarFindings) -> str:
+    others = ", ".join(f".{extension}" for extension in sorted(findings.other_extensions))
     return f"; the files in this one end in {others}" if others else ""
 
 
-def _no_crop(data: DataConfig, report: TarReport) -> str:
-    problem = f" ({report.line()})" if report.problems else ""
+def _no_crop(data: DataConfig, findings: TarFindings) -> str:
+    problem = f" ({findings.line()})" if findings.problems else ""
     return (
-        f"{report.address}: neither this tar nor any other has a usable crop of {data.seq_len} bases in members named "
-        f"*.{data.stream_key} (data.stream_key){_other_files(report)}{problem}"
+        f"{findings.address}: neither this tar nor any other has a usable crop of {data.seq_len} bases in members "
+        f"named *.{data.stream_key} (data.stream_key){_other_files(findings)}{problem}"
     )
 
 
-def _crops_of_member(name: str, content: bytes, data: DataConfig, report: TarReport) -> Iterator[np.ndarray]:
+def _crops_of_member(name: str, content: bytes, data: DataConfig, findings: TarFindings) -> Iterator[np.ndarray]:
     bases = np.frombuffer(content.strip(), np.uint8)
     if not IS_IUPAC_BYTE[bases].all():
-        report.add("members with bytes that are no bases are left out", name)
+        findings.add("members with bytes that are no bases are left out", name)
         return
     if IS_URACIL_BYTE[bases].any():
-        report.remarks["holds RNA (U): every U is read as T"] = None
+        findings.remarks["holds RNA (U): every U is read as T"] = None
         bases = np.where(IS_URACIL_BYTE[bases], bases - np.uint8(1), bases)  # T precedes U in either case
     for begin in range(0, len(bases) - data.seq_len + 1, data.seq_len):
         crop = bases[begin : begin + data.seq_len]

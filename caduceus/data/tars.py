@@ -23,7 +23,7 @@ class Remark(str):
 
 
 @dataclass
-class TarReport:
+class TarFindings:
     """What was found in one tar: the kinds of problems, each with how often and where first, and other extensions."""
 
     address: str
@@ -50,57 +50,57 @@ class TarReport:
         return f"{problem} ({first}{more})" if first else problem
 
 
-def read_members(report: TarReport, extension: str) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the files `*.extension` of the tar at `report.address`, in order, each name once.
+def read_members(findings: TarFindings, extension: str) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files `*.extension` of the tar at `findings.address`, in order, each name once.
 
     The tar may be compressed by gzip, bzip2 or xz. Hidden files are passed over. Never raises for what is wrong with
-    the tar: `report` tells it, and as much is read as can be. Raises `UserError` for an address of an unknown scheme.
+    the tar: `findings` tells it, and as much is read as can be. Raises `UserError` for an address of an unknown scheme.
     """
     try:
-        with open_address(report.address) as raw:
+        with open_address(findings.address) as raw:
             file = _Forward(raw)
             start = file.peek(LONGEST_MAGIC)
             if program := next((name for magic, name in OTHER_PROGRAMS.items() if start.startswith(magic)), None):
-                report.add(f"is compressed by {program}, which is not read; data.path='pipe:{program} -dc FILE' is")
+                findings.add(f"is compressed by {program}, which is not read; data.path='pipe:{program} -dc FILE' is")
                 return
             pieces = pieces_of(start, file)
-            yield from _members(_Forward(Decompressed(pieces)) if pieces else file, report, f".{extension.lower()}")
+            yield from _members(_Forward(Decompressed(pieces)) if pieces else file, findings, f".{extension.lower()}")
             if pieces and pieces.passed_over:
                 told = f"{pieces.passed_over:,} bytes stand behind the end of its compressed data: passed over"
-                report.remarks[told] = None
+                findings.remarks[told] = None
     except UserError:
         raise
     except DecompressionError as error:
-        report.add(f"cannot be decompressed any further ({error})")
+        findings.add(f"cannot be decompressed any further ({error})")
     except Exception as error:  # each decompressor and file system raises classes of its own
-        report.add(reading_problem(report.address, error))
+        findings.add(reading_problem(findings.address, error))
 
 
-def _members(file: "_Forward", report: TarReport, suffix: str) -> Iterator[tuple[str, bytes]]:
+def _members(file: "_Forward", findings: TarFindings, suffix: str) -> Iterator[tuple[str, bytes]]:
     seen: set[str] = set()
     name = ""
     try:
-        with _WatchedTar(file, report) as tar:
+        with _WatchedTar(file, findings) as tar:
             while tar.any_header and (member := tar.next()) is not None:
                 tar.members.clear()
                 name = member.name.encode("utf-8", "replace").decode()
                 base = name.rpartition("/")[2]
                 if base.startswith(".") or not base.lower().endswith(suffix):
-                    if len(report.other_extensions) < _EXTENSIONS_NAMED and member.isreg() and "." in base[1:]:
-                        report.other_extensions.add(base.rpartition(".")[2])
+                    if len(findings.other_extensions) < _EXTENSIONS_NAMED and member.isreg() and "." in base[1:]:
+                        findings.other_extensions.add(base.rpartition(".")[2])
                 elif not member.isreg():
-                    report.add("members that are links or no files are left out", name)
+                    findings.add("members that are links or no files are left out", name)
                 elif name in seen:
-                    report.add("members of a name that was there before are left out", name)
+                    findings.add("members of a name that was there before are left out", name)
                 else:
                     seen.add(name)
                     yield name, tar.extractfile(member).read()
             tar.report_end()
     except tarfile.ReadError:  # of tarfile, only what the end of the file cuts short is left to raise
         if name:
-            report.add(f"ends inside {name}, of which nothing is used")
-        elif not report.problems:
-            report.add("holds nothing")
+            findings.add(f"ends inside {name}, of which nothing is used")
+        elif not findings.problems:
+            findings.add("holds nothing")
 
 
 class _Header(tarfile.TarInfo):
@@ -115,7 +115,7 @@ class _Header(tarfile.TarInfo):
             raise
         except tarfile.TruncatedHeaderError:
             if tar.any_header or at == 0:
-                tar.report.add(f"ends inside a header, at byte {tar.fileobj.tell():,}")
+                tar.findings.add(f"ends inside a header, at byte {tar.fileobj.tell():,}")
                 tar.is_cut = True
             raise
         except tarfile.EOFHeaderError:
@@ -130,32 +130,32 @@ class _Header(tarfile.TarInfo):
 
 
 class _WatchedTar(tarfile.TarFile):
-    """A tar read forward, past what is no header; `report` gets what was passed over."""
+    """A tar read forward, past what is no header; `findings` gets what was passed over."""
 
-    def __init__(self, file: "_Forward", report: TarReport) -> None:
-        self.report = report
+    def __init__(self, file: "_Forward", findings: TarFindings) -> None:
+        self.findings = findings
         self.zero_blocks = 0
         self.in_garbage = self.is_cut = self.any_header = False
         super().__init__(fileobj=file, mode="r", tarinfo=_Header, ignore_zeros=True, errors="surrogateescape")
 
     def saw_garbage(self, at: int) -> None:
         if not self.in_garbage and self.any_header:
-            self.report.add("damaged where a header is due; read on from the next one", f"byte {at:,}")
+            self.findings.add("damaged where a header is due; read on from the next one", f"byte {at:,}")
         self.in_garbage, self.zero_blocks = True, 0
 
     def saw_header(self, at: int) -> None:
         if self.zero_blocks and self.any_header:
-            self.report.add("zeros between members: an end, or members that are lost; read on", f"byte {at:,}")
+            self.findings.add("zeros between members: an end, or members that are lost; read on", f"byte {at:,}")
         elif self.in_garbage and not self.any_header:
-            self.report.add("damaged where its first header is due; read on from the next one")
+            self.findings.add("damaged where its first header is due; read on from the next one")
         self.any_header, self.in_garbage, self.zero_blocks = True, False, 0
 
     def report_end(self) -> None:
         """Report what the end of the file shows; the caller has read its last member."""
         if not self.any_header and not self.zero_blocks:
-            self.report.add("is no tar")
+            self.findings.add("is no tar")
         elif self.zero_blocks < _END_MARKER_BLOCKS and not self.is_cut:
-            self.report.add("has no end marker, so what follows may have been cut off")
+            self.findings.add("has no end marker, so what follows may have been cut off")
 
 
 class _Forward:

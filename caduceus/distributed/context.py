@@ -1,8 +1,8 @@
 """Context parallelism: the ranks of a group share a sequence, each with a contiguous slice, exactly.
 
-`caduceus.ops.split` says what they exchange: per layer, direction and stream of a sequence, a rank gives E (N + 1)
-numbers for the scan, and on the way back E N. For the convolution it gives, per stream, 2 E (K - 1), and on the way
-back 2 R E (K - 1). None depends on the length of the slice.
+`caduceus.ops.across_ranks` says what they exchange: per layer, direction and stream of a sequence, a rank gives
+E (N + 1) numbers for the scan, and on the way back E N. For the convolution it gives, per stream, 2 E (K - 1), and on
+the way back 2 R E (K - 1). None depends on the length of the slice.
 
 The gradients of the edges meet in a collective, so every rank's result must depend on its neighbours' edges, also where
 the sequence begins.

@@ -14,9 +14,9 @@ FLIGHT_RECORDS = "2000"
 FLIGHT_FILES = "nccl-rank"
 """Beginning of their files' names in the run's logs, which the rank completes; torch's tools want it so."""
 _GLOO_GROUPS = 3
-"""Groups of all ranks that a process keeps over gloo: of training, for slow work, and of those that write."""
+"""Groups that a process keeps over gloo: one for training, one for slow work, and one of the ranks that write."""
 _OTHER_DESCRIPTORS = 512
-"""Of a process besides: files, shards, pipes of loader workers, libraries."""
+"""Descriptors that a process needs besides: files, shards, pipes of loader workers, libraries."""
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _SIOCGIFADDR = 0x8915
 _ELSEWHERE = "192.0.2.1"

@@ -2,7 +2,7 @@
 
 Every rank draws all weights from one generator on the CPU, in the order of `init_weights`, and keeps what it is to
 hold of a part before it draws the next. So all strategies start from the same bits, and no rank ever needs memory for
-more than its share of the model and one block; but for a start from given weights, which every rank reads whole.
+more than its share of the model and one block. Given weights are the exception: every rank reads them whole.
 """
 
 from collections.abc import Callable

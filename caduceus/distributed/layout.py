@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from caduceus.config import Config
-from caduceus.distributed.deepspeed.options import user_options
+from caduceus.config.by_step import BatchRamp
+from caduceus.distributed.deepspeed.settings import user_settings
 from caduceus.distributed.footprint import Footprint, footprint
 from caduceus.distributed.held import held
 from caduceus.errors import UserError
@@ -70,14 +71,15 @@ def check_layout(config: Config, world: int, room: Room | None = None) -> Sharin
         fitting = next(_sharings(config, world, Sharing(0, 0)), None)
         way_on = f"{fitting} fits" if fitting else f"no parallel.context fits: {_CHANGE}"
         raise UserError(
-            f"train.global_batch: {train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
+            f"train.{'batch_ramp' if train.batch_ramp else 'global_batch'}: "
+            f"{train.batch_ramp or train.global_batch} is not a multiple of train.micro_batch {train.micro_batch} x "
             f"{world // sharing.ranks} data-parallel ranks (parallel.context x parallel.strands ranks share a sequence "
             f"and count as one); {way_on}"
         )
     if parallel.strategy == "single" and world > 1:
         raise UserError(f"parallel.strategy: single runs on one process, but {world} were started; use auto")
     if parallel.strategy == "deepspeed":
-        user_options(config, world // sharing.ranks)
+        user_settings(config, world // sharing.ranks)
     return sharing
 
 
@@ -132,4 +134,5 @@ def _cuts_sequences(config: Config, context: int) -> bool:
 
 
 def _shares_batch(config: Config, world: int, ranks_per_sample: int) -> bool:
-    return config.train.global_batch % (config.train.micro_batch * (world // ranks_per_sample)) == 0
+    sequences = config.train.micro_batch * (world // ranks_per_sample)
+    return all(size % sequences == 0 for size in BatchRamp.of(config.train).sizes)

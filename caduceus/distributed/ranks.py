@@ -34,9 +34,9 @@ T = TypeVar("T")
 class Ranks:
     """This process among the processes of the run.
 
-    rank, world: of this process and of all; data_rank, data_world: who draws which samples; context_rank, context:
-    which slice of a sample; strand_rank, strands: which strand of it, or with one all that the model has; device: where
-    this process computes; timeout: of collectives in groups of some ranks.
+    rank, world: this process and the number of all; data_rank, data_world: who draws which samples; context_rank,
+    context: which slice of a sample; strand_rank, strands: which strand of it, or with one all that the model has;
+    device: where this process computes; timeout: how long collectives in groups of some ranks may take.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Ranks:
         self.raise_together(failure)
 
     def together(self, items: Iterable[T]) -> Iterator[T]:
-        """Items of which every rank makes as many by itself; where one fails to, all raise."""
+        """Items, of which every rank makes the same number. Where making them fails on one rank, all raise."""
         iterator = iter(items)
         while True:
             with self.agreeing():

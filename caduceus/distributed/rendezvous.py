@@ -61,8 +61,8 @@ class Member:
 def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, list[Member]]:
     """Wait for all ranks at MASTER_ADDR, MASTER_PORT; the store there, and what each rank tells of itself.
 
-    Raises `PeerError` where they do not all come, and `UserError` without an address. `timeout`: of the store from
-    then on.
+    Raises `PeerError` where they do not all come, and `UserError` without an address. `timeout` is that of
+    the store from then on.
     """
     if world == 1:  # which may have been started without any address to meet at
         return dist.HashStore(), [member]

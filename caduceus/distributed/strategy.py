@@ -35,7 +35,7 @@ BuildOptimizer = Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]
 
 
 class Part(NamedTuple):
-    """Of a parameter and its gradient what a rank holds."""
+    """What a rank holds of a parameter and of its gradient."""
 
     name: str
     weight: torch.Tensor
@@ -65,7 +65,7 @@ class Strategy:
         return model
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the forward and backward pass of a micro-batch; gradients meet in the last one of a step."""
+        """A context for both passes of a micro-batch: ranks exchange gradients only in the last one of a step."""
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -112,7 +112,7 @@ class Strategy:
         return 1
 
     def save(self, directory: Path, group: dist.ProcessGroup | None) -> None:
-        """Write model and optimizer into `directory`; `group`: of the `writers`, where these are several.
+        """Write model and optimizer into `directory`. `group` is that of the `writers`, where there are several.
 
         Every rank calls it. It returns on the first rank when all is written, on others when their part is.
         """

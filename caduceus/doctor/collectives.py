@@ -15,14 +15,14 @@ from caduceus.doctor.findings import Finding, ok_unless
 GPU_BYTES, CPU_BYTES = 256 * 2**20, 4 * 2**20
 _TRIALS = 5
 _LEAST = 0.5
-"""Part of the rate that there should be below which something is amiss."""
+"""Below this part of the rate that there should be, something is wrong."""
 _LINKS = {"H100": 450e9, "H200": 450e9, "A100": 300e9, "B200": 900e9}
 """Bytes per second in one direction from a card to the others of its node by NVLink, from data sheets (SXM)."""
 _PORTS = Path("/sys/class/infiniband")
 
 
 def rates(ranks: Ranks, nodes: list[str]) -> Iterator[Finding]:
-    """All-reduce and all-gather over each group that there is; `nodes`: of each rank. All ranks together."""
+    """Rates of all-reduce and all-gather over each group. All ranks call it; `nodes` names the node of each."""
     here = nodes[ranks.rank]
     inside = [rank for rank, node in enumerate(nodes) if node == here]
     place = inside.index(ranks.rank)
@@ -57,7 +57,7 @@ def _rate(name: str, members: list[int], ranks: Ranks, most: float | None) -> Fi
 
 
 def _seconds(exchange: Callable[[], Tensor | dist.Work | None], device: torch.device) -> float:
-    """Of the fastest of several, after one that makes the connections."""
+    """Seconds of the fastest of several exchanges, after one that makes the connections."""
     best = float("inf")
     for trial in range(1 + _TRIALS):
         started = time.perf_counter()

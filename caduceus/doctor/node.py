@@ -26,7 +26,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def findings(world: int, folder: Path) -> Iterator[Finding]:
-    """Of this machine, for a run of `world` ranks whose directory would be made in `folder`."""
+    """What is found on this machine for a run of `world` ranks whose directory would be made in `folder`."""
     yield gpus()
     yield open_files(world)
     yield locked_memory()

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from caduceus.arguments import PresetAction
+from caduceus.arguments import Parser, PresetAction
+from caduceus.commands import command
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
 
@@ -15,6 +17,32 @@ if TYPE_CHECKING:  # they import torch
     from caduceus.evaluate.model import Runner
     from caduceus.evaluate.suite import SuiteRequest
     from caduceus.evaluate.variant_labels import Labels
+
+
+SHARED = ("embed", "variants", "probe", "predict")
+"""Verbs whose work several ranks share."""
+PLACES = (
+    "model",
+    "run",
+    "export",
+    "config",
+    "input",
+    "every_snv",
+    "genome",
+    "aliases",
+    "train",
+    "valid",
+    "test",
+    "data",
+)
+"""Options that name files or folders which must be there."""
+
+
+def verb_arguments(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a verb and its `handler`, of a command line."""
+    parser = Parser(prog=command("caduceus-evaluate"))
+    add_verbs(parser.add_subparsers(dest="command", required=True, metavar="VERB"))
+    return parser.parse_args(words)
 
 
 def add_verbs(commands: Any) -> None:
@@ -45,7 +73,7 @@ def _add_embed(commands: Any) -> None:
     parser.add_argument("--strands", default="average", metavar="average|concatenate|forward")
     parser.add_argument("--piece", type=int, default=65_536, help="longest sequence in one pass; default 65536")
     _add_batch_bases(parser)
-    parser.add_argument("--out", required=True, metavar="FILE", help=".npz or .parquet")
+    parser.add_argument("--out", required=True, metavar="FILE", help=".npz, .parquet or .zarr")
     parser.set_defaults(handler=_embed)
 
 
@@ -55,6 +83,7 @@ def _add_variants(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--input", metavar="FILE", help="VCF, or a CSV, TSV or parquet of chrom, pos, ref, alt")
     what.add_argument("--every-snv", metavar="BED", help="instead: all three substitutions of each place")
+    parser.add_argument("--tracks", metavar="PREFIX", help="of --every-snv also bigWig files PREFIX.entropy.bw, …")
     parser.add_argument("--genome", metavar="FASTA", help="without it, rows of a table bring their sequence and start")
     parser.add_argument("--aliases", metavar="FILE", help="a table of names of contigs")
     parser.add_argument("--scores", nargs="+", default=["masked"], metavar="SCORE", help="masked, unmasked, embedding")
@@ -144,11 +173,14 @@ def _add_labelled(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sequences(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", required=True, metavar="FILE", help="FASTA, 2bit, BED, VCF, CSV, TSV or parquet")
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="FASTA, 2bit, BED, VCF, CSV, TSV, parquet or shards"
+    )
     parser.add_argument("--genome", metavar="FASTA", help="the genome that a BED or VCF is about")
     parser.add_argument("--aliases", metavar="FILE", help="a table of names of contigs")
     parser.add_argument("--window", type=int, metavar="N", help="bases about each BED row or variant")
     parser.add_argument("--column", default="sequence", help="of the sequences in a table; default sequence")
+    parser.add_argument("--split", default="valid", metavar="|".join(SPLITS), help="of shards; default valid")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -223,6 +255,8 @@ def _variants(arguments: argparse.Namespace) -> None:
     options = picked(arguments, ScoreOptions)
     labels = labels_asked(arguments)
     areas: dict[str, float] = {}
+    if arguments.tracks is not None and arguments.every_snv is None:
+        raise UserError("--tracks: has a value for each place, which only --every-snv gives")
     if arguments.every_snv is None:
         source = picked(arguments, VariantSource)
         found = score_file(runner_of(arguments), source, arguments.out, options, labels)
@@ -233,7 +267,8 @@ def _variants(arguments: argparse.Namespace) -> None:
         raise UserError("--label: the places of --every-snv have none; give a file of variants with --input")
     else:
         runner, places = runner_of(arguments), arguments.every_snv
-        counts = score_every_snv(runner, places, arguments.genome, arguments.out, options, arguments.aliases)
+        files = places, arguments.genome, arguments.out
+        counts = score_every_snv(runner, *files, options, arguments.aliases, arguments.tracks)
     print(f"{arguments.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
     for name, value in areas.items():
         print(f"{name}  {value:.4f}" if isinstance(value, float) else f"{name}  {value:,}")

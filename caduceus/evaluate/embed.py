@@ -34,9 +34,9 @@ class EmbedOptions:
 
     pool: over its bases by mean or max, at its `centre` (base L // 2), or at a place counted from 0; `base`: a vector
     for each base. layer: 0 the embedding, k what block k adds, n_layer or -1 the final norm. strands: the average of
-    both in forward coordinates, both one after the other, or the forward strand's alone; Caduceus-PS has both anyhow,
-    other models are run on the reverse complement too. piece: longest sequence in one pass. batch_bases: of a batch,
-    by default as suits the device.
+    both in forward coordinates, both one after the other, or the forward strand's alone; Caduceus-PS always computes
+    both, other models are run on the reverse complement too. piece: longest sequence in one pass. batch_bases: bases of
+    a batch; the default suits the device.
     """
 
     pool: str = "mean"
@@ -88,7 +88,7 @@ def embed_file(
     origin = {
         "verb": "embed",
         "model": runner.origin(),
-        "input_sha256": sha256_of(source.input),
+        "input_sha256": source.sha256(),
         "source": {key: value and str(value) for key, value in asdict(source).items()},
         "options": asdict(options),
     }

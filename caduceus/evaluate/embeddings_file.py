@@ -1,26 +1,32 @@
-"""Files of embeddings, written as they come: .npz for numpy, .parquet for everything else. Imports no torch.
+"""Files of embeddings, written as they come: .npz for numpy, .parquet for everything else, .zarr for tracks of bases.
 
 .npz: `names` (n,) and `embeddings` (n, D); by base also `offsets` (n + 1,), sequence i being rows offsets[i] to
 offsets[i + 1] of `embeddings` (bases, D). .parquet: columns `name` and `embedding`; by base also `position` from 0.
+.zarr: a group of the arrays of .npz, of which readers fetch chunks; `names` is an attribute. Imports no torch.
 """
 
 import zipfile
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, package
-from caduceus.files import replacing
+from caduceus.files import replacing, replacing_directory
+
+_ZARR = ".zarr"
+_CHUNK = 16_384
+"""Rows of a chunk of .zarr."""
 
 
 def check_embeddings_name(out: str | Path) -> None:
     suffix = Path(out).suffix.lower()
-    if suffix not in (".npz", *PARQUET):
-        raise UserError(f"--out: {out} should end in .npz or .parquet, which says its format")
-    if suffix in PARQUET:
-        package("pyarrow")
+    if suffix not in (".npz", _ZARR, *PARQUET):
+        raise UserError(f"--out: {out} should end in .npz, .parquet or .zarr, which says its format")
+    if suffix != ".npz":
+        package("zarr" if suffix == _ZARR else "pyarrow")
 
 
 def write_embeddings(
@@ -29,6 +35,8 @@ def write_embeddings(
     """Write `vectors`, (…, D) one after another, of sequences, or with `lengths` of all bases of each sequence."""
     if Path(out).suffix.lower() == ".npz":
         _write_npz(Path(out), names, lengths, iter(vectors))
+    elif Path(out).suffix.lower() == _ZARR:
+        _write_zarr(Path(out), names, lengths, iter(vectors))
     else:
         _write_parquet(Path(out), names, lengths, vectors)
 
@@ -49,6 +57,23 @@ def _write_npz(out: Path, names: list[str], lengths: list[int] | None, vectors: 
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as entry:
                 np.lib.format.write_array(entry, array)
+
+
+def _write_zarr(out: Path, names: list[str], lengths: list[int] | None, vectors: Iterator[np.ndarray]) -> None:
+    zarr, first = package("zarr"), next(vectors)
+    rows = len(names) if lengths is None else sum(lengths)
+    shape, chunks = (rows, first.shape[1]), (min(rows, _CHUNK), first.shape[1])
+    with replacing_directory(out) as new:
+        zarr.open_group(str(new), mode="w").attrs["names"] = names
+        made = zarr.open_array(str(new / "embeddings"), mode="w", shape=shape, chunks=chunks, dtype=first.dtype)
+        row = 0
+        for part in chain([first], vectors):
+            made[row : row + len(part)] = part
+            row += len(part)
+        if lengths is not None:
+            offsets = np.cumsum([0, *lengths])
+            options = {"shape": offsets.shape, "chunks": offsets.shape, "dtype": offsets.dtype}
+            zarr.open_array(str(new / "offsets"), mode="w", **options)[:] = offsets
 
 
 def _write_parquet(out: Path, names: list[str], lengths: list[int] | None, vectors: Iterable[np.ndarray]) -> None:

@@ -26,7 +26,7 @@ _LEAST_LABELLED = 5
 _OF_BIN = 5
 """Sums of each bin: losses, labelled bases, those predicted right, soft-masked bases, bases."""
 _OF_BASE = 7
-"""Of each base of the stretch: 0 to 3 for A, C, G, T or -1; labelled; soft-masked; likelihood of A, C, G, T."""
+"""Numbers of each base of a stretch: 0 to 3 for A, C, G, T or -1; labelled; soft-masked; likelihood of A, C, G, T."""
 _NUMBERS = _OF_BIN * BINS + _OF_BASE * STRETCH + 2
 
 Together = Callable[[Iterable[Batch]], Iterable[Batch]]

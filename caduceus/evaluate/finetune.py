@@ -79,8 +79,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune on `tables` ("train", and where there are any "valid" and "test") and write the folder `out`.
 
-    Returns what stands in result.json: of each method, each seed's metrics on validation and test, and their mean and
-    spread. Killed, the same call goes on with what is not finished.
+    Returns what stands in result.json: for each method the metrics of each seed on validation and test, and their mean
+    and spread. After a kill, the same call goes on with what is not finished.
     """
     study = _Study(runner, tables, Path(out), options)
     if (finished := study.finished()) is not None:
@@ -140,7 +140,7 @@ class _Study:
 
     @cached_property
     def copies(self) -> dict[str, tuple[int, int]]:
-        """Of valid and test, how many sequences stand in train, as they are and only as their reverse complement."""
+        """How many sequences of valid and test stand in train: as they are, and only as their reverse complement."""
         others = [name for name in ("valid", "test") if name in self.data]
         return {name: copies(self.data["train"].bases, self.data[name].bases) for name in others}
 

@@ -80,9 +80,10 @@ class Fit:
         keep: Path,
         told: Callable[[int], None] = lambda examples: None,
     ) -> dict[str, Any]:
-        """Train, and leave the network as of its best epoch: {"best_epoch", "valid": its metrics, "epochs"}.
+        """Train, and leave the network as it was after its best epoch: {"best_epoch", "valid": its metrics, "epochs"}.
 
-        keep: the file of the last epoch's end, gone on from where it is there. told: how many examples were passed.
+        keep: the file of the last epoch's end; where it is there, training goes on from it. told: how many examples
+        were passed.
         """
         optimizer = torch.optim.AdamW(self._groups(), lr=self.options.lr, betas=(0.9, 0.95))
         steps = self.options.epochs * math.ceil(len(train.labels) / self.options.batch_size)

@@ -17,8 +17,9 @@ _MOST_CLASSES = 100
 
 @dataclass(frozen=True)
 class Task:
-    """classes: of a classification, in the order of the outputs; of a regression None, and mean and spread of the
-    labels of training, by which they are scaled."""
+    """A classification, with its classes in the order of the outputs, or a regression, where `classes` is None.
+
+    mean, spread: of the labels of training, by which the labels of a regression are scaled."""
 
     classes: tuple[str, ...] | None
     mean: float = 0.0

@@ -31,7 +31,7 @@ class Pair:
 class PairTable:
     """A table with columns `ref_forward_sequence` and `alt_forward_sequence`, or with chrom, pos (from 1), ref and alt.
 
-    genome, length: of the sequences that are made for the latter; the variant begins at base length // 2.
+    The sequences for the latter are made of `genome`, with `length` bases; the variant begins at base length // 2.
     """
 
     def __init__(self, path: str | Path, genome: str | Path | None = None, length: int = 131_072) -> None:

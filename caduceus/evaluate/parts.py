@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from caduceus.distributed.environment import choose_interface
 from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.errors import UserError
 from caduceus.files import dump_json, fingerprint, replacing, write_atomically
@@ -61,6 +62,7 @@ def ranks_here() -> Ranks:
 @functools.cache
 def _ranks(rank: int, world: int) -> Ranks:
     if world > 1 and not dist.is_initialized():
+        choose_interface(world)
         dist.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(rank, world, 1, torch.device("cpu"))
 

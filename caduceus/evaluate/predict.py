@@ -42,7 +42,7 @@ def predict_file(predictor: Predictor, source: SequenceSource, out: str | Path, 
     origin: dict[str, Any] = {
         "verb": "predict",
         "model": {path.name: sha256_of(path) for path in sorted(predictor.folder.rglob("*")) if path.is_file()},
-        "input_sha256": sha256_of(source.input),
+        "input_sha256": source.sha256(),
         "source": {key: value and str(value) for key, value in asdict(source).items()},
     }
     parts = cut(items, lambda item: item.length, _PART_BASES, _PART_SEQUENCES)

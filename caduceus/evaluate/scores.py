@@ -27,7 +27,7 @@ class ScoreOptions:
 
     window: bases that the model sees. strands: scores averaged over both, also each alone, or of the forward strand
     alone; those of a Caduceus-PS are equal. flank: bases on either side of an insertion or deletion by which it is
-    scored. batch_bases: of a batch, by default as suits the device.
+    scored. batch_bases: bases of a batch; the default suits the device.
     """
 
     scores: tuple[str, ...] = ("masked",)
@@ -158,8 +158,11 @@ class _Scorer:
 
 
 class _Likelihood(_Scorer):
-    """Substitutions: the sum over their places of log p(ALT) - log p(REF). Insertions and deletions: of the bases
-    beside them, the sum of log p in the alternative's window, less that in the reference's."""
+    """Substitutions: the sum over their places of log p(ALT) - log p(REF).
+
+    Insertions and deletions: the sum of log p of the bases beside them in the alternative's window, less the same in
+    the reference's.
+    """
 
     prefix, hides = "llr", True
 
@@ -223,13 +226,13 @@ _SCORERS = {"masked": _Likelihood, "unmasked": _Unmasked, "embedding": _Distance
 
 
 def _flank_log_p(query: _Query, places: list[int]) -> np.ndarray:
-    """(strands,): of the bases A, C, G, T at these places."""
+    """The sum of log p of the bases A, C, G, T at these places, (strands,)."""
     known = [(place, BASES.find(chr(query.bases[place]))) for place in places]
     return sum((query.at(place)[:, base] for place, base in known if base >= 0), np.zeros(len(query.log_p)))
 
 
 def _probabilities(log_p: np.ndarray) -> dict[str, float]:
-    """Of the four bases, the geometric mean over strands (strands, 4), and their entropy in nats."""
+    """Probabilities of the four bases, a geometric mean over strands (strands, 4), and their entropy in nats."""
     p = np.exp(log_p.mean(0))
     p /= p.sum()
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum()

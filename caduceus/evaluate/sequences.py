@@ -1,4 +1,4 @@
-"""The sequences that are to be run: of a FASTA, a BED or VCF with its genome, or a table. Imports no torch."""
+"""The sequences that are to be run: of a FASTA, a BED or VCF with its genome, a table, or shards. Imports no torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from caduceus.bed import read_bed
+from caduceus.data.format import MANIFEST, SPLITS
+from caduceus.data.genome import ShardedGenome
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, read_columns
 from caduceus.evaluate.vcf import read_vcf
-from caduceus.evaluate.windows import Windows, checked_bases
-from data_prep.plan.bed import read_bed
+from caduceus.evaluate.windows import Windows, checked_bases, upper_case
+from caduceus.files import sha256_of
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn", ".2bit")
 BED = (".bed", ".narrowpeak", ".broadpeak", ".bed3", ".bed6")
@@ -30,10 +33,11 @@ class Item:
 
 @dataclass(frozen=True)
 class SequenceSource:
-    """Where sequences come from: a file, by its ending, and what else it takes.
+    """Where sequences come from: a file, by its ending, or a folder of shards, and what else it takes.
 
     genome: for BED and VCF. window: the bases of each sequence, about the middle of a BED's row or the place of a VCF's
-    variant; a BED's rows have their own length without it. column: of the sequences in a table.
+    variant, or into which windows of shards are cut; without it, rows and windows have their own length. column: of the
+    sequences in a table. split: of shards.
     """
 
     input: str | Path
@@ -41,15 +45,23 @@ class SequenceSource:
     aliases: str | Path | None = None
     window: int | None = None
     column: str = "sequence"
+    split: str = "valid"
+
+    def sha256(self) -> str:
+        """Of the file, or the manifest of the shards, which names theirs."""
+        path = Path(self.input)
+        return sha256_of(path / MANIFEST if path.is_dir() else path)
 
     def items(self) -> list[Item]:
         """All sequences, in the file's order; none is a `UserError`, as is whatever is wrong with the files."""
-        kind = ending(self.input)
-        if not Path(self.input).is_file():
+        kind, is_folder = ending(self.input), Path(self.input).is_dir()
+        if not Path(self.input).is_file() and not is_folder:
             raise UserError(f"{self.input}: no such file")
         if self.window is not None and self.window < 1:
             raise UserError(f"--window: must be at least 1, got {self.window}")
-        if kind in FASTA:
+        if is_folder:
+            found = _of_shards(self)
+        elif kind in FASTA:
             found = _of_fasta(Windows(self.input))
         elif kind in (*BED, *VCF):
             windows = self._windows()
@@ -61,7 +73,8 @@ class SequenceSource:
             raise UserError(f"{self.input}: its ending does not say what it holds; known are {known} (also with .gz)")
         items = list(found)
         if not items:
-            raise UserError(f"{self.input}: holds no sequence")
+            which = f" of the split {self.split!r}" if is_folder else ""
+            raise UserError(f"{self.input}: holds no sequence{which}")
         return items
 
     def _windows(self) -> Windows:
@@ -74,6 +87,26 @@ def _of_fasta(windows: Windows) -> Iterator[Item]:
     for name, length in windows.contigs.items():
         if length:
             yield _region(windows, name, name, 0, length)
+
+
+def _of_shards(source: SequenceSource) -> Iterator[Item]:
+    if source.split not in SPLITS:
+        raise UserError(f"--split: choose one of {', '.join(SPLITS)}, got {source.split!r}")
+    genome = ShardedGenome(source.input)
+    for species in genome.species:
+        table = genome.table(species, source.split)
+        for window in np.sort(table.windows, order=("contig", "start")):
+            contig, start, length = table.contigs[window["contig"]], int(window["start"]), int(window["length"])
+            for first in range(start, start + length, source.window or length):
+                end = min(first + (source.window or length), start + length)
+                yield _of_window(genome, species, contig, first, end)
+
+
+def _of_window(genome: ShardedGenome, species: str, contig: str, start: int, end: int) -> Item:
+    def read() -> np.ndarray:
+        return upper_case(genome.read(species, contig, start, end))
+
+    return Item(f"{species}/{contig}:{start}-{end}", end - start, read)
 
 
 def _of_bed(source: SequenceSource, windows: Windows) -> Iterator[Item]:

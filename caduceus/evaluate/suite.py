@@ -46,7 +46,7 @@ class SuiteTask:
     """One task: where it may lie below the data's folder, its metric, and {model: (mean, spread)} as published.
 
     kind: finetune; variants, pairs, masked or structural (see `caduceus.evaluate.zero_shot`); or svm. options: what it
-    has of its own beside the suite's protocol. split: of the files, where others than test are measured.
+    has of its own beside the suite's protocol. split: the files that are measured, where they are not those of test.
     """
 
     name: str

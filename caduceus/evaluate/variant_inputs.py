@@ -92,7 +92,7 @@ class OwnSequences:
 
     @classmethod
     def of(cls, columns: Columns) -> "OwnSequences":
-        """Of a table's columns `sequence` and `start`."""
+        """The sequences in a table's columns `sequence` and `start`."""
         if not any(columns.has(name) for name in _SEQUENCES):
             raise UserError(f"{columns.path}: give the genome with --genome, or a column 'sequence' of windows")
         texts = columns.values[columns.find(*_SEQUENCES, what="the windows")]
@@ -111,7 +111,7 @@ class OwnSequences:
         return self.starts[int(contig)], len(self.sequences[int(contig)])
 
     def read(self, contig: str, start: int, end: int) -> np.ndarray:
-        """As of `Windows`: N stands beyond the window."""
+        """As `Windows` does: N stands beyond the window."""
         bases, first = self.sequences[int(contig)], self.starts[int(contig)]
         read = np.full(end - start, ord("N"), np.uint8)
         inside = slice(max(start - first, 0), max(end - first, 0))

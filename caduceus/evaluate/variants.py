@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from caduceus.bed import read_bed
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.evaluate.alleles import MISMATCHES, Variant, prepare
@@ -15,12 +16,12 @@ from caduceus.evaluate.columns import as_text, check_table_name, ending, write_c
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.parts import Parts, cut
 from caduceus.evaluate.scores import BASES, ScoreOptions, score_variants
+from caduceus.evaluate.tracks import check_tracks, write_tracks
 from caduceus.evaluate.variant_inputs import ALT, VariantFile, VariantSource
 from caduceus.evaluate.variant_labels import Labels, areas
 from caduceus.evaluate.vcf import write_vcf
 from caduceus.evaluate.windows import Windows
 from caduceus.files import sha256_of
-from data_prep.plan.bed import read_bed
 
 _PART = 2048
 _TOO_LONG = "longer than the window"
@@ -127,12 +128,16 @@ def score_every_snv(
     out: str | Path,
     options: ScoreOptions,
     aliases: str | Path | None = None,
+    tracks: str | Path | None = None,
 ) -> dict[str, int]:
     """Score all three substitutions of every place in a BED's rows and write a table of chrom, pos (from 1), ref, alt.
 
-    Places without A, C, G or T have none. Killed, the same call goes on.
+    Places without A, C, G or T have none. Killed, the same call goes on. tracks: what the names of bigWig files begin
+    with (see `caduceus.evaluate.tracks`); none are written without it.
     """
     check_table_name(out)
+    if tracks is not None:
+        check_tracks(tracks, options.columns())
     windows = Windows(genome, aliases)
     regions = []
     for row in read_bed(Path(bed)).rows:
@@ -162,6 +167,8 @@ def score_every_snv(
             tables = list(store.load(len(parts)))
             columns = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
             write_columns(out, columns)
+            if tracks is not None:
+                write_tracks(tracks, windows.contigs, columns)
             store.finish(counts={"snv": len(columns["pos"])})
     return {"places": sum(places.end - places.start for places in regions)}
 

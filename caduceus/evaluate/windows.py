@@ -32,6 +32,11 @@ def checked_bases(text: str, place: str) -> np.ndarray:
     return bases
 
 
+def upper_case(bases: np.ndarray) -> np.ndarray:
+    """ASCII bases in upper case, (L,) uint8."""
+    return np.frombuffer(bases.tobytes().translate(_UPPER_DNA), np.uint8)
+
+
 class Windows:
     """A genome whose contigs are found by any of their names, read in windows."""
 

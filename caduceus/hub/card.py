@@ -36,12 +36,12 @@ inputs = tokenizer("ACGT[MASK]ACGT", return_tensors="pt")
 logits = model(**inputs).logits  # (1, 9, tokens)
 ```
 
-Of an `attention_mask` the zeros are padding, on either side, and change nothing.
+Zeros of an `attention_mask` are padding, on either side, and change nothing.
 """
 
 
 def model_card(config: CaduceusConfig, run: RunDirectory | None = None, step: int | None = None) -> str:
-    """The card, in Markdown. Of a `run` it tells data, fingerprint and the losses up to `step`."""
+    """The card, in Markdown. With a `run` it tells its data, its fingerprint and its losses up to `step`."""
     title, training = describe(config), ""
     if run is not None:
         title, training = f"{run.config().run.name}: {title}", _training(run, step)

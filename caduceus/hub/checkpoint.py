@@ -72,7 +72,7 @@ class PublishedCheckpoint:
 
     @property
     def path(self) -> Path:
-        """Of the weights."""
+        """The file or folder of the weights."""
         return self.weights.path
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 TOKENIZER = "tokenization_caduceus.CaduceusTokenizer"
 _ROOTS = tuple(f"caduceus.hub.auto.{name}_caduceus" for name in ("configuration", "modeling", "tokenization"))
 _INSTEAD = {"caduceus.ops": "caduceus.ops.portable", "caduceus.config": "caduceus.config.model"}
-"""Of packages, whose own modules import more than the model needs."""
+"""Modules in the place of packages, which import more than the model needs."""
 _IMPORT = re.compile(r"^(\s*)from (caduceus[\w.]*) import", re.MULTILINE)
 
 
@@ -50,7 +50,7 @@ def _file_name(module: str) -> str:
 
 
 def _flat(module: str) -> str:
-    """The name of a module's file without its ending: of the roots their own, of others the whole path."""
+    """The name of a module's file without its ending: a root keeps its own name, others have their whole path."""
     module = _INSTEAD.get(module, module)
     return module.rpartition(".")[2] if module in _ROOTS else module.replace(".", "_")
 

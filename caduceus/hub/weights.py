@@ -31,7 +31,7 @@ class Weights:
     path: Path
     tensors: dict[str, Tensor]
     left_out: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors beside the language model's, such as of a trainer's metrics or of another head."""
+    """Tensors beside the language model's, such as those of a trainer's metrics or of another head."""
     hyper_parameters: Any = None
     """What Lightning keeps of the configuration; None in other files."""
 

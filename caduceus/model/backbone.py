@@ -39,10 +39,10 @@ class BackboneOutput(NamedTuple):
 class Backbone(nn.Module):
     """Embedding, blocks and final norm of Caduceus-Ph, Caduceus-PS or uni-directional Mamba.
 
-    `backend` names the implementation of the ops (see `caduceus.ops`). Of the first `recomputed_blocks` blocks
-    the backward pass recomputes the activations instead of keeping them; of the `recomputed_scan_inputs` blocks after
-    them it recomputes only what feeds the scan. (The first, because it comes to them last, when those of all others are
-    freed.)
+    `backend` names the implementation of the ops (see `caduceus.ops`). The backward pass recomputes the activations of
+    the first `recomputed_blocks` blocks instead of keeping them. In the `recomputed_scan_inputs` blocks after them it
+    recomputes only what feeds the scan. (It is the first blocks because the backward pass comes to them last, when the
+    activations of all others are freed.)
 
     With `strands`, this rank has one of the two streams of a Caduceus-PS, S = 1. Hidden states are then refused.
     """

@@ -8,13 +8,8 @@ from caduceus.model.mamba import BiMamba
 from caduceus.model.mamba2 import BiMamba2
 from caduceus.model.mixer import with_mirrored_channels
 from caduceus.model.observer import Observer
+from caduceus.model.precision import product_dtype
 from caduceus.ops import add_norm
-
-
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """The type that products with a tensor on this device are computed in: autocast's, or the tensor's own."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def residual_dtype(config: CaduceusConfig, weight: Tensor) -> torch.dtype:

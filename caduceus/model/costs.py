@@ -48,9 +48,9 @@ def flops_per_base(model: CaduceusConfig) -> int:
 def exponentials_per_base(model: CaduceusConfig) -> int:
     """Exponentials of the scans, in each direction.
 
-    Mamba's decay E x N states in four passes: two go forward, for the states of chunks and for the outputs; two
-    backward, for the replayed states and for the gradients. Mamba-2's decay, for each head, a base's way to every
-    other one of its chunk, in two passes: forward, and again on the way back.
+    Mamba takes the decay of E x N states in each of four passes: two forward, for the states of chunks and for the
+    outputs, and two backward, for the replayed states and for the gradients. Mamba-2 takes, for each head, the decay
+    from a base to every other base of its chunk, in two passes: forward, and again on the way back.
     """
     of_mamba = 4 * model.d_inner * model.d_state
     of_direction = 2 * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba

@@ -26,7 +26,7 @@ class MaskedLMOutput(NamedTuple):
     logits: Tensor | None = None
     """(B, L, V)"""
     hidden_states: tuple[Tensor, ...] | None = None
-    """As of `BackboneOutput`: (S, B, L, D) each, in forward coordinates."""
+    """Those of `BackboneOutput`: (S, B, L, D) each, in forward coordinates."""
     loss_sum: Tensor | None = None
     """(B,) of each sequence, the sum over its labelled bases of weight times cross-entropy."""
     weight_sum: Tensor | None = None

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from caduceus.config import CaduceusConfig
 from caduceus.model.mixer import Apply, Carried, Mixer, init_step_sizes, init_uniform, negative_exp, project
 from caduceus.model.observer import POSITIONS, Observer
-from caduceus.ops import PAD_DT, bidirectional_conv1d, bidirectional_scan, causal_conv1d, selective_scan
+from caduceus.model.precision import product_dtype
+from caduceus.model.projections import project_beside, project_small, project_twice
+from caduceus.ops import (
+    PAD_DT,
+    bidirectional_conv1d,
+    bidirectional_scan,
+    causal_conv1d,
+    computes_on_gpu,
+    selective_scan,
+)
 
 
 class BiMamba(Mixer):
@@ -61,7 +70,7 @@ class BiMamba(Mixer):
             x = F.linear(some[:1], weight[0].chunk(2)[0])
             back = (direction == 1) != (self.mirrored_stream == 0)
             u = causal_conv1d(x, self.conv_weight[direction], self.conv_bias[direction], reverse=back, backend="naive")
-            dt, _, _ = self._project_scan_inputs(
+            _, dt, _, _ = self._project_scan_inputs(
                 u[:, inside], self.x_proj[direction, None], self.dt_proj[direction, None], None
             )
             dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
@@ -80,7 +89,7 @@ class BiMamba(Mixer):
 
         def scan_inputs() -> tuple[Tensor, ...]:
             u = bidirectional_conv1d(x, conv_weight, conv_bias, **where)
-            return u, *self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
+            return self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
 
         def scan(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
             return bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, **where)
@@ -110,7 +119,7 @@ class BiMamba(Mixer):
                     for stream, back in zip(x.unbind(0), reverse, strict=True)
                 ]
             )
-            return u, *self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
+            return self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
 
         def scan(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
             streams = zip(*(tensor.unbind(0) for tensor in (u, dt, B, C, z)), reverse, strict=True)
@@ -134,7 +143,7 @@ class BiMamba(Mixer):
         taps, state = carried or (None, None)
         weight, bias = self.conv_weight[direction], self.conv_bias[direction]
         u, taps = self._convolved_piece(x, backwards, taps, lambda seen: causal_conv1d(seen, weight, bias, **where))
-        dt, B, C = self._project_scan_inputs(u, self.x_proj[direction, None], self.dt_proj[direction, None], None)
+        u, dt, B, C = self._project_scan_inputs(u, self.x_proj[direction, None], self.dt_proj[direction, None], None)
         A, D, dt_bias = negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
         y, state = selective_scan(u, dt, A, B, C, D, z, dt_bias, initial_state=state, return_final_state=True, **where)
         return F.linear(y, out_proj), (taps, state)
@@ -143,18 +152,26 @@ class BiMamba(Mixer):
         """x and z, (S, B, L, E) each. Two products instead of one give two contiguous results."""
         weight = self._for_streams(self.in_proj[projection], -1, hidden.shape[0])
         x_weight, z_weight = weight.chunk(2, dim=1)
-        x = project(hidden, x_weight)
+        if self._sums_in_products(hidden):
+            x, z = project_twice(hidden, x_weight, z_weight)
+        else:
+            x, z = project(hidden, x_weight), project(hidden, z_weight)
         if pad_mask is not None:
             x = x.masked_fill(pad_mask[..., None], 0)
-        return x, project(hidden, z_weight)
+        return x, z
 
     def _project_scan_inputs(
         self, u: Tensor, x_proj: Tensor, dt_proj: Tensor, pad_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dt before bias and softplus, (…, E), and B, C (…, N) of u (…, E)."""
-        states = self.config.d_state
-        dt, B, C = project(u, x_proj).split([self.config.dt_rank, states, states], dim=-1)
-        dt = project(dt, dt_proj)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u (…, E) for the scan, dt before bias and softplus, (…, E), and B, C (…, N)."""
+        states, sums_in_products = self.config.d_state, self._sums_in_products(u)
+        u, projected = project_beside(u, x_proj) if sums_in_products else (u, project(u, x_proj))
+        dt, B, C = projected.split([self.config.dt_rank, states, states], dim=-1)
+        dt = project_small(dt, dt_proj) if sums_in_products else project(dt, dt_proj)
         if pad_mask is not None:
             dt = dt.masked_fill(pad_mask[..., None], PAD_DT)
-        return dt, B, C
+        return u, dt, B, C
+
+    def _sums_in_products(self, x: Tensor) -> bool:
+        """Whether projections of x take the backward passes that suit a GPU (`caduceus.model.projections`)."""
+        return computes_on_gpu(self.backend, x) and x.dtype == product_dtype(x)

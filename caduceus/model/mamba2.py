@@ -18,7 +18,7 @@ from caduceus.ops import PAD_DT, bidirectional_conv1d, causal_conv1d
 from caduceus.ops.mamba2 import bidirectional_ssd_scan, gated_norm, ssd_scan
 
 A_RANGE = (1, 16)
-"""Of -A at initialisation."""
+"""Least and greatest -A at initialisation."""
 
 
 class BiMamba2(Mixer):
@@ -123,7 +123,7 @@ class BiMamba2(Mixer):
         return F.linear(gated[0], out_proj), (taps, state)
 
     def _sizes(self) -> list[int]:
-        """Of the parts of the in projection, in their order: z, what is convolved (x, B and C), and the step sizes."""
+        """Sizes of the parts of the in projection, in order: z, what is convolved (x, B and C), and the step sizes."""
         config = self.config
         return [config.d_inner, config.d_inner + 2 * config.d_state, config.heads]
 

@@ -178,7 +178,7 @@ class Mixer(nn.Module, ABC):
         return list(parameters)
 
     def _runs_backwards(self, hidden: Tensor, direction: int) -> list[bool]:
-        """Of each stream, whether it takes a direction's parameters right-to-left."""
+        """Whether each stream takes a direction's parameters right-to-left."""
         return [(direction == 1) != (stream == self.mirrored_stream) for stream in range(hidden.shape[0])]
 
     def _convolved_piece(

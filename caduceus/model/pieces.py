@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from caduceus.model.backbone import Backbone
-from caduceus.model.block import Block, product_dtype
+from caduceus.model.block import Block
+from caduceus.model.precision import product_dtype
 
 Visitor = Callable[[int, Tensor], None]
 """Takes the first position of a piece, and what stands there: a tensor that is written over after the call."""

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from caduceus.errors import UserError
 from caduceus.ops import naive
+from caduceus.ops.across_ranks import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
 from caduceus.ops.backends import resolve_backend
+from caduceus.ops.directions import conv_by_direction, scan_by_direction
 from caduceus.ops.operands import ScanOperands, check_conv, check_head, check_norm, check_scan
 from caduceus.ops.packed import run_apart
-from caduceus.ops.runs import conv_by_runs, scan_by_runs
-from caduceus.ops.split import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
 
 PAD_DT = -1e4
 """`dt` before softplus at padding: softplus makes it exactly 0, so that a pad neither decays nor feeds a state."""
@@ -141,7 +141,7 @@ def bidirectional_conv1d(
     if hasattr(module, "bidirectional_conv1d"):
         convolve = partial(module.bidirectional_conv1d, weight=weight, bias=bias)
     else:
-        convolve = partial(conv_by_runs, module.causal_conv1d, weight=weight, bias=bias)
+        convolve = partial(conv_by_direction, module.causal_conv1d, weight=weight, bias=bias)
     if context is None:
         return convolve(x)
     return conv_over_ranks(convolve, x, weight.shape[0], weight.shape[2] - 1, False, _is_triton(module), context)
@@ -185,7 +185,7 @@ def bidirectional_scan(
         return scan_over_ranks(_sliced_scan(module), operands, True, False, context)
     if hasattr(module, "bidirectional_scan"):
         return module.bidirectional_scan(operands)
-    return scan_by_runs(module.selective_scan, operands)[0]
+    return scan_by_direction(module.selective_scan, operands)[0]
 
 
 def add_norm(
@@ -233,6 +233,11 @@ def head_cross_entropy(
     module = _module(backend, hidden)
     head_cross_entropy = getattr(module, "head_cross_entropy", naive.head_cross_entropy)
     return head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label)
+
+
+def computes_on_gpu(backend: str, tensor: Tensor) -> bool:
+    """Whether the ops compute a tensor by kernels of a GPU's own."""
+    return _is_triton(_module(backend, tensor))
 
 
 def _sliced_scan(module: ModuleType) -> type[SlicedScan]:

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from caduceus.config.model import CHUNK
+from caduceus.ops.across_ranks import Context, scan_over_ranks
+from caduceus.ops.directions import runs_backwards
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.runs import runs_backwards
-from caduceus.ops.split import Context, scan_over_ranks
 
 NORM_EPSILON = 1e-5
-"""Of the gated norm, as published."""
+"""Epsilon of the gated norm, as published."""
 
 Operands = tuple[Tensor, ...]
 """x (G, B, L, H, W), dt (G, B, L, H) before bias and softplus, A (G, H), negative, B and C (G, B, L, N), D and dt_bias
@@ -55,9 +55,7 @@ def ssd_scan(
     if context is not None:
         if starts is not None or initial_state is not None or return_final_state:
             raise ValueError("a context takes neither starts nor an initial_state, and gives no final one")
-        operands = tuple(tensor[None, None] for tensor in (x, dt, B, C))
-        x, dt, B, C = operands
-        return _over_ranks(x, dt, A[None], B, C, D[None], dt_bias[None], reverse, context)[0, 0]
+        return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias).unsqueezed(), reverse, context)[0, 0]
     if initial_state is None:
         initial_state = _no_state(x, B.shape[-1])
     operands = tuple(tensor[None] for tensor in (x, dt, A, B, C, D, dt_bias, initial_state))
@@ -81,12 +79,12 @@ def bidirectional_ssd_scan(
     """y (P, S, B, L, H, W) of every stream in both directions.
 
     x (P, S, B, L, H, W); dt (P, S, B, L, H); A, D, dt_bias (P, H); B, C (P, S, B, L, N). Stream s runs parameter
-    direction d right-to-left where d + s is odd. `context` and `starts` as of `ssd_scan`; not both.
+    direction d right-to-left where d + s is odd. `context` and `starts` are those of `ssd_scan`; not both.
     """
     if context is not None:
         if starts is not None:
             raise ValueError("starts: packed sequences cannot be shared between ranks (parallel.context)")
-        return _over_ranks(x, dt, A, B, C, D, dt_bias, False, context)
+        return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias), False, context)
     operands, reverse = _as_runs((x, dt, A, B, C, D, dt_bias), False)
     y, _ = _run((*operands, _no_state(operands[0], B.shape[-1])), reverse, starts, backend)
     return y.unflatten(0, x.shape[:2])
@@ -230,7 +228,7 @@ def _no_state(x: Tensor, states: int) -> Tensor:
 
 
 class SlicedSSD:
-    """`split.SlicedScan` of Mamba-2: a state is (P, S, B, H, W N), and A (P, H, 1)."""
+    """`across_ranks.SlicedScan` of Mamba-2: a state is (P, S, B, H, W N), and A (P, H, 1)."""
 
     def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
         x, dt, A, B, C, D, _, dt_bias = operands
@@ -267,19 +265,8 @@ class SlicedSSD:
         return *found[:6], None, found[6]
 
 
-def _over_ranks(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    reverse: bool,
-    context: Context,
-) -> Tensor:
-    operands = ScanOperands(x, dt, A[..., None], B, C, D, None, dt_bias)
-    return scan_over_ranks(SlicedSSD, operands, True, reverse, context)
+def _over_ranks(operands: ScanOperands, reverse: bool, context: Context) -> Tensor:
+    return scan_over_ranks(SlicedSSD, operands._replace(A=operands.A[..., None]), True, reverse, context)
 
 
 def _as_runs(operands: Operands, reverse: bool) -> tuple[Operands, list[bool]]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from caduceus.ops.directions import scan_by_direction
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.runs import scan_by_runs
 
 
 def selective_scan(
@@ -45,7 +45,7 @@ def selective_scan(
 
 
 class SlicedScan:
-    """`split.SlicedScan` by autograd."""
+    """`across_ranks.SlicedScan` by autograd."""
 
     def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
         self.operands = operands
@@ -55,23 +55,23 @@ class SlicedScan:
         _, dt, A, *_, dt_bias = self.operands
         steps = dt.to(A.dtype) if dt_bias is None else dt + dt_bias[:, None, None, None]
         steps = F.softplus(steps) if self.options[0] else steps
-        return scan_by_runs(selective_scan, self.operands, *self.options)[1], steps.sum(3)
+        return scan_by_direction(selective_scan, self.operands, *self.options)[1], steps.sum(3)
 
     def outputs(self, initial_state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        y, _ = scan_by_runs(selective_scan, self.operands, *self.options, initial_state)
+        y, _ = scan_by_direction(selective_scan, self.operands, *self.options, initial_state)
         return y, (initial_state,)
 
     def initial_gradient(self, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         (initial_state,) = kept
         with torch.enable_grad():
             initial_state = initial_state.detach().requires_grad_()
-            y, _ = scan_by_runs(selective_scan, self.operands, *self.options, initial_state)
+            y, _ = scan_by_direction(selective_scan, self.operands, *self.options, initial_state)
             return torch.autograd.grad(y, initial_state, dy)[0]
 
     def gradients(self, dy: Tensor, final_gradient: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             leaves = ScanOperands(*(None if t is None else t.detach().requires_grad_() for t in self.operands))
-            outputs = scan_by_runs(selective_scan, leaves, *self.options, *kept)
+            outputs = scan_by_direction(selective_scan, leaves, *self.options, *kept)
             present = [leaf for leaf in leaves if leaf is not None]
             found = iter(torch.autograd.grad(outputs, present, (dy, final_gradient)))
         return tuple(None if leaf is None else next(found) for leaf in leaves)

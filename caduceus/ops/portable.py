@@ -2,7 +2,7 @@
 
 Names and operands are those of `caduceus.ops`; `backend` is taken and has no effect. Sequences that are packed, or
 shared between ranks, are refused: that is for training with the package. The scan goes over pieces of a sequence at
-once: of L positions it takes some √(8 L) steps instead of L, with the same products in another order.
+once: it takes about √(8 L) steps for L positions, instead of L, with the same products in another order.
 """
 
 import math
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from caduceus.ops.across_ranks import Context, Strands
+from caduceus.ops.directions import conv_by_direction, scan_by_direction
 from caduceus.ops.naive import add_norm as naive_add_norm
 from caduceus.ops.naive import causal_conv1d as naive_conv
 from caduceus.ops.naive import head_cross_entropy as naive_head
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.runs import conv_by_runs, scan_by_runs
-from caduceus.ops.split import Context, Strands
 
 PAD_DT = -1e4
 __all__ = [
@@ -71,7 +71,7 @@ def bidirectional_scan(
 ) -> Tensor:
     """y (S, B, L, E) of `caduceus.ops.bidirectional_scan`."""
     _refuse(context, starts)
-    return scan_by_runs(_scan, ScanOperands(u, dt, A, B, C, D, z, dt_bias))[0]
+    return scan_by_direction(_scan, ScanOperands(u, dt, A, B, C, D, z, dt_bias))[0]
 
 
 def causal_conv1d(
@@ -101,7 +101,7 @@ def bidirectional_conv1d(
 ) -> Tensor:
     """(P, S, B, L, E) of `caduceus.ops.bidirectional_conv1d`."""
     _refuse(context, starts)
-    return conv_by_runs(naive_conv, x, weight, bias)
+    return conv_by_direction(naive_conv, x, weight, bias)
 
 
 def add_norm(

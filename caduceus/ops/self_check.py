@@ -96,7 +96,7 @@ def error_of(found: Tensor, expected: Tensor) -> float:
 
 
 def _choose_sums(case: Case, dtype: torch.dtype, machine: dict[str, str]) -> None:
-    """As `_require_right`, with the scan's sums in tiles for good where it is right with these alone."""
+    """As `_require_right`. Where the scan is right only with its sums in tiles, it keeps to these."""
     from caduceus.ops.triton import scan_launches
 
     try:

@@ -213,8 +213,8 @@ class RunDirectory:
     def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_steps: Collection[int] = ()) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
-        Those of steps that `keep_every` divides stay for good (0: none), those of `keep_steps`, and the best. Of
-        damaged ones that were set aside, as many stay as of the others.
+        Those whose step `keep_every` divides are never removed (0: none), nor are those of `keep_steps` and the best.
+        As many of the damaged ones that were set aside are kept.
         """
         kept = {*keep_steps, (self.best() or {}).get("step")}
         for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
@@ -245,7 +245,7 @@ class RunDirectory:
     def newest_metrics(self, key: str, count: int = 1, end: int | None = None) -> list[dict[str, Any]]:
         """The newest rows of metrics.jsonl that have `key`, oldest first, as far as they are near its end.
 
-        `end`: of the rows that end at this byte or before.
+        With `end`, only rows that end at this byte or before it count.
         """
         return newest_rows(self.metrics_path, key, count, end)
 

@@ -23,8 +23,8 @@ _recording: tuple[Path, int] | None = None
 class End:
     """The end of one rank; `kind` is None where it ended by itself, complete or stopped.
 
-    time: seconds since the epoch, of the rank's own host. peer, peer_kind: the rank whose failure ended this one
-    (`Kind.PEER`), as far as known.
+    time: seconds since the epoch, by the clock of the rank's own host. peer, peer_kind: the rank whose failure ended
+    this one (`Kind.PEER`), as far as known.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class End:
 
 
 def ends_folder(run: Path, job: str, restart: int) -> Path:
-    """The ends of one attempt: of a job, after so many restarts."""
+    """The folder of the ends of one attempt, which is a job after so many restarts."""
     return run / "logs" / "ends" / f"{job}-{restart}"
 
 

@@ -1,6 +1,6 @@
 """What happened to a run besides its steps: RUN/events.jsonl, a line each, of all starts. Imports no torch.
 
-Unlike rows of metrics.jsonl, which are made again after a kill, lines stay for good.
+Unlike rows of metrics.jsonl, which are made again after a kill, lines are never removed.
 """
 
 import time

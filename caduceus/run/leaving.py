@@ -50,7 +50,7 @@ def heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving(interrupted: str = "interrupted") -> Iterator[None]:
-    """Around all that a process does: after a failure `among_peers` it says why, and exits without further ado.
+    """Around all that a process does: after a failure `among_peers` it says why, and exits at once.
 
     `interrupted` is said after Ctrl-C.
     """

@@ -46,7 +46,7 @@ class Holder:
         return cls(socket.gethostname(), pid, job, time.time(), _this_machine(), _start_of(pid), AGENT)
 
     def is_dead(self) -> bool:
-        """Whether it has certainly ended: it ran on this machine, and does so no more."""
+        """Whether it has certainly ended: it ran on this machine and no longer does."""
         if self.machine is None or self.machine != _this_machine():
             return False
         return _start_of(self.pid) != self.started

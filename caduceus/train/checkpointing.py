@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from caduceus.config import Config, Stage, TrainConfig, config_to_dict, stages_of
+from caduceus.config import Config, Stage, config_to_dict, stages_of
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.groups import group_of
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
@@ -36,7 +36,7 @@ from caduceus.run.events import record_event
 from caduceus.train.branching import branch_point
 from caduceus.train.guards import MAX_REWINDS, Health
 from caduceus.train.progress import Progress
-from caduceus.train.schedule import default_decay_start, default_warmup, kept_decay_start, kept_warmup
+from caduceus.train.schedule import default_decay_start, default_warmup, in_steps, kept_decay_start, kept_warmup
 
 _log = logging.getLogger(__name__)
 
@@ -135,9 +135,9 @@ class Checkpoints:
         progress = load_checkpoint(checkpoint, self._strategy)
         if progress.stage == self._stage.number - 1:
             loader.seek(0)
-            return progress.next_stage(self._stage.config.train, loader)
+            return progress.next_stage(self._stage.config, loader)
         loader.load_state(progress.loader)
-        self._keep_schedule(progress, stages_of(former)[progress.stage - 1].config.train)
+        self._keep_schedule(progress, stages_of(former)[progress.stage - 1].config)
         return progress
 
     def branch(self, loader: TrainLoader) -> Progress:
@@ -152,17 +152,17 @@ class Checkpoints:
         progress.decay_start = default_decay_start(self._config.train, progress.step)
         return progress
 
-    def _keep_schedule(self, progress: Progress, former: TrainConfig) -> None:
+    def _keep_schedule(self, progress: Progress, former: Config) -> None:
         train, began_with, step = self._stage.config.train, progress.warmup_steps, progress.step_of_stage
         if began_with is None:
-            began_with = default_warmup(former)
-        progress.warmup_steps = kept_warmup(train, former, began_with, step)
-        progress.decay_start = kept_decay_start(train, former, progress.decay_start, step)
-        if self._ranks.is_main and train.steps != former.steps:
+            began_with = default_warmup(in_steps(former))
+        progress.warmup_steps = kept_warmup(in_steps(self._stage.config), in_steps(former), began_with, step)
+        progress.decay_start = kept_decay_start(train, former.train, progress.decay_start, step)
+        if self._ranks.is_main and train.steps != former.train.steps:
             _log.info(
                 "train.steps: %d instead of %d; the warm-up stays at the %d steps that the run began with, and the "
                 "learning rate goes on from %.3g",
-                *(train.steps, former.steps, progress.warmup_steps),
+                *(train.steps, former.train.steps, progress.warmup_steps),
                 progress.learning_rate(train),
             )
 

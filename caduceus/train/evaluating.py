@@ -53,16 +53,24 @@ class Evaluations:
         due = [one for one in self.found if step % one.every == 0]
         return self._run(strategy, step, due)
 
-    def missing(self, strategy: Strategy, step: int) -> Row:
-        """As `after`, at a start that goes on from a step: those that an earlier start left."""
-        if step == 0 or not self.found:
+    def at_start(self, strategy: Strategy, step: int) -> Row:
+        """The numbers of the step that a start goes on from: what stands in metrics.jsonl, and of those evaluations
+        that an earlier start left, as `after`."""
+        if step == 0:
             return {}
-        rows = []
+        rows: list[Row] = []
         with strategy.ranks.agreeing(), self.run.telling_of_disks():
             if strategy.ranks.is_main:
-                rows = self.run.newest_metrics("evaluated", 10 * len(self.found))
-        made = {row["evaluated"] for row in strategy.ranks.broadcast(rows) if row["step"] == step}
-        return self._run(strategy, step, [one for one in self.found if step % one.every == 0 and one.name not in made])
+                found = [
+                    *self.run.newest_metrics("evaluated", 10 * len(self.found)),
+                    *self.run.newest_metrics("valid_loss"),
+                ]
+                rows = [row for row in found if row["step"] == step]
+        rows = strategy.ranks.broadcast(rows)
+        made = {row.get("evaluated") for row in rows}
+        told = {name: value for row in rows for name, value in row.items() if name != "evaluated"}
+        due = [one for one in self.found if step % one.every == 0 and one.name not in made]
+        return {**told, **self._run(strategy, step, due)}
 
     def _run(self, strategy: Strategy, step: int, due: Sequence[InLoop]) -> Row:
         if not due:

@@ -27,7 +27,7 @@ def keep_freed_memory_for(config: Config) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take: of its GPU, or its share of the host's memory."""
+    """Bytes that this rank may still take from its GPU, or from its share of the host's memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -83,9 +83,9 @@ class StepClock:
 
 
 def measurements(
-    config: Config, ranks: Ranks, loader: TrainLoader, clock: StepClock, vitals: Vitals
+    config: Config, ranks: Ranks, loader: TrainLoader, clock: StepClock, vitals: Vitals, bases: int
 ) -> dict[str, float | int]:
-    """What the ranks saw in a step, put together with one exchange.
+    """What the ranks saw in a step of so many `bases`, put together with one exchange.
 
     The parts of the step's time are means over ranks. `communication_seconds` is what the loop itself waits for others;
     transfers inside the backward pass (and, when sharded, the forward pass) count there. `straggler_seconds` is the
@@ -99,7 +99,7 @@ def measurements(
     data, communication, forward, backward, exchange, optimizer = rows[:, : len(_LAPS)].mean(0).tolist()
     seconds = rows[:, : len(_LAPS)].sum(1).max().item()
     alone = rows[:, _ALONE].sum(1)
-    tokens_per_second = config.train.global_batch * config.data.seq_len / seconds
+    tokens_per_second = bases / seconds
     return {
         "substituted_samples": int(rows[:: ranks.world // ranks.data_world, -1].sum()),  # which all count alike
         "tokens_per_second": tokens_per_second,

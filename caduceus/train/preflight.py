@@ -33,7 +33,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
-class Report:
+class RankFacts:
     """What a rank finds about itself; of `disk` and `shared_memory` what is wrong with them."""
 
     host: str
@@ -50,8 +50,8 @@ def check_model(config: Config, device: torch.device) -> None:
 
 def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
     """Raise `PeerError` on every rank where `data.path` holds something else on one of them than on the first."""
-    (first_host, first), *_ = reports = ranks.gather_objects((socket.gethostname(), loader.fingerprint))
-    for rank, (host, fingerprint) in enumerate(reports):
+    (first_host, first), *_ = found = ranks.gather_objects((socket.gethostname(), loader.fingerprint))
+    for rank, (host, fingerprint) in enumerate(found):
         if fingerprint != first:  # either of them may have the wrong ones
             raise PeerError(
                 f"rank {rank} on {host}: data.path leads to other shards ({fingerprint[:12]}) than on {first_host} "
@@ -73,19 +73,19 @@ def check_before_start(
     ranks = strategy.ranks
     parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
     with ranks.agreeing(), run.telling_of_disks():
-        report = Report(
+        facts = RankFacts(
             host=socket.gethostname(),
             clock=time.time(),
             disk=_disk_problem(run.path, (CHECKPOINT_BYTES + AVERAGE_BYTES * bool(config.train.ema)) * parameters),
             shared_memory=_shared_memory_problem(config, ranks),
         )
-    reports = ranks.gather_objects(report)
-    for rank, report in enumerate(reports):
-        where = f"rank {rank} on {report.host}"
-        if problem := report.shared_memory or _clock_problem(report, reports[0]):
+    found = ranks.gather_objects(facts)
+    for rank, facts in enumerate(found):
+        where = f"rank {rank} on {facts.host}"
+        if problem := facts.shared_memory or _clock_problem(facts, found[0]):
             raise of_rank(NodeError(f"{where}: {problem}"), rank, ranks.rank)
-        if report.disk:
-            raise of_rank(UserError(f"{where}: {report.disk}"), rank, ranks.rank)
+        if facts.disk:
+            raise of_rank(UserError(f"{where}: {facts.disk}"), rank, ranks.rank)
     _try_collectives(strategy, saving)
 
 
@@ -113,8 +113,8 @@ def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
     )
 
 
-def _clock_problem(report: Report, first: Report) -> str | None:
-    skew = report.clock - first.clock
+def _clock_problem(facts: RankFacts, first: RankFacts) -> str | None:
+    skew = facts.clock - first.clock
     if abs(skew) <= MAX_CLOCK_SKEW:
         return None
     return f"its clock is {skew:+.0f} s from that of {first.host}; set the clocks (NTP)"

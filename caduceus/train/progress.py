@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from caduceus.config import TrainConfig
+from caduceus.config import Config, TrainConfig
 from caduceus.data.loader import TrainLoader
 from caduceus.train.guards import Health
-from caduceus.train.schedule import default_decay_start, default_warmup, learning_rate
+from caduceus.train.schedule import default_decay_start, default_warmup, in_steps, learning_rate
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Progress:
     """Samples of the stages before; the loader counts those of its own."""
 
     @classmethod
-    def first(cls, train: TrainConfig, loader: TrainLoader) -> "Progress":
+    def first(cls, config: Config, loader: TrainLoader) -> "Progress":
         """Where a run, or a stage of one, stands before its first step."""
-        schedule = {"warmup_steps": default_warmup(train), "decay_start": default_decay_start(train)}
+        schedule = {"warmup_steps": default_warmup(in_steps(config)), "decay_start": default_decay_start(config.train)}
         return cls(step=0, tokens=0, loader=loader.state(), **schedule)
 
     @property
@@ -48,10 +48,10 @@ class Progress:
         """Learning rate of the next step, of the stage whose keys are `train`."""
         return learning_rate(self.step_of_stage + 1, train, self.warmup_steps, self.decay_start)
 
-    def next_stage(self, train: TrainConfig, loader: TrainLoader) -> "Progress":
+    def next_stage(self, config: Config, loader: TrainLoader) -> "Progress":
         """The beginning of the stage that follows, with its own keys and loader. Losses are another length's there."""
         return replace(
-            Progress.first(train, loader),
+            Progress.first(config, loader),
             step=self.step,
             tokens=self.tokens,
             health=Health(skipped_steps=self.health.skipped_steps),

@@ -57,7 +57,7 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
 def bytes_added_by_a_block(config: Config, ranks: Ranks) -> tuple[int, int]:
     """Bytes that a block keeps of a micro-batch beyond the input that recomputing it takes.
 
-    Of one that recomputes what feeds the scan, and of one that recomputes nothing.
+    The first number is for a block that recomputes what feeds the scan, the second for one that recomputes nothing.
     """
     with torch.device("meta"):
         small = dataclasses.replace(config.model, n_layer=1)

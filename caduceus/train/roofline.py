@@ -1,7 +1,7 @@
 """How much of a GPU a model uses: its matrix products and its scans against the GPU's peaks.
 
-The scan is bound by exponentials, not by products: of a Caduceus only a few per cent of the products' peak can be had,
-so both shares are told. Counted is what the model needs, recomputation left out.
+The scan is bound by exponentials, not by products: a Caduceus reaches only a few per cent of the products' peak, so
+both shares are told. What the model needs is counted, without recomputation.
 """
 
 import functools
@@ -24,7 +24,7 @@ class Peaks:
     """Per second: 16 per clock and multiprocessor."""
 
 
-_PEAKS = {
+PEAKS = {
     # Data sheets of NVIDIA: products without sparsity; multiprocessors and boost clock.
     "A100": Peaks(312e12, 19.5e12, 16 * 108 * 1.41e9),  # A100 80GB SXM, PCIe
     "H100 PCIe": Peaks(756e12, 51e12, 16 * 114 * 1.755e9),
@@ -55,7 +55,7 @@ def _peaks(device: torch.device) -> Peaks | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    peaks = next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+    peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
     if peaks is None:
         _log.warning("perf: the peak rates of '%s' are not known here: rows have no mfu and no scan_roofline", name)
     return peaks

@@ -1,11 +1,22 @@
 """The learning rate of every step: four schedules, and what of them stays when a run is made longer."""
 
 import math
+from dataclasses import replace
 
-from caduceus.config import TrainConfig
+from caduceus.config import Config, TrainConfig
+from caduceus.config.by_step import BatchRamp
 from caduceus.errors import UserError
 
 WARMUP_START_LR = 1e-6
+
+
+def in_steps(config: Config) -> TrainConfig:
+    """The optimization of a run with its warm-up in steps, where it is given in bases."""
+    train = config.train
+    if train.warmup_tokens is None:
+        return train
+    steps = BatchRamp.of(train).steps_before(math.ceil(train.warmup_tokens / config.data.seq_len) - 1) + 1
+    return replace(train, warmup_tokens=None, warmup_steps=steps if train.warmup_tokens else 0)
 
 
 def default_warmup(config: TrainConfig) -> int:

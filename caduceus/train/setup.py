@@ -222,8 +222,9 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
 
 
 def _tell_schedule(resolved: Resolved, config: Config, progress: Progress) -> None:
-    train = config.train
-    because = "a tenth of train.steps" if progress.step_of_stage == 0 else "kept from the start of the run"
+    train, because = config.train, "kept from the start of the run"
+    if progress.step_of_stage == 0:
+        because = "a tenth of train.steps" if train.warmup_tokens is None else "train.warmup_tokens"
     if train.warmup_steps is None or train.warmup_steps != progress.warmup_steps:
         resolved.decide("train.warmup_steps", train.warmup_steps, progress.warmup_steps, because)
     if progress.decay_start is not None and train.decay_steps != train.steps - progress.decay_start:
@@ -238,7 +239,7 @@ def _resume(config: Config, run: RunDirectory, loader: TrainLoader, checkpoints:
         progress = checkpoints.branch(loader)
         what = f"{run.path} begins from {config.train.decay_from}"
     if progress is None:
-        return Progress.first(config.train, loader)
+        return Progress.first(config, loader)
     _log.info(
         "%s after step %d (%d samples), loaded in %.1f s",
         *(what, progress.step, progress.samples, time.monotonic() - started),

@@ -32,6 +32,7 @@ def training_step(
     """
     ranks, vitals = strategy.ranks, Vitals(config, strategy, progress.step + 1)
     clock = StepClock(ranks.device)
+    bases = loader.global_batch * config.data.seq_len
     micro_batches, weight = _take(ranks, loader, batches, clock)
     shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
     parts = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
@@ -49,7 +50,7 @@ def training_step(
         strategy.discard_gradients()
     clock.lap("optimizer")
     progress.step += 1
-    progress.tokens += config.train.global_batch * config.data.seq_len
+    progress.tokens += bases
     progress.loader = loader.state()
     if not updating and (suspects := _suspects(micro_batches, sums, loss)):
         reason = "the loss leapt" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
@@ -65,7 +66,7 @@ def training_step(
         "lr": lr,
         "grad_norm": grad_norm,
         "skipped_steps": progress.health.skipped_steps,
-        **measurements(config, ranks, loader, clock, vitals),
+        **measurements(config, ranks, loader, clock, vitals, bases),
     }
 
 

@@ -119,7 +119,8 @@ class StopRequest:
 def _command_began() -> float:
     """When the user gave the command that this process is of, in seconds since the epoch.
 
-    The launcher removes the STOP of an earlier start when it submits: of a job's processes it is the beginning of time.
+    For a job's processes it is the beginning of time, as the launcher removes the STOP of an earlier start when it
+    submits.
     """
     if "SUBMITIT_EXECUTOR" in os.environ:
         return float("-inf")

@@ -133,7 +133,7 @@ def _loop(stage: Stage, setup: Setup, opened: Opened, watch: Watch) -> int:
     monitor, stop, watchdog, profile = watch.monitor, watch.stop, watch.watchdog, watch.profile
     evaluations = Evaluations(config, run, opened.evaluations, monitor, stop, watchdog)
     best = Best(config.checkpoint, strategy, run)
-    best.keep(progress.step, evaluations.missing(strategy, progress.step))
+    best.keep(progress.step, evaluations.at_start(strategy, progress.step))
     batches = iter(loader)
     while progress.step_of_stage < config.train.steps:
         step = progress.step + 1

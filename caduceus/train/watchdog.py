@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def show_stacks_when_asked() -> None:
-    """On SIGUSR1 the stacks of all threads go to this process's stderr, and it goes on: also from within a hang."""
+    """On SIGUSR1 this process writes the stacks of all threads to stderr and goes on, even from within a hang."""
     if sys.__stderr__ is not None:
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 

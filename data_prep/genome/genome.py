@@ -12,7 +12,7 @@ class Genome:
     """Random access to the bases of a genome file. Can be pickled and used in several processes at once.
 
     `contigs`: name (first word of the header) -> length in bases, in the file's order.
-    `descriptions`: name -> the whole header. `sha256`: of the input file's bytes.
+    `descriptions`: name -> the whole header. `sha256`: that of the input file's bytes.
     """
 
     def __init__(self, path: Path, reader: FastaReader | TwoBitReader) -> None:

@@ -15,8 +15,8 @@ INTERVAL_MODES = ("exact", "extend", "tile")
 CONTIGS = ("auto", "all", "primary")
 _SPLIT_BY_CONTIG = ("valid_contigs", "test_contigs")
 _SPLIT_BY_BLOCK = ("split_block", "valid_fraction", "test_fraction")
-_OPTIONAL = {"stride": int, "split_block": int, "forbid_leakage": bool}
-_OPTIONAL |= dict.fromkeys(("include", "exclude", "aliases", "intervals"), str)
+_OPTIONAL = {"stride": int, "split_block": int, "forbid_leakage": bool, "homology": float}
+_OPTIONAL |= dict.fromkeys(("include", "exclude", "aliases", "intervals", "around"), str)
 _KIND_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]i?)?B?", re.IGNORECASE)
 
@@ -53,6 +53,9 @@ class PlanOptions:
     """tile: rows are cut into windows; exact: a row is a window; extend: a row's end is moved to start + window, and
     the whole inward at its contig's end (with the default window, the rule of the published training sets, which crop
     these windows later). No row may be longer than the window in the last two."""
+    around: str | None = None
+    """An annotation (GTF, GFF3): its genes and `flank` bases on either side of each are used."""
+    flank: int = 2000
     exclude_bed: tuple[str, ...] = ()
     """BED files of regions to leave out."""
     allow_unknown_contigs: bool = False
@@ -63,6 +66,8 @@ class PlanOptions:
     test_fraction: float = 0.0
     forbid_leakage: bool | None = None
     """Cut out of train what valid or test hold; None: except with interval_mode extend."""
+    homology: float | None = None
+    """Leave out of train what has at least this share of its k-mers in valid or test, of any species made with it."""
     shard_bytes: int = 256_000_000
     seed: int = 0
 
@@ -88,6 +93,10 @@ class PlanOptions:
             raise UserError(f"--interval-mode {self.interval_mode}: needs --intervals, a BED file")
         if self.interval_mode != "tile" and self.stride is not None:
             raise UserError(f"--stride: rows are not tiled with --interval-mode {self.interval_mode}; leave it out")
+        _require(self, "flank", self.flank >= 0, "0 or more")
+        _require(self, "homology", self.homology is None or 0 < self.homology <= 1, "above 0 and at most 1")
+        if self.around is not None and self.intervals is not None:
+            raise UserError("--around: --intervals says which regions are used; leave one out")
         self._check_blocks()
         for key in ("include", "exclude"):
             try:
@@ -148,8 +157,12 @@ class PlanOptions:
         del values["allow_unknown_contigs"]  # a permission, on which no byte depends
         values["forbid_leakage"] = self.leakage_forbidden
         values["exclude_bed"] = [_describe_file("exclude_bed", path) for path in self.exclude_bed]
-        for key in ("aliases", "intervals"):
-            if values[key] is not None:
+        if self.homology is None:  # older datasets know none of these
+            del values["homology"]
+        if self.around is None:
+            del values["around"], values["flank"]
+        for key in ("aliases", "intervals", "around"):
+            if values.get(key) is not None:
                 values[key] = _describe_file(key, values[key])
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 

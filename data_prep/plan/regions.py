@@ -8,12 +8,13 @@ from typing import NoReturn
 
 import numpy as np
 
+from caduceus.bed import Bed, BedRow, read_bed
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
 from caduceus.tables import refuse_line
-from data_prep.plan.bed import Bed, BedRow, read_bed
+from data_prep.plan.annotation import read_genes
 from data_prep.plan.contigs import Selection
-from data_prep.plan.intervals import EMPTY, intersection, union
+from data_prep.plan.intervals import EMPTY, difference, intersection, size, union
 from data_prep.plan.options import PlanOptions, option_name
 from data_prep.plan.windows import hash_rows
 
@@ -31,12 +32,25 @@ class Regions:
     excluded: dict[str, np.ndarray]
     notes: list[str] = field(default_factory=list)
 
+    def leave_out(self, copies: Mapping[str, np.ndarray]) -> None:
+        """Take near copies of what is held out, by contig (n, 2), out of train, and tell how much it is."""
+        bases = 0
+        for name, near in copies.items():
+            of_contig = self.splits[name]
+            held_out = [rows for split, rows in of_contig.items() if split != "train"]
+            near = difference(near, union(np.concatenate([EMPTY, *held_out])))
+            self.excluded[name] = union(np.concatenate([self.excluded[name], near]))
+            bases += size(near)
+        self.notes.append(f"--homology: {bases:,} bp of train are near copies of valid or test, and left out of it")
+
 
 def build_regions(selection: Selection, options: PlanOptions) -> Regions:
     """The regions that the options ask for: whole contigs or the rows of `--intervals`, split as they say."""
     notes: list[str] = []
     whole = {name: np.array([[0, length]], dtype=np.int64) for name, length in selection.used.items()}
-    if options.intervals is None:
+    if options.around is not None:
+        splits = split_regions(regions_around_genes(selection, options, notes), selection, options)
+    elif options.intervals is None:
         splits = split_regions(whole, selection, options)
     else:
         splits = interval_regions(Path(options.intervals), selection, options, notes)
@@ -60,6 +74,27 @@ def excluded_bases(path: Path, selection: Selection, options: PlanOptions, notes
         if cut:
             notes.append(f"--exclude-bed: {cut} of {len(bed.rows)} rows of {path.name} reach beyond the end of {name}")
     return excluded
+
+
+def regions_around_genes(selection: Selection, options: PlanOptions, notes: list[str]) -> dict[str, np.ndarray]:
+    """The genes of `--around` with their flanks by used contig, (n, 2), as a set."""
+    bed = read_genes(Path(str(options.around)))
+    by_contig = _rows_by_contig(bed, selection, options, "--around", notes)
+    if not by_contig:
+        raise _none_used("--around", bed, selection)
+    regions = dict.fromkeys(selection.used, EMPTY)
+    for name, rows in by_contig.items():
+        length = selection.used[name]
+        for row in rows:
+            if row.end > length:
+                refuse_line(
+                    bed.path,
+                    row.line,
+                    f"ends at {row.end:,}, beyond {name} with {length:,} bases; is it for another assembly?",
+                )
+        regions[name] = union(np.clip(_bounds(rows) + [-options.flank, options.flank], 0, length))
+    notes.append(f"--around: {sum(map(len, by_contig.values())):,} genes of {bed.path.name}")
+    return regions
 
 
 def split_regions(
@@ -96,10 +131,7 @@ def interval_regions(
     rows = bed.rows
     by_contig = _rows_by_contig(bed, selection, options, "--intervals", notes)
     if not by_contig:
-        raise UserError(
-            f"--intervals: none of the contigs in {path} ({_some({row.contig: 1 for row in rows}, 3)}) is used here "
-            f"({_some(selection.used, 3)}); --aliases takes a table of names"
-        )
+        raise _none_used("--intervals", bed, selection)
     for name, of_contig in by_contig.items():
         for row in of_contig:
             if row.end > selection.used[name]:
@@ -131,6 +163,14 @@ def interval_regions(
         }
         for name in selection.used
     }  # fmt: skip
+
+
+def _none_used(option: str, bed: Bed, selection: Selection) -> UserError:
+    named = _some({row.contig: 1 for row in bed.rows}, 3)
+    return UserError(
+        f"{option}: none of the contigs in {bed.path} ({named}) is used here ({_some(selection.used, 3)}); --aliases "
+        "takes a table of names"
+    )
 
 
 def _rows_by_contig(

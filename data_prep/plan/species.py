@@ -80,14 +80,21 @@ def identity(request: SpeciesRequest, genome: Genome) -> dict[str, Any]:
     }
 
 
-def plan_species(request: SpeciesRequest, genome: Genome, scans: Mapping[str, Scan]) -> SpeciesPlan:
-    """Plan the shards of a species; `scans` holds every contig of the genome."""
+def plan_species(
+    request: SpeciesRequest, genome: Genome, scans: Mapping[str, Scan], copies: Mapping[str, np.ndarray] | None = None
+) -> SpeciesPlan:
+    """Plan the shards of a species; `scans` holds every contig of the genome.
+
+    `copies`: by contig, what is left out as it is near to what is held out, (n, 2).
+    """
     options = request.options
     aliases = read_aliases(Path(options.aliases)) if options.aliases else AliasTable()
     selection = select_contigs(genome.contigs, genome.descriptions, options, aliases)
     notes = alias_notes(aliases, selection, options)
     refuse_small_share(selection, options)
     regions = build_regions(selection, options)
+    if copies is not None:
+        regions.leave_out(copies)
     planned = cut_windows(
         list(selection.used.values()),
         [regions.splits[name] for name in selection.used],

@@ -222,13 +222,14 @@ def _tails(start: np.ndarray, end: np.ndarray, full: np.ndarray, options: PlanOp
 
 def hash_rows(seed: int, purpose: int, *columns: np.ndarray) -> np.ndarray:
     """A well-mixed 64-bit number per row of integer columns, (n,) uint64; the same on any machine (splitmix64)."""
-    state = _mix(np.full(len(columns[0]), seed, dtype=np.uint64) + np.uint64(purpose))
+    state = mix(np.full(len(columns[0]), seed, dtype=np.uint64) + np.uint64(purpose))
     for column in columns:
-        state = _mix(state ^ column.astype(np.uint64))
+        state = mix(state ^ column.astype(np.uint64))
     return state
 
 
-def _mix(state: np.ndarray) -> np.ndarray:
+def mix(state: np.ndarray) -> np.ndarray:
+    """Bijective 64-bit hash, (n,) uint64: splitmix64."""
     state = state + np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -95,6 +95,7 @@ def fetch_files(options: PlanOptions, cache_dir: Path | None) -> PlanOptions:
         options,
         aliases=_local(options.aliases, cache_dir),
         intervals=_local(options.intervals, cache_dir),
+        around=_local(options.around, cache_dir),
         exclude_bed=tuple(_local(path, cache_dir) for path in options.exclude_bed),
     )
 
@@ -154,7 +155,7 @@ def _request(
 def _from_folder(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Paths of files among the options start at the YAML file's folder."""
     values = dict(options)
-    for key in ("aliases", "intervals", "exclude_bed"):
+    for key in ("aliases", "intervals", "around", "exclude_bed"):
         paths = values.get(key)
         if isinstance(paths, str):
             values[key] = _place(paths, folder)

@@ -196,7 +196,7 @@ def _legend() -> str:
 
 
 def _picture(words: str, height: int, shapes: list[str]) -> str:
-    """An SVG that scrolls by itself where the page is too narrow for its letters."""
+    """An SVG that scrolls inside the page where the page is too narrow for its letters."""
     head = f'viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(words)}"'
     return f'<div class="scroll" tabindex="0"><svg class="wide" {head}>{"".join(shapes)}</svg></div>'
 

@@ -14,11 +14,13 @@ import numpy as np
 
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
+from caduceus.files import fingerprint
 from data_prep.genome.genome import Genome
 from data_prep.plan.composition import Scan, join_scans, scan
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_species
 from data_prep.progress import Progress
 from data_prep.workers import Workers
+from data_prep.write.copies import near_copies
 from data_prep.write.directory import SpeciesDirectory, check_species, locked, refuse_if_locked, write_manifest
 from data_prep.write.shard_writer import ShardTask, reopen_genome, shard_tasks, write_shard
 
@@ -42,12 +44,14 @@ def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: b
     With `add`, species that `out` holds already stay beside the new ones.
     """
     names = [request.name for request in requests]
+    if add and any(request.options.homology is not None for request in requests):
+        raise UserError("--homology: with --add, copies in the species that are there would be missed; make all anew")
     check_species(out, names, add)
     refuse_if_locked(out)
     with Workers(workers) as pool:
         species = open_species(requests, out, pool)
         unfinished = [work for work in species if not work.directory.finished()]
-        plan_species_of(unfinished, pool)
+        plan_species_of(unfinished, species, pool)
         require_space(out, unfinished)
         with locked(out), pool.aborted_on_error():  # the processes end before the lock is gone
             check_species(out, names, add)
@@ -64,19 +68,37 @@ def open_species(requests: list[SpeciesRequest], out: Path, pool: Workers) -> li
         for number, genome in pool.run(_open, [(request.fasta, request.cache_dir) for request in requests]):
             genomes[number] = genome
             progress.add(1)
+    identities = [identity(request, genomes[number]) for number, request in enumerate(requests)]
+    together = fingerprint({"species": sorted(map(fingerprint, identities))})
+    for request, one in zip(requests, identities, strict=True):
+        if request.options.homology is not None:  # what the others hold out decides what this one leaves out
+            one["plan"]["homology_over"] = together
     return [
-        SpeciesWork(request, genomes[number], SpeciesDirectory(out, identity(request, genomes[number])))
+        SpeciesWork(request, genomes[number], SpeciesDirectory(out, identities[number]))
         for number, request in enumerate(requests)
     ]
 
 
-def plan_species_of(species: list[SpeciesWork], pool: Workers) -> None:
-    """Scan the genomes and give every species its plan."""
-    scans = scan_genomes(species, pool)
+def plan_species_of(species: list[SpeciesWork], all_species: list[SpeciesWork], pool: Workers) -> None:
+    """Scan the genomes and give every species its plan; of `all_species`, those made already are planned anew.
+
+    A plan without near copies needs the held-out windows of all species, and so a first plan of each.
+    """
+    by_homology = [work for work in species if work.request.options.homology is not None]
+    wanted = all_species if by_homology else species
+    scans = scan_genomes(wanted, pool)
+    _plan(wanted, scans, [None] * len(wanted))
+    if by_homology:
+        found = near_copies([(work.request, work.plan) for work in wanted], pool)
+        places = [place for place, copies in enumerate(found) if copies is not None]
+        _plan([wanted[place] for place in places], [scans[place] for place in places], [found[p] for p in places])
+
+
+def _plan(species: list[SpeciesWork], scans: list[dict[str, Scan]], copies: list[dict[str, np.ndarray] | None]) -> None:
     with Progress("planning", sum(len(work.genome.contigs) for work in species), "contigs") as progress:
-        for work, of_contigs in zip(species, scans, strict=True):
+        for work, of_contigs, near in zip(species, scans, copies, strict=True):
             try:
-                work.plan = plan_species(work.request, work.genome, of_contigs)
+                work.plan = plan_species(work.request, work.genome, of_contigs, near)
             except UserError as error:
                 raise UserError(f"species {work.request.name} ({work.request.fasta}): {error}") from None
             progress.add(len(work.genome.contigs))
@@ -98,7 +120,7 @@ def scan_genomes(species: list[SpeciesWork], pool: Workers) -> list[dict[str, Sc
 
 
 def require_space(out: Path, species: list[SpeciesWork]) -> None:
-    """Refuse where the file system has not the room for what is still to be written."""
+    """Raise `UserError` where the file system lacks room for what is still to be written."""
     needed = 0
     for work in species:
         for shard in work.plan.shards:

@@ -32,7 +32,7 @@ def left_out_lines(report: dict[str, Any] | None) -> list[str]:
         return ["rebuilt from its tars; what was left out of the genome is not known"]
     lines = []
     words = {
-        "excluded": "in regions of --exclude-bed",
+        "excluded": "in regions of --exclude-bed, or near copies of what is held out",
         "gap": "in runs of N that cut segments",
         "outside_intervals": "outside --intervals",
         "leakage": "of train that valid or test hold",

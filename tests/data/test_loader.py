@@ -13,6 +13,7 @@ import torch
 
 from caduceus.alphabet import CADUCEUS, IGNORE_LABEL
 from caduceus.config import Config
+from caduceus.config.by_step import BatchRamp
 from caduceus.data import Batch, build_loader, build_validation
 from caduceus.data.batch import FILLER, RankSchedule
 from caduceus.errors import UserError
@@ -75,10 +76,10 @@ def test_ranks_share_the_same_global_batches(configure: Callable[..., Config], w
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8, 64])
 def test_schedules_cover_every_sample_once(world: int) -> None:
-    schedules = [RankSchedule(576, 3, rank, world) for rank in range(world)]
+    schedules = [RankSchedule(BatchRamp((0,), (576,)), 3, rank, world) for rank in range(world)]
     far = 10**9 // 576
     for step in (0, far):
-        numbers = [s.samples(step * s.per_step + np.arange(2 * s.per_step)) for s in schedules]
+        numbers = [s.samples(step * s.per_step(0) + np.arange(2 * s.per_step(0))) for s in schedules]
         assert sorted(np.concatenate([n.reshape(-1) for n in numbers])) == list(range(step * 576, (step + 2) * 576))
 
 

@@ -54,18 +54,56 @@ def test_labels_are_the_true_bases_and_never_n_or_iupac(
 
 
 @settings(deadline=None)
-@given(st.integers(1, 5000), st.data())
-def test_a_slice_masked_alone_is_the_slice_of_the_masked(length: int, data: st.DataObject) -> None:
+@given(st.integers(1, 5000), st.sampled_from([1, 2, 7, 64, 4000]), st.data())
+def test_a_slice_masked_alone_is_the_slice_of_the_masked(length: int, span: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, length - 1))
     end = data.draw(st.integers(first + 1, length))
     rng = np.random.default_rng(length)
     rows = as_rows(random_bases(rng, length), random_bases(rng, length))
     mirrored, keys = np.array([False, True]), key(9, np.arange(2))
     stored_slice = np.stack([rows[0, first:end], rows[1, length - end : length - first]])
-    whole = mask_bases(rows, mirrored, keys, 0, PUBLISHED, TOKENS)
-    alone = mask_bases(stored_slice, mirrored, keys, first, PUBLISHED, TOKENS)
+    masking = Masking.of(0.15, 0.8, 0.1, span)
+    whole = mask_bases(rows, mirrored, keys, 0, masking, TOKENS)
+    alone = mask_bases(stored_slice, mirrored, keys, first, masking, TOKENS)
     assert (alone[0] == whole[0][:, first:end]).all()
     assert (alone[1] == whole[1][:, first:end]).all()
+
+
+def test_spans_are_labelled_together_and_begin_anywhere() -> None:
+    span, rows = 25, 400
+    bases, keys = as_rows(*("A" * 5_000 for _ in range(rows))), key(3, np.arange(rows))
+    masking = Masking.of(0.15, 0.6, 0.2, span)
+    input_ids, labels, _ = mask_bases(bases, np.zeros(rows, bool), keys, 0, masking, TOKENS)
+    labelled = labels != IGNORE_LABEL
+    phases = set()
+    for row in range(rows):
+        edges = np.flatnonzero(np.diff(labelled[row].astype(int))) + 1
+        assert len({int(edge) % span for edge in edges}) <= 1, "all borders of a row are a span apart"
+        phases |= {int(edge) % span for edge in edges}
+        if len(edges) > 1:
+            phase = int(edges[0]) % span
+            for first in range(phase, 5_000 - span, span):
+                here = slice(first, first + span)
+                masked = input_ids[row, here] == TOKENS.mask
+                assert labelled[row, here].all() or not labelled[row, here].any()
+                assert masked.all() or not masked.any()
+    assert phases == set(range(span))
+    by_place = labelled.mean(0)
+    deviation = np.sqrt(0.15 * 0.85 / rows)
+    assert abs(by_place - 0.15).max() < 5 * deviation, "each base is as likely as any other, the first ones too"
+    changed = labelled & (input_ids != TOKENS.mask) & (input_ids != 7)
+    letters = np.bincount(input_ids[changed], minlength=11)[8:]
+    assert (abs(letters / letters.sum() - 1 / 3) < 0.03).all(), "random bases differ within a span"
+    assert (np.diff(np.flatnonzero(changed.reshape(-1))) < 3).any()
+
+
+def test_rows_may_have_shares_of_their_own() -> None:
+    bases, shares = as_rows(*("ACGT" * 10_000 for _ in range(3))), np.array([0.0, 0.15, 1.0])
+    masking, keys = Masking.of(shares, 0.8, 0.1), key(1, np.arange(3))
+    _, labels, _ = mask_bases(bases, np.zeros(3, bool), keys, 0, masking, TOKENS)
+    assert (labels[0] == IGNORE_LABEL).all() and (labels[2] != IGNORE_LABEL).all()
+    _, alone, _ = mask_bases(bases[1:2], np.zeros(1, bool), keys[1:2], 0, PUBLISHED, TOKENS)
+    assert (labels[1] == alone[0]).all()
 
 
 @pytest.mark.parametrize(("share", "as_mask", "as_random"), [(0.15, 0.8, 0.1), (0.4, 0.5, 0.5), (1.0, 0.0, 0.0)])

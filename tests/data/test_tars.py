@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from caduceus.data import tars
-from caduceus.data.tars import TarReport, read_members
+from caduceus.data.tars import TarFindings, read_members
 
 BLOCK = tarfile.BLOCKSIZE
 RNG = np.random.default_rng(0)
@@ -45,7 +45,7 @@ def read(tmp_path: Path) -> Callable[..., tuple[dict[str, bytes], str | None]]:
     def members(content: bytes, extension: str = "seq") -> tuple[dict[str, bytes], str | None]:
         path = tmp_path / "some.tar"
         path.write_bytes(content)
-        report = TarReport(str(path))
+        report = TarFindings(str(path))
         found = list(read_members(report, extension))
         assert len(found) == len(dict(found))
         lines = [line for line in (report.line(), report.remark()) if line is not None]
@@ -129,7 +129,7 @@ def test_a_lost_connection_is_no_damage_of_the_compression(
     compress: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tars, "open_address", lambda _: Failing(compress(SOUND)[:3000]))
-    report = TarReport("http://host/some.tar.gz")
+    report = TarFindings("http://host/some.tar.gz")
     assert set(dict(read_members(report, "seq"))) <= set(named(*BASES))
     assert "Connection reset by peer" in report.line() and "decompressed" not in report.line()
 
@@ -142,7 +142,7 @@ def test_another_compression_is_named_and_read_by_a_pipe(read: Callable, name: s
     found, line = read(compressed)
     assert found == {} and line == f"is compressed by {name}, which is not read; data.path='pipe:{name} -dc FILE' is"
     (tmp_path / "FILE").write_bytes(compressed)
-    report = TarReport(f"pipe:cd {tmp_path} && {name} -dc FILE")
+    report = TarFindings(f"pipe:cd {tmp_path} && {name} -dc FILE")
     assert dict(read_members(report, "seq")) == named(*BASES) and report.line() is None
 
 
@@ -251,9 +251,9 @@ def test_a_compressed_tar_that_was_cut_is_told(read: Callable, compress: Callabl
 
 
 def test_a_tar_that_is_not_there_is_told(tmp_path: Path) -> None:
-    report = TarReport(str(tmp_path / "none.tar"))
+    report = TarFindings(str(tmp_path / "none.tar"))
     assert list(read_members(report, "seq")) == []
     assert report.line() == f"{tmp_path}/none.tar: No such file or directory"
-    report = TarReport("pipe:exit 3")
+    report = TarFindings("pipe:exit 3")
     assert list(read_members(report, "seq")) == []
     assert "the command ended with status 3" in report.line()

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from caduceus.bed import read_bed
 from caduceus.errors import UserError
-from data_prep.plan.bed import read_bed
 from tests.conftest import REPOSITORY
 from tests.data_prep.genomes import random_bases, shard, write_fasta
 

@@ -17,7 +17,7 @@ from caduceus.alphabet import CADUCEUS, IGNORE_LABEL
 from caduceus.data.loader import build_validation
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
-from demo.run import GENOMES, find_genomes
+from demo.run import ANNOTATION, GENOMES, find_genomes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICK = [
@@ -41,16 +41,21 @@ def package(tmp_path) -> Path:
 
 
 def write_genomes(data: Path) -> dict[str, np.ndarray]:
-    """Files as the demo's list of genomes names them, {species: bases}: AT-rich, every C followed by G."""
+    """Files as the demo's list of genomes names them, {species: bases}: AT-rich, every C followed by G, a repeat."""
     rng = np.random.default_rng(0)
     genomes = {}
     for species in OmegaConf.to_container(OmegaConf.load(REPOSITORY / GENOMES))["species"]:
         words = rng.choice(["A", "T", "CG", "G", "a", "t"], 12_000, p=[0.25, 0.25, 0.2, 0.1, 0.1, 0.1])
-        bases = "".join(words)
+        bases = "".join(words).upper()
+        bases = bases[:6000] + bases[6000:9000].lower() + bases[9000:]  # a repeat
         contig = species.get("valid_contigs", ["NC_1.1"])[0]
         with gzip.open(data / Path(species["fasta"]).name, "wt") as file:
             file.write(f">{contig} Drosophila {species['name']} chromosome 4\n")
             file.writelines(bases[i : i + 80] + "\n" for i in range(0, len(bases), 80))
+        if species["name"] == "melanogaster":
+            with gzip.open(data / ANNOTATION, "wt") as file:
+                exon = ["x", "CDS", "2001", "4500", ".", "+", "0", 'gene_id "a"']
+                file.write("#gtf-version 2.2\n" + "\t".join([contig, *exon]) + "\n")
         genomes[species["name"]] = np.array(["ACGT".index(base) for base in bases.upper()])
     return genomes
 
@@ -106,6 +111,16 @@ def test_the_whole_demo(package, tmp_path):
     red, green, blue = np.moveaxis(picture, -1, 0)
     assert ((red > 0.9) & (green > 0.3) & (green < 0.6) & (blue < 0.2)).sum() > 200, "no validation curve"
     assert ((red < 0.3) & (blue > 0.6)).sum() > 200, "no training curve"
+
+    kinds = [line.split("\t")[3] for line in (out / "windows.bed").read_text().splitlines()]
+    # Of 256 bases: 8 to 17 are whole within the exon, 24 to 34 within the repeat.
+    assert (kinds.count("coding"), kinds.count("repeat")) == (9, 11) and kinds.count("neither") > 20
+    with np.load(out / "windows.npz") as found:
+        assert found["names"].tolist() == kinds and found["embeddings"].shape[0] == len(kinds)
+    scores = (out / "exon.tsv").read_text().splitlines()
+    assert len(scores) == 1 + 3 * 60 and {int(line.split("\t")[1]) for line in scores[1:]} == set(range(3221, 3281))
+    used = matplotlib.image.imread(out / "use.png")[..., :3]
+    assert used.shape == (550, 1430, 3) and used.std() > 0.05
 
     before = run.metrics_path.read_bytes()
     assert losses_in(run_demo(package, out)) == losses

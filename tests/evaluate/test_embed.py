@@ -159,6 +159,34 @@ def test_vectors_of_bases_are_found_by_sequence_in_both_formats(tmp_path: Path, 
         assert np.array_equal([row["embedding"] for row in mine], vectors)
 
 
+def test_tracks_of_bases_are_found_by_sequence_in_zarr(tmp_path: Path, genome: Path) -> None:
+    zarr = pytest.importorskip("zarr", reason="of the extra `evaluate`")
+    path, texts, _ = write_inputs(tmp_path, genome)["csv"]
+    runner, options = Runner(made("ph")), EmbedOptions(pool="base")
+    for _ in range(2):  # the second time in the place of the first
+        embed_file(runner, SequenceSource(path), tmp_path / "out.zarr", options)
+    found = zarr.open_group(str(tmp_path / "out.zarr"), mode="r")
+    offsets = found["offsets"][:]
+    assert list(found.attrs["names"]) == [str(number) for number in range(len(texts))]
+    for number, vectors in enumerate(embed(runner, texts, options)):
+        assert np.array_equal(found["embeddings"][offsets[number] : offsets[number + 1]], vectors)
+    embed_file(runner, SequenceSource(path), tmp_path / "means.zarr", EmbedOptions())
+    assert np.array_equal(zarr.open_group(str(tmp_path / "means.zarr"))["embeddings"][:], embed(runner, texts))
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_shards_are_embedded_as_their_windows(tmp_path: Path, small_shards: Path, window: int | None) -> None:
+    runner, options = Runner(made("ps")), EmbedOptions(pool="centre", piece=1000)
+    embed_file(runner, SequenceSource(small_shards, window=window), tmp_path / "out.npz", options)
+    records = (small_shards.parent / "genome.fa").read_text().split(">")
+    text = "".join(records[3].split("\n")[1:]).upper()  # chr3, which is held out
+    cuts = [(at, min(at + 2048, len(text))) for at in range(0, len(text), 2048)]
+    cuts = [(at, min(at + (window or 2048), end)) for first, end in cuts for at in range(first, end, window or 2048)]
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["names"].tolist() == [f"small/chr3:{first}-{end}" for first, end in cuts]
+        assert np.array_equal(found["embeddings"], embed(runner, [text[first:end] for first, end in cuts], options))
+
+
 def test_a_command_that_was_killed_goes_on(tmp_path: Path, genome: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, texts, _ = write_inputs(tmp_path, genome)["csv"]
     monkeypatch.setattr(embed_module, "_PART_SEQUENCES", 1)
@@ -192,7 +220,7 @@ def test_parts_of_other_options_are_not_taken(tmp_path: Path, genome: Path, monk
         assert np.array_equal(found["embeddings"], embed(runner, texts, EmbedOptions(layer=0)))
 
 
-def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, refused) -> None:
+def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, small_shards: Path, model_folder, refused) -> None:
     vcf = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\n"
     other = "A" if bases(genome, 1, 99, 100) != "A" else "C"
     files = {
@@ -211,6 +239,13 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
         "no.vcf": ("chr1\t100\t.\tA\tG\n", "not a VCF"),
         "p.parquet": ("not parquet", "not readable as parquet"),
     }
+    for name, message in {
+        "--split": "choose one of train, valid, test",
+        "--input": "holds no sequence of the split",
+    }.items():
+        words = ["embed", "--model", model_folder("ps"), "--input", small_shards, "--out", tmp_path / "out.npz"]
+        assert message in refused(*words, "--split", "test" if name == "--input" else "dev"), name
+    assert "manifest" in refused("embed", "--model", model_folder("ps"), "--input", tmp_path, "--out", "out.npz")
     model = model_folder("ps")
     for name, (content, message) in files.items():
         (tmp_path / name).write_text(content)
@@ -226,7 +261,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
         ("--layer", "3"): "--layer: the model has 0 (embedding) to 2 (final norm), got 3",
         ("--strands", "both"): "--strands: choose one of",
         ("--piece", "0"): "--piece: must be at least 1",
-        ("--out", "x.txt"): "should end in .npz or .parquet",
+        ("--out", "x.txt"): "should end in .npz, .parquet or .zarr",
         ("--model", "nowhere"): "nowhere",
         ("--input", "nowhere.fa"): "nowhere.fa: no such file",
     }.items():

@@ -230,6 +230,28 @@ def test_every_substitution_of_places(tmp_path: Path, genome: Path, model_folder
     assert found["llr"] == pytest.approx(again["llr"], abs=1e-6)
 
 
+def test_tracks_tell_of_each_place(tmp_path: Path, genome: Path, model_folder, evaluate, refused) -> None:
+    tracks = pytest.importorskip("pyBigWig", reason="of the extra `evaluate`")
+    (tmp_path / "places.bed").write_text("chr2\t0\t3\nchr1\t100\t104\nchr1\t102\t106\n")  # in no order, and overlapping
+    words = ["variants", "--model", model_folder("ps"), "--genome", genome, "--window", WINDOW]
+    words += ["--out", tmp_path / "out.parquet", "--tracks", tmp_path / "t"]
+    evaluate(*words, "--every-snv", tmp_path / "places.bed")
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    rows_of_places = list(zip(found["chrom"], found["pos"], strict=True))
+    for name in ("entropy", "llr"):
+        with tracks.open(str(tmp_path / f"t.{name}.bw")) as file:
+            assert file.chroms() == {"chr1": 300, "chr2": 60}
+            for contig, first, end in (("chr1", 100, 106), ("chr2", 0, 3)):
+                values = file.values(contig, first, end)
+                for place, value in enumerate(values, first):
+                    rows = [n for n, row in enumerate(rows_of_places) if row == (contig, place + 1)]
+                    assert value == pytest.approx(np.mean([found[name][n] for n in rows]), rel=1e-6)
+            assert np.isnan(file.values("chr1", 99, 100)).all() and np.isnan(file.values("chr1", 106, 107)).all()
+    assert not list(tmp_path.glob(".*")) and "only --every-snv gives" in refused(*words, "--input", "no.vcf")
+    message = refused(*words, "--every-snv", tmp_path / "places.bed", "--scores", "embedding")
+    assert "--tracks: of masked and unmasked scores" in message
+
+
 def test_rows_may_bring_their_own_windows(tmp_path: Path, genome: Path) -> None:
     text = text_of(genome)["chr1"]
     first, pos = 100 - WINDOW // 2 - 1, 100
@@ -308,6 +330,8 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
         "contig.csv": (f"{table}chr7,100,A,C\n", "the genome has no contig 'chr7', but chr1, chr2"),
         "column.csv": ("chrom,pos,ref\nchr1,1,A\n", "no column 'alt' or 'alternate' or 'allele2' for ALT"),
         "empty.csv": (table, "the table has no row"),
+        "nothing.csv": ("", "nothing.csv: holds no line"),
+        "nothing.vcf": ("", "nothing.vcf: not a VCF"),
         "empty.vcf": ("#CHROM\tPOS\tID\tREF\tALT\n", "holds no variant"),
         "pos.vcf": ("#CHROM\tPOS\tID\tREF\tALT\nchr1\t1e3\t.\tA\tC\n", "pos.vcf:2: POS must be a whole number"),
         "short.vcf": ("#CHROM\tPOS\tID\tREF\tALT\nchr1\t1\n", "short.vcf:2: has 2 fields"),
@@ -331,6 +355,28 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
     }.items():
         assert message in refused(*good, "--out", tmp_path / "out.tsv", *words), words
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_vcf_as_other_tools_leave_it_is_read_as_a_clean_one(tmp_path: Path, genome: Path) -> None:
+    text, head = text_of(genome)["chr1"], "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+    rows = [f"chr1\t{p}\t.\t{text[p - 1]}\t{'ACGT'.replace(text[p - 1], '')[0]}\t.\t.\t.\n" for p in (50, 60, 70)]
+    clean = head + "".join(rows)
+    (tmp_path / "clean.vcf").write_text(clean)
+    lower = head + "".join(row.lower() for row in rows)
+    odd = {
+        "bom": "\ufeff" + clean,
+        "crlf": clean.replace("\n", "\r\n"),
+        "spaces": head + "".join(row.replace("\t", "  ") for row in rows),
+        "lower": lower,
+        "all": "\ufeff" + lower.replace("\n", "\r\n").replace("\t", " ", 3),
+    }
+    runner, options = Runner(made("ps")), ScoreOptions(window=WINDOW)
+    score_file(runner, VariantSource(tmp_path / "clean.vcf", genome), tmp_path / "clean.tsv", options)
+    expected = read_columns(tmp_path / "clean.tsv").values["llr"]
+    for name, content in odd.items():
+        (tmp_path / f"{name}.vcf").write_bytes(content.encode())
+        score_file(runner, VariantSource(tmp_path / f"{name}.vcf", genome), tmp_path / f"{name}.tsv", options)
+        assert read_columns(tmp_path / f"{name}.tsv").values["llr"] == expected, name
 
 
 def write_labelled(folder: Path, genome: Path) -> tuple[Path, Path, list[float]]:

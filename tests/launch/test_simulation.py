@@ -69,7 +69,7 @@ def check_loader(config: Config, ranks: list[SimulatedRank], consumed: int) -> N
             config, "train", rank=schedule.rank, world=schedule.world, positions=simulated.positions, device="cpu"
         )
         loader.load_state({**loader.state(), "samples_consumed": consumed})
-        first = consumed // schedule.global_batch * schedule.per_step
+        first = schedule.micro_batches_before(schedule.ramp.steps_before(consumed))
         batches = itertools.islice(loader, 2)
         assert [batch.g.tolist() for batch in batches] == schedule.samples(np.arange(first, first + 2)).tolist()
 

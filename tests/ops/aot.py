@@ -1,7 +1,9 @@
 """Compiles the Triton kernels ahead of time for GPUs that are not here, and reads what ptxas made of them.
 
-Run as a program in a process of its own with compute capabilities, joined by commas, element type, what to launch and,
-unless it is to be all, names of kernels: prints one JSON object per compiled kernel. What is compiled is what the
+Run as a program in a process of its own with compute capability, element type, what to launch and,
+unless it is to be all, names of kernels: prints one JSON object per kernel, from the record (tests/ops/record.py) where
+that has it. With `--afresh KEY`, the kernel of that key is compiled though it is on record; with `--record` alone, the
+record is written anew. What is compiled is what the
 package's own launch code asks for: models and ops run forward and backward on fake tensors, and where Triton would
 launch a kernel it only compiles it, with the types, divisors and constants that Triton itself finds in the arguments.
 """
@@ -13,8 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -30,7 +33,10 @@ from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
 from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import conv, cross_entropy, device, norm, scan, scan_launches
+from tests.ops import record
 from tests.ops.offsets import narrow_products
+from tests.ops.record import OnRecord
+from tests.ops.tools import RUNS
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,7 +76,8 @@ class Instruction(NamedTuple):
 
 @contextlib.contextmanager
 def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[str, list]]:
-    """Launches compile instead, for each capability. Gives kernels by name without `_kernel`, each compiled once."""
+    """Launches compile instead, for each capability. Gives kernels by name without `_kernel`, each compiled once,
+    or its `OnRecord` where `record.keyed` knows it."""
     found: dict[str, list] = {}
     targets = [Target(capability) for capability in capabilities]
 
@@ -235,17 +242,42 @@ def launch_scan(element: str, states: int) -> None:
     train(CaduceusConfig(d_model=256, n_layer=2, d_state=states), 1, 131_072, element)
 
 
-def main() -> None:
-    capabilities, element, what, *names = sys.argv[1:]
-    with compiling(*map(int, capabilities.split(",")), names=names) as found:
+def compile_run(
+    capability: str, element: str, what: str, *names: str, known: Mapping[str, dict] = MappingProxyType({})
+) -> dict[str, dict]:
+    """By key, the name and resources of each kernel that a run launches. Those that are known are not compiled."""
+    with record.keyed(known, resources), compiling(int(capability), names=names) as found:
         if what.isdecimal():
             launch_scan(element, int(what))
         else:
             {"published": launch_all, "one": launch_one, "rest": launch_rest}[what](element)
-    for name, kernels in found.items():
-        for compiled in kernels:
-            capability = compiled.metadata.target.arch
-            print(json.dumps({"kernel": name, "capability": capability} | resources(compiled)), flush=True)
+    kernels = {}
+    for name, compiled in ((name, each) for name, group in found.items() for each in group):
+        if isinstance(compiled, OnRecord):
+            kernels[compiled.key] = known[compiled.key]
+        else:
+            of = {"kernel": name, "capability": int(capability), "element": element, "run": what}
+            kernels[compiled.metadata.key] = of | resources(compiled)
+    return kernels
+
+
+def compile_afresh(key: str, known: Mapping[str, dict]) -> dict[str, dict]:
+    """The kernel of a key, compiled though it is known."""
+    capability, element, what, name = (str(known[key][word]) for word in ("capability", "element", "run", "kernel"))
+    others = {other: kernel for other, kernel in known.items() if other != key}
+    found = compile_run(capability, element, what, name, known=others)
+    return {other: kernel for other, kernel in found.items() if other == key}
+
+
+def main() -> None:
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # also what Triton's own cache has, so that each kernel gets its key
+    arguments, known = sys.argv[1:], record.load()
+    if arguments == ["--record"]:
+        record.save({key: kernel for run in RUNS for key, kernel in compile_run(*run, known=known).items()})
+        return
+    found = compile_afresh(arguments[1], known) if arguments[0] == "--afresh" else compile_run(*arguments, known=known)
+    for key, kernel in found.items():
+        print(json.dumps(kernel | {"key": key}), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from caduceus.ops.across_ranks import SlicedScan, carried
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.split import SlicedScan, carried
 
 ALONG_LENGTH = (True, True, False, True, True, False, True, False)
 """Which of u, dt, A, B, C, D, z, dt_bias are cut into slices."""

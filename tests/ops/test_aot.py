@@ -1,6 +1,6 @@
 """All that the published models launch, compiled for GPUs that need not be here: no spills, bounded resources."""
 
-import itertools
+import datetime
 import json
 import os
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops.tools import has_tools
+from tests.ops.tools import RUNS, SCAN, has_tools
 
 ROOT = Path(__file__).parents[2]
 # A multiprocessor has 65,536 registers, so a block of 128 threads at R registers is one of 512 / R: 4 at 128, 3 at 168.
@@ -31,8 +31,6 @@ REGISTERS = {
     "cross_entropy_backward": 168,
 }
 MORE_STATES = REGISTERS | dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay"), 168)
-SCAN = ("chunk_state", "chunk_carry", "scan_forward", "chunk_adjoint", "scan_replay", "gather_pieces", "scan_backward")
-SCAN += ("scatter_pieces",)
 OTHERS = ("conv_forward", "conv_backward", "add_norm_forward", "add_norm_backward")
 OTHERS += ("cross_entropy_forward", "cross_entropy_backward")
 SHARED = 48 * 1024  # what a block gets without asking for more
@@ -44,25 +42,13 @@ pytestmark = [
 ]
 
 
-def compiled(capabilities: tuple[int, ...], element: str, launches: str, kernels: tuple[str, ...] = ()) -> list[dict]:
-    """What became of each kernel; that all were launched is asserted."""
-    command = [
-        sys.executable,
-        "-W",
-        "error::UserWarning:triton.knobs",
-        "-m",
-        "tests.ops.aot",
-        ",".join(map(str, capabilities)),
-        element,
-        launches,
-    ]
+def compiled(*arguments: str) -> list[dict]:
+    """What became of each kernel, on record or compiled now."""
+    command = [sys.executable, "-W", "error::UserWarning:triton.knobs", "-m", "tests.ops.aot", *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_") or k == "TRITON_CACHE_DIR"}
-    result = subprocess.run([*command, *kernels], cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    launched = {(kernel["kernel"], kernel["capability"]) for kernel in found}
-    assert launched == set(itertools.product(kernels or (*SCAN, *OTHERS), capabilities))
-    return found
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def check(kernels: list[dict], registers: dict[str, int]) -> None:
@@ -75,21 +61,18 @@ def check(kernels: list[dict], registers: dict[str, int]) -> None:
         assert found["fused"], f"multiplies and adds in two instructions: {found}"
 
 
-def test_published_models_compile_without_spills():
-    """With sequences alone, in batches and shared by ranks."""
-    check(compiled((90,), "bf16", "published"), REGISTERS)
+@pytest.mark.parametrize("run", RUNS, ids=["-".join(run[:3]) for run in RUNS])
+def test_kernels_compile_without_spills(run):
+    """Those of the published models, of sequences alone, in batches and shared by ranks, on two GPUs, with two types;
+    packed, odd, giant and smallest sequences; and more states, which most kernels hold in a thread's 255 registers."""
+    found = compiled(*run)
+    assert {kernel["kernel"] for kernel in found} == set(run[3:] or (*SCAN, *OTHERS))
+    check(found, MORE_STATES if run[2].isdecimal() else REGISTERS)
 
 
-@pytest.mark.parametrize("element", ["bf16", "fp32"])
-def test_an_older_gpu_and_another_type_compile_without_spills(element):
-    check(compiled((80,), element, "one"), REGISTERS)
-
-
-def test_packed_odd_giant_and_smallest_sequences_compile_without_spills():
-    check(compiled((90,), "bf16", "rest"), REGISTERS)
-
-
-@pytest.mark.parametrize(("capability", "states"), [(80, 32), (90, 64)])
-def test_more_states_compile_without_spills(capability, states):
-    """Most kernels hold all states of a channel in a thread's registers, of which there are 255."""
-    check(compiled((capability,), "bf16", str(states), SCAN), MORE_STATES)
+def test_a_kernel_on_record_is_what_is_compiled():
+    """Another one each day."""
+    known = json.loads((ROOT / "tests" / "ops" / "resources.json").read_text())
+    key = sorted(known)[datetime.date.today().toordinal() % len(known)]
+    again = {kernel.pop("key"): kernel for kernel in compiled("--afresh", key)}
+    assert again == {key: known[key]}

@@ -1,7 +1,19 @@
-"""The programs that Triton brings for compiling ahead of time."""
+"""What is compiled ahead of time, and the programs for it that Triton brings."""
 
 from importlib.util import find_spec
 from pathlib import Path
+
+SCAN = ("chunk_state", "chunk_carry", "scan_forward", "chunk_adjoint", "scan_replay", "gather_pieces", "scan_backward")
+SCAN += ("scatter_pieces",)
+RUNS = (
+    ("90", "bf16", "published"),
+    ("80", "bf16", "one"),
+    ("80", "fp32", "one"),
+    ("90", "bf16", "rest"),
+    ("80", "bf16", "32", *SCAN),
+    ("90", "bf16", "64", *SCAN),
+)
+"""What is compiled: compute capability, element type, what is launched, and which kernels if not all."""
 
 
 def has_tools() -> bool:

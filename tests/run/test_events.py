@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from caduceus.errors import UserError
-from caduceus.monitor.report.runs import read_run
+from caduceus.monitor.report.reported import read_run
 from caduceus.run.directory import RunDirectory
 from caduceus.run.events import events_path, read_events, record_event
 from caduceus.train.stopping import EXIT_REQUEUE

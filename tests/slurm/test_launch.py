@@ -3,12 +3,16 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from caduceus.errors import UserError
 from launch import slurm
-from tests.slurm.small_runs import REQUEST, job_of, launch, losses, wait_for_end
+from tests.evaluate.conftest import model_folder
+from tests.launch.test_evaluate import write_sequences
+from tests.slurm.small_runs import REQUEST, command, job_of, launch, losses, wait_for_end
 
+__all__ = ["model_folder"]
 pytestmark = pytest.mark.slow
 
 
@@ -76,3 +80,15 @@ def test_nodes_are_checked_before_a_run(slurm_cluster, config, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("2 ranks on 2 nodes: n") and "all ranks, 2 ranks: all-reduce" in done.stdout
     assert "\n0 wrong, " in done.stdout
+
+
+def test_an_evaluation_is_a_job_whose_ranks_share_it(slurm_cluster, tmp_path, model_folder):
+    write_sequences(tmp_path / "in.csv", 4100)
+    words = ["embed", "--model", model_folder("ps"), "--input", "in.csv"]
+    assert command("evaluate", tmp_path, *words, "--out", "one.npz", "--cluster", "debug").returncode == 0
+    request = [*words, "--out", "two.npz", *REQUEST, "--nodes", "2"]
+    first, again = command("evaluate", tmp_path, *request), command("evaluate", tmp_path, *request)
+    assert again.returncode == 2 and f"two.npz is being made by job {job_of(first)}; wait" in again.stderr
+    assert wait_for_end(slurm_cluster, job_of(first)) == "COMPLETED"
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert np.array_equal(one["embeddings"], two["embeddings"])

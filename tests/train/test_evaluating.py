@@ -151,10 +151,11 @@ def test_ranks_share_evaluations_and_train_as_without(small_run: SmallRun, input
         "ddp": {"strategy": "ddp"},
         "fsdp": {"strategy": "fsdp"},
         "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+        "context": {"strategy": "ddp", "context": 2},
     }
     configs = {"without": config_of(small_run, "without", {}, parallel=given["ddp"])}
     configs |= {name: config_of(small_run, name, some, parallel=parallel) for name, parallel in given.items()}
-    assert on_ranks(2, train_on_ranks, list(configs.values())) == [[0] * 4, [0] * 4]
+    assert on_ranks(2, train_on_ranks, list(configs.values())) == [[0] * 5, [0] * 5]
     assert_same_training(configs["without"], configs["ddp"])
     alone = config_of(small_run, "alone", some)
     assert train(alone) == 0
@@ -184,6 +185,9 @@ def test_the_best_checkpoint_stays(small_run: SmallRun, monkeypatch: pytest.Monk
     assert run.best() == best and (run.checkpoints_path / "best").resolve().name == "step-00000002"
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [2, 4]
     config.train.steps, config.run.allow_change = 5, ["train.steps"]
+    assert train(config) == 0
+    assert run.best() == {**best, "step": 5, "value": 0.95}
+    (run.checkpoints_path / "best.json").unlink()  # as where a kill came between the checkpoint and it
     assert train(config) == 0
     assert run.best() == {**best, "step": 5, "value": 0.95}
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [5]

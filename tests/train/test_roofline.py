@@ -39,7 +39,7 @@ def test_the_published_model_of_131k_has_its_known_costs() -> None:
 def test_shares_of_the_peaks_of_a_known_gpu(monkeypatch) -> None:
     config = Config()
     assert utilization(config, 1e6, torch.device("cpu")) == {}
-    h100 = roofline._PEAKS["H100"]
+    h100 = roofline.PEAKS["H100"]
     monkeypatch.setattr(roofline, "_peaks", lambda device: h100)
     config.train.precision = "bf16"
     rate = h100.exponentials / exponentials_per_base(config.model)

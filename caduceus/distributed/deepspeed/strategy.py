@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from caduceus.config import Config
-from caduceus.distributed.deepspeed.options import engine_options
 from caduceus.distributed.deepspeed.package import naming_its_file, need_deepspeed
+from caduceus.distributed.deepspeed.settings import engine_settings
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import DEEPSPEED_FOLDER as FOLDER
@@ -43,7 +43,7 @@ class DeepSpeed(Strategy):
 
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
         block = max(_count(block) for block in model.blocks)
-        options = engine_options(config, ranks.data_world, _count(model), block)
+        settings = engine_settings(config, ranks.data_world, _count(model), block)
         deepspeed = need_deepspeed(ranks.device.type)
         if ranks.device.index is not None:  # for which it takes LOCAL_RANK, also where a rank sees but its own GPU
             os.environ["LOCAL_RANK"] = str(ranks.device.index)
@@ -51,7 +51,7 @@ class DeepSpeed(Strategy):
         self.zero_stage = config.parallel.zero_stage
         file = config.parallel.deepspeed_config
         if self.zero_stage == 3:
-            partition = naming_its_file(file)(functools.partial(deepspeed.zero.Init, config_dict_or_path=options))
+            partition = naming_its_file(file)(functools.partial(deepspeed.zero.Init, config_dict_or_path=settings))
             initialise(model, config.train, ranks.device, shard=lambda part: partition(module=part))
             self._whole = deepspeed.zero.GatheredParameters
         else:
@@ -60,7 +60,7 @@ class DeepSpeed(Strategy):
         optimizer = build_optimizer(model, config.train)
         with naming_its_file(file):
             self.model, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=options, dist_init_required=False
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         self.optimizer = self.model.optimizer
 

@@ -44,34 +44,34 @@ _REMARKS = ("_", "//", "#", "comment")
 """Beginnings of keys that say something to people."""
 
 
-def read_options(path: str, decided: dict[str, tuple[Any, str]]) -> dict[str, Any]:
+def read_settings(path: str, decided: dict[str, tuple[Any, str]]) -> dict[str, Any]:
     """What a file sets beyond `decided`: {DeepSpeed's dotted key: (value in this run, the key that decides it)}.
 
     Raises `UserError` for a file that is no JSON object, for a key that contradicts the run, and for every key that is
     not in `ALLOWED` or not of its kind.
     """
-    options = _read(path)
+    settings = _read(path)
     for section in _PRECISIONS:
-        values = options.get(section)
+        values = settings.get(section)
         enabled = values.get("enabled") if isinstance(values, dict) else None
-        _take_out(options, f"{section}.enabled", decided, path)
+        _take_out(settings, f"{section}.enabled", decided, path)
         if enabled in (False, "auto"):  # then the rest of the section does not count
-            del options[section]
-    options = _stated(options)
+            del settings[section]
+    settings = _stated(settings)
     for key in decided:
-        _take_out(options, key, decided, path)
-    return {key: value for key, value in _allowed(options, ALLOWED, "", path).items() if value != {}}
+        _take_out(settings, key, decided, path)
+    return {key: value for key, value in _allowed(settings, ALLOWED, "", path).items() if value != {}}
 
 
 def _read(path: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-        options = json.loads(text, object_pairs_hook=_without_repetition)
+        settings = json.loads(text, object_pairs_hook=_without_repetition)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"parallel.deepspeed_config: {path} is not readable as JSON ({error})") from None
-    if not isinstance(options, dict):
+    if not isinstance(settings, dict):
         raise UserError(f"parallel.deepspeed_config: {path} is not a JSON object")
-    return options
+    return settings
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,18 +81,18 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _stated(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without remarks and without what is null or left to the trainer by "auto"."""
-    stated = {key: _stated(value) if isinstance(value, dict) else value for key, value in options.items()}
+def _stated(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without remarks and without what is null or left to the trainer by "auto"."""
+    stated = {key: _stated(value) if isinstance(value, dict) else value for key, value in settings.items()}
     return {key: value for key, value in stated.items() if value not in (None, "auto") and not key.startswith(_REMARKS)}
 
 
-def _take_out(options: dict[str, Any], key: str, decided: dict[str, tuple[Any, str]], path: str) -> None:
+def _take_out(settings: dict[str, Any], key: str, decided: dict[str, tuple[Any, str]], path: str) -> None:
     """Remove a dotted key that the run decides; refuse another value than the run's."""
     *place, name = key.split(".")
     for part in place:
-        options = options.get(part) if isinstance(options, dict) else None
-    given = options.pop(name, None) if isinstance(options, dict) else None
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    given = settings.pop(name, None) if isinstance(settings, dict) else None
     value, deciding = decided[key]
     if given not in (None, "auto") and (given.lower() if isinstance(given, str) else given) != value:
         _refuse(
@@ -102,10 +102,10 @@ def _take_out(options: dict[str, Any], key: str, decided: dict[str, tuple[Any, s
         )
 
 
-def _allowed(options: dict[str, Any], allowed: dict[str, Any], place: str, path: str) -> dict[str, Any]:
-    """The options that a file may set; those that are off are left out, and others refused."""
+def _allowed(settings: dict[str, Any], allowed: dict[str, Any], place: str, path: str) -> dict[str, Any]:
+    """The settings that a file may set; those that are off are left out, and others refused."""
     kept = {}
-    for key, value in options.items():
+    for key, value in settings.items():
         name, kind = f"{place}{key}", allowed.get(key)
         if kind is None:
             if _is_off(value):

@@ -14,7 +14,7 @@ AUTO_MAP = {
 
 
 def code_files() -> dict[str, str]:
-    """The files, by name: made of this package, or, where this is such a file itself, those that it lies among."""
+    """The files by name, made from this package; a copy of this module in an export gives the files beside it."""
     if __name__ == "caduceus.hub.auto.code":
         return import_module("caduceus.hub.remote_code").remote_code()
     beside = (path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")

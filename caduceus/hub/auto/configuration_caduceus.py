@@ -36,7 +36,7 @@ class CaduceusConfig(PretrainedConfig):
         super().__init__(**keys)
 
     def to_dict(self) -> dict[str, Any]:
-        """As of `transformers`, with the published `pad_token_id`."""
+        """Read it as `transformers` does, with the published `pad_token_id`."""
         values = super().to_dict()
         if self.vocab_size in VOCABULARIES:
             values["pad_token_id"] = config_to_published(OwnConfig(vocab_size=self.vocab_size))["pad_token_id"]

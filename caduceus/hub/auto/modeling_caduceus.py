@@ -78,7 +78,7 @@ class CaduceusPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **options: Any,
     ) -> Any:
-        """As of `transformers`. The weights may be in any form that `caduceus.hub` reads, but quantized.
+        """Load as `transformers` does. The weights may be in any form that `caduceus.hub` reads, but quantized.
 
         `dtype` (or `torch_dtype`) defaults to that of the file; `device_map` names one device for all. What a head has
         and the file has not keeps its first weights, which the log tells.
@@ -125,8 +125,10 @@ class CaduceusPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **options: Any
     ) -> None:
-        """As of `transformers`, with the code that loads it again. A tied weight is written under each of its names, as
-        published code needs it."""
+        """Save as `transformers` does, and add the code that loads it again.
+
+        A tied weight is written under each of its names, as published code needs it.
+        """
         own = self.state_dict() if state_dict is None else state_dict
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process, self._to_published(own), **options)
@@ -213,7 +215,7 @@ class CaduceusForMaskedLM(CaduceusPreTrainedModel):
     ) -> MaskedLMOutput | tuple:
         """Logits (B, L, V) of every base, and the mean loss of the labelled ones, weighted by `loss_weights` (B, L).
 
-        labels (B, L), −100 where nothing is to be predicted. attention_mask as of `Caduceus`.
+        labels (B, L), −100 where nothing is to be predicted. attention_mask: see `Caduceus`.
         """
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         pad_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask == 0
@@ -244,7 +246,7 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple:
-        """Logits (B, labels); labels (B,), or (B, labels) for several at once; `problem_type` as of `transformers`."""
+        """Logits (B, labels); labels (B,), or (B, labels) for several at once; `problem_type` as in `transformers`."""
         last, hidden_states = self.caduceus.strands(input_ids, attention_mask, output_hidden_states)
         logits = self.score(self._pooled(last, attention_mask)).mean(0)
         loss = None if labels is None else self._loss(logits, labels.to(logits.device))

@@ -78,7 +78,7 @@ class CaduceusTokenizer(PreTrainedTokenizer):
         return_tensors: str | None = None,
         **options: Any,
     ) -> BatchEncoding:
-        """As of `transformers`, for a string or a batch of them; a sequence is never cut into overlapping pieces."""
+        """Tokens of a string or several, as in `transformers`; a sequence is never cut into overlapping pieces."""
         if text_pair is not None or options.get("return_overflowing_tokens"):
             raise ValueError("text_pair, return_overflowing_tokens: a sequence of DNA has no second part")
         is_batch = not isinstance(text, str)

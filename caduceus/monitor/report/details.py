@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from caduceus.monitor.report.figures import STYLE, colour_of, new_figure, shortened, with_legend
-from caduceus.monitor.report.runs import Reported
+from caduceus.monitor.report.reported import Reported
 
 _DASHES = ("-", "--", ":", "-.")
 _COLOURS = 8
@@ -58,6 +58,12 @@ def _of_vitals(title: str, prefix: str, logarithmic: bool) -> Callable[[Sequence
     return draw
 
 
+def _of_evaluations(runs: Sequence[Reported], axis: str) -> Figure | None:
+    """Draws the numbers of evaluations, each of which has steps of its own."""
+    series = [list(run.history.evaluations.items()) for run in runs]
+    return _lines("Evaluations", runs, axis, series, [run.history.evaluation_steps for run in runs])
+
+
 @rc_context(STYLE)
 def _lines(
     title: str,
@@ -66,7 +72,7 @@ def _lines(
     series: Sequence[Sequence[tuple[str, np.ndarray]]],
     steps: Sequence[np.ndarray],
 ) -> Figure | None:
-    """A colour for each label, and dashes for each run. series: of each run, (label, values)."""
+    """A colour for each label, and dashes for each run. series: the (label, values) of each run."""
     labels = list(dict.fromkeys(label for lines in series for label, _ in lines))[:_MOST_LINES]
     if not labels:
         return None
@@ -78,7 +84,8 @@ def _lines(
                 place = labels.index(label)
                 style = {"color": colour_of(place), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.1}
                 style |= {"marker": "os"[place // _COLOURS % 2], "markersize": 3, "gid": f"line-{number}-{place}"}
-                axes.plot(x, values, label=shortened(label) if number == 0 and label else None, **style)
+                known = ~np.isnan(values)
+                axes.plot(x[known], values[known], label=shortened(label) if number == 0 and label else None, **style)
     _name_dashes(axes, runs)
     return with_legend(figure, axes, columns=3)
 
@@ -180,5 +187,6 @@ DETAILS = (
         _by_layer("Scale of activations by layer", ("residual_rms", "mixer_rms")),
         by_layer=True,
     ),
+    Detail("evaluations", "Numbers of the run's evaluations; metrics.jsonl has all of them.", _of_evaluations),
     Detail("epochs", "How often the crops of each species were seen.", _of_vitals("Epochs by species", "epoch", False)),
 )

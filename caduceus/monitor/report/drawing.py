@@ -1,6 +1,6 @@
 """python -m caduceus.monitor.report.drawing RUN STEP: draw the worst and best windows of a validation.
 
-Of older validations the drawings are removed, and the records stay.
+The drawings of older validations are removed; their records stay.
 """
 
 import argparse

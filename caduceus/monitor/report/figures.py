@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from caduceus.monitor.report.history import History, binned
-from caduceus.monitor.report.runs import Reported
+from caduceus.monitor.report.reported import Reported
 from caduceus.page import COLOURS
 
 AXES = {"tokens": "tokens, billions", "step": "steps", "hours": "hours of training steps"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+_EVALUATED, _SPACE = "evaluated", "eval/"
 _COLUMNS = ("step", "tokens", "samples", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory_bytes")
 
 
@@ -19,7 +20,8 @@ class History:
 
     train: columns of the training rows, each (steps,). valid_steps, valid: steps of the validations and their values
     by name, which begin with `valid_`. vital_steps, vitals: the same of the steps that tell of kinds of parameters and
-    of layers, `grad_norm/KIND` and so on. unreadable: whole lines that are no rows.
+    of layers, `grad_norm/KIND` and so on. evaluation_steps, evaluations: the same of evaluations, `NAME/NUMBER`.
+    unreadable: whole lines that are no rows.
     """
 
     train: dict[str, np.ndarray]
@@ -27,6 +29,8 @@ class History:
     valid: dict[str, np.ndarray]
     vital_steps: np.ndarray
     vitals: dict[str, np.ndarray]
+    evaluation_steps: np.ndarray
+    evaluations: dict[str, np.ndarray]
     unreadable: int
 
     @property
@@ -58,14 +62,15 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Read a metrics.jsonl. Of a step that was made again the row that came last counts.
+    """Read a metrics.jsonl. Where a step was made again, its last row counts.
 
-    What followed that step before it was made again counts no more. A last line without its end is being
-    written and is left out.
+    Rows that followed the earlier one no longer count. A last line without its end is still being written and is left
+    out.
     """
     train = {name: array("d") for name in _COLUMNS}
     valid: dict[int, dict[str, float]] = {}
     vitals: dict[int, dict[str, float]] = {}
+    evaluations: dict[int, dict[str, float]] = {}
     unreadable = 0
     with path.open("rb") as file:
         for line in file:
@@ -76,15 +81,21 @@ def read_history(path: Path) -> History:
             step = row["step"]
             if "loss" in row:
                 if train["step"] and step <= train["step"][-1]:
-                    _forget(train, (valid, vitals), step)
+                    _forget(train, (valid, vitals, evaluations), step)
                 for name, column in train.items():
                     column.append(_number(row.get(name)))
                 told = {name: _number(value) for name, value in row.items() if _is_vital(name)}
                 vitals |= {step: told} if told else {}
             if "valid_loss" in row:
                 valid[step] = {name: _number(value) for name, value in row.items() if name.startswith("valid_")}
+            if _EVALUATED in row:
+                told = {name: _number(value) for name, value in row.items() if name.startswith(_SPACE)}
+                told = {
+                    name.removeprefix(_SPACE): value for name, value in told.items() if not name.endswith("/seconds")
+                }
+                evaluations.setdefault(step, {}).update(told)
     arrays = {name: np.array(column) for name, column in train.items()}
-    return History(arrays, *_columns(valid), *_columns(vitals), unreadable)
+    return History(arrays, *_columns(valid), *_columns(vitals), *_columns(evaluations), unreadable)
 
 
 def _is_vital(name: str) -> bool:
@@ -117,7 +128,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     whole = isinstance(row, dict) and type(row.get("step")) is int
-    return row if whole and ("loss" in row or "valid_loss" in row) else None
+    return row if whole and any(name in row for name in ("loss", "valid_loss", _EVALUATED)) else None
 
 
 def _number(value: Any) -> float:

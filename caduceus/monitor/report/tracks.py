@@ -34,7 +34,7 @@ def draw_window(window: dict[str, Any]) -> Figure:
 
 
 def title_of(window: dict[str, Any]) -> str:
-    """Such as: hg38, worst window: chr8:1,000-2,024 (+), loss 1.3862."""
+    """A title such as: hg38, worst window: chr8:1,000-2,024 (+), loss 1.3862."""
     where = f"crop {window.get('sample')}"
     if "contig" in window:
         where = f"{window['contig']}:{window['start'] + 1:,}-{window['end']:,} ({window['strand']})"

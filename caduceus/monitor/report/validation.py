@@ -5,7 +5,7 @@ from html import escape
 
 import numpy as np
 
-from caduceus.monitor.report.runs import Reported
+from caduceus.monitor.report.reported import Reported
 from caduceus.monitor.windows import windows_of
 from caduceus.page import table
 

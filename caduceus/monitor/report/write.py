@@ -16,7 +16,7 @@ import numpy as np
 from caduceus.errors import UserError
 from caduceus.files import write_atomically
 from caduceus.monitor.report.history import History, binned
-from caduceus.monitor.report.runs import Reported, differences, read_run
+from caduceus.monitor.report.reported import Reported, differences, read_run
 from caduceus.monitor.report.validation import validation_tables, window_drawings
 from caduceus.monitor.view import clock
 from caduceus.page import page, table

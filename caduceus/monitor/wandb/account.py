@@ -13,7 +13,7 @@ def base_url() -> str:
 
 
 def key() -> str | None:
-    """The user's key to W&B: of WANDB_API_KEY or of `wandb login`."""
+    """The user's key to W&B, from WANDB_API_KEY or `wandb login`."""
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib import wbauth
 

@@ -50,7 +50,7 @@ def identity(run: Path) -> Identity:
 
 
 def adopt(run: Path, wanted: str) -> Identity:
-    """Give a run directory the id that its user wants, unless that was given up for good reason before."""
+    """Give a run directory the id that its user wants, unless the run has given that id up before."""
     path = directory(run) / "run.json"
     before = identity(run) if path.exists() else None
     if before is not None and (before.id == wanted or wanted in before.former):
@@ -59,7 +59,7 @@ def adopt(run: Path, wanted: str) -> Identity:
 
 
 def renewed(run: Path) -> Identity:
-    """A new id for a run directory whose W&B run cannot be gone on with."""
+    """A new id for a run directory whose W&B run cannot be continued."""
     before = identity(run)
     return keep_identity(run, Identity(_new_id(), former=[*before.former, before.id]))
 

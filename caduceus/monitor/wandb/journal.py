@@ -21,7 +21,7 @@ class StaleError(Exception):
 
 
 class Journal:
-    """Steps that W&B has, by what tells two makings of a step apart. `last` is the newest step that W&B has."""
+    """Steps that W&B has, each with what differs where it is made again. `last` is the newest step that W&B has."""
 
     def __init__(self, path: Path, last: int) -> None:
         """What of the journal W&B has: its steps up to `last`, as W&B itself tells."""
@@ -113,7 +113,7 @@ def newest_step(run: RunDirectory) -> int:
 
 
 def is_whole(run: RunDirectory, step: int, end: dict[str, Any], steps: int) -> bool:
-    """Whether the newest step has all its rows: a killed trainer may have been in the midst of its validation."""
+    """Whether the newest step has all its rows: a killed trainer may have been in the middle of its validation."""
     if end.get("exit") == 0 or step >= steps:
         return True
     return any(checkpoint.step >= step for checkpoint in run.checkpoints())

@@ -156,7 +156,7 @@ class Sender:
         self._follow(begun, journal, server, lambda: server.last_step(begun.entity, place.project, which.id))
 
     def _begin(self, mode: str, run_id: str) -> Any:
-        """Begin with W&B's client; None where this id cannot be gone on with."""
+        """Begin with W&B's client; None where this id cannot be continued."""
         from caduceus.monitor.wandb import session
 
         try:

@@ -6,8 +6,9 @@ Shapes: P parameter directions, S streams, B batch, L length, E channels, K conv
 import numpy as np
 
 from caduceus.ops.cpu.compiled import jit, leaf
+from caduceus.ops.cpu.llvm_values import EXACT
 from caduceus.ops.cpu.scan_kernels import offset
-from caduceus.ops.cpu.vectors import EXACT, sigmoid
+from caduceus.ops.cpu.vectors import sigmoid
 
 CHUNK = 256
 """Tokens per item."""

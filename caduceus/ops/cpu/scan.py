@@ -38,7 +38,7 @@ def _scan_in_one_type(
 
 
 class SlicedScan:
-    """`split.SlicedScan`: the operands in the type of the arithmetic, and the gradients back in their own."""
+    """`across_ranks.SlicedScan`: the operands in the type of the arithmetic, and the gradients back in their own."""
 
     def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
         self.given = operands

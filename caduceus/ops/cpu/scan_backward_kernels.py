@@ -6,6 +6,7 @@ A scan's states are recomputed from those kept before every chunk; adjoints go t
 import numpy as np
 
 from caduceus.ops.cpu.compiled import jit, leaf
+from caduceus.ops.cpu.llvm_values import EXACT
 from caduceus.ops.cpu.scan_kernels import (
     CHUNK,
     GROUP,
@@ -19,7 +20,6 @@ from caduceus.ops.cpu.scan_kernels import (
     vectors_of_rows,
 )
 from caduceus.ops.cpu.vectors import (
-    EXACT,
     LANES,
     exp2,
     load,
@@ -275,7 +275,7 @@ def _recede(tokens, states, step, gy, rates, adjoint, Cs):
 
 @jit(EXACT)
 def initial_state_gradient(first, last, tensors, strides, flags, block, g_initial):
-    """Gradient of the initial states (P, S, B, N, E) alone. Items as of `scan_backward`."""
+    """Gradient of the initial states (P, S, B, N, E) alone. Items are those of `scan_backward`."""
     g, dt, C, z, rates, bias = tensors
     g_s, dt_s, C_s, z_s = strides
     has_softplus, gated, backward, length = flags

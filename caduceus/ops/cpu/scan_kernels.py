@@ -16,7 +16,8 @@ Shapes: P parameter directions, S streams, B batch, L length, E channels, N stat
 import numpy as np
 
 from caduceus.ops.cpu.compiled import jit, leaf
-from caduceus.ops.cpu.vectors import EXACT, LANES, exp2, load, prefetch, read, sigmoid, softplus, store, write
+from caduceus.ops.cpu.llvm_values import EXACT
+from caduceus.ops.cpu.vectors import LANES, exp2, load, prefetch, read, sigmoid, softplus, store, write
 
 CHUNK = 16
 """Tokens between kept states. The backward pass recomputes the states of one chunk at a time."""

@@ -15,11 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
+from caduceus.ops.cpu.llvm_values import FLAGS, Value
+
 LANES = 32
 """Lanes of every vector: two registers of AVX-512, whose latencies hide each other."""
-EXACT = {"contract", "nsz", "arcp"}
-"""What compiled arithmetic may do to roundings."""
-_FLAGS = sorted(EXACT)
 
 
 class Vector(types.Type):
@@ -36,71 +35,7 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, ir.VectorType(manager.lookup(kind.dtype).get_value_type(), kind.lanes))
 
 
-class _Value:
-    """An LLVM value, float or vector of floats, with the arithmetic of Python: what its use emits is LLVM's."""
-
-    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
-        self.builder, self.value = builder, value
-
-    @property
-    def double(self) -> bool:
-        return isinstance(getattr(self.value.type, "element", self.value.type), ir.DoubleType)
-
-    def _made(self, value: ir.Value) -> "_Value":
-        return _Value(self.builder, value)
-
-    def number(self, number: float, kind: ir.Type | None = None) -> ir.Value:
-        kind = kind or self.value.type
-        vector = isinstance(kind, ir.VectorType)
-        return ir.Constant(kind, [number] * kind.count if vector else number)
-
-    def _operand(self, other) -> ir.Value:
-        return other.value if isinstance(other, _Value) else self.number(float(other))
-
-    def __add__(self, other):
-        return self._made(self.builder.fadd(self.value, self._operand(other), flags=_FLAGS))
-
-    def __sub__(self, other):
-        return self._made(self.builder.fsub(self.value, self._operand(other), flags=_FLAGS))
-
-    def __mul__(self, other):
-        return self._made(self.builder.fmul(self.value, self._operand(other), flags=_FLAGS))
-
-    def __truediv__(self, other):
-        return self._made(self.builder.fdiv(self.value, self._operand(other), flags=_FLAGS))
-
-    def __rtruediv__(self, other):
-        return self._made(self.number(float(other))) / self
-
-    def at_least(self, floor: float) -> "_Value":
-        return self._select("<", self.number(float(floor)))
-
-    def at_most(self, ceiling) -> "_Value":
-        return self._select(">", self._operand(ceiling))
-
-    def _select(self, relation: str, bound: ir.Value) -> "_Value":
-        """The bound where self stands in the relation to it, and so not where self is NaN."""
-        outside = self.builder.fcmp_ordered(relation, self.value, bound)
-        return self._made(self.builder.select(outside, bound, self.value))
-
-    def polynomial(self, coefficients: list[float]) -> "_Value":
-        """Horner's rule, highest power first."""
-        total = self._made(self.number(coefficients[0]))
-        for coefficient in coefficients[1:]:
-            total = total * self + coefficient
-        return total
-
-    def times_power_of_two(self, shifted: "_Value") -> "_Value":
-        """self · 2^k, with k the integer in the lowest bits of `shifted`, by addition to the exponent's bits."""
-        integer, mantissa = (ir.IntType(64), 52) if self.double else (ir.IntType(32), 23)
-        kind = self.value.type
-        bits = ir.VectorType(integer, kind.count) if isinstance(kind, ir.VectorType) else integer
-        power = self.builder.shl(self.builder.bitcast(shifted.value, bits), self.number(mantissa, bits))
-        total = self.builder.add(self.builder.bitcast(self.value, bits), power)
-        return self._made(self.builder.bitcast(total, kind))
-
-
-def _exp2(x: _Value) -> _Value:
+def _exp2(x: Value) -> Value:
     if x.double:
         exponent, shift = 1023, 1.5 * 2.0**52
         coefficients = [math.log(2) ** k / math.factorial(k) for k in range(13, -1, -1)]
@@ -113,35 +48,35 @@ def _exp2(x: _Value) -> _Value:
     return (x - (shifted - shift)).polynomial(coefficients).times_power_of_two(shifted)
 
 
-def _decay_of_softplus(x: _Value) -> _Value:
+def _decay_of_softplus(x: Value) -> Value:
     """e^-|x|"""
     return _exp2((x * math.log2(math.e)).at_most(x * -math.log2(math.e)))
 
 
-def _log1p_from(x: _Value, s: _Value) -> _Value:
+def _log1p_from(x: Value, s: Value) -> Value:
     """max(x, 0) + log(1 + e^-|x|), given s = e / (2 + e): log(1 + e) = 2 artanh(s), s <= 1/3."""
     terms = 17 if x.double else 7
     return x.at_least(0) + s * (s * s).polynomial([2 / (2 * k + 1) for k in range(terms - 1, -1, -1)])
 
 
-def _softplus(x: _Value) -> _Value:
+def _softplus(x: Value) -> Value:
     e = _decay_of_softplus(x)
     return _log1p_from(x, e / (e + 2))
 
 
-def _sigmoid(x: _Value) -> _Value:
+def _sigmoid(x: Value) -> Value:
     y = x * -math.log2(math.e)
     return 1 / (_exp2(y.at_most(1024 if x.double else 128)) + 1)
 
 
-def _function(emit: Callable[[_Value], _Value], what: str):
+def _function(emit: Callable[[Value], Value], what: str):
     """A function of one scalar or vector for compiled code, of the same type."""
 
     def function(typing_context, x):
         if isinstance(x, Vector) or x in (types.float32, types.float64):
 
             def generate(context, builder, signature, arguments):
-                return emit(_Value(builder, arguments[0])).value
+                return emit(Value(builder, arguments[0])).value
 
             return x(x), generate
 
@@ -164,18 +99,18 @@ def softplus_and_slope(typing_context, x):
     """softplus and its derivative, the sigmoid, for the price of one."""
 
     def generate(context, builder, signature, arguments):
-        x = _Value(builder, arguments[0])
+        x = Value(builder, arguments[0])
         e = _decay_of_softplus(x)
         share = 1 / ((e + 1) * (e + 2))
         softplus = _log1p_from(x, e * (e + 1) * share)
         negative = builder.fcmp_ordered("<", x.value, x.number(0))
-        slope = _Value(builder, builder.select(negative, e.value, x.number(1))) * (e + 2) * share
+        slope = Value(builder, builder.select(negative, e.value, x.number(1))) * (e + 2) * share
         return context.make_tuple(builder, signature.return_type, (softplus.value, slope.value))
 
     return types.UniTuple(x, 2)(x), generate
 
 
-def _define(function: Callable, method: Callable[[_Value, _Value], _Value]) -> None:
+def _define(function: Callable, method: Callable[[Value, Value], Value]) -> None:
     """Have an operator take two vectors, or a vector and a scalar that takes the vector's type."""
 
     @type_callable(function)
@@ -191,7 +126,7 @@ def _define(function: Callable, method: Callable[[_Value, _Value], _Value]) -> N
         kind = signature.return_type
         return method(
             *(
-                _Value(builder, v if isinstance(t, Vector) else _spread(context, builder, t, kind, v))
+                Value(builder, v if isinstance(t, Vector) else _spread(context, builder, t, kind, v))
                 for t, v in zip(signature.args, arguments, strict=True)
             )
         ).value
@@ -324,7 +259,7 @@ def _sum_of_halves(builder, vector: ir.Value) -> ir.Value:
         )
         for start in (0, half)
     )
-    return builder.fadd(low, high, flags=_FLAGS)
+    return builder.fadd(low, high, flags=FLAGS)
 
 
 @intrinsic

@@ -1,6 +1,6 @@
 """Kernels of head + cross-entropy. A program takes tiles of ROWS tokens, in the forward pass of one sequence each, and
 skips those without a labelled base, so logits exist only in registers. Streams are summed into the logits before the
-softmax. Of a label that is neither ignored nor in the vocabulary, the loss is NaN.
+softmax. A label that is neither ignored nor in the vocabulary makes the loss NaN.
 """
 
 import triton
@@ -90,7 +90,7 @@ def cross_entropy_backward_kernel(
 ):
     """dhidden (S, tokens, D), zero at tokens without a label; dweight (programs, S, V, D), which begins as zero.
 
-    token_gradient (tokens,) fp32: of the loss with respect to the cross-entropy of each labelled token.
+    token_gradient (tokens,) fp32: the gradient of the loss with respect to the cross-entropy of each labelled token.
     """
     v = tl.arange(0, VB)
     dweight_ptr += tl.program_id(0).to(tl.int64) * S * V * D

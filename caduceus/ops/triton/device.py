@@ -51,8 +51,11 @@ def channel_block(x: Tensor) -> int:
 
 
 def wide_channel_block(x: Tensor) -> int:
-    """Channels of a program with two channels per thread, which then loads once what both need; with one, where the
-    second would be missing too often. For kernels that read nothing back that they stored, or wait in between."""
+    """Channels of a program with two channels per thread, which then loads once what both need.
+
+    It has one channel per thread where the second would be missing too often. For kernels that read back nothing that
+    they stored, or that wait in between.
+    """
     block = channel_block(x)
     return 2 * block if triton.cdiv(x.shape[-1], block) % 2 == 0 else block
 

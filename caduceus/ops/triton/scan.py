@@ -24,8 +24,8 @@ def scan_with_states(
 ) -> tuple[Tensor, Tensor]:
     """(y (S, B, L, E), states after the last steps taken (P, S, B, E, N)), both differentiable.
 
-    Operands as of `caduceus.ops.bidirectional_scan`, initial_state (P, S, B, E, N), starts as in `ops.packed`. With
-    `reverse` all directions are exchanged; `chunk` is the number of tokens that one program takes.
+    The operands are those of `caduceus.ops.bidirectional_scan`; initial_state (P, S, B, E, N); starts as in
+    `ops.packed`. With `reverse` all directions are exchanged; `chunk` is the number of tokens that one program takes.
     """
     require_float(operands.u, "u")
     states = operands.A.shape[-1]

@@ -21,7 +21,7 @@ from caduceus.ops.triton.scan_arithmetic import (
 from caduceus.ops.triton.scan_sums_kernels import selects_of_warp, sum_over_channels, sum_over_warp
 
 STATES = tl.constexpr(2)
-"""Of which loads stand together where sums stay in a warp: with one the kernel takes 120 registers, with two 128."""
+"""States whose loads stand together where sums stay in a warp: with 1 the kernel takes 120 registers, with 2 128."""
 
 
 @triton.jit

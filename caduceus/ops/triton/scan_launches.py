@@ -32,7 +32,7 @@ WIDE_REGISTERS = 65_536 // (32 * 16)
 """Registers of a thread that let 16 warps share a multiprocessor; two kernels would take some more."""
 UNROLL = 2
 STAGES = 2
-"""Of loops that store nothing that they load, in 16 bits with two channels to a thread: they copy a turn ahead."""
+"""Stages of loops that store nothing of what they load, in 16 bits with two channels to a thread: they copy ahead."""
 REPLAY_BYTES = 2**31
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
 

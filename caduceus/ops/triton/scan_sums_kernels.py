@@ -36,7 +36,7 @@ WARP_SUM = tl.constexpr("""{
     mov.f32 $0, e0;
     mov.f32 $1, e2;
 }""")
-"""Of 16 numbers of each of a warp's 32 threads, the sums over threads: lane l gets those of numbers l / 4, l / 4 + 8.
+"""Sums over a warp's 32 threads of the 16 numbers of each: lane l gets the sums of numbers l / 4 and l / 4 + 8.
 
 The first four products have four numbers each where B is: thread l has B[2 (l % 4) + {0, 1} (+ 8), l / 4]. A selects:
 its rows 0 … 3, and again rows 12 … 15, add up the four numbers over the four threads that share l / 4. D has the eight

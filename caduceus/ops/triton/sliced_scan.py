@@ -9,7 +9,10 @@ from caduceus.ops.triton.scan_launches import ScanKernels
 
 
 class SlicedScan:
-    """`split.SlicedScan`. What ranks do to a state is what chunks do to it, so both passes share the chunks' states."""
+    """`across_ranks.SlicedScan`.
+
+    What ranks do to a state is what chunks do to it, so both passes share the chunks' states.
+    """
 
     def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
         require_float(operands.u, "u")

@@ -43,6 +43,19 @@ def test_what_is_no_row_is_left_out_and_counted(tmp_path: Path) -> None:
     assert np.isnan(history.train["loss"]).tolist() == [False, True] and np.isnan(history.train["lr"]).all()
 
 
+def test_evaluations_are_columns_over_steps_of_their_own(tmp_path: Path) -> None:
+    def evaluated(step: int, name: str, **numbers: float | None) -> dict[str, Any]:
+        return {"step": step, "evaluated": name} | {f"eval/{name}/{key}": value for key, value in numbers.items()}
+
+    rows = [training(2), evaluated(2, "a", mcc=0.5, seconds=3.0), evaluated(2, "b", auprc=None)]
+    rows += [training(4), evaluated(4, "a", mcc=0.1), training(3), training(4), evaluated(4, "b", auprc=0.7)]
+    history = read_history(write(tmp_path / "metrics.jsonl", rows))
+    assert history.unreadable == 0 and history.evaluation_steps.tolist() == [2, 4]
+    expected = {"a/mcc": [0.5, np.nan], "b/auprc": [np.nan, 0.7]}
+    assert history.evaluations.keys() == expected.keys()
+    assert all(np.array_equal(history.evaluations[name], expected[name], equal_nan=True) for name in expected)
+
+
 def test_axes(tmp_path: Path) -> None:
     history = read_history(write(tmp_path / "metrics.jsonl", [training(step) for step in (1, 2, 3, 4)]))
     steps = np.array([0, 2, 4])

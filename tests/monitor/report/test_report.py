@@ -15,7 +15,7 @@ import pytest
 
 from caduceus.monitor.report import write
 from caduceus.monitor.report.figures import BINS, CURVES, draw_curves, draw_events, to_svg
-from caduceus.monitor.report.runs import differences, read_run
+from caduceus.monitor.report.reported import differences, read_run
 from caduceus.monitor.report.tracks import title_of
 from caduceus.monitor.report.write import report_of_finished, write_report
 from caduceus.monitor.windows import windows_of

@@ -37,27 +37,45 @@ def quicken_interpreter() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
-def multiply_bf16() -> None:
-    """Triton 3.9's interpreter holds bf16 as raw bits, and its `dot` multiplies the bits."""
+def multiply_as_tensor_cores() -> None:
+    """Gives `dot` what a GPU's multiplies: of fp32 the 11 leading bits where TF32 is asked for, or two such parts
+    (tf32x3); and bf16 as numbers, which Triton 3.9's interpreter holds as raw bits and multiplies as such."""
     import numpy as np
     import triton.language as tl
+    from triton._C.libtriton import ir
     from triton.runtime import interpreter
 
     make = interpreter.InterpreterBuilder.create_dot
+
+    def truncated(data: np.ndarray) -> np.ndarray:
+        return (data.view(np.uint32) & 0xFFFFE000).view(np.float32)
 
     def widened(handle):
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: make(self, widened(a), widened(b), *rest)
+    def dot(self, a, b, d, input_precision, *rest):
+        a, b = widened(a), widened(b)
+        if a.dtype.scalar != tl.float32 or input_precision == ir.INPUT_PRECISION.IEEE:
+            return make(self, a, b, d, input_precision, *rest)
+        parts = [(truncated(data), truncated(data - truncated(data))) for data in (a.data, b.data)]
+        (high_a, low_a), (high_b, low_b) = parts
+        pairs = [(high_a, high_b)]
+        if input_precision == ir.INPUT_PRECISION.TF32x3:
+            pairs += [(high_a, low_b), (low_a, high_b)]
+        for pair in pairs:
+            d = make(self, *(interpreter.TensorHandle(data, tl.float32) for data in pair), d, input_precision, *rest)
+        return d
+
+    interpreter.InterpreterBuilder.create_dot = dot
 
 
 if INTERPRETING:
     from tests.ops.interpreted.programs import shuffle_programs
 
     quicken_interpreter()
-    multiply_bf16()
+    multiply_as_tensor_cores()
     shuffle_programs()
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from caduceus.ops import cpu, naive
+from caduceus.ops.across_ranks import carried
+from caduceus.ops.directions import scan_by_direction
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.runs import scan_by_runs
-from caduceus.ops.split import carried
 from tests.ops.slices import scan_in_slices
 
 
@@ -50,7 +50,7 @@ def operands(directions: int, streams: int, length: int, absent: tuple[str, ...]
 def test_slices_equal_the_whole(backend, cuts, directions, streams, reverse, softplus, absent):
     given = operands(directions, streams, 40, absent)
     leaves = ScanOperands(*(None if t is None else t.clone().requires_grad_() for t in given))
-    expected, _ = scan_by_runs(naive.selective_scan, leaves, softplus, reverse)
+    expected, _ = scan_by_direction(naive.selective_scan, leaves, softplus, reverse)
     dy = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected.backward(dy)
     y, gradients = scan_in_slices(backend.SlicedScan, given, cuts, softplus, reverse, dy)

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from caduceus.ops.directions import runs_backwards
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.runs import runs_backwards
 
 
 class Context(Protocol):
@@ -71,7 +71,7 @@ class SlicedScan(Protocol):
 def scan_over_ranks(
     sliced: type[SlicedScan], operands: ScanOperands, softplus: bool, reverse: bool, context: Context
 ) -> Tensor:
-    """y (S, B, L, E) of this rank's slice. `operands` as of `caduceus.ops.bidirectional_scan`."""
+    """y (S, B, L, E) of this rank's slice. The operands are those of `caduceus.ops.bidirectional_scan`."""
     return _ScanOverRanks.apply(sliced, softplus, reverse, context, *operands)
 
 
@@ -101,9 +101,9 @@ class _ScanOverRanks(torch.autograd.Function):
 def carried(ends: Tensor, steps: Tensor, A: Tensor, context: Context, reverse: bool) -> Tensor:
     """What enters this rank's slice in each run's direction; `ends` (R, P, S, B, E, N) is what slices reach from zero.
 
-    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, hence with `reverse` inverted. What a slice
-    ends with decays by all steps of the slices between: one exponential of their sum, as each small operation costs a
-    GPU's launch, and those of all layers would take as long as the layers.
+    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, so for them `reverse` is inverted. What a
+    slice ends with decays by all steps of the slices between: one exponential of their sum, as each small operation
+    costs a GPU's launch, and those of all layers would take as long as the layers.
     """
     before, between = _places(context.rank, context.size, *ends.shape[1:3], reverse, ends.dtype, ends.device)
     passed = (between * steps).sum(1)
@@ -117,7 +117,7 @@ def _places(
 ) -> tuple[Tensor, Tensor]:
     """Which slices precede that of `rank` in each run, and which lie between: ones and zeros that broadcast.
 
-    (R, P, S, 1, 1, 1) of slices, and (R, R, P, S, 1, 1) of slices and those that what they end with has to pass.
+    (R, P, S, 1, 1, 1) for each slice, and (R, R, P, S, 1, 1) for each slice and each other one that its end passes.
     """
     order = torch.arange(size)
     earlier, between = order < rank, (order[:, None] < order) & (order < rank)

@@ -120,7 +120,7 @@ def _time_of_rewind(recorded: list[dict[str, Any]], step: int) -> float | None:
 
 
 def _recorded(event: dict[str, Any]) -> Event | None:
-    """Of what was written down, that which nothing else tells."""
+    """A recorded event as the report shows it; None where something else tells of it."""
     step = event["step"] if isinstance(event.get("step"), int) else None
     if event["event"] == "skipped":
         words = f"no update: loss {event.get('loss')}, gradient norm {event.get('grad_norm')}"

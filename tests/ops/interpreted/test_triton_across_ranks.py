@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from caduceus.ops import naive
+from caduceus.ops.directions import scan_by_direction
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.runs import scan_by_runs
 from caduceus.ops.triton import SlicedScan
 from tests.ops.slices import scan_in_slices
 
@@ -30,7 +30,7 @@ def test_slices_equal_the_whole(directions, streams, reverse):
         normal(directions, channels),
     )
     leaves = ScanOperands(*(t.clone().requires_grad_() for t in given))
-    expected, _ = scan_by_runs(naive.selective_scan, leaves, True, reverse)
+    expected, _ = scan_by_direction(naive.selective_scan, leaves, True, reverse)
     dy = normal(*expected.shape)
     expected.backward(dy)
     y, gradients = scan_in_slices(

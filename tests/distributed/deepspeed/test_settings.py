@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from caduceus.config import Config, config_from_dict
-from caduceus.distributed.deepspeed.options import engine_options
+from caduceus.distributed.deepspeed.settings import engine_settings
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 
@@ -24,14 +24,14 @@ def config(path: Path | None = None, **parallel: Any) -> Config:
     )
 
 
-def options_of(path: Path, options: dict, **parallel: Any) -> dict:
-    path.write_text(json.dumps(options))
-    return engine_options(config(path, **parallel), DATA_WORLD, PARAMETERS, BLOCK)
+def settings_of(path: Path, settings: dict, **parallel: Any) -> dict:
+    path.write_text(json.dumps(settings))
+    return engine_settings(config(path, **parallel), DATA_WORLD, PARAMETERS, BLOCK)
 
 
 def test_without_a_file_the_configuration_decides_all() -> None:
-    options = engine_options(config(zero_stage=3, cpu_offload=True), DATA_WORLD, PARAMETERS, BLOCK)
-    assert options["zero_optimization"] == {
+    settings = engine_settings(config(zero_stage=3, cpu_offload=True), DATA_WORLD, PARAMETERS, BLOCK)
+    assert settings["zero_optimization"] == {
         "stage": 3,
         "reduce_bucket_size": BLOCK,
         "stage3_param_persistence_threshold": PARAMETERS // 1000,
@@ -41,10 +41,10 @@ def test_without_a_file_the_configuration_decides_all() -> None:
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu"},
     }
-    assert options["train_micro_batch_size_per_gpu"] == 4 and options["gradient_accumulation_steps"] == 2
-    assert options["gradient_clipping"] == 0
-    assert options["torch_autocast"]["enabled"]
-    huge = engine_options(config(zero_stage=3), DATA_WORLD, 10**12, 10**10)["zero_optimization"]
+    assert settings["train_micro_batch_size_per_gpu"] == 4 and settings["gradient_accumulation_steps"] == 2
+    assert settings["gradient_clipping"] == 0
+    assert settings["torch_autocast"]["enabled"]
+    huge = engine_settings(config(zero_stage=3), DATA_WORLD, 10**12, 10**10)["zero_optimization"]
     assert list(huge.values()) == [3, 500_000_000, 100_000, 50_000_000, 1_000_000_000, 1_000_000_000]
 
 
@@ -57,10 +57,10 @@ def test_what_a_file_says_beyond_is_kept_and_what_it_leaves_open_is_ours(tmp_pat
         "wall_clock_breakdown": True,
         "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": "auto"},
     }
-    options = options_of(tmp_path / "ds.json", theirs, zero_stage=2)
-    assert options["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": BLOCK}
-    assert options["wall_clock_breakdown"] is True
-    assert not {"bf16", "train_batch_size"} & options.keys()
+    settings = settings_of(tmp_path / "ds.json", theirs, zero_stage=2)
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": False, "reduce_bucket_size": BLOCK}
+    assert settings["wall_clock_breakdown"] is True
+    assert not {"bf16", "train_batch_size"} & settings.keys()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_a_file_says_beyond_is_kept_and_what_it_leaves_open_is_ours(tmp_pat
 )
 def test_a_file_that_contradicts_is_refused_by_its_key(tmp_path: Path, theirs: dict, named: str) -> None:
     with pytest.raises(UserError, match=r"parallel\.deepspeed_config") as refusal:
-        options_of(tmp_path / "ds.json", theirs)
+        settings_of(tmp_path / "ds.json", theirs)
     assert named in str(refusal.value) and "\n" not in str(refusal.value)
 
 
@@ -146,7 +146,7 @@ def test_what_would_change_the_run_is_refused_by_its_name(tmp_path: Path, key: s
     for part in reversed(key.split(".")):
         theirs = {part: theirs}
     with pytest.raises(UserError, match=r"^parallel\.deepspeed_config: \S+ds\.json sets ([\w.]+)\b") as refusal:
-        options_of(tmp_path / "ds.json", theirs, zero_stage=stage)
+        settings_of(tmp_path / "ds.json", theirs, zero_stage=stage)
     named = str(refusal.value).split(" sets ")[1].split()[0].strip(",")
     assert f"{key}.".startswith(f"{named}.") and named != "zero_optimization"
     assert "leave" in str(refusal.value) and "\n" not in str(refusal.value)
@@ -207,9 +207,9 @@ def test_what_would_change_the_run_is_refused_by_its_name(tmp_path: Path, key: s
     ids=["off", "held anyway", "null", "null in ZeRO", "remarks", "no ZeRO", "auto"],
 )
 def test_what_says_no_more_than_the_run_is_as_no_file(tmp_path: Path, theirs: dict) -> None:
-    options = options_of(tmp_path / "ds.json", theirs, zero_stage=2)
-    without = engine_options(config(zero_stage=2), DATA_WORLD, PARAMETERS, BLOCK)
-    assert options == without
+    settings = settings_of(tmp_path / "ds.json", theirs, zero_stage=2)
+    without = engine_settings(config(zero_stage=2), DATA_WORLD, PARAMETERS, BLOCK)
+    assert settings == without
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -218,28 +218,28 @@ def test_in_fp32_it_does_not_matter_how_autocast_would_be(tmp_path: Path, precis
     configured = config(tmp_path / "ds.json")
     configured.train.precision = precision
     if precision == "fp32":
-        assert not engine_options(configured, DATA_WORLD, PARAMETERS, BLOCK)["torch_autocast"]["enabled"]
+        assert not engine_settings(configured, DATA_WORLD, PARAMETERS, BLOCK)["torch_autocast"]["enabled"]
         return
     with pytest.raises(UserError, match=r"torch_autocast\.enabled to false"):
-        engine_options(configured, DATA_WORLD, PARAMETERS, BLOCK)
+        engine_settings(configured, DATA_WORLD, PARAMETERS, BLOCK)
 
 
 def test_offloading_of_the_run_completes_that_of_a_file(tmp_path: Path) -> None:
     theirs = {"zero_optimization": {"offload_optimizer": {"pin_memory": False}}}
-    zero = options_of(tmp_path / "ds.json", theirs, zero_stage=3, cpu_offload=True)["zero_optimization"]
+    zero = settings_of(tmp_path / "ds.json", theirs, zero_stage=3, cpu_offload=True)["zero_optimization"]
     assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
     assert zero["offload_param"] == {"device": "cpu"}
     theirs["zero_optimization"]["offload_optimizer"]["device"] = "none"
     with pytest.raises(UserError, match=r"parallel\.cpu_offload"):
-        options_of(tmp_path / "ds.json", theirs, zero_stage=2, cpu_offload=True)
+        settings_of(tmp_path / "ds.json", theirs, zero_stage=2, cpu_offload=True)
 
 
 def test_a_byte_order_mark_is_passed_over_and_a_key_that_stands_twice_refused(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"steps_per_print": 7}', encoding="utf-8-sig")
-    assert engine_options(config(tmp_path / "ds.json"), DATA_WORLD, PARAMETERS, BLOCK)["steps_per_print"] == 7
+    assert engine_settings(config(tmp_path / "ds.json"), DATA_WORLD, PARAMETERS, BLOCK)["steps_per_print"] == 7
     (tmp_path / "ds.json").write_text('{"steps_per_print": 7, "bf16": {}, "steps_per_print": 8}')
     with pytest.raises(UserError, match=r"ds\.json .*steps_per_print stands twice"):
-        engine_options(config(tmp_path / "ds.json"), DATA_WORLD, PARAMETERS, BLOCK)
+        engine_settings(config(tmp_path / "ds.json"), DATA_WORLD, PARAMETERS, BLOCK)
 
 
 def test_a_file_is_checked_with_the_layout_before_anything_starts(tmp_path: Path) -> None:
@@ -254,21 +254,21 @@ def test_optimizer_and_schedule_of_a_file_give_way_with_a_line(
 ) -> None:
     theirs = {"optimizer": {"type": "Adam", "params": {"lr": 1}}, "scheduler": {"type": "WarmupLR"}}
     with caplog.at_level(logging.WARNING):
-        options = options_of(tmp_path / "ds.json", theirs)
-    assert not theirs.keys() & options.keys()
+        settings = settings_of(tmp_path / "ds.json", theirs)
+    assert not theirs.keys() & settings.keys()
     assert len(caplog.messages) == 1 and "optimizer" in caplog.messages[0] and "scheduler" in caplog.messages[0]
 
 
 def test_files_that_are_none_and_double_precision_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing\.json"):
-        engine_options(config(tmp_path / "missing.json"), DATA_WORLD, PARAMETERS, BLOCK)
+        engine_settings(config(tmp_path / "missing.json"), DATA_WORLD, PARAMETERS, BLOCK)
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match="not a JSON object"):
-        engine_options(config(tmp_path / "list.json"), DATA_WORLD, PARAMETERS, BLOCK)
+        engine_settings(config(tmp_path / "list.json"), DATA_WORLD, PARAMETERS, BLOCK)
     double = config()
     double.train.precision = "fp64"
     with pytest.raises(UserError, match=r"train\.precision"):
-        engine_options(double, DATA_WORLD, PARAMETERS, BLOCK)
+        engine_settings(double, DATA_WORLD, PARAMETERS, BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_files_that_are_none_and_double_precision_are_refused(tmp_path: Path) ->
 )
 def test_mistakes_are_named_with_what_is_taken(tmp_path: Path, theirs: dict, named: str) -> None:
     with pytest.raises(UserError, match=rf"^parallel\.deepspeed_config: .*ds\.json sets .*{named}") as refusal:
-        options_of(tmp_path / "ds.json", theirs)
+        settings_of(tmp_path / "ds.json", theirs)
     assert "\n" not in str(refusal.value)
 
 
@@ -314,8 +314,8 @@ def test_what_changes_no_number_is_taken(tmp_path: Path) -> None:
         "zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": "auto"}, "sub_group_size": 1e9},
         "tensorboard": {"enabled": False, "output_path": "logs"},
     }
-    options = options_of(tmp_path / "ds.json", theirs, zero_stage=2)
+    settings = settings_of(tmp_path / "ds.json", theirs, zero_stage=2)
     for key in theirs.keys() - {"bf16", "zero_optimization"}:
-        assert options[key] == theirs[key]
-    assert options["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
-    assert options["zero_optimization"]["sub_group_size"] == 1e9
+        assert settings[key] == theirs[key]
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert settings["zero_optimization"]["sub_group_size"] == 1e9

@@ -4,22 +4,22 @@ import logging
 from typing import Any
 
 from caduceus.config import Config
-from caduceus.distributed.deepspeed.user_file import REPLACED, read_options
+from caduceus.distributed.deepspeed.user_file import REPLACED, read_settings
 from caduceus.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 
-def engine_options(config: Config, data_world: int, parameters: int, block: int) -> dict[str, Any]:
-    """Options for `deepspeed.initialize` with so many parameters, `block` of them in the largest block of the model.
+def engine_settings(config: Config, data_world: int, parameters: int, block: int) -> dict[str, Any]:
+    """Settings for `deepspeed.initialize` with so many parameters, `block` of them in the largest block of the model.
 
     Sizes that no file sets follow the model: DeepSpeed's own suit models of many billions of parameters, and with them
     every rank would keep all gradients of a smaller one in a bucket, and under stage 3 all parameters as well. Raises
-    `UserError` as `user_options` does.
+    `UserError` as `user_settings` does.
     """
     parallel, bf16 = config.parallel, config.train.precision == "bf16"
-    options = user_options(config, data_world)
-    if replaced := [section for section in REPLACED if options.pop(section, None)]:
+    settings = user_settings(config, data_world)
+    if replaced := [section for section in REPLACED if settings.pop(section, None)]:
         _log.warning(
             "parallel.deepspeed_config: '%s' of %s left out; train.* decides the optimizer and the learning rate",
             "' and '".join(replaced),
@@ -31,12 +31,12 @@ def engine_options(config: Config, data_world: int, parameters: int, block: int)
         zero["stage3_prefetch_bucket_size"] = min(block, 50_000_000)
         zero["stage3_max_live_parameters"] = min(2 * block, 1_000_000_000)
         zero["stage3_max_reuse_distance"] = min(block, 1_000_000_000)
-    zero |= options.pop("zero_optimization", {})
+    zero |= settings.pop("zero_optimization", {})
     if parallel.cpu_offload:
         for part in ("offload_optimizer", "offload_param") if parallel.zero_stage == 3 else ("offload_optimizer",):
             zero[part] = {"device": "cpu", **zero.get(part, {})}
     return {
-        **options,
+        **settings,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": _decided(config, data_world)["gradient_accumulation_steps"][0],
@@ -48,15 +48,15 @@ def engine_options(config: Config, data_world: int, parameters: int, block: int)
     }
 
 
-def user_options(config: Config, data_world: int) -> dict[str, Any]:
+def user_settings(config: Config, data_world: int) -> dict[str, Any]:
     """What the user's file sets beyond the run's configuration, nothing without a file.
 
-    Raises `UserError` for what DeepSpeed cannot do, and as `read_options` does.
+    Raises `UserError` for what DeepSpeed cannot do, and as `read_settings` does.
     """
     if config.train.precision == "fp64":
         raise UserError("train.precision: DeepSpeed computes in fp32 or bf16, not in fp64; use ddp or fsdp")
     path = config.parallel.deepspeed_config
-    return read_options(path, _decided(config, data_world)) if path is not None else {}
+    return read_settings(path, _decided(config, data_world)) if path is not None else {}
 
 
 def _decided(config: Config, data_world: int) -> dict[str, tuple[Any, str]]:

@@ -14,16 +14,16 @@ def runs_backwards(direction: int, stream: int, reverse: bool = False) -> bool:
     return ((direction + stream) % 2 == 1) != reverse
 
 
-def scan_by_runs(
+def scan_by_direction(
     scan: Callable[..., tuple[Tensor, Tensor]],
     operands: ScanOperands,
     softplus: bool = True,
     reverse: bool = False,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y (S, B, L, E), final states (P, S, B, E, N)) of a backend's `selective_scan`.
+    """(y (S, B, L, E), final states (P, S, B, E, N)) by a backend's `selective_scan`.
 
-    Operands as of `caduceus.ops.bidirectional_scan`, initial_state (P, S, B, E, N).
+    The operands are those of `caduceus.ops.bidirectional_scan`; initial_state (P, S, B, E, N).
     """
     u, dt, A, B, C, D, z, dt_bias = operands
     directions, streams = u.shape[:2]
@@ -49,8 +49,8 @@ def scan_by_runs(
     return torch.stack(outputs), torch.stack(states, dim=1)
 
 
-def conv_by_runs(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(P, S, B, L, E) of a backend's `causal_conv1d` with silu. Operands as of `caduceus.ops.bidirectional_conv1d`."""
+def conv_by_direction(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(P, S, B, L, E) by a backend's `causal_conv1d` with silu; operands of `caduceus.ops.bidirectional_conv1d`."""
     directions, streams = weight.shape[0], x.shape[0]
     x, weight, bias = _unbound(x, streams), _unbound(weight, directions), _unbound(bias, directions)
     rows = [

@@ -1,0 +1,105 @@
+"""Loss weights of the regions that `data.weights_bed` names. Imports no torch."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caduceus.bed import BedRow, read_bed
+from caduceus.data.crops import CropTable
+from caduceus.data.dataset import Dataset, Source
+from caduceus.errors import UserError
+from caduceus.files import sha256_of
+from caduceus.tables import refuse_line
+
+
+class RegionWeights:
+    """Weights of the bases of crops, by where they lie. Attribute: `fingerprint` of the files, by species."""
+
+    def __init__(self, dataset: Dataset, weights_bed: Any, elsewhere: float) -> None:
+        self._crops: CropTable = dataset.crops
+        self._elsewhere = np.float32(elsewhere)
+        files = _files(weights_bed, [source.species for source in dataset.sources])
+        self._regions = [_regions(source, files.get(source.species)) for source in dataset.sources]
+        self.fingerprint = {species: sha256_of(path) for species, path in files.items()}
+
+    def of(self, samples: np.ndarray) -> np.ndarray:
+        """Weights of samples (B,) SAMPLE_DTYPE, on the strands they show, (B, seq_len) float32."""
+        weights = np.ones((len(samples), self._crops.seq_len), np.float32)
+        for row, sample in enumerate(samples):
+            source = int(self._crops.source_of(sample["window"]))
+            if self._regions[source]:
+                forward = self._of_sample(sample, self._regions[source])
+                weights[row] = forward[::-1] if sample["strand"] == 1 else forward
+        return weights
+
+    def _of_sample(self, sample: np.void, regions: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Weights of all positions of a sample on the forward strand, (seq_len,) float32."""
+        weights = np.full(self._crops.seq_len, self._elsewhere)
+        pieces = self._crops.pieces(int(sample["window"]), int(sample["begin"]))
+        for window, begin, offset, length in zip(*(values.tolist() for values in pieces), strict=True):
+            of_window = self._crops.windows[window]
+            if int(of_window["contig"]) not in regions:
+                continue
+            starts, ends, values = regions[int(of_window["contig"])]
+            left = int(of_window["start"]) + begin
+            for row in range(np.searchsorted(ends, left, "right"), np.searchsorted(starts, left + length, "left")):
+                here = slice(offset + max(starts[row] - left, 0), offset + min(ends[row] - left, length))
+                weights[here] = values[row]
+        return weights
+
+
+def _files(given: Any, species: list[str]) -> dict[str, Path]:
+    """The BED file of each species that has one."""
+    if isinstance(given, str):
+        if len(species) > 1:
+            raise UserError(
+                f"data.weights_bed: one file, but {len(species)} species ({', '.join(species[:4])}); give {{species: "
+                "file}"
+            )
+        return {species[0]: Path(given)}
+    if not isinstance(given, dict) or not all(isinstance(path, str) for path in given.values()):
+        raise UserError(f"data.weights_bed: expected a BED file, or {{species: file}}; got {given!r}")
+    for name in given:
+        if name not in species:
+            raise UserError(f"data.weights_bed: no species '{name}' in data.path; there are {', '.join(species)}")
+    return {name: Path(path) for name, path in given.items()}
+
+
+def _regions(source: Source, path: Path | None) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Starts, ends and weights of a species' regions by contig's number, sorted."""
+    if path is None:
+        return {}
+    numbers = {name: number for number, name in enumerate(source.table.contigs)}
+    by_contig: dict[int, list[tuple[BedRow, float]]] = {}
+    rows = read_bed(path).rows
+    for row in rows:
+        if row.contig in numbers:
+            by_contig.setdefault(numbers[row.contig], []).append((row, _weight(path, row)))
+    if not by_contig:
+        raise UserError(
+            f"data.weights_bed: {path} names no contig of {source.species}, which has "
+            f"{', '.join(source.table.contigs[:3])}, …"
+        )
+    return {contig: _sorted(path, of_contig) for contig, of_contig in by_contig.items()}
+
+
+def _sorted(path: Path, rows: list[tuple[BedRow, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows.sort(key=lambda pair: pair[0].start)
+    for (before, _), (row, _) in itertools.pairwise(rows):
+        if row.start < before.end:
+            refuse_line(path, row.line, f"overlaps line {before.line}; which of their weights is meant?")
+    starts, ends = (np.array([getattr(row, name) for row, _ in rows], np.int64) for name in ("start", "end"))
+    return starts, ends, np.array([weight for _, weight in rows], np.float32)
+
+
+def _weight(path: Path, row: BedRow) -> float:
+    try:
+        weight = float(row.name or "")
+    except ValueError:
+        weight = -1.0
+    if not 0 <= weight < math.inf:
+        refuse_line(path, row.line, f"column 4 must be a weight, a number of at least 0; got {row.name!r}")
+    return weight
