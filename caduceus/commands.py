@@ -13,6 +13,7 @@ COMMANDS = {
     "caduceus-runs": "python launch/runs.py",
     "caduceus-evaluate": "python -m caduceus.evaluate",
     "caduceus-hub": "python -m caduceus.hub",
+    "caduceus-monitor": "python -m caduceus.monitor",
 }
 """What `pip install` puts on the path, and how the same is called in a clone."""
 

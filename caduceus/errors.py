@@ -5,6 +5,8 @@ another rank. Anything else is a crash, with its traceback.
 """
 
 import enum
+import os
+import select
 import signal
 import sys
 import traceback
@@ -113,6 +115,22 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
     """
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        status = 128 + signal.SIGPIPE
     except (*ONE_LINE, KeyboardInterrupt) as error:
         status = tell(error, interrupted)
     sys.exit(status or 0)
+
+
+def _nobody_reads() -> bool:
+    """Whether what is printed goes to a reader that has left, as `head` does; nothing more is then said to it."""
+    stdout = sys.stdout.fileno()
+    pipe = select.poll()
+    pipe.register(stdout, 0)
+    if not any(events & select.POLLERR for _, events in pipe.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

@@ -10,20 +10,47 @@ import os
 import secrets
 import shutil
 import threading
+import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 CHUNK = 4 << 20
 """Bytes read at a time where a file is read whole."""
+_PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
+"""Errors that a file system of a network gives for a moment, and a broken disk for ever."""
+_PAUSES = (0.1, 1.0, 5.0)
+"""Seconds before it is tried again."""
+
+T = TypeVar("T")
+
+
+def patiently(attempt: Callable[[], T], is_there: bool = False) -> T:
+    """`attempt()`, again after pauses where a file system of a network fails for a moment.
+
+    ESTALE comes where another node replaced what was open, EIO and time-outs where a server changes hands. `is_there`:
+    another node has just written the file, so that it exists though this one may not see it yet.
+    """
+    for pause in _PAUSES:
+        try:
+            return attempt()
+        except OSError as error:
+            if error.errno not in _PASSING and not (is_there and isinstance(error, FileNotFoundError)):
+                raise
+        time.sleep(pause)
+    return attempt()
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write under a temporary name, fsync and rename, so that a reader sees all of it or nothing."""
-    with replacing(path) as file:
-        file.write(content)
+
+    def write() -> None:
+        with replacing(path) as file:
+            file.write(content)
+
+    patiently(write)
 
 
 @contextmanager
@@ -90,7 +117,7 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Have a file, or the names in a directory, on the disk itself before this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = patiently(lambda: os.open(path, os.O_RDONLY))
     try:
         os.fsync(descriptor)
     finally:
@@ -121,8 +148,12 @@ def show_bytes(count: float) -> str:
 
 def sha256_of(path: str | Path) -> str:
     """sha256 of a file, read in pieces."""
+    return patiently(lambda: _digest(Path(path)))
+
+
+def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
@@ -163,7 +194,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
     A line that a kill cut short, or that two writers on a shared file system spoiled, is left out.
     """
     try:
-        content = Path(path).read_bytes()
+        content = patiently(Path(path).read_bytes)
     except FileNotFoundError:
         return []
     rows = []

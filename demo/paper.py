@@ -137,7 +137,7 @@ def of_run(config: Config, plan: Plan, path: Path, seed: int) -> Config:
     own.valid.every = max(1, own.train.steps // VALIDATIONS)
     own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // 2), 1
     own.run.dir, own.run.name = str(path), f"{path.parent.name}-{seed}"
-    own.monitor.report = False
+    own.monitor.report, own.monitor.windows = False, 0
     return own
 
 

@@ -78,3 +78,22 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ["--window", "2048", "--valid-contigs", "chr3", "--workers", "1"]
     shard(directory / "shards", "small", directory / "genome.fa", *options)
     return directory / "shards"
+
+
+@pytest.fixture(scope="session")
+def two_species(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of two genomes, small and large, of 10,000 and 30,000 bases to train on, in windows of 2,048 bases."""
+    directory = tmp_path_factory.mktemp("species")
+    for name, length in {"small": 10_000, "large": 30_000}.items():
+        write_random_fasta(directory / f"{name}.fa", length, {f"{name}1": length, f"{name}2": 5_000})
+        options = [
+            "--window",
+            "2048",
+            "--valid-contigs",
+            f"{name}2",
+            "--workers",
+            "1",
+            *(["--add"] if name == "large" else []),
+        ]
+        shard(directory / "shards", name, directory / f"{name}.fa", *options)
+    return directory / "shards"

@@ -1,5 +1,7 @@
 """A mistake on any command line is one line and exit status 2."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +43,18 @@ def call(command: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess
 def test_a_command_called_with_nothing_says_what_comes_next(form: str) -> None:
     done = call(form.removeprefix("python "))
     assert (done.returncode, done.stderr) == (2, "")
-    assert done.stdout.startswith(("Pre-trains", "Starts", "Looks", "Shards", "Cuts", "Downloads", "Says", "Turns"))
+    assert re.match(r"[A-Z][a-z-]+s ", done.stdout), "it says what it does"
     advised = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
     assert advised and all(line.startswith(tuple(COMMANDS.values())) for line in advised), "how it is called here"
+
+
+def test_a_command_ends_quietly_when_nobody_reads_on() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "caduceus.train", "--config", "list"]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, ""), "as a process that SIGPIPE ended"
 
 
 def test_what_trains_lists_presets_and_sections(tmp_path: Path) -> None:

@@ -151,6 +151,13 @@ class MonitorConfig:
         fixes="nothing",
         least=0,
     )
+    machine_seconds: float = key(
+        60.0,
+        "Seconds between rows that tell what each node and each GPU does: processors, memory, disk, network; 0 never "
+        "tells.",
+        fixes="nothing",
+        least=0,
+    )
     windows: int = key(
         1,
         "Worst and best sequences of each species, so many of each, that a validation tells and draws base by base; 0 "
@@ -198,8 +205,13 @@ class WandbConfig:
     )
     artifacts: list[str] = key(
         [],
-        "What W&B gets as artifacts when a start ends, of dataset, checkpoints and report: the manifest, references "
-        "to shards and the newest checkpoint, which stay where they are, and the page.",
+        "What W&B gets as artifacts when a start ends, of dataset, checkpoints, exports and report: the manifest, "
+        "references to shards, the newest checkpoint and the newest export, which stay where they are, and the page.",
+        fixes="nothing",
+    )
+    artifact_files: bool = key(
+        False,
+        "Of checkpoints and exports send the files themselves, when the run is complete or by `launch/runs.py sync`.",
         fixes="nothing",
     )
     save_code: bool = key(False, "Send the package's code to W&B, as an artifact.", fixes="nothing")
@@ -234,7 +246,7 @@ KEYS: dict[str, Key] = {found.name: found for section, cls in SECTIONS.items() f
 """Every key, by its name `section.key`."""
 
 
-ARTIFACTS = ("dataset", "checkpoints", "report")
+ARTIFACTS = ("dataset", "checkpoints", "exports", "report")
 """What `wandb.artifacts` may name."""
 
 

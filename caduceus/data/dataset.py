@@ -1,6 +1,9 @@
 """The sources of a run: which species, from which directories, at which weights, cut into crops. Imports no torch."""
 
 import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +13,11 @@ from caduceus.alphabet import IS_ACGT_BYTE
 from caduceus.config import DataConfig
 from caduceus.data.cache import ShardCache
 from caduceus.data.crops import CropTable
-from caduceus.data.genome import ShardedGenome, WindowTable
+from caduceus.data.genome import ShardedGenome, WindowTable, read_manifest
 from caduceus.data.order import MIXTURE_BLOCK
 from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.data.shard_files import ShardFiles
+from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -48,6 +52,31 @@ class Dataset:
     crops: CropTable
     cache: ShardCache | None
     """Where the shards are kept that live elsewhere."""
+    checked: tuple[Verdicts, ...] = ()
+    """On the tables, kept for processes of this node that come later."""
+
+
+_at_hand: ContextVar[Mapping[str, dict[str, Any]] | None] = ContextVar("manifests", default=None)
+
+
+def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
+    """The checked manifests of `data.path` by their addresses; `UserError` as of `open_dataset`."""
+    paths = [path for path, _ in _parse_path(data.path)]
+    refuse_commands(paths, data.allow_commands, "data.path")
+    return {path: read_manifest(path, bool(data.cache_dir)) for path in paths}
+
+
+@contextmanager
+def using_manifests(manifests: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """Within, datasets at these addresses are opened by the manifests that are at hand, and none is read for them.
+
+    So that of many ranks one reads them, and checks them once for all splits.
+    """
+    before = _at_hand.set(manifests)
+    try:
+        yield
+    finally:
+        _at_hand.reset(before)
 
 
 def open_dataset(data: DataConfig, split: str) -> Dataset:
@@ -59,7 +88,8 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     entries = _parse_path(data.path)
     refuse_commands([path for path, _ in entries], data.allow_commands, "data.path")
     cache = ShardCache(data.cache_dir, data.cache_bytes) if data.cache_dir else None
-    directories = [(ShardedGenome(path, cache), weight) for path, weight in entries]
+    known = _at_hand.get() or {}
+    directories = [(ShardedGenome(path, cache, known.get(path)), weight) for path, weight in entries]
     sources = [source for genome, weight in directories for source in _sources(genome, weight, split)]
     names = [source.species for source in sources]
     for name in names:
@@ -76,6 +106,7 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
         sources=tuple(sources),
         crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack),
         cache=cache,
+        checked=tuple(verdict for genome, _ in directories for verdict in genome.checked),
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from caduceus.errors import UserError
-from caduceus.files import fingerprint
+from caduceus.files import fingerprint, patiently
 
 FORMAT = "caduceus-shards"
 FORMAT_VERSION = 2
@@ -111,7 +111,7 @@ def load_manifest(directory: str | Path) -> dict[str, Any]:
     """Read and check `manifest.json` of a shard directory."""
     path = Path(directory) / MANIFEST
     try:
-        content = path.read_bytes()
+        content = patiently(path.read_bytes)
     except FileNotFoundError:
         raise UserError(
             f"{directory}: no complete shard dataset here ({MANIFEST} is missing); "

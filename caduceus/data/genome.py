@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from caduceus.data.shard_list import ShardList
 from caduceus.data.verdicts import Verdicts
 from caduceus.data.windows import MappedWindows, SplitTable, Windows, require_fit, windows_of
 from caduceus.errors import UserError
-from caduceus.files import sha256_of
+from caduceus.files import patiently, sha256_of
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,26 @@ class WindowTable:
 class ShardedGenome:
     """A directory of shards, opened for reading; with a `cache`, the directory may be a URL.
 
+    `manifest`: the directory's, as `read_manifest` gives it; it is read where it is not given.
+
     Attributes: `manifest`, `fingerprint`, and `species`, the names. Raises `UserError` where the directory, its
     manifest or an index is missing or damaged.
     """
 
-    def __init__(self, directory: str | Path, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self, directory: str | Path, cache: ShardCache | None = None, manifest: dict[str, Any] | None = None
+    ) -> None:
         self.directory = str(directory)
         self._cache = cache
-        if cache is None and is_remote(self.directory):
-            raise UserError(f"data.cache_dir: {directory} is remote; name a local directory to keep its shards in")
-        self.manifest = load_manifest(directory) if cache is None else _fetch_manifest(self.directory)
+        self.manifest = manifest or read_manifest(self.directory, cache is not None)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.parts = {part["name"]: part for part in self.manifest["species"]}
         self.species = tuple(self.parts)
         self._home = Path(directory) if cache is None else cache.directory / self.fingerprint[:16]
         self._readable: dict[str, _OpenedSpecies] = {}
         self._tables: dict[str, SplitTable] = {}
-        self._checked: list[Verdicts] = []
+        self.checked: list[Verdicts] = []
+        """On its tables; other processes of the node see them as long as one process keeps them."""
 
     def table(self, species: str, split: str) -> WindowTable:
         """The windows of a species and split, from its checked indexes; empty where the split has none."""
@@ -119,7 +123,7 @@ class ShardedGenome:
                 for part in holders:
                     _require_sizes(self._home / part["name"], part["splits"][split]["shards"])
                 verdict.sound[0] = True
-        self._checked.append(verdict)  # which holds as long as a process keeps it
+        self.checked.append(verdict)
 
     def read(self, species: str, contig: str, start: int, end: int, strand: str = "+") -> np.ndarray:
         """The bases of an interval that lies inside one window, (end - start,) uint8 ASCII, case kept.
@@ -166,7 +170,7 @@ class ShardedGenome:
         else:
             _require_size(shard.path, shard.bytes)
         try:
-            content = path.read_bytes()
+            content = patiently(path.read_bytes)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or shard again") from None
         if hashlib.sha256(content).hexdigest() != entry["index_sha256"]:
@@ -212,7 +216,14 @@ class _OpenedSpecies:
         return next((window for window in windows if end <= self.files.genome_end(window)), None)
 
 
-def _fetch_manifest(directory: str) -> dict:
+def read_manifest(directory: str, is_cached: bool) -> dict[str, Any]:
+    """The checked manifest of a directory, or where shards are cached of any address."""
+    if not is_cached and is_remote(directory):
+        raise UserError(f"data.cache_dir: {directory} is remote; name a local directory to keep its shards in")
+    return _fetch_manifest(directory) if is_cached else load_manifest(directory)
+
+
+def _fetch_manifest(directory: str) -> dict[str, Any]:
     address = join(directory, MANIFEST)
     try:
         content = b"".join(read_chunks(address))
@@ -223,7 +234,7 @@ def _fetch_manifest(directory: str) -> dict:
 
 def _require_size(path: Path | str, expected: int) -> None:
     try:
-        size = os.stat(path).st_size  # noqa: PTH116 (of a hundred thousand, each a Path otherwise)
+        size = patiently(lambda: os.stat(path).st_size)  # noqa: PTH116 (of a hundred thousand, each a Path otherwise)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or shard again") from None
     if size != expected:

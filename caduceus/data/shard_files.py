@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from caduceus.data.cache import Shard, ShardCache
+from caduceus.files import patiently
 
 MAX_OPEN_FILES = 128
 """Descriptors one process keeps open; hundreds of species have more shards than a process may open."""
@@ -28,6 +29,17 @@ class ShardFiles:
 
     def read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
         """Fill `buffer` (n,) uint8 from byte `offset` of file number `file`. Raises OSError, also where it ends."""
+        patiently(lambda: self._read_into(file, offset, buffer))
+
+    def _read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
+        try:
+            self._fill(file, offset, buffer)
+        except OSError:  # the next one may have to open the file anew
+            if file in self._open:
+                os.close(self._open.pop(file))
+            raise
+
+    def _fill(self, file: int, offset: int, buffer: np.ndarray) -> None:
         descriptor = self._descriptor(file)
         view = memoryview(buffer)
         while view:

@@ -6,7 +6,7 @@ each. A row, and not a column, lies together in the file: a sample then needs on
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from caduceus.data.format import ShardIndex
 from caduceus.errors import UserError
+from caduceus.files import patiently
 
 WINDOW_DTYPE = np.dtype(
     [
@@ -121,7 +122,8 @@ class SplitTable:
         arrays = []
         for path, kind, dtype in zip(paths, ("windows", "runs"), (WINDOW_DTYPE, WINDOW_RUN_DTYPE), strict=True):
             try:
-                array = np.load(path, mmap_mode="r" if sum(table["counts"][kind]) else None, allow_pickle=False)
+                mode = "r" if sum(table["counts"][kind]) else None
+                array = patiently(partial(np.load, path, mmap_mode=mode, allow_pickle=False))
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); --rebuild-index makes it again") from None
             if array.dtype != dtype or array.shape != (sum(table["counts"][kind]),):

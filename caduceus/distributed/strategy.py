@@ -1,6 +1,7 @@
 """What all strategies share: the interface that the trainer drives, as one process does it."""
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from caduceus.config import Config, TrainConfig
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
-from caduceus.files import system_error
+from caduceus.files import patiently, system_error
 
 DEEPSPEED_FOLDER = "deepspeed"
 """Folder in a checkpoint of DeepSpeed that holds its own files."""
@@ -132,6 +133,7 @@ class Strategy:
     def _write(self, state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
         # A fifth of the time that it takes a processor, and the sha256 of the whole files says more.
         torch.serialization.set_crc32_options(False)
+        patiently(lambda: os.listdir(directory), is_there=True)  # noqa: PTH208 (the first rank has made it)
         writer = _Writer(directory)
         dcp.save(state, storage_writer=writer, process_group=group, no_dist=self.writers == 1)
 
@@ -177,9 +179,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def _read(state: dict[str, Any], directory: Path) -> None:
+    def read() -> None:
+        try:
+            dcp.load(state, checkpoint_id=directory, no_dist=True)
+        except dcp.CheckpointException as error:  # which is no Exception
+            causes = [system_error(failure) for failure, _ in error.failures.values()]
+            raise next(filter(None, causes), RuntimeError(str(error))) from error
+
     try:
-        dcp.load(state, checkpoint_id=directory, no_dist=True)
-    except dcp.CheckpointException as error:  # which is no Exception
+        patiently(read, is_there=True)
+    except OSError as error:
         raise RuntimeError(str(error)) from error
 
 

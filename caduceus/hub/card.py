@@ -5,6 +5,7 @@ from typing import Any
 from caduceus.config import CaduceusConfig, stages_of
 from caduceus.model.costs import parameter_count
 from caduceus.run.directory import RunDirectory
+from caduceus.run.rows import REACH, lines_from_end
 
 CARD = "README.md"
 
@@ -78,11 +79,11 @@ def _tie(config: CaduceusConfig) -> str:
 
 def _training(run: RunDirectory, step: int | None) -> str:
     """The chapter on the run; empty for a run that has trained nothing."""
-    rows = [row for row in run.metrics() if step is None or row["step"] <= step]
-    trained = [row for row in rows if "loss" in row]
-    if not trained:
+    rows = lines_from_end(run.metrics_path, "loss")
+    trained = next((line for line in rows if step is None or line.row["step"] <= step), None)
+    if trained is None:
         return ""
-    config, last = run.config(), trained[-1]
+    config, last = run.config(), trained.row
     begun = stages_of(config)[: last.get("stage", 1)]
     lengths = ", then ".join(f"{stage.config.data.seq_len:,}" for stage in begun)
     start = run.stages().get(str(last.get("stage"))) or (run.starts() or [{}])[-1]
@@ -98,7 +99,8 @@ def _training(run: RunDirectory, step: int | None) -> str:
         "code": start.get("git_commit") or "not known",
         "training loss at the last step": f"{last['loss']:.4f} nats per labelled base",
     }
-    validated: dict[str, Any] = next((row for row in reversed(rows) if "valid_loss" in row), {})
+    of_step = (line.row for line in lines_from_end(run.metrics_path, "valid_loss", reach=REACH))
+    validated: dict[str, Any] = next((row for row in of_step if step is None or row["step"] <= step), {})
     for name, loss in validated.items():
         if name.startswith("valid_loss"):
             species = name.partition("/")[2]

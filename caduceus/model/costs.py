@@ -111,7 +111,7 @@ def launches(
     whole, inputs = recomputed
     block = 80 + 16 * (streams - 1) + (37 if shared else 0)
     if model.mixer == "mamba2":  # carries states from chunk to chunk by operators of their own
-        block += 267 + 8 * chunks * streams * _directions(model)
+        block += 188 + 8 * chunks * streams * _directions(model)
     again = whole * (block / 4) + 6 * inputs
     return round(model.n_layer * block + again + 43 + 17 * (streams - 1))
 

@@ -13,7 +13,7 @@ from caduceus.config import CaduceusConfig
 from caduceus.model.mixer import Apply, Carried, Mixer, init_step_sizes, init_uniform, negative_exp, project
 from caduceus.model.observer import POSITIONS, Observer
 from caduceus.model.precision import product_dtype
-from caduceus.model.projections import project_beside, project_small, project_twice
+from caduceus.model.projections import project_alone, project_beside, project_twice
 from caduceus.ops import (
     PAD_DT,
     bidirectional_conv1d,
@@ -167,7 +167,7 @@ class BiMamba(Mixer):
         states, sums_in_products = self.config.d_state, self._sums_in_products(u)
         u, projected = project_beside(u, x_proj) if sums_in_products else (u, project(u, x_proj))
         dt, B, C = projected.split([self.config.dt_rank, states, states], dim=-1)
-        dt = project_small(dt, dt_proj) if sums_in_products else project(dt, dt_proj)
+        dt = project_alone(dt, dt_proj) if sums_in_products else project(dt, dt_proj)
         if pad_mask is not None:
             dt = dt.masked_fill(pad_mask[..., None], PAD_DT)
         return u, dt, B, C

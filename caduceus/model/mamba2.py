@@ -80,7 +80,7 @@ class BiMamba2(Mixer):
         def scan(x: Tensor, B: Tensor, C: Tensor) -> Tensor:
             steps = dt[None].expand(self.directions, *dt.shape)
             y = bidirectional_ssd_scan(x, steps, A, B, C, D, dt_bias, **where)
-            return gated_norm(y.flatten(-2), z, norm)
+            return gated_norm(y.flatten(-2), z, norm, backend=self.backend)
 
         return self._project_out(apply(scan_inputs, scan), 0)
 
@@ -102,7 +102,8 @@ class BiMamba2(Mixer):
         def scan(x: Tensor, B: Tensor, C: Tensor) -> Tensor:
             streams = zip(*(tensor.unbind(0) for tensor in (x, dt, B, C)), reverse, strict=True)
             runs = [ssd_scan(x, dt, A, B, C, D, dt_bias, reverse=back, **where) for x, dt, B, C, back in streams]
-            return gated_norm(torch.stack(runs).flatten(-2)[None], z, self.norm_weight[direction, None])
+            y, norm = torch.stack(runs).flatten(-2)[None], self.norm_weight[direction, None]
+            return gated_norm(y, z, norm, backend=self.backend)
 
         return self._project_out(apply(scan_inputs, scan), projection)
 
@@ -119,7 +120,8 @@ class BiMamba2(Mixer):
         x, B, C = self._split(u)
         A, D, dt_bias = negative_exp(self.A_log[direction]), self.D[direction], self.dt_bias[direction]
         y, state = ssd_scan(x, dt, A, B, C, D, dt_bias, initial_state=state, return_final_state=True, **where)
-        gated = gated_norm(y.flatten(-2)[None, None], z[None], self.norm_weight[direction, None])
+        norm = self.norm_weight[direction, None]
+        gated = gated_norm(y.flatten(-2)[None, None], z[None], norm, backend=self.backend)
         return F.linear(gated[0], out_proj), (taps, state)
 
     def _sizes(self) -> list[int]:

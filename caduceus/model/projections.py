@@ -1,5 +1,5 @@
-"""Linear maps whose backward passes suit a GPU: sums of gradients happen inside of products, and gradients of small
-weights over many rows are many products instead of a few.
+"""Linear maps whose backward passes suit a GPU: sums of gradients happen inside of products, and the gradient of a
+weight, which is small beside the number of rows, is several products.
 
 Shapes: G weights, each for its own rows, or 1 for all; x (G, …, in), weight (G, out, in).
 """
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 PARTS = 16
-"""Into so many the rows are divided, where it divides them, for the gradient of a weight: a product of 512 x 48 alone
-occupies few multiprocessors, however many rows it sums over."""
+"""Into so many the rows are divided, where it divides them, for the gradient of a weight: a product of 512 x 48 or 256
+alone occupies few multiprocessors, however many rows it sums over."""
 
 
 def project_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,9 +24,9 @@ def project_twice(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Ten
     return _Twice.apply(x, first, second)
 
 
-def project_small(x: Tensor, weight: Tensor) -> Tensor:
-    """The projection of x by a weight that is small beside the number of rows."""
-    return _Small.apply(x, weight)
+def project_alone(x: Tensor, weight: Tensor) -> Tensor:
+    """The projection of x."""
+    return _Alone.apply(x, weight)
 
 
 class _Beside(torch.autograd.Function):
@@ -59,10 +59,10 @@ class _Twice(torch.autograd.Function):
         rows, first, second = ctx.saved_tensors
         one, other = (_rows(gradient, first) for gradient in gradients)
         dx = torch.baddbmm(torch.bmm(one, first), other, second).view(*gradients[0].shape[:-1], -1)
-        return dx, *(torch.bmm(d.mT, rows).to(ctx.dtype) for d in (one, other))
+        return dx, *(_weight_gradient(d, rows).to(ctx.dtype) for d in (one, other))
 
 
-class _Small(torch.autograd.Function):
+class _Alone(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         rows, cast = _rows(x, weight), _cast(weight, x)

@@ -5,7 +5,6 @@ page of them instead. `dashboard` in the place of runs makes a workspace of W&B.
 """
 
 import contextlib
-import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,13 @@ from caduceus.monitor.wandb import dashboard
 from caduceus.run.directory import RunDirectory
 
 _POLL_SECONDS = 1.0
+_START = """
+Shows how runs stand, from their directories, also while they train on another machine. To begin:
+
+  {caduceus-monitor} runs/ps-1k  # follows it in a terminal
+  {caduceus-monitor} runs/ps-1k runs/ph-1k --report report.html  # one page of curves, and of what differs
+  {caduceus-monitor} dashboard --help  # a workspace of W&B
+"""
 
 
 class Followed:
@@ -47,7 +53,7 @@ def main() -> int:
     if sys.argv[1:2] == ["dashboard"]:
         return dashboard.main(sys.argv[2:])
     about = "Watch runs from their directories. `dashboard --help` tells of workspaces in W&B."
-    parser = Parser(prog="python -m caduceus.monitor", description=about)
+    parser = Parser(called="caduceus-monitor", start=_START, description=about)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page (HTML) with curves and differences")
     arguments = parser.parse_args()
@@ -60,7 +66,6 @@ def main() -> int:
     for run in followed:
         run.poll()
     if not console.is_terminal:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         for run in followed:
             print(f"{run.view.name}: {plain_line(run.view) if run.view.row else 'no steps yet'}")
         return 0
@@ -75,5 +80,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from caduceus.config.model import CHUNK
 from caduceus.ops.across_ranks import Context, scan_over_ranks
+from caduceus.ops.backends import resolve_backend
 from caduceus.ops.directions import runs_backwards
 from caduceus.ops.operands import ScanOperands
 
@@ -90,8 +91,15 @@ def bidirectional_ssd_scan(
     return y.unflatten(0, x.shape[:2])
 
 
-def gated_norm(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """Sum over directions of RMSNorm(y · silu(z)) · weight: y (P, S, B, L, E), z (S, B, L, E), weight (P, E)."""
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """Sum over directions of RMSNorm(y · silu(z)) · weight: y (P, S, B, L, E), z (S, B, L, E), weight (P, E).
+
+    The backend `triton` has a kernel of its own, every other one the formula.
+    """
+    if resolve_backend(backend, y.device, y.dtype) == "triton":
+        from caduceus.ops.triton.gated_norm import gated_norm as fused
+
+        return fused(y, z, weight, NORM_EPSILON)
     return _recomputed(_gated_norm, y, z, weight)
 
 

@@ -27,7 +27,7 @@ BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2}
 
 fp32: 24 bits, sums of hundreds of terms, exponentials good to 2^-22. In bf16 results are rounded twice, by 2^-8 each,
 where the sum over directions waits in the output; twice that, for the interpreter truncates."""
-ACTIVATIONS = {"u", "dt", "B", "C", "z", "x", "halo"}
+ACTIVATIONS = {"u", "dt", "B", "C", "y", "z", "x", "halo"}
 """Operands that come in the type of the case; the others are fp32."""
 SIZES = 37, 20, 16
 """Tokens, channels and states."""
@@ -169,6 +169,8 @@ def _cases(device: torch.device) -> Iterator[Case]:
     normed = {"x": normal(S, batch, length, E), "residual": normal(S, batch, length, E), "weight": normal(E)}
     yield Case(f"add + RMSNorm ({sizes})", normed, partial(_pair, ops.add_norm, eps=1e-5))
     yield Case(f"add + LayerNorm ({sizes})", {**normed, "bias": normal(E)}, partial(_pair, ops.add_norm, eps=1e-5))
+    gated = {"y": normal(*runs, E), "z": normal(*runs[1:], E), "weight": normal(P, E)}
+    yield Case(f"gated RMSNorm ({sizes})", gated, partial(_alone, ops.gated_norm))
     labels = (torch.arange(length, device=device) % 16)[None]
     labels = torch.where(labels % 3 == 0, _IGNORED, labels)
     head = {"x": normal(S, batch, length, E), "weight": normal(S, 16, E)}

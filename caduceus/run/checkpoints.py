@@ -9,7 +9,7 @@ from typing import Any
 
 from caduceus.config import Config, config_from_dict
 from caduceus.errors import UserError
-from caduceus.files import dump_json, sha256_of, sync, write_atomically
+from caduceus.files import dump_json, patiently, sha256_of, sync, write_atomically
 
 MARKER = "COMPLETE"
 AVERAGE = "average"
@@ -49,7 +49,7 @@ class Checkpoint:
             return None
 
     def _marker(self) -> dict[str, Any]:
-        content = json.loads((self.path / MARKER).read_text())
+        content = json.loads(patiently((self.path / MARKER).read_bytes))
         if not isinstance(content, dict):
             raise ValueError("it holds no facts")
         return content

@@ -28,7 +28,7 @@ from caduceus.distributed.groups import group_of
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
-from caduceus.files import dump_json, system_error, write_atomically
+from caduceus.files import dump_json, patiently, system_error, write_atomically
 from caduceus.hub.folders import load, save_published
 from caduceus.run.checkpoints import Checkpoint
 from caduceus.run.directory import RunDirectory
@@ -265,8 +265,9 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
             raise
         raise UserError(f"{checkpoint.path}: not a checkpoint of this model ({_last_line(error)})") from None
     with strategy.ranks.agreeing():
-        set_rng_state(torch.load(checkpoint.path / "rng.pt", weights_only=False))
-        values = json.loads((checkpoint.path / "progress.json").read_text())
+        rng, progress = checkpoint.path / "rng.pt", checkpoint.path / "progress.json"
+        set_rng_state(patiently(lambda: torch.load(rng, weights_only=False), is_there=True))
+        values = json.loads(patiently(progress.read_bytes, is_there=True))
         values.pop("wandb_id", None)  # stood here once; the run directory keeps it
     return Progress(**{**values, "health": Health(**values["health"])})
 

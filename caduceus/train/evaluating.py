@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,6 @@ from caduceus.config.evaluations import SPACE
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import PeerError, RetryError, one_line
-from caduceus.evaluate.in_loop import InLoop
 from caduceus.evaluate.model import Runner
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
@@ -31,6 +30,9 @@ from caduceus.train.checkpointing import rng_state, set_rng_state
 from caduceus.train.optimizer import averaged_weights
 from caduceus.train.stopping import StopRequest
 from caduceus.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from caduceus.evaluate.in_loop import InLoop
 
 Row = dict[str, Any]
 
@@ -43,7 +45,7 @@ class Evaluations:
 
     config: Config
     run: RunDirectory
-    found: Sequence[InLoop]
+    found: "Sequence[InLoop]"
     monitor: Monitor
     stop: StopRequest
     watchdog: Watchdog
@@ -72,7 +74,7 @@ class Evaluations:
         due = [one for one in self.found if step % one.every == 0 and one.name not in made]
         return {**told, **self._run(strategy, step, due)}
 
-    def _run(self, strategy: Strategy, step: int, due: Sequence[InLoop]) -> Row:
+    def _run(self, strategy: Strategy, step: int, due: "Sequence[InLoop]") -> Row:
         if not due:
             return {}
         told: Row = {}
@@ -86,7 +88,7 @@ class Evaluations:
             torch.cuda.empty_cache()
         return told
 
-    def _numbers(self, one: InLoop, runner: Runner, strategy: Strategy, step: int) -> Row:
+    def _numbers(self, one: "InLoop", runner: Runner, strategy: Strategy, step: int) -> Row:
         started, failure = time.monotonic(), None
         try:
             numbers = one.run(runner, strategy.ranks)
@@ -102,7 +104,7 @@ class Evaluations:
         self.monitor.log_evaluation({"step": step, "evaluated": one.name, **row})
         return row
 
-    def _tell_failure(self, one: InLoop, step: int, failure: Exception) -> None:
+    def _tell_failure(self, one: "InLoop", step: int, failure: Exception) -> None:
         reason = one_line(failure)
         if isinstance(failure, _StoppingError) or (isinstance(failure, PeerError) and _StoppingError.words in reason):
             _log.warning("%s: left after step %d as the run stops; the next start makes it", one.key, step)

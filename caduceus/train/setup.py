@@ -4,13 +4,13 @@ import copy
 import logging
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
 
 from caduceus.config import Config, Stage, stages_of, within
-from caduceus.data.dataset import open_dataset
+from caduceus.data.dataset import open_dataset, read_manifests, using_manifests
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
@@ -18,7 +18,6 @@ from caduceus.distributed.initialisation import starting_weights
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
-from caduceus.evaluate.in_loop import InLoop, check_evaluations, evaluations_in
 from caduceus.files import write_atomically
 from caduceus.ops.backends import resolve_backend
 from caduceus.run.directory import RunDirectory
@@ -28,6 +27,9 @@ from caduceus.train.optimizer import build_optimizer
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.progress import Progress
 from caduceus.train.recomputation import recompute_to_fit
+
+if TYPE_CHECKING:
+    from caduceus.evaluate.in_loop import InLoop
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Opened:
     run: RunDirectory
     loader: TrainLoader
     validation: ValidationLoader | None
-    evaluations: list[InLoop]
+    evaluations: "list[InLoop]"
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,10 @@ def open_run(stage: Stage, ranks: Ranks) -> Opened:
     """
     config = stage.run
     run = RunDirectory(config.run.dir)
-    with ranks.agreeing():
+    manifests = _manifests(stage.config, ranks)
+    with ranks.agreeing(), using_manifests(manifests):
         check_model(config, ranks.device)
-        evaluations = evaluations_in(config)
+        evaluations = _evaluations(config)
         loader, validation = _build_loaders(stage.config, ranks)
         for later in stages_of(config)[stage.number :]:
             _refuse_stage(later, ranks.world)
@@ -109,17 +112,42 @@ def open_run(stage: Stage, ranks: Ranks) -> Opened:
                 branch_point(config)
             if config.train.init_from is not None and not run.checkpoints():
                 starting_weights(config.train.init_from, config.model)
-            check_evaluations(evaluations, config.checkpoint.best)
+            _check_evaluations(evaluations, config)
             run = RunDirectory.create_or_resume(config)
     refuse_other_data(loader, ranks)
     return Opened(run, loader, validation, evaluations)
 
 
+def _evaluations(config: Config) -> "list[InLoop]":
+    if not config.evaluations:
+        return []
+    from caduceus.evaluate.in_loop import evaluations_in  # and with it every verb, of which most runs have none
+
+    return evaluations_in(config)
+
+
+def _check_evaluations(evaluations: "list[InLoop]", config: Config) -> None:
+    if evaluations:
+        from caduceus.evaluate.in_loop import check_evaluations
+
+        check_evaluations(evaluations, config.checkpoint.best)
+
+
 def open_stage(opened: Opened, stage: Stage, ranks: Ranks) -> Opened:
     """The same run with its data as a further stage draws from it."""
-    with ranks.agreeing():
+    manifests = _manifests(stage.config, ranks)
+    with ranks.agreeing(), using_manifests(manifests):
         loader, validation = _build_loaders(stage.config, ranks)
     return replace(opened, loader=loader, validation=validation)
+
+
+def _manifests(config: Config, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """What the main rank reads for all of them."""
+    found: dict[str, dict[str, Any]] = {}
+    with ranks.agreeing():
+        if ranks.is_main and config.data.mode == "shards":
+            found = read_manifests(config.data)
+    return ranks.broadcast(found)
 
 
 def _build_loaders(config: Config, ranks: Ranks) -> tuple[TrainLoader, ValidationLoader | None]:

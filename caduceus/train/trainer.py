@@ -23,6 +23,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
 from caduceus.train.evaluating import Best, Evaluations
 from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
+from caduceus.train.machines import Machines
 from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.optimizer import averaged_weights
 from caduceus.train.profiling import Profile
@@ -99,6 +100,7 @@ class Watch:
     stop: StopRequest
     watchdog: Watchdog
     profile: Profile
+    machines: Machines
 
 
 def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, started: float) -> tuple[Setup, Watch]:
@@ -106,11 +108,12 @@ def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, start
     run, config = opened.run, stage.run
     with _slowly(watchdog, ranks, "the start"):
         setup = set_up(stage, ranks, opened, started)
+        machines = Machines(config, ranks)
         with ranks.agreeing(), run.telling_of_disks():
             profile = Profile(config, run.path, ranks)
             monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
-    return setup, Watch(monitor, stop, watchdog, profile)
+    return setup, Watch(monitor, stop, watchdog, profile, machines)
 
 
 def _go_on(stage: Stage, ranks: Ranks, opened: Opened, watch: Watch) -> tuple[Opened, Setup]:
@@ -159,11 +162,20 @@ def _loop(stage: Stage, setup: Setup, opened: Opened, watch: Watch) -> int:
         complete = last and stage.is_last
         with watchdog.over(f"the agreement after step {progress.step}"):
             wishes = strategy.ranks.gather(
-                [stop.requested and not complete, stop.save_requested(), checkpoints.failed, stop.taken_over()]
+                [
+                    stop.requested and not complete,
+                    stop.save_requested(),
+                    checkpoints.failed,
+                    stop.taken_over(),
+                    watch.machines.are_due,
+                ]
             )
-        stopping, saving, failed, taken_over = wishes.any(0).tolist()
+        stopping, saving, failed, taken_over, telling = wishes.any(0).tolist()
         if taken_over:
             raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
+        if telling:
+            with watchdog.over(f"the machines after step {progress.step}"):
+                monitor.log_machines(watch.machines.row(progress.step))
         with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
             if last or stopping or saving or is_best or checkpoints.are_due(progress):
                 checkpoints.save(progress, is_best)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from caduceus.config import KEYS, Config, StageConfig, changes, config_to_dict
+from caduceus.config import KEYS, SECTIONS, Config, StageConfig, changes, config_to_dict
 from caduceus.errors import UserError
 from caduceus.run.directory import OPTIMIZER_STATE, RunDirectory
 from caduceus.train.trainer import train
@@ -111,6 +111,7 @@ OTHER: dict[str, Any] = {
     "run.time_budget_minutes": 60.0,
     "run.allow_change": ["train.lr"],
     "monitor.every": 7,
+    "monitor.machine_seconds": 5.0,
     "monitor.windows": 2,
     "monitor.profile": "2:3",
     "monitor.profile_ranks": [0, 1],
@@ -125,6 +126,7 @@ OTHER: dict[str, Any] = {
     "wandb.job_type": "another",
     "wandb.log_every": 2,
     "wandb.artifacts": ["report"],
+    "wandb.artifact_files": True,
     "wandb.save_code": True,
     "wandb.alerts": False,
     "wandb.required": True,
@@ -150,7 +152,7 @@ def halfway(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 def changed(config: Config, name: str, tmp_path: Path) -> Config:
     """The run's copy in `tmp_path`, with another value of one key. Combinations are not checked."""
     config = dataclasses.replace(
-        config, **{section: dataclasses.replace(getattr(config, section)) for section in vars(config)}
+        config, **{section: dataclasses.replace(getattr(config, section)) for section in SECTIONS}
     )
     value = OTHER[name]
     if name == "data.path":

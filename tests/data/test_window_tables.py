@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from caduceus.config import Config
-from caduceus.data import ShardedGenome, build_loader
+from caduceus.data import ShardedGenome, build_loader, genome
 from caduceus.data.dataset import open_dataset
 from caduceus.data.format import load_manifest
 from caduceus.data.loader import build_validation
 from caduceus.errors import UserError
-from caduceus.files import dump_json
+from caduceus.files import dump_json, sha256_of
 from data_prep.shard_genome import main as shard_genome
 from tests.conftest import REPOSITORY
 from tests.data.shard_fixture import random_bases
@@ -124,6 +124,46 @@ def test_opening_takes_as_many_opens_whatever_the_number_of_shards(dataset: Path
         opens[path] = (int(shown), shards)
     assert max(opens[dataset][0], opens[one_more][0]) <= 10
     assert opens[dataset][1] > opens[one_more][1] > 1 and opens[former][0] > 2 * opens[former][1]
+
+
+def test_tables_are_hashed_once_on_a_node_as_long_as_a_rank_has_them_open(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one comes after the first has opened its own, as the ranks of a start do."""
+    hashed: list[str] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    monkeypatch.setattr(genome, "sha256_of", counted)
+    data = config_of(dataset).data
+    first = open_dataset(data, "train")
+    assert len(hashed) == 2
+    open_dataset(data, "train")
+    assert len(hashed) == 2
+    del first
+    open_dataset(data, "train")
+    assert len(hashed) == 4, "a new start looks anew"
+
+
+def test_tables_of_shards_elsewhere_are_fetched_once_and_checked(dataset: Path, tmp_path: Path) -> None:
+    config, there = config_of(dataset), Path(shutil.copytree(dataset, tmp_path / "there"))
+    here = [open_dataset(config.data, split) for split in ("train", "valid")]
+    config.data.path, config.data.cache_dir = str(there), str(tmp_path / "cache")
+    for expected in here:
+        found = open_dataset(config.data, expected.split)
+        for ours, theirs in zip(found.sources, expected.sources, strict=True):
+            assert np.array_equal(ours.table.windows, theirs.table.windows)
+            assert np.array_equal(ours.table.runs, theirs.table.runs)
+    fetched = sorted(path.name for path in (tmp_path / "cache").rglob("*.npy"))
+    assert fetched == sorted(path.name for path in dataset.glob("*.npy"))
+    for table in there.glob("*.npy"):
+        table.write_bytes(b"something else")
+    open_dataset(config.data, "train")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(UserError, match="restore it or shard again"):
+        open_dataset(config.data, "train")
 
 
 @pytest.mark.parametrize("damage", ["a byte", "a row", "no file", "a tar is cut", "a tar is gone"])

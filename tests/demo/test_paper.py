@@ -57,6 +57,8 @@ def test_a_comparison_from_shards_to_its_report(tmp_path: Path, monkeypatch, cap
     small = ["model.d_model=8", "model.n_layer=1", "data.seq_len=64", "data.workers=0", "valid.samples=8"]
     words = ["tying", "--budget", "0.001", "--seeds", "2", "--out", str(out), "--shards", str(shards), *small]
     monkeypatch.setattr("sys.argv", ["paper", *words])
+    monkeypatch.setattr(paper, "PROBE_STEPS", 2)
+    monkeypatch.setattr(paper, "LEAST_STEPS", 4)
     assert paper.main() == 0
     plan = json.loads((out / "plan.json").read_text())
     assert plan == {"tokens": paper.LEAST_STEPS * 4 * 64, "seeds": 2}

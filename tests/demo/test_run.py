@@ -113,7 +113,7 @@ def test_the_whole_demo(package, tmp_path):
     assert ((red < 0.3) & (blue > 0.6)).sum() > 200, "no training curve"
 
     kinds = [line.split("\t")[3] for line in (out / "windows.bed").read_text().splitlines()]
-    # Of 256 bases: 8 to 17 are whole within the exon, 24 to 34 within the repeat.
+    # Of 256 bases: 8 to 16 lie within the exon, 24 to 34 within the repeat.
     assert (kinds.count("coding"), kinds.count("repeat")) == (9, 11) and kinds.count("neither") > 20
     with np.load(out / "windows.npz") as found:
         assert found["names"].tolist() == kinds and found["embeddings"].shape[0] == len(kinds)

@@ -94,7 +94,7 @@ def config_of(layout: Layout, shards: Path, directory: Path, accumulation: int =
         "parallel": layout.parallel,
         "run": {"dir": str(directory), "name": directory.name, "device": "cpu"},
         "wandb": {"mode": "disabled"},
-        "monitor": {"report": False, "windows": 0},
+        "monitor": {"report": False, "windows": 0, "machine_seconds": 0.0},
     }
     return config_from_dict(values)
 

@@ -16,21 +16,10 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.train import trainer
 from caduceus.train.metrics import CLOCK_KEYS
 from caduceus.train.optimizer import build_optimizer
-from tests.conftest import shard, write_random_fasta
 from tests.distributed.layouts import LAYOUTS, Layout, config_of, train_all
 
 SPECIES = ("small", "large")
 SHARED = ("DDP 2", "FSDP 2", "ZeRO 2, 2 ranks", "context 2", "strands 2")
-
-
-@pytest.fixture(scope="module")
-def two_species(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("species")
-    for name, length in zip(SPECIES, (10_000, 30_000), strict=True):
-        write_random_fasta(directory / f"{name}.fa", length, {f"{name}1": length})
-        options = ["--window", "2048", "--workers", "1", *(["--add"] if name != SPECIES[0] else [])]
-        shard(directory / "shards", name, directory / f"{name}.fa", *options)
-    return directory / "shards"
 
 
 def rows_of(config: Config) -> list[dict[str, float]]:

@@ -34,7 +34,7 @@ def test_results_and_gradients_are_those_of_plain_projections(shape: tuple[int, 
     for ours, plain, inputs in (
         (projections.project_beside(x, first), (x.clone(), project(x, first)), (x, first)),
         (projections.project_twice(x, first, second), (project(x, first), project(x, second)), (x, first, second)),
-        ((projections.project_small(x, first),), (project(x, first),), (x, first)),
+        ((projections.project_alone(x, first),), (project(x, first),), (x, first)),
     ):
         for one, other in zip(ours, plain, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-14)

@@ -15,7 +15,6 @@ import pytest
 from caduceus.errors import UserError
 from caduceus.monitor.wandb.identity import identity
 from caduceus.monitor.wandb.process import sync
-from caduceus.run.checkpoints import write_marker
 from caduceus.run.events import record_event
 from launch import runs
 from tests.conftest import REPOSITORY
@@ -337,32 +336,3 @@ def test_the_windows_of_a_validation_are_a_table_with_pictures(server: WandbServ
     assert [row[:5] for row in table["data"]] == [["hg38", kind, 1, "chr8", 4096] for kind in ("worst", "best")]
     assert [row[-1] for row in table["data"]] == ["Image"] * 2  # which lie in the table's artifact
     assert len(server.artifacts) == 1 and not server.unknown
-
-
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_artifacts_are_left_by_option(
-    server: WandbServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
-) -> None:
-    watched = Watched(tmp_path / "run", mode=mode, artifacts=["dataset", "checkpoints", "report"], save_code=True)
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "manifest.json").write_text("{}")
-    watched.config.data.path = [{"path": str(tmp_path / "shards"), "weight": 1.0}]
-    watched.run.keep_config(watched.config)
-    (watched.path / "report").mkdir()
-    (watched.path / "report" / "report.html").write_text("a page")
-    checkpoint = watched.run.checkpoint_path(5)
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "weights").write_text("some")
-    write_marker(checkpoint, 5, {"samples": 40})
-    watched.go_on(1, 5)
-    assert not [record.message for record in caplog.records if record.levelname == "WARNING"]
-    if mode == "offline":
-        return
-    given = {one["artifactCollectionName"]: one["artifactTypeName"] for one in server.artifacts}
-    run_id = server.only_run().name
-    expected = {"dataset-shards": "dataset", f"checkpoint-{run_id}": "model", f"report-{run_id}": "report"}
-    assert {name: given[name] for name in expected} == expected and "code" in given.values()
-    assert len(server.used) == 1 and not server.unknown
-    assert sent_rows(server.only_run()) == watched.rows() and server.only_run().exit_code == 0
-    with pytest.raises(UserError, match=r"wandb.artifacts: choose of dataset, checkpoints, report; got 'weights'"):
-        Watched(tmp_path / "other", artifacts=["weights"])

@@ -7,7 +7,7 @@ import struct
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 OF_ENTITY: dict[Any, tuple[int, dict[str, Any]]] = {
     "forbidden": (403, {"errors": [{"message": "permission denied"}]}),
@@ -83,9 +83,11 @@ class Handler(BaseHTTPRequestHandler):
         body = self._read()
         if self._failed(False):
             return
-        _, _, run, name = urlsplit(self.path).path.split("/", 3)
-        with self.server_state._lock:
-            self.server_state.runs[run].files[name] = body
+        _, kind, owner, name = unquote(urlsplit(self.path).path).split("/", 3)
+        state = self.server_state
+        with state._lock:
+            files = state.artifact_files.setdefault(owner, {}) if kind == "artifacts" else state.runs[owner].files
+            files[name] = body
         self._respond(200, {})
 
     def _read(self) -> bytes:

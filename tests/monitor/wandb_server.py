@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.monitor.wandb_artifacts import Artifacts
 from tests.monitor.wandb_http import Handler, Server
 
 ENTITY, KEY = "laboratory", "k" * 40
@@ -54,7 +55,7 @@ class ServerRun:
         return json.dumps([stored[max(stored)]] if stored else [])
 
 
-class WandbServer:
+class WandbServer(Artifacts):
     """Serves while used as a context manager; `url` is WANDB_BASE_URL.
 
     `fault`: None, or how it fails: a status such as 401 or 500, "hang" (answers after `hang_seconds`), "refuse" (the
@@ -72,8 +73,7 @@ class WandbServer:
         self.most_bytes = 1 << 30
         self.can_rewind = can_rewind
         self.requests: list[str] = []
-        self.artifacts: list[dict[str, Any]] = []
-        self.used: list[dict[str, Any]] = []
+        super().__init__()
         self.alerts: list[tuple[str, str, str]] = []
         """Title, text and level."""
         self.views: list[dict[str, Any]] = []
@@ -167,46 +167,6 @@ class WandbServer:
         run.lines["wandb-history.jsonl"] = {number: json.dumps(line) for number, line in enumerate(kept)}
         run.rewinds += 1
         return {"rewindRun": {"rewoundRun": self._bucket(run)}}
-
-    def _ArtifactType(self, variables: dict[str, Any]) -> dict[str, Any]:
-        return {"project": {"artifact": None}}
-
-    def _CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """Artifacts are taken as known, by their digest, so that no files of them follow."""
-        given = variables.get("input", variables)
-        self.artifacts.append(given)
-        sequence = {"id": "1", "latestArtifact": None}
-        known = {"id": str(len(self.artifacts)), "state": "COMMITTED", "artifactSequence": sequence}
-        return {"createArtifact": {"artifact": known}}
-
-    def _ArtifactByID(self, variables: dict[str, Any]) -> dict[str, Any]:
-        given = self.artifacts[int(variables["id"]) - 1]
-        project = {"id": "1", "internalId": "1", "name": "caduceus", "entity": {"name": ENTITY}}
-        collection = {"__typename": "ArtifactSequence", "name": given["artifactCollectionName"], "project": project}
-        return {
-            "artifact": {
-                **{"__typename": "Artifact", "id": variables["id"], "artifactSequence": collection, "versionIndex": 0},
-                **{
-                    "artifactType": {"name": given["artifactTypeName"]},
-                    "description": None,
-                    "metadata": None,
-                    "tags": [],
-                },
-                **{
-                    "ttlDurationSeconds": 0,
-                    "ttlIsInherited": True,
-                    "historyStep": None,
-                    "state": "COMMITTED",
-                    "size": 1,
-                },
-                **{"digest": given["digest"], "digestAlgorithm": None, "commitHash": None, "fileCount": 1},
-                **{"createdAt": "2026-01-01T00:00:00", "updatedAt": None, "aliases": []},
-            }
-        }
-
-    def _UseArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:
-        self.used.append(variables)
-        return {"useArtifact": {"artifact": {"id": "1"}}}
 
     def _NotifyScriptableRunAlert(self, variables: dict[str, Any]) -> dict[str, Any]:
         self.alerts.append((variables["title"], variables["text"], variables["severity"]))

@@ -9,6 +9,7 @@ launch a kernel it only compiles it, with the types, divisors and constants that
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -32,7 +33,7 @@ from caduceus.config import CaduceusConfig
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.triton import conv, cross_entropy, device, norm, scan, scan_launches
+from caduceus.ops.triton import conv, cross_entropy, device, gated_norm, norm, scan, scan_launches
 from tests.ops import record
 from tests.ops.offsets import narrow_products
 from tests.ops.record import OnRecord
@@ -93,7 +94,7 @@ def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[s
                 found[name].append(compiled)
 
     launch = JITFunction.run
-    for module in (device, norm, cross_entropy):
+    for module in (device, norm, gated_norm, cross_entropy):
         module.multiprocessors = lambda device: MULTIPROCESSORS
     for operation, launches in LAUNCHES.items():
         operation.register_fake(launches)
@@ -114,6 +115,8 @@ LAUNCHES = {
     conv.conv_backward: conv.launch_backward,
     norm.add_norm_forward: norm.launch_forward,
     norm.add_norm_backward: norm.launch_backward,
+    gated_norm.gated_norm_forward: gated_norm.launch_forward,
+    gated_norm.gated_norm_backward: gated_norm.launch_backward,
     cross_entropy.cross_entropy_forward: cross_entropy.launch_forward,
     cross_entropy.cross_entropy_backward: cross_entropy.launch_backward,
 }
@@ -242,6 +245,15 @@ def launch_scan(element: str, states: int) -> None:
     train(CaduceusConfig(d_model=256, n_layer=2, d_state=states), 1, 131_072, element)
 
 
+def launch_gated(element: str) -> None:
+    """The gated norm of one direction and of two, of one channel and of PlantCAD2's least and most, over GIANT."""
+    for directions, E in itertools.product((1, 2), (1, 1536, 3072)):
+        sizes = (directions, 1, 1, GIANT, E), (1, 1, GIANT, E)
+        y, z = (torch.zeros(size, dtype=ELEMENTS[element], requires_grad=True) for size in sizes)
+        weight = torch.ones(directions, E, requires_grad=True)
+        gated_norm.gated_norm(y, z, weight, 1e-5).sum().backward()
+
+
 def compile_run(
     capability: str, element: str, what: str, *names: str, known: Mapping[str, dict] = MappingProxyType({})
 ) -> dict[str, dict]:
@@ -250,7 +262,7 @@ def compile_run(
         if what.isdecimal():
             launch_scan(element, int(what))
         else:
-            {"published": launch_all, "one": launch_one, "rest": launch_rest}[what](element)
+            {"published": launch_all, "one": launch_one, "rest": launch_rest, "gated": launch_gated}[what](element)
     kernels = {}
     for name, compiled in ((name, each) for name, group in found.items() for each in group):
         if isinstance(compiled, OnRecord):

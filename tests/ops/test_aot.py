@@ -27,6 +27,8 @@ REGISTERS = {
     "conv_backward": 128,
     "add_norm_forward": 168,
     "add_norm_backward": 168,
+    "gated_norm_forward": 128,
+    "gated_norm_backward": 128,
     "cross_entropy_forward": 128,
     "cross_entropy_backward": 168,
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 SCAN = ("chunk_state", "chunk_carry", "scan_forward", "chunk_adjoint", "scan_replay", "gather_pieces", "scan_backward")
 SCAN += ("scatter_pieces",)
+GATED = ("gated_norm_forward", "gated_norm_backward")
 RUNS = (
     ("90", "bf16", "published"),
     ("80", "bf16", "one"),
@@ -12,6 +13,8 @@ RUNS = (
     ("90", "bf16", "rest"),
     ("80", "bf16", "32", *SCAN),
     ("90", "bf16", "64", *SCAN),
+    ("80", "fp32", "gated", *GATED),
+    ("90", "bf16", "gated", *GATED),
 )
 """What is compiled: compute capability, element type, what is launched, and which kernels if not all."""
 

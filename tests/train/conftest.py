@@ -31,7 +31,7 @@ class SmallRun:
             "checkpoint": {"every": 3, "keep": 2},
             "run": {"dir": str(self.directory / name), "name": name, "device": "cpu"},
             "wandb": {"mode": "disabled"},
-            "monitor": {"report": False, "windows": 0},
+            "monitor": {"report": False, "windows": 0, "machine_seconds": 0.0},
         }
         for section, keys in sections.items():
             values[section] = {**values.get(section, {}), **keys}

@@ -6,7 +6,8 @@ has the token N, and a sequence ends with [SEP]. Special tokens may stand in a s
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class CaduceusTokenizer(PreTrainedTokenizer):
         if mode == "published" and "N" in tokens:
             for byte in b"Nn":
                 self._of_byte[byte] = tokens.index("N")
+        self._table = self._of_byte.tobytes()
         self._end = [tokens.index("[SEP]")] if mode == "published" and "[SEP]" in tokens else []
         self._special = re.compile("(" + "|".join(re.escape(token) for token in tokens if token[0] == "[") + ")")
         for name in ("bos", "cls", "mask", "pad", "sep", "unk"):
@@ -57,15 +59,14 @@ class CaduceusTokenizer(PreTrainedTokenizer):
     def token_ids(self, text: str) -> np.ndarray:
         """Ids (L,) uint8 of a string's bases and special tokens, with nothing appended."""
         if "[" not in text:
-            return self._of_byte[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
+            return np.frombuffer(text.encode("ascii", "replace").translate(self._table), np.uint8)
         parts = [
-            np.array([self._ids[part]], np.uint8)
+            bytes([self._ids[part]])
             if part in self._ids and part[0] == "["
-            else self._of_byte[np.frombuffer(part.encode("ascii", "replace"), np.uint8)]
+            else part.encode("ascii", "replace").translate(self._table)
             for part in self._special.split(text)
-            if part
         ]
-        return np.concatenate(parts)
+        return np.frombuffer(b"".join(parts), np.uint8)
 
     def __call__(
         self,
@@ -90,17 +91,17 @@ class CaduceusTokenizer(PreTrainedTokenizer):
         rows = [np.concatenate([row, end]) for row in rows] if len(end) else rows
         lengths = [len(row) for row in rows]
         wanted = self._padded_length(lengths, padding, max_length, options.get("pad_to_multiple_of"))
-        if wanted:
-            rows = [self._padded(row, wanted, options.get("padding_side")) for row in rows]
-        found: dict[str, Any] = {"input_ids": rows}
+        widths = [max(wanted, length) for length in lengths]
+        left = (options.get("padding_side") or self.padding_side) == "left"
+        firsts = [width - length if left else 0 for width, length in zip(widths, lengths, strict=True)]
+        places = [slice(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
+        columns = {"input_ids": _Column(rows, places, self.pad_token_id)}
         if options.get("return_attention_mask", "attention_mask" in self.model_input_names) is not False:
-            side = options.get("padding_side")
-            ones = (np.ones(length, np.uint8) for length in lengths)
-            found["attention_mask"] = [self._padded(one, wanted, side, 0) if wanted else one for one in ones]
+            columns["attention_mask"] = _Column([1] * len(rows), places, 0)
         if options.get("return_special_tokens_mask"):
             special = np.isin(np.arange(256), self.all_special_ids).astype(np.uint8)
-            found["special_tokens_mask"] = [special[row] for row in rows]
-        return self._as_encoding(found, is_batch, return_tensors)
+            columns["special_tokens_mask"] = _Column([special[row] for row in rows], places, 1)
+        return self._as_encoding(columns, widths, is_batch, return_tensors)
 
     def encode(self, text: str, text_pair: None = None, add_special_tokens: bool = True, **options: Any) -> Any:
         """The ids of one string."""
@@ -118,21 +119,21 @@ class CaduceusTokenizer(PreTrainedTokenizer):
             length = max(lengths)
         return -(-length // multiple) * multiple if multiple else length
 
-    def _padded(self, row: np.ndarray, length: int, side: str | None, value: int | None = None) -> np.ndarray:
-        missing = max(length - len(row), 0)
-        widths = (missing, 0) if (side or self.padding_side) == "left" else (0, missing)
-        return np.pad(row, widths, constant_values=self.pad_token_id if value is None else value)
-
     def _as_encoding(
-        self, found: dict[str, list[np.ndarray]], is_batch: bool, return_tensors: str | None
+        self, columns: dict[str, "_Column"], widths: list[int], is_batch: bool, return_tensors: str | None
     ) -> BatchEncoding:
         kind = str(getattr(return_tensors, "value", return_tensors))
         if kind == "None":
-            lists = {name: [row.tolist() for row in rows] for name, rows in found.items()}
+            lists = {name: [row.tolist() for row in column.rows(widths)] for name, column in columns.items()}
             return BatchEncoding(lists if is_batch else {name: rows[0] for name, rows in lists.items()})
-        if len({len(row) for row in found["input_ids"]}) > 1:
+        if len(set(widths)) > 1:
             raise ValueError("return_tensors: sequences differ in length; give padding=True")
-        return BatchEncoding({name: _as_matrix(rows) for name, rows in found.items()}, tensor_type=kind)
+        matrices = {name: column.matrix(widths) for name, column in columns.items()}
+        if kind != "pt":
+            return BatchEncoding(matrices, tensor_type=kind)
+        import torch  # BatchEncoding would copy
+
+        return BatchEncoding({name: torch.from_numpy(matrix) for name, matrix in matrices.items()})
 
     def _tokenize(self, text: str, **options: Any) -> list[str]:
         return [self.alphabet.tokens[number] for number in self.token_ids(text).tolist()]
@@ -172,9 +173,28 @@ class CaduceusTokenizer(PreTrainedTokenizer):
         return ()
 
 
-def _as_matrix(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of one length as (B, L) int64, each written once."""
-    matrix = np.empty((len(rows), len(rows[0]) if rows else 0), np.int64)
-    for number, row in enumerate(rows):
-        matrix[number] = row
-    return matrix
+@dataclass
+class _Column:
+    """What stands in a batch under a name: of each row its `values`, an array or a number for all, and `pad` beside."""
+
+    values: Sequence[np.ndarray | int]
+    places: Sequence[slice]
+    """Of the values in each row."""
+    pad: int
+
+    def rows(self, widths: Sequence[int]) -> list[np.ndarray]:
+        rows = [np.empty(width, np.int64) for width in widths]
+        self._fill(rows)
+        return rows
+
+    def matrix(self, widths: Sequence[int]) -> np.ndarray:
+        """(B, L) int64 of rows of one width."""
+        matrix = np.empty((len(widths), widths[0] if widths else 0), np.int64)
+        self._fill(matrix)
+        return matrix
+
+    def _fill(self, rows: Iterable[np.ndarray]) -> None:
+        for row, values, place in zip(rows, self.values, self.places, strict=True):  # each position is written once
+            row[: place.start] = self.pad
+            row[place] = values
+            row[place.stop :] = self.pad

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from caduceus.monitor.report.figures import STYLE, colour_of, new_figure, shortened, with_legend
+from caduceus.monitor.report.bins import outlined
+from caduceus.monitor.report.figures import LINE_BINS, STYLE, colour_of, in_decades, new_figure, shortened, with_legend
 from caduceus.monitor.report.reported import Reported
 
 _DASHES = ("-", "--", ":", "-.")
@@ -34,10 +35,9 @@ def _of_validations(title: str, columns: dict[str, str]) -> Callable[[Sequence[R
     """Draws these columns of the validations, {label: column}."""
 
     def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
-        series = [
-            [(label, run.history.valid[c]) for label, c in columns.items() if c in run.history.valid] for run in runs
-        ]
-        return _lines(title, runs, axis, series, [run.history.valid_steps for run in runs])
+        known = [run.history.valid.columns for run in runs]
+        series = [[(label, of[name]) for label, name in columns.items() if name in of] for of in known]
+        return _lines(title, runs, axis, series, [run.history.valid.steps for run in runs])
 
     return draw
 
@@ -47,21 +47,37 @@ def _of_vitals(title: str, prefix: str, logarithmic: bool) -> Callable[[Sequence
 
     def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
         series = [
-            [(n.partition("/")[2], v) for n, v in run.history.vitals.items() if n.startswith(f"{prefix}/")]
+            [(n.partition("/")[2], v) for n, v in run.history.vitals.columns.items() if n.startswith(f"{prefix}/")]
             for run in runs
         ]
-        figure = _lines(title, runs, axis, series, [run.history.vital_steps for run in runs])
+        figure = _lines(title, runs, axis, series, [run.history.vitals.steps for run in runs])
         if figure is not None and logarithmic:
-            figure.axes[0].set_yscale("log")
+            in_decades(figure.axes[0])
         return figure
+
+    return draw
+
+
+def _of_machines(title: str, column: str) -> Callable[[Sequence[Reported], str], Figure | None]:
+    """Draws a column of each node or GPU; of many those that are furthest from the middle one."""
+
+    def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
+        series = []
+        for run in runs:
+            columns = run.history.machines.columns
+            found = [(n.partition("/")[2], values) for n, values in columns.items() if n.startswith(f"{column}/")]
+            means = np.array([np.nanmean(values) for _, values in found])
+            order = np.argsort(-np.abs(means - np.median(means)), kind="stable") if found else []
+            series.append([found[at] for at in sorted(order[:_MOST_LINES])])
+        return _lines(title, runs, axis, series, [run.history.machines.steps for run in runs])
 
     return draw
 
 
 def _of_evaluations(runs: Sequence[Reported], axis: str) -> Figure | None:
     """Draws the numbers of evaluations, each of which has steps of its own."""
-    series = [list(run.history.evaluations.items()) for run in runs]
-    return _lines("Evaluations", runs, axis, series, [run.history.evaluation_steps for run in runs])
+    series = [list(run.history.evaluations.columns.items()) for run in runs]
+    return _lines("Evaluations", runs, axis, series, [run.history.evaluations.steps for run in runs])
 
 
 @rc_context(STYLE)
@@ -78,14 +94,16 @@ def _lines(
         return None
     figure, axes = new_figure(title, axis)
     for number, (run, lines) in enumerate(zip(runs, series, strict=True)):
-        x = run.history.at(steps[number], axis)
         for label, values in lines:
             if label in labels:
+                known = ~np.isnan(values)
+                x, y = outlined(steps[number][known], values[known], LINE_BINS)
                 place = labels.index(label)
                 style = {"color": colour_of(place), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.1}
                 style |= {"marker": "os"[place // _COLOURS % 2], "markersize": 3, "gid": f"line-{number}-{place}"}
-                known = ~np.isnan(values)
-                axes.plot(x[known], values[known], label=shortened(label) if number == 0 and label else None, **style)
+                axes.plot(
+                    run.history.at(x, axis), y, label=shortened(label) if number == 0 and label else None, **style
+                )
     _name_dashes(axes, runs)
     return with_legend(figure, axes, columns=3)
 
@@ -95,20 +113,20 @@ def _by_layer(title: str, names: Sequence[str], of: Callable = np.asarray) -> Ca
 
     @rc_context(STYLE)
     def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
-        if not any(f"{names[0]}/00" in run.history.vitals for run in runs):
+        if not any(f"{names[0]}/00" in run.history.vitals.columns for run in runs):
             return None
         figure, axes = new_figure(title, "layer")
         for number, run in enumerate(runs):
             for place, name in enumerate(names):
-                layers = sorted(key for key in run.history.vitals if key.startswith(f"{name}/"))
+                layers = sorted(key for key in run.history.vitals.columns if key.startswith(f"{name}/"))
                 if not layers:
                     continue
-                values = of(np.array([run.history.vitals[key][-1] for key in layers]))
+                values = of(np.array([run.history.vitals.columns[key][-1] for key in layers]))
                 style = {"color": colour_of(number), "linestyle": _DASHES[place], "gid": f"layer-{number}-{place}"}
                 style |= {"linewidth": 0.8 if place else 1.4, "marker": "o", "markersize": 2 if place else 3}
                 label = f"{shortened(run.name, 14)}, {_WORDS[name]}" if len(runs) > 1 else _WORDS[name]
                 axes.plot(range(len(layers)), values, label=label, **style)
-        axes.set_yscale("log")
+        in_decades(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         return with_legend(figure, axes)
 
@@ -186,6 +204,21 @@ DETAILS = (
         "Root mean square of the residual stream before each layer, and of what its mixer adds.",
         _by_layer("Scale of activations by layer", ("residual_rms", "mixer_rms")),
         by_layer=True,
+    ),
+    *(
+        Detail(name, f"{words} Of more than {_MOST_LINES}, those that are furthest from the middle.", draw)
+        for name, words, draw in (
+            ("processors", "Use of each node's processors.", _of_machines("Processors by node, %", "cpu_percent")),
+            ("node_memory", "Use of each node's memory.", _of_machines("Memory by node, %", "memory_percent")),
+            (
+                "network",
+                "Bytes per second that the network brought to each node.",
+                _of_machines("Network, received by node, bytes/s", "network_received_bytes_per_second"),
+            ),
+            ("gpus", "Use of each GPU.", _of_machines("Utilization by GPU, %", "gpu_percent")),
+            ("gpu_memory", "Use of each GPU's memory.", _of_machines("Memory by GPU, %", "gpu_memory_percent")),
+            ("gpu_watts", "Power that each GPU draws.", _of_machines("Power by GPU, watts", "gpu_watts")),
+        )
     ),
     Detail("evaluations", "Numbers of the run's evaluations; metrics.jsonl has all of them.", _of_evaluations),
     Detail("epochs", "How often the crops of each species were seen.", _of_vitals("Epochs by species", "epoch", False)),

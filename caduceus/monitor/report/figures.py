@@ -9,15 +9,18 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter, LogFormatter
 
-from caduceus.monitor.report.history import History, binned
+from caduceus.monitor.report.bins import outlined
+from caduceus.monitor.report.history import History
 from caduceus.monitor.report.reported import Reported
 from caduceus.page import COLOURS
 
 AXES = {"tokens": "tokens, billions", "step": "steps", "hours": "hours of training steps"}
 """What curves are drawn against: {name: label}."""
-BINS = 300
+LINE_BINS = 150
+"""Bins of a line that has no band, of which the least and greatest value are drawn."""
 _SERIES = [name for name in COLOURS if name.startswith("series")]
 _MARKS = {"start": ("^", "series2"), "rewind": ("D", "series3"), "checkpoint": ("o", "series0")}
 _MOST_SPECIES = 8
@@ -36,7 +39,7 @@ STYLE = {
 class Curves:
     """A figure of one quantity: name (of its files), title, unit, and the column of training rows that it shows.
 
-    of: what is drawn of the column's values. valid: whether validations are drawn too.
+    of: what is drawn of the column's values, which keeps their order. valid: whether validations are drawn too.
     """
 
     name: str
@@ -71,24 +74,24 @@ def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
     shown = []
     for number, run in enumerate(runs):
         colour, history = colour_of(number), run.history
-        values = curves.of(history.train[curves.column])
+        mean, least, most = (curves.of(of[curves.column]) for of in (history.train, history.least, history.most))
         if curves.logarithmic:
-            values = np.where(values > 0, values, np.nan)
-        x, mean, least, most = binned(history.at(history.train["step"], axis), values, BINS)
+            mean, least, most = (np.where(values > 0, values, np.nan) for values in (mean, least, most))
+        x = history.at(history.train["step"], axis)
         name = shortened(run.name)
         label = f"{name}, train" if curves.valid else name
         axes.plot(x, mean, color=colour, linewidth=0.9, label=label, gid=f"train-{number}")
-        if len(values) > BINS:
+        if history.stride > 1:
             axes.fill_between(x, least, most, color=colour, alpha=0.2, linewidth=0)
         shown.append(mean)
-        if curves.valid and len(history.valid_steps):
-            y = curves.of(history.valid["valid_loss"])
-            x = history.at(history.valid_steps, axis)
+        if curves.valid and len(history.valid.steps):
+            x, y = outlined(history.valid.steps, curves.of(history.valid.columns["valid_loss"]), LINE_BINS)
+            x = history.at(x, axis)
             style = {"color": colour, "linestyle": "--", "linewidth": 1.1, "gid": f"valid-{number}"}
             axes.plot(x, y, marker="o", markersize=3, label=f"{name}, valid", **style)
             shown.append(y)
     if curves.logarithmic and any(np.isfinite(values).any() for values in shown):
-        axes.set_yscale("log")
+        in_decades(axes)
     elif curves.column == "tokens_per_second":
         axes.yaxis.set_major_formatter(EngFormatter())
     elif curves.valid:
@@ -99,20 +102,20 @@ def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
 @rc_context(STYLE)
 def draw_species(runs: Sequence[Reported], axis: str) -> Figure | None:
     """Validation loss of each species; None where there is at most one. A run's lines share their style."""
-    names = sorted({name for run in runs for name in run.history.valid if name.startswith("valid_loss/")})
+    names = sorted({name for run in runs for name in run.history.valid.columns if name.startswith("valid_loss/")})
     names = names[:_MOST_SPECIES]
     if len(names) < 2:
         return None
     figure, axes = new_figure("Validation loss per species, nats per labelled base", axis)
     for number, run in enumerate(runs):
         for place, name in enumerate(names):
-            if name in run.history.valid:
+            if name in run.history.valid.columns:
                 species = name.partition("/")[2]
                 label = shortened(species) if len(runs) == 1 else f"{shortened(run.name, 16)}, {shortened(species, 12)}"
                 style = {"color": colour_of(place), "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1.1}
                 style |= {"marker": "o", "markersize": 3, "gid": f"species-{number}-{place}"}
-                x = run.history.at(run.history.valid_steps, axis)
-                axes.plot(x, run.history.valid[name], label=label, **style)
+                x, y = outlined(run.history.valid.steps, run.history.valid.columns[name], LINE_BINS)
+                axes.plot(run.history.at(x, axis), y, label=label, **style)
     return with_legend(figure, axes)
 
 
@@ -122,7 +125,7 @@ def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
     figure, axes = new_figure("Starts, rewinds and checkpoints", axis, (_SIZE[0], 1.4 + 0.3 * len(runs)))
     for lane, run in enumerate(runs):
         history: History = run.history
-        axes.plot([0, history.at(history.train["step"][-1:], axis)[0]], [lane, lane], color=_FAINT, linewidth=1)
+        axes.plot([0, history.at(np.array([history.steps]), axis)[0]], [lane, lane], color=_FAINT, linewidth=1)
         for kind, (marker, colour) in _MARKS.items():
             steps = np.array([event.step for event in run.events if event.kind == kind and event.step is not None])
             height = np.full(len(steps), lane + (0.18 if kind == "checkpoint" else -0.18 if kind == "rewind" else 0.0))
@@ -146,6 +149,9 @@ def to_svg(figure: Figure, name: str, words: str) -> str:
     """
     with rc_context({**STYLE, "svg.hashsalt": name}):
         written = io.StringIO()
+        if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # it is laid out now, once for all that is drawn of it
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -173,6 +179,20 @@ def new_figure(title: str, axis: str, size: tuple[float, float] = _SIZE) -> tupl
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(AXES.get(axis, axis))
     return figure, axes
+
+
+def lay_out_like(figure: Figure, other: Figure) -> None:
+    """Give a figure the layout of one that differs in its x axis alone: to find it takes as long as to draw."""
+    figure.set_layout_engine("none")
+    for axes, same in zip(figure.axes, other.axes, strict=True):
+        axes.set_position(same.get_position())
+
+
+def in_decades(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers: formulas take as long to set as all the rest of a figure."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def with_legend(figure: Figure, axes: Axes, columns: int = 2) -> Figure:

@@ -1,64 +1,98 @@
-"""The rows of a run as columns: read line by line, each step once, small enough for runs of millions of steps."""
+"""The rows of a run as a report shows them: read in one pass, each step once, and decimated on the way."""
 
 import json
 import math
+import struct
 from array import array
-from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from caduceus.monitor.report.bins import Bins, Jumps
+from caduceus.run.machine import OF_GPUS, OF_NODES
+
+_BLOCK = 1 << 22
+"""Bytes that are read at a time."""
+_TAIL = 50
 _EVALUATED, _SPACE = "evaluated", "eval/"
-_COLUMNS = ("step", "tokens", "samples", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "peak_memory_bytes")
+_MACHINES = frozenset({*OF_NODES, *OF_GPUS})
+
+
+class _Row(msgspec.Struct, gc=False):
+    """What the report shows of a training row."""
+
+    step: int
+    loss: float | None
+    tokens: float | None = None
+    samples: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    peak_memory_bytes: float | None = None
+
+
+_COLUMNS = _Row.__struct_fields__
+_SECONDS = _COLUMNS.index("seconds")
+_decode, _astuple = msgspec.json.Decoder(_Row).decode, msgspec.structs.astuple
+_pack = struct.Struct(f"{len(_COLUMNS)}d").pack
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that are fewer than steps. steps: (rows,); columns: {name: (rows,)}, NaN where a row lacks it."""
+
+    steps: np.ndarray
+    columns: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class History:
     """The rows of a metrics.jsonl. A value that a row lacks, or that was not finite, is NaN.
 
-    train: columns of the training rows, each (steps,). valid_steps, valid: steps of the validations and their values
-    by name, which begin with `valid_`. vital_steps, vitals: the same of the steps that tell of kinds of parameters and
-    of layers, `grad_norm/KIND` and so on. evaluation_steps, evaluations: the same of evaluations, `NAME/NUMBER`.
-    unreadable: whole lines that are no rows.
+    train, least, most: mean, least and greatest values of each column of the training rows, by bins of `stride` steps,
+    each (bins,); `hours` is one of them: of training steps up to the end of each step, without validations,
+    checkpoints and starts. first, last: (step, value) of the first and last row that know a column; tail: its last 50
+    values. end: the last row's values. valid: the validations' values, which begin with `valid_`; vitals: of the steps
+    that tell of kinds of parameters and of layers, `grad_norm/KIND` and so on; machines: of nodes and GPUs;
+    evaluations: `NAME/NUMBER`. jumps: (step, samples) of each rewind. unreadable: whole lines that are no rows.
     """
 
     train: dict[str, np.ndarray]
-    valid_steps: np.ndarray
-    valid: dict[str, np.ndarray]
-    vital_steps: np.ndarray
-    vitals: dict[str, np.ndarray]
-    evaluation_steps: np.ndarray
-    evaluations: dict[str, np.ndarray]
+    least: dict[str, np.ndarray]
+    most: dict[str, np.ndarray]
+    stride: int
+    rows: int
+    first: dict[str, tuple[int, float]]
+    last: dict[str, tuple[int, float]]
+    tail: dict[str, np.ndarray]
+    end: dict[str, float]
+    valid: Table
+    vitals: Table
+    machines: Table
+    evaluations: Table
+    jumps: list[tuple[int, int]]
     unreadable: int
 
     @property
-    def hours(self) -> np.ndarray:
-        """Hours of training steps up to the end of each step; validations, checkpoints and starts do not count."""
-        return np.nancumsum(self.train["seconds"]) / 3600
+    def steps(self) -> int:
+        """The newest step."""
+        return int(self.end["step"])
 
     def at(self, steps: np.ndarray, axis: str) -> np.ndarray:
         """Where steps stand on an axis: `step`, `tokens` (billions) or `hours`."""
         if axis == "step":
             return np.asarray(steps, float)
-        values = self.hours if axis == "hours" else self.train["tokens"] / 1e9
-        return np.interp(steps, np.r_[0, self.train["step"]], np.r_[0, values])
+        values = np.r_[0, self.train[axis], self.end[axis]] / (1e9 if axis == "tokens" else 1)
+        return np.interp(steps, np.r_[0, self.train["step"], self.end["step"]], values)
 
-    def jumps(self) -> list[tuple[int, int]]:
-        """(step, samples) of each rewind: the step that the run went back to, and how many samples it passed over.
 
-        A rewind goes on with the samples that follow, so that one step alone is further from the step before it.
-        """
-        counts = np.diff(np.r_[0, self.train["samples"]])
-        if len(counts) < 2:
-            return []
-        before = np.r_[counts[1], counts[:-1]]
-        after = np.r_[counts[1:], counts[-2]]
-        consecutive = np.diff(np.r_[0, self.train["step"]]) == 1
-        found = np.flatnonzero(consecutive & (counts > before) & (counts > after))
-        usual = np.minimum(before, after)
-        return [(int(self.train["step"][at]) - 1, int(counts[at] - usual[at])) for at in found]
+class _MadeAgainError(Exception):
+    """A step stands after one that is no earlier."""
 
 
 def read_history(path: Path) -> History:
@@ -67,90 +101,182 @@ def read_history(path: Path) -> History:
     Rows that followed the earlier one no longer count. A last line without its end is still being written and is left
     out.
     """
-    train = {name: array("d") for name in _COLUMNS}
-    valid: dict[int, dict[str, float]] = {}
-    vitals: dict[int, dict[str, float]] = {}
-    evaluations: dict[int, dict[str, float]] = {}
-    unreadable = 0
-    with path.open("rb") as file:
-        for line in file:
-            row = _parsed(line)
+    try:
+        return _Reader(path).read()
+    except _MadeAgainError:  # in files of earlier versions; else what is made again is cut off first
+        return _Reader(path, _that_count(path)).read()
+
+
+def _that_count(path: Path) -> np.ndarray:
+    """Whether each row counts: where no step of training that follows is as early."""
+    steps, training = array("d"), array("d")
+    for row in _rows(path):
+        if row is not None:
+            step, is_training = (row.step, True) if isinstance(row, _Row) else (row["step"], "loss" in row)
+            steps.append(step)
+            training.append(step if is_training else math.inf)
+    least = np.minimum.accumulate(np.array(training)[::-1])[::-1]
+    return np.array(steps) < np.r_[least[1:], math.inf]
+
+
+class _Reader:
+    """Takes in the rows of a file; `count`: which of them do, where not all are known to."""
+
+    def __init__(self, path: Path, count: np.ndarray | None = None) -> None:
+        self._path, self._count = path, count
+        self._unreadable = 0
+        self._valid, self._vitals = _Growing(), _Growing()
+        self._machines, self._evaluations = _Growing(), _Growing()
+        self._bins, self._jumps = Bins(len(_COLUMNS) + 1), Jumps()
+        self._hours, self._step = 0.0, -math.inf
+        self._tail = np.empty((0, len(_COLUMNS) + 1))
+        self._first: dict[str, tuple[int, float]] = {}
+        self._last: dict[str, tuple[int, float]] = {}
+
+    def read(self) -> History:
+        """Raises `_MadeAgainError` where it needs to be told which rows count."""
+        block, place = bytearray(), -1
+        for row in _rows(self._path):
             if row is None:
-                unreadable += line.endswith(b"\n") and not line.isspace()
+                self._unreadable += 1
                 continue
-            step = row["step"]
-            if "loss" in row:
-                if train["step"] and step <= train["step"][-1]:
-                    _forget(train, (valid, vitals, evaluations), step)
-                for name, column in train.items():
-                    column.append(_number(row.get(name)))
-                told = {name: _number(value) for name, value in row.items() if _is_vital(name)}
-                vitals |= {step: told} if told else {}
-            if "valid_loss" in row:
-                valid[step] = {name: _number(value) for name, value in row.items() if name.startswith("valid_")}
-            if _EVALUATED in row:
-                told = {name: _number(value) for name, value in row.items() if name.startswith(_SPACE)}
-                told = {
-                    name.removeprefix(_SPACE): value for name, value in told.items() if not name.endswith("/seconds")
-                }
-                evaluations.setdefault(step, {}).update(told)
-    arrays = {name: np.array(column) for name, column in train.items()}
-    return History(arrays, *_columns(valid), *_columns(vitals), *_columns(evaluations), unreadable)
+            place += 1
+            if self._count is not None and not self._count[place]:
+                continue
+            if not isinstance(row, _Row):
+                row = self._take(row)
+            if row is not None:
+                block += _packed(row)
+                if len(block) >= _BLOCK:
+                    self._add(block)
+                    block = bytearray()
+        if block:
+            self._add(block)
+        return self._history()
+
+    def _take(self, row: dict[str, Any]) -> _Row | None:
+        """Take in what a row tells besides a step's own numbers, which are returned."""
+        step, names = row["step"], [name for name in row if "/" in name]
+        if "valid_loss" in row:
+            self._valid.add(step, {name: value for name, value in row.items() if name.startswith("valid_")})
+        if "loss" in row and (told := [name for name in names if not name.startswith("loss/")]):
+            self._vitals.add(step, {name: row[name] for name in told})
+        if _EVALUATED in row:
+            told = [name for name in names if name.startswith(_SPACE) and not name.endswith("/seconds")]
+            self._evaluations.add(step, {name.removeprefix(_SPACE): row[name] for name in told})
+        if told := [name for name in names if name.partition("/")[0] in _MACHINES]:
+            self._machines.add(step, {name: row[name] for name in told})
+        if "loss" not in row:
+            return None
+        return _Row(**{name: _number(row.get(name)) for name in _COLUMNS} | {"step": step})
+
+    def _add(self, packed: bytearray) -> None:
+        block = np.frombuffer(packed).reshape(-1, len(_COLUMNS)).copy()
+        block[~np.isfinite(block)] = np.nan
+        steps = block[:, 0]
+        if self._count is None and (steps[0] <= self._step or (np.diff(steps) <= 0).any()):
+            raise _MadeAgainError
+        hours = self._hours + np.nancumsum(block[:, _SECONDS]) / 3600
+        self._hours, self._step = hours[-1], steps[-1]
+        block = np.column_stack([block, hours])
+        self._bins.add(block)
+        self._jumps.add(steps, block[:, _COLUMNS.index("samples")])
+        self._tail = np.concatenate([self._tail, block])[-_TAIL:]
+        for name, values in zip(_COLUMNS, block.T, strict=False):
+            known = np.flatnonzero(~np.isnan(values))
+            if len(known):
+                self._first.setdefault(name, (int(steps[known[0]]), values[known[0]]))
+                self._last[name] = int(steps[known[-1]]), values[known[-1]]
+
+    def _history(self) -> History:
+        names = (*_COLUMNS, "hours")
+        mean, least, most = (dict(zip(names, table.T, strict=True)) for table in self._bins.table())
+        tail = dict(zip(names, self._tail.T, strict=True))
+        return History(
+            train=mean,
+            least=least,
+            most=most,
+            stride=self._bins.stride,
+            rows=self._bins.rows,
+            first=self._first,
+            last=self._last,
+            tail=tail,
+            end={name: values[-1] for name, values in tail.items() if len(values)},
+            valid=self._valid.table(),
+            vitals=self._vitals.table(),
+            machines=self._machines.table(),
+            evaluations=self._evaluations.table(),
+            jumps=self._jumps.end(),
+            unreadable=self._unreadable,
+        )
 
 
-def _is_vital(name: str) -> bool:
-    return "/" in name and not name.startswith("loss/")
+class _Growing:
+    """Columns that grow by rows of which each may have other names."""
+
+    def __init__(self) -> None:
+        self._steps = array("q")
+        self._columns: dict[str, array] = {}
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        for name in [name for name in values if name not in self._columns]:
+            self._columns[name] = array("d", [math.nan]) * len(self._steps)
+        if self._steps and self._steps[-1] == step:
+            for name, value in values.items():
+                self._columns[name][-1] = _number(value)
+            return
+        self._steps.append(step)
+        for name, column in self._columns.items():
+            column.append(_number(values.get(name)))
+
+    def table(self) -> Table:
+        """The rows by their steps; of those of one step the last."""
+        steps = np.array(self._steps, np.int64)
+        order = np.argsort(steps, kind="stable")
+        order = order[np.r_[np.diff(steps[order]) > 0, True]] if len(order) else order
+        return Table(steps[order], {name: np.array(column)[order] for name, column in self._columns.items()})
 
 
-def _columns(rows: dict[int, dict[str, float]]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Steps, and a column for each name that any of them has."""
-    names = dict.fromkeys(name for values in rows.values() for name in values)
-    steps = sorted(rows)
-    columns = {name: np.array([rows[step].get(name, math.nan) for step in steps]) for name in names}
-    return np.array(steps, dtype=np.int64), columns
+def _rows(path: Path) -> Iterator["_Row | dict[str, Any] | None"]:
+    """What stands in each whole line: a `_Row` of one that tells no more, all of others, None of one that is no row."""
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            lines = (block + file.readline()).split(b"\n")
+            lines.pop()  # empty, or without its end
+            for line in lines:
+                if b"/" not in line or line.count(b"/") == line.count(b'"loss/'):
+                    try:
+                        yield _decode(line)
+                        continue
+                    except msgspec.MsgspecError:
+                        pass
+                if not line or line.isspace():
+                    continue
+                yield _parsed(line)
 
 
-def _forget(train: dict[str, array], others: tuple[dict[int, Any], ...], step: int) -> None:
-    """Drop what was made from `step` on before it was made again."""
-    first = bisect_left(train["step"], step)
-    for column in train.values():
-        del column[first:]
-    for rows in others:
-        for made in [made for made in rows if made >= step]:
-            del rows[made]
+def _packed(row: _Row) -> bytes:
+    try:
+        return _pack(*_astuple(row))
+    except struct.error:  # null, of what was not finite, or absent
+        return _pack(*map(_number, _astuple(row)))
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
     try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(row, dict) and type(row.get("step")) is int
-    return row if whole and any(name in row for name in ("loss", "valid_loss", _EVALUATED)) else None
+        row = msgspec.json.decode(line)
+    except msgspec.MsgspecError:
+        try:
+            row = json.loads(line)  # which knows NaN, as earlier versions wrote it
+        except ValueError:
+            return None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int
+    known = ("loss", "valid_loss", _EVALUATED)
+    if is_row and (any(name in row for name in known) or any(name.partition("/")[0] in _MACHINES for name in row)):
+        return row
+    return None
 
 
 def _number(value: Any) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else math.nan
-
-
-def binned(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean x, and mean, least and greatest y, of at most `bins` runs of neighbours; NaN where all of a bin's y are.
-
-    x, y: (points,). With no more points than bins they come as they are.
-    """
-    if len(x) <= bins:
-        return x, y, y, y
-    starts = np.linspace(0, len(x), bins, endpoint=False).astype(np.int64)
-    known = ~np.isnan(y)
-    counts = np.add.reduceat(known.astype(np.int64), starts)
-    sizes = np.diff(np.r_[starts, len(x)])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.add.reduceat(np.where(known, y, 0.0), starts) / counts
-    least = np.minimum.reduceat(np.where(known, y, np.inf), starts)
-    most = np.maximum.reduceat(np.where(known, y, -np.inf), starts)
-    empty = counts == 0
-    least[empty] = most[empty] = np.nan
-    return np.add.reduceat(x, starts) / sizes, mean, least, most

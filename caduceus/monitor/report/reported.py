@@ -53,7 +53,7 @@ def read_run(path: Path) -> Reported:
         raise UserError(f"{path}: metrics.jsonl is missing; the run has made no steps yet") from None
     except OSError as error:
         raise UserError(f"{run.metrics_path}: {error.strerror}") from None
-    if not len(history.train["step"]):
+    if not history.rows:
         raise UserError(f"{run.metrics_path}: holds no training rows; the run has made no steps yet")
     events = _events(run, history)
     state = _state(run, history, events, config.train.steps)
@@ -90,7 +90,7 @@ def _events(run: RunDirectory, history: History) -> list[Event]:
         Event(
             "rewind", step, _time_of_rewind(recorded, step), f"rewind to step {step:,}; {samples:,} samples passed over"
         )
-        for step, samples in history.jumps()
+        for step, samples in history.jumps
     ]
     ends = _ends(run.path)
     others = [_recorded(event) for event in recorded]
@@ -169,7 +169,7 @@ def _ends(path: Path) -> list[Event]:
 
 
 def _state(run: RunDirectory, history: History, events: list[Event], steps: int) -> str:
-    step = int(history.train["step"][-1])
+    step = history.steps
     if step >= steps:
         return "finished"
     if run.is_in_use() or time.time() - run.metrics_path.stat().st_mtime < _FRESH_SECONDS:

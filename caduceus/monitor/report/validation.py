@@ -24,7 +24,7 @@ _MOST_WINDOWS = 8
 
 def validation_tables(runs: Sequence[Reported]) -> str:
     """HTML of both tables; empty where no run was validated."""
-    validated = [run for run in runs if len(run.history.valid_steps)]
+    validated = [run for run in runs if len(run.history.valid.steps)]
     if not validated:
         return "<p>None of the runs was validated.</p>"
     rows = [row for run in validated for row in _species(run)]
@@ -43,7 +43,7 @@ def window_drawings(runs: Sequence[Reported]) -> str:
 
     parts = []
     for number, run in enumerate(runs):
-        steps = run.history.valid_steps
+        steps = run.history.valid.steps
         windows = windows_of(run.path, int(steps[-1])) if len(steps) else []
         if windows:
             parts.append(f"<h3>{escape(run.name)}, step {steps[-1]:,}</h3>")
@@ -58,7 +58,7 @@ def window_drawings(runs: Sequence[Reported]) -> str:
 
 
 def _species(run: Reported) -> list[list[str]]:
-    valid, vitals = run.history.valid, run.history.vitals
+    valid, vitals = run.history.valid.columns, run.history.vitals.columns
     names = [name.removeprefix("valid_loss") for name in valid if name.startswith("valid_loss/")]
     rows = []
     for suffix in ["", *sorted(names)] if len(names) > 1 else names:
@@ -66,13 +66,13 @@ def _species(run: Reported) -> list[list[str]]:
         loss, epoch = values[0], vitals.get(f"epoch{suffix}", np.array([np.nan]))[-1]
         told = [*(_shown(value, ".4f") for value in values), _shown(np.exp(loss), ".4f")]
         species = suffix.removeprefix("/") or "all"
-        step = f"{run.history.valid_steps[-1]:,}"
+        step = f"{run.history.valid.steps[-1]:,}"
         rows.append([run.name, species, step, *told, _shown(loss / np.log(2), ".4f"), _shown(epoch, ".3g")])
     return rows
 
 
 def _confusion(run: Reported) -> str:
-    valid = run.history.valid
+    valid = run.history.valid.columns
     if "valid_confusion/AA" not in valid:
         return ""
     shares = [

@@ -15,7 +15,8 @@ import numpy as np
 
 from caduceus.errors import UserError
 from caduceus.files import write_atomically
-from caduceus.monitor.report.history import History, binned
+from caduceus.monitor.report.bins import binned
+from caduceus.monitor.report.history import History
 from caduceus.monitor.report.reported import Reported, differences, read_run
 from caduceus.monitor.report.validation import validation_tables, window_drawings
 from caduceus.monitor.view import clock
@@ -126,14 +127,16 @@ def _figures(runs: Sequence[Reported]) -> tuple[str, dict[str, bytes]]:
         ) from None
     parts, pictures = [], {}
     for name, words, draw, by_layer in _drawings(runs):
-        variants = ""
+        variants, first = "", None
         for axis in figures.AXES:
             figure = draw(runs, axis)
             if figure is None:
                 break
+            if first is not None:
+                figures.lay_out_like(figure, first)
+            svg, first = figures.to_svg(figure, f"{name}-{axis}", escape(words)), first or figure
             if axis == "tokens":
                 pictures[name] = figures.to_png(figure)
-            svg = figures.to_svg(figure, f"{name}-{axis}", escape(words))
             variants += svg if by_layer else f'<div class="on-{axis}">{svg}</div>'
             if by_layer:
                 break
@@ -167,16 +170,14 @@ def _words(curves: "Curves", runs: Sequence[Reported]) -> str:
     """What a curve shows, for those who do not see it: where the quantity began and ended, its least and most."""
     told = []
     for run in runs:
-        values, steps = curves.of(run.history.train[curves.column]), run.history.train["step"]
-        known = np.flatnonzero(~np.isnan(values))
-        if not len(known):
+        history, column = run.history, curves.column
+        if column not in history.first:
             told.append(f"{run.name}: not known")
             continue
-        first, last = known[0], known[-1]
-        told.append(
-            f"{run.name}: {_short(values[first])} at step {steps[first]:,.0f}, {_short(values[last])} at step "
-            f"{steps[last]:,.0f}, least {_short(np.nanmin(values))}, most {_short(np.nanmax(values))}"
-        )
+        (begun, first), (ended, last) = history.first[column], history.last[column]
+        of = [np.float64(first), np.float64(last), np.nanmin(history.least[column]), np.nanmax(history.most[column])]
+        first, last, least, most = (_short(float(curves.of(value))) for value in of)
+        told.append(f"{run.name}: {first} at step {begun:,}, {last} at step {ended:,}, least {least}, most {most}")
     return f"{curves.title}{' of the training steps' if curves.valid else ''}. {'; '.join(told)}."
 
 
@@ -186,16 +187,21 @@ def _runs_table(runs: Sequence[Reported]) -> str:
     rows = []
     for run in runs:
         history = run.history
-        train, valid = history.train, history.valid.get("valid_loss", np.array([]))
+        train, valid = history.train, history.valid.columns.get("valid_loss", np.array([]))
         known = valid[~np.isnan(valid)]
         last = known[-1] if len(known) else np.nan
-        best = f"{known.min():.4f} at {history.valid_steps[np.nanargmin(valid)]:,}" if len(known) else "–"
+        best = f"{known.min():.4f} at {history.valid.steps[np.nanargmin(valid)]:,}" if len(known) else "–"
         rows.append(
-            [run.name, run.state, f"{train['step'][-1]:,.0f}", f"{run.steps:,}", f"{train['tokens'][-1]:,.0f}"]
-            + [clock(history.hours[-1] * 3600), _shown(_mean(train["loss"][-50:]), ".4f"), _shown(last, ".4f"), best]
+            [run.name, run.state, f"{history.steps:,}", f"{run.steps:,}", f"{history.end['tokens']:,.0f}"]
+            + [
+                clock(history.end["hours"] * 3600),
+                _shown(_mean(history.tail["loss"]), ".4f"),
+                _shown(last, ".4f"),
+                best,
+            ]
             + [_shown(np.exp(last), ".4f"), _shown(last / np.log(2), ".4f")]
             + [_shown(_median(train["tokens_per_second"]), ",.0f")]
-            + [_shown(_most(train["peak_memory_bytes"]) / 2**30, ".2f") + " GiB"]
+            + [_shown(_most(history.most["peak_memory_bytes"]) / 2**30, ".2f") + " GiB"]
             + [max(1, sum(event.kind == "start" for event in run.events))]
         )
     words = (
@@ -228,16 +234,16 @@ def _numbers(run: Reported) -> str:
     history: History = run.history
     names = ["tokens", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes"]
     step = history.train["step"]
-    columns = [binned(step, values, NUMBERS)[1] for values in (step, history.hours, *(history.train[n] for n in names))]
+    columns = [binned(step, history.train[name], NUMBERS)[1] for name in ("step", "hours", *names)]
     train = [[f"{row[0]:.0f}", *(_shown(value, ".6g") for value in row[1:])] for row in zip(*columns, strict=True)]
-    chosen = np.unique(np.linspace(0, len(history.valid_steps) - 1, NUMBERS).round().astype(int))
-    columns = [name for name in history.valid if "/" not in name or name.startswith("valid_loss/")]
+    chosen = np.unique(np.linspace(0, len(history.valid.steps) - 1, NUMBERS).round().astype(int))
+    columns = [name for name in history.valid.columns if "/" not in name or name.startswith("valid_loss/")]
     valid = [
-        [str(history.valid_steps[at]), *(_shown(history.valid[name][at], ".6g") for name in columns)]
-        for at in (chosen if len(history.valid_steps) else [])
+        [str(history.valid.steps[at]), *(_shown(history.valid.columns[name][at], ".6g") for name in columns)]
+        for at in (chosen if len(history.valid.steps) else [])
     ]
-    together = f", means of about {len(step) / NUMBERS:,.0f} steps" if len(step) > NUMBERS else ""
-    some = f", {len(valid)} of {len(history.valid_steps)}" if len(valid) < len(history.valid_steps) else ""
+    together = f", means of about {history.rows / NUMBERS:,.0f} steps" if history.rows > NUMBERS else ""
+    some = f", {len(valid)} of {len(history.valid.steps)}" if len(valid) < len(history.valid.steps) else ""
     validations = f"<h3>Validation{some}</h3>{table(['step', *columns], valid)}" if valid else ""
     training = f"<h3>Training{together}</h3>{table(['step', 'hours', *names], train)}"
     return f"<details><summary>Numbers of {escape(run.name)}</summary>{training}{validations}</details>"

@@ -1,5 +1,6 @@
 """What a run leaves in W&B besides rows, by `wandb.artifacts` and `wandb.save_code`, and what came of what."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,29 @@ _ROOT = Path(__file__).resolve().parents[3]
 _CODE = (".py", ".yaml", ".toml")
 
 
-def log_artifacts(run: Any, directory: RunDirectory, config: Config) -> None:
+def log_artifacts(run: Any, directory: RunDirectory, config: Config, files: bool) -> None:
     """Give the W&B run what the configuration asks for; raises what W&B's client raises.
 
-    Shards and checkpoints stay where they are, and W&B gets references to them; manifest, report and code come whole.
+    Shards stay where they are, and W&B gets references to them; so do checkpoint and export, unless `files`: then they
+    are sent. Manifest, report and code come whole. The run is shown to have used the dataset, and made the others.
     """
     wanted = config.wandb.artifacts
-    if "dataset" in wanted:
-        for path in _local_datasets(config):
-            dataset = wandb.Artifact(_name(f"dataset-{path.name}"), type="dataset")
-            dataset.add_file(str(path / "manifest.json"))
-            dataset.add_reference(path.resolve().as_uri(), name="shards", checksum=False)
-            (run.log_artifact if run.offline else run.use_artifact)(dataset)  # what is used, a server has to know
-    checkpoints = directory.checkpoints()
-    if "checkpoints" in wanted and checkpoints:
+    datasets = _local_datasets(config) if "dataset" in wanted else []
+    for path in datasets:
+        dataset = wandb.Artifact(_name(f"dataset-{path.name}"), type="dataset", metadata=_told_of_dataset(path))
+        dataset.add_file(str(path / "manifest.json"))
+        dataset.add_reference(path.resolve().as_uri(), name="shards", checksum=False)
+        (run.log_artifact if run.offline else run.use_artifact)(dataset)  # what is used, a server has to know
+    checkpoint = _name(f"checkpoint-{run.id}")
+    if "checkpoints" in wanted and (checkpoints := directory.checkpoints()):
         newest = checkpoints[-1]
-        model = wandb.Artifact(_name(f"checkpoint-{run.id}"), type="model", metadata={"step": newest.step})
-        model.add_reference(newest.path.resolve().as_uri(), name=newest.path.name, checksum=False)
-        run.log_artifact(model, aliases=["latest", f"step-{newest.step}"])
+        facts = {"step": newest.step, "datasets": [_name(f"dataset-{path.name}") for path in _local_datasets(config)]}
+        _leave(run, checkpoint, newest.path, newest.step, facts, files)
+    exports = sorted((directory.path / "export").glob("step-*"))
+    if "exports" in wanted and exports:
+        step = int(exports[-1].name.removeprefix("step-"))
+        facts = {"step": step, "checkpoint": f"{checkpoint}:step-{step}"}
+        _leave(run, _name(f"export-{run.id}"), exports[-1], step, facts, files)
     report = directory.path / "report" / "report.html"
     if "report" in wanted and report.is_file():
         page = wandb.Artifact(_name(f"report-{run.id}"), type="report")
@@ -39,6 +45,24 @@ def log_artifacts(run: Any, directory: RunDirectory, config: Config) -> None:
         run.log_artifact(page)
     if config.wandb.save_code:
         run.log_code(str(_ROOT / "caduceus"), include_fn=lambda path: path.endswith(_CODE))
+
+
+def _leave(run: Any, name: str, folder: Path, step: int, facts: dict[str, Any], files: bool) -> None:
+    """Leave a folder with a model, as it is or as a reference to it."""
+    model = wandb.Artifact(name, type="model", metadata={**facts, "path": str(folder.resolve())})
+    if files:
+        model.add_dir(str(folder), name=folder.name)
+    else:
+        model.add_reference(folder.resolve().as_uri(), name=folder.name, checksum=False)
+    run.log_artifact(model, aliases=["latest", f"step-{step}"])
+
+
+def _told_of_dataset(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        return {"fingerprint": manifest.get("fingerprint"), "species": [one.get("name") for one in manifest["species"]]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _local_datasets(config: Config) -> list[Path]:

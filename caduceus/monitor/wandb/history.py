@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from caduceus.run.machine import OF_GPUS, OF_NODES
+
 _AXES = ("step", "samples", "tokens")
 _SPACES = {
     "train": ("loss", "lr", "epoch"),
@@ -11,6 +13,7 @@ _SPACES = {
         *("skipped_steps", "substituted_samples", "grad_norm", "update_ratio", "residual_rms", "mixer_rms"),
         *(f"{what}_{quantile}" for what in ("dt", "decay") for quantile in ("p05", "p50", "p95")),
     ),
+    "hardware": (*OF_NODES, *OF_GPUS),
 }
 _SPACE_OF = {name: space for space, names in _SPACES.items() for name in names}
 SAME = 1e-3
@@ -18,7 +21,7 @@ SAME = 1e-3
 
 
 def wandb_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl under W&B's names: train/, valid/, eval/, perf/, health/; null is NaN, as it was."""
+    """A row of metrics.jsonl under W&B's names, as train/loss and hardware/cpu_percent/NODE; null is NaN, as it was."""
     told = {key: value for key, value in row.items() if key != "evaluated"}
     return {wandb_name(key): math.nan if value is None else value for key, value in told.items()}
 

@@ -17,13 +17,15 @@ from typing import Any, BinaryIO
 from caduceus.config import Config
 from caduceus.errors import UserError
 from caduceus.files import fingerprint, take_lock
+from caduceus.monitor.wandb.ends import end_seconds
 from caduceus.monitor.wandb.identity import adopt, identity
 from caduceus.monitor.wandb.place import place_of
 from caduceus.run.directory import RunDirectory
 
 START_SECONDS = 10.0
 """How long a start may wait for W&B where `wandb.required` asks for it; others do not wait."""
-_END_SECONDS = 65.0
+_GRACE_SECONDS = 5.0
+"""How much longer than its sender the end of a run waits."""
 _ENDING_SECONDS = 5.0
 """How long a sender that was killed may take to be gone."""
 _LEVELS = {"warning": logging.WARNING}
@@ -40,7 +42,7 @@ class WandbProcess:
     """
 
     def __init__(self, config: Config, run: Path) -> None:
-        self._run = run
+        self._config, self._run = config, run
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = threading.Event()
         self._trouble: str | None = None
@@ -66,7 +68,7 @@ class WandbProcess:
         return self._process.pid if self._process is not None else None
 
     def end(self, exit_code: int, stopped: bool, reason: str | None) -> None:
-        """Let the last rows be sent, and leave after a minute at the most, whatever W&B does."""
+        """Let the last rows be sent, and leave after `end_seconds` at the most, whatever W&B does."""
         if self._process is None:
             return
         with self._guarded():
@@ -75,7 +77,7 @@ class WandbProcess:
                 self._process.stdin.write(message.encode())
                 self._process.stdin.close()
             try:
-                self._process.wait(_END_SECONDS)
+                self._process.wait(end_seconds(self._config, stopped or exit_code != 0) + _GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 _log.warning("wandb: does not end; `python launch/runs.py sync %s` sends what it lacks", self._run)
             _kill_session(self._process.pid)

@@ -22,6 +22,7 @@ from caduceus.files import take_lock
 from caduceus.monitor.following import Follower
 from caduceus.monitor.wandb.account import base_url, key, no_key
 from caduceus.monitor.wandb.clients import Watch, kill_clients
+from caduceus.monitor.wandb.ends import end_seconds, finish_seconds, is_early, sends_files
 from caduceus.monitor.wandb.facts import facts_of, fitting
 from caduceus.monitor.wandb.happenings import Happenings
 from caduceus.monitor.wandb.history import is_for_wandb
@@ -36,12 +37,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
 """Between two looks at the server, and between two attempts after a failure; doubled from one to the next."""
 _LOST_SECONDS = 150.0
 """After which a client is lost that sends nothing though the server answers and steps wait."""
-END_SECONDS = 60.0
-"""How long the last rows may take once the trainer has ended, from a server that answers."""
 _BEGIN_SECONDS = 75.0
 """How long an attempt may take to begin: the client has 30 s, and the server is asked before it."""
-_FINISH_SECONDS = 15.0
-"""How long the client may take over its own end; it tries again and again where the server fails."""
 _PREEMPTED = 75
 """The exit status that the trainer has when it stops early; W&B calls a preempting run that ends with 0 finished."""
 _MEMORY = "CADUCEUS_WANDB_SENDER"
@@ -68,7 +65,7 @@ class Sender:
         self.place: Place = fitting(place_of(self._config, run.path))
 
     def listen(self) -> None:
-        """Wait for the trainer's end in the background; from then on the last rows have `END_SECONDS`."""
+        """Wait for the trainer's end in the background; from then on the last rows have `end_seconds`."""
         if self._trainer is not None and self._end is None:
             threading.Thread(target=self._await_end, daemon=True).start()
 
@@ -201,17 +198,16 @@ class Sender:
             send(begun, journal, held, happenings.markers)
         if end.get("exit") == 0 and not end.get("stopped") and held and journal.last > held["step"]:
             raise StaleError(held["step"])
+        stopped, early = bool(end.get("stopped")), is_early(end, self._trainer)
         if server is not None:
             server.entity()  # a server in trouble would hold up the client's end for long
-        if trouble := begun.leave_artifacts(self._run, self._config):
+        if trouble := begun.leave_artifacts(self._run, self._config, sends_files(self._config, early)):
             self.tell("warning", trouble)
         exit_code = end["exit"] if end.get("exit") is not None else int(self._trainer is not None)
-        exit_code = _PREEMPTED if end.get("stopped") else exit_code
-        finishing = threading.Thread(
-            target=begun.finish, args=(exit_code, bool(end.get("stopped")), end.get("reason")), daemon=True
-        )
+        exit_code = _PREEMPTED if stopped else exit_code
+        finishing = threading.Thread(target=begun.finish, args=(exit_code, stopped, end.get("reason")), daemon=True)
         finishing.start()
-        finishing.join(_FINISH_SECONDS)
+        finishing.join(finish_seconds(self._config, early))
         if finishing.is_alive():
             raise ServerTroubleError(f"{base_url()} takes no rows")
         if server is None:
@@ -311,9 +307,11 @@ class Sender:
         threading.Thread(target=self._enforce, daemon=True).start()
 
     def _enforce(self) -> None:
-        while self._ended_at is None or time.time() - self._ended_at < END_SECONDS:
+        while self._end is None or self._ended_at is None:
             time.sleep(_POLL_SECONDS)
-        self._warn(RuntimeError(f"W&B has not taken the last rows within {END_SECONDS:.0f} s"))
+        seconds = end_seconds(self._config, is_early(self._end, self._trainer))
+        time.sleep(max(0.0, self._ended_at + seconds - time.time()))
+        self._warn(RuntimeError(f"W&B has not taken all within {seconds:.0f} s"))
         self._keep("behind", self._status.step, "W&B is slow")
         kill_clients()
         os._exit(1)

@@ -111,10 +111,10 @@ class Session:
             rows.append([*(window.get(column) for column in _WINDOW_COLUMNS), drawn])
         return wandb.Table(columns=[*_WINDOW_COLUMNS, "picture"], data=rows)
 
-    def leave_artifacts(self, directory: RunDirectory, config: Config) -> str | None:
-        """Send what the configuration asks for besides rows; returns what went wrong."""
+    def leave_artifacts(self, directory: RunDirectory, config: Config, files: bool) -> str | None:
+        """Send what is asked for besides rows, models as `files` or by reference; returns what went wrong."""
         try:
-            log_artifacts(self._run, directory, config)
+            log_artifacts(self._run, directory, config, files)
         except Exception as error:
             text = " ".join(str(error).split()) or type(error).__name__
             return f"wandb: what wandb.artifacts and wandb.save_code ask for is not sent: {text}"

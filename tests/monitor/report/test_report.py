@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from caduceus.monitor.report import write
-from caduceus.monitor.report.figures import BINS, CURVES, draw_curves, draw_events, to_svg
+from caduceus.monitor.report.bins import BINS
+from caduceus.monitor.report.figures import CURVES, draw_curves, draw_events, to_svg
 from caduceus.monitor.report.reported import differences, read_run
 from caduceus.monitor.report.tracks import title_of
 from caduceus.monitor.report.write import report_of_finished, write_report
@@ -28,6 +29,7 @@ from tests.train.conftest import SmallRun
 REPOSITORY = Path(__file__).resolve().parents[3]
 PNGS = ["events", "grad_norm", "loss", "lr", "memory", "perplexity", "throughput"]
 DETAILS = ["accuracy", "epochs", "gradients", "regions", "strands", "updates"]
+DETAILS += ["network", "node_memory", "processors"]
 BY_LAYER = ["reach", "scales", "steps"]
 
 
@@ -102,8 +104,10 @@ def assert_self_contained(page: Page) -> None:
 
 
 @pytest.mark.slow
-def test_two_real_runs(small_run: SmallRun, tmp_path: Path) -> None:
-    first = small_run.config("first", train={"steps": 6}, monitor={"report": True, "every": 2, "windows": 1})
+def test_two_real_runs(small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "REPORT_SECONDS", 600.0)  # however busy this machine is
+    monitor = {"report": True, "every": 2, "windows": 1, "machine_seconds": 1e-3}
+    first = small_run.config("first", train={"steps": 6}, monitor=monitor)
     keys = {"train": {"steps": 4, "lr": 0.004}, "checkpoint": {"every": 2}, "monitor": {"windows": 1}}
     second = small_run.config("second", **keys)
     assert train(first) == 0 and train(second) == 0
@@ -144,6 +148,7 @@ def test_two_real_runs(small_run: SmallRun, tmp_path: Path) -> None:
     assert page.table("key", "first") == [
         ["checkpoint.every", "3", "2"],
         ["monitor.every", "2", "100"],
+        ["monitor.machine_seconds", "0.001", "0.0"],
         ["monitor.report", "true", "false"],
         ["run.dir", str(tmp_path / "first"), str(tmp_path / "second")],
         ["run.name", "first", "second"],
@@ -225,7 +230,7 @@ def test_long_runs_are_drawn_by_bins(tmp_path: Path) -> None:
     ]
     watched.run.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     points = line_of(to_svg(draw_curves(CURVES[0], [read_run(watched.path)], "step"), "loss", ""), "loss", "train-0")
-    middles = [10 * place + 5.5 for place in range(BINS)]  # means of 1 … 10, 11 … 20, …
+    middles = [16 * place + 8.5 for place in range(10 * BINS // 16)]  # means of 1 … 16, 17 … 32, …
     assert_drawn(points, middles, middles)
 
 
