@@ -1,10 +1,12 @@
 """A micro-batch, and which samples each micro-batch of a rank holds."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config.by_step import BatchRamp
 from caduceus.data.objective import SampleArrays
 from caduceus.errors import UserError
@@ -47,6 +49,17 @@ class Batch:
             None if self.repeats is None else self.repeats.to(device, non_blocking=True),
             None if self.starts is None else self.starts.to(device, non_blocking=True),
         )
+
+    def label_weight(self) -> torch.Tensor:
+        """The sum of the weights of the labelled bases, float64: what a batch counts for in the loss."""
+        labelled = self.labels != IGNORE_LABEL
+        weights = labelled if self.loss_weights is None else self.loss_weights * labelled
+        return weights.sum(dtype=torch.float64)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is called with in a step."""
+        packed = {} if self.starts is None else {"starts": self.starts}
+        return (self.input_ids, self.labels, self.loss_weights), {"return_logits": False, **packed}
 
     def pin_memory(self) -> "Batch":
         weights = self.loss_weights

@@ -28,8 +28,11 @@ def initialise(
     """Weights of `train.seed` for a model on the meta device, in the precision of the run, on `device`.
 
     `shard` is called with each block, and at last with the whole model, as soon as its weights are there; it may
-    replace parameters by what this rank holds of them.
+    replace parameters by what this rank holds of them. A model that is in memory already has its weights.
     """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        shard(model.to(device))
+        return
     generator = torch.Generator().manual_seed(config.seed)
     given = {} if config.init_from is None else starting_weights(config.init_from, model.config)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32

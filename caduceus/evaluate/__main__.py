@@ -3,6 +3,7 @@ python -m caduceus.evaluate embed|variants --model DIR --input FILE --out FILE [
 """
 
 import logging
+import warnings
 
 from caduceus.arguments import Parser
 from caduceus.errors import run_command
@@ -28,6 +29,7 @@ def main() -> int:
     add_verbs(commands)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
     arguments.handler(arguments)
     return 0
 

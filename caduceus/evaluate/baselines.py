@@ -48,11 +48,15 @@ def fit_linear(
             model = linear.Ridge(alpha=1 / strength)
         else:
             model = linear.LogisticRegression(C=strength, max_iter=300)
+        if task.several:
+            model = package("sklearn.multiclass").OneVsRestClassifier(model)
         fitted = pipeline.make_pipeline(scale(), model).fit(*train)
 
         def predict(features: np.ndarray, fitted: Any = fitted) -> np.ndarray:
             if task.classes is None:
                 return fitted.predict(features)
+            if task.several:
+                return fitted.predict_proba(features)
             outputs = np.zeros((len(features), len(task.classes)))
             outputs[:, fitted.classes_] = fitted.predict_proba(features)
             return outputs

@@ -24,33 +24,34 @@ from caduceus.model.backbone import Backbone
 from caduceus.model.heads import CaduceusForMaskedLM
 
 POOLS = ("mean", "max", "centre")
-_HEAD, _TASK, _MODEL = "head.safetensors", "task.json", "backbone"
+_HEAD, _TASK, _MODEL = "head.safetensors", "task.json", "writing"
 
 
 class SequenceModel(nn.Module):
     """A Caduceus whose last hidden states are pooled over a sequence and mapped to outputs by one linear layer.
 
     A Caduceus-PS averages the outputs of both strands, in training too, and so is the same for a sequence and its
-    reverse complement by construction. Other models see the forward strand in training, and elsewhere the average of
-    their outputs on both ("post-hoc"), as the published protocol has it.
+    reverse complement by construction. Other models see one strand in training, and elsewhere the average of their
+    outputs on both ("post-hoc"), as the published protocol has it. By base there is no pooling.
     """
 
     def __init__(self, backbone: CaduceusForMaskedLM, task: Task, pool: str) -> None:
         super().__init__()
-        if pool not in POOLS:
+        if pool not in POOLS and not task.per_base:
             raise UserError(f"--pool: choose one of {', '.join(POOLS)}, got {pool!r}")
         self.backbone, self.task, self.pool = backbone, task, pool
         self.head = nn.Linear(backbone.config.d_model, task.outputs)
 
     def forward(self, sequences: list[np.ndarray]) -> Tensor:
-        """ASCII sequences of any lengths -> (B, O)."""
+        """ASCII sequences of any lengths -> (B, O), or by base (B, L, O), L the longest."""
         outputs = self._strands(sequences).mean(0)
         if self.training or self.backbone.config.rcps:
             return outputs
-        return (outputs + self._strands([reverse_complement(bases) for bases in sequences], reverse=True)[0]) / 2
+        reverse = self._strands([reverse_complement(bases) for bases in sequences], reverse=True)[0]
+        return (outputs + (mirrored(reverse, sequences) if self.task.per_base else reverse)) / 2
 
     def _strands(self, sequences: list[np.ndarray], reverse: bool = False) -> Tensor:
-        """(S, B, O). reverse: the sequences are reverse complements, which a centre is mirrored in."""
+        """(S, B, O), or by base (S, B, L, O). reverse: they are reverse complements, in which a centre is mirrored."""
         device = self.head.weight.device
         lengths = torch.tensor([len(bases) for bases in sequences], device=device)
         longest, vocabulary = int(lengths.max()), self.backbone.config.vocabulary
@@ -61,7 +62,7 @@ class SequenceModel(nn.Module):
         some = bool(padding.any())
         held = Backbone.forward(self.backbone, torch.from_numpy(ids).to(device), pad_mask=padding if some else None)
         states = self.backbone.by_strand(held.held).to(self.head.weight.dtype)
-        return self.head(self._pooled(states, padding, lengths, reverse))
+        return self.head(states if self.task.per_base else self._pooled(states, padding, lengths, reverse))
 
     def _pooled(self, states: Tensor, padding: Tensor, lengths: Tensor, reverse: bool) -> Tensor:
         """(S, B, L, D) -> (S, B, D)"""
@@ -73,9 +74,12 @@ class SequenceModel(nn.Module):
         return states[:, torch.arange(len(lengths), device=lengths.device), centre]
 
     def save(self, folder: str | Path, made_from: dict[str, Any]) -> None:
-        """Write the model so that `load` finds it: backbone/ as an import, the head, and the task."""
+        """Write the model so that `load` finds it: an import, which `caduceus.hub.load` takes too, head and task."""
         with replacing_directory(folder) as writing:
             save_imported(self.backbone, writing / _MODEL)
+            for path in (writing / _MODEL).iterdir():
+                path.rename(writing / path.name)
+            (writing / _MODEL).rmdir()
             save_file({name: tensor.cpu() for name, tensor in self.head.state_dict().items()}, writing / _HEAD)
             values = {"task": self.task.to_json(), "pool": self.pool, "made_from": made_from}
             (writing / _TASK).write_bytes(dump_json(values))
@@ -88,15 +92,23 @@ class SequenceModel(nn.Module):
             raise UserError(f"{folder}: not a fine-tuned model ({_TASK} is missing); finetune writes one to OUT/model")
         try:
             values = json.loads((folder / _TASK).read_bytes())
-            model = cls(load(folder / _MODEL), Task.from_json(values["task"]), values["pool"])
+            model = cls(load(folder), Task.from_json(values["task"]), values["pool"])
             model.head.load_state_dict(load_file(folder / _HEAD))
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: not a fine-tuned model ({' '.join(str(error).split())[:200]})") from None
         return model
 
 
+def mirrored(outputs: Tensor, sequences: list[np.ndarray]) -> Tensor:
+    """Outputs (B, L, O) of reverse complements at the places of the sequences themselves."""
+    turned = outputs.clone()
+    for row, bases in enumerate(sequences):
+        turned[row, : len(bases)] = outputs[row, : len(bases)].flip(0)
+    return turned
+
+
 class HeadOnly(nn.Module):
-    """The head of a `SequenceModel` on embeddings of both strands that were computed once, (2 D,) each."""
+    """The head of a `SequenceModel` on embeddings of both strands that were computed once, (2 D,) or (L, 2 D) each."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
@@ -104,24 +116,26 @@ class HeadOnly(nn.Module):
 
     def forward(self, rows: list[np.ndarray]) -> Tensor:
         """(B, O), the average over strands."""
-        features = torch.from_numpy(np.stack(rows)).to(self.head.weight)
-        return self.head(features.unflatten(1, (2, -1))).mean(1)
+        tensors = [torch.from_numpy(row).to(self.head.weight) for row in rows]
+        features = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        return self.head(features.unflatten(-1, (2, -1))).mean(-2)
 
 
 class Cnn(nn.Module):
     """A small convolutional network on one-hot bases, trained from nothing; both strands are averaged."""
 
-    def __init__(self, outputs: int, channels: int = 64) -> None:
+    def __init__(self, outputs: int, per_base: bool = False, channels: int = 64) -> None:
         super().__init__()
+        self.per_base = per_base
         widths = (4, channels, channels, channels)
         self.layers = nn.ModuleList(nn.Conv1d(a, b, 9, padding=4) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in self.layers)
-        self.head = nn.Linear(2 * channels, outputs)
+        self.head = nn.Linear(channels if per_base else 2 * channels, outputs)
 
     def forward(self, sequences: list[np.ndarray]) -> Tensor:
-        """ASCII sequences of any lengths -> (B, O)."""
-        reverse = [reverse_complement(bases) for bases in sequences]
-        return (self._strand(sequences) + self._strand(reverse)) / 2
+        """ASCII sequences of any lengths -> (B, O), or by base (B, L, O)."""
+        reverse = self._strand([reverse_complement(bases) for bases in sequences])
+        return (self._strand(sequences) + (mirrored(reverse, sequences) if self.per_base else reverse)) / 2
 
     def _strand(self, sequences: list[np.ndarray]) -> Tensor:
         longest = max(map(len, sequences))
@@ -134,5 +148,7 @@ class Cnn(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=True):
             y = F.gelu(norm(layer(x).mT)).mT * there
             x = x + y if x.shape == y.shape else y
+        if self.per_base:
+            return self.head(x.mT)
         mean, largest = x.sum(2) / there.sum(2), x.masked_fill(there == 0, -torch.inf).amax(2)
         return self.head(torch.cat([mean, largest], 1))

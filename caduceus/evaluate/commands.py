@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from caduceus.arguments import Parser, PresetAction
 from caduceus.commands import command
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
+from caduceus.evaluate.labelled_options import add_labelled
 
 if TYPE_CHECKING:  # they import torch
     from caduceus.evaluate.finetune import FinetuneOptions
@@ -102,7 +104,7 @@ def _add_variants(commands: Any) -> None:
 def _add_probe(commands: Any) -> None:
     parser = commands.add_parser("probe", help="a linear model on the embeddings of labelled sequences")
     _add_model(parser)
-    _add_labelled(parser)
+    add_labelled(parser)
     parser.add_argument("--layer", type=int, default=-1, help="0 the embedding … n_layer or -1 the final norm")
     parser.add_argument("--metric", help="what the penalty is chosen by; default mcc or pearson")
     _add_batch_bases(parser)
@@ -113,8 +115,10 @@ def _add_probe(commands: Any) -> None:
 def _add_finetune(commands: Any) -> None:
     parser = commands.add_parser("finetune", help="train on labelled sequences, beside baselines on the same split")
     _add_model(parser)
-    _add_labelled(parser)
+    add_labelled(parser)
     parser.add_argument("--frozen", action="store_true", help="train the head alone")
+    parser.add_argument("--strands", default="auto", metavar="auto|post-hoc|augment", help="of other models than PS")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train low-rank adapters and the head")
     parser.add_argument("--probe", action="store_true", help="also a linear model on the embeddings")
     parser.add_argument("--baseline", default="", metavar="random,cnn,kmer", help="also these, on the same split")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs, with seeds 1 to N; default 1")
@@ -125,6 +129,7 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--patience", type=int, default=0, help="end after so many epochs without a better one")
     parser.add_argument("--class-weights", action="store_true", help="classes count alike, whatever their share")
+    parser.add_argument("--wandb", default="disabled", metavar="auto|online|offline|disabled", help="default disabled")
     _add_batch_bases(parser)
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.set_defaults(handler=_finetune)
@@ -158,18 +163,6 @@ def _add_suite(commands: Any) -> None:
 
 def _add_batch_bases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-bases", type=int, metavar="N", help="bases of a batch; default as suits the device")
-
-
-def _add_labelled(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--train", required=True, metavar="FILE", help="CSV, TSV or parquet of sequence, label")
-    parser.add_argument("--valid", metavar="FILE", help="to choose the best epoch by; default a share of train")
-    parser.add_argument("--test", metavar="FILE", help="measured at the end")
-    parser.add_argument("--column", default="sequence", help="of the sequences; default sequence")
-    parser.add_argument("--label", default="label", help="the column of the labels; default label")
-    parser.add_argument("--longest", type=int, metavar="N", help="refuse sequences of more bases")
-    parser.add_argument("--task", default="auto", metavar="auto|classification|regression")
-    parser.add_argument("--pool", default="mean", metavar="mean|max|centre")
-    parser.add_argument("--valid-share", type=float, default=0.1, help="of train without --valid; default 0.1")
 
 
 def _add_sequences(parser: argparse.ArgumentParser) -> None:
@@ -276,11 +269,11 @@ def _variants(arguments: argparse.Namespace) -> None:
 
 def labelled_tables(arguments: argparse.Namespace) -> "dict[str, LabelledTable]":
     """The tables of `--train`, `--valid` and `--test`."""
-    from caduceus.evaluate.labelled import LabelledTable
+    from caduceus.evaluate.labelled_sources import LabelledSource, tables_of
 
     files = {"train": arguments.train, "valid": arguments.valid, "test": arguments.test}
     columns = arguments.column, arguments.label, arguments.longest
-    return {name: LabelledTable(path, *columns) for name, path in files.items() if path is not None}
+    return tables_of(files, picked(arguments, LabelledSource), columns, arguments.out)
 
 
 def _probe(arguments: argparse.Namespace) -> None:
@@ -304,11 +297,13 @@ def finetune_options(arguments: argparse.Namespace) -> "FinetuneOptions":
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from caduceus.evaluate.finetune import finetune, table_of
+    from caduceus.evaluate.finetune import finetune
+    from caduceus.evaluate.results import table_of
 
     tables, options = labelled_tables(arguments), finetune_options(arguments)
     result = finetune(runner_of(arguments), tables, arguments.out, options)
-    print(f"{table_of(result)}\n{arguments.out}: written")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{table_of(result)}\n{arguments.out}: written")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -334,4 +329,6 @@ def _suite(arguments: argparse.Namespace) -> None:
     from caduceus.evaluate.suite_page import text_table
 
     suite, request = load_suite(arguments.suite), suite_request(arguments)
-    print(text_table(run_suite(runner_of(arguments), suite, request, arguments.out)))
+    rows = run_suite(runner_of(arguments), suite, request, arguments.out)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text_table(rows))

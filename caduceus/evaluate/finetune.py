@@ -3,6 +3,7 @@
 OUT/result.json    everything that was measured
 OUT/model/         the fine-tuned model of the seed that is best on validation, which `predict` takes
 OUT/predictions.tsv   that model's on the test
+OUT/runs/full-1/   the run directory of a fit: config.yaml, metrics.jsonl, events.jsonl, logs/
 OUT/unfinished/    what is finished of it, until result.json is there
 """
 
@@ -19,55 +20,71 @@ import numpy as np
 import torch
 from torch import nn
 
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
+from caduceus.evaluate.adapters import add_adapters, merge_adapters
 from caduceus.evaluate.baselines import fit_linear, kmer_counts
 from caduceus.evaluate.classifier import POOLS, Cnn, HeadOnly, SequenceModel
-from caduceus.evaluate.columns import mean_and_spread, write_columns
+from caduceus.evaluate.columns import write_columns
 from caduceus.evaluate.embed import EmbedOptions, embed
-from caduceus.evaluate.fitting import Examples, Fit, FitOptions
-from caduceus.evaluate.labelled import Labelled, LabelledTable, Task, copies, find_task, split_off
-from caduceus.evaluate.metrics import check_metric, is_better, measure, names_of
+from caduceus.evaluate.examples import Examples
+from caduceus.evaluate.fitting import Fit, FitOptions, measured, predicted, ranks_of
+from caduceus.evaluate.labelled import Labelled, LabelledTable, copies, find_task, split_off
+from caduceus.evaluate.metrics import check_metric, is_better, measure
 from caduceus.evaluate.model import Runner
+from caduceus.evaluate.results import output_columns, place_columns, shown_labels, summarised, told
 from caduceus.files import dump_json, sha256_of, write_atomically
 from caduceus.model.heads import CaduceusForMaskedLM
-from data_prep.progress import Progress
 
-BASELINES = ("random", "cnn", "kmer")
-_UNFINISHED, _RESULT = "unfinished", "result.json"
+BASELINES, STRANDS = ("random", "cnn", "kmer"), ("auto", "post-hoc", "augment")
+_UNFINISHED, _RESULT, _RUNS = "unfinished", "result.json", "runs"
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
     """task: auto, classification or regression. pool: mean, max or centre. frozen: only the head is trained, on the
-    embeddings of both strands. probe: also a linear model on embeddings. baselines: random (the same network without
-    pre-training), cnn, kmer. seeds: runs, from 1 on, which differ in validation split, head and order.
+    embeddings of both strands. lora: rank of adapters that are trained beside the head in the place of the weights; 0:
+    none. probe: also a linear model on embeddings. baselines: random (the same network without pre-training), cnn,
+    kmer. seeds: runs, from 1 on, which differ in validation split, head and order. strands: of a model that is not
+    equivariant: post-hoc, which auto takes, shows the forward strand in training; augment either, by a coin.
     """
 
     task: str = "auto"
     pool: str = "mean"
     frozen: bool = False
+    lora: int = 0
     probe: bool = False
     baselines: tuple[str, ...] = ()
     seeds: int = 1
     valid_share: float = 0.1
     metric: str | None = None
+    strands: str = "auto"
     fit: FitOptions = field(default_factory=FitOptions)
 
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
             raise UserError(f"--pool: choose one of {', '.join(POOLS)}, got {self.pool!r}")
+        if self.strands not in STRANDS:
+            raise UserError(f"--strands: choose one of {', '.join(STRANDS)}, got {self.strands!r}")
         for name in self.baselines:
             if name not in BASELINES:
                 raise UserError(f"--baseline: choose among {', '.join(BASELINES)}, got {name!r}")
+        if self.lora < 0 or (self.lora and self.frozen):
+            raise UserError(f"--lora: a rank of at least 1, and without --frozen; got {self.lora}")
         if self.seeds < 1:
             raise UserError(f"--seeds: must be at least 1, got {self.seeds}")
         if not 0 < self.valid_share < 1:
             raise UserError(f"--valid-share: must be between 0 and 1, got {self.valid_share}")
 
     @property
+    def main(self) -> str:
+        """The fine-tuning itself: frozen, lora or full."""
+        return "frozen" if self.frozen else "lora" if self.lora else "full"
+
+    @property
     def methods(self) -> list[str]:
         """What is trained, the fine-tuning itself first."""
-        return ["frozen" if self.frozen else "full", *(["probe"] if self.probe else []), *self.baselines]
+        return [self.main, *(["probe"] if self.probe else []), *self.baselines]
 
 
 def finetune(
@@ -82,24 +99,35 @@ def finetune(
     Returns what stands in result.json: for each method the metrics of each seed on validation and test, and their mean
     and spread. After a kill, the same call goes on with what is not finished.
     """
-    study = _Study(runner, tables, Path(out), options)
-    if (finished := study.finished()) is not None:
-        say(f"{out}: is there already")
-        return finished
-    study.begin(say)
-    for method in options.methods:
-        for seed in range(1, options.seeds + 1):
-            study.run(method, seed)
-    return study.finish()
+    with ranks_of(runner) as ranks:
+        study = _Study(runner, tables, Path(out), options, ranks)
+        finished = study.finished()
+        if finished is not None:
+            study.say(say, f"{out}: is there already")
+            return finished
+        study.begin(say)
+        for method in options.methods:
+            for seed in range(1, options.seeds + 1):
+                study.run(method, seed)
+        return study.finish()
 
 
 class _Study:
     """One fine-tuning: its data, and what is kept of each method and seed."""
 
-    def __init__(self, runner: Runner, tables: dict[str, LabelledTable], out: Path, options: FinetuneOptions) -> None:
-        self.runner, self.out, self.options = runner, out, options
+    def __init__(
+        self, runner: Runner, tables: dict[str, LabelledTable], out: Path, options: FinetuneOptions, ranks: Ranks
+    ) -> None:
+        self.runner, self.out, self.options, self.ranks = runner, out, options, ranks
         self.folder = out / _UNFINISHED
+        self._embeddings: dict[bytes, np.ndarray] = {}
         self.task = find_task(tables["train"], options.task)
+        if self.task.per_base and (options.probe or "kmer" in options.baselines):
+            raise UserError("--probe, --baseline kmer: are for labels of sequences, not of each base")
+        if runner.config.rcps and options.strands != "auto":
+            raise UserError(
+                f"--strands: {options.strands} is for models that are not equivariant; a Caduceus-PS conjoins strands"
+            )
         self.metric = check_metric(options.metric, self.task)
         self.data = {name: table.labelled(self.task) for name, table in tables.items()}
         if len(self.data["train"]) < 2:
@@ -113,30 +141,53 @@ class _Study:
 
     def finished(self) -> dict[str, Any] | None:
         """What an earlier call like this one wrote, if it came to its end."""
+        return self._by_main(self._finished)
+
+    def _finished(self) -> dict[str, Any] | None:
         if (self.out / _UNFINISHED).exists() or not (self.out / _RESULT).is_file():
             return None
         result = json.loads((self.out / _RESULT).read_bytes())
         return result if {key: result.get(key) for key in self.origin} == json.loads(dump_json(self.origin)) else None
 
+    def say(self, say: Callable[[str], None], line: str) -> None:
+        """Say it once."""
+        if self.ranks.is_main:
+            say(line)
+
+    def _by_main(self, work: Callable[[], Any]) -> Any:
+        """What the main rank makes of it, on every rank."""
+        found = None
+        with self.ranks.agreeing():
+            if self.ranks.is_main:
+                found = work()
+        return self.ranks.broadcast(found)
+
     def begin(self, say: Callable[[str], None]) -> None:
         """Make the folder, drop what is there of another command, and say what is going to be done."""
+        self._by_main(lambda: self._begin(say))
+
+    def _begin(self, say: Callable[[str], None]) -> None:
         stamp, content = self.folder / "made-from.json", dump_json(self.origin)
         ours = self.folder.is_dir() or (self.out / _RESULT).is_file()
         if self.out.is_file() or (self.out.is_dir() and not ours and any(self.out.iterdir())):
             raise UserError(f"--out: {self.out} holds other files; choose a new folder")
         if self.folder.is_dir() and not (stamp.is_file() and stamp.read_bytes() == content):
             shutil.rmtree(self.folder)
+        if not self.folder.is_dir():
+            shutil.rmtree(self.out / _RUNS, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(stamp, content)
-        kind = "regression" if self.task.classes is None else f"classification ({', '.join(self.task.classes[:8])})"
         counts = ", ".join(f"{len(data):,} {name}" for name, data in self.data.items())
-        strands = (
-            "conjoined in training and test" if self.runner.config.rcps else "forward in training, both averaged after"
-        )
-        say(f"{kind}, {counts}; chosen by {self.metric} on validation; strands: {strands}")
+        say(f"{told(self.task)}, {counts}; chosen by {self.metric} on validation; strands: {self._told_strands()}")
         for name, (exact, reverse) in self.copies.items():
             if exact or reverse:
                 say(f"note: {exact:,} sequences of {name} also stand in train, {reverse:,} as reverse complement")
+
+    def _told_strands(self) -> str:
+        if self.runner.config.rcps:
+            return "conjoined in training and test"
+        shown = "either by a coin" if self.options.strands == "augment" else "forward"
+        return f"{shown} in training, both averaged after (post-hoc)"
 
     @cached_property
     def copies(self) -> dict[str, tuple[int, int]]:
@@ -147,7 +198,7 @@ class _Study:
     def run(self, method: str, seed: int) -> None:
         """Train by one method under one seed and keep what it gives, unless that is there."""
         place = self.folder / f"{method}-{seed}"
-        if place.with_suffix(".json").is_file():
+        if self._by_main(place.with_suffix(".json").is_file):
             return
         torch.manual_seed(seed)
         if "valid" in self.data:
@@ -156,42 +207,58 @@ class _Study:
             train, valid = split_off(self.data["train"], self.options.valid_share, seed)
         parts = {"train": train, "valid": valid, **({"test": self.data["test"]} if "test" in self.data else {})}
         if method in ("probe", "kmer"):
-            result, outputs = self._linear(method, parts)
+            features = {name: self._features(method, data.bases) for name, data in parts.items()}
+            self._by_main(lambda: self._linear(features, parts, place))
         else:
-            result, outputs = self._network(method, parts, seed, place)
-        if outputs is not None:
-            result["test"] = measure(self.task, parts["test"].labels, outputs)
-            np.save(place.with_suffix(".npy"), outputs)
-        write_atomically(place.with_suffix(".json"), dump_json(result))
-        place.with_suffix(".pt").unlink(missing_ok=True)
+            self._network(method, parts, seed, place)
 
-    def _linear(self, method: str, parts: dict[str, Labelled]) -> tuple[dict[str, Any], np.ndarray | None]:
-        of = self._embedded if method == "probe" else kmer_counts
-        features = {name: of(data.bases) for name, data in parts.items()}
+    def _linear(self, features: dict[str, np.ndarray], parts: dict[str, Labelled], place: Path) -> None:
         pairs = [(features[name], parts[name].labels) for name in ("train", "valid")]
         predict = fit_linear(self.task, self.metric, *pairs)
         result = {"valid": measure(self.task, parts["valid"].labels, predict(features["valid"]))}
-        return result, predict(features["test"]) if "test" in parts else None
+        if "test" in parts:
+            outputs = predict(features["test"])
+            result["test"] = measure(self.task, parts["test"].labels, outputs)
+            np.save(place.with_suffix(".npy"), outputs)
+        write_atomically(place.with_suffix(".json"), dump_json(result))
 
-    def _network(
-        self, method: str, parts: dict[str, Labelled], seed: int, place: Path
-    ) -> tuple[dict[str, Any], np.ndarray | None]:
+    def _features(self, method: str, bases: list[np.ndarray]) -> np.ndarray:
+        return self._embedded(bases) if method == "probe" else kmer_counts(bases)
+
+    def _network(self, method: str, parts: dict[str, Labelled], seed: int, place: Path) -> None:
         net = self._net(method, seed)
-        inputs = {n: list(self._embedded(d.bases)) if method == "frozen" else d.bases for n, d in parts.items()}
-        sizes = {name: [1 if method == "frozen" else len(bases) for bases in d.bases] for name, d in parts.items()}
+        frozen = method == "frozen"
+        inputs = {n: list(self._embedded(d.bases)) if frozen else d.bases for n, d in parts.items()}
+        one = frozen and not self.task.per_base
+        sizes = {name: [1 if one else len(bases) for bases in d.bases] for name, d in parts.items()}
         examples = {name: Examples(inputs[name], data.labels, sizes[name]) for name, data in parts.items()}
-        most = self.runner.batch_bases(self.options.fit.batch_bases)
-        fit = Fit(net, self.task, self.metric, self.options.fit, self.runner, most)
-        total = self.options.fit.epochs * len(parts["train"])
-        with Progress(f"{method}, seed {seed}", total, "sequences") as progress:
-            result = fit.run(examples["train"], examples["valid"], seed, place.with_suffix(".pt"), progress.add)
-        if method == self.options.methods[0]:
+        augment = self.options.strands == "augment" and method in ("full", "lora", "random")
+        fit = Fit(net, self.task, self.metric, self.options.fit, self.runner, self.ranks, augment)
+        result = fit.run(examples["train"], examples["valid"], seed, self.out / _RUNS / place.name)
+        outputs = fit.outputs(examples["test"]) if "test" in examples else None
+        self._by_main(lambda: self._keep(method, net, seed, result, examples.get("test"), outputs, place))
+
+    def _keep(
+        self,
+        method: str,
+        net: nn.Module,
+        seed: int,
+        result: dict[str, Any],
+        test: Examples | None,
+        outputs: list[np.ndarray] | None,
+        place: Path,
+    ) -> None:
+        """Write what a fit has given, the record of it last."""
+        if method == self.options.main:
             self._as_model(net).save(place, {**self.origin, "seed": seed})
-        return result, fit.outputs(examples["test"]) if "test" in examples else None
+        if test is not None and outputs is not None:
+            result["test"] = measured(self.task, test, outputs)
+            np.save(place.with_suffix(".npy"), predicted(self.task, outputs))
+        write_atomically(place.with_suffix(".json"), dump_json(result))
 
     def _net(self, method: str, seed: int) -> nn.Module:
         if method == "cnn":
-            net: nn.Module = Cnn(self.task.outputs)
+            net: nn.Module = Cnn(self.task.outputs, self.task.per_base)
         elif method == "frozen":
             net = HeadOnly(nn.Linear(self.runner.config.d_model, self.task.outputs))
         elif method == "random":
@@ -199,29 +266,37 @@ class _Study:
             net.backbone.init_weights(torch.Generator().manual_seed(seed))
         else:
             net = SequenceModel(copy.deepcopy(self.runner.model), self.task, self.options.pool)
+            if method == "lora":
+                add_adapters(net.backbone, self.options.lora)
         return net.to(self.runner.device)
 
     def _as_model(self, net: nn.Module) -> SequenceModel:
         if isinstance(net, SequenceModel):
+            merge_adapters(net.backbone)
             return net
         model = SequenceModel(self.runner.model, self.task, self.options.pool)
         model.head = net.head
         return model
 
-    def _embedded(self, sequences: list[np.ndarray]) -> np.ndarray:
-        """Embeddings of both strands, (n, 2 D), each sequence computed once."""
-        options = EmbedOptions(pool=self.options.pool, strands="concatenate")
-        new = [bases for bases in sequences if bases.tobytes() not in self._embeddings]
-        for bases, vector in zip(new, embed(self.runner, new, options) if new else (), strict=True):
-            self._embeddings[bases.tobytes()] = vector
-        return np.stack([self._embeddings[bases.tobytes()] for bases in sequences])
-
-    @cached_property
-    def _embeddings(self) -> dict[bytes, np.ndarray]:
-        return {}
+    def _embedded(self, sequences: list[np.ndarray]) -> Any:
+        """Embeddings of both strands, (n, 2 D), or by base a list of (L, 2 D), each sequence computed once."""
+        pool = "base" if self.task.per_base else self.options.pool
+        options = EmbedOptions(pool=pool, strands="concatenate")
+        new = list({bases.tobytes(): bases for bases in sequences if bases.tobytes() not in self._embeddings}.values())
+        mine = new[self.ranks.rank :: self.ranks.world]
+        vectors = embed(self.runner, mine, options) if mine else ()
+        by_bases = {bases.tobytes(): vector for bases, vector in zip(mine, vectors, strict=True)}
+        of_ranks: Any = self.ranks.gather_objects(by_bases)
+        for of_rank in of_ranks:
+            self._embeddings |= of_rank
+        found: Any = [self._embeddings[bases.tobytes()] for bases in sequences]
+        return found if self.task.per_base else np.stack(found)
 
     def finish(self) -> dict[str, Any]:
         """Write the results and the best seed's model, and drop what is no longer needed."""
+        return self._by_main(self._finish)
+
+    def _finish(self) -> dict[str, Any]:
         found = {
             method: [
                 json.loads((self.folder / f"{method}-{seed}.json").read_bytes())
@@ -237,9 +312,9 @@ class _Study:
         shutil.rmtree(self.out / "model", ignore_errors=True)
         shutil.copytree(chosen, self.out / "model")
         if "test" in self.data:
-            labels = self.data["test"].labels
-            shown = labels if self.task.classes is None else [self.task.classes[label] for label in labels]
-            columns = {"label": shown, **output_columns(self.task, np.load(chosen.with_suffix(".npy")))}
+            data, outputs = self.data["test"], np.load(chosen.with_suffix(".npy"))
+            shown = {"label": shown_labels(self.task, data.labels), **output_columns(self.task, outputs)}
+            columns = {**place_columns(self.task, range(len(data)), [len(bases) for bases in data.bases]), **shown}
             write_columns(self.out / "predictions.tsv", columns)
         summary = {method: summarised(self.task, results) for method, results in found.items()}
         result = {
@@ -255,33 +330,3 @@ class _Study:
         write_atomically(self.out / _RESULT, dump_json(result))
         shutil.rmtree(self.folder)
         return json.loads(dump_json(result))
-
-
-def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and spread (of the sample; 0 for one seed) of each metric on the test, or without one on validation."""
-    part = "test" if "test" in results[0] else "valid"
-    values = {name: np.array([result[part][name] for result in results], dtype=float) for name in names_of(task)}
-    return {
-        name: {"mean": float(v.mean()), "spread": float(v.std(ddof=1)) if len(v) > 1 else 0.0}
-        for name, v in values.items()
-    }
-
-
-def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
-    """Predictions as columns of a table: the value, or the class and the probability of each."""
-    if task.classes is None:
-        return {"prediction": outputs}
-    chosen = [task.classes[number] for number in outputs.argmax(1)]
-    return {"prediction": chosen, **{f"p_{name}": outputs[:, n] for n, name in enumerate(task.classes)}}
-
-
-def table_of(result: dict[str, Any]) -> str:
-    """The summary of a fine-tuning as lines to read."""
-    summary = result["summary"]
-    names = names_of(Task.from_json(result["task"]))
-    rows = [["", *names]]
-    for method in result["methods"]:
-        metrics = summary[method]
-        rows.append([method, *(mean_and_spread(metrics[name], 4) for name in names)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,28 +1,51 @@
-"""Training of a network on labelled sequences: AdamW, warm-up and cosine, the best epoch on validation kept.
+"""Training of a network on labelled sequences by the trainer's own parts: its step, optimizer, schedule, guards,
+checkpoints and rows, on one rank or on those of torchrun. The best epoch on validation is kept.
 
-An epoch's end is kept on disk, so that a kill costs at most an epoch.
+A fit has a run directory: metrics.jsonl, which `python -m caduceus.monitor` shows, and until its end a checkpoint of
+the newest epoch, from which the same call goes on.
 """
 
-import copy
+import contextlib
 import io
-import math
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from caduceus.config import CaduceusConfig, Config, DataConfig, ParallelConfig, RunConfig, TrainConfig
+from caduceus.config.run import CheckpointConfig, MonitorConfig, ValidConfig, WandbConfig
+from caduceus.distributed.ddp import DDP
+from caduceus.distributed.ranks import Ranks
+from caduceus.distributed.rendezvous import joined
+from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
+from caduceus.evaluate.examples import ExampleLoader, Examples, WithLoss, label_tensors, losses_of, micro_batches
 from caduceus.evaluate.labelled import Task
-from caduceus.evaluate.metrics import is_better, measure
+from caduceus.evaluate.metrics import is_better, measure, names_of
 from caduceus.evaluate.model import Runner
+from caduceus.evaluate.parts import is_alone, is_within_a_run
+from caduceus.evaluate.results import flat_labels
 from caduceus.files import write_atomically
+from caduceus.monitor.rows import Monitor
+from caduceus.run.directory import RunDirectory
+from caduceus.train.checkpointing import Checkpoints
+from caduceus.train.optimizer import build_optimizer
+from caduceus.train.progress import Progress
+from caduceus.train.step import training_step
+from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
+from caduceus.train.watchdog import Watchdog
 
 _WARMUP_SHARE, _LAST_SHARE, _CLIP = 0.01, 0.1, 1.0
+_BEST = "best.pt"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +53,7 @@ class FitOptions:
     """How to train, by default as published for the Nucleotide Transformer tasks.
 
     The rate rises over 1 % of the steps and falls as a cosine to a tenth. patience: epochs without a better validation
-    before training ends; 0: all. class_weights: the loss weighs classes by one over their share.
+    before training ends; 0: all. class_weights: the loss weighs classes by one over their share. wandb: mode of W&B.
     """
 
     epochs: int = 20
@@ -40,6 +63,7 @@ class FitOptions:
     patience: int = 0
     class_weights: bool = False
     batch_bases: int | None = None
+    wandb: str = "disabled"
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 0), ("batch_bases", 1)):
@@ -50,149 +74,242 @@ class FitOptions:
             raise UserError(f"--lr: must be above 0, got {self.lr}")
 
 
-@dataclass(frozen=True)
-class Examples:
-    """What a network is given for each example, and its label; `sizes`: bases, which bound what runs at once."""
+@contextmanager
+def ranks_of(runner: Runner) -> Iterator[Ranks]:
+    """The ranks that torchrun or the launcher started, met as a run's meet; or, as within `alone`, one process."""
+    if is_alone():
+        yield Ranks(0, 1, 1, runner.device)
+        return
+    config = _config(runner.config, FitOptions(batch_size=int(os.environ["WORLD_SIZE"])), 1, runner.precision)
+    config.run.device = runner.device.type
+    with joined(config) as ranks:
+        yield ranks
 
-    inputs: Sequence[Any]
-    labels: np.ndarray
-    sizes: Sequence[int]
+
+def _config(model: CaduceusConfig, options: FitOptions, steps: int, precision: str) -> Config:
+    train = TrainConfig(
+        steps=steps,
+        global_batch=options.batch_size,
+        micro_batch=1,
+        lr=options.lr,
+        min_lr=_LAST_SHARE * options.lr,
+        warmup_steps=round(_WARMUP_SHARE * steps),
+        weight_decay=options.weight_decay,
+        clip_norm=_CLIP,
+        precision=precision,
+    )
+    return Config(
+        model=model,
+        train=train,
+        parallel=ParallelConfig(context=1, strands=1),
+        valid=ValidConfig(every=1),
+        checkpoint=CheckpointConfig(keep=1, async_=False),
+        monitor=MonitorConfig(every=0, windows=0, report=False),
+        wandb=WandbConfig(mode=options.wandb, job_type="finetune"),
+    )
 
 
 @dataclass
 class Fit:
-    """A network in training on a task, chosen by `metric`."""
+    """A network in training on a task, chosen by `metric`; `runner`: whose device and precision it has.
+
+    augment: whether it sees either strand of a sequence, by a coin.
+    """
 
     net: nn.Module
     task: Task
     metric: str
     options: FitOptions
     runner: Runner
-    """Whose device and precision it has."""
-    batch_bases: int
-    """Bases that run at once; a batch of more is added up."""
+    ranks: Ranks
+    augment: bool = False
 
-    def run(
-        self,
-        train: Examples,
-        valid: Examples,
-        seed: int,
-        keep: Path,
-        told: Callable[[int], None] = lambda examples: None,
-    ) -> dict[str, Any]:
-        """Train, and leave the network as it was after its best epoch: {"best_epoch", "valid": its metrics, "epochs"}.
+    def run(self, train: Examples, valid: Examples, seed: int, folder: Path) -> dict[str, Any]:
+        """Train, and leave the network as of its best epoch: {"best_epoch", "valid": its metrics, "epochs"}.
 
-        keep: the file of the last epoch's end; where it is there, training goes on from it. told: how many examples
-        were passed.
+        folder: the run directory, gone on from where it holds a checkpoint. All ranks call it. Raises `SystemExit` with
+        the trainer's status for another start where it was told to stop, after a checkpoint.
         """
-        optimizer = torch.optim.AdamW(self._groups(), lr=self.options.lr, betas=(0.9, 0.95))
-        steps = self.options.epochs * math.ceil(len(train.labels) / self.options.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps, self.options.lr))
-        state = self._restored(keep, optimizer, schedule)
-        for epoch in range(state["epoch"] + 1, self.options.epochs + 1):
-            if self.options.patience and epoch - 1 - state["best_epoch"] >= self.options.patience:
-                break
-            self._train_epoch(train, np.random.default_rng((seed, epoch)), optimizer, schedule)
-            found = measure(self.task, valid.labels, self.outputs(valid))
-            if not np.isfinite(found["mse" if self.task.classes is None else "mcc"]):
-                raise UserError(
-                    f"--lr: the loss is no longer finite in epoch {epoch}; choose one below {self.options.lr}"
-                )
-            if is_better(self.metric, found[self.metric], state["valid"] and state["valid"][self.metric]):
-                state |= {"best_epoch": epoch, "valid": found, "best": copy.deepcopy(self.net.state_dict())}
-            state["epoch"] = epoch
-            self._save(keep, state, optimizer, schedule)
-            told(len(train.labels))
-        self.net.load_state_dict(state["best"])
-        return {"best_epoch": state["best_epoch"], "epochs": state["epoch"], "valid": state["valid"]}
+        loader = self._loader(train, seed)
+        config = self._run_config(train, loader, seed, folder)
+        run = RunDirectory(folder)
+        with self.ranks.agreeing():
+            if self.ranks.is_main:
+                run = RunDirectory.create_or_resume(config)
+        try:
+            found = _Training(self, config, run, loader).until_the_end(valid)
+        finally:
+            run.release()
+        return found
 
-    @torch.no_grad()
-    def outputs(self, examples: Examples) -> np.ndarray:
-        """Probabilities (n, classes), or values (n,) in the scale of the labels, float64."""
-        self.net.eval()
-        with self.runner.autocast():
-            found = [self.net([examples.inputs[row] for row in rows]) for rows in self._micro_batches(examples)]
-        return in_words_of(self.task, torch.cat(found))
-
-    def _micro_batches(self, examples: Examples, rows: np.ndarray | None = None) -> Iterator[list[int]]:
-        batch: list[int] = []
-        longest = 0
-        for row in range(len(examples.sizes)) if rows is None else rows:
-            longest = max(longest, examples.sizes[row])
-            if batch and longest * (len(batch) + 1) > self.batch_bases:
-                yield batch
-                batch, longest = [], examples.sizes[row]
-            batch.append(int(row))
-        if batch:
-            yield batch
-
-    def _train_epoch(self, train: Examples, rng: np.random.Generator, optimizer: Any, schedule: Any) -> None:
-        self.net.train()
-        order = rng.permutation(len(train.labels))
+    def _loader(self, train: Examples, seed: int) -> ExampleLoader:
+        most = self.runner.batch_bases(self.options.batch_bases)
         weights = self._class_weights(train.labels)
-        for first in range(0, len(order), self.options.batch_size):
-            rows = order[first : first + self.options.batch_size]
-            optimizer.zero_grad()
-            total = weights[train.labels[rows]].sum() if weights is not None else len(rows)
-            for part in self._micro_batches(train, rows):
-                with self.runner.autocast():
-                    outputs = self.net([train.inputs[row] for row in part])
-                loss = self._loss(outputs, train.labels[part], weights) / float(total)
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), _CLIP)
-            optimizer.step()
-            schedule.step()
+        place = self.ranks.device, self.ranks.rank, self.ranks.world
+        return ExampleLoader(train, self.task, self.options.batch_size, most, seed, *place, weights, self.augment)
 
-    def _loss(self, outputs: Tensor, labels: np.ndarray, weights: np.ndarray | None) -> Tensor:
-        """The sum over examples, in at least fp32."""
-        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        if self.task.classes is None:
-            scaled = torch.from_numpy((labels - self.task.mean) / self.task.spread).to(outputs)
-            return F.mse_loss(outputs[:, 0], scaled, reduction="sum")
-        weight = None if weights is None else torch.from_numpy(weights).to(outputs)
-        return F.cross_entropy(outputs, torch.from_numpy(labels).to(self.runner.device), weight, reduction="sum")
+    def _run_config(self, train: Examples, loader: ExampleLoader, seed: int, folder: Path) -> Config:
+        steps = self.options.epochs * loader.per_epoch
+        config = _config(self.runner.config, self.options, steps, self.runner.precision)
+        config.train.seed = seed
+        config.data = DataConfig(seq_len=max(1, round(float(np.mean(train.sizes)))))
+        config.run = RunConfig(dir=str(folder), name=folder.name, device=self.runner.device.type)
+        config.valid.every = config.checkpoint.every = loader.per_epoch
+        return config
 
-    def _class_weights(self, labels: np.ndarray) -> np.ndarray | None:
-        if self.task.classes is None or not self.options.class_weights:
+    def _class_weights(self, labels: Sequence[Any]) -> np.ndarray | None:
+        if not self.options.class_weights:
             return None
-        counts = np.bincount(labels, minlength=len(self.task.classes))
-        return len(labels) / (len(counts) * np.maximum(counts, 1))
+        if self.task.classes is None or self.task.several:
+            raise UserError("--class-weights: weighs the classes of a classification, of which each example has one")
+        numbers = np.concatenate([np.atleast_1d(label) for label in labels])
+        counts = np.bincount(numbers[numbers >= 0].astype(np.int64), minlength=len(self.task.classes))
+        return counts.sum() / (len(counts) * np.maximum(counts, 1))
 
-    def _groups(self) -> list[dict]:
-        """With weight decay, and without: biases, norms, A_log and D."""
-        backbone = getattr(self.net, "backbone", None)
-        exempt = {f"backbone.{name}" for name in backbone.no_weight_decay_parameters()} if backbone else set()
-        named = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
-        bare = [p for name, p in named if name in exempt or p.ndim < 2]
-        decayed = [p for name, p in named if name not in exempt and p.ndim >= 2]
-        return [{"params": decayed, "weight_decay": self.options.weight_decay}, {"params": bare, "weight_decay": 0.0}]
-
-    def _restored(self, keep: Path, optimizer: Any, schedule: Any) -> dict[str, Any]:
-        if not keep.is_file():
-            return {"epoch": 0, "best_epoch": 0, "valid": None, "best": None}
-        saved = torch.load(keep, map_location=self.runner.device, weights_only=False)  # of this command's own folder
-        self.net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        return saved["state"]
-
-    def _save(self, keep: Path, state: dict[str, Any], optimizer: Any, schedule: Any) -> None:
-        buffer = io.BytesIO()
-        parts = {"net": self.net, "optimizer": optimizer, "schedule": schedule}
-        torch.save({"state": state, **{name: part.state_dict() for name, part in parts.items()}}, buffer)
-        write_atomically(keep, buffer.getvalue())
+    def outputs(self, examples: Examples) -> list[np.ndarray]:
+        """What the network gives for each example, float64: (O,), or by base (L, O). Ranks share the work."""
+        return outputs_of(self.net, self.runner, examples, self.options.batch_bases, self.ranks)
 
 
-def rate(step: int, steps: int, peak: float) -> float:
-    """The learning rate of a step, from 0, as a share of the peak: a rise from 1e-6, then a cosine to a tenth."""
-    warmup = round(_WARMUP_SHARE * steps)
-    if step < warmup:
-        return 1e-6 / peak + (1 - 1e-6 / peak) * step / warmup
-    done = (step - warmup) / max(steps - warmup, 1)
-    return _LAST_SHARE + (1 - _LAST_SHARE) * (1 + math.cos(math.pi * min(done, 1))) / 2
+class _Training:
+    """One fit from where it stands to its end."""
+
+    def __init__(self, fit: Fit, config: Config, run: RunDirectory, loader: ExampleLoader) -> None:
+        self.fit, self.config, self.run, self.loader, self.ranks = fit, config, run, loader, fit.ranks
+        kind = DDP if self.ranks.world > 1 else Single
+        self.strategy = kind(config, self.ranks, WithLoss(fit.net, fit.task), build_optimizer)
+        self.checkpoints = Checkpoints(config, run, self.strategy)
+        self.progress = self.checkpoints.resume(loader) or Progress(0, 0, loader.state(), config.train.warmup_steps)
+
+    def until_the_end(self, valid: Examples) -> dict[str, Any]:
+        """Steps to the last one, with a validation and a checkpoint after each epoch; the best epoch."""
+        watchdog = Watchdog(self.run.logs_path, self.ranks.rank, self.config.train.stall_minutes)
+        with self.ranks.agreeing(), self.run.telling_of_disks():
+            if self.ranks.is_main:
+                self.run.truncate_metrics(self.progress.step)
+                self.run.write_provenance({"step": self.progress.step, "ranks": self.ranks.world})
+            monitor = Monitor(self.config, self.run, active=self.ranks.is_main, shown=not is_within_a_run())
+            stop = StopRequest(self.run, self.ranks.is_main, 0.0, 0.0)
+        # Within a run, whose terminal and signals these are, a fit shows nothing and goes on to its end.
+        listening = contextlib.nullcontext() if is_within_a_run() else stop.listening()
+        with listening, monitor, watchdog:
+            best = self._epochs(valid, monitor, stop, watchdog)
+            if not monitor.stopped:
+                self._take_best()
+        if monitor.stopped or best is None:
+            raise SystemExit(EXIT_REQUEUE)
+        return {**best, "epochs": self._epoch}
+
+    def _take_best(self) -> None:
+        """Give the network the weights of its best epoch; nobody needs the checkpoints any more."""
+        with self.ranks.agreeing():
+            best = torch.load(self.run.path / _BEST, map_location=self.ranks.device, weights_only=True)
+            self.fit.net.load_state_dict(best)
+        with self.ranks.agreeing():
+            if self.ranks.is_main:
+                shutil.rmtree(self.run.checkpoints_path)
+                (self.run.path / _BEST).unlink()
+
+    def _epochs(
+        self, valid: Examples, monitor: Monitor, stop: StopRequest, watchdog: Watchdog
+    ) -> dict[str, Any] | None:
+        batches, progress, best = iter(self.loader), self.progress, self._best_so_far()
+        while not self._is_over(best):
+            with watchdog.over(f"step {progress.step + 1}"):
+                monitor.log_training(training_step(self.config, self.strategy, self.loader, batches, progress))
+            progress.health.refuse_to_go_on(self.config.train, self.run.logs_path)
+            ends = progress.step % self.loader.per_epoch == 0
+            if ends:
+                with watchdog.over(f"the validation after step {progress.step}"):
+                    best = self._validated(valid, monitor, best)
+            stopping = bool(self.ranks.maximum(stop.requested)) and not self._is_over(best)
+            if ends or stopping:
+                self.checkpoints.save(progress)
+            if stopping:
+                monitor.stopped = True
+                _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
+                break
+        return best
+
+    @property
+    def _epoch(self) -> int:
+        return self.progress.step // self.loader.per_epoch
+
+    def _is_over(self, best: dict[str, Any] | None) -> bool:
+        patience = self.fit.options.patience
+        waited = self._epoch - best["best_epoch"] if best else 0
+        return self.progress.step >= self.config.train.steps or bool(patience and waited >= patience)
+
+    def _validated(self, valid: Examples, monitor: Monitor, best: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The best epoch after this one, whose weights are kept where it is that."""
+        fit = self.fit
+        outputs = fit.outputs(valid)
+        found = measured(fit.task, valid, outputs)
+        loss = mean_loss(fit.task, valid, outputs)
+        if best is None or is_better(fit.metric, found[fit.metric], best["valid"][fit.metric]):
+            best = {"best_epoch": self._epoch, "valid": found}
+            with self.ranks.agreeing(), self.run.telling_of_disks():
+                if self.ranks.is_main:
+                    buffer = io.BytesIO()
+                    torch.save(fit.net.state_dict(), buffer)
+                    write_atomically(self.run.path / _BEST, buffer.getvalue())
+        named = {f"valid_{name}": value for name, value in found.items()}
+        monitor.log_validation({"step": self.progress.step, "valid_loss": loss, **named})
+        return best
+
+    def _best_so_far(self) -> dict[str, Any] | None:
+        """Of the epochs up to the checkpoint, by their rows."""
+        best = None
+        rows = self.run.metrics() if self.ranks.is_main and self.progress.step else []
+        for row in rows:
+            if "valid_loss" in row:
+                found = {name: row[f"valid_{name}"] for name in names_of(self.fit.task)}
+                found = {name: np.nan if value is None else value for name, value in found.items()}
+                metric = self.fit.metric
+                if best is None or is_better(metric, found[metric], best["valid"][metric]):
+                    best = {"best_epoch": row["step"] // self.loader.per_epoch, "valid": found}
+        return self.ranks.broadcast(best)
 
 
-def in_words_of(task: Task, outputs: Tensor) -> np.ndarray:
-    """Outputs of a network (n, O) as probabilities (n, classes), or as values (n,) in the scale of the labels."""
-    outputs = outputs.detach().double().cpu()
-    return (outputs[:, 0] * task.spread + task.mean if task.classes is None else outputs.softmax(1)).numpy()
+@torch.no_grad()
+def outputs_of(
+    net: nn.Module, runner: Runner, examples: Examples, batch_bases: int | None = None, ranks: Ranks | None = None
+) -> list[np.ndarray]:
+    """What a network gives for each example, float64: (O,), or by base (L, O); `ranks` share the work."""
+    training = net.training
+    net.eval()
+    mine = range(len(examples))[ranks.rank :: ranks.world] if ranks else range(len(examples))
+    found: dict[int, np.ndarray] = {}
+    with runner.autocast():
+        for rows in micro_batches(examples.sizes, runner.batch_bases(batch_bases), mine):
+            outputs = net([examples.inputs[row] for row in rows]).double().cpu().numpy()
+            for row, output in zip(rows, outputs, strict=True):
+                found[row] = output if output.ndim == 1 else output[: examples.sizes[row]]
+    net.train(training)
+    if ranks is not None and ranks.world > 1:
+        found = {row: output for of in ranks.gather_objects(found) for row, output in of.items()}
+    return [found[row] for row in range(len(examples))]
+
+
+def predicted(task: Task, outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """Outputs as probabilities (n, classes), or values (n,) in the scale of the labels; n bases where it is by base."""
+    stacked = torch.from_numpy(np.concatenate(outputs) if task.per_base else np.stack(outputs))
+    if task.classes is None:
+        return (stacked[:, 0] * task.spread + task.mean).numpy()
+    return (stacked.sigmoid() if task.several else stacked.softmax(1)).numpy()
+
+
+def measured(task: Task, examples: Examples, outputs: Sequence[np.ndarray]) -> dict[str, float]:
+    """All metrics of a task, over the examples or bases that have a label."""
+    return measure(task, flat_labels(task, examples.labels), predicted(task, outputs))
+
+
+def mean_loss(task: Task, examples: Examples, outputs: Sequence[np.ndarray]) -> float:
+    """The loss per label, as training has it without class weights."""
+    total, weight = 0.0, 0.0
+    for label, output in zip(examples.labels, outputs, strict=True):
+        labels, weights = label_tensors(task, [label])
+        losses = losses_of(task, torch.from_numpy(output)[None], labels)
+        total += float((losses * weights).sum())
+        weight += float(weights.sum())
+    return total / max(weight, 1e-300)

@@ -11,19 +11,24 @@ from caduceus.errors import UserError
 from caduceus.evaluate.columns import Columns, read_columns
 from caduceus.evaluate.windows import checked_bases
 
-TASKS = ("auto", "classification", "regression")
+TASKS = ("auto", "classification", "regression", "multilabel", "per-base")
+_NO_LABEL = "."
 _MOST_CLASSES = 100
+_BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+_TASK_VALUES = ("mean", "spread", "several", "per_base")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification, with its classes in the order of the outputs, or a regression, where `classes` is None.
-
-    mean, spread: of the labels of training, by which the labels of a regression are scaled."""
+    """classes: of a classification, in the order of the outputs; of a regression None, and mean and spread of the
+    labels of training, by which they are scaled. several: a sequence may have any of the classes. per_base: each base
+    has a label."""
 
     classes: tuple[str, ...] | None
     mean: float = 0.0
     spread: float = 1.0
+    several: bool = False
+    per_base: bool = False
 
     @property
     def outputs(self) -> int:
@@ -36,56 +41,125 @@ class Task:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Task":
         classes = values["classes"]
-        return cls(None if classes is None else tuple(classes), values["mean"], values["spread"])
+        return cls(None if classes is None else tuple(classes), *(values[name] for name in _TASK_VALUES))
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Sequences as upper-case ASCII, and the label of each: the number of its class, or a value."""
+    """Sequences as upper-case ASCII, and the label of each: the number of its class, or a value; 0 or 1 for each of
+    several; or by base an array (L,), in which NaN, and -1 for a class, is no label."""
 
     bases: list[np.ndarray]
-    labels: np.ndarray
+    labels: Any
 
     def __len__(self) -> int:
         return len(self.bases)
 
     def pick(self, rows: np.ndarray) -> "Labelled":
-        return Labelled([self.bases[row] for row in rows], self.labels[rows])
+        """Some of them."""
+        picked = self.labels[rows] if isinstance(self.labels, np.ndarray) else [self.labels[row] for row in rows]
+        return Labelled([self.bases[row] for row in rows], picked)
 
 
 @dataclass(frozen=True)
 class LabelledTable:
-    """The table of a file with the names of its columns; longest: the most bases that a sequence may have."""
+    """The table of a file with the names of its columns; longest: the most bases that a sequence may have.
+
+    label: a column, or several parted by commas, each of 0 and 1.
+    """
 
     path: str | Path
     column: str = "sequence"
     label: str = "label"
     longest: int | None = None
 
+    @property
+    def labels(self) -> list[str]:
+        """The columns of labels."""
+        return [name.strip() for name in self.label.split(",")]
+
     def read(self) -> tuple[list[np.ndarray], list[Any], Columns]:
         """Sequences and labels as they stand. What is missing or none is a `UserError` that names file and line."""
         columns = read_columns(self.path)
-        labels = columns.values[columns.find(self.label, what="the labels (--label)")]
+        of_columns = [columns.values[columns.find(name, what="the labels (--label)")] for name in self.labels]
+        labels = of_columns[0] if len(of_columns) == 1 else list(zip(*of_columns, strict=True))
         bases = read_bases(columns, self.column, self.longest)
-        empty = next((row for row, label in enumerate(labels) if label is None or str(label).strip() == ""), None)
-        if empty is not None:
-            raise UserError(f"{columns.places[empty]}: the label is missing")
+        for values in of_columns:
+            empty = next((row for row, label in enumerate(values) if label is None or str(label).strip() == ""), None)
+            if empty is not None:
+                raise UserError(f"{columns.places[empty]}: the label is missing")
         return bases, labels, columns
 
     def labelled(self, task: Task) -> Labelled:
         """With the labels of a task that is known; one that it does not have is a `UserError`."""
         bases, labels, columns = self.read()
+        if task.per_base:
+            return Labelled(bases, _by_base(task, bases, labels, columns))
+        if task.several:
+            return Labelled(bases, _several(task, self.labels, labels, columns))
         if task.classes is None:
             return Labelled(bases, _numbers(labels, columns))
         numbers = {name: number for number, name in enumerate(task.classes)}
         found = []
         for label, place in zip(labels, columns.places, strict=True):
             if str(label) not in numbers:
-                raise UserError(
-                    f"{place}: label {str(label)[:40]!r} is none of training: {', '.join(task.classes[:10])}"
-                )
+                raise _unknown(place, str(label), task)
             found.append(numbers[str(label)])
         return Labelled(bases, np.array(found, dtype=np.int64))
+
+
+def _unknown(place: str, label: str, task: Task) -> UserError:
+    return UserError(f"{place}: label {label[:40]!r} is none of training: {', '.join(task.classes[:10])}")
+
+
+def _several(task: Task, names: list[str], labels: list[Any], columns: Columns) -> np.ndarray:
+    """(n, classes) of 0 and 1: of columns of their own, or of names parted by ; in one."""
+    rows = np.zeros((len(labels), len(task.classes)))
+    for row, label, place in zip(rows, labels, columns.places, strict=True):
+        if len(names) > 1:
+            for number, value in enumerate(label):
+                if str(value).strip().lower() not in _BINARY:
+                    raise UserError(f"{place}: {names[number]} must be 0 or 1, got {str(value)[:40]!r}")
+                row[number] = _BINARY[str(value).strip().lower()]
+            continue
+        for name in _names_in(label):
+            if name not in task.classes:
+                raise _unknown(place, name, task)
+            row[task.classes.index(name)] = 1
+    return rows
+
+
+def _names_in(label: Any) -> list[str]:
+    """The names in a label such as promoter;enhancer, none in a dot."""
+    return [name.strip() for name in str(label).split(";") if name.strip() not in ("", _NO_LABEL)]
+
+
+def _by_base(task: Task, bases: list[np.ndarray], labels: list[Any], columns: Columns) -> list[np.ndarray]:
+    found = []
+    for sequence, label, place in zip(bases, labels, columns.places, strict=True):
+        if task.classes is None:
+            values = _values_in(label, place)
+        else:
+            numbers = {_NO_LABEL: -1, **{name: number for number, name in enumerate(task.classes)}}
+            unknown = next((name for name in str(label) if name not in numbers), None)
+            if unknown is not None:
+                raise _unknown(place, unknown, task)
+            values = np.array([numbers[name] for name in str(label)], dtype=float)
+        if len(values) != len(sequence):
+            raise UserError(f"{place}: {len(values):,} labels for a sequence of {len(sequence):,} bases")
+        found.append(values)
+    return found
+
+
+def _values_in(label: Any, place: str) -> np.ndarray:
+    """A list of numbers, or text of them parted by blanks or commas."""
+    values = label.replace(",", " ").split() if isinstance(label, str) else label
+    try:
+        return np.array([np.nan if value is None or value == _NO_LABEL else float(value) for value in values])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{place}: labels by base must be numbers, or a letter for each; got {str(label)[:40]!r}"
+        ) from None
 
 
 def read_bases(columns: Columns, column: str, longest: int | None) -> list[np.ndarray]:
@@ -104,7 +178,18 @@ def find_task(table: LabelledTable, kind: str) -> Task:
     """What the labels of training are: classes, where they are text or whole numbers, or values."""
     if kind not in TASKS:
         raise UserError(f"--task: choose one of {', '.join(TASKS)}, got {kind!r}")
-    _, labels, columns = table.read()
+    bases, labels, columns = table.read()
+    if len(table.labels) > 1:
+        if kind not in ("auto", "multilabel"):
+            raise UserError(f"--label: several columns are for --task multilabel, not {kind}")
+        return Task(tuple(table.labels), several=True)
+    if kind == "multilabel":
+        names = sorted({name for label in labels for name in _names_in(label)})
+        if len(names) < 2:
+            raise UserError(f"{table.path}: the labels name fewer than two classes, parted by ;")
+        return Task(tuple(names), several=True)
+    if kind == "per-base":
+        return _task_by_base(table, bases, labels, columns)
     texts = {str(label) for label in labels}
     if kind == "auto":
         kind = "regression" if _are_values(texts) else "classification"
@@ -122,6 +207,21 @@ def find_task(table: LabelledTable, kind: str) -> Task:
             "learns values"
         )
     return Task(tuple(classes))
+
+
+def _task_by_base(table: LabelledTable, bases: list[np.ndarray], labels: list[Any], columns: Columns) -> Task:
+    """Classes where each base has a letter, else values."""
+    letters = isinstance(labels[0], str) and len(labels[0].strip()) == len(bases[0]) > 1
+    if letters:
+        names = sorted({letter for label in labels for letter in str(label)} - {_NO_LABEL})
+        if len(names) < 2:
+            raise UserError(f"{table.path}: all labels are {''.join(names)!r}; there is nothing to learn")
+        return Task(tuple(names), per_base=True)
+    values = np.concatenate(_by_base(Task(None, per_base=True), bases, labels, columns))
+    values = values[np.isfinite(values)]
+    if not len(values) or values.std() == 0:
+        raise UserError(f"{table.path}: all labels are the same; there is nothing to learn")
+    return Task(None, float(values.mean()), float(values.std()), per_base=True)
 
 
 def _are_values(texts: set[str]) -> bool:

@@ -32,13 +32,29 @@ def measure(
 ) -> dict[str, float]:
     """The metrics `names` of a task, or all. outputs: probabilities (n, classes), or values (n,).
 
+    Of several labels, (n, classes), they are means over the labels. What has no label counts for nothing.
     F1 is that of the second class where there are two, else the mean over classes; AUROC and AUPRC are those of the
     second class, or means over each class against the others. NaN where the labels are too few to define one.
     """
+    if task.several:
+        both = [np.stack([1 - p, p], 1) for p in outputs.T]
+        two = Task(("0", "1"))
+        each = [measure(two, label.astype(np.int64), of, names) for label, of in zip(labels.T, both, strict=True)]
+        return {name: _mean([found[name] for found in each]) for name in each[0]}
+    if task.per_base:
+        there = np.isfinite(labels) if task.classes is None else labels >= 0
+        labels, outputs = labels[there], outputs[there]
+        labels = labels if task.classes is None else labels.astype(np.int64)
     of = _of_values(labels, outputs) if task.classes is None else _of_classes(len(task.classes), labels, outputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a metric is not defined: the result says so
         return {name: float(of[name]()) for name in names or names_of(task)}
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that are defined."""
+    there = [value for value in values if not np.isnan(value)]
+    return float(np.mean(there)) if there else np.nan
 
 
 def _of_values(labels: np.ndarray, outputs: np.ndarray) -> dict[str, Callable[[], float]]:

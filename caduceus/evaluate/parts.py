@@ -52,6 +52,16 @@ def alone() -> Iterator[None]:
         _ALONE.reset(token)
 
 
+def is_within_a_run() -> bool:
+    """Whether this is `alone` within a run."""
+    return _ALONE.get()
+
+
+def is_alone() -> bool:
+    """Whether no other rank shares this process's work."""
+    return _ALONE.get() or int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
 def ranks_here() -> Ranks:
     """This process among those that torchrun or the launcher started, or alone; they meet at the first call."""
     if _ALONE.get():

@@ -10,10 +10,11 @@ import numpy as np
 from caduceus.distributed.ranks import choose_device
 from caduceus.evaluate.classifier import SequenceModel
 from caduceus.evaluate.columns import check_table_name, write_columns
-from caduceus.evaluate.finetune import output_columns
-from caduceus.evaluate.fitting import Examples, Fit, FitOptions
+from caduceus.evaluate.examples import Examples
+from caduceus.evaluate.fitting import outputs_of, predicted
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.parts import Parts, cut
+from caduceus.evaluate.results import output_columns, place_columns
 from caduceus.evaluate.sequences import Item, SequenceSource
 from caduceus.files import sha256_of
 
@@ -29,10 +30,10 @@ class Predictor:
         self.runner = Runner(self.model.backbone, device)
 
     def predict(self, sequences: Sequence[np.ndarray], batch_bases: int | None = None) -> np.ndarray:
-        """Probabilities (n, classes), or values (n,), of upper-case ASCII sequences."""
-        most = self.runner.batch_bases(batch_bases)
-        fit = Fit(self.model, self.model.task, "", FitOptions(), self.runner, most)
-        return fit.outputs(Examples(sequences, np.zeros(len(sequences)), [len(bases) for bases in sequences]))
+        """Probabilities (n, classes), or values (n,), of upper-case ASCII sequences; n bases where it is by base."""
+        sizes = [len(bases) for bases in sequences]
+        outputs = outputs_of(self.model, self.runner, Examples(sequences, sizes, sizes), batch_bases)
+        return predicted(self.model.task, outputs)
 
 
 def predict_file(predictor: Predictor, source: SequenceSource, out: str | Path, batch_bases: int | None = None) -> None:
@@ -55,5 +56,7 @@ def predict_file(predictor: Predictor, source: SequenceSource, out: str | Path, 
     with store.writing() as writes:
         if writes:
             outputs = np.concatenate([arrays["outputs"] for arrays in store.load(len(parts))])
-            write_columns(out, {"name": [item.name for item in items], **output_columns(predictor.model.task, outputs)})
+            task, names = predictor.model.task, [item.name for item in items]
+            places = place_columns(task, names, [item.length for item in items])
+            write_columns(out, {"name": names, **places, **output_columns(task, outputs)})
             store.finish(sequences=len(items))

@@ -49,6 +49,8 @@ class ProbeOptions:
 def read_tables(tables: dict[str, LabelledTable], options: ProbeOptions) -> tuple[Task, str, dict[str, Labelled]]:
     """What is to be learnt, the metric that the penalty is chosen by, and the sequences of train, valid and test."""
     task = find_task(tables["train"], options.task)
+    if task.per_base:
+        raise UserError("--task: a probe is for labels of sequences, not of each base; finetune --frozen learns these")
     metric = check_metric(options.metric, task)
     data = {name: table.labelled(task) for name, table in tables.items()}
     if len(data["train"]) < 2:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.errors import UserError
+from caduceus.evaluate.fitting import ranks_of
 from caduceus.evaluate.metrics import CLASSIFICATION, RANKINGS
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.suite_data import find_tables, find_task_data
@@ -146,9 +147,28 @@ def run_suite(
 
     Returns a row for each task, or each bin of one: its result, or `missing`, which says where the data come from.
     """
-    out, data = Path(out), Path(request.data)
-    rows = []
-    for task in asked_tasks(suite, request):
+    tasks = asked_tasks(suite, request)
+    with ranks_of(runner) as ranks:
+        rows = _rows_of(runner, suite, tasks, request, Path(out), say if ranks.is_main else lambda line: None)
+        with ranks.agreeing():
+            if ranks.is_main:
+                protocol = {**suite.protocol, **(request.protocol or {})}
+                result = {"suite": suite.name, "model": runner.origin(), "protocol": protocol, "tasks": rows}
+                write_atomically(Path(out) / "suite.json", dump_json(result))
+                write_page(Path(out) / "suite.html", suite.title, suite.published, rows)
+    return rows
+
+
+def _rows_of(
+    runner: Runner,
+    suite: Suite,
+    tasks: list[SuiteTask],
+    request: SuiteRequest,
+    out: Path,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    data, rows = Path(request.data), []
+    for task in tasks:
         options = {**suite.protocol, **task.options, **(request.protocol or {})}
         allowed = {key: value for key, value in options.items() if key in _OPTIONS[task.kind]}
         found = _run_task(runner, task, allowed, request, out, say)
@@ -158,12 +178,7 @@ def run_suite(
         rows += found
     if all("missing" in row for row in rows):
         raise UserError(f"--data: {data} has none of the tasks; it should hold {suite.expects}, from {suite.source}")
-    rows = without_nan(rows)
-    protocol = {**suite.protocol, **(request.protocol or {})}
-    result = {"suite": suite.name, "model": runner.origin(), "protocol": protocol, "tasks": rows}
-    write_atomically(out / "suite.json", dump_json(result))
-    write_page(out / "suite.html", suite.title, suite.published, rows)
-    return rows
+    return without_nan(rows)
 
 
 def asked_tasks(suite: Suite, request: SuiteRequest) -> list[SuiteTask]:

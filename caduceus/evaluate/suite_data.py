@@ -79,7 +79,7 @@ def _as_table(files: list[Path], target: Path, genome: Path | None, notes: list[
     if files[0].is_dir():
         rows = list(_of_classes(files[0], genome, notes))
     elif ending(files[0]) in _FASTA:
-        rows = [row for file in files for row in _of_labelled_fasta(file)]
+        rows = [row for file in files for row in rows_of_fasta(file)]
     else:
         rows = [row for file in files for row in _of_columns(file)]
     return _write(target, rows)
@@ -108,7 +108,7 @@ def _of_joint_table(folder: Path, words: tuple[str, ...], names: list[str], targ
     return None
 
 
-def _of_labelled_fasta(path: Path) -> Iterator[tuple[str, str]]:
+def rows_of_fasta(path: Path) -> Iterator[tuple[str, str]]:
     """Records whose header ends in `|LABEL`."""
     label, bases = None, []
     for number, line in read_lines(path):

@@ -95,7 +95,17 @@ def write_page(target: Path, title: str, published: str | None, rows: Sequence[d
     if published:
         parts.append(f"<p>Published: {escape(published)}</p>")
     parts += [f"<p>{escape(row['task'])} is missing: {escape(row['missing'])}</p>" for row in rows if "missing" in row]
-    write_atomically(target, page(title, parts))
+    wide = any(row.get("published") for row in rows)  # six more columns
+    style = "body { max-width: 1600px; } figure { max-width: 900px; }" if wide else ""
+    write_atomically(target, page(title, parts, style))
+
+
+def _bar(row: dict[str, Any]) -> tuple[float, float]:
+    """How far the bar of a row reaches to the left and right: its spread, or where there is none its interval."""
+    if row.get("spread") is not None:
+        return row["spread"], row["spread"]
+    low, high = row.get("interval", (None, None))
+    return (0.0, 0.0) if low is None else (max(row["mean"] - low, 0.0), max(high - row["mean"], 0.0))
 
 
 def _figure(rows: Sequence[dict[str, Any]]) -> str:
@@ -110,8 +120,8 @@ def _figure(rows: Sequence[dict[str, Any]]) -> str:
             pairs = [(row["published"][model][0], y) for y, row in enumerate(done) if model in row["published"]]
             axes.plot(*zip(*pairs, strict=True), "o", markersize=4, color=colour, alpha=0.8, label=model)
         ours = COLOURS["series0"][0]
-        values, spreads = [row["mean"] for row in done], [row.get("spread") or 0 for row in done]
-        axes.errorbar(values, range(len(done)), xerr=spreads, fmt="D", color=ours, capsize=3, label="this model")
+        values, bars = [row["mean"] for row in done], list(zip(*map(_bar, done), strict=True))
+        axes.errorbar(values, range(len(done)), xerr=bars, fmt="D", color=ours, capsize=3, label="this model")
         axes.set_yticks(range(len(done)), [f"{row['task']} ({row['metric']})" for row in done])
         axes.invert_yaxis()
         axes.margins(y=0.5 / max(len(done), 1))
@@ -122,6 +132,5 @@ def _figure(rows: Sequence[dict[str, Any]]) -> str:
     drawing = drawing[drawing.index("<svg") :]
     for name in ("ink", "faint", *(f"series{n}" for n in range(8))):
         drawing = drawing.replace(COLOURS[name][0], f"var(--{name})")
-    return (
-        f'<figure class="scroll">{drawing}<figcaption>Each task\'s metric; the bar is the spread.</figcaption></figure>'
-    )
+    words = "Each task's metric. The bar is the spread over seeds; where nothing is trained, the interval."
+    return f'<figure class="scroll">{drawing}<figcaption>{words}</figcaption></figure>'

@@ -27,10 +27,10 @@ _LOOK_SECONDS = 1.0
 class Monitor:
     """Writes every row to metrics.jsonl, shows it, and has W&B brought up to it.
 
-    Use as a context manager. Only one rank is `active`; the others' monitors do nothing.
+    Use as a context manager. Only one rank is `active`; the others' monitors do nothing. shown: also in the terminal.
     """
 
-    def __init__(self, config: Config, run: RunDirectory, active: bool) -> None:
+    def __init__(self, config: Config, run: RunDirectory, active: bool, shown: bool = True) -> None:
         self._config = config
         self._active = active
         self.stopped = False
@@ -47,7 +47,7 @@ class Monitor:
         self._view = View.of(run, config.run.name or run.path.name, config)
         self._recall()
         self._skipped = self._view.row.get("skipped_steps", 0)
-        self._terminal = Terminal(self._view)
+        self._terminal, self._is_shown = Terminal(self._view, shown), shown
         restarts = {"requeues": int(count)} if (count := os.environ.get("SLURM_RESTART_COUNT", "")).isdigit() else {}
         record_event(run.path, "start", self._view.step, number=len(run.starts()), **restarts)
 
@@ -66,7 +66,7 @@ class Monitor:
         done = not exception[0] and not self.stopped and self._config.monitor.report
         report = report_of_finished(self._run.path) if done else None
         self.wandb.end(1 if exception[0] else 0, self.stopped, reason)
-        if not exception[0]:
+        if not exception[0] and self._is_shown:
             self._summarise(report)
 
     def log_training(self, row: dict[str, Any]) -> None:

@@ -23,15 +23,15 @@ _log = logging.getLogger(__name__)
 
 
 class Terminal:
-    """Shows one run while it trains here. Messages of the log appear above the panel."""
+    """Shows one run while it trains here, or is silent. Messages of the log appear above the panel."""
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    def __init__(self, view: View, shown: bool = True) -> None:
+        self._view, self._is_shown = view, shown
         self._console = Console(stderr=True, highlight=False)
         self._live: Live | None = None
         self._shown = -QUIET_SECONDS
         self._ending = contextlib.ExitStack()
-        if self._console.is_terminal and _log.isEnabledFor(logging.INFO):
+        if shown and self._console.is_terminal and _log.isEnabledFor(logging.INFO):
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False)
             self._ending.enter_context(self._live)
             self._ending.enter_context(_log_above_the_panel())
@@ -45,7 +45,9 @@ class Terminal:
     def refresh(self, last: bool = False) -> None:
         """Show a new training row, unless one was shown a moment ago."""
         now = time.monotonic()
-        if not last and now - self._shown < (_TERMINAL_SECONDS if self._live else QUIET_SECONDS):
+        if not self._is_shown or (
+            not last and now - self._shown < (_TERMINAL_SECONDS if self._live else QUIET_SECONDS)
+        ):
             return
         self._shown = now
         if self._live is not None:
@@ -56,7 +58,8 @@ class Terminal:
 
     def tell_validation(self, line: str) -> None:
         """Show a line that stays."""
-        _log.info("%s", line)
+        if self._is_shown:
+            _log.info("%s", line)
 
 
 def panel(views: Sequence[View], width: int) -> RenderableType:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
 from caduceus.data.loader import Batch, TrainLoader
 from caduceus.distributed.ranks import Ranks
@@ -81,7 +80,7 @@ def _take(ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: St
     weight = torch.zeros(1, dtype=torch.float64, device=ranks.device)
     try:
         micro_batches = [next(batches) for _ in range(loader.per_step)]
-        weight = torch.stack([_label_weight(batch) for batch in micro_batches]).sum()[None] / ranks.strands  # all have
+        weight = torch.stack([batch.label_weight() for batch in micro_batches]).sum()[None] / ranks.strands  # all have
     except Exception as error:
         failure = error
     clock.lap("data")
@@ -98,10 +97,8 @@ def _pass_through(
     for number, batch in enumerate(micro_batches, start=1):
         with strategy.accumulating(last=number == len(micro_batches)):
             with autocast(strategy.ranks.device, config.train.precision), vitals.observing(number):
-                packed = {} if batch.starts is None else {"starts": batch.starts}
-                output = strategy.model(
-                    batch.input_ids, batch.labels, batch.loss_weights, return_logits=False, **packed
-                )
+                positional, named = batch.arguments()
+                output = strategy.model(*positional, **named)
             share = output.loss_sum.sum() / weight
             clock.lap("forward")
             with clock.watching(strategy.model):
@@ -110,12 +107,6 @@ def _pass_through(
         shares.append(share.detach().double())
         sums.append(torch.stack([output.loss_sum, output.weight_sum]).detach().double())
     return shares, sums
-
-
-def _label_weight(batch: Batch) -> torch.Tensor:
-    labelled = batch.labels != IGNORE_LABEL
-    weights = labelled if batch.loss_weights is None else batch.loss_weights * labelled
-    return weights.sum(dtype=torch.float64)
 
 
 def sums_by_species(loader: TrainLoader, batches: list[Batch], sums: list[torch.Tensor]) -> torch.Tensor:

@@ -46,8 +46,16 @@ class Watchdog:
         self._rank = rank
         self._limit = 60 * minutes
         self._watched: tuple[str, float, float] | None = None
+        self._over = threading.Event()
         if minutes:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Watch no longer: for a process that goes on to something else."""
+        self._over.set()
 
     @contextlib.contextmanager
     def over(self, what: str, at_least: float = 0.0) -> Iterator[None]:
@@ -70,8 +78,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         pause = min(1.0, self._limit / 10)
-        while True:
-            time.sleep(pause)
+        while not self._over.wait(pause):
             watched = self._watched
             if watched is not None and time.monotonic() - watched[1] > watched[2]:
                 self._end(watched[0], watched[2] / 60)

@@ -8,19 +8,26 @@ import pytest
 import torch
 
 from caduceus.alphabet import reverse_complement
+from caduceus.evaluate import fitting
+from caduceus.evaluate.adapters import ADAPTED
 from caduceus.evaluate.baselines import kmer_counts
 from caduceus.evaluate.classifier import Cnn, SequenceModel
 from caduceus.evaluate.columns import read_columns
 from caduceus.evaluate.embed import EmbedOptions, embed
-from caduceus.evaluate.finetune import FinetuneOptions, finetune, table_of
-from caduceus.evaluate.fitting import Fit, FitOptions, rate
+from caduceus.evaluate.examples import ExampleLoader, Examples
+from caduceus.evaluate.finetune import FinetuneOptions, finetune
+from caduceus.evaluate.fitting import FitOptions
 from caduceus.evaluate.labelled import Labelled, LabelledTable, Task, copies, split_off
 from caduceus.evaluate.metrics import is_better, measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.predict import Predictor
+from caduceus.evaluate.results import table_of
+from caduceus.hub import load
+from caduceus.monitor.__main__ import main as monitor_main
+from caduceus.run.directory import RunDirectory
 from tests.evaluate.conftest import made
 
-TWO = Task(("0", "1"))
+TWO, TWO_NAMED = Task(("0", "1")), Task(("poor", "rich"))
 
 
 def gc_rich(rng: np.random.Generator, label: float) -> str:
@@ -44,7 +51,7 @@ def write_table(path: Path, seed: int, count: int, labels: list[str] | None) -> 
 def tables(folder: Path, labels: list[str] | None) -> dict[str, LabelledTable]:
     return {
         name: LabelledTable(write_table(folder / f"{name}.csv", seed, count, labels))
-        for seed, (name, count) in enumerate((("train", 80), ("test", 40)))
+        for seed, (name, count) in enumerate((("train", 40), ("test", 24)))
     }
 
 
@@ -67,7 +74,12 @@ def test_classes_are_learnt_and_predicted_as_measured(kind: str, tmp_path: Path)
         assert result["summary"][method]["auroc"]["mean"] > 0.9, method
     assert ("conjoined in training" if kind == "ps" else "forward in training") in said[0]
     assert all(torch.equal(before[name], tensor) for name, tensor in runner.model.state_dict().items())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model", "predictions.tsv", "result.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model",
+        "predictions.tsv",
+        "result.json",
+        "runs",
+    ]
     assert json.loads((tmp_path / "out/result.json").read_bytes())["summary"] == result["summary"]
     predictor = Predictor(tmp_path / "out" / "model")
     test = given["test"].labelled(predictor.model.task)
@@ -105,20 +117,23 @@ def test_a_command_that_was_killed_gives_the_same(tmp_path: Path, monkeypatch: p
     given, runner = tables(tmp_path, ["0", "1"]), Runner(made("ps", torch.float32))
     chosen = options(seeds=2, fit={"epochs": 3})
     whole = finetune(runner, given, tmp_path / "whole", chosen)
-    real, epochs = Fit._train_epoch, []
+    real, steps = fitting.training_step, []
 
-    def dying(self, *arguments) -> None:
-        epochs.append(1)
-        if len(epochs) == 5:  # in the second epoch of the second seed
+    def dying(*arguments: object) -> dict:
+        steps.append(1)
+        if len(steps) == 15:  # in the second epoch of the second seed; 36 sequences are 3 steps
             raise KeyboardInterrupt
-        real(self, *arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(Fit, "_train_epoch", dying)
+    monkeypatch.setattr(fitting, "training_step", dying)
     with pytest.raises(KeyboardInterrupt):
         finetune(runner, given, tmp_path / "out", chosen)
     assert not (tmp_path / "out" / "result.json").exists()
     again = finetune(runner, given, tmp_path / "out", chosen)
-    assert len(epochs) == 7 and again["results"] == whole["results"]
+    assert len(steps) == 15 + 6 and again["results"] == whole["results"]
+    rows = [RunDirectory(tmp_path / name / "runs/full-2").metrics() for name in ("whole", "out")]
+    assert [[row.get("loss") for row in of] for of in rows] == [[row.get("loss") for row in rows[0]]] * 2
+    assert len(rows[0]) == 12 and rows[0][3]["step"] == 3 and "valid_mcc" in rows[0][3]
 
 
 def test_training_ends_early_where_nothing_improves(tmp_path: Path) -> None:
@@ -160,10 +175,61 @@ def test_micro_batches_add_up_to_their_batch(tmp_path: Path) -> None:
         assert torch.allclose(tensor, weights[1][name], atol=1e-7), name
 
 
-def test_the_rate_rises_and_falls() -> None:
-    rates = [1e-3 * rate(step, 1000, 1e-3) for step in range(1000)]
-    assert rates[0] == pytest.approx(1e-6) and max(rates) == rates[10] == pytest.approx(1e-3)
-    assert rates[-1] == pytest.approx(1e-4, rel=0.01) and rates[10:] == sorted(rates[10:], reverse=True)
+def test_a_fit_is_a_run_that_is_watched_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    given, runner = tables(tmp_path, ["0", "1"]), Runner(made("ps", torch.float32))
+    finetune(runner, given, tmp_path / "out", options(fit={"epochs": 4, "lr": 1e-3}))
+    run = tmp_path / "out/runs/full-1"
+    rates = [row["lr"] for row in RunDirectory(run).metrics() if "loss" in row]
+    assert len(rates) == 12 and max(rates) == 1e-3 and rates == sorted(rates, reverse=True)  # 1 % of 12 steps is none
+    assert rates[-1] == pytest.approx(1e-4, rel=0.3) and not (run / "checkpoints").exists()
+    monkeypatch.setattr("sys.argv", ["monitor", str(run)])
+    assert monitor_main() == 0 and "full-1: step 12/12  loss" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["monitor", str(run), "--report", str(tmp_path / "report.html")])
+    assert monitor_main() == 0 and "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_examples_come_once_an_epoch_whatever_the_ranks() -> None:
+    examples = Examples(list(range(11)), [0] * 11, [3, 9, 3, 3, 3, 9, 3, 3, 3, 3, 3])
+    taken = {}
+    for world in (1, 2, 3):
+        loaders = [ExampleLoader(examples, TWO, 4, 12, 7, torch.device("cpu"), rank, world) for rank in range(world)]
+        streams = [iter(loader) for loader in loaders]
+        for step in range(6):  # of 4, 4 and 3 examples, twice
+            batches = [[next(it) for _ in range(loader.per_step)] for it, loader in zip(streams, loaders, strict=True)]
+            rows = [row for of in batches for batch in of if batch.weights.any() for row in batch.inputs]
+            assert taken.setdefault(step, sorted(rows)) == sorted(rows)
+            assert len({loader.samples_consumed for loader in loaders}) == 1
+            assert sum(batch.label_weight() for of in batches for batch in of) == len(rows)
+            assert all(
+                max(map(examples.sizes.__getitem__, b.inputs)) * len(b.inputs) <= 12 for of in batches for b in of
+            )
+        ahead = ExampleLoader(examples, TWO, 4, 12, 7, torch.device("cpu"))
+        ahead.load_state({"samples_consumed": 15})
+        assert sorted(row for _ in range(ahead.per_step) for row in next(iter(ahead)).inputs)[0] in taken[4]
+    assert sorted([*taken[0], *taken[1], *taken[2]]) == list(range(11)) and taken[0] != taken[3]
+
+
+@pytest.mark.parametrize("kind", ["ps", "ph"])
+def test_adapters_are_low_rank_and_merge_into_the_model(kind: str, tmp_path: Path) -> None:
+    given, runner = tables(tmp_path, ["poor", "rich"]), Runner(made(kind, torch.float32))
+    result = finetune(runner, given, tmp_path / "out", options(lora=1, fit={"epochs": 8}))
+    assert result["methods"] == ["lora"] and result["summary"]["lora"]["auroc"]["mean"] > 0.9
+    merged = load(tmp_path / "out/model").state_dict()
+    changed = 0
+    for name, before in runner.model.state_dict().items():
+        moved = merged[name] - before
+        if name.rpartition(".")[2] in ADAPTED:
+            ranks = torch.linalg.matrix_rank(moved, atol=1e-6)
+            changed += int(ranks.sum())
+            assert ranks.max() <= 1, name
+        else:
+            assert not moved.any(), name
+    assert changed > 0
+    outputs = Predictor(tmp_path / "out/model").predict(given["test"].labelled(TWO_NAMED).bases)
+    written = read_columns(tmp_path / "out" / "predictions.tsv").values
+    assert np.array(written["p_rich"], dtype=float) == pytest.approx(outputs[:, 1], abs=1e-5)
 
 
 def test_words_are_counted_on_both_strands() -> None:

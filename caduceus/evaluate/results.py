@@ -1,0 +1,81 @@
+"""What a fine-tuning has found, as tables: predictions, metrics and their spread. Imports no torch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from caduceus.evaluate.columns import mean_and_spread
+from caduceus.evaluate.labelled import Task
+from caduceus.evaluate.metrics import names_of
+
+
+def flat_labels(task: Task, labels: Sequence[Any]) -> np.ndarray:
+    """Labels as predictions are: (n,), of several labels (n, classes); n bases where it is by base."""
+    return np.concatenate(list(labels)) if task.per_base else np.asarray(labels)
+
+
+def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and spread (of the sample; 0 for one seed) of each metric on the test, or without one on validation."""
+    part = "test" if "test" in results[0] else "valid"
+    values = {name: np.array([result[part][name] for result in results], dtype=float) for name in names_of(task)}
+    return {
+        name: {"mean": float(v.mean()), "spread": float(v.std(ddof=1)) if len(v) > 1 else 0.0}
+        for name, v in values.items()
+    }
+
+
+def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
+    """Predictions as columns of a table: the value, or the class and the probability of each.
+
+    Of several classes those of at least one half are named, parted by ;.
+    """
+    if task.classes is None:
+        return {"prediction": outputs}
+    if task.several:
+        chosen = [_joined(task, row >= 0.5) for row in outputs]
+    else:
+        chosen = [task.classes[number] for number in outputs.argmax(1)]
+    return {"prediction": chosen, **{f"p_{name}": outputs[:, n] for n, name in enumerate(task.classes)}}
+
+
+def shown_labels(task: Task, labels: Any) -> list[Any] | np.ndarray:
+    """Labels as `output_columns` has predictions, a dot where there is none."""
+    flat = flat_labels(task, labels)
+    if task.classes is None:
+        return flat
+    if task.several:
+        return [_joined(task, row > 0) for row in flat]
+    return [task.classes[int(label)] if label >= 0 else "." for label in flat]
+
+
+def _joined(task: Task, has: np.ndarray) -> str:
+    return ";".join(name for name, there in zip(task.classes, has, strict=True) if there) or "."
+
+
+def place_columns(task: Task, names: Sequence[Any], lengths: Sequence[int]) -> dict[str, Any]:
+    """Of labels by base, the name of each row's sequence and its position from 0; none of other labels."""
+    if not task.per_base:
+        return {}
+    return {
+        "name": [name for name, length in zip(names, lengths, strict=True) for _ in range(length)],
+        "position": [place for length in lengths for place in range(length)],
+    }
+
+
+def told(task: Task) -> str:
+    """What is to be learnt, in words."""
+    kind = "regression" if task.classes is None else f"classification ({', '.join(task.classes[:8])})"
+    return f"{kind}{', any of them' * task.several}{', by base' * task.per_base}"
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """The summary of a fine-tuning as lines to read."""
+    summary = result["summary"]
+    names = names_of(Task.from_json(result["task"]))
+    rows = [["", *names]]
+    for method in result["methods"]:
+        metrics = summary[method]
+        rows.append([method, *(mean_and_spread(metrics[name], 4) for name in names)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

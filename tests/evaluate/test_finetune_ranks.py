@@ -1,0 +1,50 @@
+"""Fine-tuning on several ranks: as in one process, to rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from caduceus.evaluate.finetune import finetune
+from caduceus.evaluate.labelled import LabelledTable
+from caduceus.evaluate.model import Runner
+from caduceus.run.directory import RunDirectory
+from tests.conftest import REPOSITORY
+from tests.evaluate.test_finetune import options, write_table
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder) -> None:
+    train = write_table(tmp_path / "train.csv", 0, 41, ["0", "1"])  # the last batch of an epoch has one example
+    test = write_table(tmp_path / "test.csv", 1, 9, ["0", "1"])
+    words = [
+        "finetune",
+        "--model",
+        model_folder("ps"),
+        "--train",
+        train,
+        "--valid",
+        test,
+        "--test",
+        test,
+        "--epochs",
+        2,
+    ]
+    words += ["--lr", 0.02, "--batch-size", 8, "--batch-bases", 150, "--out", tmp_path / "two"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "caduceus.evaluate", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("written") == 1
+    tables = {name: LabelledTable(path) for name, path in (("train", train), ("valid", test), ("test", test))}
+    chosen = options(fit={"epochs": 2, "batch_size": 8, "batch_bases": 150})
+    one = finetune(Runner(model_folder("ps")), tables, tmp_path / "one", chosen)
+    rows = [RunDirectory(tmp_path / name / "runs/full-1").metrics() for name in ("one", "two")]
+    assert len(rows[0]) == 14
+    for mine, theirs in zip(*rows, strict=True):
+        for key in ("loss", "grad_norm", "valid_loss"):
+            assert mine.get(key) == pytest.approx(theirs.get(key), rel=1e-5), (mine["step"], key)
+    assert one["summary"]["full"]["auroc"]["mean"] is not None
