@@ -56,4 +56,4 @@ def read_bed(path: Path) -> Bed:
 
 def _is_heading(fields: list[str]) -> bool:
     contig, start, end = (field.lower() for field in fields[:3])
-    return contig in _CONTIG_HEADINGS and "start" in start and ("end" in end or "stop" in end)
+    return contig in _CONTIG_HEADINGS and ("start" in start or "begin" in start) and ("end" in end or "stop" in end)

@@ -16,7 +16,8 @@ from caduceus.errors import UserError
 from caduceus.gunzip import GZIP_MAGIC, Gunzip
 
 _LINE_END = re.compile(r"\r\n|\n|\r")  # not `splitlines`, to which some characters within a field are line ends
-_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+_UTF_16 = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+"""Encodings that a file's byte order mark tells."""
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"BZh": "a bzip2 file",
@@ -28,7 +29,7 @@ _MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none"}
 
 def read_lines(path: str | Path) -> list[tuple[int, str]]:
     """The lines of a text file that hold anything: (number of the line, counted from 1, text without its end)."""
-    lines = [line.removeprefix("\ufeff") for line in _LINE_END.split(_read_text(Path(path)))]  # files that were joined
+    lines = [line.lstrip("\ufeff") for line in _LINE_END.split(_read_text(Path(path)))]  # each of joined files has one
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -111,10 +112,9 @@ def _read_text(path: Path) -> str:
     for beginning, kind in _OTHER_FORMATS.items():
         if content.startswith(beginning):
             raise UserError(f"{path}: is {kind}, not a text table; save it as text, plain or gzip")
-    mark = next((mark for mark in _BYTE_ORDER_MARKS if content.startswith(mark)), b"")
-    encoding = _BYTE_ORDER_MARKS.get(mark, "utf-8")
+    encoding = next((name for mark, name in _UTF_16.items() if content.startswith(mark)), "utf-8")
     try:
-        text = content[len(mark) :].decode(encoding)
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = 1 + content.count(b"\n", 0, error.start)
         refuse_line(path, line, f"is no {encoding.upper()} text ({error.reason}); save the file as UTF-8")

@@ -25,6 +25,7 @@ ENCODED = {
     "gzip": gzip.compress(TEXT.encode()),
     "gzip of two members": gzip.compress(TEXT[:4].encode()) + gzip.compress(TEXT[4:].encode()),
     "gzip with bytes behind it": gzip.compress(TEXT.encode()) + b"index of a tool",
+    "a mark by each of two tools": b"\xef\xbb\xbf\xef\xbb\xbf" + TEXT.encode(),
     "gzip of a byte order mark": gzip.compress(b"\xef\xbb\xbf" + TEXT.encode()),
     "joined files with marks": b"\xef\xbb\xbfa\tb\n\xef\xbb\xbfc d\n\n\xef\xbb\xbfe\n",
 }
@@ -98,6 +99,7 @@ BED = {
     "headings": "chrom start end\nchr1\t0\t9\nchr2\t5\t8\n",
     "headings of UCSC": "#chrom\tchromStart\tchromEnd\tname\nchr1\t0\t9\nchr2\t5\t8\n",
     "headings without a mark": "chrom\tchromStart\tchromEnd\nchr1\t0\t9\nchr2\t5\t8\n",
+    "other words": "#contig\tbegin\tend\ncontig\tbegin\tend\nchr1\t0\t9\nchr2\t5\t8\n",
     "headings of R": "seqnames\tstart\tend\twidth\nchr1\t0\t9\t9\nchr2\t5\t8\t3\n",
     "joined files with headings": "chrom\tstart\tstop\nchr1\t0\t9\nchrom\tstart\tstop\nchr2\t5\t8\n",
     "indented comments": "  # comment\nchr1\t0\t9\nchr2\t5\t8\n",

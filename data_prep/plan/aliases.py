@@ -63,6 +63,12 @@ def read_aliases(path: Path) -> AliasTable:
         table = _read_names(path, headings, rows)
     if not table.groups:
         raise UserError(f"{path}: holds no row; give a table with one contig a row, its names separated by tabs")
+    if not table.kinds and all(len(names) < 2 for names in table.groups.values()):
+        refuse_line(
+            path,
+            min(table.lines.values()),
+            f"no row of the table has two names, as {next(iter(table.groups))!r}; part the names of a contig by tabs",
+        )
     return table
 
 

@@ -244,6 +244,16 @@ MT\tassembled-molecule\tMT\tMitochondrion\tJ1.1\t=\tNC_9.1\tnon-nuclear\t16\tchr
 """
 
 
+@pytest.mark.parametrize("row", ["chr1,NC_1.1", "chr1;NC_1.1", "chr1", "chr1\tna"])
+def test_a_table_without_a_second_name_is_refused(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "names"
+    path.write_text(f"# names\n{row}\n{row.replace('1', '2')}\n")
+    with pytest.raises(UserError, match=r"names:2: no row of the table has two names, as 'chr1.*'; part .* by tabs"):
+        read_aliases(path)
+    path.write_text(f"{row}\nchr3\tNC_3.1\n")
+    assert read_aliases(path).groups["chr3"] == ("chr3", "NC_3.1")
+
+
 def test_assembly_report_gives_names_and_kinds(tmp_path: Path) -> None:
     path = tmp_path / "report.txt"
     path.write_bytes(b"\xef\xbb\xbf" + REPORT.replace("\n", "\r\n").encode())
