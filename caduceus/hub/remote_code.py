@@ -11,8 +11,9 @@ from pathlib import Path
 
 TOKENIZER = "tokenization_caduceus.CaduceusTokenizer"
 _ROOTS = tuple(f"caduceus.hub.auto.{name}_caduceus" for name in ("configuration", "modeling", "tokenization"))
-_INSTEAD = {"caduceus.ops": "caduceus.ops.portable", "caduceus.config": "caduceus.config.model"}
-"""Modules in the place of packages, which import more than the model needs."""
+_INSTEAD = dict.fromkeys(("caduceus.ops", "caduceus.ops.backends"), "caduceus.ops.portable")
+_INSTEAD["caduceus.config"] = "caduceus.config.model"
+"""Modules in the place of others, which import more than the model needs."""
 _IMPORT = re.compile(r"^(\s*)from (caduceus[\w.]*) import", re.MULTILINE)
 
 

@@ -19,9 +19,9 @@ from caduceus.ops import (
     bidirectional_conv1d,
     bidirectional_scan,
     causal_conv1d,
-    computes_on_gpu,
     selective_scan,
 )
+from caduceus.ops.backends import kernels_of_gpu
 
 
 class BiMamba(Mixer):
@@ -174,4 +174,4 @@ class BiMamba(Mixer):
 
     def _sums_in_products(self, x: Tensor) -> bool:
         """Whether projections of x take the backward passes that suit a GPU (`caduceus.model.projections`)."""
-        return computes_on_gpu(self.backend, x) and x.dtype == product_dtype(x)
+        return kernels_of_gpu(self.backend, x) is not None and x.dtype == product_dtype(x)

@@ -7,9 +7,7 @@ Operands of another shape, type or device than stated are a `ValueError` or `Typ
 first derivatives only: a second one is a `RuntimeError`. An empty sequence (L = 0) has empty results.
 """
 
-import sys
 from functools import partial
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 from caduceus.errors import UserError
 from caduceus.ops import naive
 from caduceus.ops.across_ranks import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
-from caduceus.ops.backends import resolve_backend
+from caduceus.ops.backends import is_triton, load_module
 from caduceus.ops.directions import conv_by_direction, scan_by_direction
 from caduceus.ops.mamba2 import gated_norm as gated_norm
 from caduceus.ops.operands import ScanOperands, check_conv, check_head, check_norm, check_scan
@@ -58,13 +56,13 @@ def selective_scan(
     """
     operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
     check_scan(operands, initial_state, starts)
-    module = _module(backend, u)
+    module = load_module(backend, u)
     has_states = initial_state is not None or return_final_state
     if starts is not None:
         _refuse_context(context)
         if has_states:
             raise ValueError("starts: packed sequences take no initial_state and give no final one")
-        if _is_triton(module):
+        if is_triton(module):
             return module.selective_scan(operands, softplus, reverse, None, starts)[0]
 
         def scan_alone(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
@@ -101,10 +99,10 @@ def causal_conv1d(
     if activation not in (None, "silu"):
         raise ValueError(f"activation: choose None or 'silu', got {activation!r}")
     check_conv(x, weight, bias, starts)
-    module = _module(backend, x)
+    module = load_module(backend, x)
     if starts is not None:
         _refuse_context(context)
-        if _is_triton(module):
+        if is_triton(module):
             return module.causal_conv1d(x, weight, bias, activation, reverse, starts)
         return run_apart(starts, lambda x: module.causal_conv1d(x, weight, bias, activation, reverse), x)
     if context is None:
@@ -133,10 +131,10 @@ def bidirectional_conv1d(
     `starts` (B, L) bool marks the first positions of packed sequences: no tap crosses one.
     """
     check_conv(x, weight, bias, starts, parameters="P", streams="S")
-    module = _module(backend, x)
+    module = load_module(backend, x)
     if starts is not None:
         _refuse_context(context)
-        if _is_triton(module):
+        if is_triton(module):
             return module.bidirectional_conv1d(x, weight, bias, starts)
         return run_apart(starts, partial(bidirectional_conv1d, weight=weight, bias=bias, backend=backend), x)
     if hasattr(module, "bidirectional_conv1d"):
@@ -145,7 +143,7 @@ def bidirectional_conv1d(
         convolve = partial(conv_by_direction, module.causal_conv1d, weight=weight, bias=bias)
     if context is None:
         return convolve(x)
-    return conv_over_ranks(convolve, x, weight.shape[0], weight.shape[2] - 1, False, _is_triton(module), context)
+    return conv_over_ranks(convolve, x, weight.shape[0], weight.shape[2] - 1, False, is_triton(module), context)
 
 
 def bidirectional_scan(
@@ -172,10 +170,10 @@ def bidirectional_scan(
     """
     operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
     check_scan(operands, None, starts, parameters="P", streams="S")
-    module = _module(backend, u)
+    module = load_module(backend, u)
     if starts is not None:
         _refuse_context(context)
-        if _is_triton(module):
+        if is_triton(module):
             return module.bidirectional_scan(operands, starts)
 
         def scan_alone(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
@@ -205,7 +203,7 @@ def add_norm(
     the sum has the residual's type. Without a residual the sum is x itself.
     """
     check_norm(x, residual, weight, bias)
-    add_norm = getattr(_module(backend, x), "add_norm", naive.add_norm)
+    add_norm = getattr(load_module(backend, x), "add_norm", naive.add_norm)
     return add_norm(x, residual, weight, bias, eps, out_dtype or x.dtype)
 
 
@@ -231,14 +229,9 @@ def head_cross_entropy(
     if strands is not None:
         sums = naive.head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label, strands.sum)
         return sums[0] / strands.size, sums[1] / strands.size
-    module = _module(backend, hidden)
+    module = load_module(backend, hidden)
     head_cross_entropy = getattr(module, "head_cross_entropy", naive.head_cross_entropy)
     return head_cross_entropy(hidden, weight, labels, loss_weights, ignore_label)
-
-
-def computes_on_gpu(backend: str, tensor: Tensor) -> bool:
-    """Whether the ops compute a tensor by kernels of a GPU's own."""
-    return _is_triton(_module(backend, tensor))
 
 
 def _sliced_scan(module: ModuleType) -> type[SlicedScan]:
@@ -251,19 +244,3 @@ def _sliced_scan(module: ModuleType) -> type[SlicedScan]:
 def _refuse_context(context: Context | None) -> None:
     if context is not None:
         raise ValueError("starts: packed sequences cannot be shared between ranks (parallel.context)")
-
-
-def _is_triton(module: ModuleType) -> bool:
-    """Whether a backend's kernels take `starts` and halos."""
-    return module.__name__ == "caduceus.ops.triton"
-
-
-def _module(backend: str, tensor: Tensor) -> ModuleType:
-    return sys.modules[_load(backend, tensor.device.type, tensor.dtype)]
-
-
-@torch.compiler.assume_constant_result  # choosing and logging are not for a compiled graph
-def _load(backend: str, device_type: str, dtype: torch.dtype) -> str:
-    name = f"caduceus.ops.{resolve_backend(backend, device_type, dtype)}"
-    import_module(name)
-    return name

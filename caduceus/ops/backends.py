@@ -2,11 +2,14 @@
 
 import logging
 import os
+import sys
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
@@ -48,6 +51,29 @@ def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, 
         from caduceus.ops.self_check import check_kernels
 
         check_kernels(device)
+
+
+def load_module(backend: str, tensor: Tensor) -> ModuleType:
+    """The module of `caduceus.ops` that computes with a tensor."""
+    return sys.modules[_load(backend, tensor.device.type, tensor.dtype)]
+
+
+def kernels_of_gpu(backend: str, tensor: Tensor) -> ModuleType | None:
+    """The module of kernels of a GPU's own, where they compute with a tensor."""
+    module = load_module(backend, tensor)
+    return module if is_triton(module) else None
+
+
+def is_triton(module: ModuleType) -> bool:
+    """Whether a backend's kernels take `starts` and halos."""
+    return module.__name__ == "caduceus.ops.triton"
+
+
+@torch.compiler.assume_constant_result  # choosing and logging are not for a compiled graph
+def _load(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    name = f"caduceus.ops.{resolve_backend(backend, device_type, dtype)}"
+    import_module(name)
+    return name
 
 
 @cache

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from caduceus.config.model import CHUNK
 from caduceus.ops.across_ranks import Context, scan_over_ranks
-from caduceus.ops.backends import resolve_backend
+from caduceus.ops.backends import kernels_of_gpu
 from caduceus.ops.directions import runs_backwards
 from caduceus.ops.operands import ScanOperands
 
@@ -96,10 +96,8 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, *, backend: str = "auto") -
 
     The backend `triton` has a kernel of its own, every other one the formula.
     """
-    if resolve_backend(backend, y.device, y.dtype) == "triton":
-        from caduceus.ops.triton.gated_norm import gated_norm as fused
-
-        return fused(y, z, weight, NORM_EPSILON)
+    if (kernels := kernels_of_gpu(backend, y)) is not None:
+        return kernels.gated_norm(y, z, weight, NORM_EPSILON)
     return _recomputed(_gated_norm, y, z, weight)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "bidirectional_scan",
     "causal_conv1d",
     "head_cross_entropy",
+    "kernels_of_gpu",
     "selective_scan",
 ]
 
@@ -130,6 +131,10 @@ def head_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sums of `caduceus.ops.head_cross_entropy`."""
     return naive_head(hidden, weight, labels, loss_weights, ignore_label)
+
+
+def kernels_of_gpu(backend: str, tensor: Tensor) -> None:
+    """There are none."""
 
 
 def _refuse(context: Context | None, starts: Tensor | None) -> None:

@@ -249,7 +249,7 @@ def test_what_is_left_out_and_the_rounded_weights_are_logged(
 ) -> None:
     caplog.set_level(logging.INFO)
     loader = build_loader(configure())
-    counts = loader._samples._order.mixture.counts
+    [counts] = loader._samples._order.mixture.counts
     assert (
         f"fly {counts[0]}, worm {counts[1]}" in caplog.text and "samples of each species in every 65536" in caplog.text
     )

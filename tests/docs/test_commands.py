@@ -49,7 +49,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def shortened(command: str) -> str:
-    return " ".join([command, *SMALL]) if any(words in command for words in TRAINS) else command
+    trains = any(words in command for words in TRAINS) and "--show" not in command
+    return " ".join([command, *SMALL]) if trains else command
 
 
 def run(command: list[str] | str, where: Path, block: Block) -> None:

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caduceus import ops
 from caduceus.ops import PAD_DT, cpu, naive
+from caduceus.ops.backends import resolve_backend
 from caduceus.ops.cpu import compiled, vectors
 from caduceus.ops.cpu import scan_kernels as kernels
 from caduceus.ops.operands import ScanOperands
@@ -281,4 +281,4 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch):
 
 
 def test_auto_on_the_cpu():
-    assert ops.resolve_backend("auto", "cpu") == "cpu"
+    assert resolve_backend("auto", "cpu") == "cpu"

@@ -2,6 +2,7 @@
 
 from caduceus.ops.triton.conv import TOKENS, bidirectional_conv1d, causal_conv1d
 from caduceus.ops.triton.cross_entropy import head_cross_entropy
+from caduceus.ops.triton.gated_norm import gated_norm
 from caduceus.ops.triton.norm import add_norm
 from caduceus.ops.triton.scan import MAX_STATES, bidirectional_scan, scan_with_states, selective_scan
 from caduceus.ops.triton.sliced_scan import SlicedScan
@@ -13,6 +14,7 @@ __all__ = [
     "bidirectional_conv1d",
     "bidirectional_scan",
     "causal_conv1d",
+    "gated_norm",
     "head_cross_entropy",
     "scan_with_states",
     "selective_scan",
