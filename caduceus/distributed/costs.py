@@ -13,6 +13,8 @@ from caduceus.model.costs import block_parameters, parameter_count, streams
 _FP32, _FP64 = 4, 8
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of gradients that DDP sends at a time, at first and then; as near to them as whole parameters come."""
+WHOLE_BUCKET = 4 * 500_000_000
+"""The same of DeepSpeed, where it divides nothing."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,14 @@ def _of_zero(config: Config, world: int, holders: int, passes: int) -> list[Exch
     block, rest = _parts(config)
     everyone = Group("all ranks", world)
     meet = Exchange("all-reduce", "gradients", everyone, block, layers)
+    if stage == 0:
+        full, last = divmod(layers * block + rest, WHOLE_BUCKET)
+        return [replace(meet, bytes=WHOLE_BUCKET, times=full), replace(meet, bytes=last, times=1)]
     if stage < 3:
         times = passes if stage == 2 else 1
         found = [replace(meet, times=layers * times), replace(meet, bytes=rest, times=times)]
         whole = layers * block + rest
-        return found + ([Exchange("all-gather", "parameters", everyone, whole // world, 1)] if stage else [])
+        return [*found, Exchange("all-gather", "parameters", everyone, whole // world, 1)]
     gather = Exchange("all-gather", "parameters", everyone, block // world, 2 * layers * passes, "passes")
     reduce = Exchange("reduce-scatter", "gradients", everyone, block, layers * passes, "backward passes")
     found = [replace(gather, bytes=rest // world, times=passes), gather]

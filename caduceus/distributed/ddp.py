@@ -20,6 +20,7 @@ class DDP(Strategy):
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         # The complement of each base, its one buffer, never changes: no pass has to wait for it.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         return DistributedDataParallel(
             model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
         )

@@ -131,17 +131,17 @@ def head_cross_entropy(
     `ignore_label` is a `ValueError` on a CPU; elsewhere, where to look would be to wait, the loss is NaN.
     """
     compute = torch.promote_types(hidden.dtype, torch.float32)
-    labelled = labels != ignore_label
-    rows = hidden[:, labelled].to(compute)
+    places = (labels != ignore_label).nonzero(as_tuple=True)  # once, as a GPU's queue runs empty meanwhile
+    rows = hidden[(slice(None), *places)].to(compute)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = torch.einsum("smd,svd->mv", rows, weight.to(compute))
-    targets = labels[labelled].long()
+    targets = labels[places].long()
     known = (targets >= 0) & (targets < weight.shape[1])
     if targets.device.type == "cpu" and not known.all():
         wrong = targets[~known][0].item()
         raise ValueError(f"labels: {wrong} is neither below the vocabulary's {weight.shape[1]} nor ignored")
     losses = F.cross_entropy(add_up(logits), targets.where(known, 0), reduction="none")
     losses = losses * torch.where(known, 1, torch.nan)
-    weights = torch.ones_like(losses) if loss_weights is None else loss_weights[labelled].to(compute)
+    weights = torch.ones_like(losses) if loss_weights is None else loss_weights[places].to(compute)
     nothing = losses.new_zeros(labels.shape)
-    return nothing.masked_scatter(labelled, losses * weights).sum(-1), nothing.masked_scatter(labelled, weights).sum(-1)
+    return nothing.index_put(places, losses * weights).sum(-1), nothing.index_put(places, weights).sum(-1)

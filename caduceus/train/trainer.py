@@ -107,8 +107,8 @@ def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, start
     """The stage that a start begins with, and what goes with all that it comes to."""
     run, config = opened.run, stage.run
     with _slowly(watchdog, ranks, "the start"):
+        machines = Machines(config, ranks)  # first: it tells ranks apart by LOCAL_RANK, which DeepSpeed wants otherwise
         setup = set_up(stage, ranks, opened, started)
-        machines = Machines(config, ranks)
         with ranks.agreeing(), run.telling_of_disks():
             profile = Profile(config, run.path, ranks)
             monitor = Monitor(config, run, active=ranks.is_main)

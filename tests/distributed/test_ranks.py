@@ -1,4 +1,5 @@
 import contextlib
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from caduceus.config import Config
 from caduceus.distributed import groups
 from caduceus.distributed.fake import fake_world
 from caduceus.distributed.fsdp import sharding_mesh
-from caduceus.distributed.ranks import PATIENCE, Ranks
+from caduceus.distributed.ranks import PATIENCE, Ranks, is_lost_contact
 from caduceus.distributed.rendezvous import COLLECTIVE_MARGIN, NO_TIMEOUT, joined
 from tests.distributed.fake import CPU
 from tests.distributed.layouts import Layout, config_of
@@ -113,6 +116,31 @@ def test_slow_work_is_agreed_on_over_the_patient_group_and_no_copy_is_made_per_r
                 assert ranks.gather([1.0, 2.0]).shape == (512, 2)
                 ranks.barrier()
             assert asked == [("all_reduce", patient), ("_ALL_GATHER", patient), ("barrier", patient)]
+
+
+@pytest.mark.slow
+def test_slow_work_of_one_rank_outlasts_the_time_out_of_training() -> None:
+    assert on_ranks(2, wait_for_a_slow_rank) == [("all came", True)] * 2
+
+
+def wait_for_a_slow_rank(rank: int) -> tuple[str, bool]:
+    """What came over the group for slow work, and whether that of training gives up."""
+    ranks = Ranks(rank, 2, 1, CPU)
+    _set_pg_timeout(timedelta(seconds=0.5), dist.group.WORLD)
+    with ranks.patiently(), ranks.agreeing():
+        time.sleep(1.5 * rank)
+    with ranks.patiently():
+        time.sleep(1.5 * rank)
+        told = ranks.broadcast("all came") if ranks.gather_objects(rank) == [0, 1] else "some"
+    try:
+        time.sleep(1.5 * rank)
+        ranks.barrier()
+    except RuntimeError as error:
+        return told, is_lost_contact(error)
+    finally:  # as the suite's own ranks end with it
+        dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    return told, False
 
 
 def noting(asked: list, name: str, whole: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from caduceus.ops import PAD_DT, bidirectional_conv1d, bidirectional_scan, head_cross_entropy, naive
 from caduceus.ops.operands import ScanOperands
@@ -114,3 +117,28 @@ def test_a_label_outside_the_vocabulary_is_refused_unless_it_is_the_ignored_one(
                 head_cross_entropy(hidden, weight, labels, ignore_label=4, backend=backend)
         loss, total = head_cross_entropy(hidden, weight, labels, ignore_label=label, backend="naive")
         assert loss.isfinite() and total == 2
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators whose result has a size that a GPU must be asked for, which empties its queue."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        by_mask = any(isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:2]))
+        name = function.overloadpacket.__name__
+        self.count += name in ("nonzero", "masked_select") or (name.startswith("index") and by_mask)
+        return function(*args, **(kwargs or {}))
+
+
+def test_labelled_tokens_are_looked_for_once_in_both_passes():
+    """Ranks that share strands take the loss so on GPUs as well."""
+    hidden, weight = torch.randn(1, 2, 9, 5, requires_grad=True), torch.randn(1, 16, 5, requires_grad=True)
+    labels, weights = torch.randint(0, 16, (2, 9)), torch.rand(2, 9)
+    labels[:, ::2] = -100
+    with Waits() as waits:
+        loss, _ = naive.head_cross_entropy(hidden, weight, labels, weights, -100)
+        loss.sum().backward()
+    assert waits.count == 1

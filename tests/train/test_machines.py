@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ from caduceus.monitor.wandb.history import merged, wandb_row
 from caduceus.run import machine
 from caduceus.run.directory import RunDirectory
 from caduceus.run.machine import OF_GPUS, OF_NODES, Machine
-from caduceus.train import machines
+from caduceus.train import machines, trainer
 from caduceus.train.machines import Machines, _nodes
 from caduceus.train.trainer import train
 from tests.distributed.ranks import on_ranks
@@ -47,6 +48,25 @@ def test_two_nodes_come_together_in_the_rows_of_the_first(small_run: SmallRun) -
             assert row[f"memory_percent/{node}"] == pytest.approx(psutil.virtual_memory().percent, abs=25)
     of_step = [wandb_row(row) for row in merged(rows)]
     assert len(of_step) == 6 and all(f"hardware/cpu_percent/{HOST}-1" in row for row in of_step)
+
+
+def test_ranks_of_a_node_are_told_apart_as_the_launcher_has_it(small_run: SmallRun, monkeypatch) -> None:
+    """Also under DeepSpeed, to which LOCAL_RANK is the number of the rank's GPU: 0 for all that see but their own."""
+    set_up, told = trainer.set_up, []
+
+    def with_another_local_rank(*arguments: Any) -> Any:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        return set_up(*arguments)
+
+    def noted(config: Config, ranks: Ranks) -> Machines:
+        told.append(os.environ["LOCAL_RANK"])
+        return Machines(config, ranks)
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(trainer, "set_up", with_another_local_rank)
+    monkeypatch.setattr(trainer, "Machines", noted)
+    assert train(small_run.config("run", train={"steps": 1}, valid={"every": 0})) == 0
+    assert told == ["3"]
 
 
 def test_nodes_have_their_hosts_names_and_numbers_where_these_recur() -> None:

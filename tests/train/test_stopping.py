@@ -89,6 +89,23 @@ def test_the_clock_of_a_file_server_decides_nothing(tmp_path: Path, monkeypatch,
     assert run.stop_path.exists() is kept
 
 
+def test_files_are_looked_for_once_a_second_however_short_a_step_is(tmp_path: Path, monkeypatch) -> None:
+    run, now, looks = RunDirectory(tmp_path), [100.0], []
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run, "is_taken_over", lambda: bool(looks.append(now[0])))
+    stop = StopRequest(run, True, 0.0, 0)
+    for step in range(300):  # 30 seconds of steps of a tenth
+        now[0] = 100 + step / 10
+        assert (stop.requested, stop.save_requested(), stop.taken_over()) == (False, step == 110, False)
+        if step == 101:
+            run.save_path.touch()
+    assert looks == [100.0 + second for second in range(30)]
+    run.stop_path.touch()
+    assert not stop.requested
+    now[0] += 1
+    assert stop.requested
+
+
 def test_a_job_of_the_launcher_honours_every_stop(tmp_path: Path, monkeypatch) -> None:
     run = RunDirectory(tmp_path)
     run.stop_path.touch()

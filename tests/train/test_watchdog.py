@@ -24,6 +24,7 @@ def items_of_which_the_third_hangs() -> Iterator[int]:
 
 def use(logs: Path, how: str) -> None:
     watchdog._GRACE_SECONDS = 0.5
+    watchdog.write_flight_records = lambda logs, rank: (logs / f"records of {rank}").touch()
     logging.basicConfig(filename=logs / "log", force=True)
     watching = Watchdog(logs, 3, SECONDS / 60)
     if how == "a failing disk":
@@ -52,6 +53,7 @@ def test_a_hang_ends_the_process_and_leaves_its_stacks(tmp_path: Path, how: str,
     assert process.exitcode == status
     stacks = tmp_path / "stacks-rank3.txt"
     assert stacks.exists() == (bool(status) and how != "a failing disk")
+    assert (tmp_path / "records of 3").exists() == stacks.exists()
     if stacks.exists():
         assert stacks.read_text().startswith("rank 3, a batch, ")
         assert ("in items_of_which_the_third_hangs" in stacks.read_text()) == (how == "an item")

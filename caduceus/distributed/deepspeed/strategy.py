@@ -45,7 +45,8 @@ class DeepSpeed(Strategy):
         block = max(_count(block) for block in model.blocks)
         settings = engine_settings(config, ranks.data_world, _count(model), block)
         deepspeed = need_deepspeed(ranks.device.type)
-        if ranks.device.index is not None:  # for which it takes LOCAL_RANK, also where a rank sees but its own GPU
+        # For which it takes LOCAL_RANK, also where a rank sees but its own GPU, and in steps of stage 3 again.
+        if ranks.device.index is not None:
             os.environ["LOCAL_RANK"] = str(ranks.device.index)
         self.ranks = ranks
         self.zero_stage = config.parallel.zero_stage
