@@ -86,6 +86,28 @@ def test_one_copy_is_written_by_those_that_hold_it_and_read_by_all(tmp_path: Pat
                 assert copied == 0 and behind == waited > 0
 
 
+@pytest.mark.slow
+def test_a_save_of_deepspeed_waits_for_slow_files_as_long_as_others(tmp_path: Path) -> None:
+    config = config_of(Layout("zero", 2, {"strategy": "deepspeed", "zero_stage": 1}), tmp_path, tmp_path / "run")
+    for patient in on_ranks(2, barriers_of_a_save, config, tmp_path):
+        assert len(patient) > 1 and all(patient)
+
+
+def barriers_of_a_save(rank: int, config: Config, directory: Path) -> list[bool]:
+    """Whether each barrier in it was one of the group for slow work."""
+    ranks, barrier, patient = Ranks(rank, 2, 1, torch.device("cpu")), dist.barrier, []
+
+    def noted(group: dist.ProcessGroup | None = None, **options: Any) -> Any:
+        patient.append(group is ranks._patient_group)
+        return barrier(group, **options)
+
+    strategy = build_strategy(config, ranks, build_optimizer)
+    with pytest.MonkeyPatch.context() as patch, ranks.patiently():
+        patch.setattr(dist, "barrier", noted)
+        strategy.save(directory, None)
+    return patient
+
+
 def test_the_thread_that_writes_computes_on_the_rank_s_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(Layout("single", 1, {"strategy": "single"}), tmp_path, tmp_path / "run")
     run = RunDirectory.create_or_resume(config)

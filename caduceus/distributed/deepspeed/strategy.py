@@ -123,9 +123,14 @@ class DeepSpeed(Strategy):
 
     @contextlib.contextmanager
     def _agreeing_on_files(self) -> Iterator[None]:
-        """Around a save of DeepSpeed's, which ends in barriers: a rank whose file fails must reach them as well."""
+        """Around a save of DeepSpeed's, which ends in barriers: a rank whose file fails must reach them as well.
+
+        They become those of `Ranks`, which wait for slow files longer than a collective of training may take.
+        """
+        from deepspeed import comm
+
         writer, failures = self.model.checkpoint_engine, []
-        write = writer.save
+        write, barrier = writer.save, comm.barrier
 
         def attempt(*arguments: Any, **options: Any) -> Any:
             try:
@@ -133,11 +138,11 @@ class DeepSpeed(Strategy):
             except (OSError, RuntimeError) as error:
                 failures.append(error)
 
-        writer.save = attempt
+        writer.save, comm.barrier = attempt, lambda *_, **__: self.ranks.barrier()
         try:
             yield
         finally:
-            writer.save = write
+            writer.save, comm.barrier = write, barrier
         self.ranks.raise_together(failures[0] if failures else None)
 
     def load(self, directory: Path) -> None:
