@@ -95,9 +95,9 @@ def test_classes_are_learnt_and_predicted_as_measured(kind: str, tmp_path: Path)
 def test_values_are_learnt_in_their_scale(tmp_path: Path) -> None:
     result = finetune(Runner(made("ps", torch.float32)), tables(tmp_path, None), tmp_path / "out", options(probe=True))
     assert result["task"]["classes"] is None and result["metric"] == "pearson"
-    for method in ("full", "probe"):
+    for method, least in (("full", 0.8), ("probe", 0.7)):  # a probe has the features of a model that never trained
         found = result["summary"][method]
-        assert found["pearson"]["mean"] > 0.8 and found["mse"]["mean"] < 0.75 * 0.75, method
+        assert found["pearson"]["mean"] > least and found["mse"]["mean"] < 0.75 * 0.75, method
 
 
 def test_a_frozen_model_trains_its_head_alone(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_metrics_are_those_of_the_field() -> None:
     values = measure(Task(None), np.array([1.0, 2, 3]), np.array([1.0, 2, 4]))
     assert values == pytest.approx({"pearson": 0.98198051, "spearman": 1, "r2": 0.5, "mse": 1 / 3})
     assert is_better("mse", 1, 2) and is_better("mcc", 2, 1) and not is_better("mcc", np.nan, 1)
-    assert is_better("mcc", 0, np.nan) and is_better("mcc", np.nan, None)
+    assert is_better("mcc", 0, np.nan) and is_better("mcc", 0, None) and not is_better("mcc", np.nan, None)
 
 
 def test_predict_takes_any_file_of_sequences(tmp_path: Path, evaluate) -> None:
