@@ -4,14 +4,18 @@ The scan is bound by exponentials, not by products: a Caduceus reaches only a fe
 both shares are told. What the model needs is counted, without recomputation.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from caduceus.config import Config
 from caduceus.model.costs import exponentials_per_base, flops_per_base
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ def utilization(config: Config, bases_per_second: float, device: torch.device) -
 def _peaks(device: torch.device) -> Peaks | None:
     if device.type != "cuda":
         return None
+    import torch  # which whoever reads the peaks alone does not wait for
+
     name = torch.cuda.get_device_name(device)
     peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
     if peaks is None:

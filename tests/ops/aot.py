@@ -33,7 +33,7 @@ from caduceus.config import CaduceusConfig
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.triton import conv, cross_entropy, device, gated_norm, norm, scan, scan_launches
+from caduceus.ops.triton import conv, cross_entropy, device, gated, norm, scan, scan_launches
 from tests.ops import record
 from tests.ops.offsets import narrow_products
 from tests.ops.record import OnRecord
@@ -94,7 +94,7 @@ def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[s
                 found[name].append(compiled)
 
     launch = JITFunction.run
-    for module in (device, norm, gated_norm, cross_entropy):
+    for module in (device, norm, gated, cross_entropy):
         module.multiprocessors = lambda device: MULTIPROCESSORS
     for operation, launches in LAUNCHES.items():
         operation.register_fake(launches)
@@ -115,8 +115,8 @@ LAUNCHES = {
     conv.conv_backward: conv.launch_backward,
     norm.add_norm_forward: norm.launch_forward,
     norm.add_norm_backward: norm.launch_backward,
-    gated_norm.gated_norm_forward: gated_norm.launch_forward,
-    gated_norm.gated_norm_backward: gated_norm.launch_backward,
+    gated.gated_norm_forward: gated.launch_forward,
+    gated.gated_norm_backward: gated.launch_backward,
     cross_entropy.cross_entropy_forward: cross_entropy.launch_forward,
     cross_entropy.cross_entropy_backward: cross_entropy.launch_backward,
 }
@@ -251,7 +251,7 @@ def launch_gated(element: str) -> None:
         sizes = (directions, 1, 1, GIANT, E), (1, 1, GIANT, E)
         y, z = (torch.zeros(size, dtype=ELEMENTS[element], requires_grad=True) for size in sizes)
         weight = torch.ones(directions, E, requires_grad=True)
-        gated_norm.gated_norm(y, z, weight, 1e-5).sum().backward()
+        gated.gated_norm(y, z, weight, 1e-5).sum().backward()
 
 
 def compile_run(

@@ -2,7 +2,7 @@
 
 from caduceus.ops.triton.conv import TOKENS, bidirectional_conv1d, causal_conv1d
 from caduceus.ops.triton.cross_entropy import head_cross_entropy
-from caduceus.ops.triton.gated_norm import gated_norm
+from caduceus.ops.triton.gated import gated_norm
 from caduceus.ops.triton.norm import add_norm
 from caduceus.ops.triton.scan import MAX_STATES, bidirectional_scan, scan_with_states, selective_scan
 from caduceus.ops.triton.sliced_scan import SlicedScan

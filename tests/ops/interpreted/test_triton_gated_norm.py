@@ -36,7 +36,7 @@ def test_half_precision() -> None:
 
 
 def test_it_composes_with_torch() -> None:
-    from caduceus.ops.triton.gated_norm import gated_norm_backward, gated_norm_forward
+    from caduceus.ops.triton.gated import gated_norm_backward, gated_norm_forward
 
     y, z, weight = (torch.randn(shape) for shape in ((2, 1, 1, 3, 5), (1, 1, 3, 5), (2, 5)))
     torch.library.opcheck(gated_norm_backward, (torch.randn_like(z), y, z, weight, 1e-5))
