@@ -33,7 +33,7 @@ def fresh_client() -> Iterator[None]:
 
 def names_of_a_run(two_species: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Every name in W&B's history of a real run; of a GPU, which may be absent here, the numbers alone are made up."""
-    monkeypatch.setattr(roofline, "_peaks", lambda device: next(iter(roofline._PEAKS.values())))
+    monkeypatch.setattr(roofline, "_peaks", lambda device: next(iter(roofline.PEAKS.values())))
     monkeypatch.setattr(machines, "_gpu", lambda device: [1.0] * len(OF_GPUS))
     small = SmallRun(two_species, directory)
     config = small.config("run", train={"steps": 4}, monitor={"every": 2, "machine_seconds": 1e-3})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from caduceus.ops import PAD_DT, cpu, naive
 from caduceus.ops.backends import resolve_backend
-from caduceus.ops.cpu import compiled, vectors
+from caduceus.ops.cpu import compiled, llvm_values
 from caduceus.ops.cpu import scan_kernels as kernels
 from caduceus.ops.operands import ScanOperands
 from tests.ops.cases import assert_close, bidirectional_inputs, block, make_scan, scan, with_gradients
@@ -273,7 +273,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch):
 
     monkeypatch.setattr(compiled._Cache, "__init__", unwritable)
 
-    @compiled.jit(vectors.EXACT)
+    @compiled.jit(llvm_values.EXACT)
     def double(x):
         return x * 2
 
