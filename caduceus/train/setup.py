@@ -100,9 +100,10 @@ def open_run(stage: Stage, ranks: Ranks) -> Opened:
     """
     config = stage.run
     run = RunDirectory(config.run.dir)
+    with ranks.agreeing():
+        check_model(config, ranks.device)
     manifests = _manifests(stage.config, ranks)
     with ranks.agreeing(), using_manifests(manifests):
-        check_model(config, ranks.device)
         evaluations = _evaluations(config)
         loader, validation = _build_loaders(stage.config, ranks)
         for later in stages_of(config)[stage.number :]:

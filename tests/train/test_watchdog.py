@@ -89,6 +89,7 @@ def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch)
     long = PATIENCE.total_seconds()
     batch = ("a batch of the validation after step 2", 0.0)
     assert watched == [
+        ("the look for checkpoints", long),
         ("the opening of the data", long),
         ("the start", long),
         ("step 1", 0.0),
