@@ -201,3 +201,5 @@ def test_one_genome_in_several_processes(tmp_path, method):
         assert _read_one(genomes[-1]) == bases
     with multiprocessing.get_context(method).Pool(2) as pool:
         assert pool.map(_read_one, genomes * 2) == [bases] * 6
+        pool.close()
+        pool.join()  # the processes end by themselves, whatever they do about signals
