@@ -51,5 +51,10 @@ def test_a_file_and_its_functions_are_short(path: Path) -> None:
             assert parameters(function) <= PARAMETERS, where
 
 
+def test_no_file_of_tests_is_long():
+    lengths = {path: len(path.read_text().splitlines()) for path in (REPOSITORY / "tests").rglob("*.py")}
+    assert not [str(path.relative_to(REPOSITORY)) for path, lines in lengths.items() if lines > FILE_LINES]
+
+
 def test_files_that_start_first_are_there():
     assert not [name for name in LONGEST_FIRST if not (REPOSITORY / "tests" / name).is_file()]

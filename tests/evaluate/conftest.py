@@ -11,6 +11,7 @@ from caduceus import CaduceusConfig, CaduceusForMaskedLM
 from caduceus.errors import UserError
 from caduceus.evaluate.__main__ import main
 from caduceus.hub import save_imported
+from tests.conftest import write_random_fasta
 from tests.model.packed import KINDS
 
 
@@ -61,3 +62,17 @@ def refused(evaluate: Callable[..., int]) -> Callable[..., str]:
         return str(caught.value)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def genome(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FASTA of two short contigs."""
+    path = tmp_path_factory.mktemp("genome") / "genome.fa"
+    write_random_fasta(path, 5, {"chr1": 300, "chr2": 60})
+    return path
+
+
+def text_of(genome: Path) -> dict[str, str]:
+    """The bases of a FASTA, by contig."""
+    records = genome.read_text().upper().split(">")[1:]
+    return {record.split("\n")[0].lower(): "".join(record.split("\n")[1:]) for record in records}
