@@ -182,8 +182,8 @@ def test_a_fit_is_a_run_that_is_watched_and_reported(
     finetune(runner, given, tmp_path / "out", options(fit={"epochs": 4, "lr": 1e-3}))
     run = tmp_path / "out/runs/full-1"
     rates = [row["lr"] for row in RunDirectory(run).metrics() if "loss" in row]
-    assert len(rates) == 12 and max(rates) == 1e-3 and rates == sorted(rates, reverse=True)  # 1 % of 12 steps is none
-    assert rates[-1] == pytest.approx(1e-4, rel=0.3) and not (run / "checkpoints").exists()
+    assert rates == pytest.approx(1e-4 + 9e-4 * (1 + np.cos(np.pi * np.arange(12) / 12)) / 2)  # 1 % of 12 steps is none
+    assert not (run / "checkpoints").exists()
     monkeypatch.setattr("sys.argv", ["monitor", str(run)])
     assert monitor_main() == 0 and "full-1: step 12/12  loss" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["monitor", str(run), "--report", str(tmp_path / "report.html")])
