@@ -105,7 +105,6 @@ def assert_self_contained(page: Page) -> None:
 
 @pytest.mark.slow
 def test_two_real_runs(small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "REPORT_SECONDS", 600.0)  # however busy this machine is
     monitor = {"report": True, "every": 2, "windows": 1, "machine_seconds": 1e-3}
     first = small_run.config("first", train={"steps": 6}, monitor=monitor)
     keys = {"train": {"steps": 4, "lr": 0.004}, "checkpoint": {"every": 2}, "monitor": {"windows": 1}}
