@@ -1,9 +1,9 @@
 """How long a step takes on many nodes, and what bounds it, by a small model. Nothing here is measured.
 
-A rank computes as `launch.estimate` has it, but never faster than Python launches kernels. Collectives of gradients and
-sharded parameters run behind that, as far as it lasts, but for the last of the gradients or the first of the
-parameters; all others are waited for. The update reads and writes what the rank holds of the model at the bandwidth of
-the GPU's memory.
+A rank computes as `caduceus.train.estimate` has it, but never faster than Python launches kernels. Collectives of
+gradients and sharded parameters run behind that, as far as it lasts, but for the last of the gradients or the first of
+the parameters; all others are waited for. The update reads and writes what the rank holds of the model at the bandwidth
+of the GPU's memory.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from caduceus.distributed.layout import Room, Sharing, check_layout, with_sharin
 from caduceus.distributed.network import Network
 from caduceus.errors import UserError
 from caduceus.model import costs
-from launch.estimate import GPU_BYTES, Estimate, estimate
+from caduceus.train.estimate import GPU_BYTES, Estimate, estimate
 
 LAUNCH_SECONDS = 5e-6
 """What a kernel costs the processor of an eager PyTorch program."""

@@ -3,7 +3,7 @@
 from caduceus.config.checks import refuse_cuda_graphs, refuse_strategy
 from caduceus.config.data import DataConfig
 from caduceus.config.fixed import Change, changes, order_values
-from caduceus.config.load import config_from_dict, config_to_dict, load_config, overridden, save_config
+from caduceus.config.load import config_from_dict, config_to_dict, has_dial, load_config, overridden, save_config
 from caduceus.config.model import CaduceusConfig
 from caduceus.config.run import (
     KEYS,
@@ -38,6 +38,7 @@ __all__ = [
     "changes",
     "config_from_dict",
     "config_to_dict",
+    "has_dial",
     "load_config",
     "order_values",
     "overridden",
