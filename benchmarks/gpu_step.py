@@ -5,11 +5,12 @@
 
 What is timed is the trainer's own `training_step`, with clipping, schedule, guards and the row that is logged, on
 batches that are there already; bf16 autocast, fp32 parameters and states, AdamW, as many sequences as 131,072 tokens
-hold, at least one; without `train.cuda_graphs`, and with. Prints the device; on a GPU, whether the kernels are right (all of gpu_correctness.py but its giant tensors; where they are not, it
-ends there with status 1); the ceilings (copy, exp2, bf16 products, measured in this run); and one row per model and
-length: tokens/s, peak memory, blocks recomputed (whole + only what feeds the scan, as
-`train.activation_checkpointing: auto` takes), share of the roofline, tokens/s with graphs, and the published structure on
-the same card, clipped as ours, with its blocks recomputed where it does not fit without.
+hold, at least one; without `train.cuda_graphs`, and with. Prints the device; on a GPU, whether the kernels are right
+(all of gpu_correctness.py but its giant tensors; where they are not, it ends there with status 1); the ceilings (copy,
+exp2, bf16 products, measured in this run); and one row per model and length: tokens/s, peak memory, blocks recomputed
+(whole + only what feeds the scan, as `train.activation_checkpointing: auto` takes), share of the roofline, tokens/s
+with graphs, and the published structure on the same card, clipped as ours, with its blocks recomputed where it does not
+fit without.
 
 The peer is the structure alone (published_structure.py). Its norm and residual add are not fused, its mixer is not the
 one fused function that recomputes convolution and step sizes, and nothing of it is compiled: `times` and its lack of
@@ -40,8 +41,8 @@ from caduceus.data.batch import Batch
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
-from caduceus.ops import mamba_ssm
 from caduceus.monitor.rows import Monitor
+from caduceus.ops import mamba_ssm
 from caduceus.run.directory import RunDirectory
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.progress import Progress

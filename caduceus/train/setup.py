@@ -242,7 +242,8 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
         resolved.decide("ops.backend", "auto", now.ops.backend, f"the fastest on {device}")
     if config.train.cuda_graphs == "auto":
         now.train.cuda_graphs = "none"
-        resolved.decide("train.cuda_graphs", "auto", "none", "no GPU has shown what is gained")
+        if device == "cuda":  # elsewhere there is nothing to decide
+            resolved.decide("train.cuda_graphs", "auto", "none", "no GPU has shown what is gained")
     if config.data.strands == "auto":
         now.data.strands = resolve_strands(config)
         seen = "both strands by itself" if config.model.rcps else "one strand at a time"
