@@ -20,6 +20,7 @@ def refuse_impossible_values(config: Config) -> None:
     for stage in stages_of(config):
         with within(stage):
             _refuse_impossible(stage.config)
+            refuse_cuda_graphs(stage.config)
 
 
 def _refuse_impossible(config: Config) -> None:
@@ -80,7 +81,6 @@ def _refuse_impossible(config: Config) -> None:
     _refuse_impossible_decay(train)
     _refuse_impossible_scales(train)
     refuse_strategy(train, config.parallel.strategy)
-    refuse_cuda_graphs(config)
     if train.min_lr > train.lr:
         raise UserError(f"train.min_lr: {train.min_lr} is above train.lr {train.lr}")
 
