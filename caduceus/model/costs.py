@@ -88,6 +88,13 @@ def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: boo
     return BlockBytes(lean + scan_inputs, lean, residual, gradients, states)
 
 
+def kept_state_bytes(model: CaduceusConfig, every: int) -> int:
+    """Bytes for a base of one stream in a block whose scan keeps one state of `every`, and its outputs in fp32."""
+    directions = _directions(model)
+    scans = 1 if model.bidirectional_weight_tie and model.bidirectional_strategy == "add" else directions
+    return (directions * model.d_state // every + scans) * model.d_inner * _FP32
+
+
 def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, fused_norm: bool) -> BlockBytes:
     """The scan keeps its operands and its output, and makes all else again, for the block that it is in."""
     d, e, n, h = model.d_model, model.d_inner, model.d_state, model.heads

@@ -33,7 +33,7 @@ from caduceus.config import CaduceusConfig
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.triton import conv, cross_entropy, device, gated, norm, scan, scan_launches
+from caduceus.ops.triton import conv, cross_entropy, device, gated, norm, scan
 from tests.ops import record
 from tests.ops.offsets import narrow_products
 from tests.ops.record import OnRecord
@@ -109,8 +109,8 @@ def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[s
 
 
 LAUNCHES = {
-    scan.scan_forward: scan_launches.launch_forward,
-    scan.scan_backward: scan_launches.launch_backward,
+    scan.scan_forward: scan.launch_forward,
+    scan.scan_backward: scan.launch_backward,
     conv.conv_forward: conv.launch_forward,
     conv.conv_backward: conv.launch_backward,
     norm.add_norm_forward: norm.launch_forward,
@@ -135,9 +135,12 @@ class SharedSequence:
         return torch.stack([part, part])
 
 
-def train(config: CaduceusConfig, batch: int, length: int, element: str, shared: bool = False) -> None:
-    """A step of pre-training: masked bases with weights."""
+def train(
+    config: CaduceusConfig, batch: int, length: int, element: str, shared: bool = False, keep: bool = False
+) -> None:
+    """A step of pre-training: masked bases with weights. `keep`: by states that the forward pass keeps."""
     model = CaduceusForMaskedLM(config, backend="triton")
+    model.keep_states(config.n_layer if keep else 0)
     if shared:
         model.share_sequences(SharedSequence())
     ids = torch.zeros(batch, length, dtype=torch.long)
@@ -210,14 +213,18 @@ def launch_all(element: str) -> None:
         if name in LEFT_OUT or config.mixer != "mamba":  # another mixer has no kernels of its own
             continue
         short = "1k" in name
-        train(config, 128 if short else 1, 1024 if short else 2**20 if "1m" in name else 131_072, element)
+        for keep in (False, True):
+            train(
+                config, 128 if short else 1, 1024 if short else 2**20 if "1m" in name else 131_072, element, keep=keep
+            )
         if not short:
             train(config, 1, 16_384, element, shared=True)
 
 
 def launch_one(element: str) -> None:
     for length in (131_072, 2**21):
-        train(CaduceusConfig(d_model=256, n_layer=2), 1, length, element)
+        for keep in (False, True):
+            train(CaduceusConfig(d_model=256, n_layer=2), 1, length, element, keep=keep)
 
 
 def launch_rest(element: str) -> None:
@@ -225,8 +232,9 @@ def launch_rest(element: str) -> None:
     constant."""
     config = CaduceusConfig(d_model=256, n_layer=2)
     train_packed(config, 131_072, element)
-    train(config, 3, 1037, element)
-    train(config, 2, GIANT, element)
+    for keep in (False, True):
+        train(config, 3, 1037, element, keep=keep)
+        train(config, 2, GIANT, element, keep=keep)
     run_smallest(element)
 
 
@@ -242,7 +250,8 @@ def run_smallest(element: str) -> None:
 
 
 def launch_scan(element: str, states: int) -> None:
-    train(CaduceusConfig(d_model=256, n_layer=2, d_state=states), 1, 131_072, element)
+    for keep in (False, True):
+        train(CaduceusConfig(d_model=256, n_layer=2, d_state=states), 1, 131_072, element, keep=keep)
 
 
 def launch_gated(element: str) -> None:

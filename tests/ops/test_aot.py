@@ -20,6 +20,8 @@ REGISTERS = {
     "scan_forward": 128,
     "chunk_adjoint": 128,
     "scan_replay": 128,
+    "scan_keep": 128,
+    "gate_gradient": 64,
     "gather_pieces": 32,
     "scan_backward": 168,
     "scatter_pieces": 32,
@@ -32,7 +34,9 @@ REGISTERS = {
     "cross_entropy_forward": 128,
     "cross_entropy_backward": 168,
 }
-MORE_STATES = REGISTERS | dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay"), 168)
+MORE_STATES = REGISTERS | dict.fromkeys(
+    ("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay", "scan_keep"), 168
+)
 OTHERS = ("conv_forward", "conv_backward", "add_norm_forward", "add_norm_backward")
 OTHERS += ("cross_entropy_forward", "cross_entropy_backward")
 SHARED = 48 * 1024  # what a block gets without asking for more

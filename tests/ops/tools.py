@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SCAN = ("chunk_state", "chunk_carry", "scan_forward", "chunk_adjoint", "scan_replay", "gather_pieces", "scan_backward")
-SCAN += ("scatter_pieces",)
+SCAN += ("scatter_pieces", "scan_keep", "gate_gradient")
 GATED = ("gated_norm_forward", "gated_norm_backward")
 RUNS = (
     ("90", "bf16", "published"),
