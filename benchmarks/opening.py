@@ -126,10 +126,10 @@ def opened(directory: Path) -> dict[str, float]:
 
 def make(directory: Path, shards: int, species: int, with_indexes: bool) -> None:
     """A dataset without bases: every shard with an index of the same form, and a tar of holes."""
-    index = _index()
+    index = index_of_shard()
     content = index.to_bytes()
     size = int(index.samples["offset"][-1]) + WINDOW + 1024
-    entry = {"bytes": size, "sha256": "0" * 64, "index_sha256": _sha256(content), "samples": WINDOWS}
+    entry = {"bytes": size, "sha256": "0" * 64, "index_sha256": sha256(content), "samples": WINDOWS}
     parts = []
     for number in range(species):
         name = f"species-{number:04d}"
@@ -168,7 +168,7 @@ def _seal(directory: Path, parts: list[dict], index: ShardIndex) -> None:
     (directory / "manifest.json").write_bytes(dump_json(build_manifest(parts, tables)))
 
 
-def _index() -> ShardIndex:
+def index_of_shard() -> ShardIndex:
     samples = np.zeros(WINDOWS, INDEX_DTYPE)
     samples["length"] = samples["acgt"] = WINDOW
     samples["offset"] = 512 + np.arange(WINDOWS, dtype=np.uint64) * (WINDOW + 2048)
@@ -179,7 +179,7 @@ def _index() -> ShardIndex:
     return ShardIndex(samples, runs)
 
 
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes) -> str:
     import hashlib
 
     return hashlib.sha256(content).hexdigest()

@@ -102,18 +102,28 @@ def plan_species(
         [scans[name] for name in selection.used],
         options,
     )
-    windows = planned.windows
     _require_windows(selection, regions, planned, options)
-    strands = choose_strands(windows, options)
-    keys = contig_keys(selection.used)
+    return assembled(
+        request,
+        contigs=selection.used,
+        windows=planned.windows,
+        report=account(selection, regions, scans, planned, [*genome.notes, *notes]),
+    )
+
+
+def assembled(
+    request: SpeciesRequest, contigs: dict[str, int], windows: np.ndarray, report: dict[str, Any]
+) -> SpeciesPlan:
+    """The plan that follows from a species' windows (PLANNED_DTYPE, in genome order) on its contigs."""
+    strands = choose_strands(windows, request.options)
     return SpeciesPlan(
         request=request,
-        contigs=selection.used,
-        contig_keys=keys,
+        contigs=contigs,
+        contig_keys=contig_keys(contigs),
         windows=windows,
         strands=strands,
-        shards=cut_shards(request, list(selection.used), windows, strands),
-        report=account(selection, regions, scans, planned, [*genome.notes, *notes]),
+        shards=cut_shards(request, list(contigs), windows, strands),
+        report=report,
     )
 
 

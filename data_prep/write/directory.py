@@ -27,6 +27,9 @@ from data_prep.write.window_tables import known_tables, remove_other_tables, win
 
 LOCK = ".lock"
 JOURNAL = ".unfinished.jsonl"
+PLAN = ".plan.npz"
+"""The plan of a species whose shards several tasks write: data_prep/write/kept_plan.py."""
+_JOURNALS_OF_SHARES = ".unfinished-*.jsonl"
 _NEWER_OPTIONS = {"contigs": PlanOptions.contigs}
 """What datasets of earlier versions, which do not name these options, were made with."""
 _WEIGHTS = ("weight", "weight_exponent")
@@ -85,7 +88,8 @@ class SpeciesDirectory:
     """OUT/SPECIES, from its first shard to its `species.json`.
 
     While unfinished it holds a journal: what is being made (the identity), then one line per finished shard, so that
-    a run that was killed goes on with what is missing. A species that has lost shards is unfinished again.
+    a run that was killed goes on with what is missing. Tasks that share the work have a journal each, as no two nodes
+    can add to one file. A species that has lost shards is unfinished again.
     """
 
     def __init__(self, dataset: Path, identity: dict[str, Any]) -> None:
@@ -106,10 +110,7 @@ class SpeciesDirectory:
     def begin(self) -> dict[str, dict[str, Any]]:
         """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
         self.path.mkdir(exist_ok=True)
-        if self._part.exists():
-            rows = shard_rows(read_part(self._part))
-        else:
-            rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
+        rows = shard_rows(read_part(self._part)) if self._part.exists() else self.begun()
         finished = {row["name"]: row for row in rows if is_whole(self.path, row)}
         # Written anew: a line that a kill cut short must not spoil the next one.
         lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
@@ -118,7 +119,14 @@ class SpeciesDirectory:
             lost = len(rows) - len(finished)
             note(f"{self.path}: {lost} of {len(rows)} shards are missing or damaged; writing them again")
             self._part.unlink()
+        for path in self.path.glob(_JOURNALS_OF_SHARES):
+            path.unlink()
         return finished
+
+    def begun(self) -> list[dict[str, Any]]:
+        """What the journals say of the shards that are written so far, which may have been lost since."""
+        own = _read_journal(self._journal)[1:] if self._journal.exists() else []
+        return own + [row for path in sorted(self.path.glob(_JOURNALS_OF_SHARES)) for row in read_json_lines(path)]
 
     def update_weight(self, weight: Callable[[dict[str, Any]], float]) -> None:
         """Bring a finished species to the weights asked for now, on which its shards do not depend.
@@ -130,14 +138,15 @@ class SpeciesDirectory:
         if part["plan"] != plan:
             write_atomically(self._part, dump_json({**part, "plan": plan, "weight": weight(part["report"])}))
 
-    def record(self, shard: dict[str, Any]) -> None:
-        """Note a shard as finished."""
-        append_json_line(self._journal, shard)
+    def record(self, shard: dict[str, Any], share: int | None = None) -> None:
+        """Note a shard as finished; `share`: by the task that writes this share of them."""
+        append_json_line(self._journal if share is None else self.path / f".unfinished-{share:06d}.jsonl", shard)
 
     def finish(self, part: dict[str, Any]) -> None:
         """Write the species' part of the manifest: the species is complete."""
         write_atomically(self._part, dump_json(part))
-        self._journal.unlink()
+        for path in (self._journal, self.path / PLAN):
+            path.unlink(missing_ok=True)
 
     def _require_same(self, found: dict[str, Any], how: str) -> None:
         was, now = _of_shards(found), _of_shards(self.identity)
@@ -192,7 +201,8 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
         raise UserError(f"{directory}: is not a directory; choose another --out")
     present = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".") and path.suffix != ".npy"]
     species = {path.name for path in present if (path / "species.json").exists() or (path / JOURNAL).exists()}
-    foreign = [path.name for path in present if path.name not in species | {"manifest.json", "report.html", *names}]
+    known = species | {"manifest.json", "report.html", *names}
+    foreign = [path.name for path in present if path.name not in known]
     if foreign and not species:
         raise UserError(f"{directory}: holds {foreign[0]} and no shard dataset; choose another --out")
     for name in set(names) - species:
@@ -229,9 +239,10 @@ def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove what killed runs left of files that they were writing, and journals of species that are finished."""
+    """Remove what killed runs left: files in writing, and beside finished species what was for making them."""
     leftovers = [*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")]
-    leftovers += [path for path in directory.glob(f"*/{JOURNAL}") if (path.parent / "species.json").exists()]
+    unfinished = [path for name in (JOURNAL, PLAN, _JOURNALS_OF_SHARES) for path in directory.glob(f"*/{name}")]
+    leftovers += [path for path in unfinished if (path.parent / "species.json").exists()]
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path)
