@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import filecmp
+import functools
 import hashlib
 import json
 import math
@@ -15,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar
 
 CHUNK = 4 << 20
 """Bytes read at a time where a file is read whole."""
@@ -24,6 +25,7 @@ _PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 _PAUSES = (0.1, 1.0, 5.0)
 """Seconds before it is tried again."""
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -31,26 +33,39 @@ def patiently(attempt: Callable[[], T], is_there: bool = False) -> T:
     """`attempt()`, again after pauses where a file system of a network fails for a moment.
 
     ESTALE comes where another node replaced what was open, EIO and time-outs where a server changes hands. `is_there`:
-    another node has just written the file, so that it exists though this one may not see it yet.
+    another node has just written the file, so that it exists though this one may not see it yet. An error that led to
+    another one counts as well. What was tried so often within `attempt` is not tried further.
     """
-    for pause in _PAUSES:
+    for pause in (*_PAUSES, None):
         try:
             return attempt()
-        except OSError as error:
-            if error.errno not in _PASSING and not (is_there and isinstance(error, FileNotFoundError)):
+        except Exception as error:
+            cause = system_error(error)
+            if cause is None or not (cause.errno in _PASSING or (is_there and isinstance(cause, FileNotFoundError))):
                 raise
-        time.sleep(pause)
-    return attempt()
+            if pause is None or getattr(cause, "was_patient", False):
+                cause.was_patient = True  # type: ignore[attr-defined]
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
+def patient(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that may be called again where it failed, as one that is called `patiently`."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        return patiently(lambda: function(*arguments, **named))
+
+    return call
+
+
+@patient
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write under a temporary name, fsync and rename, so that a reader sees all of it or nothing."""
 
-    def write() -> None:
-        with replacing(path) as file:
-            file.write(content)
-
-    patiently(write)
+    with replacing(path) as file:
+        file.write(content)
 
 
 @contextmanager
@@ -146,14 +161,11 @@ def show_bytes(count: float) -> str:
     return f"{count:.0f} {units[power]}" if power == 0 or count >= 100 else f"{count:.1f} {units[power]}"
 
 
+@patient
 def sha256_of(path: str | Path) -> str:
     """sha256 of a file, read in pieces."""
-    return patiently(lambda: _digest(Path(path)))
-
-
-def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()

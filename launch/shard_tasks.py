@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from caduceus.files import patient
 from data_prep.check.merge import take_in
 from data_prep.genome.genome import estimated_bases
 from data_prep.plan.species import SpeciesRequest, identity
@@ -119,6 +120,7 @@ def divided(
     return [*plans, *(SpeciesTask(tuple(group), out, workers) for group in groups)], shares
 
 
+@patient
 def is_held(request: SpeciesRequest, dataset: Path) -> bool:
     """Whether a folder of species holds one, whole; a species of another genome or other options is a `UserError`."""
     if not (dataset / request.name / "species.json").exists():

@@ -7,7 +7,7 @@ from typing import Any
 
 from caduceus.data.format import index_path, load_manifest
 from caduceus.errors import UserError
-from caduceus.files import replacing_directory, sync, temporary_name
+from caduceus.files import patient, replacing_directory, sync, temporary_name
 from data_prep.write.directory import (
     LOCK,
     SpeciesDirectory,
@@ -21,6 +21,7 @@ from data_prep.write.directory import (
 )
 
 
+@patient
 def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
     """Bring the species of complete datasets together in `out`; returns its manifest.
 
@@ -46,6 +47,7 @@ def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
         return write_manifest(out)
 
 
+@patient
 def take_in(folder: Path, out: Path, names: list[str]) -> None:
     """Move species that are finished in `folder`, on the same file system, into `out`, whose manifest is not written.
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from caduceus.errors import UserError
+from caduceus.files import patient
 from caduceus.gunzip import GZIP_MAGIC
 from data_prep.genome.fasta import FastaReader, open_fasta
 from data_prep.genome.twobit import MAGIC, TwoBitReader
@@ -49,6 +50,7 @@ def default_cache_dir() -> Path:
     return Path(base) / "caduceus" / "genomes"
 
 
+@patient
 def estimated_bases(path: Path) -> int:
     """About how many bases a genome file holds, by its size: four to a byte where it is .2bit or compressed."""
     with path.open("rb") as file:

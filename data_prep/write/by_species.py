@@ -50,7 +50,7 @@ def write_share(request: SpeciesRequest, folder: Path, share: int, shares: int, 
         directory = work.directory
         if directory.finished():
             return
-        plan = kept_plan(directory.path, request, directory.identity)
+        plan = kept_plan(directory.path, request, directory.identity, is_there=True)
         if plan is None:
             raise UserError(
                 f"{directory.path}: has no plan of these options; run the command that submitted this again"

@@ -15,6 +15,8 @@ from caduceus.files import (
     dump_json,
     fingerprint,
     is_disk_full,
+    patient,
+    patiently,
     read_json_lines,
     sha256_of,
     take_lock,
@@ -53,8 +55,8 @@ def locked(directory: Path) -> Iterator[None]:
     """Make the directory where it is absent, and keep other runs out of it; a killed run's lock is gone with it."""
     made = not directory.exists()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = take_lock(directory / LOCK, wait=False)
+        patiently(lambda: directory.mkdir(parents=True, exist_ok=True))
+        file = patiently(lambda: take_lock(directory / LOCK, wait=False))
     except BlockingIOError:
         raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out") from None
     except OSError as error:
@@ -77,6 +79,7 @@ def locked(directory: Path) -> Iterator[None]:
             raise
 
 
+@patient
 def refuse_if_locked(directory: Path) -> None:
     """Fail early, before long work, where another run holds the lock."""
     if (directory / LOCK).exists():
@@ -97,6 +100,7 @@ class SpeciesDirectory:
         self.identity = identity
         self._part, self._journal = self.path / "species.json", self.path / JOURNAL
 
+    @patient
     def finished(self) -> bool:
         """Whether the species is complete; one of another genome or other options is a `UserError`."""
         if self._part.exists():
@@ -107,6 +111,7 @@ class SpeciesDirectory:
             self._require_same(_read_journal(self._journal)[0], "was begun with")
         return False
 
+    @patient
     def begin(self) -> dict[str, dict[str, Any]]:
         """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
         self.path.mkdir(exist_ok=True)
@@ -123,11 +128,13 @@ class SpeciesDirectory:
             path.unlink()
         return finished
 
+    @patient
     def begun(self) -> list[dict[str, Any]]:
         """What the journals say of the shards that are written so far, which may have been lost since."""
         own = _read_journal(self._journal)[1:] if self._journal.exists() else []
         return own + [row for path in sorted(self.path.glob(_JOURNALS_OF_SHARES)) for row in read_json_lines(path)]
 
+    @patient
     def update_weight(self, weight: Callable[[dict[str, Any]], float]) -> None:
         """Bring a finished species to the weights asked for now, on which its shards do not depend.
 
@@ -138,10 +145,12 @@ class SpeciesDirectory:
         if part["plan"] != plan:
             write_atomically(self._part, dump_json({**part, "plan": plan, "weight": weight(part["report"])}))
 
+    @patient
     def record(self, shard: dict[str, Any], share: int | None = None) -> None:
         """Note a shard as finished; `share`: by the task that writes this share of them."""
         append_json_line(self._journal if share is None else self.path / f".unfinished-{share:06d}.jsonl", shard)
 
+    @patient
     def finish(self, part: dict[str, Any]) -> None:
         """Write the species' part of the manifest: the species is complete."""
         write_atomically(self._part, dump_json(part))
@@ -165,6 +174,7 @@ def shard_rows(part: dict[str, Any]) -> list[dict[str, Any]]:
     return [shard for split in part["splits"].values() for shard in split["shards"]]
 
 
+@patient
 def is_whole(folder: Path, row: dict[str, Any]) -> bool:
     """Whether a shard is there, by its tar's size and its index's sha256: to hash all tars is --verify's work."""
     tar = folder / row["name"]
@@ -185,6 +195,7 @@ def part_identity(part: dict[str, Any]) -> dict[str, Any]:
     return {"species": part["name"], **{key: part[key] for key in keys}}
 
 
+@patient
 def read_part(path: Path) -> dict[str, Any]:
     """A species.json."""
     try:
@@ -193,6 +204,7 @@ def read_part(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as a species' part of a manifest ({error})") from None
 
 
+@patient
 def check_species(directory: Path, names: list[str], add: bool) -> None:
     """Refuse a directory that holds anything else than (some of) these species, unless they are to be added to it."""
     if not directory.exists():
@@ -216,6 +228,7 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
         )
 
 
+@patient
 def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
     """Write tables, `report.html` and, last, `manifest.json` over all finished species of a directory.
 
@@ -238,6 +251,7 @@ def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
     return load_manifest(directory)
 
 
+@patient
 def _remove_leftovers(directory: Path) -> None:
     """Remove what killed runs left: files in writing, and beside finished species what was for making them."""
     leftovers = [*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")]

@@ -22,10 +22,15 @@ def keep_plan(folder: Path, plan: SpeciesPlan, identity: dict[str, Any]) -> None
     write_atomically(folder / PLAN, buffer.getvalue())
 
 
-def kept_plan(folder: Path, request: SpeciesRequest, identity: dict[str, Any]) -> SpeciesPlan | None:
-    """The plan of this species in its folder; None where there is none, or one of other options or another version."""
+def kept_plan(
+    folder: Path, request: SpeciesRequest, identity: dict[str, Any], is_there: bool = False
+) -> SpeciesPlan | None:
+    """The plan of this species in its folder; None where there is none, or one of other options or another version.
+
+    `is_there`: another node has written one.
+    """
     try:
-        content = patiently((folder / PLAN).read_bytes)
+        content = patiently((folder / PLAN).read_bytes, is_there)
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             windows, facts = arrays["windows"], json.loads(arrays["facts"].tobytes())
     except (OSError, ValueError, KeyError):
