@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import shutil
+import stat
 import threading
 import time
 import weakref
@@ -139,6 +140,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file. An error that may pass is none of its answers, as it is one of `Path.is_file`'s."""
+    try:
+        return stat.S_ISREG(patiently(Path(path).stat).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def is_disk_full(error: OSError) -> bool:
     """Whether there is no room: on the disk, in the user's quota, or because a file may not grow further."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -191,6 +200,7 @@ def without_nan(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
+@patient
 def append_json_line(path: str | Path, row: dict[str, Any]) -> None:
     """Add a row to a file of JSON lines in one write, on a line of its own though a kill cut the last one short."""
     with Path(path).open("ab+", buffering=0) as file:
@@ -218,6 +228,14 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def read_json(path: str | Path) -> Any:
+    """What a file of JSON holds; None where it is absent, or holds something else."""
+    try:
+        return json.loads(patiently(Path(path).read_bytes))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def take_lock(path: str | Path, *, wait: bool = True) -> IO[bytes]:
@@ -250,6 +268,7 @@ def locked(path: str | Path, *, wait: bool = True) -> Iterator[IO[bytes]]:
         yield file
 
 
+@patient
 def is_locked(path: str | Path) -> bool:
     """Whether a process of this machine holds the lock `path`."""
     try:

@@ -53,7 +53,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Make the directory where it is absent, and keep other runs out of it; a killed run's lock is gone with it."""
-    made = not directory.exists()
+    made = not patiently(directory.exists)
     try:
         patiently(lambda: directory.mkdir(parents=True, exist_ok=True))
         file = patiently(lambda: take_lock(directory / LOCK, wait=False))
