@@ -50,7 +50,7 @@ def main() -> None:
         "ranks",
         "by",
         "opens a rank",
-        "stats of tars",
+        "stats",
         "s, slowest",
         "processor s, all",
         "MiB, all",
@@ -91,6 +91,7 @@ def opened(directory: Path) -> dict[str, float]:
     import caduceus.data.genome as genome
     from caduceus.config import Config
     from caduceus.data.dataset import open_dataset
+    from caduceus.data.reading import SampleReader
     from caduceus.data.samples import TrainingOrder
 
     config = Config()
@@ -111,8 +112,10 @@ def opened(directory: Path) -> dict[str, float]:
     before, used, began = _private(), time.process_time(), time.perf_counter()
     dataset = open_dataset(config.data, "train")
     order = TrainingOrder(dataset, config)
+    reader = SampleReader(dataset, config)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     opens_of_start, memory = opens, _private() - before
+    del reader
     began = time.process_time()
     order.locate(np.array([10**10]))
     first = time.process_time() - began

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from caduceus.allocator import give_back_freed_memory
 from caduceus.alphabet import IS_ACGT_BYTE
 from caduceus.config import DataConfig
 from caduceus.data.cache import ShardCache
@@ -111,12 +112,14 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     if not sources:
         raise UserError(f"data.path: no species of {paths} has windows in the split '{split}'")
     sources = _those_of_use(sources, data, split, cache)
+    crops = CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack)
+    give_back_freed_memory()  # of a manifest's text and a table's sums, for each rank as much as what is kept of them
     return Dataset(
         split=split,
         addresses=tuple(path for path, _ in entries),
         fingerprints=tuple(genome.fingerprint for genome, _ in directories),
         sources=tuple(sources),
-        crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack),
+        crops=crops,
         cache=cache,
         checked=tuple(verdict for genome, _ in directories for verdict in genome.checked),
     )
