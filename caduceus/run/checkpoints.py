@@ -24,14 +24,18 @@ class Checkpoint:
     step: int
 
     def damage(self, contents: bool = True) -> str | None:
-        """What is wrong with the files, by size and, of their `contents`, by sha256; None where they are whole."""
+        """What is wrong with the files, by size and, of their `contents`, by sha256; None where they are whole.
+
+        With their contents, a file that is not there is waited for a moment: it was before the marker, perhaps written
+        by another node.
+        """
         try:
             files = self._files()
         except (OSError, ValueError) as error:
             return f"its marker is not readable ({error})"
         for name, (size, _) in files.items():
             try:
-                found_size = patiently((self.path / name).stat, is_there=True).st_size  # it was there before the marker
+                found_size = patiently((self.path / name).stat, is_there=contents).st_size
             except (FileNotFoundError, NotADirectoryError):
                 return f"{name} is missing"
             if found_size != size:
