@@ -42,6 +42,7 @@ def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder, start: l
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("written") == 1
+    assert "UserWarning" not in done.stdout + done.stderr
     tables = {name: LabelledTable(path) for name, path in (("train", train), ("valid", test), ("test", test))}
     chosen = options(fit={"epochs": 2, "batch_size": 8, "batch_bases": 150})
     one = finetune(Runner(model_folder("ps")), tables, tmp_path / "one", chosen)
