@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-import caduceus
 from caduceus.files import patiently, write_atomically
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest, assembled
 from data_prep.plan.windows import PLANNED_DTYPE
 from data_prep.write.directory import PLAN
+
+_VERSION = 1
+"""Of the rule by which options make a plan: where that changes, kept ones are made anew."""
 
 
 def keep_plan(folder: Path, plan: SpeciesPlan, identity: dict[str, Any]) -> None:
@@ -43,4 +45,4 @@ def kept_plan(
 def _made_of(identity: dict[str, Any]) -> dict[str, Any]:
     """What a plan depends on, as it comes back from JSON; the weights are no part of it."""
     plan = {key: value for key, value in identity["plan"].items() if key not in ("weight", "weight_exponent")}
-    return json.loads(json.dumps({**identity, "plan": plan, "version": caduceus.__version__}))
+    return json.loads(json.dumps({**identity, "plan": plan, "version": _VERSION}))
