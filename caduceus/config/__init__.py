@@ -1,6 +1,6 @@
 """The configuration of a run. `keys`: what a key says of itself; `run`: the sections; `load`: YAML and overrides."""
 
-from caduceus.config.checks import refuse_strategy
+from caduceus.config.checks import refuse_cuda_graphs, refuse_strategy
 from caduceus.config.data import DataConfig
 from caduceus.config.fixed import Change, changes, order_values
 from caduceus.config.load import config_from_dict, config_to_dict, has_dial, load_config, overridden, save_config
@@ -42,6 +42,7 @@ __all__ = [
     "load_config",
     "order_values",
     "overridden",
+    "refuse_cuda_graphs",
     "refuse_strategy",
     "save_config",
     "stages_of",
