@@ -29,6 +29,11 @@ REGISTERS = {
     "add_norm_backward": 168,
     "gated_norm_forward": 128,
     "gated_norm_backward": 128,
+    "ssd_chunk_state": 96,
+    "ssd_carry": 96,
+    "ssd_output": 255,
+    "ssd_input_gradient": 255,
+    "ssd_state_gradient": 255,
     "cross_entropy_forward": 128,
     "cross_entropy_backward": 168,
 }
