@@ -2,8 +2,8 @@
 
 Run as a program in a process of its own with compute capability, element type, what to launch and,
 unless it is to be all, names of kernels: prints one JSON object per kernel, from the record (tests/ops/record.py) where
-that has it. With `--afresh KEY`, the kernel of that key is compiled though it is on record; with `--record` alone, the
-record is written anew. What is compiled is what the
+that has it. With `--runs`, for each of RUNS one list of such objects on a line; with `--afresh KEY`, the kernel of that
+key is compiled though it is on record; with `--record` alone, the record is written anew. What is compiled is what the
 package's own launch code asks for: models and ops run forward and backward on fake tensors, and where Triton would
 launch a kernel it only compiles it, with the types, divisors and constants that Triton itself finds in the arguments.
 """
@@ -307,6 +307,11 @@ def main() -> None:
     arguments, known = sys.argv[1:], record.load()
     if arguments == ["--record"]:
         record.save({key: kernel for run in RUNS for key, kernel in compile_run(*run, known=known).items()})
+        return
+    if arguments == ["--runs"]:
+        for run in RUNS:
+            kernels = compile_run(*run, known=known)
+            print(json.dumps([kernel | {"key": key} for key, kernel in kernels.items()]), flush=True)
         return
     found = compile_afresh(arguments[1], known) if arguments[0] == "--afresh" else compile_run(*arguments, known=known)
     for key, kernel in found.items():
