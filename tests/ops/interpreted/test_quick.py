@@ -53,7 +53,15 @@ def require_equal(operation, *operands) -> None:
 def test_operators():
     from tests.ops.interpreted.quick import OPERATORS
 
-    dtypes = (tl.float32, tl.int32, tl.int64, tl.int1, tl.bfloat16, tl.pointer_type(tl.float32))
+    dtypes = (
+        tl.float32,
+        tl.int32,
+        tl.int64,
+        tl.int1,
+        tl.bfloat16,
+        tl.pointer_type(tl.float32),
+        tl.pointer_type(tl.int64),
+    )
     operands = [make(dtype, shape) for dtype in dtypes for shape in SHAPES]
     others = [make(dtype, shape, 1) for dtype in dtypes for shape in SHAPES]
     for name in (*OPERATORS, "__and__"):
