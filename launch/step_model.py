@@ -26,7 +26,8 @@ LAUNCH_SECONDS = 5e-6
 MEMORY_RATE = 3.35e12
 """Bytes per second of an H100 SXM's memory, from its data sheet."""
 UPDATE_BYTES = 40
-"""Of a parameter in fp32: its gradient is read for the norm and scaled; AdamW reads four numbers and writes three."""
+"""Of a parameter in fp32: its gradient is read for the norm and scaled; AdamW reads four numbers and writes three.
+What is kept of it beside or instead of AdamW's moments counts in proportion."""
 COPIES = 3
 """Launches of a collective that parameters or gradients are copied for, and from."""
 BACKWARD = 2 / 3
@@ -131,7 +132,7 @@ def _step(config: Config, world: int, network: Network) -> Step:
     for behind in ("", *windows):
         for name, seconds in _waits([e for e in collectives if e.behind == behind], windows.get(behind), network):
             parts[name] = parts.get(name, 0.0) + seconds
-    parts["update"] = UPDATE_BYTES / 4 * held(config, world, network.node).states / 2 / MEMORY_RATE
+    parts["update"] = UPDATE_BYTES / (4 * costs.MOMENTS) * held(config, world, network.node).states / MEMORY_RATE
     return Step(config, found, parts)
 
 

@@ -165,7 +165,7 @@ class TrainConfig:
     keep_states: str = key(
         "none",
         "Blocks whose scans keep, for the backward pass, every eighth state and the outputs before their gate, which "
-        "it would compute again: the same bits, twice the memory, one pass of the scan less; its time was not measured. "
+        "it would compute again: the same bits, twice the memory, a pass of the scan less; not measured on a GPU. "
         "By ops.backend=triton, for model.mixer=mamba, where ranks share no sequence by parallel.context. auto keeps "
         "them in as many blocks as the memory that is free at the start allows.",
         fixes="rounding",

@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # they import torch
     from caduceus.evaluate.variant_labels import Labels
 
 
-SHARED = ("embed", "variants", "probe", "predict")
-"""Verbs whose work several ranks share."""
+SHARED = ("embed", "variants", "probe", "finetune", "predict")
+"""Verbs whose work the ranks of a job share."""
 PLACES = (
     "model",
     "run",

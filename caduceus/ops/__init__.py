@@ -18,6 +18,7 @@ from caduceus.ops import naive
 from caduceus.ops.across_ranks import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
 from caduceus.ops.backends import is_triton, load_module
 from caduceus.ops.directions import conv_by_direction, scan_by_direction
+from caduceus.ops.mamba2 import bidirectional_ssd_scan as bidirectional_ssd_scan
 from caduceus.ops.mamba2 import gated_norm as gated_norm
 from caduceus.ops.operands import ScanOperands, check_conv, check_head, check_norm, check_scan
 from caduceus.ops.packed import run_apart

@@ -256,7 +256,7 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
         if getattr(config.parallel, name) != takes:
             asked = getattr(config.parallel, name)
             setattr(now.parallel, name, takes)
-            because = f"gives each of {ranks.world} ranks a part of a global batch of {config.train.global_batch}"
+            because = f"splits a batch of {config.train.global_batch:,} over {ranks.world} ranks"
             resolved.decide(f"parallel.{name}", asked, takes, because)
     if config.parallel.strategy == "auto":
         because = choose_strategy(now.parallel, build_model(now, ranks.strand_group), ranks.world)

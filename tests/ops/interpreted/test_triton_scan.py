@@ -175,7 +175,7 @@ def test_a_start_forgets_what_lies_on_its_other_side(monkeypatch, position, at_o
     replay_chunks_one_by_one(monkeypatch, not at_once)
     starts = torch.zeros(2, 14, dtype=torch.bool)
     starts[0, position] = True
-    starts[1, [3, 4, 11]] = True
+    starts[1, [3, 4, 11, 13]] = True
     check(make_operands(2, 1, 2, 14, 3, 2), starts=starts, chunk=8)
 
 
