@@ -68,7 +68,7 @@ def keep_states_to_fit(config: Config, strategy: Strategy) -> int:
     if blocks and config.train.keep_states == "auto":
         free = memory.free_memory(ranks.device)
         needed = memory.peak_bytes(ranks.device, lambda: run_micro_batch(config, strategy))
-        spare = int((1 - RESERVE) * free) - needed - memory.moment_bytes_to_come(strategy)
+        spare = int((1 - RESERVE) * free) - needed - memory.moment_bytes_to_come(config, strategy)
         bases = math.prod(micro_batch_shape(config, ranks)) * len(model.streams)
         most = max(0, spare) // (bases * kept_state_bytes(config.model, REPLAYED))
         blocks = int(ranks.gather([min(blocks, most)]).min())

@@ -209,7 +209,7 @@ def test_states_are_kept_where_memory_allows(
     if isinstance(free, str):
         # 4 sequences of 128 bases and both strands, 32 channels: one state of 8 and 2 directions and 4, and the output
         a_block = 4 * 128 * 2 * 32 * 4 * (2 * 4 // 8 + 1)
-        needed = 1000 + memory.moment_bytes_to_come(strategy) + 2 * a_block
+        needed = 1000 + memory.moment_bytes_to_come(config, strategy) + 2 * a_block
         free = math.ceil(needed / (1 - RESERVE)) - 100 * (free == "nearly two")
     pretend_that_free_is(monkeypatch, free)
     assert recomputation.keep_states_to_fit(config, strategy) == kept
