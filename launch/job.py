@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import submitit
 
@@ -13,6 +13,7 @@ from caduceus.errors import ONE_LINE, Kind
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, recording_end
 from caduceus.run.leaving import leaving
+from caduceus.run.provenance import COMMAND, users_command
 from launch import history, scheduler
 from launch.history import submissions
 from launch.node import check_node, node_defaults, own_slice
@@ -26,6 +27,8 @@ class TrainTask:
     """The callable that submitit pickles. It holds no state: where the run goes on is found in the run directory."""
 
     run_dir: str
+    command: str = field(default_factory=users_command)
+    """What the user typed to submit it."""
 
     def __call__(self) -> int:
         """Train; returns the trainer's exit status. What happens then is for the batch script (launch/requeue.py)."""
@@ -33,6 +36,7 @@ class TrainTask:
             return self._run()
 
     def _run(self) -> int:
+        os.environ[COMMAND] = self.command
         end_on_signals()  # until the trainer listens: there is nothing to save yet
         if "SLURM_STEP_NODELIST" in os.environ:  # the job may have spare nodes besides
             os.environ["SLURM_JOB_NODELIST"] = os.environ["SLURM_STEP_NODELIST"]

@@ -98,7 +98,7 @@ def _row(
         number(now.valid_loss),
         rate(now),
         duration(now.seconds_left) if now.live and now.seconds_left is not None else "-",
-        str(len(now.attempts)),
+        str(now.starts),
         (sent.url if (sent := wandb_status(run.path)) else None) or "-",
     ]
     if now.state in OVER and not jobs_of(run):

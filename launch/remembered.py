@@ -18,6 +18,7 @@ _FILES = (
     "config.yaml",
     "metrics.jsonl",
     "attempts.jsonl",
+    "provenance.json",
     "submissions.json",
     "checkpoints",
     "logs/ends",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from caduceus.arguments import Parser
 from caduceus.config import load_config
@@ -127,7 +128,8 @@ def status(run: RunDirectory) -> str:
         lines.append(("job", " ".join(now.jobs)))
     if now.attempts:
         lines.append(("nodes", now.attempts[-1].nodes))
-        lines += [("start" if number == 0 else "", _told(attempt)) for number, attempt in enumerate(now.attempts)]
+    starts = [*map(_told_by_hand, now.by_hand), *map(_told, now.attempts)]
+    lines += [("start" if number == 0 else "", told) for number, told in enumerate(starts)]
     return "\n".join(f"{name:<12}{value}" for name, value in lines)
 
 
@@ -261,6 +263,10 @@ def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
     config = load_config(run.config_path, overrides)
     config.run.dir = str(run.path)
     return check_and_start(config, request)
+
+
+def _told_by_hand(start: dict[str, Any]) -> str:
+    return f"{start.get('time')}  on {start.get('host')}, without a job, from step {start.get('step', 0):,}"
 
 
 def _told(attempt: Attempt) -> str:

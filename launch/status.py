@@ -2,9 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from caduceus.files import is_file, patient
 from caduceus.run.directory import RunDirectory
@@ -47,6 +48,13 @@ class Overview:
     quiet_seconds: float | None
     """Since the last row of metrics.jsonl."""
     attempts: list[Attempt]
+    """Starts of its jobs, with those that never came to train."""
+    by_hand: list[dict[str, Any]]
+    """Starts without a job, as provenance.json tells of them."""
+
+    @property
+    def starts(self) -> int:
+        return len(self.attempts) + len(self.by_hand)
 
     @property
     def live(self) -> bool:
@@ -81,11 +89,24 @@ def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobS
         loss=recent[-1]["loss"] if recent else None,
         valid_loss=validations[-1]["valid_loss"] if validations else None,
         tokens_per_second=median(row["tokens_per_second"] for row in recent) if recent else None,
-        seconds_left=median(row["seconds"] for row in recent) * (steps - step) if recent else None,
+        seconds_left=_seconds_left(recent, steps) if recent else None,
         checkpoint=newest_step(run),
         quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if recent or validations else None,
         attempts=attempts(run),
+        by_hand=_by_hand(run),
     )
+
+
+def _by_hand(run: RunDirectory) -> list[dict[str, Any]]:
+    """The starts that no job made. Former versions did not note which: where there was a job, they were its."""
+    starts, had_jobs = run.starts(), bool(attempts(run))
+    return [start for start in starts if not start.get("in_job", had_jobs)]
+
+
+def _seconds_left(recent: Sequence[dict[str, Any]], steps: int) -> float:
+    """As the trainer tells, who knows what validations take; in the first steps, by those alone."""
+    told = recent[-1].get("seconds_left")
+    return median(row["seconds"] for row in recent) * (steps - recent[-1]["step"]) if told is None else told
 
 
 def _state(

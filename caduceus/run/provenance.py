@@ -1,9 +1,12 @@
-"""What runs: commit and uncommitted changes of the code, packages, host."""
+"""What runs: commit and uncommitted changes of the code, packages, host, and by which command."""
 
 import json
+import os
 import platform
+import shlex
 import socket
 import subprocess
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -11,18 +14,31 @@ from typing import Any
 
 CODE_VERSION = "code_version.json"
 """Beside the packages of a copy of the code: the git commit and uncommitted changes that it was copied from."""
+COMMAND = "CADUCEUS_COMMAND"
+"""The environment variable by which a launcher tells the processes of its jobs what its user typed."""
 
 
 def provenance() -> dict[str, Any]:
-    """What is running: time, host, code version with uncommitted changes, and package versions."""
+    """What is running: time, host, the user's command, code version with uncommitted changes, and package versions."""
     packages = ("caduceus", "torch", "numpy", "numba", "triton", "mamba-ssm", "deepspeed", "webdataset", "wandb")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
+        "command": users_command(),
         "python": platform.python_version(),
         **code_version(),
         "packages": {name: _version(name) for name in packages},
     }
+
+
+def users_command() -> str:
+    """What the user typed to start this process, such as `python -m caduceus.train --config demo`, or its launcher."""
+    spec, script = getattr(sys.modules["__main__"], "__spec__", None), sys.argv[0]
+    if spec is not None:
+        program = ["python", "-m", spec.name.removesuffix(".__main__")]
+    else:
+        program = ["python", script] if script.endswith(".py") else [Path(script).name]
+    return os.environ.get(COMMAND) or shlex.join([*program, *sys.argv[1:]])
 
 
 def code_version() -> dict[str, str | None]:

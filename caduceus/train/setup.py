@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from caduceus.distributed.layout import Sharing, check_layout, with_sharing
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.files import write_atomically
+from caduceus.model.costs import parameter_count
 from caduceus.ops.backends import resolve_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train.branching import branch_point
@@ -212,13 +214,26 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
             run.keep_config(stage.run)
             write_atomically(run.resolved_path, resolved.to_yaml().encode())
             run.truncate_metrics(progress.step)
-            layout = {"ranks": ranks.world, "strands": ranks.strands, "context": ranks.context}
-            facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **layout}
+            facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **_layout(config, ranks)}
             if config.train.stages:
                 run.note_stage(stage.number, {**facts, "step": progress.steps_before})
             if started is not None:
                 run.write_provenance({**facts, "startup_seconds": time.monotonic() - started})
     return Setup(resolved.config, strategy, checkpoints, progress)
+
+
+def _layout(config: Config, ranks: Ranks) -> dict[str, Any]:
+    """How large the model is, and what it is trained on, as the main rank sees it. in_job: by the launcher."""
+    on_gpu = ranks.device.type == "cuda"
+    return {
+        "parameters": parameter_count(config.model),
+        "ranks": ranks.world,
+        "nodes": ranks.world // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)),
+        "gpu": torch.cuda.get_device_name(ranks.device) if on_gpu else None,
+        "in_job": "SUBMITIT_EXECUTOR" in os.environ,
+        "strands": ranks.strands,
+        "context": ranks.context,
+    }
 
 
 def _forget_first_weights(config: Config, run: RunDirectory, ranks: Ranks) -> None:

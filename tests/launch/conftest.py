@@ -55,9 +55,13 @@ class FakeSlurm:
         self.answer("sbatch", 'case "$*" in *--test-only*) exit 0;; esac; echo "Submitted batch job 7"')
 
     def answer(self, command: str, script: str) -> None:
-        path = self.folder / command
-        path.write_text(f'#!/bin/sh\necho {command} "$@" >> {self.folder / "asked"}\n{script}\n')
-        path.chmod(0o755)
+        path, told = self.folder / command, self.folder / f"{command}.answer"
+        new = told.with_suffix(".new")
+        new.write_text(f'echo {command} "$@" >> {self.folder / "asked"}\n{script}\n')
+        new.replace(told)
+        if not path.exists():  # never written again: a process forked meanwhile would hold it open, "Text file busy"
+            path.write_text(f"#!/bin/sh\n. {told}\n")
+            path.chmod(0o755)
 
     def shows(self, **facts: object) -> None:
         """Let squeue tell of job 7 what launch.scheduler asks for at its end."""

@@ -246,6 +246,9 @@ def test_numbers_of_a_run(run):
     now = overview(run)
     assert (now.state, now.step, now.steps, now.loss, now.valid_loss) == ("interrupted", 3, 100, 1.0, 1.5)
     assert (now.tokens_per_second, now.seconds_left) == (10.0, 2.0 * 97)
+    with run.metrics_path.open("a") as file:
+        file.write(json.dumps({**rows[0], "step": 4, "seconds_left": 500}) + "\n")
+    assert overview(run).seconds_left == 500  # which counts validations
 
 
 @pytest.mark.parametrize(("words", "state"), [("ended by SLURM", "cancelled"), ("cancelled", "cancelled")])

@@ -1,5 +1,7 @@
 import json
 import os
+import pickle
+import sys
 
 import pytest
 
@@ -40,6 +42,16 @@ def task(monkeypatch, tmp_path) -> TrainTask:
 def test_each_task_knows_how_many_share_its_node(task, monkeypatch):
     monkeypatch.setattr("launch.job.train", lambda config: int(os.environ["LOCAL_WORLD_SIZE"]))
     assert task() == 4
+
+
+def test_a_start_is_told_by_the_command_that_submitted_it(task, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["launch/slurm.py", "--nodes", "2"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    sent = pickle.dumps(TrainTask(task.run_dir))
+    monkeypatch.setattr("sys.argv", ["submitit/core/_submit.py", "logs"])
+    monkeypatch.setattr("launch.job.train", lambda config: RunDirectory(task.run_dir).write_provenance({}) or 0)
+    assert pickle.loads(sent)() == 0
+    assert RunDirectory(task.run_dir).starts()[0]["command"] == "python launch/slurm.py --nodes 2"
 
 
 @pytest.mark.parametrize(

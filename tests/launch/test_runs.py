@@ -38,6 +38,20 @@ def test_the_table_of_runs_has_their_addresses_in_wandb(run):
     assert heads.endswith("W&B") and row.endswith("https://wandb.example/lab/genomes/runs/abc")
 
 
+def test_starts_by_hand_and_of_jobs_are_counted_and_told(run, steer, capsys):
+    run.write_provenance({"step": 0})  # by a version that did not note whether there was a job
+    assert list_runs(run.path.parent).splitlines()[-1].split()[-2] == "1"
+    history.record(run, "start", "7", 0, nodes="n0", step=0)
+    assert overview(run).starts == 1  # the job's
+    for in_job in (True, False, False):
+        run.write_provenance({"step": 1000, "in_job": in_job})
+    assert list_runs(run.path.parent).splitlines()[-1].split()[-2] == "3"
+    steer("status", str(run.path))
+    told = capsys.readouterr().out
+    host = run.starts()[0]["host"]
+    assert told.count(f"on {host}, without a job, from step 1,000") == 2 and told.count("  job 7") == 1
+
+
 def test_a_cut_line_of_the_metrics_is_passed_over(run):
     rows = [json.dumps({"step": step, "loss": 1.0, "tokens_per_second": 1.0, "seconds": 1.0}) for step in (1, 2)]
     run.metrics_path.write_text(rows[0] + "\n" + rows[0][:9] + "\n" + rows[1] + "\n" + rows[0][:9])

@@ -4,8 +4,11 @@ Its server refuses a configuration that is too large, and with it the whole run.
 """
 
 import json
+import shlex
 from dataclasses import replace
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from caduceus.config import Config, config_to_dict
 from caduceus.monitor.wandb.account import slurm
@@ -19,10 +22,32 @@ _TAG_CHARACTERS = 64
 
 
 def facts_of(run: RunDirectory, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """The configuration with what the newest start found out, shortened, and the names of the keys that were."""
+    """The configuration with what the newest start found out, shortened, and the names of the keys that were.
+
+    `start.auto` has what every `auto` became.
+    """
     starts = run.starts()
     facts = starts[-1] if starts else {}
-    return shortened({**config_to_dict(config), "start": {**facts, "starts": len(starts), "slurm": slurm()}})
+    facts = {**facts, "starts": len(starts), "slurm": slurm(), "auto": decisions(run)}
+    return shortened({**config_to_dict(config), "start": facts})
+
+
+def decisions(run: RunDirectory) -> dict[str, Any]:
+    """What the keys of resolved.yaml took, by their full names; of a file that is absent or damaged, none."""
+    try:
+        told: Any = OmegaConf.to_container(OmegaConf.load(run.resolved_path))
+        return {f"{section}.{key}": one["takes"] for section, keys in told.items() for key, one in keys.items()}
+    except Exception:  # whatever an interrupted disk left
+        return {}
+
+
+def users_command(run: RunDirectory) -> tuple[str, list[str]]:
+    """Program and arguments of the newest start as its user gave them: ("-m caduceus.train", ["--config", "demo"])."""
+    starts = run.starts()
+    words = shlex.split(starts[-1].get("command", "") if starts else "")
+    words = words[1:] if words[:1] == ["python"] else words
+    program = words[:2] if words[:1] == ["-m"] else words[:1]
+    return " ".join(program), words[len(program) :]
 
 
 def fitting(place: Place) -> Place:

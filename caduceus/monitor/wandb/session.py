@@ -1,7 +1,9 @@
 """One stretch of W&B's client at work for a run: begin, log, finish."""
 
 import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import wandb
 
 from caduceus.config import Config
 from caduceus.monitor.wandb.artifacts import log_artifacts
+from caduceus.monitor.wandb.facts import users_command
 from caduceus.monitor.wandb.place import Place
 from caduceus.monitor.windows import DRAWN, RECORD, folder_of, picture_name, windows_of
 from caduceus.run.directory import RunDirectory
@@ -31,6 +34,37 @@ def start_client() -> None:
     wandb.setup()
 
 
+def _settings(trainer: int | None, program: str) -> wandb.Settings:
+    """What the client is told of how to work; `trainer` as of `Session`, `program` as of `users_command`."""
+    watching: dict[str, Any] = {"x_disable_stats": True} if trainer is None else {"x_stats_pid": trainer}
+    return wandb.Settings(
+        silent=True,
+        init_timeout=_INIT_SECONDS,
+        allow_val_change=True,
+        console="wrap",
+        console_multipart=True,
+        x_file_stream_transmit_interval=_SEND_SECONDS,
+        x_graphql_retry_max=3,  # where the server fails, another attempt is made later
+        x_graphql_retry_wait_max_seconds=2.0,
+        x_transaction_log_flush_interval=_FLUSH_SECONDS,
+        disable_git=True,
+        disable_code=True,
+        program=program or None,
+        **watching,
+    )
+
+
+@contextlib.contextmanager
+def _called_with(arguments: list[str]) -> Iterator[None]:
+    """Have the client, which looks at sys.argv, take these for the arguments of this process."""
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 class Session:
     """W&B's client, between its start and its end."""
 
@@ -51,36 +85,23 @@ class Session:
         """
         self._directory = run
         moment = {"resume": "allow", "id": run_id} if back_to is None else {"resume_from": f"{run_id}?_step={back_to}"}
-        watching: dict[str, Any] = {"x_disable_stats": True} if trainer is None else {"x_stats_pid": trainer}
-        settings = wandb.Settings(
-            silent=True,
-            init_timeout=_INIT_SECONDS,
-            allow_val_change=True,
-            console="wrap",
-            console_multipart=True,
-            x_file_stream_transmit_interval=_SEND_SECONDS,
-            x_graphql_retry_max=3,  # where the server fails, another attempt is made later
-            x_graphql_retry_wait_max_seconds=2.0,
-            x_transaction_log_flush_interval=_FLUSH_SECONDS,
-            disable_git=True,
-            disable_code=True,
-            **watching,
-        )
+        program, arguments = users_command(RunDirectory(run))
         try:
-            self._run = wandb.init(
-                mode=mode,
-                project=place.project,
-                entity=place.entity,
-                group=place.group,
-                tags=place.tags or None,
-                name=place.name,
-                notes=place.notes,
-                job_type=place.job_type,
-                dir=place.directory,
-                config=config,
-                settings=settings,
-                **moment,
-            )
+            with _called_with(arguments):
+                self._run = wandb.init(
+                    mode=mode,
+                    project=place.project,
+                    entity=place.entity,
+                    group=place.group,
+                    tags=place.tags or None,
+                    name=place.name,
+                    notes=place.notes,
+                    job_type=place.job_type,
+                    dir=place.directory,
+                    config=config,
+                    settings=_settings(trainer, program),
+                    **moment,
+                )
         except Exception as error:
             if "HTTP 409" in str(error) or "previously created and deleted" in str(error):
                 raise IdTakenError(" ".join(str(error).split())) from None

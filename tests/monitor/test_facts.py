@@ -1,0 +1,62 @@
+"""What W&B is told of a run besides its rows: read back, by the client's own protobuf, from a start as a user makes it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from caduceus.config import save_config
+from caduceus.hub import load
+from caduceus.monitor.wandb.facts import decisions, users_command
+from caduceus.monitor.wandb.offline import read_records
+from caduceus.run.directory import RunDirectory
+from caduceus.run.provenance import COMMAND
+from tests.conftest import REPOSITORY
+from tests.train.conftest import SmallRun
+
+
+@pytest.mark.slow
+def test_wandb_is_told_of_the_command_the_model_and_every_auto(small_run: SmallRun, tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    config = small_run.config("run", train={"steps": 2}, valid={"every": 1}, wandb={"mode": "offline"})
+    save_config(config, tmp_path / "given.yaml")
+    command = ["-m", "caduceus.train", "--config", str(tmp_path / "given.yaml"), "wandb.notes=two words"]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=REPOSITORY)
+    run = RunDirectory.open(config.run.dir)
+    (folder,) = (run.path / "wandb").glob("offline-run-*")
+    records = list(read_records(next(folder.glob("*.wandb"))))
+    of_kind = {kind: [r for r in records if r.WhichOneof("record_type") == kind] for kind in ("environment", "metric")}
+    environment = of_kind["environment"][0].environment
+    assert environment.program == "-m caduceus.train" and list(environment.args) == command[2:]
+    (told,) = [record.run.config.update for record in records if record.WhichOneof("record_type") == "run"]
+    facts = json.loads(next(item.value_json for item in told if item.key == "start"))
+    (start,) = run.starts()
+    assert facts.items() >= start.items() and facts["starts"] == 1 and facts["auto"]["ops.backend"] == "cpu"
+    assert start["command"] == "python -m caduceus.train --config {} 'wandb.notes=two words'".format(command[3])
+    assert start["parameters"] == sum(p.numel() for p in load(run.path).parameters())
+    assert (start["ranks"], start["nodes"], start["gpu"]) == (1, 1, None)
+    assert len(start["git_commit"]) == 40 and start["data_fingerprint"]
+    summaries = {r.metric.name: r.metric.summary for r in of_kind["metric"]}
+    assert summaries["valid/loss"].min and summaries["valid/loss"].last and summaries["train/loss"].last
+
+
+@pytest.mark.parametrize(
+    ("command", "program", "arguments"),
+    [
+        ("python -m caduceus.train a=b", "-m caduceus.train", ["a=b"]),
+        ("python launch/slurm.py --nodes 8 'run.name=a b'", "launch/slurm.py", ["--nodes", "8", "run.name=a b"]),
+        ("caduceus-train", "caduceus-train", []),
+    ],
+)
+def test_the_command_of_a_job_is_what_its_user_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, program: str, arguments: list[str]
+) -> None:
+    monkeypatch.setenv(COMMAND, command)  # as a job's first process has it from the launcher
+    run = RunDirectory(tmp_path)
+    assert users_command(run) == ("", []) and decisions(run) == {}
+    run.write_provenance({})
+    assert users_command(run) == (program, arguments)
+    run.resolved_path.write_text("ops: [")
+    assert decisions(run) == {}
