@@ -1,10 +1,12 @@
-"""The process that tests/preloaded.py forks commands from: python -m tests.preload_server SOCKET
+"""The process that tests/preloaded.py forks commands from: python -m tests.preload_server SOCKET ROOM
 
-It imports what commands import, and runs the kernels once, in one thread, as others would not survive a fork.
+It imports what commands import, and runs the kernels once, in one thread, as others would not survive a fork. ROOM is
+as long as the longest command line that a forked process can show as its own.
 """
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import io
@@ -125,12 +127,20 @@ def become(request: dict[str, Any], threads: int, search: list[str]) -> None:
     multiprocessing.process.ORIGINAL_DIR = request["cwd"]
     multiprocessing.process.current_process().authkey = os.urandom(32)
     sys.orig_argv = request["command"]
+    show_command(request["command"])
     first = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     sys.path[:] = [*first, *(entry for entry in search if entry not in first)]
     importlib.invalidate_caches()
     with warnings.catch_warnings():
         pass  # what has been said once is forgotten
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+
+
+def show_command(command: list[str]) -> None:
+    """Have /proc and ps show it in the place of the server's, whose words are overwritten."""
+    first, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+    words = b"".join(os.fsencode(word) + b"\0" for word in command)[: end - first - 1]
+    ctypes.memmove(first, words.ljust(end - first, b"\0"), end - first)
 
 
 def open_streams() -> None:

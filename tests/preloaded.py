@@ -45,7 +45,8 @@ def is_served(command: Sequence[str], options: Mapping[str, Any], at_start: Mapp
     if kind == "-m":
         ours = command[2].split(".")[0] in PACKAGES and (folder == REPOSITORY or not (folder / "caduceus").exists())
     else:
-        ours = kind.endswith(".py") and (folder / kind).resolve().is_relative_to(REPOSITORY)
+        script = (folder / kind).resolve()
+        ours = kind.endswith(".py") and any(script.is_relative_to(REPOSITORY / package) for package in PACKAGES)
     given = os.environ if options.get("env") is None else options["env"]
     changed = {name for name in {*given, *at_start} if given.get(name) != at_start.get(name)} - {*SET_LATER}
     same_path = _foreign(given) == _foreign(at_start)
@@ -102,7 +103,7 @@ class _Server:
         self._lock = threading.Lock()
         self._channel, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-m", "tests.preload_server", str(theirs.fileno())]
+            command = [sys.executable, "-m", "tests.preload_server", str(theirs.fileno()), " " * 4096]
             # Libraries must not start threads when they are loaded, and torch is to tell its own number of threads.
             single = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
             self._process = subprocess.Popen(

@@ -21,6 +21,7 @@ def state() -> dict:
     os.umask(umask)
     return {
         "argv": sys.argv,
+        "command": Path("/proc/self/cmdline").read_text().rstrip("\0"),
         "path": [entry for entry in sys.path if entry],
         "folder": str(Path.cwd()),
         "name": __name__,

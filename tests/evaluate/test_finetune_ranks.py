@@ -1,6 +1,5 @@
 """Fine-tuning on several ranks: as in one process, to rounding."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from caduceus.evaluate.finetune import finetune
 from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.model import Runner
 from caduceus.run.directory import RunDirectory
-from tests.conftest import REPOSITORY
+from tests.distributed.ranks import start_ranks
 from tests.evaluate.test_finetune import options, write_table
 
 
@@ -33,12 +32,11 @@ def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder) -> None:
         2,
     ]
     words += ["--lr", 0.02, "--batch-size", 8, "--batch-bases", 150, "--out", tmp_path / "two"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "caduceus.evaluate", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("written") == 1
+    command = [sys.executable, "-m", "caduceus.evaluate", *map(str, words)]
+    ranks = start_ranks([command] * 2, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    told = [rank.communicate(timeout=600) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    assert "".join(output for output, _ in told).count("written") == 1
     tables = {name: LabelledTable(path) for name, path in (("train", train), ("valid", test), ("test", test))}
     chosen = options(fit={"epochs": 2, "batch_size": 8, "batch_bases": 150})
     one = finetune(Runner(model_folder("ps")), tables, tmp_path / "one", chosen)

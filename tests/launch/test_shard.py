@@ -1,7 +1,6 @@
 """Sharding species by species and merging equals sharding them together."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 
 from caduceus.errors import UserError
 from launch import shard
+from tests import preloaded
 from tests.conftest import REPOSITORY, write_random_fasta
 
 
@@ -41,12 +41,12 @@ def times(dataset: Path) -> dict[str, int]:
 
 def shard_together(species: Path, out: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "data_prep" / "shard_genome.py"), "--genomes", str(species)]
-    subprocess.run([*command, "--workers", "1", "--out", str(out)], check=True, capture_output=True)
+    preloaded.run([*command, "--workers", "1", "--out", str(out)], check=True, capture_output=True)
 
 
 def shard_apart(species: Path, out: Path, *request: str) -> str:
     command = [sys.executable, str(REPOSITORY / "launch" / "shard.py"), "--genomes", str(species), "--out", str(out)]
-    done = subprocess.run([*command, *request], env=dict(os.environ), capture_output=True, text=True, cwd=out.parent)
+    done = preloaded.run([*command, *request], env=dict(os.environ), capture_output=True, text=True, cwd=out.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
