@@ -25,8 +25,8 @@ READ_AT_START = (
     "OPENBLAS_", "PYTHON", "TORCHELASTIC_RUN_ID", "TORCH_LOGS", "TRITON_",
 )  # fmt: skip
 """How variables begin that Python or a library reads when it is loaded."""
-SET_LATER = ("OMP_NUM_THREADS", "PYTHONPATH", "TRITON_CACHE_DIR")
-"""Those of them that a forked process heeds all the same."""
+SET_LATER = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "OMP_NUM_THREADS", "PYTHONPATH", "TRITON_CACHE_DIR")
+"""Those of them that a forked process heeds all the same, or that scikit-learn sets for a library that is not here."""
 KNOWN = {"cwd", "env", "start_new_session", "stdin", "stdout", "stderr", "text"}
 """Arguments of subprocess.Popen that a forked process understands."""
 _PR_SET_CHILD_SUBREAPER = 36
