@@ -59,10 +59,10 @@ def _mean(values: list[float]) -> float:
 
 def _of_values(labels: np.ndarray, outputs: np.ndarray) -> dict[str, Callable[[], float]]:
     stats = package("scipy.stats")
-    error, spread = np.mean((labels - outputs) ** 2), np.var(labels)
+    error, spread, several = np.mean((labels - outputs) ** 2), np.var(labels), len(labels) > 1
     return {
-        "pearson": lambda: stats.pearsonr(labels, outputs).statistic,
-        "spearman": lambda: stats.spearmanr(labels, outputs).statistic,
+        "pearson": lambda: stats.pearsonr(labels, outputs).statistic if several else np.nan,
+        "spearman": lambda: stats.spearmanr(labels, outputs).statistic if several else np.nan,
         "r2": lambda: 1 - error / spread if spread else np.nan,
         "mse": lambda: error,
     }
