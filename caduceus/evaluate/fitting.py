@@ -262,10 +262,12 @@ def outputs_of(
 
 
 def predicted(task: Task, outputs: Sequence[np.ndarray]) -> np.ndarray:
-    """Outputs as probabilities (n, classes), or values (n,) in the scale of the labels; n bases where it is by base."""
+    """Outputs as probabilities (n, classes), or values, (n,) or of several (n, values), in the scale of the labels; n
+    bases where it is by base."""
     stacked = torch.from_numpy(np.concatenate(outputs) if task.per_base else np.stack(outputs))
     if task.classes is None:
-        return (stacked[:, 0] * task.spread + task.mean).numpy()
+        values = stacked.numpy() if task.values else stacked[:, 0].numpy()
+        return values * np.asarray(task.spread) + np.asarray(task.mean)
     return (stacked.sigmoid() if task.several else stacked.softmax(1)).numpy()
 
 

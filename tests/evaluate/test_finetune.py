@@ -157,7 +157,7 @@ def test_the_best_epoch_is_kept_or_the_last_where_none_can_be_told(tmp_path: Pat
     assert result["best_epoch"] == 2 and result["valid"]["pearson"] is None
 
 
-@pytest.mark.parametrize("pool", ["mean", "max", "centre"])
+@pytest.mark.parametrize("pool", ["mean", "max", "centre", "middle:2:9"])
 @pytest.mark.parametrize("kind", ["ps", "ph"])
 def test_a_sequence_gives_the_same_whatever_is_beside_it(kind: str, pool: str) -> None:
     rng = np.random.default_rng(0)
