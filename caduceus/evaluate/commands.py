@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # they import torch
     from caduceus.evaluate.variant_labels import Labels
 
 
-SHARED = ("embed", "variants", "probe", "predict")
+SHARED = ("embed", "variants", "probe", "finetune", "predict", "suite")
 """Verbs whose work several ranks share."""
 PLACES = (
     "model",
