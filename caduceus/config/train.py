@@ -162,6 +162,15 @@ class TrainConfig:
         fixes="rounding",
     )
     compile: bool = key(False, "torch.compile every block.", fixes="rounding")
+    cuda_graphs: str = key(
+        "auto",
+        "passes records the forward and the backward pass of a micro-batch as one CUDA graph, which is launched whole: "
+        "for ranks with so little to compute that launching takes longer. On GPUs, by ops.backend=triton, under single "
+        "and ddp, whose gradients are then exchanged at once after the last micro-batch. auto takes none, until a "
+        "GPU has shown what is gained.",
+        fixes="rounding",
+        choices=("auto", "none", "passes"),
+    )
     activation_checkpointing: str = key(
         "none",
         "What the backward pass recomputes of every block instead of keeping it: scan what feeds the scan "

@@ -5,16 +5,12 @@ Shapes: D d_model, E inner channels, N states, P directions, Q sets of projectio
 
 from dataclasses import dataclass
 
-from caduceus.config import CaduceusConfig
+from caduceus.config import CaduceusConfig, TrainConfig
 from caduceus.config.model import CHUNK
 
 MOMENTS = 2
 """Tensors that AdamW keeps of each parameter, each of the parameter's size."""
 _FP32 = 4
-CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
-"""Bytes that a checkpoint holds for a parameter: its value and its moments."""
-AVERAGE_BYTES = _FP32
-"""Bytes of a parameter's average over steps, in checkpoints and in training, where `train.ema` keeps one."""
 
 
 def parameter_count(model: CaduceusConfig) -> int:
@@ -24,14 +20,26 @@ def parameter_count(model: CaduceusConfig) -> int:
 
 def block_parameters(model: CaduceusConfig) -> int:
     """Those of one block."""
-    d, e, n, r, h = model.d_model, model.d_inner, model.d_state, model.dt_rank, model.heads
+    e, n, r, h = model.d_inner, model.d_state, model.dt_rank, model.heads
     if model.mixer == "mamba2":
-        projections = d * (3 * e + 2 * n + h)
         direction = (e + 2 * n) * (model.d_conv + 1) + 3 * h + e
     else:
-        projections = 3 * d * e
-        direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
-    return _projections(model) * projections + _directions(model) * direction + _norm(model)
+        direction = e * (model.d_conv + 1) + (r + 1) * e + e * n + e
+    return _block_matrices(model) + _directions(model) * direction + _norm(model)
+
+
+def kept_numbers(model: CaduceusConfig, train: TrainConfig) -> int:
+    """Numbers that the optimizer keeps: AdamW's moments, one momentum of what Muon updates, and the average's."""
+    parameters = parameter_count(model)
+    kept = MOMENTS * parameters
+    if train.optimizer == "muon":
+        kept -= (MOMENTS - 1) * model.n_layer * _block_matrices(model)
+    return kept + (parameters if train.ema else 0)
+
+
+def checkpoint_bytes(model: CaduceusConfig, train: TrainConfig) -> int:
+    """Bytes of a checkpoint in fp32: the parameters, and what the optimizer keeps."""
+    return _FP32 * (parameter_count(model) + kept_numbers(model, train))
 
 
 def flops_per_base(model: CaduceusConfig) -> int:
@@ -119,6 +127,14 @@ def launches(
 def streams(model: CaduceusConfig) -> int:
     """Strands that the model follows."""
     return 2 if model.rcps else 1
+
+
+def _block_matrices(model: CaduceusConfig) -> int:
+    """Parameters of a block in in_proj, x_proj and out_proj."""
+    d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
+    if model.mixer == "mamba2":
+        return _projections(model) * d * (3 * e + 2 * n + model.heads)
+    return _projections(model) * 3 * d * e + _directions(model) * e * (r + 2 * n)
 
 
 def _norm(model: CaduceusConfig) -> int:

@@ -160,7 +160,8 @@ def by_chunks(
 
     with torch.autocast(x.device.type, enabled=False):
         steps, xs, Bs, Cs = cut(steps), cut(x), cut(B.to(x.dtype)), cut(C.to(x.dtype))
-        backwards = torch.tensor(list(reverse), device=x.device)[:, None, None, None]
+        backwards = torch.stack([x.new_full((), back, dtype=torch.bool) for back in reverse])  # a GPU waits for no list
+        backwards = backwards[:, None, None, None]
         # Sums of many steps are subtracted from each other: in fp32 short decays far into a chunk would lose digits.
         wide = compute if x.device.type == "mps" else torch.float64
         logs = (steps * A.to(compute)[:, None, None, None]).to(wide)

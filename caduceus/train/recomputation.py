@@ -32,7 +32,7 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
     free = memory.free_memory(ranks.device)
     model.recomputed_blocks, model.recomputed_scan_inputs = layers - 1, 0
     least = memory.peak_bytes(ranks.device, lambda: run_micro_batch(config, strategy))
-    least += memory.moment_bytes_to_come(strategy)
+    least += memory.moment_bytes_to_come(config, strategy)
     with refusing_what_is_too_large(config, ranks):
         added = bytes_added_by_a_block(config, ranks) if layers > 1 else (0, 0)
     rows = [[int(value) for value in row] for row in ranks.gather([least, *added, free]).tolist()]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from caduceus.config import Config, Stage, stages_of, within
+from caduceus.config import Config, Stage, refuse_cuda_graphs, stages_of, within
 from caduceus.data.dataset import open_dataset, read_manifests, using_manifests
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
 from caduceus.distributed.initialisation import starting_weights
-from caduceus.distributed.layout import check_layout
+from caduceus.distributed.layout import Sharing, check_layout, with_sharing
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.files import write_atomically
@@ -102,12 +102,13 @@ def open_run(stage: Stage, ranks: Ranks) -> Opened:
     run = RunDirectory(config.run.dir)
     with ranks.agreeing():
         check_model(config, ranks.device)
+        _refuse_graphs(stage.config, ranks, Sharing(ranks.strands, ranks.context))
     manifests = _manifests(stage.config, ranks)
     with ranks.agreeing(), using_manifests(manifests):
         evaluations = _evaluations(config)
         loader, validation = _build_loaders(stage.config, ranks)
         for later in stages_of(config)[stage.number :]:
-            _refuse_stage(later, ranks.world)
+            _refuse_stage(later, ranks)
         if ranks.is_main:
             if config.train.decay_from is not None and not run.checkpoints():
                 branch_point(config)
@@ -163,10 +164,17 @@ def _build_loaders(config: Config, ranks: Ranks) -> tuple[TrainLoader, Validatio
     return loader, build_validation(config, **part) if config.valid.every else None
 
 
-def _refuse_stage(stage: Stage, world: int) -> None:
+def _refuse_graphs(config: Config, ranks: Ranks, sharing: Sharing) -> None:
+    """Raise `UserError` where samples are shared so, or the device is one, that no CUDA graph goes with."""
+    arranged = with_sharing(config, sharing)
+    arranged.run = replace(config.run, device=ranks.device.type)
+    refuse_cuda_graphs(arranged)
+
+
+def _refuse_stage(stage: Stage, ranks: Ranks) -> None:
     """Raise `UserError` now for what a stage would be refused for when it begins."""
     with within(stage):
-        check_layout(stage.config, world)
+        _refuse_graphs(stage.config, ranks, check_layout(stage.config, ranks.world))
         if stage.config.data.mode == "shards":
             open_dataset(stage.config.data, "train")
             if stage.config.valid.every:
@@ -232,6 +240,10 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
         dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
         now.ops.backend = resolve_backend("auto", ranks.device, dtype)
         resolved.decide("ops.backend", "auto", now.ops.backend, f"the fastest on {device}")
+    if config.train.cuda_graphs == "auto":
+        now.train.cuda_graphs = "none"
+        if device == "cuda":  # elsewhere there is nothing to decide
+            resolved.decide("train.cuda_graphs", "auto", "none", "no GPU has shown what is gained")
     if config.data.strands == "auto":
         now.data.strands = resolve_strands(config)
         seen = "both strands by itself" if config.model.rcps else "one strand at a time"

@@ -1,10 +1,11 @@
-"""One genome over FASTA (plain, gzip, bgzip) and .2bit: contigs, lengths and `read(contig, start, end)`."""
+"""One genome over all formats: contigs, lengths and `read(contig, start, end)`."""
 
 import os
 from pathlib import Path
 
 from caduceus.errors import UserError
-from data_prep.genome.fasta import FastaReader, open_fasta
+from data_prep.genome.fasta import open_fasta
+from data_prep.genome.reader import FORMATS, Reader
 from data_prep.genome.twobit import MAGIC, TwoBitReader
 
 
@@ -15,7 +16,7 @@ class Genome:
     `descriptions`: name -> the whole header. `sha256`: that of the input file's bytes.
     """
 
-    def __init__(self, path: Path, reader: FastaReader | TwoBitReader) -> None:
+    def __init__(self, path: Path, reader: Reader) -> None:
         self.path = path
         self._reader = reader
         self.contigs: dict[str, int] = reader.contigs
@@ -56,9 +57,9 @@ def open_genome(path: str | Path, cache_dir: str | Path | None = None) -> Genome
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file; give a FASTA (plain, gzip or bgzip) or .2bit file")
+        raise UserError(f"{path}: no such file; give {FORMATS}")
     if not path.is_file():
-        raise UserError(f"{path}: not a regular file; give a FASTA (plain, gzip or bgzip) or .2bit file")
+        raise UserError(f"{path}: not a regular file; give {FORMATS}")
     try:
         with path.open("rb") as file:
             is_twobit = file.read(4) in MAGIC

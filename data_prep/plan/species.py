@@ -81,11 +81,11 @@ def identity(request: SpeciesRequest, genome: Genome) -> dict[str, Any]:
 
 
 def plan_species(
-    request: SpeciesRequest, genome: Genome, scans: Mapping[str, Scan], copies: Mapping[str, np.ndarray] | None = None
+    request: SpeciesRequest, genome: Genome, scans: Mapping[str, Scan], near: Mapping[str, np.ndarray] | None = None
 ) -> SpeciesPlan:
     """Plan the shards of a species; `scans` holds every contig of the genome.
 
-    `copies`: by contig, what is left out as it is near to what is held out, (n, 2).
+    `near`: by contig, stretches of train that are near to what is held out, rows of `NEAR_DTYPE`.
     """
     options = request.options
     aliases = read_aliases(Path(options.aliases)) if options.aliases else AliasTable()
@@ -93,8 +93,7 @@ def plan_species(
     notes = alias_notes(aliases, selection, options)
     refuse_small_share(selection, options)
     regions = build_regions(selection, options)
-    if copies is not None:
-        regions.leave_out(copies)
+    at_level = None if near is None else regions.leave_out(near, options.homology or 1.0)
     planned = cut_windows(
         list(selection.used.values()),
         [regions.splits[name] for name in selection.used],
@@ -113,7 +112,8 @@ def plan_species(
         windows=windows,
         strands=strands,
         shards=cut_shards(request, list(selection.used), windows, strands),
-        report=account(selection, regions, scans, planned, [*genome.notes, *notes]),
+        report=account(selection, regions, scans, planned, [*genome.notes, *notes])
+        | ({} if at_level is None else {"near_copies": at_level}),
     )
 
 

@@ -88,6 +88,7 @@ OTHER: dict[str, Any] = {
     "train.precision": "bf16",
     "train.deterministic": True,
     "train.compile": True,
+    "train.cuda_graphs": "none",
     "train.activation_checkpointing": "block",
     "parallel.strategy": "single",
     "parallel.shard": 1,

@@ -233,7 +233,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, small_shards: Pa
         "hole.csv": ("id,sequence\n1,\n", "hole.csv:2: the sequence is empty"),
         "uneven.csv": ("id,sequence\n1,A,C\n", "uneven.csv:2: has 3 fields parted by commas, but 2 headings"),
         "twice.csv": ("a,a\n1,2\n", "two columns are named 'a'"),
-        "t.xlsx": ("", "its ending does not say what it holds"),
+        "t.xlsx": ("", "known are .fa, .fasta, .fna, .ffn, .2bit, .bed,"),
         "contig.bed": ("chr9\t1\t5\n", "the genome has no contig 'chr9', but chr1, chr2"),
         "far.bed": ("chr1\t1\t500\n", "ends at 500, beyond chr1 with 400 bases"),
         "none.bed": ("# nothing\n", "holds no sequence"),

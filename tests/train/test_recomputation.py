@@ -93,7 +93,7 @@ def test_a_run_in_little_memory_has_the_numbers_of_one_with_plenty(small_run, mo
     assert numbers(scan.run.dir) == numbers(plain.run.dir)
     config = automatic(small_run)
     least, lean, full = measure(config)
-    least += memory.moment_bytes_to_come(build_strategy(config, ALONE, build_optimizer))
+    least += memory.moment_bytes_to_come(config, build_strategy(config, ALONE, build_optimizer))
     for whole, inputs in ((0, 0), (0, 2), (0, 3), (1, 2), (3, 0)):
         config = automatic(small_run, f"{whole} {inputs}")
         pretend_that_free_is(monkeypatch, memory_for((whole, inputs), least, lean, full))

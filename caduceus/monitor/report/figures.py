@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -24,6 +25,7 @@ LINE_BINS = 150
 _SERIES = [name for name in COLOURS if name.startswith("series")]
 _MARKS = {"start": ("^", "series2"), "rewind": ("D", "series3"), "checkpoint": ("o", "series0")}
 _MOST_SPECIES = 8
+_MOST_MARKERS = 40
 _SIZE = (5.0, 3.4)
 """Inches: so wide that its letters keep their size on a page of 400 pixels."""
 _INK, _FAINT, _LINE = (COLOURS[name][0] for name in ("ink", "faint", "line"))
@@ -88,7 +90,7 @@ def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
             x, y = outlined(history.valid.steps, curves.of(history.valid.columns["valid_loss"]), LINE_BINS)
             x = history.at(x, axis)
             style = {"color": colour, "linestyle": "--", "linewidth": 1.1, "gid": f"valid-{number}"}
-            axes.plot(x, y, marker="o", markersize=3, label=f"{name}, valid", **style)
+            axes.plot(x, y, label=f"{name}, valid", **markers(len(x)), **style)
             shown.append(y)
     if curves.logarithmic and any(np.isfinite(values).any() for values in shown):
         in_decades(axes)
@@ -113,9 +115,9 @@ def draw_species(runs: Sequence[Reported], axis: str) -> Figure | None:
                 species = name.partition("/")[2]
                 label = shortened(species) if len(runs) == 1 else f"{shortened(run.name, 16)}, {shortened(species, 12)}"
                 style = {"color": colour_of(place), "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1.1}
-                style |= {"marker": "o", "markersize": 3, "gid": f"species-{number}-{place}"}
+                style |= {"gid": f"species-{number}-{place}"}
                 x, y = outlined(run.history.valid.steps, run.history.valid.columns[name], LINE_BINS)
-                axes.plot(run.history.at(x, axis), y, label=label, **style)
+                axes.plot(run.history.at(x, axis), y, label=label, **markers(len(x)), **style)
     return with_legend(figure, axes)
 
 
@@ -136,6 +138,11 @@ def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
     axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     return with_legend(figure, axes, columns=3)
+
+
+def markers(points: int, marker: str = "o") -> dict[str, Any]:
+    """How matplotlib marks the points of a line: every one, of long lines some, which tell lines apart."""
+    return {"marker": marker, "markersize": 3, "markevery": max(1, -(-points // _MOST_MARKERS))}
 
 
 def colour_of(number: int) -> str:
