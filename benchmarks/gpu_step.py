@@ -176,6 +176,7 @@ class OneBatch:
     def __init__(self, config: Config, input_ids: Tensor, labels: Tensor) -> None:
         self.global_batch = config.train.global_batch
         self.batch = Batch(input_ids, labels, None, torch.arange(self.global_batch))
+        self.batch.counted = self.batch.label_weight().cpu()
 
     def state(self) -> dict:
         return {"fingerprint": "", "seed": 0, "samples_consumed": 0}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they import torch
 
 
 SHARED = ("embed", "variants", "probe", "finetune", "predict", "suite")
-"""Verbs whose work several ranks share."""
+"""Verbs whose work the ranks of a job share."""
 PLACES = (
     "model",
     "run",

@@ -135,6 +135,12 @@ class Backbone(nn.Module):
         for block in self.blocks:
             block.mixer.context = context
 
+    def keep_states(self, blocks: int) -> None:
+        """Have the scans of the last so many blocks keep states for the backward pass, instead of computing them again:
+        no bit changes. Only the backend triton has such a choice."""
+        for number, block in enumerate(self.blocks):
+            block.mixer.keeps_states = number >= len(self.blocks) - blocks
+
     @contextlib.contextmanager
     def observing(self) -> Iterator[Observer]:
         """Within, one forward pass tells the observer what it looks like from within."""

@@ -6,7 +6,7 @@ Shapes: D d_model, E inner channels, N states, P directions, Q sets of projectio
 from dataclasses import dataclass
 
 from caduceus.config import CaduceusConfig, TrainConfig
-from caduceus.config.model import CHUNK
+from caduceus.config.model import CHUNK, MOST_IN_KERNELS
 
 MOMENTS = 2
 """Tensors that AdamW keeps of each parameter, each of the parameter's size."""
@@ -58,10 +58,11 @@ def exponentials_per_base(model: CaduceusConfig) -> int:
 
     Mamba takes the decay of E x N states in each of four passes: two forward, for the states of chunks and for the
     outputs, and two backward, for the replayed states and for the gradients. Mamba-2 takes, for each head, the decay
-    from a base to every other base of its chunk, in two passes: forward, and again on the way back.
+    from a base to every other base of its chunk: forward, and on the way back once by torch and twice in kernels.
     """
     of_mamba = 4 * model.d_inner * model.d_state
-    of_direction = 2 * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
+    passes = 3 if _scans_in_kernels(model) else 2
+    of_direction = passes * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
     return model.n_layer * _directions(model) * of_direction * streams(model)
 
 
@@ -96,6 +97,13 @@ def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: boo
     return BlockBytes(lean + scan_inputs, lean, residual, gradients, states)
 
 
+def kept_state_bytes(model: CaduceusConfig, every: int) -> int:
+    """Bytes for a base of one stream in a block whose scan keeps one state of `every`, and its outputs in fp32."""
+    directions = _directions(model)
+    scans = 1 if model.bidirectional_weight_tie and model.bidirectional_strategy == "add" else directions
+    return (directions * model.d_state // every + scans) * model.d_inner * _FP32
+
+
 def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, fused_norm: bool) -> BlockBytes:
     """The scan keeps its operands and its output, and makes all else again, for the block that it is in."""
     d, e, n, h = model.d_model, model.d_inner, model.d_state, model.heads
@@ -103,6 +111,8 @@ def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, f
     convolved = directions * (e + 2 * n) * element
     rest = (d + (0 if fused_norm else d) + projections * (3 * e + 2 * n + h) + directions * e) * element
     within = directions * h * CHUNK * (3 * _FP32 + 2 * 2 * _FP32)  # T x T matrices in fp32, and two in fp64
+    if fused_norm and element < _FP32 and _scans_in_kernels(model):  # states of chunks and their adjoints instead
+        within = directions * e * n * 2 * (_FP32 + element) / CHUNK
     gradients = (2 * directions * (e + 2 * n) + projections * 2 * e) * element + within
     states = directions * e * n * _FP32
     return BlockBytes(residual + rest + convolved, residual + rest, residual, gradients, states)
@@ -118,7 +128,9 @@ def launches(
     """
     whole, inputs = recomputed
     block = 80 + 16 * (streams - 1) + (37 if shared else 0)
-    if model.mixer == "mamba2":  # carries states from chunk to chunk by operators of their own
+    if _scans_in_kernels(model):
+        block -= 12
+    elif model.mixer == "mamba2":  # carries states from chunk to chunk by operators of their own
         block += 188 + 8 * chunks * streams * _directions(model)
     again = whole * (block / 4) + 6 * inputs
     return round(model.n_layer * block + again + 43 + 17 * (streams - 1))
@@ -127,6 +139,11 @@ def launches(
 def streams(model: CaduceusConfig) -> int:
     """Strands that the model follows."""
     return 2 if model.rcps else 1
+
+
+def _scans_in_kernels(model: CaduceusConfig) -> bool:
+    """Whether it is a Mamba-2 whose scan has kernels on a GPU like the H100, in half precision."""
+    return model.mixer == "mamba2" and max(model.headdim, model.d_state) <= MOST_IN_KERNELS
 
 
 def _block_matrices(model: CaduceusConfig) -> int:

@@ -26,7 +26,7 @@ from caduceus.train.checkpointing import Checkpoints
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.progress import Progress
-from caduceus.train.recomputation import recompute_to_fit
+from caduceus.train.recomputation import keep_states_to_fit, recompute_to_fit
 
 if TYPE_CHECKING:
     from caduceus.evaluate.in_loop import InLoop
@@ -198,6 +198,10 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
         whole, inputs = recompute_to_fit(resolved.config, strategy)
         words = f"{whole} of {config.model.n_layer} blocks whole, and what feeds the scan of {inputs} others"
         resolved.decide("train.activation_checkpointing", "auto", words, "as few as the free memory demands")
+    if config.train.keep_states != "none":
+        words = f"{keep_states_to_fit(resolved.config, strategy)} of {config.model.n_layer} blocks"
+        because = "what the free memory allows" if config.train.keep_states == "auto" else "where the backend can"
+        resolved.decide("train.keep_states", config.train.keep_states, words, because)
     _tell_schedule(resolved, config, progress)
     check_gpu_memory(resolved.config, strategy)
     with ranks.agreeing(), run.telling_of_disks():
@@ -252,7 +256,7 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
         if getattr(config.parallel, name) != takes:
             asked = getattr(config.parallel, name)
             setattr(now.parallel, name, takes)
-            because = f"gives each of {ranks.world} ranks a part of a global batch of {config.train.global_batch}"
+            because = f"splits a batch of {config.train.global_batch:,} over {ranks.world} ranks"
             resolved.decide(f"parallel.{name}", asked, takes, because)
     if config.parallel.strategy == "auto":
         because = choose_strategy(now.parallel, build_model(now, ranks.strand_group), ranks.world)

@@ -78,7 +78,7 @@ def of_stage(config: Config, progress: Progress) -> dict[str, int]:
 def _take(ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: StepClock) -> tuple[list[Batch], float]:
     """This rank's micro-batches, and the weight of the labels of all ranks; where it fails on one, all raise."""
     micro_batches, failure = [], None
-    weight = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+    weight = torch.zeros(1, dtype=torch.float64)
     try:
         micro_batches = [next(batches) for _ in range(loader.per_step)]
         weight = torch.stack([batch.label_weight() for batch in micro_batches]).sum()[None] / ranks.strands  # all have

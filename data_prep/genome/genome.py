@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 from caduceus.errors import UserError
+from caduceus.files import patient
+from caduceus.gunzip import GZIP_MAGIC
 from data_prep.genome.fasta import open_fasta
 from data_prep.genome.reader import FORMATS, Reader
 from data_prep.genome.twobit import MAGIC, TwoBitReader
@@ -47,6 +49,14 @@ def default_cache_dir() -> Path:
     """Where tables and unpacked genomes are kept when no folder is named: $XDG_CACHE_HOME/caduceus/genomes."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "caduceus" / "genomes"
+
+
+@patient
+def estimated_bases(path: Path) -> int:
+    """About how many bases a genome file holds, by its size: four to a byte where it is .2bit or compressed."""
+    with path.open("rb") as file:
+        beginning = file.read(4)
+    return path.stat().st_size * (4 if beginning in MAGIC or beginning.startswith(GZIP_MAGIC) else 1)
 
 
 def open_genome(path: str | Path, cache_dir: str | Path | None = None) -> Genome:

@@ -101,19 +101,29 @@ def plan_species(
         [scans[name] for name in selection.used],
         options,
     )
-    windows = planned.windows
     _require_windows(selection, regions, planned, options)
-    strands = choose_strands(windows, options)
-    keys = contig_keys(selection.used)
-    return SpeciesPlan(
-        request=request,
+    return assembled(
+        request,
         contigs=selection.used,
-        contig_keys=keys,
-        windows=windows,
-        strands=strands,
-        shards=cut_shards(request, list(selection.used), windows, strands),
+        windows=planned.windows,
         report=account(selection, regions, scans, planned, [*genome.notes, *notes])
         | ({} if at_level is None else {"near_copies": at_level}),
+    )
+
+
+def assembled(
+    request: SpeciesRequest, contigs: dict[str, int], windows: np.ndarray, report: dict[str, Any]
+) -> SpeciesPlan:
+    """The plan that follows from a species' windows (PLANNED_DTYPE, in genome order) on its contigs."""
+    strands = choose_strands(windows, request.options)
+    return SpeciesPlan(
+        request=request,
+        contigs=contigs,
+        contig_keys=contig_keys(contigs),
+        windows=windows,
+        strands=strands,
+        shards=cut_shards(request, list(contigs), windows, strands),
+        report=report,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
-from caduceus.files import fingerprint
+from caduceus.files import fingerprint, patient
 from data_prep.genome.genome import Genome
 from data_prep.plan.composition import Scan, join_scans, scan
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_species
@@ -119,6 +119,7 @@ def scan_genomes(species: list[SpeciesWork], pool: Workers) -> list[dict[str, Sc
     return [{name: join_scans(parts) for name, parts in of_contigs.items()} for of_contigs in pieces]
 
 
+@patient
 def require_space(out: Path, species: list[SpeciesWork]) -> None:
     """Raise `UserError` where the file system lacks room for what is still to be written."""
     needed = 0

@@ -14,9 +14,13 @@ from caduceus.run.directory import RunDirectory
 from tests.conftest import REPOSITORY
 from tests.evaluate.test_finetune import options, write_table
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "caduceus.evaluate"]
+JOB = [REPOSITORY / "launch" / "evaluate.py", "--cluster", "local", "--tasks-per-node", "2"]
+
 
 @pytest.mark.slow
-def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder) -> None:
+@pytest.mark.parametrize("start", [TORCHRUN, JOB], ids=["torchrun", "job"])
+def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder, start: list) -> None:
     train = write_table(tmp_path / "train.csv", 0, 41, ["0", "1"])  # the last batch of an epoch has one example
     test = write_table(tmp_path / "test.csv", 1, 9, ["0", "1"])
     words = [
@@ -33,12 +37,12 @@ def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder) -> None:
         2,
     ]
     words += ["--lr", 0.02, "--batch-size", 8, "--batch-bases", 150, "--out", tmp_path / "two"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "caduceus.evaluate", *map(str, words)]
+    command = [sys.executable, *map(str, [*start, *words])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("written") == 1
+    assert "UserWarning" not in done.stdout + done.stderr
     tables = {name: LabelledTable(path) for name, path in (("train", train), ("valid", test), ("test", test))}
     chosen = options(fit={"epochs": 2, "batch_size": 8, "batch_bases": 150})
     one = finetune(Runner(model_folder("ps")), tables, tmp_path / "one", chosen)

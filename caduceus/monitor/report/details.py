@@ -102,6 +102,7 @@ def _lines(
     if not labels:
         return None
     figure, axes = new_figure(title, axis)
+    named = {""}
     for number, (run, lines) in enumerate(zip(runs, series, strict=True)):
         for label, values in lines:
             if label in labels:
@@ -110,9 +111,8 @@ def _lines(
                 place = labels.index(label)
                 style = {"color": colour_of(place), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.1}
                 style |= {"gid": f"line-{number}-{place}", **markers(len(x), "os"[place // _COLOURS % 2])}
-                axes.plot(
-                    run.history.at(x, axis), y, label=shortened(label) if number == 0 and label else None, **style
-                )
+                axes.plot(run.history.at(x, axis), y, label=None if label in named else shortened(label), **style)
+                named.add(label)
     _name_dashes(axes, runs)
     return with_legend(figure, axes, columns=3)
 

@@ -18,7 +18,7 @@ from caduceus.monitor.report.history import History
 from caduceus.monitor.report.reported import Reported
 from caduceus.page import COLOURS
 
-AXES = {"tokens": "tokens, billions", "step": "steps", "hours": "hours of training steps"}
+AXES = {"tokens": "tokens", "step": "steps", "hours": "hours of training steps"}
 """What curves are drawn against: {name: label}."""
 LINE_BINS = 150
 """Bins of a line that has no band, of which the least and greatest value are drawn."""
@@ -26,6 +26,7 @@ _SERIES = [name for name in COLOURS if name.startswith("series")]
 _MARKS = {"start": ("^", "series2"), "rewind": ("D", "series3"), "checkpoint": ("o", "series0")}
 _MOST_SPECIES = 8
 _MOST_MARKERS = 40
+"""Points of a line up to which each has its mark; longer lines have up to twice as many marks."""
 _SIZE = (5.0, 3.4)
 """Inches: so wide that its letters keep their size on a page of 400 pixels."""
 _INK, _FAINT, _LINE = (COLOURS[name][0] for name in ("ink", "faint", "line"))
@@ -141,8 +142,11 @@ def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
 
 
 def markers(points: int, marker: str = "o") -> dict[str, Any]:
-    """How matplotlib marks the points of a line: every one, of long lines some, which tell lines apart."""
-    return {"marker": marker, "markersize": 3, "markevery": max(1, -(-points // _MOST_MARKERS))}
+    """How matplotlib marks the points of a line: every one, of long lines some, which tell lines apart.
+
+    Then at an odd distance, as the least and greatest values of an outline take turns.
+    """
+    return {"marker": marker, "markersize": 3, "markevery": points // _MOST_MARKERS | 1}
 
 
 def colour_of(number: int) -> str:
@@ -185,6 +189,8 @@ def new_figure(title: str, axis: str, size: tuple[float, float] = _SIZE) -> tupl
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(AXES.get(axis, axis))
+    if axis == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter())
     return figure, axes
 
 
@@ -198,8 +204,13 @@ def lay_out_like(figure: Figure, other: Figure) -> None:
 def in_decades(axes: Axes) -> None:
     """Make the y axis logarithmic, with plain numbers: formulas take as long to set as all the rest of a figure."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axes.yaxis.set_major_formatter(_Plain())
+    axes.yaxis.set_minor_formatter(_Plain(minor_thresholds=(1, 0.4)))
+
+
+class _Plain(LogFormatter):
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def with_legend(figure: Figure, axes: Axes, columns: int = 2) -> Figure:
