@@ -3,12 +3,14 @@
     python benchmarks/gpu_step.py
         [--lengths 1024 32768 131072 1048576] [--models ph ps] [--repeats 5]
 
-bf16 autocast, fp32 parameters and states, AdamW, as many sequences as 131,072 tokens hold, at least one. Prints the
-device; on a GPU, whether the kernels are right (all of gpu_correctness.py but its giant tensors; where they are not, it
-ends there with status 1); the ceilings (copy, exp2, bf16 products, measured in this run); and one row per model and
-length: tokens/s, peak memory, blocks recomputed (whole + only what feeds the scan, as
-`train.activation_checkpointing: auto` takes), share of the roofline, and the published structure on the same card, with
-its blocks recomputed where it does not fit without.
+What is timed is the trainer's own `training_step`, with clipping, schedule, guards and the row that is logged, on
+batches that are there already; bf16 autocast, fp32 parameters and states, AdamW, as many sequences as 131,072 tokens
+hold, at least one; without `train.cuda_graphs`, and with. Prints the device; on a GPU, whether the kernels are right
+(all of gpu_correctness.py but its giant tensors; where they are not, it ends there with status 1); the ceilings (copy,
+exp2, bf16 products, measured in this run); and one row per model and length: tokens/s, peak memory, blocks recomputed
+(whole + only what feeds the scan, as `train.activation_checkpointing: auto` takes), share of the roofline, tokens/s
+with graphs, and the published structure on the same card, clipped as ours, with its blocks recomputed where it does not
+fit without.
 
 The peer is the structure alone (published_structure.py). Its norm and residual add are not fused, its mixer is not the
 one fused function that recomputes convolution and step sizes, and nothing of it is compiled: `times` and its lack of
@@ -19,7 +21,9 @@ Without a GPU it says so and exits with status 0. `--device cpu` runs the progra
 
 import argparse
 import datetime
+import itertools
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,13 +36,18 @@ from published_structure import PublishedStructure
 from torch import Tensor, nn
 
 from caduceus.alphabet import IGNORE_LABEL
-from caduceus.config import CaduceusConfig, Config, DataConfig, OpsConfig, TrainConfig
+from caduceus.config import CaduceusConfig, Config, config_from_dict
+from caduceus.data.batch import Batch
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
+from caduceus.monitor.rows import Monitor
 from caduceus.ops import mamba_ssm
+from caduceus.run.directory import RunDirectory
 from caduceus.train.optimizer import build_optimizer
+from caduceus.train.progress import Progress
 from caduceus.train.recomputation import recompute_to_fit
+from caduceus.train.step import training_step
 
 TOKENS = 131_072
 """Least tokens of a step: shorter sequences come in a batch."""
@@ -83,20 +92,23 @@ def main() -> None:
         )
     peer = f"our {backend} kernels" if reason else "mamba_ssm"
     print(
-        "| model | length | batch | tokens/s | peak GiB | blocks recomputed | of roofline "
+        "| model | length | batch | tokens/s | peak GiB | blocks recomputed | of roofline | tokens/s with graphs "
         f"| published structure on {peer} | times{' (structure)' if reason else ''} |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for model in options.models:
         config = CaduceusConfig(d_model=options.d_model, n_layer=options.layers, rcps=model == "ps")
         for length in options.lengths:
             batch = max(1, options.tokens // length)
             size = batch, length, options.device
-            ours = measure(partial(our_step, config, backend, *size), options)
+            ours = measure(partial(our_step, config, backend, "none", *size), options)
+            replayed = None
+            if options.device == "cuda":
+                replayed = measure(partial(our_step, config, backend, "passes", *size), options)
             theirs = measure(partial(published_step, config, peer_backend, False, *size), options)
             if theirs is None:
                 theirs = measure(partial(published_step, config, peer_backend, True, *size), options)
-            print(row(model, config, batch, length, ours, theirs, ceilings), flush=True)
+            print(row(model, config, batch, length, ours, replayed, theirs, ceilings), flush=True)
 
 
 def row(
@@ -105,6 +117,7 @@ def row(
     batch: int,
     length: int,
     ours: Measured | None,
+    replayed: Measured | None,
     theirs: Measured | None,
     ceilings: dict,
 ) -> str:
@@ -117,26 +130,56 @@ def row(
         recomputed = "{} + {} of {}".format(*ours.recomputed, config.n_layer)
         share = f"{roofline_seconds(config, ours.recomputed, ceilings) * batch * length / ours.seconds:.0%}"
         times = "-" if theirs is None else f"{theirs.seconds / ours.seconds:.2f}"
-    return (
-        f"| {model} | {length} | {batch} | {rate(ours)} | {peak} | {recomputed} | {share} | {rate(theirs)} | {times} |"
-    )
+    graphs = "-" if replayed is None else rate(replayed)
+    columns = (model, length, batch, rate(ours), peak, recomputed, share, graphs, rate(theirs), times)
+    return f"| {' | '.join(map(str, columns))} |"
 
 
 def our_step(
-    model: CaduceusConfig, backend: str, batch: int, length: int, device: str
+    model: CaduceusConfig, backend: str, graphs: str, batch: int, length: int, device: str
 ) -> tuple[Callable, tuple[int, int]]:
-    """A step, and how much it recomputes: what the trainer finds for this micro-batch."""
-    config = Config(
-        model=model,
-        ops=OpsConfig(backend=backend),
-        data=DataConfig(seq_len=length),
-        train=TrainConfig(micro_batch=batch, global_batch=batch, precision="bf16", activation_checkpointing="auto"),
+    """A step of the trainer's, and how much it recomputes: what the trainer finds for this micro-batch."""
+    directory = tempfile.TemporaryDirectory()
+    config = config_from_dict(
+        {
+            "model": vars(model),
+            "ops": {"backend": backend},
+            "data": {"path": directory.name, "seq_len": length},
+            "train": {
+                "micro_batch": batch,
+                "global_batch": batch,
+                "precision": "bf16",
+                "activation_checkpointing": "auto",
+                "cuda_graphs": graphs,
+            },
+            "run": {"dir": f"{directory.name}/run", "name": "gpu_step", "device": device},
+            "wandb": {"mode": "disabled"},
+        }
     )
     strategy = build_strategy(config, Ranks(0, 1, 1, torch.device(device)), build_optimizer)
     recompute_to_fit(config, strategy)
-    input_ids, labels = make_batch(batch, length, device)
-    step = training_step(strategy.model, lambda: strategy.model(input_ids, labels, return_logits=False).loss, device)
+    loader = OneBatch(config, *make_batch(batch, length, device))
+    progress, batches = Progress.first(config, loader), itertools.repeat(loader.batch)
+    monitor = Monitor(config, RunDirectory.create_or_resume(config), active=True, shown=False)
+
+    def step(directory: tempfile.TemporaryDirectory = directory) -> None:  # which is there as long as the step
+        monitor.log_training(training_step(config, strategy, loader, batches, progress))
+
     return step, (strategy.model.recomputed_blocks, strategy.model.recomputed_scan_inputs)
+
+
+class OneBatch:
+    """A loader whose batches are one that is on the device already."""
+
+    per_step, substituted, species = 1, 0, ("random",)
+
+    def __init__(self, config: Config, input_ids: Tensor, labels: Tensor) -> None:
+        self.global_batch = config.train.global_batch
+        self.batch = Batch(input_ids, labels, None, torch.arange(self.global_batch))
+        self.batch.counted = self.batch.label_weight().cpu()
+
+    def state(self) -> dict:
+        return {"fingerprint": "", "seed": 0, "samples_consumed": 0}
 
 
 def published_step(
@@ -145,22 +188,18 @@ def published_step(
     with torch.device(device):
         model = PublishedStructure(config, backend, checkpointed)
     input_ids, labels = make_batch(batch, length, device)
-    step = training_step(model, lambda: model(input_ids, labels, IGNORE_LABEL), device)
-    return step, (config.n_layer if checkpointed else 0, 0)
-
-
-def training_step(model: nn.Module, loss: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device == "cuda")
 
-    def step() -> Tensor:
+    def step() -> float:
         with torch.autocast(device, torch.bfloat16):
-            value = loss()
-        value.backward()
+            loss = model(input_ids, labels, IGNORE_LABEL)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return value.detach()
+        return loss.item()
 
-    return step
+    return step, (config.n_layer if checkpointed else 0, 0)
 
 
 def measure(build: Callable[[], tuple[Callable, tuple[int, int]]], options: argparse.Namespace) -> Measured | None:

@@ -50,7 +50,7 @@ def main() -> None:
         "ranks",
         "by",
         "opens a rank",
-        "stats of tars",
+        "stats",
         "s, slowest",
         "processor s, all",
         "MiB, all",
@@ -91,6 +91,7 @@ def opened(directory: Path) -> dict[str, float]:
     import caduceus.data.genome as genome
     from caduceus.config import Config
     from caduceus.data.dataset import open_dataset
+    from caduceus.data.reading import SampleReader
     from caduceus.data.samples import TrainingOrder
 
     config = Config()
@@ -111,8 +112,10 @@ def opened(directory: Path) -> dict[str, float]:
     before, used, began = _private(), time.process_time(), time.perf_counter()
     dataset = open_dataset(config.data, "train")
     order = TrainingOrder(dataset, config)
+    reader = SampleReader(dataset, config)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     opens_of_start, memory = opens, _private() - before
+    del reader
     began = time.process_time()
     order.locate(np.array([10**10]))
     first = time.process_time() - began
@@ -126,10 +129,10 @@ def opened(directory: Path) -> dict[str, float]:
 
 def make(directory: Path, shards: int, species: int, with_indexes: bool) -> None:
     """A dataset without bases: every shard with an index of the same form, and a tar of holes."""
-    index = _index()
+    index = index_of_shard()
     content = index.to_bytes()
     size = int(index.samples["offset"][-1]) + WINDOW + 1024
-    entry = {"bytes": size, "sha256": "0" * 64, "index_sha256": _sha256(content), "samples": WINDOWS}
+    entry = {"bytes": size, "sha256": "0" * 64, "index_sha256": sha256(content), "samples": WINDOWS}
     parts = []
     for number in range(species):
         name = f"species-{number:04d}"
@@ -168,7 +171,7 @@ def _seal(directory: Path, parts: list[dict], index: ShardIndex) -> None:
     (directory / "manifest.json").write_bytes(dump_json(build_manifest(parts, tables)))
 
 
-def _index() -> ShardIndex:
+def index_of_shard() -> ShardIndex:
     samples = np.zeros(WINDOWS, INDEX_DTYPE)
     samples["length"] = samples["acgt"] = WINDOW
     samples["offset"] = 512 + np.arange(WINDOWS, dtype=np.uint64) * (WINDOW + 2048)
@@ -179,7 +182,7 @@ def _index() -> ShardIndex:
     return ShardIndex(samples, runs)
 
 
-def _sha256(content: bytes) -> str:
+def sha256(content: bytes) -> str:
     import hashlib
 
     return hashlib.sha256(content).hexdigest()

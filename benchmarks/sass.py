@@ -1,12 +1,13 @@
 """What a block of the model costs a GPU, kernel by kernel: from machine code and counted bytes, without a GPU.
 
     python benchmarks/sass.py [--capability 90] [--element bf16] [--d-model 256] [--streams 1] [--length 131072]
-        [--order]
+        [--keep] [--order]
 
 Compiles what a step of pre-training launches (see tests/ops/aot.py). First table: machine instructions per token and
 warp (32 threads), as the loops times the trips that a token takes, the mean over the copies that there are of a loop
 for each direction; of an `if` both sides count. Second table: all that a second block adds to a step, forward and
-backward. All times are estimates for a token and block, NOT measurements:
+backward, with --keep by states that the forward pass keeps. All times are estimates for a token and block, NOT
+measurements:
 
     issue, exp  if every scheduler issued an instruction every cycle; if the units for exponentials and reciprocals
                 (MUFU) never stood still
@@ -104,13 +105,14 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--streams", type=int, choices=[1, 2], default=1)
     parser.add_argument("--length", type=int, default=131_072)
+    parser.add_argument("--keep", action="store_true")
     parser.add_argument("--order", action="store_true")
     options = parser.parse_args()
     with compiling(options.capability) as found:
         steps_of = []
         for blocks in (1, 2):
             with recording(options.length) as counted:
-                train(model(options, blocks), 1, options.length, options.element)
+                train(model(options, blocks), 1, options.length, options.element, keep=options.keep)
             steps_of.append(counted)
     config = model(options, 1)
     trips = trips_of_loops(config.d_state, options.length, set(found), options.element)
@@ -199,6 +201,7 @@ def trips_of_loops(states: int, length: int, launched: set[str], element: str) -
         "scan_forward": [unrolled],
         "chunk_adjoint": [unrolled],
         "scan_replay": [unrolled, piece],
+        "scan_keep": [1, piece],
         "scan_backward": [*groups, piece],
         "conv_backward": [1 / conv.STEPS],
     }
@@ -209,7 +212,9 @@ def work_per_token(config: CaduceusConfig, streams: int, launched: set[str]) -> 
     """Warps times rows that a token of the input occupies in each kernel."""
     warps = -(-config.d_inner // device.CHANNELS) * device.WARPS * streams
     wide = config.d_state <= scan_launches.WIDE_STATES and warps // streams // device.WARPS % 2 == 0
-    work = dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay"), 2 * warps / (1 + wide))
+    work = dict.fromkeys(
+        ("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay", "scan_keep"), 2 * warps / (1 + wide)
+    )
     return work | {"scan_backward": 2 * warps, "conv_backward": warps}  # which takes both directions in one turn
 
 

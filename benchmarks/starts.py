@@ -1,17 +1,19 @@
 """What ranks read at a start, and how long it takes them to the first step.
 
-    python benchmarks/starts.py [--ranks 1 2 4] [--imports]
+    python benchmarks/starts.py [--ranks 1 2 4] [--imports | --system]
 
 A small run resumes from its checkpoint on so many ranks of this machine, as torchrun starts them. Opens are counted by
 an audit hook in each of them, up to the end of the first step, and are those of Python alone; bytes are what the
 process read in all (/proc/self/io). `--imports`: only what `import caduceus.train.trainer` opens, here and with the
-optional packages hidden.
+optional packages hidden. `--system`: the system's own calls by strace, of ranks and for all of the node together:
+opens, and looks at names (stat, access, readlink) or at folders, also those that find nothing.
 """
 
 import argparse
 import datetime
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from machine import processor
 import caduceus
 
 ROOT = Path(__file__).resolve().parents[1]
+STEPPED = "/the-first-step-is-done"
 HIDDEN = ("wandb", "matplotlib", "transformers", "deepspeed", "sklearn", "scipy", "pandas", "pyarrow", "coverage")
 KINDS = ("libraries", "code", "shards", "checkpoint", "run", "others")
 KEYS = {
@@ -45,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--imports", action="store_true")
+    parser.add_argument("--system", action="store_true")
     parser.add_argument("--rank", nargs=3, metavar=("SHARDS", "RUN", "STEPS"), help=argparse.SUPPRESS)
     parser.add_argument("--import-alone", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -56,6 +60,9 @@ def main() -> None:
         print(json.dumps(imports(options.import_alone)))
         return
     print(f"{datetime.date.today()} · {processor()}, load {os.getloadavg()[0]:.1f}, caduceus {caduceus.__version__}\n")
+    if options.system:
+        show_system(options.ranks)
+        return
     print("| import caduceus.train.trainer | opens | processor s |\n|---|---|---|")
     for words, hidden in (("all packages", ()), (f"without {', '.join(HIDDEN)}", HIDDEN)):
         found = json.loads(run_here("--import-alone", *hidden))
@@ -81,7 +88,43 @@ def show(count: int, shards: Path, run: Path) -> None:
         print(f"| {count} | {rank} | {' | '.join(cells)} |", flush=True)
 
 
-def start(count: int, shards: Path, run: Path, steps: int) -> list[dict]:
+def show_system(counts: list[int]) -> None:
+    """Print opens and looks of each kind of file, of the first and the last rank, and of the node."""
+    print(f"| ranks | of | {' | '.join(f'{kind}: opens, looks' for kind in KINDS)} | MiB read |")
+    print("|---" * (len(KINDS) + 3) + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        shards = make_shards(Path(folder))
+        for count in counts:
+            run = Path(folder) / f"run-{count}"
+            start(1, shards, run, 1)
+            traces = [Path(folder) / f"trace-{count}-{rank}" for rank in range(count)]
+            read = [told["read"] for told in start(count, shards, run, 2, traces)]
+            found = [system_calls(trace, shards, run) for trace in traces]
+            rows = {f"rank {rank}": (found[rank], read[rank]) for rank in sorted({0, count - 1})}
+            rows["the node"] = sum(found, Counter()), sum(read)
+            for of, (calls, size) in rows.items():
+                cells = [f"{calls[kind, 'open']:,}, {calls[kind, 'look']:,}" for kind in KINDS]
+                print(f"| {count} | {of} | {' | '.join(cells)} | {size / 2**20:.0f} |", flush=True)
+
+
+def system_calls(trace: Path, shards: Path, run: Path) -> Counter:
+    """(kind of file, "open" or "look") -> how often, up to the first step."""
+    found: Counter = Counter()
+    for line in trace.read_text(errors="replace").splitlines():
+        call = re.search(r"(\w+)\((?:AT_FDCWD, |\d+, )?\"((?:[^\"\\]|\\.)+)\"", line)
+        if call is None:
+            continue
+        name, path = call.groups()
+        if path == STEPPED:
+            break
+        if name in ("open", "openat"):
+            found[kind_of(path, shards, run), "open"] += 1
+        elif name in ("stat", "lstat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "readlink"):
+            found[kind_of(path, shards, run), "look"] += 1
+    return found
+
+
+def start(count: int, shards: Path, run: Path, steps: int, traces: list[Path] | None = None) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -91,6 +134,8 @@ def start(count: int, shards: Path, run: Path, steps: int) -> list[dict]:
         place = {name: str(value) for name, value in place.items()}
         environment = {**os.environ, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, "--rank", str(shards), str(run), str(steps)]
+        if traces:
+            command = ["strace", "-f", "-qq", "-s", "4096", "-e", "trace=%file", "-o", str(traces[rank]), *command]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         )
@@ -104,22 +149,23 @@ def one_rank(shards: Path, run: Path, steps: int) -> dict:
         lambda event, arguments: opened.update([kind_of(arguments[0], shards, run)]) if event == "open" else None
     )
     from caduceus.config import config_from_dict
-    from caduceus.train import trainer
+    from caduceus.train import loop, trainer
 
     keys = {**KEYS, "data": {**KEYS["data"], "path": str(shards)}, "run": {**KEYS["run"], "dir": str(run)}}
     keys["train"] = {**KEYS["train"], "steps": steps}
     told: dict = {}
-    step = trainer.training_step
+    step = loop.training_step
 
     def first_step(*arguments):
         row = step(*arguments)
         if not told:
             counts = Path("/proc/self/io").read_text().splitlines()
             told.update(opens=dict(opened), read=int(counts[0].split()[1]))
+            os.access(STEPPED, os.F_OK)  # where a trace ends
             told.update(processor=time.process_time(), seconds=time.monotonic() - began)
         return row
 
-    trainer.training_step = first_step
+    loop.training_step = first_step
     assert trainer.train(config_from_dict(keys)) == 0
     return told
 

@@ -4,14 +4,18 @@
 
 The preset demo on random bases, on the CPU. Steps that tell of the network and steps that do not take turns, so that
 both meet the same state of the machine; so do validations with and without what they tell besides the loss. Medians of
-processor time count. The shares are of a run with `monitor.every` and `valid.every` as the configuration has them.
+processor time count. The shares are of a run with `monitor.every`, `valid.every` and `monitor.machine_seconds` as the
+configuration has them. What processes of their own do beside the trainer, which waits for none of them, is told apart:
+W&B's, offline, while rows come at the pace of the steps, and the one that draws the windows of a validation.
 """
 
 import argparse
 import datetime
+import functools
 import logging
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +27,7 @@ from unittest import mock
 
 import caduceus  # isort: skip: before torch, as in training, since it sets what torch reads when imported
 import numpy as np
+import psutil
 import torch
 from machine import processor
 
@@ -30,6 +35,8 @@ from caduceus.config import Config, load_config, stages_of
 from caduceus.distributed.ranks import Ranks
 from caduceus.evaluate import heldout
 from caduceus.monitor.rows import Monitor
+from caduceus.monitor.windows import Drawing
+from caduceus.train.machines import Machines
 from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.setup import Opened, Setup, open_run, set_up
 from caduceus.train.step import training_step
@@ -37,6 +44,8 @@ from caduceus.train.trainer import _validate
 from caduceus.train.watchdog import Watchdog
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+_ROWS, _SETTLING = 200, 3.0
+"""Rows that W&B's processes are watched over, from so many seconds after they have begun."""
 
 
 def main() -> None:
@@ -57,7 +66,10 @@ def main() -> None:
         plain, telling, row = _steps(setup, opened, options.steps)
         bare, detailed = _validations(setup, opened)
         of_row = _rows(config, opened, row)
+        of_machines = _machines(config, ranks)
+        of_wandb, of_drawing = _beside(config, opened, row, plain), _drawing(opened, setup)
         opened.run.release()
+    machine_seconds = config.monitor.machine_seconds
     parts = {
         "a row (metrics.jsonl, terminal)": (of_row, of_row / plain),
         f"what every {every}th step tells of the network": (telling - plain, (telling - plain) / every / plain),
@@ -65,6 +77,7 @@ def main() -> None:
             detailed - bare,
             (detailed - bare) / valid_every / plain,
         ),
+        f"a row of the node, every {machine_seconds:.0f} s": (of_machines, of_machines / machine_seconds),
     }
     print(f"{datetime.date.today()} · {processor()}, {options.threads} threads, load {os.getloadavg()[0]:.1f}")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, caduceus {caduceus.__version__}")
@@ -73,7 +86,9 @@ def main() -> None:
     print("|---|---|---|")
     for what, (seconds, share) in parts.items():
         print(f"| {what} | {1e3 * seconds:.2f} | {share:.2%} |")
-    print(f"| together | | {sum(share for _, share in parts.values()):.2%} |")
+    print(f"| together | | {sum(share for _, share in parts.values()):.2%} |\n")
+    print(f"beside the trainer: W&B's processes {1e3 * of_wandb:.2f} ms of a processor for each step,")
+    print(f"the drawing of a validation's windows {of_drawing:.1f} s of one, at the lowest priority but 9")
 
 
 def _config(folder: Path, overrides: list[str]) -> Config:
@@ -106,15 +121,14 @@ def _validations(setup: Setup, opened: Opened) -> tuple[float, float]:
         _validate(setup.strategy, opened.validation, watchdog, setup.config, setup.progress)
 
     def bare() -> None:
-        forward = model.forward
         with (
             mock.patch.object(heldout, "Details"),
-            mock.patch.object(model, "forward", lambda *arguments: forward(*arguments, return_logits=False)),
+            mock.patch.object(model, "forward", functools.partial(model.forward, return_logits=False)),
         ):
             heldout.held_out_loss(model, opened.validation, ranks.device)
 
     seconds: dict[Callable, list[float]] = {bare: [], whole: []}
-    for validate in (bare, whole) * 3:
+    for validate in (bare, whole) * 6:
         began = time.process_time()
         validate()
         seconds[validate].append(time.process_time() - began)
@@ -131,6 +145,50 @@ def _rows(config: Config, opened: Opened, row: dict) -> float:
             monitor.log_training({**plain, "step": step + 1})
             seconds.append(time.process_time() - began)
     return median(seconds)
+
+
+def _machines(config: Config, ranks: Ranks) -> float:
+    """Median seconds to tell of the node, as the trainer does it."""
+    machines, seconds = Machines(config, ranks), []
+    for step in range(200):
+        began = time.process_time()
+        machines.row(step)
+        seconds.append(time.process_time() - began)
+    return median(seconds)
+
+
+def _beside(config: Config, opened: Opened, row: dict, pause: float) -> float:
+    """Processor seconds of W&B's processes for each row, where one comes every `pause` seconds."""
+    config.wandb.mode = "offline"
+    opened.run.truncate_metrics(0)
+    plain = {key: value for key, value in row.items() if "/" not in key}
+    with mock.patch("caduceus.monitor.rows.report_of_finished"), Monitor(config, opened.run, active=True) as monitor:
+        while not (opened.run.path / "wandb" / "status.json").exists():
+            time.sleep(0.1)
+        time.sleep(_SETTLING)
+        began = _used(monitor.wandb.pid)
+        for step in range(1, _ROWS + 1):
+            monitor.log_training({**plain, "step": step})
+            time.sleep(pause)
+        return (_used(monitor.wandb.pid) - began) / _ROWS
+
+
+def _used(pid: int) -> float:
+    """Processor seconds of a process and those below it."""
+    process = psutil.Process(pid)
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return sum(of.user + of.system for of in times)
+
+
+def _drawing(opened: Opened, setup: Setup) -> float:
+    """Processor seconds to draw the windows of a validation."""
+    _, windows = _validate(setup.strategy, opened.validation, Watchdog(Path(), 0, 0), setup.config, setup.progress)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    drawing = Drawing(opened.run.path)
+    drawing.keep(1, list(windows))
+    drawing.end(wait=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":

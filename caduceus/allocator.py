@@ -1,4 +1,4 @@
-"""The C allocator's settings for training on CPU."""
+"""The C allocator: settings for training on CPU, and freed memory for the system."""
 
 import ctypes
 import os
@@ -30,3 +30,10 @@ def keep_freed_memory(saving: bool = False) -> None:
         mallopt(_M_MMAP_THRESHOLD, LARGEST_KEPT_TO_SAVE if saving else LARGEST_KEPT)
         mallopt(_M_TRIM_THRESHOLD, -1)
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it first allocates
+
+
+def give_back_freed_memory() -> None:
+    """Have the system take back, once, what the heap holds freed: after work of large pieces that is not done again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

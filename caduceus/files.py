@@ -3,19 +3,21 @@
 import errno
 import fcntl
 import filecmp
+import functools
 import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
+import stat
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, ParamSpec, TypeVar
 
 CHUNK = 4 << 20
 """Bytes read at a time where a file is read whole."""
@@ -24,6 +26,7 @@ _PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 _PAUSES = (0.1, 1.0, 5.0)
 """Seconds before it is tried again."""
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -31,26 +34,39 @@ def patiently(attempt: Callable[[], T], is_there: bool = False) -> T:
     """`attempt()`, again after pauses where a file system of a network fails for a moment.
 
     ESTALE comes where another node replaced what was open, EIO and time-outs where a server changes hands. `is_there`:
-    another node has just written the file, so that it exists though this one may not see it yet.
+    another node has just written the file, so that it exists though this one may not see it yet. An error that led to
+    another one counts as well. What was tried so often within `attempt` is not tried further.
     """
-    for pause in _PAUSES:
+    for pause in (*_PAUSES, None):
         try:
             return attempt()
-        except OSError as error:
-            if error.errno not in _PASSING and not (is_there and isinstance(error, FileNotFoundError)):
+        except Exception as error:
+            cause = system_error(error)
+            if cause is None or not (cause.errno in _PASSING or (is_there and isinstance(cause, FileNotFoundError))):
                 raise
-        time.sleep(pause)
-    return attempt()
+            if pause is None or getattr(cause, "was_patient", False):
+                cause.was_patient = True  # type: ignore[attr-defined]
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
+def patient(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that may be called again where it failed, as one that is called `patiently`."""
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **named: P.kwargs) -> T:
+        return patiently(lambda: function(*arguments, **named))
+
+    return call
+
+
+@patient
 def write_atomically(path: str | Path, content: bytes) -> None:
     """Write under a temporary name, fsync and rename, so that a reader sees all of it or nothing."""
 
-    def write() -> None:
-        with replacing(path) as file:
-            file.write(content)
-
-    patiently(write)
+    with replacing(path) as file:
+        file.write(content)
 
 
 @contextmanager
@@ -124,6 +140,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file. An error that may pass is none of its answers, as it is one of `Path.is_file`'s."""
+    try:
+        return stat.S_ISREG(patiently(Path(path).stat).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def is_disk_full(error: OSError) -> bool:
     """Whether there is no room: on the disk, in the user's quota, or because a file may not grow further."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -146,14 +170,11 @@ def show_bytes(count: float) -> str:
     return f"{count:.0f} {units[power]}" if power == 0 or count >= 100 else f"{count:.1f} {units[power]}"
 
 
+@patient
 def sha256_of(path: str | Path) -> str:
     """sha256 of a file, read in pieces."""
-    return patiently(lambda: _digest(Path(path)))
-
-
-def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
@@ -179,6 +200,7 @@ def without_nan(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
+@patient
 def append_json_line(path: str | Path, row: dict[str, Any]) -> None:
     """Add a row to a file of JSON lines in one write, on a line of its own though a kill cut the last one short."""
     with Path(path).open("ab+", buffering=0) as file:
@@ -206,6 +228,14 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def read_json(path: str | Path) -> Any:
+    """What a file of JSON holds; None where it is absent, or holds something else."""
+    try:
+        return json.loads(patiently(Path(path).read_bytes))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def take_lock(path: str | Path, *, wait: bool = True) -> IO[bytes]:
@@ -238,6 +268,7 @@ def locked(path: str | Path, *, wait: bool = True) -> Iterator[IO[bytes]]:
         yield file
 
 
+@patient
 def is_locked(path: str | Path) -> bool:
     """Whether a process of this machine holds the lock `path`."""
     try:

@@ -14,6 +14,7 @@ from data_prep.argument_types import count, genomes_file, local_path
 from data_prep.check.merge import merge
 from data_prep.check.rebuild import rebuild_index
 from data_prep.check.verify import verify
+from data_prep.genome.reader import FORMATS
 from data_prep.plan.options import CONTIGS, INTERVAL_MODES, STRANDS, TAILS, PlanOptions, option_name
 from data_prep.plan.species import SpeciesRequest
 from data_prep.source.registry import resolve_genome
@@ -67,9 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_argument_group("what to do: one of")
     kind = source.add_mutually_exclusive_group(required=True)
-    kind.add_argument(
-        "--fasta", metavar="FILE|URL", help="genome: FASTA (plain, gzip, bgzip) or .2bit; needs --species"
-    )
+    kind.add_argument("--fasta", metavar="FILE|URL", help=f"genome: {FORMATS}; needs --species")
     kind.add_argument("--genome", metavar="NAME", help="a genome of configs/genome/, downloaded if need be")
     kind.add_argument("--genomes", type=genomes_file, metavar="NAME|YAML", help="several species and their options")
     kind.add_argument("--verify", type=local_path, metavar="DIR", help="check a dataset byte for byte")

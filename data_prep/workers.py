@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait as wait_for_sentinel
 from typing import Any
 
 from caduceus.errors import UserError
+from caduceus.files import patiently
 
 
 class Workers:
@@ -23,7 +25,11 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Yields (number of the task, result) as results come; an error of a task ends the run."""
+        """Yields (number of the task, result) as results come; an error of a task ends the run.
+
+        A task that fails for what passes, on a file system of a network, is done again.
+        """
+        function = partial(_again_where_it_passes, function)
         if self.count == 1:
             for number, task in enumerate(tasks):
                 yield number, function(task)
@@ -83,6 +89,10 @@ class Workers:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _again_where_it_passes(function: Callable[[Any], Any], task: Any) -> Any:
+    return patiently(lambda: function(task))
 
 
 def _follow_parent() -> None:

@@ -43,7 +43,6 @@ def step_options(request: JobRequest) -> list[str]:
     parameters = sbatch_parameters(request, "caduceus-check")
     further: dict[str, Any] = parameters.pop("additional_parameters")
     names = ("job_name", "nodes", "ntasks_per_node", "cpus_per_task", "mem")
-    names += ("partition", "account", "qos", "constraint", "exclude")
     options = {name.replace("_", "-"): parameters[name] for name in names if name in parameters}
     options |= {"time": min(_MINUTES, request.minutes)}
     options |= {name: value for name, value in further.items() if name not in _ONLY_OF_SBATCH}

@@ -52,7 +52,9 @@ class EvaluateTask:
         os.chdir(self.where)
         job, restart = submitit.JobEnvironment(), history.this_restart()
         find_others(job, restart)
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        from caduceus.train.__main__ import set_up_logging
+
+        set_up_logging()
         logging.getLogger("submitit").propagate = False  # it prints its messages by itself
         try:
             with recording_end(ends_folder(Path(self.jobs), job.job_id, restart), job.global_rank):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.errors import UserError
-from caduceus.files import append_json_line, dump_json, read_json_lines, write_atomically
+from caduceus.files import append_json_line, dump_json, is_file, patient, patiently, read_json_lines, write_atomically
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, read_ends
 from caduceus.run.provenance import provenance
@@ -98,11 +98,12 @@ def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) 
     append_json_line(run.path / "attempts.jsonl", row)
 
 
+@patient
 def submissions(run: RunDirectory) -> list[Submission]:
     """Every submission of a run, oldest first."""
     path = run.path / "submissions.json"
     try:
-        rows = json.loads(path.read_text()) if path.exists() else []
+        rows = json.loads(path.read_bytes()) if is_file(path) else []
         return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -114,7 +115,7 @@ def submissions(run: RunDirectory) -> list[Submission]:
 def record_submission(run: RunDirectory, submission: Submission) -> None:
     """Add a submission to RUN/submissions.json, with what was submitted by whom and from where."""
     path = run.path / "submissions.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = json.loads(patiently(path.read_bytes)) if is_file(path) else []
     entry = {
         "jobs": submission.jobs,
         "executor": submission.executor,
@@ -125,6 +126,7 @@ def record_submission(run: RunDirectory, submission: Submission) -> None:
     write_atomically(path, dump_json([*rows, entry]))
 
 
+@patient
 def attempts(run: RunDirectory) -> list[Attempt]:
     """All attempts of a run, oldest first. All but the newest have a reason for their end."""
     found: dict[tuple[str, int], Attempt] = {}
@@ -195,6 +197,7 @@ def bad_nodes(run: RunDirectory, submission: Submission, job: str, restart: int)
     return sorted({node for attempt in same for node in attempt.bad_nodes})
 
 
+@patient
 def newest_step(run: RunDirectory) -> int:
     """Step of the newest checkpoint whose files have their sizes; 0 where there is none."""
     whole = (checkpoint.step for checkpoint in reversed(run.checkpoints()) if not checkpoint.damage(contents=False))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from caduceus.errors import UserError
+from caduceus.files import patient
 from caduceus.monitor.wandb.identity import status as wandb_status
 from caduceus.run.directory import RunDirectory
 from launch import scheduler
@@ -28,6 +29,7 @@ def list_runs(directory: Path) -> str:
     return table(_HEADS, told)
 
 
+@patient
 def find_runs(directory: Path) -> list[RunDirectory]:
     """The run directories in a directory, and in the sweeps in it."""
     runs = [RunDirectory(path) for path in sorted(_run_paths(directory, depth=2))]

@@ -8,8 +8,8 @@ from caduceus.data.dataset import open_dataset
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
+from caduceus.train.estimate import estimate
 from launch.capacity import slurm_complaint
-from launch.estimate import estimate
 from launch.request import JobRequest
 from launch.scheduler import SilentError
 from launch.status import live_jobs

@@ -17,15 +17,16 @@ from launch.scheduler import time_limit_seconds
 PRESETS = CONFIGS / "cluster"
 EXECUTORS = ("slurm", "local", "debug")
 COUNTS = ("nodes", "spare", "gpus_per_node", "tasks_per_node", "cpus_per_task", "chain")
-TEXTS = ("mem", "time", "partition", "account", "qos", "constraint", "exclude", "reservation", "python")
+AS_IN_SBATCH = ("partition", "account", "qos", "constraint", "exclude", "reservation")
+"""Keys that sbatch and srun have as options of the same names, and which are handed on as they are."""
+TEXTS = ("mem", "time", *AS_IN_SBATCH, "python")
 LISTS = {"setup": "LINE", "srun": "OPTION"}
 PAIRS = {"sbatch": "KEY=VALUE", "env": "NAME=VALUE"}
 _ALTERNATIVES = (("mem", "mem-per-cpu", "mem-per-gpu"), ("cpus-per-task", "cpus-per-gpu"))
 """Options of sbatch of which a job has one."""
 _OPTIONS_OF_GPUS = ("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "gres")
 _SAID_OTHERWISE = {
-    **{name: f"--{name}" for name in ("nodes", "cpus-per-task", "mem", "time", "partition", "account", "qos")},
-    **{name: f"--{name}" for name in ("constraint", "exclude", "reservation")},
+    **{name: f"--{name}" for name in ("nodes", "cpus-per-task", "mem", "time", *AS_IN_SBATCH)},
     **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu"), "--nodes and --tasks-per-node"),
     **dict.fromkeys(("requeue", "no-requeue"), "the preset's key requeue, or --chain"),
     **dict.fromkeys(("output", "error", "open-mode"), "run.dir: the logs lie in RUN/logs"),
@@ -233,14 +234,13 @@ def sbatch_parameters(request: JobRequest, job_name: str) -> dict[str, Any]:
         "setup": _setup_lines(request),
         "srun_args": ["--kill-on-bad-exit=1", *_without_spare(request), *request.srun],
     }
-    for key in ("cpus_per_task", "mem", "partition", "account", "qos", "constraint", "exclude"):
+    for key in ("cpus_per_task", "mem"):
         if (value := getattr(request, key)) is not None:
             parameters[key] = value
     further: dict[str, Any] = {"requeue" if request.requeues else "no-requeue": True}
     if request.spare:
         further["no-kill"] = True
-    if request.reservation:
-        further["reservation"] = request.reservation
+    further |= {name: value for name in AS_IN_SBATCH if (value := getattr(request, name))}
     if request.gpus_per_node and request.gpu_request != "none":
         gpus = ":".join(filter(None, [request.gpu_type, str(request.gpus_per_node)]))
         further[request.gpu_request] = f"gpu:{gpus}" if request.gpu_request == "gres" else gpus

@@ -1,16 +1,16 @@
 """python launch/shard.py --genomes configs/genome/NAME.yaml --out DIR [--cluster PRESET] [--time …] …
 
-Shards many genomes as a job array, one species per task, and brings them together in one dataset at the end. The bytes
-are those of data_prep/shard_genome.py on one machine. A command that was stopped goes on when given again; species that
-the dataset holds already are not done again.
+Shards many genomes as job arrays, and brings them together in one dataset at the end. A task takes about --task-bases
+bases: many small species, or a share of a large one's shards. The bytes are those of data_prep/shard_genome.py on one
+machine. A command that was stopped goes on when given again; species that the dataset holds already, and shards that
+are written, are not done again.
 
 The genomes are found, and fetched where need be, before anything is submitted: compute nodes may have no network.
 """
 
 import argparse
-import contextlib
-import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,62 +20,33 @@ from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
 from caduceus.files import append_json_line, locked, read_json_lines
 from data_prep.argument_types import genomes_file
-from data_prep.check.merge import merge
-from data_prep.plan.species import SpeciesRequest, identity
+from data_prep.plan.options import parse_size
+from data_prep.plan.species import SpeciesRequest
 from data_prep.source.species_file import read_species_file
-from data_prep.workers import available_cores
-from data_prep.write.directory import SpeciesDirectory
-from data_prep.write.shard_writer import reopen_genome
-from data_prep.write.sharding import make_dataset
-from data_prep.write.summary import print_summary
 from launch import scheduler
 from launch.capacity import slurm_complaint
 from launch.logs import log_path
 from launch.request import JobRequest, add_request_options, requested_job, sbatch_parameters
+from launch.shard_tasks import (
+    MergeTask,
+    PlanTask,
+    Task,
+    divided,
+    is_held,
+    parts_folder,
+    run_in_turn,
+    work_folder,
+)
 from launch.submission import SlurmExecutor, pythonpath, refuse_what_slurm_refuses, snapshot_code, submitted
 
 _START = """
-Shards many genomes as jobs of a cluster, a species a job. To begin, list your genomes in a YAML file (see the
+Shards many genomes as jobs of a cluster. To begin, list your genomes in a YAML file (see the
 example configs/genome/multispecies.yaml), or take the example:
 
   {caduceus-shard} --genomes multispecies --out shards/many  # on this machine
   {caduceus-launch-shard} --genomes multispecies --out shards/many --time 04:00:00  # on a SLURM cluster
   {caduceus-launch-shard} --help  # everything that a job can ask for
 """
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """Shards one species into a dataset of its own; what is complete is not done again."""
-
-    request: SpeciesRequest
-    out: Path
-    workers: int | None
-    """None: as many as there are cores."""
-
-    def __call__(self) -> None:
-        make_dataset([self.request], self.out, self.workers or available_cores())
-
-
-@dataclass(frozen=True)
-class MergeTask:
-    """Brings the datasets of the species together, and removes what is then not needed."""
-
-    parts: tuple[Path, ...]
-    """Datasets of the species that `out` does not hold yet."""
-    out: Path
-    requests: tuple[SpeciesRequest, ...]
-    """All species of `out`: those that it held before may have been given other weights."""
-
-    def __call__(self) -> None:
-        if self.parts:
-            merge(list(self.parts), self.out, add=True)
-        print_summary(make_dataset(list(self.requests), self.out, workers=1, add=True), self.out)
-        parts = work_folder(self.out) / "parts"
-        for request in self.requests:
-            shutil.rmtree(parts / request.name, ignore_errors=True)
-        with contextlib.suppress(OSError):  # where jobs make further species of this dataset
-            parts.rmdir()
 
 
 def main() -> int:
@@ -86,23 +57,21 @@ def main() -> int:
         raise UserError("chain: is for training runs; after a failure the same sharding command goes on")
     requests = read_species_file(arguments.genomes, {}, arguments.cache_dir)
     requests = [replace(request, fasta=request.fasta.absolute()) for request in requests]
-    refuse_missing_files(requests)
+    refuse_what_jobs_cannot_do(requests)
     out = arguments.out.absolute()
-    parts = work_folder(out) / "parts"
     missing = [request for request in requests if not is_held(request, out)]
-    tasks = [ShardTask(request, parts / request.name, job_request.cpus_per_task) for request in missing]
-    end = MergeTask(tuple(task.out for task in tasks), out, tuple(requests))
+    unmade = [request for request in missing if not is_held(request, parts_folder(out))]
+    bases = parse_size(arguments.task_bases, "--task-bases")
+    if bases < 1:
+        raise UserError(f"--task-bases: must be at least 1, got {arguments.task_bases}")
+    first, then = divided(unmade, out, job_request.cpus_per_task, bases)
+    end = MergeTask(tuple(missing), out, tuple(requests))
     if len(missing) < len(requests):
         print(f"{arguments.out}: holds {len(requests) - len(missing)} of {len(requests)} species already", flush=True)
-    if not tasks:
-        end()
+    if missing and job_request.executor == "slurm":
+        submit(job_request, first, then, end)
         return 0
-    if job_request.executor == "slurm":
-        submit(job_request, tasks, end)
-        return 0
-    for number, task in enumerate(tasks, start=1):
-        print(f"{task.request.name} ({number} of {len(tasks)})", flush=True)
-        task()
+    run_in_turn([*first, *then], lambda line: print(line, flush=True))
     end()
     return 0
 
@@ -118,50 +87,67 @@ def parse_arguments() -> argparse.Namespace:
         "--genomes", type=genomes_file, required=True, metavar="NAME|YAML", help="the species and how to cut them"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the dataset")
+    parser.add_argument(
+        "--task-bases", default="4G", metavar="SIZE", help="bases of a task, about, by the sizes of files (%(default)s)"
+    )
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where genomes are kept, seen by all nodes")
     add_request_options(parser, default="cpu")
     return parser.parse_args()
 
 
-def refuse_missing_files(requests: list[SpeciesRequest]) -> None:
-    """Raise `UserError` for the first file that a job would not find."""
+def refuse_what_jobs_cannot_do(requests: list[SpeciesRequest]) -> None:
+    """Raise `UserError` for the first file that a job would not find, and for what jobs cannot do."""
     for request in requests:
         options = request.options
+        if options.homology is not None:
+            raise UserError(
+                f"{request.name}: homology: compares all species with each other, and jobs see some of them each; "
+                "make the dataset with data_prep/shard_genome.py"
+            )
         for path in (request.fasta, options.aliases, options.intervals, *options.exclude_bed):
             if path is not None and not Path(path).is_file():
                 raise UserError(f"{request.name}: {path}: no such file")
 
 
-def is_held(request: SpeciesRequest, out: Path) -> bool:
-    """Whether a dataset holds a species, whole; a species of another genome or other options is a `UserError`."""
-    if not (out / request.name / "species.json").exists():
-        return False
-    genome = reopen_genome(request.fasta, request.cache_dir)
-    return SpeciesDirectory(out, identity(request, genome)).finished()
+def submit(job_request: JobRequest, first: list[Task], then: list[Task], end: MergeTask) -> None:
+    """Submit the tasks as arrays and, to start when all of them have succeeded, the job that merges.
 
-
-def submit(job_request: JobRequest, tasks: list[ShardTask], end: MergeTask) -> None:
-    """Submit the array and, to start when all of it has succeeded, the job that merges."""
+    The tasks of `then` wait for those among `first` that plan their species, and not for the others.
+    """
     if complaint := slurm_complaint(job_request):
         raise UserError(complaint)
     if job_request.world > 1:
-        raise UserError("nodes, tasks_per_node: a species is sharded by one process; give it more --cpus-per-task")
+        raise UserError("nodes, tasks_per_node: a task is done by one process; give it more --cpus-per-task")
     folder = work_folder(end.out)
-    executor = _executor(job_request, folder, f"shard-{end.out.name}")
-    refuse_what_slurm_refuses(executor, job_request)
+    refuse_what_slurm_refuses(_executor(job_request, folder, f"shard-{end.out.name}"), job_request)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [task.request.name for task in tasks]
+    names = [request.name for request in end.missing]
     with locked(folder / ".submitting"):
         refuse_species_in_work(folder, names, end.out)
         snapshot_code(folder)
-        jobs = [job.job_id for job in submitted(lambda: executor.submit_array(tasks))]
-        append_json_line(folder / "submissions.jsonl", {"species": names, "jobs": jobs})
-        last = _executor(job_request, folder, f"merge-{end.out.name}", dependency=f"afterok:{jobs[0].split('_')[0]}")
-        merging = submitted(lambda: last.submit(end)).job_id
-        append_json_line(folder / "submissions.jsonl", {"species": names, "jobs": [merging]})
-    print(f"species:       {len(jobs)}, jobs {jobs[0]} … {jobs[-1]}; merged by job {merging}")
+        jobs: list[str] = []
+        arrays: list[str] = []
+
+        def submit_after(waited_for: list[str], what: str, submit_to: Callable[[submitit.SlurmExecutor], Any]) -> None:
+            after = {"dependency": ":".join(["afterok", *waited_for])} if waited_for else {}
+            executor = _executor(job_request, folder, f"{what}-{end.out.name}", **after)
+            done = submitted(lambda: submit_to(executor))
+            new = [job.job_id for job in (done if isinstance(done, list) else [done])]
+            append_json_line(folder / "submissions.jsonl", {"species": names, "jobs": new})
+            jobs.extend(new)
+            arrays.append(new[0].split("_")[0])
+
+        if first:
+            submit_after([], "shard", lambda executor: executor.submit_array(first))
+        if then:
+            plans = [job for job, task in zip(jobs, first, strict=True) if isinstance(task, PlanTask)]
+            submit_after(plans, "share", lambda executor: executor.submit_array(then))
+        submit_after(list(arrays), "merge", lambda executor: executor.submit(end))
+    *of_tasks, merging = jobs
+    told = f"jobs {of_tasks[0]} … {of_tasks[-1]}; " if of_tasks else ""
+    print(f"tasks:         {len(of_tasks)} for {len(names)} species, {told}merged by job {merging}")
     print(f"log:           {log_path(folder / 'logs', merging)}")
-    print(f"next:          squeue -j {jobs[0].split('_')[0]},{merging}   (the same command again after a failure)")
+    print(f"next:          squeue -j {','.join(arrays)}   (the same command again after a failure)")
 
 
 def refuse_species_in_work(folder: Path, names: list[str], out: Path) -> None:
@@ -170,11 +156,6 @@ def refuse_species_in_work(folder: Path, names: list[str], out: Path) -> None:
     jobs = [job for row in rows if {*row["species"]} & {*names} for job in row["jobs"]]
     for job in scheduler.live_jobs(jobs):
         raise UserError(f"--out: {out} is being made by job {job}; wait for it, or: scancel {job.split('_')[0]}")
-
-
-def work_folder(out: Path) -> Path:
-    """Where jobs keep code, logs and the species' own datasets, beside the species of the dataset to be."""
-    return out / ".jobs"
 
 
 def _executor(job_request: JobRequest, folder: Path, name: str, **more: Any) -> submitit.SlurmExecutor:

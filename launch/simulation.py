@@ -12,7 +12,7 @@ from caduceus.distributed.layout import Room, Sharing, check_layout
 from caduceus.distributed.network import Network
 from caduceus.errors import UserError
 from caduceus.files import show_bytes
-from launch.estimate import GPU_BYTES
+from caduceus.train.estimate import GPU_BYTES
 from launch.request import JobRequest
 from launch.step_model import LAUNCH_SECONDS, MEMORY_RATE, Step, asked, layouts
 

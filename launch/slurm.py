@@ -11,12 +11,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from caduceus.arguments import Parser, PresetAction
-from caduceus.config import Config, WandbConfig, config_to_dict, load_config, stages_of
+from caduceus.config import Config, WandbConfig, config_to_dict, has_dial, load_config, stages_of
 from caduceus.errors import UserError, run_command
 from caduceus.run.directory import RunDirectory
+from caduceus.train.dial import dial_table
+from caduceus.train.estimate import estimate
 from launch.check import check
-from launch.dial import dial_table, is_turned
-from launch.estimate import estimate
 from launch.job import train
 from launch.local import run_here
 from launch.logs import log_path
@@ -55,7 +55,7 @@ def main() -> int:
     if arguments.sweep:
         return run_sweep(arguments.config, arguments.overrides, arguments.sweep, request, arguments.dry_run)
     config = load_config(arguments.config, arguments.overrides)
-    if request.gpus_per_node and is_turned(arguments.config, arguments.overrides):
+    if request.gpus_per_node and has_dial(arguments.config, arguments.overrides):
         print(dial_table(config, request.world), flush=True)
     if arguments.simulate:
         refuse_impossible_layout(config, request)

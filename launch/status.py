@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
+from caduceus.files import is_file, patient
 from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs, scheduler
 from launch.history import Attempt, Submission, attempts, newest_step, submissions
@@ -65,6 +66,7 @@ def slurm_jobs(run: RunDirectory) -> list[str]:
     return [job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs]
 
 
+@patient
 def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobState]] = live_jobs) -> Overview:
     """Look at a run; SLURM may have forgotten its jobs, or not answer."""
     recent, validations = run.newest_metrics("loss", _RECENT_ROWS), run.newest_metrics("valid_loss")
@@ -90,7 +92,7 @@ def _state(
     run: RunDirectory, steps: int, begun: bool, jobs_of: Callable[[RunDirectory], dict[str, JobState]]
 ) -> _State:
     """State, why, and the jobs that are alive."""
-    stop = run.stop_path.exists()
+    stop = is_file(run.stop_path)
     submitted, found = submissions(run), attempts(run)
     try:
         jobs, silence = jobs_of(run), None

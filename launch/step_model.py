@@ -1,9 +1,9 @@
 """How long a step takes on many nodes, and what bounds it, by a small model. Nothing here is measured.
 
-A rank computes as `launch.estimate` has it, but never faster than Python launches kernels. Collectives of gradients and
-sharded parameters run behind that, as far as it lasts, but for the last of the gradients or the first of the
-parameters; all others are waited for. The update reads and writes what the rank holds of the model at the bandwidth of
-the GPU's memory.
+A rank computes as `caduceus.train.estimate` has it, but never faster than Python launches kernels. Collectives of
+gradients and sharded parameters run behind that, as far as it lasts, but for the last of the gradients or the first of
+the parameters; all others are waited for. The update reads and writes what the rank holds of the model at the bandwidth
+of the GPU's memory.
 """
 
 import itertools
@@ -19,14 +19,15 @@ from caduceus.distributed.layout import Room, Sharing, check_layout, with_sharin
 from caduceus.distributed.network import Network
 from caduceus.errors import UserError
 from caduceus.model import costs
-from launch.estimate import GPU_BYTES, Estimate, estimate
+from caduceus.train.estimate import GPU_BYTES, Estimate, estimate
 
 LAUNCH_SECONDS = 5e-6
 """What a kernel costs the processor of an eager PyTorch program."""
 MEMORY_RATE = 3.35e12
 """Bytes per second of an H100 SXM's memory, from its data sheet."""
 UPDATE_BYTES = 40
-"""Of a parameter in fp32: its gradient is read for the norm and scaled; AdamW reads four numbers and writes three."""
+"""Of a parameter in fp32: its gradient is read for the norm and scaled; AdamW reads four numbers and writes three.
+What is kept of it beside or instead of AdamW's moments counts in proportion."""
 COPIES = 3
 """Launches of a collective that parameters or gradients are copied for, and from."""
 BACKWARD = 2 / 3
@@ -131,7 +132,7 @@ def _step(config: Config, world: int, network: Network) -> Step:
     for behind in ("", *windows):
         for name, seconds in _waits([e for e in collectives if e.behind == behind], windows.get(behind), network):
             parts[name] = parts.get(name, 0.0) + seconds
-    parts["update"] = UPDATE_BYTES / 4 * held(config, world, network.node).states / 2 / MEMORY_RATE
+    parts["update"] = UPDATE_BYTES / (4 * costs.MOMENTS) * held(config, world, network.node).states / MEMORY_RATE
     return Step(config, found, parts)
 
 

@@ -22,7 +22,6 @@ LONGEST_FIRST = (
     "model/test_triton.py",
     "demo/test_run.py",
     "slurm/test_launch.py",
-    "model/test_triton_golden.py",
     "train/test_stopping.py",
     "distributed/deepspeed/test_settings.py",
     "monitor/test_wandb.py",

@@ -1,9 +1,9 @@
 """The configuration of a run. `keys`: what a key says of itself; `run`: the sections; `load`: YAML and overrides."""
 
-from caduceus.config.checks import refuse_strategy
+from caduceus.config.checks import refuse_cuda_graphs, refuse_strategy
 from caduceus.config.data import DataConfig
 from caduceus.config.fixed import Change, changes, order_values
-from caduceus.config.load import config_from_dict, config_to_dict, load_config, overridden, save_config
+from caduceus.config.load import config_from_dict, config_to_dict, has_dial, load_config, overridden, save_config
 from caduceus.config.model import CaduceusConfig
 from caduceus.config.run import (
     KEYS,
@@ -38,9 +38,11 @@ __all__ = [
     "changes",
     "config_from_dict",
     "config_to_dict",
+    "has_dial",
     "load_config",
     "order_values",
     "overridden",
+    "refuse_cuda_graphs",
     "refuse_strategy",
     "save_config",
     "stages_of",

@@ -20,6 +20,7 @@ def refuse_impossible_values(config: Config) -> None:
     for stage in stages_of(config):
         with within(stage):
             _refuse_impossible(stage.config)
+            refuse_cuda_graphs(stage.config)
 
 
 def _refuse_impossible(config: Config) -> None:
@@ -162,6 +163,27 @@ def refuse_strategy(train: TrainConfig, strategy: str) -> None:
         raise UserError(
             "train.ema: parallel.strategy=deepspeed cuts weights without regard to parameters; use ddp or fsdp"
         )
+
+
+def refuse_cuda_graphs(config: Config) -> None:
+    """Raise `UserError` for what a CUDA graph of a micro-batch's passes cannot record. What is still to be decided,
+    such as `auto`, passes."""
+    if config.train.cuda_graphs != "passes":
+        return
+    parallel, backend = config.parallel, config.ops.backend
+    exchange = "ranks exchange within the passes, which is not recorded"
+    obstacles = [
+        (config.run.device == "cpu", "run.device=cpu", "a graph is a GPU's"),
+        (backend not in ("auto", "triton"), f"ops.backend={backend}", "its loss waits for the GPU; use triton"),
+        (config.train.precision == "fp64", "train.precision=fp64", "only ops.backend=triton is recorded"),
+        (config.train.compile, "train.compile=true", "a compiled block within a graph was never tried"),
+        (parallel.strategy in ("fsdp", "deepspeed"), f"parallel.strategy={parallel.strategy}", f"{exchange}; use ddp"),
+        (parallel.context > 1, f"parallel.context={parallel.context}", exchange),
+        (parallel.strands > 1, f"parallel.strands={parallel.strands}", exchange),
+    ]
+    for met, what, why in obstacles:
+        if met:
+            raise UserError(f"train.cuda_graphs: passes does not go with {what}: {why}")
 
 
 def _refuse_impossible_scales(train: TrainConfig) -> None:

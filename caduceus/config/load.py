@@ -45,6 +45,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return config
 
 
+def has_dial(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> bool:
+    """Whether a file, what it includes, or an override names a `size` or `compute`, from which other keys follow."""
+    layers = [*_read_layers(preset("pretrain", path)), *map(_parse_override, overrides)]
+    return any(name in values for _, values in layers for name in DIAL)
+
+
 def config_from_dict(values: dict[str, Any]) -> Config:
     """A checked configuration from plain nested values, as `config_to_dict` gives them."""
     return _merge([("configuration", OmegaConf.create(values))])

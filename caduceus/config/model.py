@@ -10,6 +10,9 @@ from caduceus.errors import UserError
 CHUNK = 64
 """Positions of a chunk of Mamba-2's scan: products within one grow with it, and what states between them take shrinks.
 It is no key, as it changes only the order of sums."""
+MOST_IN_KERNELS = 64
+"""Channels of a head, and states, up to which Mamba-2's scan has kernels on a GPU: a program's tiles then fit in its
+registers."""
 
 
 @dataclass

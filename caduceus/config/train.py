@@ -162,6 +162,24 @@ class TrainConfig:
         fixes="rounding",
     )
     compile: bool = key(False, "torch.compile every block.", fixes="rounding")
+    keep_states: str = key(
+        "none",
+        "Blocks whose scans keep, for the backward pass, every eighth state and the outputs before their gate, which "
+        "it would compute again: the same bits, twice the memory, a pass of the scan less; not measured on a GPU. "
+        "By ops.backend=triton, for model.mixer=mamba, where ranks share no sequence by parallel.context. auto keeps "
+        "them in as many blocks as the memory that is free at the start allows.",
+        fixes="rounding",
+        choices=("none", "all", "auto"),
+    )
+    cuda_graphs: str = key(
+        "auto",
+        "passes records the forward and the backward pass of a micro-batch as one CUDA graph, which is launched whole: "
+        "for ranks with so little to compute that launching takes longer. On GPUs, by ops.backend=triton, under single "
+        "and ddp, whose gradients are then exchanged at once after the last micro-batch. auto takes none, until a "
+        "GPU has shown what is gained.",
+        fixes="rounding",
+        choices=("auto", "none", "passes"),
+    )
     activation_checkpointing: str = key(
         "none",
         "What the backward pass recomputes of every block instead of keeping it: scan what feeds the scan "

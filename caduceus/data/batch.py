@@ -35,6 +35,8 @@ class Batch:
     """(B, L) bool, whether the base to be predicted is soft-masked; batches of a validation alone have it."""
     starts: torch.Tensor | None = None
     """(B, L) bool, first positions of the sequences that are packed into a row; None where no row is packed."""
+    counted: torch.Tensor | None = None
+    """What `label_weight` was before the batch went to a GPU."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, tokens as int64 (workers hand them over as bytes)."""
@@ -48,10 +50,15 @@ class Batch:
             self.choices,
             None if self.repeats is None else self.repeats.to(device, non_blocking=True),
             None if self.starts is None else self.starts.to(device, non_blocking=True),
+            self.label_weight(),
         )
 
     def label_weight(self) -> torch.Tensor:
-        """The sum of the weights of the labelled bases, float64: what a batch counts for in the loss."""
+        """The sum of the weights of the labelled bases, float64: what a batch counts for in the loss.
+
+        It is counted where the batch was made: nobody waits for a GPU to count."""
+        if self.counted is not None:
+            return self.counted
         labelled = self.labels != IGNORE_LABEL
         weights = labelled if self.loss_weights is None else self.loss_weights * labelled
         return weights.sum(dtype=torch.float64)

@@ -1,6 +1,7 @@
 """The sources of a run: which species, from which directories, at which weights, cut into crops. Imports no torch."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from caduceus.allocator import give_back_freed_memory
 from caduceus.alphabet import IS_ACGT_BYTE
 from caduceus.config import DataConfig
 from caduceus.data.cache import ShardCache
@@ -19,6 +21,7 @@ from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.data.shard_files import ShardFiles
 from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
+from caduceus.files import patiently
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +57,17 @@ class Dataset:
     """Where the shards are kept that live elsewhere."""
     checked: tuple[Verdicts, ...] = ()
     """On the tables, kept for processes of this node that come later."""
+
+    def identity(self) -> list[Any]:
+        """What tells its windows from those of others, and local tars from what may stand in their place later.
+
+        A look at each folder of shards tells that one was replaced, for any number of shards.
+        """
+        names = [source.species for source in self.sources]
+        folders = [] if self.cache else sorted({folder for one in self.sources for folder in one.table.folders})
+        statuses = [(str(folder), patiently(folder.stat)) for folder in folders]
+        seen = [(path, status.st_ino, status.st_mtime_ns) for path, status in statuses]
+        return [self.split, self.addresses, self.fingerprints, names, seen]
 
 
 _at_hand: ContextVar[Mapping[str, dict[str, Any]] | None] = ContextVar("manifests", default=None)
@@ -91,20 +105,21 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     known = _at_hand.get() or {}
     directories = [(ShardedGenome(path, cache, known.get(path)), weight) for path, weight in entries]
     sources = [source for genome, weight in directories for source in _sources(genome, weight, split)]
-    names = [source.species for source in sources]
-    for name in names:
-        if names.count(name) > 1:
+    for name, times in Counter(source.species for source in sources).items():
+        if times > 1:
             raise UserError(f"data.path: species '{name}' stands in more than one of the directories")
     paths = ", ".join(genome.directory for genome, _ in directories)
     if not sources:
         raise UserError(f"data.path: no species of {paths} has windows in the split '{split}'")
     sources = _those_of_use(sources, data, split, cache)
+    crops = CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack)
+    give_back_freed_memory()  # of a manifest's text and a table's sums, for each rank as much as what is kept of them
     return Dataset(
         split=split,
         addresses=tuple(path for path, _ in entries),
         fingerprints=tuple(genome.fingerprint for genome, _ in directories),
         sources=tuple(sources),
-        crops=CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack),
+        crops=crops,
         cache=cache,
         checked=tuple(verdict for genome, _ in directories for verdict in genome.checked),
     )

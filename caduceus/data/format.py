@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from caduceus.errors import UserError
-from caduceus.files import fingerprint, patiently
+from caduceus.files import fingerprint, patient, patiently
 
 FORMAT = "caduceus-shards"
 FORMAT_VERSION = 2
@@ -66,6 +66,7 @@ class ShardIndex:
         return buffer.getvalue()
 
     @classmethod
+    @patient
     def load(cls, path: str | Path) -> "ShardIndex":
         """Read an index; a file that is not one is a `UserError`."""
         try:

@@ -50,6 +50,11 @@ class WindowTable:
     def bases(self) -> int:
         return self.content.bases
 
+    @property
+    def folders(self) -> set[Path]:
+        """Where the shards are."""
+        return self.shards.folders if isinstance(self.shards, ShardList) else {one.path.parent for one in self.shards}
+
 
 class ShardedGenome:
     """A directory of shards, opened for reading; with a `cache`, the directory may be a URL.

@@ -57,7 +57,7 @@ class SampleReader:
         bed = config.data.weights_bed
         self._weights = None if bed is None else RegionWeights(dataset, bed, config.data.weights_elsewhere)
         self._substitute = substitute
-        self._verdicts = Verdicts(self._files.identities(), len(self._crops.windows)) if config.data.check_crc else None
+        self._verdicts = Verdicts(dataset.identity(), len(self._crops.windows)) if config.data.check_crc else None
         self._damaged_windows: set[int] = set()
         self._invalid_crops: set[tuple[int, int]] = set()
         self._prefetcher: Prefetcher | None = None

@@ -55,13 +55,6 @@ class ShardFiles:
         self._descriptor(file)
         return self._cache.has_checked(self.shards[file])
 
-    def identities(self) -> list[tuple]:
-        """What tells the files from others, and local ones from what may stand in their place later."""
-        if self._cache:
-            return [(str(shard.path), shard.sha256) for shard in self.shards]
-        statuses = ((str(shard.path), shard.path.stat()) for shard in self.shards)
-        return [(path, status.st_ino, status.st_size, status.st_mtime_ns) for path, status in statuses]
-
     def genome_end(self, window: np.void) -> int:
         """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises OSError.
 

@@ -18,6 +18,10 @@ class ShardList(Sequence[Shard]):
         self._address = address
         self._entries = entries
 
+    @property
+    def folders(self) -> set[Path]:
+        return {self._home / species for species in {species for species, _ in self._entries}}
+
     def __len__(self) -> int:
         return len(self._entries)
 

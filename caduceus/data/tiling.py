@@ -48,16 +48,11 @@ class Tiling:
         self._lengths = lengths
         self._first_windows = first_windows
         self._shift, counts = _shifts(lengths, cut, offset) if offset else (None, None)
-        self._first_tile = np.zeros(len(lengths) + 1, np.int64)
-        if counts is None:
-            np.floor_divide(lengths, cut.seq_len, out=self._first_tile[1:], dtype=np.int64)
-        else:
-            self._first_tile[1:] = counts
-        np.cumsum(self._first_tile, out=self._first_tile)
+        self._first_tile = _first_tiles(lengths, cut.seq_len, counts)
         self._excluded = self._tiles_with_fewer_acgt_than(cut.least, runs)
         self.left_out = len(self._excluded)
         self._usable_before_excluded = self._excluded - np.arange(self.left_out)
-        self._tile_before = self._usable(self._first_tile[first_windows])
+        self._tile_before = self._usable(self._first_tile[first_windows].astype(np.int64))
         self._tiles_of_shard = np.diff(self._tile_before)
         self._packing = self._packed() if cut.pack else None
         rows_of_shard = self._packing.rows_of_shard if self._packing else np.zeros_like(self._tiles_of_shard)
@@ -89,7 +84,7 @@ class Tiling:
 
     def bases(self, first_windows: np.ndarray) -> np.ndarray:
         """Bases (n,) that any crop of each range of windows holds, `first_windows` (n + 1,)."""
-        tiles = np.diff(self._usable(self._first_tile[first_windows])) * self._seq_len
+        tiles = np.diff(self._usable(self._first_tile[first_windows].astype(np.int64))) * self._seq_len
         if self._packing is not None:
             return tiles + np.diff(self._packing.bases_before(first_windows))
         if self._shift is None:
@@ -109,12 +104,13 @@ class Tiling:
 
     def _locate_tiles(self, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tile = usable + np.searchsorted(self._usable_before_excluded, usable, side="right")
-        window = np.searchsorted(self._first_tile, tile, side="right") - 1
+        # In other bits than its own the whole table would be converted at each call.
+        window = np.searchsorted(self._first_tile, tile.astype(self._first_tile.dtype), side="right") - 1
         return window, self._begin(window, tile - self._first_tile[window])
 
     def _held_twice(self) -> np.ndarray:
         """Bases of each window that two of its crops hold, (W,)."""
-        counts = np.diff(self._first_tile)
+        counts = np.diff(self._first_tile).astype(np.int64)
         slack = self._lengths.astype(np.int64) - counts * self._seq_len
         twice = np.where(counts > 1, np.maximum(np.maximum(-self._shift, self._shift - slack), 0), 0)
         first = self._first_tile[:-1] + np.where(self._shift < 0, 0, counts - 2)
@@ -123,7 +119,7 @@ class Tiling:
 
     def _packed(self) -> Packing:
         """Rows of what is left of each window behind its last tile, and where tiles are shifted, before its first."""
-        whole = np.diff(self._first_tile) * self._seq_len
+        whole = np.diff(self._first_tile).astype(np.int64) * self._seq_len
         if self._shift is None:
             return Packing(whole, self._lengths - whole, self._first_windows, self._seq_len)
         end = self._shift + whole
@@ -142,7 +138,7 @@ class Tiling:
             shift = 0 if self._shift is None else self._shift[window]
             first = np.maximum((start - shift) // self._seq_len - margin, 0)
             last = (end - 1 - shift) // self._seq_len + margin
-            last = np.minimum(last, self._first_tile[window + 1] - self._first_tile[window] - 1)
+            last = np.minimum(last, (self._first_tile[window + 1] - self._first_tile[window]).astype(np.int64) - 1)
             touched = np.maximum(last - first + 1, 0)
             run = np.repeat(np.arange(len(start)), touched)
             tile = first[run] + np.arange(len(run)) - np.repeat(np.cumsum(touched) - touched, touched)
@@ -152,6 +148,20 @@ class Tiling:
             other = np.bincount(inverse, weights=np.maximum(overlap, 0), minlength=len(numbers))
             found.append(numbers[self._seq_len - other < least])
         return np.concatenate(found)
+
+
+def _first_tiles(lengths: np.ndarray, seq_len: int, counts: np.ndarray | None) -> np.ndarray:
+    """How many tiles lie before each window and in all, (W + 1,): in 32 bits where these hold the last number.
+
+    Each rank has a number for every window of the dataset. `counts` (W,): tiles of each window; None for all that fit.
+    """
+    firsts = np.zeros(len(lengths) + 1, np.int64)
+    if counts is None:
+        np.floor_divide(lengths, seq_len, out=firsts[1:], dtype=np.int64)
+    else:
+        firsts[1:] = counts
+    np.cumsum(firsts, out=firsts)
+    return firsts.astype(np.uint32) if firsts[-1] < 1 << 32 else firsts
 
 
 def _shifts(lengths: np.ndarray, cut: Cut, offset: int) -> tuple[np.ndarray, np.ndarray]:

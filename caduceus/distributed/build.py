@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from caduceus import CaduceusForMaskedLM
-from caduceus.config import Config, ParallelConfig, refuse_strategy
+from caduceus.config import Config, ParallelConfig, refuse_cuda_graphs, refuse_strategy
+from caduceus.distributed.captured import Captured
 from caduceus.distributed.ddp import DDP
 from caduceus.distributed.deepspeed.strategy import DeepSpeed
 from caduceus.distributed.fsdp import FSDP
@@ -39,9 +40,11 @@ def build_strategy(config: Config, ranks: Ranks, build_optimizer: BuildOptimizer
         if ranks.is_main:
             _log.info("parallel.strategy: auto chose '%s' (%s)", config.parallel.strategy, reason)
     refuse_strategy(config.train, config.parallel.strategy)
+    refuse_cuda_graphs(config)
     if ranks.is_main and (unused := _unused_keys(config.parallel)):
         _log.warning("%s: without effect under parallel.strategy=%s", ", ".join(unused), config.parallel.strategy)
-    return _STRATEGIES[config.parallel.strategy](config, ranks, model, build_optimizer)
+    kind = Captured if config.train.cuda_graphs == "passes" else _STRATEGIES[config.parallel.strategy]
+    return kind(config, ranks, model, build_optimizer)
 
 
 def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusForMaskedLM:

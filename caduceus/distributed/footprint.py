@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from caduceus.config import Config
 from caduceus.distributed.held import Held
-from caduceus.model.costs import block_bytes
+from caduceus.model.costs import block_bytes, kept_state_bytes
 
 RESERVE = 0.1
 """Share of the free memory that is left alone: for fragmentation, and for what libraries take besides torch."""
@@ -65,6 +65,8 @@ def footprint(config: Config, bases: int, states: Held, gpu: int | None) -> Foot
     memory["activations"] = whole * residual + inputs * lean + (layers - whole - inputs) * full
     if layers in counts:  # the backward pass first recomputes the last block, beside what is kept of all
         memory["activations"] += full if whole else full - lean
+    if on_gpu and train.keep_states == "all" and model.mixer == "mamba" and config.parallel.context <= 1:
+        memory["activations"] += (layers - whole) * kept_state_bytes(model, REPLAYED) * bases
     if not on_gpu:
         memory = {name: int(CPU_HEAP * count) for name, count in memory.items()} | {"libraries": CPU_SCRATCH}
     return Footprint(counts, memory)

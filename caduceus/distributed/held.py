@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from caduceus.config import Config, ParallelConfig
-from caduceus.model.costs import MOMENTS, parameter_count
+from caduceus.model.costs import kept_numbers, parameter_count
 
 LARGEST_REPLICATED_MODEL = 500_000_000
 """Parameters up to which every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two moments."""
@@ -55,12 +55,12 @@ def strategy_of(config: Config, world: int, node: int = 0) -> tuple[str, int]:
 def held(config: Config, world: int, node: int = 0) -> Held:
     """What a rank holds between the backward pass and the update."""
     whole = _FP32 * parameter_count(config.model)
+    states = _FP32 * kept_numbers(config.model, config.train)
     strategy, holders = strategy_of(config, world, node)
     if strategy != "deepspeed":
-        kept = MOMENTS + bool(config.train.ema)
-        return Held(whole // holders, whole // holders, kept * whole // holders)
+        return Held(whole // holders, whole // holders, states // holders)
     stage = config.parallel.zero_stage
     if stage == 0:
-        return Held(whole, whole, MOMENTS * whole)
-    master = (1 + MOMENTS) * whole // world  # it keeps a copy of its own, also of parameters in fp32
+        return Held(whole, whole, states)
+    master = (whole + states) // world  # it keeps a copy of its own, also of parameters in fp32
     return Held(whole // world if stage == 3 else whole, whole if stage == 1 else whole // world, master)

@@ -123,9 +123,9 @@ class Ranks:
 
     def gather(self, numbers: list[float] | torch.Tensor) -> torch.Tensor:
         """(n,) numbers of each rank -> (world, n) float64 on the CPU, the same on all ranks."""
+        if self.world == 1:  # and no GPU is asked
+            return torch.as_tensor(numbers, dtype=torch.float64).cpu()[None]
         mine = torch.as_tensor(numbers, dtype=torch.float64, device=self._agrees_on)
-        if self.world == 1:
-            return mine[None].cpu()
         return gather(mine, self._agrees_over).cpu()
 
     def gather_objects(self, value: object) -> list[object]:

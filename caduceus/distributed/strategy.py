@@ -1,6 +1,7 @@
 """What all strategies share: the interface that the trainer drives, as one process does it."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -181,7 +183,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def _read(state: dict[str, Any], directory: Path) -> None:
     def read() -> None:
         try:
-            dcp.load(state, checkpoint_id=directory, no_dist=True)
+            dcp.load(state, storage_reader=_Reader(directory), no_dist=True)
         except dcp.CheckpointException as error:  # which is no Exception
             causes = [system_error(failure) for failure, _ in error.failures.values()]
             raise next(filter(None, causes), RuntimeError(str(error))) from error
@@ -192,11 +194,22 @@ def _read(state: dict[str, Any], directory: Path) -> None:
         raise RuntimeError(str(error)) from error
 
 
+class _Reader(dcp.FileSystemReader):
+    """Has patience with the metadata, of whose reading torch hides how it failed."""
+
+    def read_metadata(self, *arguments: Any, **named: Any) -> Metadata:
+        read = functools.partial(super().read_metadata, *arguments, **named)
+        return patiently(read, is_there=not (arguments or named))  # with any, it looks whether a rank wrote its own
+
+
 class _Writer(dcp.FileSystemWriter):
     """Fails with the system's own error where a disk is full or broken, which torch hides behind one of its format."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         try:
-            return super().write_data(plan, planner)
+            return patiently(functools.partial(super().write_data, plan, planner))
         except RuntimeError as error:
             raise system_error(error) or error from None
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        patiently(functools.partial(super().finish, metadata, results))

@@ -76,12 +76,12 @@ def _as_table(path: Path, source: LabelledSource, target: Path) -> Path:
         raise UserError(f"{path}: no such file")
     if kind in (*TEXT_TABLES, *PARQUET):
         return path
-    if kind in FASTA and kind != ".2bit":
+    if kind in FASTA:
         rows: list[tuple[str, Any]] = list(rows_of_fasta(path))
     elif kind in BED:
         rows = _rows_of_bed(path, source)
     else:
-        known = ", ".join([*TEXT_TABLES, *PARQUET, *FASTA[:-1], *BED])
+        known = ", ".join([*TEXT_TABLES, *PARQUET, *FASTA, *BED])
         raise UserError(f"{path}: its ending does not say what it holds; known are {known} (also with .gz)")
     if not rows:
         raise UserError(f"{path}: holds no labelled sequence")

@@ -15,7 +15,9 @@ from caduceus.evaluate.vcf import read_vcf
 from caduceus.evaluate.windows import Windows, checked_bases, upper_case
 from caduceus.files import sha256_of
 
-FASTA = (".fa", ".fasta", ".fna", ".ffn", ".2bit")
+FASTA = (".fa", ".fasta", ".fna", ".ffn")
+GENOMES = (*FASTA, ".2bit")
+"""Endings of the files that data_prep opens as a genome, whatever their format; `FASTA` may have labels in headers."""
 BED = (".bed", ".narrowpeak", ".broadpeak", ".bed3", ".bed6")
 VCF = (".vcf",)
 _NAME_COLUMNS = ("name", "id")
@@ -61,7 +63,7 @@ class SequenceSource:
             raise UserError(f"--window: must be at least 1, got {self.window}")
         if is_folder:
             found = _of_shards(self)
-        elif kind in FASTA:
+        elif kind in GENOMES:
             found = _of_fasta(Windows(self.input))
         elif kind in (*BED, *VCF):
             windows = self._windows()
@@ -69,7 +71,7 @@ class SequenceSource:
         elif kind in (*TEXT_TABLES, *PARQUET):
             found = _of_table(self)
         else:
-            known = ", ".join([*FASTA, *BED, *VCF, *TEXT_TABLES, *PARQUET])
+            known = ", ".join([*GENOMES, *BED, *VCF, *TEXT_TABLES, *PARQUET])
             raise UserError(f"{self.input}: its ending does not say what it holds; known are {known} (also with .gz)")
         items = list(found)
         if not items:

@@ -9,11 +9,11 @@ from caduceus.alphabet import reverse_complement
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, package, read_columns, write_columns
 from caduceus.evaluate.labelled import LabelledTable
+from caduceus.evaluate.sequences import FASTA
 from caduceus.evaluate.windows import Windows
 from caduceus.tables import read_lines, refuse_line
 
 SPLITS = {"train": ("train",), "valid": ("dev", "valid", "validation"), "test": ("test",)}
-_FASTA = (".fna", ".fa", ".fasta")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def find_tables(folder: Path, names: list[str], splits: tuple[str, ...]) -> dict
 
 def _split_of(folder: Path, split: str) -> list[Path] | None:
     """The files of a split: one table or FASTA, shards of parquet, or a folder of classes."""
-    known = [*TEXT_TABLES, *PARQUET, *_FASTA]
+    known = [*TEXT_TABLES, *PARQUET, *FASTA]
     files = sorted(p for p in folder.iterdir() if p.is_file() and ending(p) in known)
     named = [p for p in files if p.name.split(".")[0] == split or re.match(rf"{split}-\d+-of-\d+\.", p.name)]
     if named:
@@ -74,11 +74,11 @@ def _split_of(folder: Path, split: str) -> list[Path] | None:
 
 def _as_table(files: list[Path], target: Path, genome: Path | None, notes: list[str]) -> Path:
     """One table of sequence and label, the file itself where it is one."""
-    if len(files) == 1 and files[0].is_file() and ending(files[0]) not in _FASTA:
+    if len(files) == 1 and files[0].is_file() and ending(files[0]) not in FASTA:
         return files[0]
     if files[0].is_dir():
         rows = list(_of_classes(files[0], genome, notes))
-    elif ending(files[0]) in _FASTA:
+    elif ending(files[0]) in FASTA:
         rows = [row for file in files for row in rows_of_fasta(file)]
     else:
         rows = [row for file in files for row in _of_columns(file)]

@@ -12,17 +12,20 @@ mirrored stream, to which F M' F applies, is stream 0 in even blocks and stream 
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
 from caduceus.config import CaduceusConfig
 from caduceus.model.block import Block, Norm, residual_dtype
 from caduceus.model.observer import Observer
 from caduceus.ops import Context, Strands
+
+_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # no block draws a random number
 
 
 class BackboneOutput(NamedTuple):
@@ -113,7 +116,7 @@ class Backbone(nn.Module):
             if number <= self.recomputed_blocks and torch.is_grad_enabled():
                 if residual is not None:  # a block would keep both for its backward pass; of their sum it keeps one
                     hidden, residual = (residual + hidden).to(residual.dtype), None
-                hidden, residual = recompute(block, hidden, residual, pad_mask, starts, use_reentrant=False)
+                hidden, residual = _recompute(block, hidden, residual, pad_mask, starts)
             else:
                 scan_inputs = number <= self.recomputed_blocks + self.recomputed_scan_inputs
                 recompute_scan_inputs = scan_inputs and torch.is_grad_enabled()
@@ -131,6 +134,12 @@ class Backbone(nn.Module):
         """Make every sequence from now on a slice of one that the ranks of `context` share."""
         for block in self.blocks:
             block.mixer.context = context
+
+    def keep_states(self, blocks: int) -> None:
+        """Have the scans of the last so many blocks keep states for the backward pass, instead of computing them again:
+        no bit changes. Only the backend triton has such a choice."""
+        for number, block in enumerate(self.blocks):
+            block.mixer.keeps_states = number >= len(self.blocks) - blocks
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[Observer]:

@@ -5,16 +5,12 @@ Shapes: D d_model, E inner channels, N states, P directions, Q sets of projectio
 
 from dataclasses import dataclass
 
-from caduceus.config import CaduceusConfig
-from caduceus.config.model import CHUNK
+from caduceus.config import CaduceusConfig, TrainConfig
+from caduceus.config.model import CHUNK, MOST_IN_KERNELS
 
 MOMENTS = 2
 """Tensors that AdamW keeps of each parameter, each of the parameter's size."""
 _FP32 = 4
-CHECKPOINT_BYTES = (1 + MOMENTS) * _FP32
-"""Bytes that a checkpoint holds for a parameter: its value and its moments."""
-AVERAGE_BYTES = _FP32
-"""Bytes of a parameter's average over steps, in checkpoints and in training, where `train.ema` keeps one."""
 
 
 def parameter_count(model: CaduceusConfig) -> int:
@@ -24,14 +20,26 @@ def parameter_count(model: CaduceusConfig) -> int:
 
 def block_parameters(model: CaduceusConfig) -> int:
     """Those of one block."""
-    d, e, n, r, h = model.d_model, model.d_inner, model.d_state, model.dt_rank, model.heads
+    e, n, r, h = model.d_inner, model.d_state, model.dt_rank, model.heads
     if model.mixer == "mamba2":
-        projections = d * (3 * e + 2 * n + h)
         direction = (e + 2 * n) * (model.d_conv + 1) + 3 * h + e
     else:
-        projections = 3 * d * e
-        direction = e * (model.d_conv + 1) + e * (r + 2 * n) + (r + 1) * e + e * n + e
-    return _projections(model) * projections + _directions(model) * direction + _norm(model)
+        direction = e * (model.d_conv + 1) + (r + 1) * e + e * n + e
+    return _block_matrices(model) + _directions(model) * direction + _norm(model)
+
+
+def kept_numbers(model: CaduceusConfig, train: TrainConfig) -> int:
+    """Numbers that the optimizer keeps: AdamW's moments, one momentum of what Muon updates, and the average's."""
+    parameters = parameter_count(model)
+    kept = MOMENTS * parameters
+    if train.optimizer == "muon":
+        kept -= (MOMENTS - 1) * model.n_layer * _block_matrices(model)
+    return kept + (parameters if train.ema else 0)
+
+
+def checkpoint_bytes(model: CaduceusConfig, train: TrainConfig) -> int:
+    """Bytes of a checkpoint in fp32: the parameters, and what the optimizer keeps."""
+    return _FP32 * (parameter_count(model) + kept_numbers(model, train))
 
 
 def flops_per_base(model: CaduceusConfig) -> int:
@@ -50,10 +58,11 @@ def exponentials_per_base(model: CaduceusConfig) -> int:
 
     Mamba takes the decay of E x N states in each of four passes: two forward, for the states of chunks and for the
     outputs, and two backward, for the replayed states and for the gradients. Mamba-2 takes, for each head, the decay
-    from a base to every other base of its chunk, in two passes: forward, and again on the way back.
+    from a base to every other base of its chunk: forward, and on the way back once by torch and twice in kernels.
     """
     of_mamba = 4 * model.d_inner * model.d_state
-    of_direction = 2 * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
+    passes = 3 if _scans_in_kernels(model) else 2
+    of_direction = passes * model.heads * CHUNK if model.mixer == "mamba2" else of_mamba
     return model.n_layer * _directions(model) * of_direction * streams(model)
 
 
@@ -88,6 +97,13 @@ def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: boo
     return BlockBytes(lean + scan_inputs, lean, residual, gradients, states)
 
 
+def kept_state_bytes(model: CaduceusConfig, every: int) -> int:
+    """Bytes for a base of one stream in a block whose scan keeps one state of `every`, and its outputs in fp32."""
+    directions = _directions(model)
+    scans = 1 if model.bidirectional_weight_tie and model.bidirectional_strategy == "add" else directions
+    return (directions * model.d_state // every + scans) * model.d_inner * _FP32
+
+
 def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, fused_norm: bool) -> BlockBytes:
     """The scan keeps its operands and its output, and makes all else again, for the block that it is in."""
     d, e, n, h = model.d_model, model.d_inner, model.d_state, model.heads
@@ -95,6 +111,8 @@ def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, f
     convolved = directions * (e + 2 * n) * element
     rest = (d + (0 if fused_norm else d) + projections * (3 * e + 2 * n + h) + directions * e) * element
     within = directions * h * CHUNK * (3 * _FP32 + 2 * 2 * _FP32)  # T x T matrices in fp32, and two in fp64
+    if fused_norm and element < _FP32 and _scans_in_kernels(model):  # states of chunks and their adjoints instead
+        within = directions * e * n * 2 * (_FP32 + element) / CHUNK
     gradients = (2 * directions * (e + 2 * n) + projections * 2 * e) * element + within
     states = directions * e * n * _FP32
     return BlockBytes(residual + rest + convolved, residual + rest, residual, gradients, states)
@@ -110,7 +128,9 @@ def launches(
     """
     whole, inputs = recomputed
     block = 80 + 16 * (streams - 1) + (37 if shared else 0)
-    if model.mixer == "mamba2":  # carries states from chunk to chunk by operators of their own
+    if _scans_in_kernels(model):
+        block -= 12
+    elif model.mixer == "mamba2":  # carries states from chunk to chunk by operators of their own
         block += 188 + 8 * chunks * streams * _directions(model)
     again = whole * (block / 4) + 6 * inputs
     return round(model.n_layer * block + again + 43 + 17 * (streams - 1))
@@ -119,6 +139,19 @@ def launches(
 def streams(model: CaduceusConfig) -> int:
     """Strands that the model follows."""
     return 2 if model.rcps else 1
+
+
+def _scans_in_kernels(model: CaduceusConfig) -> bool:
+    """Whether it is a Mamba-2 whose scan has kernels on a GPU like the H100, in half precision."""
+    return model.mixer == "mamba2" and max(model.headdim, model.d_state) <= MOST_IN_KERNELS
+
+
+def _block_matrices(model: CaduceusConfig) -> int:
+    """Parameters of a block in in_proj, x_proj and out_proj."""
+    d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
+    if model.mixer == "mamba2":
+        return _projections(model) * d * (3 * e + 2 * n + model.heads)
+    return _projections(model) * 3 * d * e + _directions(model) * e * (r + 2 * n)
 
 
 def _norm(model: CaduceusConfig) -> int:

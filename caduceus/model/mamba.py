@@ -92,7 +92,7 @@ class BiMamba(Mixer):
             return self._project_scan_inputs(u, x_proj, dt_proj, pad_mask)
 
         def scan(u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
-            return bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, **where)
+            return bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, keep=self.keeps_states, **where)
 
         return self._project_out(apply(scan_inputs, scan), 0)
 
@@ -125,7 +125,7 @@ class BiMamba(Mixer):
             streams = zip(*(tensor.unbind(0) for tensor in (u, dt, B, C, z)), reverse, strict=True)
             return torch.stack(
                 [
-                    selective_scan(u, dt, A, B, C, D, z, dt_bias, reverse=back, **where)
+                    selective_scan(u, dt, A, B, C, D, z, dt_bias, reverse=back, keep=self.keeps_states, **where)
                     for u, dt, B, C, z, back in streams
                 ]
             )

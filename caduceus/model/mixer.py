@@ -82,6 +82,7 @@ class Mixer(nn.Module, ABC):
         self.mirror_channels = mirror_channels
         self.backend = backend
         self.context: Context | None = None
+        self.keeps_states = False
         self.observer: Observer | None = None
         self.directions = 2 if config.bidirectional else 1
         self.projections = 1 if config.bidirectional_weight_tie else self.directions

@@ -6,10 +6,12 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from caduceus.config import Config, Stage
+from caduceus.files import patiently
 from caduceus.monitor.report.write import report_of_finished
 from caduceus.monitor.terminal import Terminal
 from caduceus.monitor.view import BEST, View, clock
@@ -40,7 +42,7 @@ class Monitor:
         self._run = run
         self._started = time.monotonic()
         self.wandb = WandbProcess(config, run.path)
-        self._file = run.metrics_path.open("ab", buffering=0)
+        self._file = patiently(partial(run.metrics_path.open, "ab", buffering=0))
         self._drawing = Drawing(run.path)
         self._unwritten = b""
         self._looked, self._is_lost = time.monotonic(), False
@@ -91,6 +93,11 @@ class Monitor:
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
         self._terminal.tell_validation(f"step {row['step']:,}  valid loss {row['valid_loss']:.4f}{detail}")
 
+    def tell_best(self, step: int, facts: dict[str, Any]) -> None:
+        """Show that a step is the best so far by `checkpoint.best`."""
+        if self._active:
+            self._terminal.tell_validation(f"step {step:,}  {facts['metric']} {facts['value']:.6g} is the best so far")
+
     def log_machines(self, row: dict[str, Any]) -> None:
         """Record what nodes and GPUs do."""
         if self._active:
@@ -121,7 +128,7 @@ class Monitor:
         self._file.close()
         record_event(self._run.path, "rewind", step, after=self._view.step)
         self._run.truncate_metrics(step)
-        self._file = self._run.metrics_path.open("ab", buffering=0)
+        self._file = patiently(partial(self._run.metrics_path.open, "ab", buffering=0))
         self._recall()
 
     def _recall(self) -> None:

@@ -35,12 +35,13 @@ class Terminal:
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False)
             self._ending.enter_context(self._live)
             self._ending.enter_context(_log_above_the_panel())
+            self._draw()
 
     def close(self) -> None:
         if self._live is not None:
-            self._view.look()
-            self._live.update(panel([self._view], self._console.width), refresh=True)
-        self._ending.close()
+            self._draw()
+        with contextlib.suppress(OSError):  # the terminal is gone
+            self._ending.close()
 
     def refresh(self, last: bool = False) -> None:
         """Show a new training row, unless one was shown a moment ago."""
@@ -51,10 +52,20 @@ class Terminal:
             return
         self._shown = now
         if self._live is not None:
-            self._view.look()
-            self._live.update(panel([self._view], self._console.width), refresh=True)
+            self._draw()
         else:
             _log.info("%s", plain_line(self._view))
+
+    def _draw(self) -> None:
+        """Show the panel. No fault of it ends the run: a terminal may go away while the run trains for weeks."""
+        try:
+            self._view.look()
+            self._live.update(panel([self._view], self._console.width), refresh=True)
+        except Exception as error:
+            self._live = None
+            with contextlib.suppress(OSError):
+                self._ending.close()
+            _log.warning("the panel is not shown any more (%s: %s); plain lines follow", type(error).__name__, error)
 
     def tell_validation(self, line: str) -> None:
         """Show a line that stays."""
@@ -112,7 +123,9 @@ def _texts(view: View) -> list[str]:
             valid += f", best {view.best_valid[1]:.4f} at {view.best_valid[0]:,}"
     rate = "rate -"
     if view.bases_per_second is not None:
-        rate = f"{_short(view.bases_per_second)} bases/s   {_short_seconds(view.seconds_per_step)} a step"
+        rate = f"{_short(view.bases_per_second)} bases/s"
+    if view.seconds_per_step is not None:
+        rate += f"   {_short_seconds(view.seconds_per_step)} a step"
     left = "time left -" if view.seconds_left is None else f"time left [bold]{clock(view.seconds_left)}[/]"
     memory = view.row.get("peak_memory_bytes")
     held = "memory -" if memory is None else f"memory {memory / 2**30:.1f} GiB"

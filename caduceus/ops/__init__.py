@@ -18,6 +18,7 @@ from caduceus.ops import naive
 from caduceus.ops.across_ranks import Context, SlicedScan, Strands, conv_over_ranks, scan_over_ranks
 from caduceus.ops.backends import is_triton, load_module
 from caduceus.ops.directions import conv_by_direction, scan_by_direction
+from caduceus.ops.mamba2 import bidirectional_ssd_scan as bidirectional_ssd_scan
 from caduceus.ops.mamba2 import gated_norm as gated_norm
 from caduceus.ops.operands import ScanOperands, check_conv, check_head, check_norm, check_scan
 from caduceus.ops.packed import run_apart
@@ -42,6 +43,7 @@ def selective_scan(
     return_final_state: bool = False,
     context: Context | None = None,
     starts: Tensor | None = None,
+    keep: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective state-space scan (Gu and Dao 2023, arXiv:2312.00752) in one direction.
@@ -53,6 +55,7 @@ def selective_scan(
     differentiable. With `reverse` the first step taken is position L - 1. With a `context` the sequence goes on over
     its ranks: L is this rank's slice, and the states come from and go to the neighbours. `starts` (B, L) bool marks the
     first positions of packed sequences: no state crosses one. Neither goes with a state to begin from or to return.
+    `keep`: as of `bidirectional_scan`.
     """
     operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
     check_scan(operands, initial_state, starts)
@@ -63,7 +66,7 @@ def selective_scan(
         if has_states:
             raise ValueError("starts: packed sequences take no initial_state and give no final one")
         if is_triton(module):
-            return module.selective_scan(operands, softplus, reverse, None, starts)[0]
+            return module.selective_scan(operands, softplus, reverse, None, starts, keep)[0]
 
         def scan_alone(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
             return module.selective_scan(ScanOperands(u, dt, A, B, C, D, z, dt_bias), softplus, reverse, None)[0]
@@ -75,7 +78,8 @@ def selective_scan(
                 "a context carries the states between ranks; it takes no initial_state and gives no final one"
             )
         return scan_over_ranks(_sliced_scan(module), operands.unsqueezed(), softplus, reverse, context).squeeze(0)
-    y, state = module.selective_scan(operands, softplus, reverse, initial_state)
+    kept = {"keep": keep} if is_triton(module) else {}
+    y, state = module.selective_scan(operands, softplus, reverse, initial_state, **kept)
     return (y, state) if return_final_state else y
 
 
@@ -158,6 +162,7 @@ def bidirectional_scan(
     *,
     context: Context | None = None,
     starts: Tensor | None = None,
+    keep: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Sum over both directions of the selective scan of every stream, gated by silu(z).
@@ -167,6 +172,8 @@ def bidirectional_scan(
     d + s is odd: odd streams, as the other strand is, have the directions exchanged. Returns (S, B, L, E). With a
     `context` the sequence goes on over its ranks.
     `starts` (B, L) bool marks the first positions of packed sequences: no state crosses one, in either direction.
+    `keep`: the backward pass finds every eighth state and the outputs before their gate, which triton computes again
+    otherwise; other backends, and ranks that share a sequence, do as ever.
     """
     operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
     check_scan(operands, None, starts, parameters="P", streams="S")
@@ -174,7 +181,7 @@ def bidirectional_scan(
     if starts is not None:
         _refuse_context(context)
         if is_triton(module):
-            return module.bidirectional_scan(operands, starts)
+            return module.bidirectional_scan(operands, starts, keep)
 
         def scan_alone(u: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> Tensor:
             return bidirectional_scan(u, dt, A, B, C, D, z, dt_bias, backend=backend)
@@ -182,6 +189,8 @@ def bidirectional_scan(
         return run_apart(starts, scan_alone, u, dt, B, C, z)
     if context is not None:
         return scan_over_ranks(_sliced_scan(module), operands, True, False, context)
+    if is_triton(module):
+        return module.bidirectional_scan(operands, keep=keep)
     if hasattr(module, "bidirectional_scan"):
         return module.bidirectional_scan(operands)
     return scan_by_direction(module.selective_scan, operands)[0]

@@ -3,7 +3,8 @@
 One decay for a head of W channels, and B and C shared by all heads, make a scan over T positions a product with a
 triangular T x T matrix. So a sequence is cut into chunks: products within each, and a state that goes from one to the
 next. It is torch throughout, so CPU and GPU run the same; products are in the type of x, decays and states in at least
-fp32. Direction is an argument: a run from right to left has the triangle on the other side.
+fp32. Direction is an argument: a run from right to left has the triangle on the other side. Where a GPU's own kernels
+(`caduceus.ops.triton.ssd`) take a scan, they do the same without a T x T matrix in memory.
 
 Shapes: G runs (each with a direction of its own), B batch, L length, H heads, W channels of a head (headdim), N states;
 P directions, S streams. E = H W inner channels.
@@ -56,7 +57,14 @@ def ssd_scan(
     if context is not None:
         if starts is not None or initial_state is not None or return_final_state:
             raise ValueError("a context takes neither starts nor an initial_state, and gives no final one")
-        return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias).unsqueezed(), reverse, context)[0, 0]
+        return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias).unsqueezed(), reverse, context, backend)[0, 0]
+    if (kernels := _kernels(backend, x, B)) is not None:
+        operands = tuple(
+            tensor[None] if tensor.ndim == 1 else tensor[None, None] for tensor in (x, dt, A, B, C, D, dt_bias)
+        )
+        first = None if initial_state is None else initial_state[None, None]
+        y, state = kernels.ssd_scan(operands, first, starts, reverse)
+        return (y[0, 0], state[0, 0]) if return_final_state else y[0, 0]
     if initial_state is None:
         initial_state = _no_state(x, B.shape[-1])
     operands = tuple(tensor[None] for tensor in (x, dt, A, B, C, D, dt_bias, initial_state))
@@ -85,7 +93,9 @@ def bidirectional_ssd_scan(
     if context is not None:
         if starts is not None:
             raise ValueError("starts: packed sequences cannot be shared between ranks (parallel.context)")
-        return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias), False, context)
+        return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias), False, context, backend)
+    if (kernels := _kernels(backend, x, B)) is not None:
+        return kernels.ssd_scan((x, dt, A, B, C, D, dt_bias), None, starts, False)[0]
     operands, reverse = _as_runs((x, dt, A, B, C, D, dt_bias), False)
     y, _ = _run((*operands, _no_state(operands[0], B.shape[-1])), reverse, starts, backend)
     return y.unflatten(0, x.shape[:2])
@@ -160,7 +170,8 @@ def by_chunks(
 
     with torch.autocast(x.device.type, enabled=False):
         steps, xs, Bs, Cs = cut(steps), cut(x), cut(B.to(x.dtype)), cut(C.to(x.dtype))
-        backwards = torch.tensor(list(reverse), device=x.device)[:, None, None, None]
+        backwards = torch.stack([x.new_full((), back, dtype=torch.bool) for back in reverse])  # a GPU waits for no list
+        backwards = backwards[:, None, None, None]
         # Sums of many steps are subtracted from each other: in fp32 short decays far into a chunk would lose digits.
         wide = compute if x.device.type == "mps" else torch.float64
         logs = (steps * A.to(compute)[:, None, None, None]).to(wide)
@@ -271,8 +282,16 @@ class SlicedSSD:
         return *found[:6], None, found[6]
 
 
-def _over_ranks(operands: ScanOperands, reverse: bool, context: Context) -> Tensor:
-    return scan_over_ranks(SlicedSSD, operands._replace(A=operands.A[..., None]), True, reverse, context)
+def _over_ranks(operands: ScanOperands, reverse: bool, context: Context, backend: str) -> Tensor:
+    kernels = _kernels(backend, operands.u, operands.B)
+    sliced = SlicedSSD if kernels is None else kernels.SlicedSSD
+    return scan_over_ranks(sliced, operands._replace(A=operands.A[..., None]), True, reverse, context)
+
+
+def _kernels(backend: str, x: Tensor, B: Tensor) -> Any:
+    """The GPU's module of kernels, where they take a scan of these sizes and this type."""
+    kernels = None if backend == "naive" else kernels_of_gpu(backend, x)
+    return kernels if kernels is not None and kernels.takes_ssd(x, B.shape[-1]) else None
 
 
 def _as_runs(operands: Operands, reverse: bool) -> tuple[Operands, list[bool]]:

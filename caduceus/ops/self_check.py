@@ -171,6 +171,19 @@ def _cases(device: torch.device) -> Iterator[Case]:
     yield Case(f"add + LayerNorm ({sizes})", {**normed, "bias": normal(E)}, partial(_pair, ops.add_norm, eps=1e-5))
     gated = {"y": normal(*runs, E), "z": normal(*runs[1:], E), "weight": normal(P, E)}
     yield Case(f"gated RMSNorm ({sizes})", gated, partial(_alone, ops.gated_norm))
+    heads, width = 2, E // 2
+    chunked = {
+        "x": normal(*runs, heads, width),
+        "dt": normal(*runs, heads) - 1,
+        "A": -normal(P, heads).abs() - 0.1,
+        "B": normal(*runs, N),
+        "C": normal(*runs, N),
+        "D": normal(P, heads),
+        "dt_bias": 0.1 * normal(P, heads),
+    }
+    chunks = partial(_alone, ops.bidirectional_ssd_scan)
+    yield Case(f"Mamba-2's scan ({sizes}, {N} states)", chunked, chunks)
+    yield Case(f"Mamba-2's scan of packed sequences ({sizes}, {N} states)", chunked, partial(chunks, starts=starts))
     labels = (torch.arange(length, device=device) % 16)[None]
     labels = torch.where(labels % 3 == 0, _IGNORED, labels)
     head = {"x": normal(S, batch, length, E), "weight": normal(S, 16, E)}

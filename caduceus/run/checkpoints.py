@@ -9,7 +9,7 @@ from typing import Any
 
 from caduceus.config import Config, config_from_dict
 from caduceus.errors import UserError
-from caduceus.files import dump_json, patiently, sha256_of, sync, write_atomically
+from caduceus.files import dump_json, patient, patiently, sha256_of, sync, write_atomically
 
 MARKER = "COMPLETE"
 AVERAGE = "average"
@@ -24,17 +24,22 @@ class Checkpoint:
     step: int
 
     def damage(self, contents: bool = True) -> str | None:
-        """What is wrong with the files, by size and, of their `contents`, by sha256; None where they are whole."""
+        """What is wrong with the files, by size and, of their `contents`, by sha256; None where they are whole.
+
+        With their contents, a file that is not there is waited for a moment: it was before the marker, perhaps written
+        by another node.
+        """
         try:
             files = self._files()
         except (OSError, ValueError) as error:
             return f"its marker is not readable ({error})"
         for name, (size, _) in files.items():
-            file = self.path / name
-            if not file.is_file():
+            try:
+                found_size = patiently((self.path / name).stat, is_there=contents).st_size
+            except (FileNotFoundError, NotADirectoryError):
                 return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+            if found_size != size:
+                return f"{name} has {found_size} bytes instead of {size}"
         found = _sha256_of_all(self.path / name for name in files) if contents else []
         for (name, (_, expected)), digest in zip(files.items(), found, strict=contents):
             if digest != expected:
@@ -66,6 +71,7 @@ class Checkpoint:
         return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
 
 
+@patient
 def write_marker(written: Path, step: int, facts: dict[str, Any]) -> None:
     """Mark a fully written directory as the checkpoint of `step`, once all that it holds is on the disk."""
     found = sorted(path for path in written.rglob("*") if path.is_file())

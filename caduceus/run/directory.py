@@ -12,18 +12,18 @@ checkpoints/damaged-step-00002000                      set aside by a start that
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from caduceus.config import Config, changes, load_config, save_config
 from caduceus.errors import RetryError, UserError
-from caduceus.files import dump_json, read_json_lines, sync, write_atomically
+from caduceus.files import dump_json, is_file, patient, patiently, read_json, read_json_lines, sync, write_atomically
 from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
 from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
@@ -56,7 +56,7 @@ class RunDirectory:
     def open(cls, path: str | Path) -> "RunDirectory":
         """An existing run; `UserError` where there is none."""
         run = cls(path)
-        if not run.config_path.is_file():
+        if not is_file(run.config_path):
             raise UserError(f"{path}: not a run directory (config.yaml is missing)")
         return run
 
@@ -70,19 +70,20 @@ class RunDirectory:
         assert config.run.dir is not None, "load_config gives a run its directory"
         run = cls(config.run.dir)
         with run.telling_of_disks():
-            if run.config_path.is_file() or run.checkpoints():
+            if is_file(run.config_path) or run.checkpoints():
                 run._refuse_other_config(config)
             elif run._holds_something_else():
                 raise UserError(
                     f"run.dir: {run.path} exists and holds something other than a run; choose another directory"
                 )
             for directory in (run.checkpoints_path, run.logs_path):
-                directory.mkdir(parents=True, exist_ok=True)
+                patiently(partial(directory.mkdir, parents=True, exist_ok=True))
             run._lock.take()
-            if not run.config_path.is_file():
+            if not is_file(run.config_path):
                 save_config(config, run.config_path)
         return run
 
+    @patient
     def _holds_something_else(self) -> bool:
         """Whether the directory holds files, and neither a run's nor a wish of the user's that came before them."""
         if not self.path.is_dir() or self._lock.path.exists():
@@ -104,9 +105,11 @@ class RunDirectory:
         """Make `config` the run's own: by the process that trains, once it has loaded its checkpoint, and for a job."""
         save_config(config, self.config_path)
 
+    @patient
     def config(self) -> Config:
         return load_config(self.config_path)
 
+    @patient
     def steps(self) -> int:
         """`train.steps` of the run's configuration, of which nothing else is read where a run wrote it."""
         found = _STEPS.search(self.config_path.read_text())
@@ -143,13 +146,15 @@ class RunDirectory:
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints_path / f"step-{step:08d}"
 
+    @patient
     def checkpoints(self) -> list[Checkpoint]:
         """Checkpoints that have their marker, oldest first."""
         found = []
-        for marker in self.checkpoints_path.glob(f"step-*/{MARKER}"):
-            step = marker.parent.name.removeprefix("step-")
-            if step.isdigit():
-                found.append(Checkpoint(marker.parent, int(step)))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for path in self.checkpoints_path.iterdir():
+                step = path.name.removeprefix("step-")
+                if path.name != step and step.isdigit() and is_file(path / MARKER):
+                    found.append(Checkpoint(path, int(step)))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest_valid_checkpoint(self) -> Checkpoint | None:
@@ -161,6 +166,7 @@ class RunDirectory:
             _log.warning("%s: damaged checkpoint passed over: %s", checkpoint.path, damage)
         return None
 
+    @patient
     def set_aside_damaged_checkpoints(self) -> Checkpoint | None:
         """Rename the damaged checkpoints after the newest valid one, which is returned: the run goes on from there.
 
@@ -190,19 +196,19 @@ class RunDirectory:
         if self.is_taken_over():
             raise RetryError(f"run.dir: {self.path} was taken over by another process")
         final = self.checkpoint_path(step)
-        if final.exists():
+        with contextlib.suppress(FileNotFoundError):
             self._remove(final)
-        written.rename(final)
+        patiently(partial(written.rename, final))
         self._link("latest", final)
         sync(self.checkpoints_path)
         return Checkpoint(final, step)
 
     def best(self) -> dict[str, Any] | None:
         """The `step` of the best checkpoint, with `metric`, `is` and `value`; None where there is none."""
+        best = read_json(self.checkpoints_path / _BEST)
         try:
-            best = json.loads((self.checkpoints_path / _BEST).read_text())
-            return best if (self.checkpoint_path(best["step"]) / MARKER).is_file() else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return best if is_file(self.checkpoint_path(best["step"]) / MARKER) else None
+        except (ValueError, KeyError, TypeError):
             return None
 
     def keep_best(self, step: int, facts: dict[str, Any]) -> None:
@@ -210,6 +216,7 @@ class RunDirectory:
         write_atomically(self.checkpoints_path / _BEST, dump_json({"step": step, **facts}))
         self._link("best", self.checkpoint_path(step))
 
+    @patient
     def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_steps: Collection[int] = ()) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
@@ -226,6 +233,7 @@ class RunDirectory:
             shutil.rmtree(damaged)
             _log.warning("%s: removed, as checkpoint.keep=%d newer damaged ones are kept", damaged, keep)
 
+    @patient
     def _link(self, name: str, checkpoint: Path) -> None:
         link = self.checkpoints_path / f".{name}.{os.getpid()}"
         link.unlink(missing_ok=True)
@@ -242,6 +250,7 @@ class RunDirectory:
         """All rows of metrics.jsonl; a line cut off by a kill or a full disk is left out."""
         return read_json_lines(self.metrics_path)
 
+    @patient
     def newest_metrics(self, key: str, count: int = 1, end: int | None = None) -> list[dict[str, Any]]:
         """The newest rows of metrics.jsonl that have `key`, oldest first, as far as they are near its end.
 
@@ -249,6 +258,7 @@ class RunDirectory:
         """
         return newest_rows(self.metrics_path, key, count, end)
 
+    @patient
     def truncate_metrics(self, step: int) -> None:
         """Drop rows after `step`: they are about to be made again."""
         cut_after(self.metrics_path, step)
@@ -274,10 +284,7 @@ class RunDirectory:
         return self._provenance().get("stages", {})
 
     def _provenance(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.provenance_path.read_text())
-        except (OSError, ValueError):
-            return {}
+        found = read_json(self.provenance_path)
         return found if isinstance(found, dict) else {}
 
     def former_config(self) -> Config:

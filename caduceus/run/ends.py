@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.errors import Kind, PeerError, kind_of, one_line
-from caduceus.files import dump_json, write_atomically
+from caduceus.files import dump_json, patient, write_atomically
 
 _recording: tuple[Path, int] | None = None
 """Where `recording_end` will leave the end of this process."""
@@ -74,6 +74,7 @@ def record_end(folder: Path, rank: int, error: BaseException | None = None) -> N
         write_atomically(folder / f"rank-{rank}.json", dump_json(asdict(end)))
 
 
+@patient
 def read_ends(folder: Path) -> dict[int, End]:
     """The ends that the ranks of an attempt left, by rank."""
     ends = [_end(json.loads(path.read_text())) for path in folder.glob("rank-*.json")]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from caduceus.errors import RetryError
-from caduceus.files import is_locked, locked, take_lock, write_atomically
+from caduceus.files import is_locked, locked, patiently, read_json, take_lock, write_atomically
 from caduceus.run.agent import AGENT
 
 ENDING_SECONDS = 10.0
@@ -82,7 +82,7 @@ class RunLock:
         began, told = time.monotonic(), False
         while self._file is None:
             with suppress(BlockingIOError):
-                self._file = take_lock(self.path, wait=False)
+                self._file = patiently(lambda: take_lock(self.path, wait=False))
                 break
             holder = self.holder()
             if holder is not None and holder.is_dead():  # something that it started lives on, and keeps its lock
@@ -122,8 +122,8 @@ class RunLock:
     def holder(self) -> Holder | None:
         """Who holds the lock or was the last to do so; None where that is not known."""
         try:
-            return Holder(**json.loads(self.path.read_text()))
-        except (OSError, ValueError, TypeError):
+            return Holder(**(read_json(self.path) or {}))
+        except (OSError, TypeError):
             return None
 
     def shut_out_holder(self) -> None:
@@ -135,7 +135,7 @@ class RunLock:
         if self._file is None:
             return False
         try:
-            return self.path.read_text() != self._claim
+            return patiently(self.path.read_text) != self._claim
         except OSError:  # a file system out of order tells nothing
             return False
 

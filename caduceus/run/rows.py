@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from caduceus.files import is_file, patient, patiently
 
 _BLOCK = 1 << 16
 REACH = 64 << 20
@@ -35,7 +37,7 @@ def lines_from_end(
     """
     mark = None if key is None else f'"{key}":'.encode()
     try:
-        file = path.open("rb")
+        file = patiently(lambda: path.open("rb"))
     except FileNotFoundError:
         return
     with file:
@@ -44,8 +46,7 @@ def lines_from_end(
         rest = b""  # from `place` up to the end of the newest line not told yet
         while place > 0:
             begin = max(0, place - _BLOCK)
-            file.seek(begin)
-            rest, at = file.read(place - begin) + rest, begin
+            rest, at = _read(file, begin, place) + rest, begin
             newline = rest.find(b"\n")  # up to it, a line that begins further back
             first = 0 if begin == 0 else newline + 1 if newline >= 0 else len(rest)
             whole, place = rest[first:], begin
@@ -54,6 +55,12 @@ def lines_from_end(
                 yield from _newest_first(whole, at + first, mark, least)
             if begin <= least:
                 return
+
+
+@patient
+def _read(file: IO[bytes], begin: int, end: int) -> bytes:
+    file.seek(begin)
+    return file.read(end - begin)
 
 
 def _newest_first(text: bytes, offset: int, mark: bytes | None, least: int) -> Iterator[Line]:
@@ -83,7 +90,7 @@ def newest_rows(path: Path, key: str, count: int, end: int | None = None) -> lis
 
 def cut_after(path: Path, step: int) -> None:
     """Drop the rows after `step`, in place: what stays is not written again."""
-    if not path.exists():
+    if not is_file(path):
         return
     keep = next((line.end for line in lines_from_end(path) if line.row["step"] <= step), 0)
     with path.open("rb+") as file:

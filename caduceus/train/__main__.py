@@ -7,7 +7,7 @@ import signal
 import warnings
 
 from caduceus.arguments import Parser, PresetAction
-from caduceus.config import SECTIONS, load_config
+from caduceus.config import SECTIONS, Config, has_dial, load_config
 from caduceus.config.reference import about_section, annotated
 from caduceus.errors import run_command
 from caduceus.presets import preset_list
@@ -34,9 +34,12 @@ def main() -> int:
     arguments = _parser().parse_args()
     set_up_logging(quiet=arguments.quiet)
     config = load_config(arguments.config, arguments.overrides)
+    dial = _table_of_dial(config, arguments)
     if arguments.show:
-        print(annotated(config), end="")
+        print(dial + annotated(config), end="")
         return 0
+    if dial and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).info("%s", dial.rstrip())
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os.environ.update({**compiler_caches(os.environ), **os.environ})
     from caduceus.train.trainer import train
@@ -51,6 +54,15 @@ def set_up_logging(quiet: bool = False) -> None:
     """Messages of the run as plain lines on stderr; `quiet` leaves warnings alone."""
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+
+
+def _table_of_dial(config: Config, arguments: argparse.Namespace) -> str:
+    """Lines of what a dial decided and of the time and memory that it takes; nothing without a dial."""
+    if not has_dial(arguments.config, arguments.overrides):
+        return ""
+    from caduceus.train.dial import dial_table
+
+    return dial_table(config, int(os.environ.get("WORLD_SIZE", 1))) + "\n"
 
 
 def command() -> None:

@@ -4,6 +4,7 @@ The sharded files carry names that do not depend on the layout, so a checkpoint 
 """
 
 import copy
+import io
 import json
 import logging
 import random
@@ -94,7 +95,7 @@ class Checkpoints:
         with self._ranks.agreeing():
             if self._ranks.is_main:
                 try:
-                    writing.mkdir()
+                    patiently(writing.mkdir)
                 except OSError as error:
                     raise self._not_written(progress.step, error) from None
         writing = self._ranks.broadcast(writing)
@@ -206,8 +207,9 @@ class Checkpoints:
                 torch.cuda.set_device(self._ranks.device)
             write(writing)
             if self._ranks.is_main:
-                with (writing / "rng.pt").open("wb") as file:  # torch's own writer would not tell of a full disk
-                    torch.save(rng, file)
+                state = io.BytesIO()
+                torch.save(rng, state)
+                write_atomically(writing / "rng.pt", state.getvalue())
                 write_atomically(writing / "progress.json", dump_json(asdict(progress)))
                 facts = {"samples": progress.samples, "stage": progress.stage, "config": config_to_dict(self._config)}
                 self._run.complete_checkpoint(writing, progress.step, facts)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.distributed.strategy import Strategy
-from caduceus.model.costs import MOMENTS
+from caduceus.model.costs import kept_numbers, parameter_count
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -60,14 +60,13 @@ def kept_storages(block: nn.Module, *inputs: Any) -> list[torch.UntypedStorage]:
     return kept
 
 
-def moment_bytes_to_come(strategy: Strategy) -> int:
-    """Bytes on the ranks' device that the first update adds: AdamW's two moments of this rank's parameters, and the
-    average of the weights where one is kept."""
+def moment_bytes_to_come(config: Config, strategy: Strategy) -> int:
+    """Bytes on the ranks' device that the first update adds: what the optimizer keeps of this rank's parameters."""
     if strategy.optimizer.state:
         return 0
-    kept = MOMENTS + bool(getattr(strategy.optimizer, "decay", 0))
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in strategy.model.parameters())
-    return kept * sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
+    here = sum(part.nbytes for part in parts if part.device.type == strategy.ranks.device.type)
+    return here * kept_numbers(config.model, config.train) // parameter_count(config.model)
 
 
 class TensorBytes(TorchDispatchMode):

@@ -17,7 +17,7 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.files import show_bytes
-from caduceus.model.costs import AVERAGE_BYTES, CHECKPOINT_BYTES
+from caduceus.model.costs import checkpoint_bytes
 from caduceus.ops.backends import check_backend
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
@@ -71,12 +71,11 @@ def check_before_start(
     `PeerError` on the others.
     """
     ranks = strategy.ranks
-    parameters = sum(parameter.numel() for parameter in strategy.model.parameters())
     with ranks.agreeing(), run.telling_of_disks():
         facts = RankFacts(
             host=socket.gethostname(),
             clock=time.time(),
-            disk=_disk_problem(run.path, (CHECKPOINT_BYTES + AVERAGE_BYTES * bool(config.train.ema)) * parameters),
+            disk=_disk_problem(run.path, checkpoint_bytes(config.model, config.train)),
             shared_memory=_shared_memory_problem(config, ranks),
         )
     found = ranks.gather_objects(facts)
@@ -146,7 +145,7 @@ def check_gpu_memory(config: Config, strategy: Strategy) -> None:
     if ranks.device.type != "cuda":
         return
     run_micro_batch(config, strategy)
-    peak = torch.cuda.max_memory_allocated(ranks.device) + memory.moment_bytes_to_come(strategy)
+    peak = torch.cuda.max_memory_allocated(ranks.device) + memory.moment_bytes_to_come(config, strategy)
     # Not all that there is: the driver, NCCL and other processes have taken their parts.
     available = memory.free_memory(ranks.device) + torch.cuda.memory_allocated(ranks.device)
     with ranks.agreeing():

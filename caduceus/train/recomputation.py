@@ -1,8 +1,10 @@
-"""`train.activation_checkpointing: auto`: as few activations are recomputed as the free memory demands."""
+"""What the free memory decides: `train.activation_checkpointing: auto` recomputes as few activations as it demands, and
+`train.keep_states: auto` keeps states in as many blocks as it allows."""
 
 import contextlib
 import dataclasses
 import logging
+import math
 import socket
 from collections.abc import Iterator
 
@@ -10,11 +12,12 @@ import torch
 
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config
-from caduceus.distributed.footprint import RESERVE, blocks_to_recompute
+from caduceus.distributed.footprint import REPLAYED, RESERVE, blocks_to_recompute
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
 from caduceus.model.block import residual_dtype
+from caduceus.model.costs import kept_state_bytes
 from caduceus.model.precision import autocast
 from caduceus.train import memory
 
@@ -32,7 +35,7 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
     free = memory.free_memory(ranks.device)
     model.recomputed_blocks, model.recomputed_scan_inputs = layers - 1, 0
     least = memory.peak_bytes(ranks.device, lambda: run_micro_batch(config, strategy))
-    least += memory.moment_bytes_to_come(strategy)
+    least += memory.moment_bytes_to_come(config, strategy)
     with refusing_what_is_too_large(config, ranks):
         added = bytes_added_by_a_block(config, ranks) if layers > 1 else (0, 0)
     rows = [[int(value) for value in row] for row in ranks.gather([least, *added, free]).tolist()]
@@ -52,6 +55,25 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
     if needed > free:
         _log.warning("this is more than there is; lower train.micro_batch or share sequences by parallel.context")
     return whole, inputs
+
+
+def keep_states_to_fit(config: Config, strategy: Strategy) -> int:
+    """Set and return how many blocks of the model keep states of their scans, on all ranks the same: the last ones.
+
+    For `auto` a micro-batch is measured, as it is recomputed, and blocks get what it leaves of the free memory.
+    """
+    ranks, model = strategy.ranks, strategy.network
+    can_keep = config.ops.backend == "triton" and config.model.mixer == "mamba" and ranks.context == 1
+    blocks = config.model.n_layer if can_keep and config.train.keep_states != "none" else 0
+    if blocks and config.train.keep_states == "auto":
+        free = memory.free_memory(ranks.device)
+        needed = memory.peak_bytes(ranks.device, lambda: run_micro_batch(config, strategy))
+        spare = int((1 - RESERVE) * free) - needed - memory.moment_bytes_to_come(config, strategy)
+        bases = math.prod(micro_batch_shape(config, ranks)) * len(model.streams)
+        most = max(0, spare) // (bases * kept_state_bytes(config.model, REPLAYED))
+        blocks = int(ranks.gather([min(blocks, most)]).min())
+    model.keep_states(blocks)
+    return blocks
 
 
 def bytes_added_by_a_block(config: Config, ranks: Ranks) -> tuple[int, int]:

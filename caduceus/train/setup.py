@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from caduceus.config import Config, Stage, stages_of, within
+from caduceus.config import Config, Stage, refuse_cuda_graphs, stages_of, within
 from caduceus.data.dataset import open_dataset, read_manifests, using_manifests
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
 from caduceus.distributed.initialisation import starting_weights
-from caduceus.distributed.layout import check_layout
+from caduceus.distributed.layout import Sharing, check_layout, with_sharing
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.files import write_atomically
@@ -26,7 +26,7 @@ from caduceus.train.checkpointing import Checkpoints
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.preflight import check_before_start, check_gpu_memory, check_model, refuse_other_data
 from caduceus.train.progress import Progress
-from caduceus.train.recomputation import recompute_to_fit
+from caduceus.train.recomputation import keep_states_to_fit, recompute_to_fit
 
 if TYPE_CHECKING:
     from caduceus.evaluate.in_loop import InLoop
@@ -102,12 +102,13 @@ def open_run(stage: Stage, ranks: Ranks) -> Opened:
     run = RunDirectory(config.run.dir)
     with ranks.agreeing():
         check_model(config, ranks.device)
+        _refuse_graphs(stage.config, ranks, Sharing(ranks.strands, ranks.context))
     manifests = _manifests(stage.config, ranks)
     with ranks.agreeing(), using_manifests(manifests):
         evaluations = _evaluations(config)
         loader, validation = _build_loaders(stage.config, ranks)
         for later in stages_of(config)[stage.number :]:
-            _refuse_stage(later, ranks.world)
+            _refuse_stage(later, ranks)
         if ranks.is_main:
             if config.train.decay_from is not None and not run.checkpoints():
                 branch_point(config)
@@ -163,10 +164,17 @@ def _build_loaders(config: Config, ranks: Ranks) -> tuple[TrainLoader, Validatio
     return loader, build_validation(config, **part) if config.valid.every else None
 
 
-def _refuse_stage(stage: Stage, world: int) -> None:
+def _refuse_graphs(config: Config, ranks: Ranks, sharing: Sharing) -> None:
+    """Raise `UserError` where samples are shared so, or the device is one, that no CUDA graph goes with."""
+    arranged = with_sharing(config, sharing)
+    arranged.run = replace(config.run, device=ranks.device.type)
+    refuse_cuda_graphs(arranged)
+
+
+def _refuse_stage(stage: Stage, ranks: Ranks) -> None:
     """Raise `UserError` now for what a stage would be refused for when it begins."""
     with within(stage):
-        check_layout(stage.config, world)
+        _refuse_graphs(stage.config, ranks, check_layout(stage.config, ranks.world))
         if stage.config.data.mode == "shards":
             open_dataset(stage.config.data, "train")
             if stage.config.valid.every:
@@ -190,6 +198,10 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
         whole, inputs = recompute_to_fit(resolved.config, strategy)
         words = f"{whole} of {config.model.n_layer} blocks whole, and what feeds the scan of {inputs} others"
         resolved.decide("train.activation_checkpointing", "auto", words, "as few as the free memory demands")
+    if config.train.keep_states != "none":
+        words = f"{keep_states_to_fit(resolved.config, strategy)} of {config.model.n_layer} blocks"
+        because = "what the free memory allows" if config.train.keep_states == "auto" else "where the backend can"
+        resolved.decide("train.keep_states", config.train.keep_states, words, because)
     _tell_schedule(resolved, config, progress)
     check_gpu_memory(resolved.config, strategy)
     with ranks.agreeing(), run.telling_of_disks():
@@ -232,6 +244,10 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
         dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
         now.ops.backend = resolve_backend("auto", ranks.device, dtype)
         resolved.decide("ops.backend", "auto", now.ops.backend, f"the fastest on {device}")
+    if config.train.cuda_graphs == "auto":
+        now.train.cuda_graphs = "none"
+        if device == "cuda":  # elsewhere there is nothing to decide
+            resolved.decide("train.cuda_graphs", "auto", "none", "no GPU has shown what is gained")
     if config.data.strands == "auto":
         now.data.strands = resolve_strands(config)
         seen = "both strands by itself" if config.model.rcps else "one strand at a time"
@@ -240,7 +256,7 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
         if getattr(config.parallel, name) != takes:
             asked = getattr(config.parallel, name)
             setattr(now.parallel, name, takes)
-            because = f"gives each of {ranks.world} ranks a part of a global batch of {config.train.global_batch}"
+            because = f"splits a batch of {config.train.global_batch:,} over {ranks.world} ranks"
             resolved.decide(f"parallel.{name}", asked, takes, because)
     if config.parallel.strategy == "auto":
         because = choose_strategy(now.parallel, build_model(now, ranks.strand_group), ranks.world)

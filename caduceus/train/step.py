@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from caduceus.config import Config
 from caduceus.data.loader import Batch, TrainLoader
+from caduceus.distributed.captured import Captured
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.model.precision import autocast
@@ -77,7 +78,7 @@ def of_stage(config: Config, progress: Progress) -> dict[str, int]:
 def _take(ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: StepClock) -> tuple[list[Batch], float]:
     """This rank's micro-batches, and the weight of the labels of all ranks; where it fails on one, all raise."""
     micro_batches, failure = [], None
-    weight = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+    weight = torch.zeros(1, dtype=torch.float64)
     try:
         micro_batches = [next(batches) for _ in range(loader.per_step)]
         weight = torch.stack([batch.label_weight() for batch in micro_batches]).sum()[None] / ranks.strands  # all have
@@ -95,17 +96,27 @@ def _pass_through(
     """Forward and backward passes; of each micro-batch its share of the loss, and (2, B) losses and weights."""
     shares, sums = [], []
     for number, batch in enumerate(micro_batches, start=1):
+        if isinstance(strategy, Captured):
+            passed = strategy.replay(batch.arguments(), weight, vitals.observes(number))
+            vitals.take(passed.told)
+            clock.lap("forward")
+            shares.append(passed.share)
+            sums.append(passed.sums)
+            continue
         with strategy.accumulating(last=number == len(micro_batches)):
             with autocast(strategy.ranks.device, config.train.precision), vitals.observing(number):
                 positional, named = batch.arguments()
                 output = strategy.model(*positional, **named)
-            share = output.loss_sum.sum() / weight
+            share = output.loss_sum.sum() / output.loss_sum.new_full((), weight)  # as a graph divides, to the same bits
             clock.lap("forward")
             with clock.watching(strategy.model):
                 strategy.backward(share)
             clock.lap("exchange")
         shares.append(share.detach().double())
         sums.append(torch.stack([output.loss_sum, output.weight_sum]).detach().double())
+    if isinstance(strategy, Captured):
+        strategy.exchange()
+        clock.lap("exchange")
     return shares, sums
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from caduceus.files import is_file, patiently
 from caduceus.run.agent import AGENT, agent_is_gone
 from caduceus.run.directory import RunDirectory
 
@@ -74,7 +75,7 @@ class StopRequest:
         now = time.monotonic()
         if self._watches and now - self._looked >= _LOOK_SECONDS:
             self._looked = now
-            stop, save = self._stop_file.exists(), self._save_file.exists()
+            stop, save = is_file(self._stop_file), is_file(self._save_file)
             self._seen = {"stop": stop, "save": save, "lost": self._run.is_taken_over()}
         return self._seen[what]
 
@@ -111,7 +112,7 @@ class StopRequest:
     def _remove_old_stop_file(self, clock_lead: float) -> None:
         """Remove a STOP that is older than this command, and stopped an earlier one; the clock of files has a lead."""
         with contextlib.suppress(FileNotFoundError):
-            if self._stop_file.stat().st_mtime < _command_began() + clock_lead:
+            if patiently(self._stop_file.stat).st_mtime < _command_began() + clock_lead:
                 self._stop_file.unlink()
                 _log.info("%s: of an earlier start, removed", self._stop_file)
 

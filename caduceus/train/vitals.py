@@ -11,7 +11,7 @@ import torch
 
 from caduceus.config import Config
 from caduceus.distributed.strategy import Strategy
-from caduceus.model.observer import STATISTICS, Observer
+from caduceus.model.observer import STATISTICS
 
 
 class Vitals:
@@ -22,7 +22,7 @@ class Vitals:
         self.on = bool(every) and step % every == 0
         self._strategy = strategy
         self._layers = config.model.n_layer
-        self._observer: Observer | None = None
+        self._told: torch.Tensor | None = None
         self._kinds: dict[str, list[int]] = {}
         self._before: list[torch.Tensor] = []
         self._squares: dict[str, torch.Tensor] = {}
@@ -30,11 +30,20 @@ class Vitals:
     @contextlib.contextmanager
     def observing(self, micro_batch: int) -> Iterator[None]:
         """Around the forward pass of micro-batch 1, 2, … of the step: it looks at the first."""
-        if not self.on or micro_batch > 1:
+        if not self.observes(micro_batch):
             yield
             return
-        with self._strategy.network.observing() as self._observer:
+        with self._strategy.network.observing() as observer:
             yield
+        self.take(observer.told())
+
+    def observes(self, micro_batch: int) -> bool:
+        """Whether the forward pass of micro-batch 1, 2, … is looked at."""
+        return self.on and micro_batch == 1
+
+    def take(self, told: torch.Tensor | None) -> None:
+        """Take what an `Observer` told of a forward pass, if one looked at it."""
+        self._told = self._told if told is None else told
 
     def before_update(self) -> None:
         """Take the gradients as they are before clipping, and remember the weights."""
@@ -61,7 +70,7 @@ class Vitals:
         if not self.on:
             return []
         squares = [number for values in self._squares.values() for number in values.tolist()]
-        return [*squares, *self._observer.told().flatten().tolist()]
+        return [*squares, *self._told.flatten().tolist()]
 
     def row(self, rows: torch.Tensor) -> dict[str, float]:
         """The entries of the step's row from the `numbers` of all ranks, (world, n) float64."""

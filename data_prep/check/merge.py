@@ -7,10 +7,21 @@ from typing import Any
 
 from caduceus.data.format import index_path, load_manifest
 from caduceus.errors import UserError
-from caduceus.files import replacing_directory
-from data_prep.write.directory import check_species, damaged_shards, locked, read_part, shard_rows, write_manifest
+from caduceus.files import patient, replacing_directory, sync, temporary_name
+from data_prep.write.directory import (
+    LOCK,
+    SpeciesDirectory,
+    check_species,
+    damaged_shards,
+    locked,
+    part_identity,
+    read_part,
+    shard_rows,
+    write_manifest,
+)
 
 
+@patient
 def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
     """Bring the species of complete datasets together in `out`; returns its manifest.
 
@@ -34,6 +45,31 @@ def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
             if not part_path.exists() or damaged_shards(out / name, read_part(part_path)):
                 _bring(folder, out / name)
         return write_manifest(out)
+
+
+@patient
+def take_in(folder: Path, out: Path, names: list[str]) -> None:
+    """Move species that are finished in `folder`, on the same file system, into `out`, whose manifest is not written.
+
+    A species that `out` holds whole already stays; one of another genome or other options is refused.
+    """
+    check_species(out, names, add=True)
+    replaced = []
+    with locked(out):
+        for name in names:
+            source, target = folder / name, out / name
+            if not (source / "species.json").exists():  # an earlier run moved it
+                continue
+            if SpeciesDirectory(out, part_identity(read_part(source / "species.json"))).finished():
+                shutil.rmtree(source)
+                continue
+            (source / LOCK).unlink(missing_ok=True)
+            if target.exists():
+                replaced.append(target.rename(temporary_name(target)))
+            source.rename(target)
+        sync(out)
+        for path in replaced:
+            shutil.rmtree(path)
 
 
 def _require_equal(part: dict[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from caduceus.alphabet import IS_IUPAC_BYTE
 from caduceus.errors import UserError
+from data_prep.genome.reader import FORMATS
 
 MAX_HEADER = 1 << 20
 _ALLOWED = np.flatnonzero(IS_IUPAC_BYTE).astype(np.uint8).tobytes()
@@ -118,7 +119,7 @@ class FastaScanner:
         for pattern, kind in _LOOKS_LIKE:
             if pattern.match(record):
                 raise UserError(f"{self._path}: not a FASTA (it looks like {kind}); convert or download it again")
-        raise UserError(f"{self._path}: not a FASTA: line {line} does not begin with '>'; give a FASTA or a .2bit file")
+        raise UserError(f"{self._path}: not a FASTA: line {line} does not begin with '>'; give {FORMATS}")
 
     def _take(self, piece: bytes) -> None:
         at = 0

@@ -1,10 +1,13 @@
-"""One genome over FASTA (plain, gzip, bgzip) and .2bit: contigs, lengths and `read(contig, start, end)`."""
+"""One genome over all formats: contigs, lengths and `read(contig, start, end)`."""
 
 import os
 from pathlib import Path
 
 from caduceus.errors import UserError
-from data_prep.genome.fasta import FastaReader, open_fasta
+from caduceus.files import patient
+from caduceus.gunzip import GZIP_MAGIC
+from data_prep.genome.fasta import open_fasta
+from data_prep.genome.reader import FORMATS, Reader
 from data_prep.genome.twobit import MAGIC, TwoBitReader
 
 
@@ -15,7 +18,7 @@ class Genome:
     `descriptions`: name -> the whole header. `sha256`: that of the input file's bytes.
     """
 
-    def __init__(self, path: Path, reader: FastaReader | TwoBitReader) -> None:
+    def __init__(self, path: Path, reader: Reader) -> None:
         self.path = path
         self._reader = reader
         self.contigs: dict[str, int] = reader.contigs
@@ -48,6 +51,14 @@ def default_cache_dir() -> Path:
     return Path(base) / "caduceus" / "genomes"
 
 
+@patient
+def estimated_bases(path: Path) -> int:
+    """About how many bases a genome file holds, by its size: four to a byte where it is .2bit or compressed."""
+    with path.open("rb") as file:
+        beginning = file.read(4)
+    return path.stat().st_size * (4 if beginning in MAGIC or beginning.startswith(GZIP_MAGIC) else 1)
+
+
 def open_genome(path: str | Path, cache_dir: str | Path | None = None) -> Genome:
     """Open a genome file; its format is told by its content, not by its name.
 
@@ -56,9 +67,9 @@ def open_genome(path: str | Path, cache_dir: str | Path | None = None) -> Genome
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file; give a FASTA (plain, gzip or bgzip) or .2bit file")
+        raise UserError(f"{path}: no such file; give {FORMATS}")
     if not path.is_file():
-        raise UserError(f"{path}: not a regular file; give a FASTA (plain, gzip or bgzip) or .2bit file")
+        raise UserError(f"{path}: not a regular file; give {FORMATS}")
     try:
         with path.open("rb") as file:
             is_twobit = file.read(4) in MAGIC

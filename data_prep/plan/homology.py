@@ -7,7 +7,7 @@ them, as tools that compare genomes (sourmash, mash) make. So a few passes over 
 
 import numpy as np
 
-from data_prep.plan.intervals import EMPTY, union
+from data_prep.plan.intervals import union
 from data_prep.plan.windows import mix
 
 K = 21
@@ -51,19 +51,36 @@ def _words(codes: np.ndarray) -> np.ndarray:
     return words
 
 
-def copies(bases: np.ndarray, held_out: np.ndarray, share: float) -> np.ndarray:
-    """Stretches of bases of which at least `share` of the sampled k-mers are in `held_out`, as a set (n, 2) int64.
+NEAR_DTYPE = np.dtype([("start", np.int64), ("end", np.int64), ("shared", np.int64), ("kmers", np.int64)])
+"""A stretch of a contig: its sampled k-mers, and those of them that are in what is held out."""
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
+"""Shares of k-mers at which the report counts near copies."""
+
+
+def near_stretches(bases: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """The stretches of bases that share at least the lowest of `LEVELS` with `held_out`, as rows of `NEAR_DTYPE`.
 
     `held_out`: sorted hashes.
     """
     hashes, starts = sampled_kmers(bases)
     if not len(held_out) or not len(hashes):
-        return EMPTY
+        return np.zeros(0, NEAR_DTYPE)
     places = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
     shared = np.concatenate([[0], np.cumsum(held_out[places] == hashes)])
     first = np.arange(0, max(1, len(bases) - STRETCH // 2), STRETCH // 2)
     end = np.minimum(first + STRETCH, len(bases))
     left, right = np.searchsorted(starts, first), np.searchsorted(starts, end)
-    counts = right - left
-    near = (counts >= FEWEST) & (shared[right] - shared[left] >= share * counts)
-    return union(np.stack([first, end], axis=1)[near])
+    found = np.zeros(len(first), NEAR_DTYPE)
+    found["start"], found["end"], found["shared"], found["kmers"] = (
+        first,
+        end,
+        shared[right] - shared[left],
+        right - left,
+    )
+    return found[(found["kmers"] >= FEWEST) & (found["shared"] >= LEVELS[0] * found["kmers"])]
+
+
+def copies(stretches: np.ndarray, share: float) -> np.ndarray:
+    """The bases of the stretches that share at least `share` of their k-mers, as a set (n, 2) int64."""
+    near = stretches[stretches["shared"] >= share * stretches["kmers"]]
+    return union(np.stack([near["start"], near["end"]], axis=1))

@@ -14,6 +14,7 @@ from caduceus.errors import UserError
 from caduceus.tables import refuse_line
 from data_prep.plan.annotation import read_genes
 from data_prep.plan.contigs import Selection
+from data_prep.plan.homology import LEVELS, copies
 from data_prep.plan.intervals import EMPTY, difference, intersection, size, union
 from data_prep.plan.options import PlanOptions, option_name
 from data_prep.plan.windows import hash_rows
@@ -32,16 +33,22 @@ class Regions:
     excluded: dict[str, np.ndarray]
     notes: list[str] = field(default_factory=list)
 
-    def leave_out(self, copies: Mapping[str, np.ndarray]) -> None:
-        """Take near copies of what is held out, by contig (n, 2), out of train, and tell how much it is."""
-        bases = 0
-        for name, near in copies.items():
+    def leave_out(self, near: Mapping[str, np.ndarray], share: float) -> dict[str, int]:
+        """Take out of train the stretches, by contig (`NEAR_DTYPE`), that share so many k-mers with what is held out.
+
+        Tells how much that is in a note; returns the bases that are near at each of `LEVELS`, by name of the level.
+        """
+        bases, at_level = 0, dict.fromkeys(map(str, LEVELS), 0)
+        for name, stretches in near.items():
             of_contig = self.splits[name]
-            held_out = [rows for split, rows in of_contig.items() if split != "train"]
-            near = difference(near, union(np.concatenate([EMPTY, *held_out])))
-            self.excluded[name] = union(np.concatenate([self.excluded[name], near]))
-            bases += size(near)
+            held_out = union(np.concatenate([EMPTY, *(rows for split, rows in of_contig.items() if split != "train")]))
+            left_out = difference(copies(stretches, share), held_out)
+            self.excluded[name] = union(np.concatenate([self.excluded[name], left_out]))
+            bases += size(left_out)
+            for level in LEVELS:
+                at_level[str(level)] += size(difference(copies(stretches, level), held_out))
         self.notes.append(f"--homology: {bases:,} bp of train are near copies of valid or test, and left out of it")
+        return at_level
 
 
 def build_regions(selection: Selection, options: PlanOptions) -> Regions:

@@ -81,11 +81,11 @@ def identity(request: SpeciesRequest, genome: Genome) -> dict[str, Any]:
 
 
 def plan_species(
-    request: SpeciesRequest, genome: Genome, scans: Mapping[str, Scan], copies: Mapping[str, np.ndarray] | None = None
+    request: SpeciesRequest, genome: Genome, scans: Mapping[str, Scan], near: Mapping[str, np.ndarray] | None = None
 ) -> SpeciesPlan:
     """Plan the shards of a species; `scans` holds every contig of the genome.
 
-    `copies`: by contig, what is left out as it is near to what is held out, (n, 2).
+    `near`: by contig, stretches of train that are near to what is held out, rows of `NEAR_DTYPE`.
     """
     options = request.options
     aliases = read_aliases(Path(options.aliases)) if options.aliases else AliasTable()
@@ -93,8 +93,7 @@ def plan_species(
     notes = alias_notes(aliases, selection, options)
     refuse_small_share(selection, options)
     regions = build_regions(selection, options)
-    if copies is not None:
-        regions.leave_out(copies)
+    at_level = None if near is None else regions.leave_out(near, options.homology or 1.0)
     planned = cut_windows(
         list(selection.used.values()),
         [regions.splits[name] for name in selection.used],
@@ -102,18 +101,29 @@ def plan_species(
         [scans[name] for name in selection.used],
         options,
     )
-    windows = planned.windows
     _require_windows(selection, regions, planned, options)
-    strands = choose_strands(windows, options)
-    keys = contig_keys(selection.used)
+    return assembled(
+        request,
+        contigs=selection.used,
+        windows=planned.windows,
+        report=account(selection, regions, scans, planned, [*genome.notes, *notes])
+        | ({} if at_level is None else {"near_copies": at_level}),
+    )
+
+
+def assembled(
+    request: SpeciesRequest, contigs: dict[str, int], windows: np.ndarray, report: dict[str, Any]
+) -> SpeciesPlan:
+    """The plan that follows from a species' windows (PLANNED_DTYPE, in genome order) on its contigs."""
+    strands = choose_strands(windows, request.options)
     return SpeciesPlan(
         request=request,
-        contigs=selection.used,
-        contig_keys=keys,
+        contigs=contigs,
+        contig_keys=contig_keys(contigs),
         windows=windows,
         strands=strands,
-        shards=cut_shards(request, list(selection.used), windows, strands),
-        report=account(selection, regions, scans, planned, [*genome.notes, *notes]),
+        shards=cut_shards(request, list(contigs), windows, strands),
+        report=report,
     )
 
 

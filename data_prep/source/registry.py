@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from caduceus.errors import UserError
 from caduceus.presets import CONFIGS
 from data_prep.argument_types import is_url
+from data_prep.genome.reader import FORMATS
 from data_prep.plan.aliases import read_aliases
 
 REGISTRY = CONFIGS / "genome"
@@ -96,8 +97,8 @@ def _find(name: str) -> Path:
         return Path(name)
     if "/" in name or Path(name).is_file():
         raise UserError(
-            f"{name}: is neither a name of the registry nor a YAML file; a FASTA or .2bit file on this computer needs "
-            "no download and goes to --fasta of shard_genome.py"
+            f"{name}: is neither a name of the registry nor a YAML file; a genome's file on this computer, {FORMATS}, "
+            "needs no download and goes to --fasta of shard_genome.py"
         )
     path = REGISTRY / f"{name}.yaml"
     if not path.is_file():

@@ -13,6 +13,7 @@ species:
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,10 +53,9 @@ def read_species_file(path: Path, overrides: Mapping[str, Any], cache_dir: Path 
             requests.append(_request(entry, defaults, overrides, exponent, path.parent, cache_dir))
         except UserError as error:
             raise UserError(f"{path}: species {entry.get('name', number + 1)}: {error}") from None
-    names = [request.name for request in requests]
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise UserError(f"{path}: two species are named '{repeated}'; give each its own name")
+    name, times = Counter(request.name for request in requests).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{path}: two species are named '{name}'; give each its own name")
     return requests
 
 

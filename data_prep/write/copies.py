@@ -7,8 +7,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from caduceus.data.format import SPLITS
-from data_prep.plan.homology import copies, sampled_kmers
-from data_prep.plan.intervals import union
+from data_prep.plan.homology import near_stretches, sampled_kmers
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest
 from data_prep.progress import Progress
 from data_prep.workers import Workers
@@ -28,11 +27,10 @@ class KmerTask:
     windows: list[tuple[str, int, int]]
     held_out: Path | None = None
     """A file of sorted hashes: they are too many to travel with each task."""
-    share: float = 1.0
 
 
 def near_copies(species: list[tuple[SpeciesRequest, SpeciesPlan]], pool: Workers) -> list[dict[str, np.ndarray] | None]:
-    """By species and contig the parts of train that are near to any held-out window; None of those that do not ask."""
+    """By species and contig the stretches of train (`NEAR_DTYPE`) near to what is held out; None if not asked for."""
     tasks = [task for number, one in enumerate(species) for task in _tasks(number, *one, train=False)]
     with Progress("sketching what is held out", len(tasks), "parts") as progress:
         sketches = [np.zeros(0, np.uint64)]
@@ -48,10 +46,7 @@ def near_copies(species: list[tuple[SpeciesRequest, SpeciesPlan]], pool: Workers
         np.save(held_out, np.unique(np.concatenate(sketches)))
         tasks = [task for number, one in asked for task in _tasks(number, *one, train=True, held_out=held_out)]
         _look(tasks, found, pool)
-    return [
-        None if one is None else {contig: union(np.concatenate(parts)) for contig, parts in one.items()}
-        for one in found
-    ]
+    return [None if one is None else {contig: np.concatenate(parts) for contig, parts in one.items()} for one in found]
 
 
 def _look(tasks: list[KmerTask], found: list[dict[str, list[np.ndarray]] | None], pool: Workers) -> None:
@@ -69,7 +64,7 @@ def _tasks(
     number: int, request: SpeciesRequest, plan: SpeciesPlan, train: bool, held_out: Path | None = None
 ) -> list[KmerTask]:
     """Tasks over the windows of train, or of the other splits."""
-    names, share = list(plan.contigs), request.options.homology or 1.0
+    names = list(plan.contigs)
     rows = plan.windows[(plan.windows["split"] == _TRAIN) == train]
     windows = [(names[row["contig"]], int(row["start"]), int(row["end"])) for row in rows]
     tasks: list[KmerTask] = []
@@ -77,9 +72,9 @@ def _tasks(
     for window in windows:
         part.append(window)
         if sum(end - start for _, start, end in part) >= _BASES_OF_A_TASK:
-            tasks.append(KmerTask(number, request.fasta, request.cache_dir, part, held_out, share))
+            tasks.append(KmerTask(number, request.fasta, request.cache_dir, part, held_out))
             part = []
-    return [*tasks, KmerTask(number, request.fasta, request.cache_dir, part, held_out, share)] if part else tasks
+    return [*tasks, KmerTask(number, request.fasta, request.cache_dir, part, held_out)] if part else tasks
 
 
 def _sketch(task: KmerTask) -> np.ndarray:
@@ -93,6 +88,8 @@ def _near(task: KmerTask) -> list[tuple[str, np.ndarray]]:
     assert task.held_out is not None, "a task of train has what is held out"
     held_out, found = np.load(task.held_out, mmap_mode="r"), []
     for contig, start, end in task.windows:
-        parts = copies(np.frombuffer(genome.read(contig, start, end), np.uint8), held_out, task.share)
-        found.append((contig, parts + start))
+        stretches = near_stretches(np.frombuffer(genome.read(contig, start, end), np.uint8), held_out)
+        stretches["start"] += start
+        stretches["end"] += start
+        found.append((contig, stretches))
     return found

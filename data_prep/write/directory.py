@@ -15,6 +15,8 @@ from caduceus.files import (
     dump_json,
     fingerprint,
     is_disk_full,
+    patient,
+    patiently,
     read_json_lines,
     sha256_of,
     take_lock,
@@ -27,6 +29,9 @@ from data_prep.write.window_tables import known_tables, remove_other_tables, win
 
 LOCK = ".lock"
 JOURNAL = ".unfinished.jsonl"
+PLAN = ".plan.npz"
+"""The plan of a species whose shards several tasks write: data_prep/write/kept_plan.py."""
+_JOURNALS_OF_SHARES = ".unfinished-*.jsonl"
 _NEWER_OPTIONS = {"contigs": PlanOptions.contigs}
 """What datasets of earlier versions, which do not name these options, were made with."""
 _WEIGHTS = ("weight", "weight_exponent")
@@ -48,10 +53,10 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Make the directory where it is absent, and keep other runs out of it; a killed run's lock is gone with it."""
-    made = not directory.exists()
+    made = not patiently(directory.exists)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = take_lock(directory / LOCK, wait=False)
+        patiently(lambda: directory.mkdir(parents=True, exist_ok=True))
+        file = patiently(lambda: take_lock(directory / LOCK, wait=False))
     except BlockingIOError:
         raise UserError(f"{directory}: another run is writing here; wait for it or choose another --out") from None
     except OSError as error:
@@ -74,6 +79,7 @@ def locked(directory: Path) -> Iterator[None]:
             raise
 
 
+@patient
 def refuse_if_locked(directory: Path) -> None:
     """Fail early, before long work, where another run holds the lock."""
     if (directory / LOCK).exists():
@@ -85,7 +91,8 @@ class SpeciesDirectory:
     """OUT/SPECIES, from its first shard to its `species.json`.
 
     While unfinished it holds a journal: what is being made (the identity), then one line per finished shard, so that
-    a run that was killed goes on with what is missing. A species that has lost shards is unfinished again.
+    a run that was killed goes on with what is missing. Tasks that share the work have a journal each, as no two nodes
+    can add to one file. A species that has lost shards is unfinished again.
     """
 
     def __init__(self, dataset: Path, identity: dict[str, Any]) -> None:
@@ -93,6 +100,7 @@ class SpeciesDirectory:
         self.identity = identity
         self._part, self._journal = self.path / "species.json", self.path / JOURNAL
 
+    @patient
     def finished(self) -> bool:
         """Whether the species is complete; one of another genome or other options is a `UserError`."""
         if self._part.exists():
@@ -103,13 +111,11 @@ class SpeciesDirectory:
             self._require_same(_read_journal(self._journal)[0], "was begun with")
         return False
 
+    @patient
     def begin(self) -> dict[str, dict[str, Any]]:
         """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
         self.path.mkdir(exist_ok=True)
-        if self._part.exists():
-            rows = shard_rows(read_part(self._part))
-        else:
-            rows = _read_journal(self._journal)[1:] if self._journal.exists() else []
+        rows = shard_rows(read_part(self._part)) if self._part.exists() else self.begun()
         finished = {row["name"]: row for row in rows if is_whole(self.path, row)}
         # Written anew: a line that a kill cut short must not spoil the next one.
         lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
@@ -118,8 +124,17 @@ class SpeciesDirectory:
             lost = len(rows) - len(finished)
             note(f"{self.path}: {lost} of {len(rows)} shards are missing or damaged; writing them again")
             self._part.unlink()
+        for path in self.path.glob(_JOURNALS_OF_SHARES):
+            path.unlink()
         return finished
 
+    @patient
+    def begun(self) -> list[dict[str, Any]]:
+        """What the journals say of the shards that are written so far, which may have been lost since."""
+        own = _read_journal(self._journal)[1:] if self._journal.exists() else []
+        return own + [row for path in sorted(self.path.glob(_JOURNALS_OF_SHARES)) for row in read_json_lines(path)]
+
+    @patient
     def update_weight(self, weight: Callable[[dict[str, Any]], float]) -> None:
         """Bring a finished species to the weights asked for now, on which its shards do not depend.
 
@@ -130,14 +145,17 @@ class SpeciesDirectory:
         if part["plan"] != plan:
             write_atomically(self._part, dump_json({**part, "plan": plan, "weight": weight(part["report"])}))
 
-    def record(self, shard: dict[str, Any]) -> None:
-        """Note a shard as finished."""
-        append_json_line(self._journal, shard)
+    @patient
+    def record(self, shard: dict[str, Any], share: int | None = None) -> None:
+        """Note a shard as finished; `share`: by the task that writes this share of them."""
+        append_json_line(self._journal if share is None else self.path / f".unfinished-{share:06d}.jsonl", shard)
 
+    @patient
     def finish(self, part: dict[str, Any]) -> None:
         """Write the species' part of the manifest: the species is complete."""
         write_atomically(self._part, dump_json(part))
-        self._journal.unlink()
+        for path in (self._journal, self.path / PLAN):
+            path.unlink(missing_ok=True)
 
     def _require_same(self, found: dict[str, Any], how: str) -> None:
         was, now = _of_shards(found), _of_shards(self.identity)
@@ -156,6 +174,7 @@ def shard_rows(part: dict[str, Any]) -> list[dict[str, Any]]:
     return [shard for split in part["splits"].values() for shard in split["shards"]]
 
 
+@patient
 def is_whole(folder: Path, row: dict[str, Any]) -> bool:
     """Whether a shard is there, by its tar's size and its index's sha256: to hash all tars is --verify's work."""
     tar = folder / row["name"]
@@ -176,6 +195,7 @@ def part_identity(part: dict[str, Any]) -> dict[str, Any]:
     return {"species": part["name"], **{key: part[key] for key in keys}}
 
 
+@patient
 def read_part(path: Path) -> dict[str, Any]:
     """A species.json."""
     try:
@@ -184,6 +204,7 @@ def read_part(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as a species' part of a manifest ({error})") from None
 
 
+@patient
 def check_species(directory: Path, names: list[str], add: bool) -> None:
     """Refuse a directory that holds anything else than (some of) these species, unless they are to be added to it."""
     if not directory.exists():
@@ -192,7 +213,8 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
         raise UserError(f"{directory}: is not a directory; choose another --out")
     present = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".") and path.suffix != ".npy"]
     species = {path.name for path in present if (path / "species.json").exists() or (path / JOURNAL).exists()}
-    foreign = [path.name for path in present if path.name not in species | {"manifest.json", "report.html", *names}]
+    known = species | {"manifest.json", "report.html", *names}
+    foreign = [path.name for path in present if path.name not in known]
     if foreign and not species:
         raise UserError(f"{directory}: holds {foreign[0]} and no shard dataset; choose another --out")
     for name in set(names) - species:
@@ -206,6 +228,7 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
         )
 
 
+@patient
 def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
     """Write tables, `report.html` and, last, `manifest.json` over all finished species of a directory.
 
@@ -228,10 +251,12 @@ def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
     return load_manifest(directory)
 
 
+@patient
 def _remove_leftovers(directory: Path) -> None:
-    """Remove what killed runs left of files that they were writing, and journals of species that are finished."""
+    """Remove what killed runs left: files in writing, and beside finished species what was for making them."""
     leftovers = [*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")]
-    leftovers += [path for path in directory.glob(f"*/{JOURNAL}") if (path.parent / "species.json").exists()]
+    unfinished = [path for name in (JOURNAL, PLAN, _JOURNALS_OF_SHARES) for path in directory.glob(f"*/{name}")]
+    leftovers += [path for path in unfinished if (path.parent / "species.json").exists()]
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path)

@@ -49,6 +49,7 @@ def write_report(directory: Path, manifest: dict[str, Any]) -> None:
         _left_out_table([part for part in species if part["report"]]),
         "<h2>Leakage</h2>",
         _leakage_table([part for part in species if part["report"]]),
+        *_near_copies_table([part for part in species if (part["report"] or {}).get("near_copies")]),
         "<h2>Splits along the contigs</h2>",
         _legend(),
         *(_ideogram(directory / part["name"], part, opened=len(species) <= 8) for part in species),
@@ -116,6 +117,19 @@ def _leakage_table(species: list[dict[str, Any]]) -> str:
         rows[-1].append(percent(leaked["either"], train))
     headings = ["bases", "train", "also in valid", "also in test", "in either", "share of train"]
     return table(headings, rows)
+
+
+def _near_copies_table(species: list[dict[str, Any]]) -> list[str]:
+    """Bases of train, before any were left out, by the share of their k-mers that is held out; of `--homology`."""
+    if not species:
+        return []
+    headings = [
+        "bases near to valid or test",
+        *(f"{float(level):.0%} alike" for level in species[0]["report"]["near_copies"]),
+    ]
+    rows = [[part["name"], *(f"{bases:,}" for bases in part["report"]["near_copies"].values())] for part in species]
+    words = "Of train, before near copies were left out: bases of stretches with at least so many k-mers in common."
+    return [f"<h2>Near copies</h2><p>{words}</p>", table(headings, rows)]
 
 
 def _fate_bar(part: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
-from caduceus.files import fingerprint
+from caduceus.files import fingerprint, patient
 from data_prep.genome.genome import Genome
 from data_prep.plan.composition import Scan, join_scans, scan
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_species
@@ -90,15 +90,15 @@ def plan_species_of(species: list[SpeciesWork], all_species: list[SpeciesWork], 
     _plan(wanted, scans, [None] * len(wanted))
     if by_homology:
         found = near_copies([(work.request, work.plan) for work in wanted], pool)
-        places = [place for place, copies in enumerate(found) if copies is not None]
+        places = [place for place, near in enumerate(found) if near is not None]
         _plan([wanted[place] for place in places], [scans[place] for place in places], [found[p] for p in places])
 
 
-def _plan(species: list[SpeciesWork], scans: list[dict[str, Scan]], copies: list[dict[str, np.ndarray] | None]) -> None:
+def _plan(species: list[SpeciesWork], scans: list[dict[str, Scan]], near: list[dict[str, np.ndarray] | None]) -> None:
     with Progress("planning", sum(len(work.genome.contigs) for work in species), "contigs") as progress:
-        for work, of_contigs, near in zip(species, scans, copies, strict=True):
+        for work, of_contigs, of_species in zip(species, scans, near, strict=True):
             try:
-                work.plan = plan_species(work.request, work.genome, of_contigs, near)
+                work.plan = plan_species(work.request, work.genome, of_contigs, of_species)
             except UserError as error:
                 raise UserError(f"species {work.request.name} ({work.request.fasta}): {error}") from None
             progress.add(len(work.genome.contigs))
@@ -119,6 +119,7 @@ def scan_genomes(species: list[SpeciesWork], pool: Workers) -> list[dict[str, Sc
     return [{name: join_scans(parts) for name, parts in of_contigs.items()} for of_contigs in pieces]
 
 
+@patient
 def require_space(out: Path, species: list[SpeciesWork]) -> None:
     """Raise `UserError` where the file system lacks room for what is still to be written."""
     needed = 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from caduceus.config import KEYS, SECTIONS, Config, StageConfig, changes, config_to_dict
+from caduceus.config import KEYS, SECTIONS, Config, StageConfig, changes, config_to_dict, order_values
 from caduceus.errors import UserError
 from caduceus.run.directory import OPTIMIZER_STATE, RunDirectory
 from caduceus.train.trainer import train
@@ -88,6 +88,8 @@ OTHER: dict[str, Any] = {
     "train.precision": "bf16",
     "train.deterministic": True,
     "train.compile": True,
+    "train.keep_states": "auto",
+    "train.cuda_graphs": "none",
     "train.activation_checkpointing": "block",
     "parallel.strategy": "single",
     "parallel.shard": 1,
@@ -234,3 +236,9 @@ def test_changes_are_those_of_keys_that_fix_something(halfway) -> None:
 
 def test_keys_are_those_of_the_files() -> None:
     assert list(KEYS) == [f"{section}.{name}" for section, keys in config_to_dict(Config()).items() for name in keys]
+
+
+def test_checkpoints_go_on_that_were_written_before_a_key_of_the_order_was() -> None:
+    first = {"mask_prob", "mask_token_prob", "random_token_prob", "objective", "seq_len", "strands", "min_acgt", "mode"}
+    first |= {"shuffle_block", "seed", "global_batch"}
+    assert order_values(Config()).keys() == first, "a key that is younger than these stands in _LATER"

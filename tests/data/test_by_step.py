@@ -304,11 +304,12 @@ def test_a_resume_has_the_numbers_of_a_run_without(shards: Path, tmp_path: Path)
 def test_ranks_have_the_losses_of_one_process(shards: Path, tmp_path: Path) -> None:
     losses = {}
     for layout in (Layout("one", 1, {"strategy": "single"}), Layout("ddp", 2, {"strategy": "ddp"})):
-        layouts = [layout, replace(layout, name="strands", parallel={"strategy": "ddp", "strands": 2})][: layout.world]
+        sharing = [("strands", {"strategy": "ddp", "strands": 2}), ("fsdp", {"strategy": "fsdp"})] * (layout.world > 1)
+        layouts = [layout, *(replace(layout, name=name, parallel=parallel) for name, parallel in sharing)]
         configs = [config_of_layout(one, shards, tmp_path / one.name, steps=4, precision="fp64") for one in layouts]
         configs = [with_everything(config, shards, tmp_path / "weights.bed") for config in configs]
         train_all(layout.world, configs)
         for config in configs:
             losses[config.run.name] = [row["loss"] for row in numbers(config.run.dir)]
-    for name in ("ddp", "strands"):
+    for name in ("ddp", "strands", "fsdp"):
         assert losses[name] == pytest.approx(losses["one"], rel=1e-9), name

@@ -219,6 +219,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None
         "e.csv": ("sequence,label\nACG,x\nACG,x\n", ["--task", "multilabel"], "name fewer than two classes"),
         "f.csv": ("sequence,label\nACG,aba\nACG,bab\n", ["--task", "per-base", "--probe"], "--probe, --baseline kmer"),
         "g.txt.zip": ("", [], "its ending does not say what it holds"),
+        "g.2bit": ("", [], "known are .csv, .tsv, .txt, .tab, .parquet, .pq, .fa, .fasta, .fna, .ffn, .bed,"),
         "h.bed": ("chr1\t0\t3\n", [], "names places of a genome; give its file with --genome"),
         "i.fa": (">a\nACG\n", [], "no label behind a | in the header"),
     }

@@ -1,9 +1,19 @@
+import argparse
 import math
 
 import pytest
 
 from caduceus.errors import UserError
-from launch.request import PRESETS, load_request, parse_time, sbatch_parameters
+from launch.check import step_options
+from launch.request import (
+    AS_IN_SBATCH,
+    PRESETS,
+    add_request_options,
+    load_request,
+    parse_time,
+    requested_job,
+    sbatch_parameters,
+)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +185,14 @@ def test_spare_nodes_are_asked_for_and_left_idle():
 
 def test_no_time_limit_is_sbatch_s_zero():
     assert sbatch_parameters(load_request("cpu", {"time": "0"}), "run")["time"] == 0
+
+
+@pytest.mark.parametrize("name", AS_IN_SBATCH)
+def test_what_sbatch_and_srun_call_alike_is_said_once(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_request_options(parser, "slurm")
+    request = requested_job(parser.parse_args([f"--{name}", "it"]))
+    assert sbatch_parameters(request, "job")["additional_parameters"][name] == "it"
+    assert f"--{name}=it" in step_options(request)
+    with pytest.raises(UserError, match=f"sbatch: {name}: is set by --{name}"):
+        load_request("slurm", {"sbatch": {name: "it"}})

@@ -1,4 +1,4 @@
-"""The flip-free model against the published implementation's outputs. Triton's: test_triton_golden.py."""
+"""The flip-free model against the published implementation's outputs. Triton's: test_triton.py."""
 
 import pytest
 

@@ -1,11 +1,10 @@
-"""Whole models through the interpreted Triton kernels: a file of its own, which can run beside that of the ops."""
+"""Whole models through the interpreted Triton kernels, the golden files among them."""
 
 import pytest
 
-from tests.interpreter import INTERPRETED, run_interpreted
+from tests.interpreter import OF_MODELS, run_interpreted
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # a whole file of tests, interpreted
 def test_interpreted_models():
-    run_interpreted("slow", INTERPRETED / "test_triton_model.py")
+    run_interpreted("slow", *OF_MODELS)

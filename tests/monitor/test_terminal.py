@@ -1,5 +1,6 @@
 """What people see of a run in a terminal."""
 
+import errno
 import io
 import logging
 import subprocess
@@ -53,18 +54,54 @@ def test_time_left_of_a_run_that_trains_elsewhere(disabled: Watched) -> None:
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
-@pytest.mark.parametrize("steps", [3, 999])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 999])
 def test_the_panel_never_wraps(disabled: Watched, width: int, steps: int) -> None:
     view = view_of(disabled)
     for step in range(1, steps + 1):
         view.take(row(step))
-    view.take({"step": steps, "valid_loss": 1.1})
-    view.take({"step": steps, "valid_loss": 1.3})
-    view.checkpoint, view.starts = 123_456, 17
+    if steps >= 3:
+        view.take({"step": steps, "valid_loss": 1.1})
+        view.take({"step": steps, "valid_loss": 1.3})
+        view.checkpoint, view.starts = 123_456, 17
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console.print(panel([view], width))
     lines = console.file.getvalue().rstrip("\n").split("\n")
     assert len(lines) == 4 and max(map(cell_len, lines)) <= width
+
+
+@pytest.fixture
+def in_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    monkeypatch.setattr("caduceus.monitor.terminal._TERMINAL_SECONDS", 0.0)
+    caplog.set_level(logging.INFO)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
+def test_the_panel_is_shown_from_before_the_first_step_to_the_last(
+    disabled: Watched, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    shown: list[str] = []
+    disabled.go_on(1, STEPS, between=lambda step: shown.append(capsys.readouterr().err))
+    shown.append(capsys.readouterr().err)
+    assert [f"{step}/{STEPS}" in text for step, text in enumerate(shown)] == [True] * (STEPS + 1)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.usefixtures("in_a_terminal")
+def test_a_terminal_that_goes_away_does_not_end_the_run(
+    disabled: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def hang_up(step: int) -> None:
+        if step == 10:
+            monkeypatch.setattr(sys, "stderr", Gone())
+
+    disabled.go_on(1, STEPS, between=hang_up)
+    assert disabled.run.metrics()[-2]["step"] == STEPS
+    assert sum("the panel is not shown any more" in message for message in caplog.messages) == 1
 
 
 def test_progress_elsewhere_is_plain_lines_and_quiet_is_quiet(

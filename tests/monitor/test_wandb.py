@@ -152,7 +152,8 @@ def test_sync_sends_what_an_offline_run_has(
     assert f"every step up to {STEPS}" in capsys.readouterr().out
     server.fail(401)
     assert sync(watched.run) == 1
-    assert "refuses the API key" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "refuses the API key" in told and "training goes on" not in told
 
 
 def test_a_deleted_run_goes_on_under_a_new_id(
@@ -183,12 +184,20 @@ def test_environment_variables_hold_where_the_configuration_is_silent(
     monkeypatch.setenv("WANDB_PROJECT", "of-the-environment")
     monkeypatch.setenv("WANDB_TAGS", "a,b")
     monkeypatch.setenv("WANDB_RUN_GROUP", "not-this")
+    others = {"ENTITY": "entity", "NOTES": "notes", "NAME": "displayName", "JOB_TYPE": "jobType"}
+    for variable, name in others.items():
+        monkeypatch.setenv(f"WANDB_{variable}", f"of-{name}")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
     watched = Watched(tmp_path / "run", group="of-the-configuration")
     watched.go_on(1, 5)
     properties = server.only_run().properties
     assert properties["project"] == "of-the-environment" and properties["tags"] == ["a", "b"]
     assert properties["groupName"] == "of-the-configuration"
-    assert any("WANDB_PROJECT" in message for message in caplog.messages)
+    assert {name: properties.get(name) for name in others.values()} == {name: f"of-{name}" for name in others.values()}
+    assert list((tmp_path / "scratch" / "wandb").glob("run-*")) and not list((watched.path / "wandb").glob("run-*"))
+    for variable in ("PROJECT", "TAGS", "DIR", *others):
+        assert f"wandb: WANDB_{variable} holds, as the configuration does not set it" in caplog.messages
     assert not any("WANDB_RUN_GROUP" in message for message in caplog.messages)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     Watched(tmp_path / "disabled").go_on(1, 2)

@@ -188,7 +188,8 @@ class WandbServer(Artifacts):
         return {"markRunFilesUploaded": {"success": True}}
 
     def _bucket(self, run: ServerRun) -> dict[str, Any]:
-        project = {"id": "1", "name": run.project, "entity": {"id": "1", "name": ENTITY}}
+        entity = run.properties.get("entity") or ENTITY
+        project = {"id": "1", "name": run.project, "entity": {"id": "1", "name": entity}}
         counts = {"historyLineCount": run.count("wandb-history.jsonl"), "logLineCount": run.count("output.log")}
         return {
             "id": run.name,

@@ -2,8 +2,8 @@
 
 Run as a program in a process of its own with compute capability, element type, what to launch and,
 unless it is to be all, names of kernels: prints one JSON object per kernel, from the record (tests/ops/record.py) where
-that has it. With `--afresh KEY`, the kernel of that key is compiled though it is on record; with `--record` alone, the
-record is written anew. What is compiled is what the
+that has it. With `--runs`, for each of RUNS one list of such objects on a line; with `--afresh KEY`, the kernel of that
+key is compiled though it is on record; with `--record` alone, the record is written anew. What is compiled is what the
 package's own launch code asks for: models and ops run forward and backward on fake tensors, and where Triton would
 launch a kernel it only compiles it, with the types, divisors and constants that Triton itself finds in the arguments.
 """
@@ -33,7 +33,7 @@ from caduceus.config import CaduceusConfig
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops import triton as backend
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.triton import conv, cross_entropy, device, gated, norm, scan, scan_launches
+from caduceus.ops.triton import conv, cross_entropy, device, gated, norm, scan, ssd
 from tests.ops import record
 from tests.ops.offsets import narrow_products
 from tests.ops.record import OnRecord
@@ -94,7 +94,7 @@ def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[s
                 found[name].append(compiled)
 
     launch = JITFunction.run
-    for module in (device, norm, gated, cross_entropy):
+    for module in (device, norm, gated, cross_entropy, ssd):
         module.multiprocessors = lambda device: MULTIPROCESSORS
     for operation, launches in LAUNCHES.items():
         operation.register_fake(launches)
@@ -109,14 +109,16 @@ def compiling(*capabilities: int, names: Container[str] = ()) -> Iterator[dict[s
 
 
 LAUNCHES = {
-    scan.scan_forward: scan_launches.launch_forward,
-    scan.scan_backward: scan_launches.launch_backward,
+    scan.scan_forward: scan.launch_forward,
+    scan.scan_backward: scan.launch_backward,
     conv.conv_forward: conv.launch_forward,
     conv.conv_backward: conv.launch_backward,
     norm.add_norm_forward: norm.launch_forward,
     norm.add_norm_backward: norm.launch_backward,
     gated.gated_norm_forward: gated.launch_forward,
     gated.gated_norm_backward: gated.launch_backward,
+    ssd.ssd_forward: ssd.launch_forward,
+    ssd.ssd_backward: ssd.launch_backward,
     cross_entropy.cross_entropy_forward: cross_entropy.launch_forward,
     cross_entropy.cross_entropy_backward: cross_entropy.launch_backward,
 }
@@ -135,9 +137,12 @@ class SharedSequence:
         return torch.stack([part, part])
 
 
-def train(config: CaduceusConfig, batch: int, length: int, element: str, shared: bool = False) -> None:
-    """A step of pre-training: masked bases with weights."""
+def train(
+    config: CaduceusConfig, batch: int, length: int, element: str, shared: bool = False, keep: bool = False
+) -> None:
+    """A step of pre-training: masked bases with weights. `keep`: by states that the forward pass keeps."""
     model = CaduceusForMaskedLM(config, backend="triton")
+    model.keep_states(config.n_layer if keep else 0)
     if shared:
         model.share_sequences(SharedSequence())
     ids = torch.zeros(batch, length, dtype=torch.long)
@@ -210,14 +215,18 @@ def launch_all(element: str) -> None:
         if name in LEFT_OUT or config.mixer != "mamba":  # another mixer has no kernels of its own
             continue
         short = "1k" in name
-        train(config, 128 if short else 1, 1024 if short else 2**20 if "1m" in name else 131_072, element)
+        for keep in (False, True):
+            train(
+                config, 128 if short else 1, 1024 if short else 2**20 if "1m" in name else 131_072, element, keep=keep
+            )
         if not short:
             train(config, 1, 16_384, element, shared=True)
 
 
 def launch_one(element: str) -> None:
     for length in (131_072, 2**21):
-        train(CaduceusConfig(d_model=256, n_layer=2), 1, length, element)
+        for keep in (False, True):
+            train(CaduceusConfig(d_model=256, n_layer=2), 1, length, element, keep=keep)
 
 
 def launch_rest(element: str) -> None:
@@ -225,8 +234,9 @@ def launch_rest(element: str) -> None:
     constant."""
     config = CaduceusConfig(d_model=256, n_layer=2)
     train_packed(config, 131_072, element)
-    train(config, 3, 1037, element)
-    train(config, 2, GIANT, element)
+    for keep in (False, True):
+        train(config, 3, 1037, element, keep=keep)
+        train(config, 2, GIANT, element, keep=keep)
     run_smallest(element)
 
 
@@ -242,7 +252,8 @@ def run_smallest(element: str) -> None:
 
 
 def launch_scan(element: str, states: int) -> None:
-    train(CaduceusConfig(d_model=256, n_layer=2, d_state=states), 1, 131_072, element)
+    for keep in (False, True):
+        train(CaduceusConfig(d_model=256, n_layer=2, d_state=states), 1, 131_072, element, keep=keep)
 
 
 def launch_gated(element: str) -> None:
@@ -254,6 +265,23 @@ def launch_gated(element: str) -> None:
         gated.gated_norm(y, z, weight, 1e-5).sum().backward()
 
 
+def launch_ssd(element: str) -> None:
+    """Mamba-2's scan: PlantCAD2's heads, which are also the most that the kernels take, and odd ones; packed sequences,
+    one of odd length that goes on from a state, and GIANT."""
+    for W, N, length, goes_on in ((64, 64, 8192, False), (5, 6, 1037, True), (64, 64, GIANT, False), (1, 1, 1, True)):
+        shapes = {"x": (2, 2, 1, length, 4, W), "dt": (2, 2, 1, length, 4), "A": (2, 4)}
+        shapes |= {"B": (2, 2, 1, length, N), "C": (2, 2, 1, length, N), "D": (2, 4), "dt_bias": (2, 4)}
+        wide = {"A", "D", "dt_bias"}
+        operands = tuple(
+            torch.zeros(shape, dtype=torch.float32 if name in wide else ELEMENTS[element], requires_grad=True)
+            for name, shape in shapes.items()
+        )
+        state = torch.zeros(2, 2, 1, 4, W, N, requires_grad=True) if goes_on else None
+        starts = torch.zeros(1, length, dtype=torch.bool) if length == 8192 else None
+        y, final = ssd.ssd_scan(operands, state, starts, False)
+        (y.sum() + final.sum()).backward() if goes_on else y.sum().backward()
+
+
 def compile_run(
     capability: str, element: str, what: str, *names: str, known: Mapping[str, dict] = MappingProxyType({})
 ) -> dict[str, dict]:
@@ -262,7 +290,9 @@ def compile_run(
         if what.isdecimal():
             launch_scan(element, int(what))
         else:
-            {"published": launch_all, "one": launch_one, "rest": launch_rest, "gated": launch_gated}[what](element)
+            {"published": launch_all, "one": launch_one, "rest": launch_rest, "gated": launch_gated, "ssd": launch_ssd}[
+                what
+            ](element)
     kernels = {}
     for name, compiled in ((name, each) for name, group in found.items() for each in group):
         if isinstance(compiled, OnRecord):
@@ -286,6 +316,11 @@ def main() -> None:
     arguments, known = sys.argv[1:], record.load()
     if arguments == ["--record"]:
         record.save({key: kernel for run in RUNS for key, kernel in compile_run(*run, known=known).items()})
+        return
+    if arguments == ["--runs"]:
+        for run in RUNS:
+            kernels = compile_run(*run, known=known)
+            print(json.dumps([kernel | {"key": key} for key, kernel in kernels.items()]), flush=True)
         return
     found = compile_afresh(arguments[1], known) if arguments[0] == "--afresh" else compile_run(*arguments, known=known)
     for key, kernel in found.items():

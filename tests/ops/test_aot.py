@@ -20,6 +20,8 @@ REGISTERS = {
     "scan_forward": 128,
     "chunk_adjoint": 128,
     "scan_replay": 128,
+    "scan_keep": 128,
+    "gate_gradient": 64,
     "gather_pieces": 32,
     "scan_backward": 168,
     "scatter_pieces": 32,
@@ -29,10 +31,17 @@ REGISTERS = {
     "add_norm_backward": 168,
     "gated_norm_forward": 128,
     "gated_norm_backward": 128,
+    "ssd_chunk_state": 96,
+    "ssd_carry": 96,
+    "ssd_output": 255,
+    "ssd_input_gradient": 255,
+    "ssd_state_gradient": 255,
     "cross_entropy_forward": 128,
     "cross_entropy_backward": 168,
 }
-MORE_STATES = REGISTERS | dict.fromkeys(("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay"), 168)
+MORE_STATES = REGISTERS | dict.fromkeys(
+    ("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay", "scan_keep"), 168
+)
 OTHERS = ("conv_forward", "conv_backward", "add_norm_forward", "add_norm_backward")
 OTHERS += ("cross_entropy_forward", "cross_entropy_backward")
 SHARED = 48 * 1024  # what a block gets without asking for more
@@ -44,8 +53,8 @@ pytestmark = [
 ]
 
 
-def compiled(*arguments: str) -> list[dict]:
-    """What became of each kernel, on record or compiled now."""
+def compiled(*arguments: str) -> list:
+    """What the program told of the kernels, on record or compiled now, a line at a time."""
     command = [sys.executable, "-W", "error::UserWarning:triton.knobs", "-m", "tests.ops.aot", *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_") or k == "TRITON_CACHE_DIR"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -63,11 +72,16 @@ def check(kernels: list[dict], registers: dict[str, int]) -> None:
         assert found["fused"], f"multiplies and adds in two instructions: {found}"
 
 
+@pytest.fixture(scope="module")
+def kernels_of_runs() -> dict[tuple[str, ...], list[dict]]:
+    return dict(zip(RUNS, compiled("--runs"), strict=True))
+
+
 @pytest.mark.parametrize("run", RUNS, ids=["-".join(run[:3]) for run in RUNS])
-def test_kernels_compile_without_spills(run):
+def test_kernels_compile_without_spills(kernels_of_runs, run):
     """Those of the published models, of sequences alone, in batches and shared by ranks, on two GPUs, with two types;
     packed, odd, giant and smallest sequences; and more states, which most kernels hold in a thread's 255 registers."""
-    found = compiled(*run)
+    found = kernels_of_runs[run]
     assert {kernel["kernel"] for kernel in found} == set(run[3:] or (*SCAN, *OTHERS))
     check(found, MORE_STATES if run[2].isdecimal() else REGISTERS)
 

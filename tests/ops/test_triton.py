@@ -1,15 +1,8 @@
-"""The Triton kernels in the interpreter. For whole models, see tests/model/test_triton*.py."""
+"""The Triton kernels in the interpreter. For whole models, see tests/model/test_triton.py."""
 
 import pytest
 
-from tests.interpreter import INTERPRETED, run_interpreted
-
-OF_MODELS = ("test_triton_model.py", "test_triton_golden.py")
-SLOW = sorted(
-    path.name
-    for path in INTERPRETED.glob("test_*.py")
-    if path.name not in OF_MODELS and "pytest.mark.slow" in path.read_text()
-)
+from tests.interpreter import INTERPRETED, OF_MODELS, run_interpreted
 
 
 def test_interpreted_kernels():
@@ -17,7 +10,5 @@ def test_interpreted_kernels():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # a whole file of tests, interpreted
-@pytest.mark.parametrize("name", SLOW)
-def test_interpreted_kernels_over_more_shapes(name):
-    run_interpreted("slow", INTERPRETED / name)
+def test_interpreted_kernels_over_more_shapes():
+    run_interpreted("slow", *sorted({path.name for path in INTERPRETED.glob("test_*.py")} - set(OF_MODELS)))

@@ -4,8 +4,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SCAN = ("chunk_state", "chunk_carry", "scan_forward", "chunk_adjoint", "scan_replay", "gather_pieces", "scan_backward")
-SCAN += ("scatter_pieces",)
+SCAN += ("scatter_pieces", "scan_keep", "gate_gradient")
 GATED = ("gated_norm_forward", "gated_norm_backward")
+SSD = ("ssd_chunk_state", "ssd_carry", "ssd_output", "ssd_input_gradient", "ssd_state_gradient")
 RUNS = (
     ("90", "bf16", "published"),
     ("80", "bf16", "one"),
@@ -15,6 +16,7 @@ RUNS = (
     ("90", "bf16", "64", *SCAN),
     ("80", "fp32", "gated", *GATED),
     ("90", "bf16", "gated", *GATED),
+    ("90", "bf16", "ssd", *SSD),
 )
 """What is compiled: compute capability, element type, what is launched, and which kernels if not all."""
 

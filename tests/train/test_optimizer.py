@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from caduceus import CaduceusForMaskedLM
-from caduceus.config import CaduceusConfig, Config, TrainConfig
+from caduceus.config import KEYS, CaduceusConfig, Config, TrainConfig
 from caduceus.data.loader import build_validation
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.ranks import Ranks
@@ -15,6 +15,7 @@ from caduceus.distributed.strategy import set_learning_rate
 from caduceus.errors import UserError
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.hub import load
+from caduceus.model.costs import kept_numbers
 from caduceus.run.checkpoints import AVERAGE
 from caduceus.run.directory import RunDirectory
 from caduceus.train import optimizer as optimizers
@@ -23,14 +24,14 @@ from caduceus.train.trainer import train
 from caduceus.train.vitals import kind_of
 from tests.train.conftest import SmallRun, numbers
 
+OPTIMIZERS = KEYS["train.optimizer"].choices
 WITH_ALL = {"optimizer": "muon", "ema": 0.8, "lr_scale": {"A_log": 0.1, "embedding": 0.5}}
 
 
-def small_model(tied: bool = True) -> CaduceusForMaskedLM:
+def small_model(tied: bool = True, mixer: str = "mamba") -> CaduceusForMaskedLM:
     torch.manual_seed(3)
-    model = CaduceusForMaskedLM(
-        CaduceusConfig(d_model=8, n_layer=1, d_state=4, rcps=True, bidirectional_weight_tie=tied), "cpu"
-    )
+    keys = {"d_model": 8, "n_layer": 1, "d_state": 4, "headdim": 4, "rcps": True}
+    model = CaduceusForMaskedLM(CaduceusConfig(mixer=mixer, bidirectional_weight_tie=tied, **keys), "cpu")
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     return model
@@ -43,6 +44,23 @@ def stepped(config: TrainConfig, steps: int = 3, tied: bool = True) -> dict[str,
         set_learning_rate(optimizer, 1e-2)
         optimizer.step()
     return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("ema", [0, 0.9])
+@pytest.mark.parametrize(("tied", "mixer"), [(True, "mamba"), (False, "mamba"), (False, "mamba2")])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_an_optimizer_keeps_is_what_sizes_are_reckoned_with(name: str, tied: bool, mixer: str, ema: float) -> None:
+    config, model = TrainConfig(optimizer=name, ema=ema), small_model(tied, mixer)
+    optimizer = build_optimizer(model, config)
+    optimizer.step()
+    kept = [tensor for state in optimizer.state.values() for tensor in state.values() if tensor.dim()]
+    assert sum(tensor.numel() for tensor in kept) == kept_numbers(model.config, config)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
+def test_no_choice_is_adamw_by_another_name(name: str) -> None:
+    found, adamw = stepped(TrainConfig(optimizer=name)), stepped(TrainConfig())
+    assert any(not torch.equal(weight, adamw[name]) for name, weight in found.items())
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -78,7 +78,7 @@ def test_memory_is_compared_with_what_a_rank_can_have_of_its_gpu(monkeypatch, pe
     for name, stub in stubs.items():
         monkeypatch.setattr(torch.cuda, name, stub)
     monkeypatch.setattr(preflight, "run_micro_batch", lambda config, strategy: None)
-    monkeypatch.setattr(preflight.memory, "moment_bytes_to_come", lambda strategy: 0)
+    monkeypatch.setattr(preflight.memory, "moment_bytes_to_come", lambda config, strategy: 0)
     strategy = SimpleNamespace(ranks=Ranks(0, 1, 1, torch.device("cuda", 0)))
     with pytest.raises(UserError, match=r"of the 60\.0 GiB of its GPU") if refused else contextlib.nullcontext():
         preflight.check_gpu_memory(Config(), strategy)

@@ -93,7 +93,7 @@ def test_a_run_in_little_memory_has_the_numbers_of_one_with_plenty(small_run, mo
     assert numbers(scan.run.dir) == numbers(plain.run.dir)
     config = automatic(small_run)
     least, lean, full = measure(config)
-    least += memory.moment_bytes_to_come(build_strategy(config, ALONE, build_optimizer))
+    least += memory.moment_bytes_to_come(config, build_strategy(config, ALONE, build_optimizer))
     for whole, inputs in ((0, 0), (0, 2), (0, 3), (1, 2), (3, 0)):
         config = automatic(small_run, f"{whole} {inputs}")
         pretend_that_free_is(monkeypatch, memory_for((whole, inputs), least, lean, full))
@@ -180,3 +180,37 @@ def test_a_control_group_limits_the_memory_of_the_host(tmp_path: Path, monkeypat
     assert memory.free_memory(ALONE.device) == (3_000_000 - 1_500_000 + 400_000) // 2
     (groups / "job" / "memory.max").write_text("max\n")
     assert memory.free_memory(ALONE.device) == 8000 * 1024 // 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "free", "kept"),
+    [
+        ({"train": {"keep_states": "all"}}, 0, LAYERS),
+        ({"train": {"keep_states": "none"}}, 1 << 40, 0),
+        ({"ops": {"backend": "cpu"}}, 1 << 40, 0),
+        ({"model": {**MODEL, "mixer": "mamba2", "headdim": 8}}, 1 << 40, 0),
+        ({}, 1 << 40, LAYERS),
+        ({}, 0, 0),
+        ({}, "two", 2),
+        ({}, "nearly two", 1),
+    ],
+)
+def test_states_are_kept_where_memory_allows(
+    small_run, monkeypatch: pytest.MonkeyPatch, keys: dict, free: int | str, kept: int
+) -> None:
+    """Beside a micro-batch that takes 1000 bytes, and the moments to come."""
+    config = small_run.config(
+        "keeps", **{"model": MODEL, **keys, "train": {"keep_states": "auto", **keys.get("train", {})}}
+    )
+    strategy = build_strategy(config, ALONE, build_optimizer)
+    if "ops" not in keys:
+        config.ops.backend = "triton"
+    monkeypatch.setattr(memory, "peak_bytes", lambda device, run: 1000)
+    if isinstance(free, str):
+        # 4 sequences of 128 bases and both strands, 32 channels: one state of 8 and 2 directions and 4, and the output
+        a_block = 4 * 128 * 2 * 32 * 4 * (2 * 4 // 8 + 1)
+        needed = 1000 + memory.moment_bytes_to_come(config, strategy) + 2 * a_block
+        free = math.ceil(needed / (1 - RESERVE)) - 100 * (free == "nearly two")
+    pretend_that_free_is(monkeypatch, free)
+    assert recomputation.keep_states_to_fit(config, strategy) == kept
+    assert [block.mixer.keeps_states for block in strategy.model.blocks] == [False] * (LAYERS - kept) + [True] * kept

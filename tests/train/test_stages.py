@@ -28,7 +28,7 @@ from caduceus.train.trainer import train
 from launch.refusals import complaints
 from launch.request import JobRequest
 from launch.slurm import described_estimates
-from tests.distributed.layouts import train_all
+from tests.distributed.layouts import LAYOUTS, train_all
 from tests.train.conftest import SmallRun, numbers
 
 SHORT = {"seq_len": 64, "global_batch": 8, "micro_batch": 4, "steps": 4, "lr": 4e-3}
@@ -251,3 +251,24 @@ def test_ranks_share_each_stage_as_its_batch_demands_and_stop_at_the_border(
     train_all(2, killed)
     for config in killed:
         assert_same_run(config, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["FSDP 2", "ZeRO 1, 2 ranks", "ZeRO 3, 2 ranks"])
+def test_shards_go_on_across_the_border(layout: str, small_run: SmallRun) -> None:
+    """The whole run's losses; killed at the border, the same bits."""
+    (parallel,) = (one.parallel for one in LAYOUTS if one.name == layout)
+    short, long = {**SHORT, "steps": 1, "warmup_steps": 1}, {**LONG, "steps": 1}
+    short["micro_batch"] = long["micro_batch"] = 1
+    runs = [
+        staged(small_run, name, short, long, valid={"every": 0}, parallel=parallel if name == "shards" else {})
+        for name in ("one", "shards")
+    ]
+    single, shards = runs
+    assert train(single) == 0
+    train_all(2, [shards])
+    losses = [[row["loss"] for row in numbers(config.run.dir)] for config in runs]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    killed = goes_on_after(shards, 1)
+    train_all(2, [killed])
+    assert_same_run(killed, shards)

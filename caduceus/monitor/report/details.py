@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from caduceus.monitor.report.bins import outlined
-from caduceus.monitor.report.figures import LINE_BINS, STYLE, colour_of, in_decades, new_figure, shortened, with_legend
+from caduceus.monitor.report.figures import (
+    LINE_BINS,
+    STYLE,
+    colour_of,
+    in_decades,
+    markers,
+    new_figure,
+    shortened,
+    with_legend,
+)
 from caduceus.monitor.report.reported import Reported
 
 _DASHES = ("-", "--", ":", "-.")
@@ -93,6 +102,7 @@ def _lines(
     if not labels:
         return None
     figure, axes = new_figure(title, axis)
+    named = {""}
     for number, (run, lines) in enumerate(zip(runs, series, strict=True)):
         for label, values in lines:
             if label in labels:
@@ -100,10 +110,9 @@ def _lines(
                 x, y = outlined(steps[number][known], values[known], LINE_BINS)
                 place = labels.index(label)
                 style = {"color": colour_of(place), "linestyle": _DASHES[number % len(_DASHES)], "linewidth": 1.1}
-                style |= {"marker": "os"[place // _COLOURS % 2], "markersize": 3, "gid": f"line-{number}-{place}"}
-                axes.plot(
-                    run.history.at(x, axis), y, label=shortened(label) if number == 0 and label else None, **style
-                )
+                style |= {"gid": f"line-{number}-{place}", **markers(len(x), "os"[place // _COLOURS % 2])}
+                axes.plot(run.history.at(x, axis), y, label=None if label in named else shortened(label), **style)
+                named.add(label)
     _name_dashes(axes, runs)
     return with_legend(figure, axes, columns=3)
 

@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -17,13 +18,15 @@ from caduceus.monitor.report.history import History
 from caduceus.monitor.report.reported import Reported
 from caduceus.page import COLOURS
 
-AXES = {"tokens": "tokens, billions", "step": "steps", "hours": "hours of training steps"}
+AXES = {"tokens": "tokens", "step": "steps", "hours": "hours of training steps"}
 """What curves are drawn against: {name: label}."""
 LINE_BINS = 150
 """Bins of a line that has no band, of which the least and greatest value are drawn."""
 _SERIES = [name for name in COLOURS if name.startswith("series")]
 _MARKS = {"start": ("^", "series2"), "rewind": ("D", "series3"), "checkpoint": ("o", "series0")}
 _MOST_SPECIES = 8
+_MOST_MARKERS = 40
+"""Points of a line up to which each has its mark; longer lines have up to twice as many marks."""
 _SIZE = (5.0, 3.4)
 """Inches: so wide that its letters keep their size on a page of 400 pixels."""
 _INK, _FAINT, _LINE = (COLOURS[name][0] for name in ("ink", "faint", "line"))
@@ -88,7 +91,7 @@ def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
             x, y = outlined(history.valid.steps, curves.of(history.valid.columns["valid_loss"]), LINE_BINS)
             x = history.at(x, axis)
             style = {"color": colour, "linestyle": "--", "linewidth": 1.1, "gid": f"valid-{number}"}
-            axes.plot(x, y, marker="o", markersize=3, label=f"{name}, valid", **style)
+            axes.plot(x, y, label=f"{name}, valid", **markers(len(x)), **style)
             shown.append(y)
     if curves.logarithmic and any(np.isfinite(values).any() for values in shown):
         in_decades(axes)
@@ -113,9 +116,9 @@ def draw_species(runs: Sequence[Reported], axis: str) -> Figure | None:
                 species = name.partition("/")[2]
                 label = shortened(species) if len(runs) == 1 else f"{shortened(run.name, 16)}, {shortened(species, 12)}"
                 style = {"color": colour_of(place), "linestyle": ("-", "--", ":", "-.")[number % 4], "linewidth": 1.1}
-                style |= {"marker": "o", "markersize": 3, "gid": f"species-{number}-{place}"}
+                style |= {"gid": f"species-{number}-{place}"}
                 x, y = outlined(run.history.valid.steps, run.history.valid.columns[name], LINE_BINS)
-                axes.plot(run.history.at(x, axis), y, label=label, **style)
+                axes.plot(run.history.at(x, axis), y, label=label, **markers(len(x)), **style)
     return with_legend(figure, axes)
 
 
@@ -136,6 +139,14 @@ def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
     axes.set_ylim(len(runs) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     return with_legend(figure, axes, columns=3)
+
+
+def markers(points: int, marker: str = "o") -> dict[str, Any]:
+    """How matplotlib marks the points of a line: every one, of long lines some, which tell lines apart.
+
+    Then at an odd distance, as the least and greatest values of an outline take turns.
+    """
+    return {"marker": marker, "markersize": 3, "markevery": points // _MOST_MARKERS | 1}
 
 
 def colour_of(number: int) -> str:
@@ -178,6 +189,8 @@ def new_figure(title: str, axis: str, size: tuple[float, float] = _SIZE) -> tupl
     axes = figure.subplots()
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(AXES.get(axis, axis))
+    if axis == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter())
     return figure, axes
 
 
@@ -191,8 +204,13 @@ def lay_out_like(figure: Figure, other: Figure) -> None:
 def in_decades(axes: Axes) -> None:
     """Make the y axis logarithmic, with plain numbers: formulas take as long to set as all the rest of a figure."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axes.yaxis.set_major_formatter(_Plain())
+    axes.yaxis.set_minor_formatter(_Plain(minor_thresholds=(1, 0.4)))
+
+
+class _Plain(LogFormatter):
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def with_legend(figure: Figure, axes: Axes, columns: int = 2) -> Figure:

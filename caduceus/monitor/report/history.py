@@ -84,11 +84,11 @@ class History:
         return int(self.end["step"])
 
     def at(self, steps: np.ndarray, axis: str) -> np.ndarray:
-        """Where steps stand on an axis: `step`, `tokens` (billions) or `hours`."""
+        """Where steps stand on an axis: `step`, `tokens` or `hours`."""
         if axis == "step":
             return np.asarray(steps, float)
-        values = np.r_[0, self.train[axis], self.end[axis]] / (1e9 if axis == "tokens" else 1)
-        return np.interp(steps, np.r_[0, self.train["step"], self.end["step"]], values)
+        known = np.r_[0, self.train["step"], self.end["step"]]
+        return np.interp(steps, known, np.r_[0, self.train[axis], self.end[axis]])
 
 
 class _MadeAgainError(Exception):

@@ -35,7 +35,8 @@ NUMBERS = 50
 """Rows of the tables of numbers, at most; more steps are put together."""
 _STYLE = """
 body { max-width: 1500px; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.2rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.2rem;
+  margin-top: .8rem; }
 figure { margin: 0; min-width: 0; } figcaption { font-size: 12.5px; }
 .axes label { margin-right: 1.2em; cursor: pointer; white-space: nowrap; }
 .on-step, .on-hours { display: none; }
@@ -43,6 +44,7 @@ figure { margin: 0; min-width: 0; } figcaption { font-size: 12.5px; }
 .axes:has(#by-step:checked) .on-tokens, .axes:has(#by-hours:checked) .on-tokens { display: none; }
 .words td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 .words th { text-align: left; }
+.events td { white-space: nowrap; } .events td:last-child { white-space: normal; min-width: 10rem; }
 @media (max-width: 600px) { body { margin: 1rem auto; padding: 0 .7rem; } }
 """
 _log = logging.getLogger(__name__)
@@ -219,7 +221,7 @@ def _events_table(runs: Sequence[Reported]) -> str:
     ]
     if not rows:
         return "<p>none are known</p>"
-    return f'<div class="words">{table(["run", "event", "step", "time", "what"], rows)}</div>'
+    return f'<div class="words events">{table(["run", "event", "step", "time", "what"], rows)}</div>'
 
 
 def _differences_table(runs: Sequence[Reported]) -> str:

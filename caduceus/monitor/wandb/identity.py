@@ -1,13 +1,12 @@
 """Which W&B run a run directory's rows go to, and how far they have got: RUN/wandb/run.json and status.json."""
 
-import json
 import secrets
 import string
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from caduceus.files import dump_json, write_atomically
+from caduceus.files import dump_json, is_file, read_json, write_atomically
 
 _ALPHABET = string.ascii_lowercase + string.digits
 
@@ -44,15 +43,15 @@ def identity(run: Path) -> Identity:
     """The identity of a run directory; made, and kept there, when it is first asked for."""
     path = directory(run) / "run.json"
     try:
-        return Identity(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return Identity(**(read_json(path) or {}))
+    except TypeError:
         return keep_identity(run, Identity(_new_id()))
 
 
 def adopt(run: Path, wanted: str) -> Identity:
     """Give a run directory the id that its user wants, unless the run has given that id up before."""
     path = directory(run) / "run.json"
-    before = identity(run) if path.exists() else None
+    before = identity(run) if is_file(path) else None
     if before is not None and (before.id == wanted or wanted in before.former):
         return before
     return keep_identity(run, Identity(wanted, former=[] if before is None else [*before.former, before.id]))
@@ -79,8 +78,8 @@ def keep_url(run: Path, url: str | None) -> None:
 def status(run: Path) -> Status | None:
     """How far W&B has got; None where nothing was ever sent."""
     try:
-        return Status(**json.loads((directory(run) / "status.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        return Status(**(read_json(directory(run) / "status.json") or {}))
+    except (OSError, TypeError):
         return None
 
 

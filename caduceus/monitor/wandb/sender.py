@@ -259,13 +259,10 @@ class Sender:
 
     def _warn(self, error: Exception) -> None:
         text = " ".join(str(error).split()) or type(error).__name__
-        later = "" if self._trainer is None else "when it can be, or "
-        self.tell(
-            "warning",
-            f"wandb: {text}; training goes on, metrics.jsonl keeps every row, and W&B is sent what it lacks {later}by "
-            f"{self._command()}",
-            trouble=text,
-        )
+        goes_on = "training goes on, metrics.jsonl keeps every row, and " if self._trainer is not None else ""
+        when = "when it can be, or " if self._trainer is not None else ""
+        later = f"{goes_on}W&B is sent what it lacks {when}by {self._command()}"
+        self.tell("warning", f"wandb: {text}; {later}", trouble=text)
 
     def _keep(self, state: str, step: int, trouble: str | None = None) -> None:
         self._status = Status(state, step, trouble)

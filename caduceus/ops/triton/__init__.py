@@ -6,9 +6,11 @@ from caduceus.ops.triton.gated import gated_norm
 from caduceus.ops.triton.norm import add_norm
 from caduceus.ops.triton.scan import MAX_STATES, bidirectional_scan, scan_with_states, selective_scan
 from caduceus.ops.triton.sliced_scan import SlicedScan
+from caduceus.ops.triton.ssd import SlicedSSD, ssd_scan, takes_ssd
 
 __all__ = [
     "SUPPORTED",
+    "SlicedSSD",
     "SlicedScan",
     "add_norm",
     "bidirectional_conv1d",
@@ -18,6 +20,8 @@ __all__ = [
     "head_cross_entropy",
     "scan_with_states",
     "selective_scan",
+    "ssd_scan",
+    "takes_ssd",
 ]
 
 SUPPORTED = {"d_state": range(1, MAX_STATES + 1), "d_conv": range(1, TOKENS + 1)}

@@ -16,7 +16,7 @@ stores of the turn before. Products and sums fuse, whatever Triton's default is.
 """
 SIZES = (
     *("S", "batch", "L", "n_chunks", "chunk_size", "reverse", "descending", "item0", "blocks"),
-    *("rows", "stream_rows", "tokens", "sequence_tiles", "tiles", "V", "ignore"),
+    *("rows", "stream_rows", "tokens", "sequence_tiles", "tiles", "V", "ignore", "heads"),
 )
 """Arguments whose value no kernel is compiled for: little in an inner loop depends on it."""
 

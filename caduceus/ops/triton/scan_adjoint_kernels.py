@@ -3,6 +3,7 @@
 chunk_adjoint   each chunk with a zero end adjoint: the adjoint of its initial state
 chunk_carry     the same recurrence over chunks, in the opposite order
 scan_replay     each chunk forward again: dz, and every T-th state
+gate_gradient   dz, where the forward pass kept outputs and every T-th state, so that no chunk is replayed
 gather_pieces   B and C as scan_backward takes them
 scan_backward   each chunk with its true states and adjoint: the other gradients
 scatter_pieces  dB and dC to where they belong
@@ -13,6 +14,8 @@ import triton.language as tl
 
 from caduceus.ops.triton.device import SIZES
 from caduceus.ops.triton.scan_arithmetic import (
+    gate_gradient,
+    load,
     load_floats,
     load_parameter,
     load_turn,
@@ -184,5 +187,14 @@ def scan_replay_kernel(
             kept_ptr,
         ),
         *(item0, S, batch, L, n_chunks, chunk_size, reverse, P, E, N, BLOCK, T, UNROLL),
-        *(True, SOFTPLUS, HAS_D, HAS_Z, HAS_BIAS, HAS_STARTS),
+        *(True, True, SOFTPLUS, HAS_D, HAS_Z, HAS_BIAS, HAS_STARTS),
     )
+
+
+@triton.jit
+def gate_gradient_kernel(y_ptr, z_ptr, dout_ptr, dz_ptr, count, BLOCK: tl.constexpr):
+    """dz from y before its gate; all have `count` elements."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    dz = gate_gradient(load(y_ptr + at, mask), load(dout_ptr + at, mask), load(z_ptr + at, mask))
+    tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=mask)

@@ -32,6 +32,13 @@ def silu(z):
 
 
 @triton.jit
+def gate_gradient(y, dout, z):
+    """The gradient of z where y silu(z) has the gradient dout."""
+    gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
+    return y * (dout * gate * (1.0 + z * (1.0 - gate)))
+
+
+@triton.jit
 def time_of_decay(dt, starts_ptr, position, L, HAS_STARTS: tl.constexpr):
     """The time that the state decays over in a step; `position` is where a start forgets the state."""
     if HAS_STARTS:

@@ -17,8 +17,8 @@ import triton.language as tl
 
 from caduceus.ops.triton.device import SIZES
 from caduceus.ops.triton.scan_arithmetic import (
-    LOG2E,
     advance,
+    gate_gradient,
     load_parameter,
     load_turn,
     load_vectors,
@@ -183,7 +183,7 @@ def _scan_turn(
     B_ptr,
     C_ptr,
     z_ptr,
-    dout_ptr,
+    side_ptr,
     starts_ptr,
     out_ptr,
     h,
@@ -200,36 +200,41 @@ def _scan_turn(
     ADDS: tl.constexpr,
     GATES: tl.constexpr,
     KEEPS: tl.constexpr,
+    REPLAYS: tl.constexpr,
     HAS_Z: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     mask,
 ):
-    """The state after UNROLL tokens, whose outputs are stored; dz instead where the chunk KEEPS states."""
+    """The state after UNROLL tokens, whose outputs are stored; dz instead where the scan REPLAYS.
+
+    `side` is then dout, and where a scan KEEPS states and does not replay, it gets the outputs before their gate.
+    """
     step = 1 - 2 * rev
     us = load_turn(u_ptr, step * E, e, mask, UNROLL)
     xs = load_turn(dt_ptr, step * E, e, mask, UNROLL)
-    if ADDS and (HAS_Z or not KEEPS):
+    if ADDS and (HAS_Z or not REPLAYS):
         ys = load_turn(out_ptr, step * E, e, mask, UNROLL)
     if GATES and HAS_Z:
         zs = load_turn(z_ptr, step * E, e, mask, UNROLL)
-        if KEEPS:
-            douts = load_turn(dout_ptr, step * E, e, mask, UNROLL)
+        if REPLAYS:
+            douts = load_turn(side_ptr, step * E, e, mask, UNROLL)
     for i in tl.static_range(UNROLL):
         u = us[i].to(tl.float32)
         dt = step_size(xs[i], bias, SOFTPLUS)
         decay_time = time_of_decay(dt, starts_ptr, t + i * step + rev, L, HAS_STARTS)
         h = advance(h, A, decay_time, dt * u, B_ptr + i * step * N, N)
-        if HAS_Z or not KEEPS:
+        if HAS_Z or not REPLAYS:
             y = project(h, C_ptr + i * step * N, D * u, N)
             if ADDS:
                 y += ys[i].to(tl.float32)
             if GATES and HAS_Z:
                 z = zs[i].to(tl.float32)
-                if KEEPS:
-                    gate = 1.0 / (1.0 + tl.exp2(z * -LOG2E))
-                    y *= douts[i].to(tl.float32) * gate * (1.0 + z * (1.0 - gate))
+                if REPLAYS:
+                    y = gate_gradient(y, douts[i].to(tl.float32), z)
                 else:
+                    if KEEPS:
+                        tl.store(side_ptr + i * step * E + e, y, mask=mask)
                     y *= silu(z)
             tl.store(out_ptr + i * step * E + e, y.to(out_ptr.dtype.element_ty), mask=mask)
     return h
@@ -242,7 +247,7 @@ def _scan_chunk(
     B_ptr,
     C_ptr,
     z_ptr,
-    dout_ptr,
+    side_ptr,
     starts_ptr,
     out_ptr,
     kept_ptr,
@@ -262,6 +267,7 @@ def _scan_chunk(
     ADDS: tl.constexpr,
     GATES: tl.constexpr,
     KEEPS: tl.constexpr,
+    REPLAYS: tl.constexpr,
     HAS_Z: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
@@ -275,8 +281,8 @@ def _scan_chunk(
             kept_ptr += N * E
         for _ in range(0, tl.minimum(length - k0, T), UNROLL):
             h = _scan_turn(
-                *(u_ptr, dt_ptr, B_ptr, C_ptr, z_ptr, dout_ptr, starts_ptr, out_ptr, h, A, D, bias, e, t, L, rev),
-                *(E, N, UNROLL, ADDS, GATES, KEEPS, HAS_Z, SOFTPLUS, HAS_STARTS),
+                *(u_ptr, dt_ptr, B_ptr, C_ptr, z_ptr, side_ptr, starts_ptr, out_ptr, h, A, D, bias, e, t, L, rev),
+                *(E, N, UNROLL, ADDS, GATES, KEEPS, REPLAYS, HAS_Z, SOFTPLUS, HAS_STARTS),
                 mask=mask,
             )
             t += UNROLL * step
@@ -285,7 +291,7 @@ def _scan_chunk(
             B_ptr += UNROLL * step * N
             C_ptr += UNROLL * step * N
             z_ptr += UNROLL * step * E
-            dout_ptr += UNROLL * step * E
+            side_ptr += UNROLL * step * E
             out_ptr += UNROLL * step * E
 
 
@@ -300,7 +306,7 @@ def scan_item(
     z_ptr,
     bias_ptr,
     starts_ptr,
-    dout_ptr,
+    side_ptr,
     state_ptr,
     out_ptr,
     kept_ptr,
@@ -318,6 +324,7 @@ def scan_item(
     T: tl.constexpr,
     UNROLL: tl.constexpr,
     KEEPS: tl.constexpr,
+    REPLAYS: tl.constexpr,
     SOFTPLUS: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -351,7 +358,7 @@ def scan_item(
         out_at = (sb * L + t) * E
         BC_at = (row * L + t) * N
         kept_at = kept_ptr + (d * n_items + local) * (chunk_size // T) * N * E
-        inputs = (u_ptr + at, dt_ptr + at, B_ptr + BC_at, C_ptr + BC_at, z_ptr + out_at, dout_ptr + out_at, starts_at)
+        inputs = (u_ptr + at, dt_ptr + at, B_ptr + BC_at, C_ptr + BC_at, z_ptr + out_at, side_ptr + out_at, starts_at)
         operands = (out_ptr + out_at, kept_at, h, A, D, bias, e, t, length, L)
         if rev == 1:
             _scan_chunk(
@@ -365,6 +372,7 @@ def scan_item(
                 d == 1,
                 d == P - 1,
                 KEEPS,
+                REPLAYS,
                 HAS_Z,
                 SOFTPLUS,
                 HAS_STARTS,
@@ -382,6 +390,7 @@ def scan_item(
                 d == 1,
                 d == P - 1,
                 KEEPS,
+                REPLAYS,
                 HAS_Z,
                 SOFTPLUS,
                 HAS_STARTS,
@@ -443,5 +452,61 @@ def scan_forward_kernel(
             state_ptr,
         ),
         *(0, S, batch, L, n_chunks, chunk_size, reverse, P, E, N, BLOCK, ALL, UNROLL),
-        *(False, SOFTPLUS, HAS_D, HAS_Z, HAS_BIAS, HAS_STARTS),
+        *(False, False, SOFTPLUS, HAS_D, HAS_Z, HAS_BIAS, HAS_STARTS),
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scan_keep_kernel(
+    u_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    z_ptr,
+    bias_ptr,
+    starts_ptr,
+    state_ptr,
+    out_ptr,
+    y_ptr,
+    kept_ptr,
+    S,
+    batch,
+    L,
+    n_chunks,
+    chunk_size,
+    reverse,
+    P: tl.constexpr,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+    UNROLL: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """As scan_forward, and what scan_replay finds but for dz: y before its gate (S·batch, L, E), and kept (P, items,
+    chunk_size / T, N, E), the states before T-th tokens."""
+    scan_item(
+        *(
+            u_ptr,
+            dt_ptr,
+            A_ptr,
+            B_ptr,
+            C_ptr,
+            D_ptr,
+            z_ptr,
+            bias_ptr,
+            starts_ptr,
+            y_ptr,
+            state_ptr,
+            out_ptr,
+            kept_ptr,
+        ),
+        *(0, S, batch, L, n_chunks, chunk_size, reverse, P, E, N, BLOCK, T, UNROLL),
+        *(True, False, SOFTPLUS, HAS_D, HAS_Z, HAS_BIAS, HAS_STARTS),
     )

@@ -1,9 +1,10 @@
-"""Launches of the scan's kernels, a method for each, and what a whole pass of them is.
+"""Launches of the scan's kernels, a method for each.
 
 Shapes: P parameter directions, S streams, B batch, L length, E inner channels, N states.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from caduceus.ops.triton import scan_adjoint_kernels as adjoint_kernels
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
 from caduceus.ops.triton import scan_pieces_kernels as pieces_kernels
-from caduceus.ops.triton.device import LAUNCH, channel_block, device_of, wide_channel_block
+from caduceus.ops.triton.device import CHANNELS, LAUNCH, channel_block, device_of, wide_channel_block
 from caduceus.ops.triton.scan_arithmetic import LOG2E
 
 PIECE = 8
@@ -37,53 +38,13 @@ REPLAY_BYTES = 2**31
 """Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
 
 
-def launch_forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    starts: Tensor | None,
-    softplus: bool,
-    reverse: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, final states, state before each chunk (rows, chunks, N, E), sum of dt over each (rows, chunks, E))."""
-    operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
-    scan = ScanKernels(operands, starts, softplus, reverse, chunk)
-    states, sum_dt = scan.chunk_states()
-    final_state = scan.carry(states, sum_dt, initial_state, descending=False)
-    return scan.outputs(states), final_state, states, sum_dt
+class Kept(NamedTuple):
+    """What a forward pass kept, so that the backward pass replays nothing."""
 
-
-def launch_backward(
-    dy: Tensor,
-    dfinal_state: Tensor | None,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    starts: Tensor | None,
-    states: Tensor,
-    sum_dt: Tensor,
-    softplus: bool,
-    reverse: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty for what is not given."""
-    operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
-    scan = ScanKernels(operands, starts, softplus, reverse, chunk)
-    adjoints = scan.adjoints(dy)
-    dinitial_state = scan.carry(adjoints, sum_dt, dfinal_state, descending=True)
-    return (*scan.gradients(dy, states, adjoints), dinitial_state)
+    states: Tensor
+    """(P, items, chunk / PIECE, N, E) fp32, before every PIECE-th token."""
+    outputs: Tensor
+    """(S, B, L, E) fp32, before the gate; empty where there is none."""
 
 
 class ScanKernels:
@@ -161,6 +122,27 @@ class ScanKernels:
             )
         return out
 
+    def outputs_and_kept(self, states: Tensor) -> tuple[Tensor, Kept]:
+        """The same bits of y, and what replaying would find."""
+        out = self.u.new_empty(self.S, self.batch, self.length, self.E)
+        before_gate = self._fp32(*(out.shape if self.has_z else (0,)))
+        kept = self._fp32(self.P, self.items, self.chunk // PIECE, self.N, self.E)
+        with device_of(self.u):
+            kernels.scan_keep_kernel[(self.items, self.wide_blocks)](
+                *self._operands(),
+                states,
+                out,
+                before_gate,
+                kept,
+                *self._sizes(),
+                P=self.P,
+                T=PIECE,
+                HAS_D=self.has_D,
+                HAS_Z=self.has_z,
+                **{**self.wide_options, **self.bounds, "UNROLL": 1},  # registers do not suffice for two tokens
+            )
+        return out, Kept(kept, before_gate)
+
     def adjoints(self, dy: Tensor) -> Tensor:
         """Adjoint of each chunk's initial state by the chunk's own outputs."""
         adjoints = self._per_chunk(self.N)
@@ -181,10 +163,13 @@ class ScanKernels:
             )
         return adjoints
 
-    def gradients(self, dy: Tensor, states: Tensor, adjoints: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of u, dt, A, B, C, D, z and dt_bias, from what comes into every chunk; uses `adjoints` up."""
+    def gradients(self, dy: Tensor, states: Tensor, adjoints: Tensor, before: Kept | None = None) -> tuple[Tensor, ...]:
+        """Gradients of u, dt, A, B, C, D, z and dt_bias, from what comes into every chunk; uses `adjoints` up.
+
+        `before`: what the forward pass kept. Without it chunks are replayed, as many at once as there is room for.
+        """
         dy = dy.contiguous()
-        segment = self._segment()
+        segment = self._segment() if before is None else self.items
         dz = self.z.new_empty(self.S * self.batch, self.length, self.E) if self.has_z else self.u
         du, ddt = (t.new_empty(self.rows, self.length, self.E) for t in (self.u, self.dt))
         dA = self._fp32(self.P, self.N, self.E).zero_()
@@ -193,7 +178,7 @@ class ScanKernels:
         for item in range(0, self.items, segment):
             count = min(segment, self.items - item)
             kept = pieces = dpieces = None  # two segments at a time would be twice the memory
-            kept = self._replay(item, count, dy, states, dz)
+            kept = self._replay(item, count, dy, states, dz) if before is None else self._taken(before, dy, dz)
             pieces = self._fp32(self.P, count, self.chunk // PIECE, self.N, 2 * PIECE)
             dpieces = self._fp32(self.blocks, *pieces.shape)
             sum_A, sum_D, sum_bias = (self._fp32(self.P, count, *shape, self.E) for shape in ((self.N,), (), ()))
@@ -235,6 +220,16 @@ class ScanKernels:
                 **options,
             )
         return kept
+
+    def _taken(self, before: Kept, dy: Tensor, dz: Tensor) -> Tensor:
+        """As `_replay` of all chunks."""
+        if self.has_z:
+            count, block = dz.numel(), 8 * CHANNELS
+            with device_of(self.u):
+                adjoint_kernels.gate_gradient_kernel[(triton.cdiv(count, block),)](
+                    before.outputs, self.z, dy, dz, count, BLOCK=block, **LAUNCH
+                )
+        return before.states
 
     def _gather(self, item: int, count: int, pieces: Tensor) -> None:
         with device_of(self.u):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from caduceus.data.format import load_manifest
 from caduceus.errors import UserError
 from data_prep.plan import homology
-from data_prep.plan.homology import STRETCH, K, copies, sampled_kmers
+from data_prep.plan.homology import LEVELS, STRETCH, K, copies, near_stretches, sampled_kmers
 from tests.data_prep.genomes import random_bases, reverse_complement, shard, tar_samples, tree_digest, write_fasta
 
 
@@ -68,7 +68,7 @@ def test_a_stretch_is_a_copy_by_its_share_of_kmers(strand: str, rate: float, fou
     copy = reverse_complement(copy) if strand == "-" else copy
     train = random_bases(rng, 10_000).upper() + copy + random_bases(rng, 9_000).upper()
     assert (shared(copy, held_out) >= 0.5) == found
-    near = copies(as_bases(train), np.unique(sampled_kmers(as_bases(held_out))[0]), 0.5)
+    near = copies(near_stretches(as_bases(train), np.unique(sampled_kmers(as_bases(held_out))[0])), 0.5)
     if not found:
         assert len(near) == 0
         return
@@ -76,7 +76,7 @@ def test_a_stretch_is_a_copy_by_its_share_of_kmers(strand: str, rate: float, fou
     assert start <= 10_000 + STRETCH // 2 and end >= 18_000 - STRETCH // 2
     assert start >= 10_000 - STRETCH // 2 and end <= 18_000 + STRETCH // 2
     masked = train[:10_000] + copy.lower() + train[18_000:]
-    assert len(copies(as_bases(masked), np.unique(sampled_kmers(as_bases(held_out))[0]), 0.5)) == 0, "soft-masked"
+    assert len(near_stretches(as_bases(masked), np.unique(sampled_kmers(as_bases(held_out))[0]))) == 0, "soft-masked"
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def relatives(tmp_path: Path) -> Path:
 
 def test_train_has_no_near_copy_of_what_any_species_holds_out(relatives: Path) -> None:
     out, plain = relatives / "out", relatives / "plain"
-    options = ("--window", 40_000, "--genomes", relatives / "both.yaml", "--workers", 1)
+    options = ("--window", 40_000, "--genomes", relatives / "both.yaml", "--workers", 2)
     shard(*options, "--out", plain)
     shard(*options, "--out", out, "--homology", 0.5)
     kept = {part["name"]: part["report"] for part in load_manifest(out)["species"]}
@@ -107,9 +107,15 @@ def test_train_has_no_near_copy_of_what_any_species_holds_out(relatives: Path) -
         lost = whole[name]["splits"]["train"]["bases"] - kept[name]["splits"]["train"]["bases"]
         assert 10_000 - STRETCH <= lost <= 10_000 + STRETCH
         assert f"--homology: {lost:,} bp of train are near copies of valid or test" in kept[name]["notes"][-1]
+        at = kept[name]["near_copies"]
+        assert list(at) == list(map(str, LEVELS)) and at["0.5"] == lost
+        assert at["0.1"] >= at["0.25"] >= at["0.5"] >= at["0.75"] > at["0.9"] == 0, "with 1 and 2 % of bases changed"
         train = [text for text in texts if (text["species"], text["split"]) == (name, "train")]
         inner = range(copied[0] + STRETCH // 2, copied[1] - STRETCH // 2)
         assert train and not any(text["start"] < inner.stop and inner.start < text["end"] for text in train)
+    page = (out / "report.html").read_text()
+    assert "near to valid or test" in page and f"<td>{kept['b']['near_copies']['0.25']:,}</td>" in page
+    assert "near to valid or test" not in (plain / "report.html").read_text()
     before = tree_digest(out)
     shard(*options, "--out", out, "--homology", 0.5)
     assert tree_digest(out) == before

@@ -280,7 +280,7 @@ def test_a_report_that_cannot_be_made_is_one_warning(
 
 
 @pytest.mark.slow
-def test_in_a_browser_nothing_is_wider_than_the_window(tmp_path: Path) -> None:
+def test_in_a_browser_nothing_is_wider_than_the_window_and_no_request_leaves_the_page(tmp_path: Path) -> None:
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no chromium or google-chrome on this machine")
@@ -289,10 +289,12 @@ def test_in_a_browser_nothing_is_wider_than_the_window(tmp_path: Path) -> None:
     write_report([watched.path], tmp_path / "report.html")
     # A page in a frame of the width asked for, as headless windows have a least width.
     probe = (
-        "<script>onload = () => { const inner = document.querySelector('iframe').contentDocument.documentElement;"
+        "<script>onload = () => { const frame = document.querySelector('iframe');"
+        "const inner = frame.contentDocument.documentElement;"
+        "const asked = frame.contentWindow.performance.getEntriesByType('resource');"
         "const text = inner.querySelector('.on-tokens svg text');"
         "document.title = [inner.scrollWidth, inner.clientWidth, getComputedStyle(text).fontSize,"
-        "inner.querySelector('.on-tokens svg').getBoundingClientRect().width].join(' ') }</script>"
+        "inner.querySelector('.on-tokens svg').getBoundingClientRect().width, asked.length].join(' ') }</script>"
     )
     for width in (400, 1400):
         frame = f'<iframe src="report.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
@@ -303,6 +305,7 @@ def test_in_a_browser_nothing_is_wider_than_the_window(tmp_path: Path) -> None:
         done = subprocess.run([browser, *options, profile, address], capture_output=True, text=True, timeout=120)
         measured = re.search("<title>(.*?)</title>", done.stdout)[1].split()
         scroll, client, font, drawn = int(measured[0]), int(measured[1]), float(measured[2][:-2]), float(measured[3])
+        assert measured[4] == "0"  # requests of the page, those that failed among them
         assert scroll == client and width - 20 <= client <= width  # less a scroll bar
         assert drawn >= 360  # inches of the figure to points: letters keep at least 360/360 of their size
         assert font >= 8

@@ -5,7 +5,6 @@ TRITON_INTERPRET=1, which tests/interpreter.py starts. Without a GPU they are no
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -16,25 +15,6 @@ from torch import Tensor
 from tests.interpreter import INTERPRETING
 
 collect_ignore_glob = [] if INTERPRETING or torch.cuda.is_available() else ["test_*.py"]
-
-
-def quicken_interpreter() -> None:
-    """Drops two fifths of the interpreter's time, none of which goes into the arithmetic of the kernels."""
-    from triton.runtime import interpreter
-
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(fn):
-        """It patches triton.language for every call of a device function; once for each module is enough."""
-        if id(fn.__globals__) not in patched:
-            patched.add(id(fn.__globals__))
-            patch(fn)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch_once
-    # Integer overflow is computed at every step, but asserted only in Triton's debug mode.
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def multiply_as_tensor_cores() -> None:
@@ -73,8 +53,9 @@ def multiply_as_tensor_cores() -> None:
 
 if INTERPRETING:
     from tests.ops.interpreted.programs import shuffle_programs
+    from tests.ops.interpreted.quick import quicken
 
-    quicken_interpreter()
+    quicken()
     multiply_as_tensor_cores()
     shuffle_programs()
 

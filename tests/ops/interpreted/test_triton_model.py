@@ -6,8 +6,11 @@ import torch
 from caduceus import ops
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import CaduceusConfig
+from caduceus.model.costs import kept_state_bytes
 from caduceus.model.heads import CaduceusForMaskedLM
 from caduceus.ops.triton import scan as triton_scan
+from caduceus.ops.triton import scan_launches
+from caduceus.train.memory import kept_storages
 from tests.model.packed import check_packed_rows
 
 GRADIENTS = 2e-5
@@ -74,17 +77,31 @@ def test_a_block_compiles_whole(autocast, lengths, device):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_what_feeds_the_scan_is_recomputed_to_the_same_bits(monkeypatch):
+def test_what_is_recomputed_and_what_is_kept_change_no_bit(monkeypatch):
     monkeypatch.setattr(triton_scan, "chunk_length", lambda u: 8)
     torch.manual_seed(0)
     model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=1, d_state=2), backend="triton")
     input_ids, starts = torch.randint(7, 11, (1, 10)), torch.zeros(1, 10, dtype=torch.bool)
     starts[0, 6] = True
     results = []
-    for model.recomputed_scan_inputs in (0, 1):
+    for model.recomputed_scan_inputs, kept in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        model.keep_states(kept)
         loss = model(input_ids, input_ids, starts=starts, return_logits=False).loss
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(torch.equal(found, results[0][i]) for result in results[1:] for i, found in enumerate(result))
+
+
+@pytest.mark.parametrize("keys", [{}, {"bidirectional_strategy": "ew_multiply"}, {"bidirectional": False}])
+def test_what_is_kept_has_the_bytes_that_are_told(monkeypatch, keys):
+    monkeypatch.setattr(triton_scan, "chunk_length", lambda u: 8)
+    config = CaduceusConfig(d_model=8, n_layer=1, d_state=8, **keys)
+    model = CaduceusForMaskedLM(config, backend="triton")
+    hidden = torch.randn(1, 1, 16, 8, requires_grad=True)
+    kept = []
+    for blocks in (0, 1):
+        model.keep_states(blocks)
+        kept.append(sum(storage.nbytes() for storage in kept_storages(model.blocks[0], hidden)))
+    assert kept[1] - kept[0] == 16 * kept_state_bytes(config, scan_launches.PIECE)
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_a_start_forgets_what_lies_on_its_other_side(monkeypatch, position, at_o
     replay_chunks_one_by_one(monkeypatch, not at_once)
     starts = torch.zeros(2, 14, dtype=torch.bool)
     starts[0, position] = True
-    starts[1, [3, 4, 11]] = True
+    starts[1, [3, 4, 11, 13]] = True
     check(make_operands(2, 1, 2, 14, 3, 2), starts=starts, chunk=8)
 
 
@@ -233,6 +233,36 @@ def test_two_runs_give_the_same_bits():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "absent", "starts"),
+    [
+        (torch.float32, (), None),
+        (torch.bfloat16, (), None),
+        (torch.bfloat16, ("D", "z", "initial_state"), [0, 5]),
+    ],
+)
+def test_states_that_are_kept_change_no_bit(dtype, absent, starts):
+    """A stream that runs backwards first, and a token over a chunk."""
+    operands = make_operands(2, 2, 1, 9, 3, 2) | dict.fromkeys(absent)
+    given = {
+        n: None if t is None else t.to(dtype if n in ("u", "dt", "B", "C", "z") else torch.float32)
+        for n, t in operands.items()
+    }
+    if starts is not None:
+        starts = torch.zeros(1, 9, dtype=torch.bool).index_fill_(1, torch.tensor(starts), True)
+    results = []
+    for keep in (False, True):
+        leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in given.items()}
+        scanned = ScanOperands(*(leaves[name] for name in NAMES[:-1]))
+        state = leaves["initial_state"]
+        y, final = triton_scan.scan_with_states(scanned, initial_state=state, starts=starts, chunk=8, keep=keep)
+        loss = y.float().sin().sum() + final.sum()
+        present = [t for t in leaves.values() if t is not None]
+        results.append([y, final, *torch.autograd.grad(loss, present)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.slow
 def test_strided_operands():
     operands = make_operands(2, 1, 2, 9, 4, 2)
     for left, right in (("B", "C"), ("u", "dt")):
@@ -258,15 +288,17 @@ def test_numbers_that_are_loaded_in_pairs_lie_at_even_places():
 def test_composes_with_torch():
     o = make_operands(2, 1, 1, 6, 3, 2)
     arguments = tuple(o[name].float().requires_grad_() for name in NAMES[:-1])
-    torch.library.opcheck(triton_scan.scan_forward, (*arguments, None, None, True, False, 8))
+    for keep in (False, True):
+        torch.library.opcheck(triton_scan.scan_forward, (*arguments, None, None, True, False, 8, keep))
     starts = torch.tensor([[False, False, True, False, False, False]])
     initial = o["initial_state"].float()
     # In 16 bits, so that a gradient of another type than the compiler was told of shows.
     for absent, state, begins in (((), None, None), (("D", "z", "dt_bias"), initial, starts)):
         given = [None if name in absent else o[name].bfloat16() for name in NAMES[:-1]]
-        y, final, states, sum_dt = triton_scan.scan_forward(*given, state, begins, True, False, 8)
+        keep = state is None
+        y, final, *found = triton_scan.scan_forward(*given, state, begins, True, False, 8, keep)
         dfinal = None if state is None else final
-        torch.library.opcheck(triton_scan.scan_backward, (y, dfinal, *given, begins, states, sum_dt, True, False, 8))
+        torch.library.opcheck(triton_scan.scan_backward, (y, dfinal, *given, begins, *found, True, False, 8, keep))
 
 
 def test_refuses_what_it_cannot_run():

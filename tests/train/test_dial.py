@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from caduceus.config import load_config
+from caduceus.config import has_dial, load_config
 from caduceus.config.dial import BASES_OF_A_BATCH, MATRICES, SIZES, parameters_of, turned
 from caduceus.errors import UserError
 from caduceus.model.costs import flops_per_base, parameter_count
+from caduceus.train.__main__ import main as train_main
+from caduceus.train.dial import dial_table
 from caduceus.train.optimizer import build_optimizer
-from launch.dial import dial_table, is_turned
 from launch.slurm import main
 
 
@@ -81,4 +82,13 @@ def test_the_table_stands_before_the_run(monkeypatch, capsys) -> None:
     assert dial_table(config, 16) in printed
     seconds = {gpu: float(found) for gpu, found in re.findall(r"#   (\w+) +([\d.]+) s a step", printed)}
     assert seconds["H100"] == seconds["H200"] < seconds["A100"] < seconds["L40S"]
-    assert is_turned(Path("ps-1k.yaml"), ["size=8M"]) and not is_turned(Path("ps-1k.yaml"), ["train.steps=8"])
+    assert has_dial("ps-1k", ["size=8M"]) and not has_dial("ps-1k", ["train.steps=8"])
+
+
+def test_training_shows_the_table_too(tmp_path: Path, monkeypatch, capsys) -> None:
+    own = tmp_path / "mine" / "own.yaml"
+    own.parent.mkdir()
+    own.write_text("size: 30M\ndata:\n  path: x\n  seq_len: 1024\n")
+    monkeypatch.setattr("sys.argv", ["train", "--show", "--config", str(own)])
+    assert train_main() == 0
+    assert capsys.readouterr().out.startswith(dial_table(load_config(own), 1) + "\n# The model.")

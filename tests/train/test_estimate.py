@@ -10,8 +10,8 @@ from caduceus.distributed import ranks as ranks_module
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.ranks import Ranks
 from caduceus.model.costs import parameter_count
+from caduceus.train.estimate import estimate
 from caduceus.train.recomputation import bytes_added_by_a_block
-from launch.estimate import estimate
 
 
 @pytest.mark.parametrize(

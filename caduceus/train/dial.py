@@ -1,20 +1,12 @@
 """What a dial (size=…, compute=…) makes of a run, as a table before it starts: keys, and time and memory by GPU."""
 
-from pathlib import Path
-
 from caduceus.config import Config
-from caduceus.config.dial import DIAL
 from caduceus.model.costs import flops_per_base, parameter_count
+from caduceus.train.estimate import estimate
 from caduceus.train.roofline import PEAKS
-from launch.estimate import estimate
 
 GPUS = {"A100": (80, 2.04), "H100": (80, 3.35), "H200": (141, 4.8), "L40S": (48, 0.864)}
 """GB of memory and TB per second of a GPU, by its maker's data sheet."""
-
-
-def is_turned(path: str | Path, overrides: list[str]) -> bool:
-    """Whether a run takes its size from a dial."""
-    return Path(path).stem == "auto" or any(word.partition("=")[0] in DIAL for word in overrides)
 
 
 def dial_table(config: Config, world: int) -> str:
