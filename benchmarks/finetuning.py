@@ -1,6 +1,6 @@
 """What pre-training is worth on small labelled tasks, beside a random start, a CNN and logistic regression on k-mers.
 
-python benchmarks/finetuning.py --benchmarks DIR --genomes FASTA … --fly FASTA --mavenn DIR --work DIR [--steps 600]
+python benchmarks/finetuning.py --benchmarks DIR --genomes FASTA … --fly FASTA --mavenn DIR --work DIR [--steps 800]
 
 --benchmarks has gue_TASK/train.csv.gz, dev and test, and genomic_benchmarks/drosophila_enhancers_stark; --genomes are
 what one small model is pre-trained on; --fly is chromosome 4 of dm6; --mavenn the folder mavenn/examples/datasets of
@@ -25,7 +25,7 @@ from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.suite_data import find_task_data
 
-SIZES = {"train": 120, "valid": 40, "test": 300}
+SIZES = {"train": 400, "valid": 100, "test": 400}
 FLY_BASES = 300
 """Of the middle of an enhancer, which has about 2,000."""
 METHODS = {"full": "pre-trained", "random": "random start", "probe": "linear probe", "cnn": "CNN", "kmer": "5-mers"}
@@ -33,7 +33,7 @@ MODEL = ["model.d_model=64", "model.n_layer=2", "model.rcps=true"]
 
 
 def pretrain(genomes: list[Path], work: Path, steps: int) -> Path:
-    """A small Caduceus-PS after `steps` steps of 4 x 1,024 bases, the genomes drawn equally."""
+    """A small Caduceus-PS after `steps` steps of 16 x 512 bases, the genomes drawn equally."""
     run = work / "run"
     shards = []
     for genome in genomes:
@@ -43,14 +43,9 @@ def pretrain(genomes: list[Path], work: Path, steps: int) -> Path:
             command = ["data_prep/shard_genome.py", "--fasta", genome, "--species", name, "--out", shards[-1]]
             subprocess.run([sys.executable, *map(str, command), "--strands", "forward", "--workers", "1"], check=True)
     paths = "[" + ",".join(f"{{path: {path}, weight: 1}}" for path in shards) + "]"
-    settings = [f"train.steps={steps}", "train.lr=4e-3", "train.global_batch=4", "train.micro_batch=4"]
-    settings += [
-        "valid.every=0",
-        "checkpoint.every=100",
-        "wandb.mode=disabled",
-        "data.workers=0",
-        "monitor.report=false",
-    ]
+    settings = [f"train.steps={steps}", "train.lr=4e-3", "train.global_batch=16", "train.micro_batch=16"]
+    settings += ["data.seq_len=512", "data.workers=0", "valid.every=0", "checkpoint.every=100"]
+    settings += ["wandb.mode=disabled", "monitor.report=false"]
     command = ["-m", "caduceus.train", "--config", "demo", *MODEL, *settings, f"data.path={paths}", f"run.dir={run}"]
     subprocess.run([sys.executable, *command], check=True)
     return run
@@ -115,8 +110,8 @@ def main() -> None:
     parser.add_argument("--fly", type=Path, required=True)
     parser.add_argument("--mavenn", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--epochs", type=int, default=5)
     arguments = parser.parse_args()
     work = arguments.work
     runner = Runner(pretrain(arguments.genomes, work, arguments.steps), "cpu")

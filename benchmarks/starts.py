@@ -149,12 +149,12 @@ def one_rank(shards: Path, run: Path, steps: int) -> dict:
         lambda event, arguments: opened.update([kind_of(arguments[0], shards, run)]) if event == "open" else None
     )
     from caduceus.config import config_from_dict
-    from caduceus.train import trainer
+    from caduceus.train import loop, trainer
 
     keys = {**KEYS, "data": {**KEYS["data"], "path": str(shards)}, "run": {**KEYS["run"], "dir": str(run)}}
     keys["train"] = {**KEYS["train"], "steps": steps}
     told: dict = {}
-    step = trainer.training_step
+    step = loop.training_step
 
     def first_step(*arguments):
         row = step(*arguments)
@@ -165,7 +165,7 @@ def one_rank(shards: Path, run: Path, steps: int) -> dict:
             told.update(processor=time.process_time(), seconds=time.monotonic() - began)
         return row
 
-    trainer.training_step = first_step
+    loop.training_step = first_step
     assert trainer.train(config_from_dict(keys)) == 0
     return told
 

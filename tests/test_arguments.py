@@ -11,6 +11,7 @@ import pytest
 from caduceus.commands import COMMANDS
 from caduceus.config import SECTIONS, load_config
 from caduceus.presets import presets
+from tests import preloaded
 from tests.conftest import REPOSITORY
 
 WHOLE, NUMBER = "must be a whole number, got 'many'; see --help", "must be a number, got 'nan'; see --help"
@@ -30,18 +31,19 @@ WHOLE, NUMBER = "must be a whole number, got 'many'; see --help", "must be a num
     ],
 )
 def test_a_mistake_is_told_in_a_line(command: str, message: str) -> None:
-    done = subprocess.run([sys.executable, *command.split()], cwd=REPOSITORY, capture_output=True, text=True)
+    done = call(command)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith(f"error: {message}")
 
 
 def call(command: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True)
+    return preloaded.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("form", COMMANDS.values())
 def test_a_command_called_with_nothing_says_what_comes_next(form: str) -> None:
-    done = call(form.removeprefix("python "))
+    words = form.removeprefix("python ").split()  # each command is started afresh once, here
+    done = subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "")
     assert re.match(r"[A-Z][a-z-]+s ", done.stdout), "it says what it does"
     advised = [line.strip() for line in done.stdout.splitlines() if line.startswith("  ")]
@@ -52,7 +54,7 @@ def test_a_command_ends_quietly_when_nobody_reads_on() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "caduceus.train", "--config", "list"]
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = preloaded.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, ""), "as a process that SIGPIPE ended"
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from caduceus.alphabet import reverse_complement
 from caduceus.errors import UserError
 from caduceus.evaluate.labelled import Task
+from caduceus.evaluate.pools import check_pool, stretch
 from caduceus.files import dump_json, replacing_directory
 from caduceus.hub import load, save_imported
 from caduceus.model.backbone import Backbone
 from caduceus.model.heads import CaduceusForMaskedLM
 
-POOLS = ("mean", "max", "centre")
 _HEAD, _TASK, _MODEL = "head.safetensors", "task.json", "writing"
 
 
@@ -37,8 +37,8 @@ class SequenceModel(nn.Module):
 
     def __init__(self, backbone: CaduceusForMaskedLM, task: Task, pool: str) -> None:
         super().__init__()
-        if pool not in POOLS and not task.per_base:
-            raise UserError(f"--pool: choose one of {', '.join(POOLS)}, got {pool!r}")
+        if not task.per_base:
+            check_pool(pool)
         self.backbone, self.task, self.pool = backbone, task, pool
         self.head = nn.Linear(backbone.config.d_model, task.outputs)
 
@@ -66,12 +66,16 @@ class SequenceModel(nn.Module):
 
     def _pooled(self, states: Tensor, padding: Tensor, lengths: Tensor, reverse: bool) -> Tensor:
         """(S, B, L, D) -> (S, B, D)"""
-        if self.pool == "mean":
-            return states.masked_fill(padding[..., None], 0).sum(2) / lengths[:, None]
         if self.pool == "max":
             return states.masked_fill(padding[..., None], -torch.inf).amax(2)
-        centre = lengths - 1 - lengths // 2 if reverse else lengths // 2
-        return states[:, torch.arange(len(lengths), device=lengths.device), centre]
+        sizes = lengths.tolist()
+        ends = [stretch(self.pool, size) for size in sizes]
+        if reverse:
+            ends = [(size - end, size - start) for size, (start, end) in zip(sizes, ends, strict=True)]
+        first, last = torch.tensor(ends, device=lengths.device).T[..., None]
+        places = torch.arange(padding.shape[1], device=lengths.device)
+        outside = (places < first) | (places >= last)
+        return states.masked_fill(outside[..., None], 0).sum(2) / (last - first)
 
     def save(self, folder: str | Path, made_from: dict[str, Any]) -> None:
         """Write the model so that `load` finds it: an import, which `caduceus.hub.load` takes too, head and task."""

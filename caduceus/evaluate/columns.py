@@ -125,8 +125,8 @@ def as_text(value: Any) -> str:
     return f"{value:.7g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
-def mean_and_spread(found: dict[str, float | None], digits: int) -> str:
-    """Such as 0.913 ± 0.004; a dash where a metric is not defined."""
+def mean_and_spread(found: Mapping[str, Any], digits: int) -> str:
+    """`mean` and, where there is one, `spread`, such as 0.913 ± 0.004; a dash where a metric is not defined."""
     shown = [f"{value:.{digits}f}" for value in (found["mean"], found.get("spread")) if value is not None]
     return " ± ".join(shown) if found["mean"] is not None else "-"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # they import torch
     from caduceus.evaluate.variant_labels import Labels
 
 
-SHARED = ("embed", "variants", "probe", "finetune", "predict")
+SHARED = ("embed", "variants", "probe", "finetune", "predict", "suite")
 """Verbs whose work the ranks of a job share."""
 PLACES = (
     "model",
@@ -70,7 +70,9 @@ def _add_embed(commands: Any) -> None:
     parser = commands.add_parser("embed", help="embeddings of sequences, one vector each or one for each base")
     _add_model(parser)
     _add_sequences(parser)
-    parser.add_argument("--pool", default="mean", metavar="mean|max|centre|base|N", help="base: a vector for each base")
+    pools = "mean|max|centre|middle:M:N|base|N"
+    help_ = "over all bases, M before and N behind the centre, or at base N; base: a vector for each"
+    parser.add_argument("--pool", default="mean", metavar=pools, help=help_)
     parser.add_argument("--layer", type=int, default=-1, help="0 the embedding … n_layer or -1 the final norm")
     parser.add_argument("--strands", default="average", metavar="average|concatenate|forward")
     parser.add_argument("--piece", type=int, default=65_536, help="longest sequence in one pass; default 65536")

@@ -18,12 +18,12 @@ from caduceus.errors import UserError
 from caduceus.evaluate.embeddings_file import check_embeddings_name, write_embeddings
 from caduceus.evaluate.model import Runner, layer_number
 from caduceus.evaluate.parts import Parts, cut
+from caduceus.evaluate.pools import check_pool, stretch
 from caduceus.evaluate.sequences import Item, SequenceSource
 from caduceus.evaluate.windows import checked_bases
 from caduceus.files import sha256_of
 from caduceus.model.pieces import Visitor, run_in_pieces
 
-POOLS = ("mean", "max", "centre", "base")
 STRANDS = ("average", "concatenate", "forward")
 _PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
 
@@ -32,11 +32,11 @@ _PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
 class EmbedOptions:
     """What to make of each sequence.
 
-    pool: over its bases by mean or max, at its `centre` (base L // 2), or at a place counted from 0; `base`: a vector
-    for each base. layer: 0 the embedding, k what block k adds, n_layer or -1 the final norm. strands: the average of
-    both in forward coordinates, both one after the other, or the forward strand's alone; Caduceus-PS always computes
-    both, other models are run on the reverse complement too. piece: longest sequence in one pass. batch_bases: bases of
-    a batch; the default suits the device.
+    pool: over its bases by mean or max, at its `centre` (base L // 2), over `middle:BEFORE:AFTER` it, or at a place
+    counted from 0; `base`: a vector for each base. layer: 0 the embedding, k what block k adds, n_layer or -1 the final
+    norm. strands: the average of both in forward coordinates, both one after the other, or the forward strand's alone;
+    Caduceus-PS always computes both, other models are run on the reverse complement too. piece: longest sequence in one
+    pass. batch_bases: bases of a batch; the default suits the device.
     """
 
     pool: str = "mean"
@@ -46,8 +46,8 @@ class EmbedOptions:
     batch_bases: int | None = None
 
     def __post_init__(self) -> None:
-        if self.pool not in POOLS and not self.pool.isdecimal():
-            raise UserError(f"--pool: choose one of {', '.join(POOLS)} or a place counted from 0, got {self.pool!r}")
+        if not self.pool.isdecimal():
+            check_pool(self.pool, "base", "a place counted from 0")
         if self.strands not in STRANDS:
             raise UserError(f"--strands: choose one of {', '.join(STRANDS)}, got {self.strands!r}")
         for name in ("piece", "batch_bases"):
@@ -169,8 +169,10 @@ class _Pool:
 
     def _take_strand(self, first: int, rows: Tensor, strand: int) -> None:
         pool, before = self.options.pool, self.found.get(strand)
-        if pool == "mean":
-            total = rows.sum(0, dtype=torch.float64) / self.length
+        if pool not in ("max", "base") and not pool.isdecimal():
+            start, end = stretch(pool, self.length)
+            part = rows[max(start - first, 0) : max(end - first, 0)]
+            total = part.sum(0, dtype=torch.float64) / (end - start)
             self.found[strand] = total if before is None else before + total
         elif pool == "max":
             largest = rows.amax(0)
@@ -180,7 +182,7 @@ class _Pool:
                 before = self.found[strand] = rows.new_empty(self.length, rows.shape[1])
             before[first : first + len(rows)] = rows
         else:
-            place = self.length // 2 if pool == "centre" else int(pool)
+            place = int(pool)
             if first <= place < first + len(rows):
                 self.found[strand] = rows[place - first].clone()
         self.dtype = torch.promote_types(rows.dtype, torch.float32)

@@ -21,8 +21,8 @@ from caduceus.files import fingerprint
 class Examples:
     """What a network is given for each example, and its label; `sizes`: bases, which bound what runs at once.
 
-    labels: numbers of classes or values (n,); of several labels (n, classes) of 0 and 1; by base an array (L,) of each
-    example. NaN, and a class below 0, is no label.
+    labels: numbers of classes or values (n,); of several (n, classes) of 0 and 1, or (n, values); by base an array (L,)
+    of each example. NaN, and a class below 0, is no label.
     """
 
     inputs: Sequence[Any]
@@ -86,7 +86,7 @@ class WithLoss(nn.Module):
 def losses_of(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
     """The loss of each label, of the shape of `labels`, from outputs (…, O)."""
     if task.classes is None:
-        return (outputs[..., 0] - labels.to(outputs)) ** 2
+        return ((outputs if task.values else outputs[..., 0]) - labels.to(outputs)) ** 2
     if task.several:
         return F.binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none")
     return F.cross_entropy(outputs.movedim(-1, 1), labels.long(), reduction="none")
@@ -102,7 +102,7 @@ def label_tensors(task: Task, labels: Sequence[Any], class_weights: np.ndarray |
         rows = np.asarray(labels, dtype=float)
     there = np.isfinite(rows) & ((rows >= 0) if task.classes is not None else True)
     if task.classes is None:
-        rows = (rows - task.mean) / task.spread
+        rows = (rows - np.asarray(task.mean)) / np.asarray(task.spread)
     rows = np.where(there, rows, 0)
     weights = there.astype(np.float32)
     if class_weights is not None:

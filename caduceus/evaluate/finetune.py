@@ -24,7 +24,7 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.evaluate.adapters import add_adapters, merge_adapters
 from caduceus.evaluate.baselines import fit_linear, kmer_counts
-from caduceus.evaluate.classifier import POOLS, Cnn, HeadOnly, SequenceModel
+from caduceus.evaluate.classifier import Cnn, HeadOnly, SequenceModel
 from caduceus.evaluate.columns import write_columns
 from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.examples import Examples
@@ -32,7 +32,8 @@ from caduceus.evaluate.fitting import Fit, FitOptions, measured, predicted, rank
 from caduceus.evaluate.labelled import Labelled, LabelledTable, copies, find_task, split_off
 from caduceus.evaluate.metrics import check_metric, is_better, measure
 from caduceus.evaluate.model import Runner
-from caduceus.evaluate.results import output_columns, place_columns, shown_labels, summarised, told
+from caduceus.evaluate.pools import check_pool
+from caduceus.evaluate.results import label_columns, output_columns, place_columns, summarised, told
 from caduceus.files import dump_json, sha256_of, write_atomically
 from caduceus.model.heads import CaduceusForMaskedLM
 
@@ -42,11 +43,12 @@ _UNFINISHED, _RESULT, _RUNS = "unfinished", "result.json", "runs"
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """task: auto, classification or regression. pool: mean, max or centre. frozen: only the head is trained, on the
-    embeddings of both strands. lora: rank of adapters that are trained beside the head in the place of the weights; 0:
-    none. probe: also a linear model on embeddings. baselines: random (the same network without pre-training), cnn,
-    kmer. seeds: runs, from 1 on, which differ in validation split, head and order. strands: of a model that is not
-    equivariant: post-hoc, which auto takes, shows the forward strand in training; augment either, by a coin.
+    """task: auto, classification, regression, multilabel or per-base. pool: mean, max, centre or middle:BEFORE:AFTER.
+    frozen: only the head is trained, on the embeddings of both strands. lora: rank of adapters that are trained beside
+    the head in the place of the weights; 0: none. probe: also a linear model on embeddings. baselines: random (the same
+    network without pre-training), cnn, kmer. seeds: runs, from 1 on, which differ in validation split, head and order.
+    strands: of a model that is not equivariant: post-hoc, which auto takes, shows the forward strand in training;
+    augment either, by a coin.
     """
 
     task: str = "auto"
@@ -62,8 +64,7 @@ class FinetuneOptions:
     fit: FitOptions = field(default_factory=FitOptions)
 
     def __post_init__(self) -> None:
-        if self.pool not in POOLS:
-            raise UserError(f"--pool: choose one of {', '.join(POOLS)}, got {self.pool!r}")
+        check_pool(self.pool)
         if self.strands not in STRANDS:
             raise UserError(f"--strands: choose one of {', '.join(STRANDS)}, got {self.strands!r}")
         for name in self.baselines:
@@ -313,7 +314,7 @@ class _Study:
         shutil.copytree(chosen, self.out / "model")
         if "test" in self.data:
             data, outputs = self.data["test"], np.load(chosen.with_suffix(".npy"))
-            shown = {"label": shown_labels(self.task, data.labels), **output_columns(self.task, outputs)}
+            shown = {**label_columns(self.task, data.labels), **output_columns(self.task, outputs)}
             columns = {**place_columns(self.task, range(len(data)), [len(bases) for bases in data.bases]), **shown}
             write_columns(self.out / "predictions.tsv", columns)
         summary = {method: summarised(self.task, results) for method, results in found.items()}

@@ -1,4 +1,4 @@
-"""Training of a network on labelled sequences by the trainer's own parts: its step, optimizer, schedule, guards,
+"""Training of a network on labelled sequences as a run is trained: by the trainer's own loop, optimizer, schedule,
 checkpoints and rows, on one rank or on those of torchrun. The best epoch on validation is kept.
 
 A fit has a run directory: metrics.jsonl, which `python -m caduceus.monitor` shows, and until its end a checkpoint of
@@ -6,8 +6,6 @@ the newest epoch, from which the same call goes on.
 """
 
 import contextlib
-import io
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from caduceus.config import CaduceusConfig, Config, DataConfig, ParallelConfig, RunConfig, TrainConfig
+from caduceus.config import Config, DataConfig, ParallelConfig, RunConfig, TrainConfig
 from caduceus.config.run import CheckpointConfig, MonitorConfig, ValidConfig, WandbConfig
 from caduceus.distributed.ddp import DDP
 from caduceus.distributed.ranks import Ranks
@@ -29,23 +27,20 @@ from caduceus.distributed.strategy import Single
 from caduceus.errors import UserError
 from caduceus.evaluate.examples import ExampleLoader, Examples, WithLoss, label_tensors, losses_of, micro_batches
 from caduceus.evaluate.labelled import Task
-from caduceus.evaluate.metrics import is_better, measure, names_of
+from caduceus.evaluate.metrics import SMALLER_IS_BETTER, measure, names_of
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.parts import is_alone, is_within_a_run
 from caduceus.evaluate.results import flat_labels
-from caduceus.files import write_atomically
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.train.checkpointing import Checkpoints
+from caduceus.train.loop import Loop
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.progress import Progress
-from caduceus.train.step import training_step
-from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
+from caduceus.train.stopping import StopRequest
 from caduceus.train.watchdog import Watchdog
 
 _WARMUP_SHARE, _LAST_SHARE, _CLIP = 0.01, 0.1, 1.0
-_BEST = "best.pt"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,13 +75,13 @@ def ranks_of(runner: Runner) -> Iterator[Ranks]:
     if is_alone():
         yield Ranks(0, 1, 1, runner.device)
         return
-    config = _config(runner.config, FitOptions(batch_size=int(os.environ["WORLD_SIZE"])), 1, runner.precision)
+    config = _config(runner, FitOptions(batch_size=int(os.environ["WORLD_SIZE"])), 1)
     config.run.device = runner.device.type
     with joined(config) as ranks:
         yield ranks
 
 
-def _config(model: CaduceusConfig, options: FitOptions, steps: int, precision: str) -> Config:
+def _config(runner: Runner, options: FitOptions, steps: int) -> Config:
     train = TrainConfig(
         steps=steps,
         global_batch=options.batch_size,
@@ -96,10 +91,10 @@ def _config(model: CaduceusConfig, options: FitOptions, steps: int, precision: s
         warmup_steps=round(_WARMUP_SHARE * steps),
         weight_decay=options.weight_decay,
         clip_norm=_CLIP,
-        precision=precision,
+        precision=runner.precision,
     )
     return Config(
-        model=model,
+        model=runner.config,
         train=train,
         parallel=ParallelConfig(context=1, strands=1),
         valid=ValidConfig(every=1),
@@ -137,10 +132,33 @@ class Fit:
             if self.ranks.is_main:
                 run = RunDirectory.create_or_resume(config)
         try:
-            found = _Training(self, config, run, loader).until_the_end(valid)
+            return self._to_the_end(config, run, loader, valid)
         finally:
             run.release()
-        return found
+
+    def _to_the_end(self, config: Config, run: RunDirectory, loader: ExampleLoader, valid: Examples) -> dict[str, Any]:
+        """Goes on from where the run stands."""
+        kind = DDP if self.ranks.world > 1 else Single
+        strategy = kind(config, self.ranks, WithLoss(self.net, self.task), build_optimizer)
+        checkpoints = Checkpoints(config, run, strategy)
+        progress = checkpoints.resume(loader) or Progress(0, 0, loader.state(), config.train.warmup_steps)
+        watchdog = Watchdog(run.logs_path, self.ranks.rank, config.train.stall_minutes)
+        with self.ranks.agreeing(), run.telling_of_disks():
+            if self.ranks.is_main:
+                run.truncate_metrics(progress.step)
+                run.write_provenance({"step": progress.step, "ranks": self.ranks.world})
+            monitor = Monitor(config, run, active=self.ranks.is_main, shown=not is_within_a_run())
+            stop = StopRequest(run, self.ranks.is_main, 0.0, 0.0)
+        loop = _FitLoop(
+            config, run, strategy, checkpoints, loader, progress, monitor, stop, watchdog, fit=self, valid=valid
+        )
+        # Within a run, whose terminal and signals these are, a fit shows nothing and goes on to its end.
+        listening = contextlib.nullcontext() if is_within_a_run() else stop.listening()
+        with listening, monitor, watchdog:
+            status = loop.run_to_the_end()
+            if not status:
+                return loop.take_best()
+        raise SystemExit(status)
 
     def _loader(self, train: Examples, seed: int) -> ExampleLoader:
         most = self.runner.batch_bases(self.options.batch_bases)
@@ -150,11 +168,13 @@ class Fit:
 
     def _run_config(self, train: Examples, loader: ExampleLoader, seed: int, folder: Path) -> Config:
         steps = self.options.epochs * loader.per_epoch
-        config = _config(self.runner.config, self.options, steps, self.runner.precision)
+        config = _config(self.runner, self.options, steps)
         config.train.seed = seed
         config.data = DataConfig(seq_len=max(1, round(float(np.mean(train.sizes)))))
         config.run = RunConfig(dir=str(folder), name=folder.name, device=self.runner.device.type)
         config.valid.every = config.checkpoint.every = loader.per_epoch
+        config.checkpoint.best = f"valid_{self.metric}"
+        config.checkpoint.best_is = "min" if self.metric in SMALLER_IS_BETTER else "max"
         return config
 
     def _class_weights(self, labels: Sequence[Any]) -> np.ndarray | None:
@@ -171,104 +191,54 @@ class Fit:
         return outputs_of(self.net, self.runner, examples, self.options.batch_bases, self.ranks)
 
 
-class _Training:
-    """One fit from where it stands to its end."""
+@dataclass
+class _FitLoop(Loop):
+    """The steps of a fit, with a validation and a checkpoint after each epoch."""
 
-    def __init__(self, fit: Fit, config: Config, run: RunDirectory, loader: ExampleLoader) -> None:
-        self.fit, self.config, self.run, self.loader, self.ranks = fit, config, run, loader, fit.ranks
-        kind = DDP if self.ranks.world > 1 else Single
-        self.strategy = kind(config, self.ranks, WithLoss(fit.net, fit.task), build_optimizer)
-        self.checkpoints = Checkpoints(config, run, self.strategy)
-        self.progress = self.checkpoints.resume(loader) or Progress(0, 0, loader.state(), config.train.warmup_steps)
+    fit: Fit
+    valid: Examples
 
-    def until_the_end(self, valid: Examples) -> dict[str, Any]:
-        """Steps to the last one, with a validation and a checkpoint after each epoch; the best epoch."""
-        watchdog = Watchdog(self.run.logs_path, self.ranks.rank, self.config.train.stall_minutes)
-        with self.ranks.agreeing(), self.run.telling_of_disks():
-            if self.ranks.is_main:
-                self.run.truncate_metrics(self.progress.step)
-                self.run.write_provenance({"step": self.progress.step, "ranks": self.ranks.world})
-            monitor = Monitor(self.config, self.run, active=self.ranks.is_main, shown=not is_within_a_run())
-            stop = StopRequest(self.run, self.ranks.is_main, 0.0, 0.0)
-        # Within a run, whose terminal and signals these are, a fit shows nothing and goes on to its end.
-        listening = contextlib.nullcontext() if is_within_a_run() else stop.listening()
-        with listening, monitor, watchdog:
-            best = self._epochs(valid, monitor, stop, watchdog)
-            if not monitor.stopped:
-                self._take_best()
-        if monitor.stopped or best is None:
-            raise SystemExit(EXIT_REQUEUE)
-        return {**best, "epochs": self._epoch}
+    def is_over(self) -> bool:
+        return super().is_over() or self._has_waited_enough()
 
-    def _take_best(self) -> None:
-        """Give the network the weights of its best epoch; nobody needs the checkpoints any more."""
-        with self.ranks.agreeing():
-            best = torch.load(self.run.path / _BEST, map_location=self.ranks.device, weights_only=True)
-            self.fit.net.load_state_dict(best)
-        with self.ranks.agreeing():
-            if self.ranks.is_main:
-                shutil.rmtree(self.run.checkpoints_path)
-                (self.run.path / _BEST).unlink()
+    def _has_waited_enough(self) -> bool:
+        """Whether the last epochs, as many as `patience`, were no better than one before."""
+        per_epoch, patience = self.config.valid.every, self.fit.options.patience
+        waited = self.progress.step // per_epoch - (self.best.step or 0) // per_epoch
+        return bool(patience) and waited >= patience
 
-    def _epochs(
-        self, valid: Examples, monitor: Monitor, stop: StopRequest, watchdog: Watchdog
-    ) -> dict[str, Any] | None:
-        batches, progress, best = iter(self.loader), self.progress, self._best_so_far()
-        while not self._is_over(best):
-            with watchdog.over(f"step {progress.step + 1}"):
-                monitor.log_training(training_step(self.config, self.strategy, self.loader, batches, progress))
-            progress.health.refuse_to_go_on(self.config.train, self.run.logs_path)
-            ends = progress.step % self.loader.per_epoch == 0
-            if ends:
-                with watchdog.over(f"the validation after step {progress.step}"):
-                    best = self._validated(valid, monitor, best)
-            stopping = bool(self.ranks.maximum(stop.requested)) and not self._is_over(best)
-            if ends or stopping:
-                self.checkpoints.save(progress)
-            if stopping:
-                monitor.stopped = True
-                _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
-                break
-        return best
+    def told_at_start(self) -> dict[str, Any]:
+        rows = self.run.newest_metrics("valid_loss") if self.strategy.ranks.is_main else []
+        rows = self.strategy.ranks.broadcast([row for row in rows if row["step"] == self.progress.step])
+        return rows[0] if rows else {}
 
-    @property
-    def _epoch(self) -> int:
-        return self.progress.step // self.loader.per_epoch
-
-    def _is_over(self, best: dict[str, Any] | None) -> bool:
-        patience = self.fit.options.patience
-        waited = self._epoch - best["best_epoch"] if best else 0
-        return self.progress.step >= self.config.train.steps or bool(patience and waited >= patience)
-
-    def _validated(self, valid: Examples, monitor: Monitor, best: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The best epoch after this one, whose weights are kept where it is that."""
-        fit = self.fit
-        outputs = fit.outputs(valid)
-        found = measured(fit.task, valid, outputs)
-        loss = mean_loss(fit.task, valid, outputs)
-        if best is None or is_better(fit.metric, found[fit.metric], best["valid"][fit.metric]):
-            best = {"best_epoch": self._epoch, "valid": found}
-            with self.ranks.agreeing(), self.run.telling_of_disks():
-                if self.ranks.is_main:
-                    buffer = io.BytesIO()
-                    torch.save(fit.net.state_dict(), buffer)
-                    write_atomically(self.run.path / _BEST, buffer.getvalue())
+    def validated(self) -> dict[str, Any]:
+        with self.watchdog.over(f"the validation after step {self.progress.step}"):
+            outputs = self.fit.outputs(self.valid)
+        found = measured(self.fit.task, self.valid, outputs)
         named = {f"valid_{name}": value for name, value in found.items()}
-        monitor.log_validation({"step": self.progress.step, "valid_loss": loss, **named})
-        return best
+        row = {"step": self.progress.step, "valid_loss": mean_loss(self.fit.task, self.valid, outputs), **named}
+        self.monitor.log_validation(row)
+        return row
 
-    def _best_so_far(self) -> dict[str, Any] | None:
-        """Of the epochs up to the checkpoint, by their rows."""
-        best = None
-        rows = self.run.metrics() if self.ranks.is_main and self.progress.step else []
-        for row in rows:
-            if "valid_loss" in row:
-                found = {name: row[f"valid_{name}"] for name in names_of(self.fit.task)}
-                found = {name: np.nan if value is None else value for name, value in found.items()}
-                metric = self.fit.metric
-                if best is None or is_better(metric, found[metric], best["valid"][metric]):
-                    best = {"best_epoch": row["step"] // self.loader.per_epoch, "valid": found}
-        return self.ranks.broadcast(best)
+    def take_best(self) -> dict[str, Any]:
+        """Give the network the weights of its best epoch, which is told; nobody needs the checkpoints any more.
+
+        Where no epoch has a number to be chosen by, it is the last.
+        """
+        ranks, task = self.strategy.ranks, self.fit.task
+        step = self.best.step or self.progress.step
+        if step != self.progress.step:
+            self.strategy.load(self.run.checkpoint_path(step))
+        rows: list[dict[str, Any]] = []
+        with ranks.agreeing():
+            if ranks.is_main:
+                rows = [row for row in self.run.metrics() if "valid_loss" in row and row["step"] == step]
+                shutil.rmtree(self.run.checkpoints_path)
+        row = ranks.broadcast(rows)[-1]
+        found = {name: np.nan if row[f"valid_{name}"] is None else row[f"valid_{name}"] for name in names_of(task)}
+        epochs = {"best_epoch": step, "epochs": self.progress.step}
+        return {**{name: at // self.config.valid.every for name, at in epochs.items()}, "valid": found}
 
 
 @torch.no_grad()
@@ -292,10 +262,12 @@ def outputs_of(
 
 
 def predicted(task: Task, outputs: Sequence[np.ndarray]) -> np.ndarray:
-    """Outputs as probabilities (n, classes), or values (n,) in the scale of the labels; n bases where it is by base."""
+    """Outputs as probabilities (n, classes), or values, (n,) or of several (n, values), in the scale of the labels; n
+    bases where it is by base."""
     stacked = torch.from_numpy(np.concatenate(outputs) if task.per_base else np.stack(outputs))
     if task.classes is None:
-        return (stacked[:, 0] * task.spread + task.mean).numpy()
+        values = stacked.numpy() if task.values else stacked[:, 0].numpy()
+        return values * np.asarray(task.spread) + np.asarray(task.mean)
     return (stacked.sigmoid() if task.several else stacked.softmax(1)).numpy()
 
 

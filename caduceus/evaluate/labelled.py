@@ -1,5 +1,6 @@
 """Labelled sequences of tables, and what is to be learnt of them. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,39 +16,40 @@ TASKS = ("auto", "classification", "regression", "multilabel", "per-base")
 _NO_LABEL = "."
 _MOST_CLASSES = 100
 _BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-_TASK_VALUES = ("mean", "spread", "several", "per_base")
+_TASK_VALUES = ("mean", "spread", "several", "per_base", "values")
 
 
 @dataclass(frozen=True)
 class Task:
     """classes: of a classification, in the order of the outputs; of a regression None, and mean and spread of the
     labels of training, by which they are scaled. several: a sequence may have any of the classes. per_base: each base
-    has a label."""
+    has a label. values: the names of a regression's, where a sequence has several; each has its own mean and spread."""
 
     classes: tuple[str, ...] | None
-    mean: float = 0.0
-    spread: float = 1.0
+    mean: float | tuple[float, ...] = 0.0
+    spread: float | tuple[float, ...] = 1.0
     several: bool = False
     per_base: bool = False
+    values: tuple[str, ...] | None = None
 
     @property
     def outputs(self) -> int:
         """Numbers that a model gives for a sequence."""
-        return 1 if self.classes is None else len(self.classes)
+        return len(self.classes or self.values or ("value",))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Task":
-        classes = values["classes"]
-        return cls(None if classes is None else tuple(classes), *(values[name] for name in _TASK_VALUES))
+        found = {name: values[name] for name in ("classes", *_TASK_VALUES) if name in values}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Sequences as upper-case ASCII, and the label of each: the number of its class, or a value; 0 or 1 for each of
-    several; or by base an array (L,), in which NaN, and -1 for a class, is no label."""
+    """Sequences as upper-case ASCII, and the label of each: the number of its class, or a value; 0 or 1, or a value,
+    for each of several; or by base an array (L,), in which NaN, and -1 for a class, is no label."""
 
     bases: list[np.ndarray]
     labels: Any
@@ -65,7 +67,7 @@ class Labelled:
 class LabelledTable:
     """The table of a file with the names of its columns; longest: the most bases that a sequence may have.
 
-    label: a column, or several parted by commas, each of 0 and 1.
+    label: a column, or several parted by commas. A column `label` may be called `labels`.
     """
 
     path: str | Path
@@ -81,7 +83,7 @@ class LabelledTable:
     def read(self) -> tuple[list[np.ndarray], list[Any], Columns]:
         """Sequences and labels as they stand. What is missing or none is a `UserError` that names file and line."""
         columns = read_columns(self.path)
-        of_columns = [columns.values[columns.find(name, what="the labels (--label)")] for name in self.labels]
+        of_columns = [columns.values[_label_column(columns, name)] for name in self.labels]
         labels = of_columns[0] if len(of_columns) == 1 else list(zip(*of_columns, strict=True))
         bases = read_bases(columns, self.column, self.longest)
         for values in of_columns:
@@ -97,6 +99,8 @@ class LabelledTable:
             return Labelled(bases, _by_base(task, bases, labels, columns))
         if task.several:
             return Labelled(bases, _several(task, self.labels, labels, columns))
+        if task.values:
+            return Labelled(bases, _several_values(len(task.values), labels, columns))
         if task.classes is None:
             return Labelled(bases, _numbers(labels, columns))
         numbers = {name: number for number, name in enumerate(task.classes)}
@@ -108,18 +112,25 @@ class LabelledTable:
         return Labelled(bases, np.array(found, dtype=np.int64))
 
 
+def _label_column(columns: Columns, name: str) -> str:
+    either = "labels" if name == "label" and not columns.has("label") and columns.has("labels") else name
+    return columns.find(either, what="the labels (--label)")
+
+
 def _unknown(place: str, label: str, task: Task) -> UserError:
     return UserError(f"{place}: label {label[:40]!r} is none of training: {', '.join(task.classes[:10])}")
 
 
 def _several(task: Task, names: list[str], labels: list[Any], columns: Columns) -> np.ndarray:
-    """(n, classes) of 0 and 1: of columns of their own, or of names parted by ; in one."""
+    """(n, classes) of 0 and 1: of columns of their own, of a list in one, or of names parted by ; in one."""
     rows = np.zeros((len(labels), len(task.classes)))
     for row, label, place in zip(rows, labels, columns.places, strict=True):
-        if len(names) > 1:
+        if _is_list(label):
+            _check_count(label, len(task.classes), place)
             for number, value in enumerate(label):
                 if str(value).strip().lower() not in _BINARY:
-                    raise UserError(f"{place}: {names[number]} must be 0 or 1, got {str(value)[:40]!r}")
+                    name = names[number] if len(names) > 1 else f"label {task.classes[number]}"
+                    raise UserError(f"{place}: {name} must be 0 or 1, got {str(value)[:40]!r}")
                 row[number] = _BINARY[str(value).strip().lower()]
             continue
         for name in _names_in(label):
@@ -127,6 +138,27 @@ def _several(task: Task, names: list[str], labels: list[Any], columns: Columns) 
                 raise _unknown(place, name, task)
             row[task.classes.index(name)] = 1
     return rows
+
+
+def _is_list(label: Any) -> bool:
+    return isinstance(label, (list, tuple))
+
+
+def _check_count(label: Sequence[Any], count: int, place: str) -> None:
+    if len(label) != count:
+        raise UserError(f"{place}: has {len(label):,} labels, and the first sequence of training {count:,}")
+
+
+def _several_values(count: int, labels: list[Any], columns: Columns) -> np.ndarray:
+    """(n, count) numbers, of columns of their own or of a list in one."""
+    rows = []
+    for label, place in zip(labels, columns.places, strict=True):
+        values = label.replace(",", " ").split() if isinstance(label, str) else label
+        if not _is_list(values):
+            raise UserError(f"{place}: the label must be a list of {count:,} numbers, got {str(label)[:40]!r}")
+        _check_count(values, count, place)
+        rows.append([_number(value, place) for value in values])
+    return np.array(rows)
 
 
 def _names_in(label: Any) -> list[str]:
@@ -179,10 +211,15 @@ def find_task(table: LabelledTable, kind: str) -> Task:
     if kind not in TASKS:
         raise UserError(f"--task: choose one of {', '.join(TASKS)}, got {kind!r}")
     bases, labels, columns = table.read()
+    if kind in ("auto", "multilabel", "regression") and (names := _names_of_several(table, labels[0], kind)):
+        if kind == "auto":
+            binary = all(str(value).strip().lower() in _BINARY for label in labels for value in label)
+            kind = "multilabel" if binary or len(table.labels) > 1 else "regression"
+        if kind == "multilabel":
+            return Task(names, several=True)
+        return _task_of_values(table, names, _several_values(len(names), labels, columns))
     if len(table.labels) > 1:
-        if kind not in ("auto", "multilabel"):
-            raise UserError(f"--label: several columns are for --task multilabel, not {kind}")
-        return Task(tuple(table.labels), several=True)
+        raise UserError(f"--label: several columns are for --task multilabel or regression, not {kind}")
     if kind == "multilabel":
         names = sorted({name for label in labels for name in _names_in(label)})
         if len(names) < 2:
@@ -207,6 +244,22 @@ def find_task(table: LabelledTable, kind: str) -> Task:
             "learns values"
         )
     return Task(tuple(classes))
+
+
+def _names_of_several(table: LabelledTable, first: Any, kind: str) -> tuple[str, ...]:
+    """What the labels of a sequence are called, where it has a list of them: their columns, or numbers from 1."""
+    if len(table.labels) > 1:
+        return tuple(table.labels)
+    if kind == "regression" and isinstance(first, str) and len(first.replace(",", " ").split()) > 1:
+        first = first.replace(",", " ").split()
+    return tuple(str(number) for number in range(1, len(first) + 1)) if _is_list(first) else ()
+
+
+def _task_of_values(table: LabelledTable, names: tuple[str, ...], labels: np.ndarray) -> Task:
+    spread = labels.std(0)
+    if not spread.any():
+        raise UserError(f"{table.path}: all sequences have the same labels; there is nothing to learn")
+    return Task(None, tuple(labels.mean(0).tolist()), tuple(np.where(spread, spread, 1).tolist()), values=names)
 
 
 def _task_by_base(table: LabelledTable, bases: list[np.ndarray], labels: list[Any], columns: Columns) -> Task:
@@ -234,16 +287,17 @@ def _are_values(texts: set[str]) -> bool:
 
 
 def _numbers(labels: list[Any], columns: Columns) -> np.ndarray:
-    values = []
-    for label, place in zip(labels, columns.places, strict=True):
-        try:
-            value = float(label)
-        except (TypeError, ValueError):
-            value = float("nan")
-        if not np.isfinite(value):
-            raise UserError(f"{place}: the label of a regression must be a number, got {str(label)[:40]!r}")
-        values.append(value)
-    return np.array(values)
+    return np.array([_number(label, place) for label, place in zip(labels, columns.places, strict=True)])
+
+
+def _number(label: Any, place: str) -> float:
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not np.isfinite(value):
+        raise UserError(f"{place}: the label of a regression must be a number, got {str(label)[:40]!r}")
+    return value
 
 
 def split_off(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:

@@ -19,5 +19,6 @@ def add_labelled(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest", type=int, metavar="N", help="refuse sequences of more bases")
     kinds = "auto, classification, regression, multilabel or per-base"
     parser.add_argument("--task", default="auto", metavar="KIND", help=kinds)
-    parser.add_argument("--pool", default="mean", metavar="mean|max|centre")
+    help_ = "over all bases, or M before and N behind the centre"
+    parser.add_argument("--pool", default="mean", metavar="mean|max|centre|middle:M:N", help=help_)
     parser.add_argument("--valid-share", type=float, default=0.1, help="of train without --valid; default 0.1")

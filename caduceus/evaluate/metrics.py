@@ -30,9 +30,9 @@ def check_metric(metric: str | None, task: Task) -> str:
 def measure(
     task: Task, labels: np.ndarray, outputs: np.ndarray, names: Iterable[str] | None = None
 ) -> dict[str, float]:
-    """The metrics `names` of a task, or all. outputs: probabilities (n, classes), or values (n,).
+    """The metrics `names` of a task, or all. outputs: probabilities (n, classes), or values, (n,) or (n, values).
 
-    Of several labels, (n, classes), they are means over the labels. What has no label counts for nothing.
+    Of several labels or values they are means over these. What has no label counts for nothing.
     F1 is that of the second class where there are two, else the mean over classes; AUROC and AUPRC are those of the
     second class, or means over each class against the others. NaN where the labels are too few to define one.
     """
@@ -40,6 +40,9 @@ def measure(
         both = [np.stack([1 - p, p], 1) for p in outputs.T]
         two = Task(("0", "1"))
         each = [measure(two, label.astype(np.int64), of, names) for label, of in zip(labels.T, both, strict=True)]
+        return {name: _mean([found[name] for found in each]) for name in each[0]}
+    if task.values:
+        each = [measure(Task(None), label, output, names) for label, output in zip(labels.T, outputs.T, strict=True)]
         return {name: _mean([found[name] for found in each]) for name in each[0]}
     if task.per_base:
         there = np.isfinite(labels) if task.classes is None else labels >= 0
@@ -59,10 +62,10 @@ def _mean(values: list[float]) -> float:
 
 def _of_values(labels: np.ndarray, outputs: np.ndarray) -> dict[str, Callable[[], float]]:
     stats = package("scipy.stats")
-    error, spread = np.mean((labels - outputs) ** 2), np.var(labels)
+    error, spread, several = np.mean((labels - outputs) ** 2), np.var(labels), len(labels) > 1
     return {
-        "pearson": lambda: stats.pearsonr(labels, outputs).statistic,
-        "spearman": lambda: stats.spearmanr(labels, outputs).statistic,
+        "pearson": lambda: stats.pearsonr(labels, outputs).statistic if several else np.nan,
+        "spearman": lambda: stats.spearmanr(labels, outputs).statistic if several else np.nan,
         "r2": lambda: 1 - error / spread if spread else np.nan,
         "mse": lambda: error,
     }

@@ -10,12 +10,12 @@ import numpy as np
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.evaluate.baselines import fit_linear
-from caduceus.evaluate.classifier import POOLS
 from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.labelled import Labelled, LabelledTable, Task, find_task, split_off
 from caduceus.evaluate.metrics import check_metric, measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.parts import Parts, cut
+from caduceus.evaluate.pools import check_pool
 from caduceus.files import dump_json, sha256_of, write_atomically
 
 _PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
@@ -23,9 +23,9 @@ _PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """task: auto, classification or regression. pool: mean, max or centre. layer: as of embeddings. valid_share: of
-    train, on which the penalty is chosen where no table for it is given. metric: what it is chosen by. batch_bases: of
-    a batch, by default as suits the device."""
+    """task: auto, classification or regression. pool: mean, max, centre or middle:BEFORE:AFTER. layer: as of
+    embeddings. valid_share: of train, on which the penalty is chosen where no table for it is given. metric: what it is
+    chosen by. batch_bases: of a batch, by default as suits the device."""
 
     task: str = "auto"
     pool: str = "mean"
@@ -35,8 +35,7 @@ class ProbeOptions:
     batch_bases: int | None = None
 
     def __post_init__(self) -> None:
-        if self.pool not in POOLS:
-            raise UserError(f"--pool: choose one of {', '.join(POOLS)}, got {self.pool!r}")
+        check_pool(self.pool)
         if not 0 < self.valid_share < 1:
             raise UserError(f"--valid-share: must be between 0 and 1, got {self.valid_share}")
 

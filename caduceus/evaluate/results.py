@@ -1,17 +1,18 @@
 """What a fine-tuning has found, as tables: predictions, metrics and their spread. Imports no torch."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from caduceus.evaluate.columns import mean_and_spread
+from caduceus.evaluate.columns import mean_and_spread, read_columns
 from caduceus.evaluate.labelled import Task
 from caduceus.evaluate.metrics import names_of
 
 
 def flat_labels(task: Task, labels: Sequence[Any]) -> np.ndarray:
-    """Labels as predictions are: (n,), of several labels (n, classes); n bases where it is by base."""
+    """Labels as predictions are: (n,), of several (n, classes) or (n, values); n bases where it is by base."""
     return np.concatenate(list(labels)) if task.per_base else np.asarray(labels)
 
 
@@ -26,10 +27,12 @@ def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str,
 
 
 def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
-    """Predictions as columns of a table: the value, or the class and the probability of each.
+    """Predictions as columns of a table: the value, or those of each name, or the class and the probability of each.
 
     Of several classes those of at least one half are named, parted by ;.
     """
+    if task.values:
+        return {f"prediction_{name}": outputs[:, n] for n, name in enumerate(task.values)}
     if task.classes is None:
         return {"prediction": outputs}
     if task.several:
@@ -39,14 +42,35 @@ def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
     return {"prediction": chosen, **{f"p_{name}": outputs[:, n] for n, name in enumerate(task.classes)}}
 
 
-def shown_labels(task: Task, labels: Any) -> list[Any] | np.ndarray:
+def label_columns(task: Task, labels: Any) -> dict[str, Any]:
     """Labels as `output_columns` has predictions, a dot where there is none."""
     flat = flat_labels(task, labels)
+    if task.values:
+        return {f"label_{name}": flat[:, n] for n, name in enumerate(task.values)}
     if task.classes is None:
-        return flat
+        return {"label": flat}
     if task.several:
-        return [_joined(task, row > 0) for row in flat]
-    return [task.classes[int(label)] if label >= 0 else "." for label in flat]
+        return {"label": [_joined(task, row > 0) for row in flat]}
+    return {"label": [task.classes[int(label)] if label >= 0 else "." for label in flat]}
+
+
+def read_predictions(task: Task, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and outputs of a table of `label_columns` and `output_columns`, as `measure` takes them; not by base."""
+    columns = read_columns(path).values
+
+    def stacked(names: Sequence[str]) -> np.ndarray:
+        return np.stack([np.array(columns[name], dtype=float) for name in names], 1)
+
+    if task.classes is None:
+        names = [f"_{name}" for name in task.values or ()] or [""]
+        labels, outputs = (stacked([f"{what}{name}" for name in names]) for what in ("label", "prediction"))
+        return (labels, outputs) if task.values else (labels[:, 0], outputs[:, 0])
+    outputs = stacked([f"p_{name}" for name in task.classes])
+    if task.several:
+        named = [set(str(label).split(";")) for label in columns["label"]]
+        return np.array([[name in these for name in task.classes] for these in named], dtype=float), outputs
+    numbers = {name: number for number, name in enumerate(task.classes)}
+    return np.array([numbers[str(label)] for label in columns["label"]]), outputs
 
 
 def _joined(task: Task, has: np.ndarray) -> str:
@@ -65,7 +89,8 @@ def place_columns(task: Task, names: Sequence[Any], lengths: Sequence[int]) -> d
 
 def told(task: Task) -> str:
     """What is to be learnt, in words."""
-    kind = "regression" if task.classes is None else f"classification ({', '.join(task.classes[:8])})"
+    of_values = f"regression{f' of {len(task.values)} values' if task.values else ''}"
+    kind = of_values if task.classes is None else f"classification ({', '.join(task.classes[:8])})"
     return f"{kind}{', any of them' * task.several}{', by base' * task.per_base}"
 
 

@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.errors import UserError
+from caduceus.evaluate.columns import mean_and_spread
 from caduceus.evaluate.fitting import ranks_of
-from caduceus.evaluate.metrics import CLASSIFICATION, RANKINGS
+from caduceus.evaluate.metrics import CLASSIFICATION, RANKINGS, REGRESSION
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.suite_data import find_tables, find_task_data
 from caduceus.evaluate.suite_finetuned import finetuned
@@ -24,7 +25,7 @@ from caduceus.evaluate.zero_shot import KINDS, ZeroShot, check_score
 from caduceus.files import dump_json, without_nan, write_atomically
 from caduceus.presets import preset, preset_list
 
-_FINETUNE = {"epochs", "lr", "batch_size", "weight_decay", "seeds", "pool", "valid_share"}
+_FINETUNE = {"epochs", "lr", "batch_size", "weight_decay", "seeds", "pool", "valid_share", "learns"}
 _OPTIONS = {
     "finetune": _FINETUNE,
     "variants": {"score", "window"},
@@ -35,7 +36,7 @@ _OPTIONS = {
 }
 """What the protocol of a suite, and a task of each kind, can say."""
 _METRICS = {
-    "finetune": CLASSIFICATION,
+    "finetune": (*CLASSIFICATION, *REGRESSION),
     "masked": (*RANKINGS, "motif_accuracy"),
     "svm": ("auroc",),
     **dict.fromkeys(("variants", "pairs", "structural"), RANKINGS),
@@ -122,7 +123,7 @@ def _check(suite: Suite) -> None:
         if task.metric not in _METRICS[task.kind]:
             raise UserError(f"{task.name}: metric: choose one of {', '.join(_METRICS[task.kind])}, got {task.metric!r}")
         options = {**suite.protocol, **task.options}
-        optional = {"distances", "valid_share", *(["window"] if task.kind == "masked" else [])}
+        optional = {"distances", "valid_share", "learns", *(["window"] if task.kind == "masked" else [])}
         if missing := _OPTIONS[task.kind] - optional - options.keys():
             raise UserError(f"{task.name}: {min(missing)} is missing")
         if task.kind in ("variants", "pairs"):
@@ -227,6 +228,5 @@ def _run_task(
     ]
     for row in named:
         row["published"] = published
-        spread = f" ± {row['spread']:.4f}" if "spread" in row else ""
-        say(f"{row['task']}: {task.metric} {row['mean']:.4f}{spread}")
+        say(f"{row['task']}: {task.metric} {mean_and_spread(row, 4)}")
     return named

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.evaluate.columns import read_columns
 from caduceus.evaluate.finetune import FinetuneOptions, finetune
 from caduceus.evaluate.fitting import FitOptions
 from caduceus.evaluate.labelled import Task
 from caduceus.evaluate.metrics import bootstrap_interval, is_better
 from caduceus.evaluate.model import Runner
+from caduceus.evaluate.results import read_predictions
 from caduceus.evaluate.suite_data import TaskData
 
 
@@ -31,7 +31,7 @@ def finetuned(
             seeds=protocol["seeds"],
             valid_share=protocol.get("valid_share", 0.1),
             metric=metric,
-            task="classification",
+            task=protocol.get("learns", "classification"),
             fit=replace(base, lr=lr, batch_size=batch),
         )
         result = finetune(runner, data.tables, place, options, say)
@@ -58,11 +58,7 @@ def _mean(values: list[float | None]) -> float:
 def _interval(predictions: Path, result: dict[str, Any], metric: str) -> list[float]:
     """95 % bootstrap interval over the test's sequences, of the model that was kept."""
     task = Task.from_json(result["task"])
-    columns = read_columns(predictions).values
-    numbers = {name: number for number, name in enumerate(task.classes)}
-    labels = np.array([numbers[label] for label in columns["label"]])
-    outputs = np.stack([np.array(columns[f"p_{name}"], dtype=float) for name in task.classes], 1)
-    return list(bootstrap_interval(task, metric, labels, outputs))
+    return list(bootstrap_interval(task, metric, *read_predictions(task, predictions)))
 
 
 def _listed(value: Any) -> list[Any]:

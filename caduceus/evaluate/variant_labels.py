@@ -56,7 +56,7 @@ def _entries(file: VariantFile, name: str) -> list[str | None]:
     """The values of an entry of INFO: one for each ALT where it has as many, else that of the record."""
     of_records = [record.info() for record in file.vcf.records]
     if not any(name in info for info in of_records):
-        known = ", ".join(sorted({key for info in of_records for key in info})[:12])
+        known = ", ".join(sorted({key for info in of_records for key in info})[:12]) or "none"
         raise UserError(f"--label: {file.source}: no record has {name!r} in INFO; they have {known}")
     is_flag = all(info.get(name, "") == "" for info in of_records)
     found: list[str | None] = []

@@ -93,6 +93,11 @@ class Monitor:
         detail = f"  ({', '.join(species)})" if 1 < len(species) <= 8 else ""
         self._terminal.tell_validation(f"step {row['step']:,}  valid loss {row['valid_loss']:.4f}{detail}")
 
+    def tell_best(self, step: int, facts: dict[str, Any]) -> None:
+        """Show that a step is the best so far by `checkpoint.best`."""
+        if self._active:
+            self._terminal.tell_validation(f"step {step:,}  {facts['metric']} {facts['value']:.6g} is the best so far")
+
     def log_machines(self, row: dict[str, Any]) -> None:
         """Record what nodes and GPUs do."""
         if self._active:

@@ -1,4 +1,4 @@
-"""`evaluations:` while a run trains, and which checkpoint is the best.
+"""`evaluations:` while a run trains.
 
 The verbs run on a copy of the weights, on the same ranks, and generators of random numbers are put back after: what
 training computes is the same bits with them and without. One that fails costs its numbers: a warning, an event, and the
@@ -8,7 +8,6 @@ at the next start.
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from caduceus import CaduceusForMaskedLM
-from caduceus.config import CheckpointConfig, Config
+from caduceus.config import Config
 from caduceus.config.evaluations import SPACE
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
@@ -156,35 +155,3 @@ def _same_random_numbers() -> Iterator[None]:
         yield
     finally:
         set_rng_state(state)
-
-
-class Best:
-    """Which step is the best so far by `checkpoint.best`. All ranks come to the same."""
-
-    def __init__(self, config: CheckpointConfig, strategy: Strategy, run: RunDirectory) -> None:
-        self._ranks, self._run = strategy.ranks, run
-        self._asked = {"metric": config.best, "is": config.best_is}
-        before = self._ranks.broadcast(run.best() if self._ranks.is_main else None)
-        same = before is not None and {name: before[name] for name in self._asked} == self._asked
-        self._value: float | None = before["value"] if same else None
-
-    def take(self, step: int, told: Row) -> Row | None:
-        """Facts of the step, for `RunDirectory.keep_best`, where its numbers are the best; None otherwise."""
-        value = told.get(self._asked["metric"])
-        if value is None or not math.isfinite(value):
-            return None
-        before, is_max = self._value, self._asked["is"] == "max"
-        if before is not None and (value <= before if is_max else value >= before):
-            return None
-        self._value = value
-        if self._ranks.is_main:
-            _log.info("%s %.6g at step %d is the best so far", self._asked["metric"], value, step)
-        return {**self._asked, "value": value}
-
-    def keep(self, step: int, told: Row) -> None:
-        """As `take`, of a step that has its checkpoint."""
-        facts = self.take(step, told)
-        if facts is not None:
-            with self._ranks.agreeing(), self._run.telling_of_disks():
-                if self._ranks.is_main:
-                    self._run.keep_best(step, facts)

@@ -1,4 +1,4 @@
-"""The training loop, the same on one process or many."""
+"""A run from its start through its stages to its end, the same on one process or many."""
 
 import contextlib
 import gc
@@ -6,23 +6,23 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from caduceus.config import Config, Stage, stages_of
 from caduceus.data.loader import ValidationLoader
-from caduceus.distributed.ranks import PATIENCE, Ranks
+from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.rendezvous import joined
 from caduceus.distributed.strategy import Strategy
-from caduceus.errors import RetryError
 from caduceus.evaluate.extremes import SequenceLosses, told_windows
 from caduceus.evaluate.heldout import held_out_loss
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import heard
-from caduceus.train.evaluating import Best, Evaluations
-from caduceus.train.guards import collect_garbage, scheduled_garbage_collection
+from caduceus.train.evaluating import Evaluations
+from caduceus.train.guards import scheduled_garbage_collection
+from caduceus.train.loop import Loop, Row, slowly
 from caduceus.train.machines import Machines
 from caduceus.train.memory import keep_freed_memory_for
 from caduceus.train.optimizer import averaged_weights
@@ -31,11 +31,10 @@ from caduceus.train.progress import Progress
 from caduceus.train.recomputation import refusing_what_is_too_large
 from caduceus.train.setup import Opened, Setup, open_run, open_stage, set_up
 from caduceus.train.stages import stage_to_run
-from caduceus.train.step import of_stage, training_step
-from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
+from caduceus.train.step import of_stage
+from caduceus.train.stopping import StopRequest
 from caduceus.train.watchdog import Watchdog, show_stacks_when_asked
 
-Row = dict[str, Any]
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -56,11 +55,11 @@ def train(config: Config) -> int:
         watchdog = Watchdog(RunDirectory(config.run.dir).logs_path, ranks.rank, config.train.stall_minutes)
         watch: Watch | None = None
         while True:
-            with _slowly(watchdog, ranks, "the look for checkpoints"):
+            with slowly(watchdog, ranks, "the look for checkpoints"):
                 stage = stage_to_run(config, ranks)
             with _arranged(stage, ranks) as its_ranks:
                 if watch is None:
-                    with _slowly(watchdog, its_ranks, "the opening of the data"):
+                    with slowly(watchdog, its_ranks, "the opening of the data"):
                         opened = open_run(stage, its_ranks)
                     until_the_end.callback(opened.run.release)
                     setup, watch = _begin(stage, its_ranks, opened, watchdog, started)
@@ -69,8 +68,9 @@ def train(config: Config) -> int:
                     _log.info("ready to train after %.1f s", time.monotonic() - started)
                 else:
                     opened, setup = _go_on(stage, its_ranks, opened, watch)
-                status = _loop(stage, setup, opened, watch)
-                del setup  # or the next stage would be built beside this one's model
+                loop = _loop_of(stage, setup, opened, watch)
+                status = loop.run_to_the_end()
+                del loop, setup  # or the next stage would be built beside this one's model
             if status or stage.is_last:
                 return status
 
@@ -83,13 +83,6 @@ def _arranged(stage: Stage, ranks: Ranks) -> Iterator[Ranks]:
         return
     with joined(stage.config) as of_stage:
         yield of_stage
-
-
-@contextlib.contextmanager
-def _slowly(watchdog: Watchdog, ranks: Ranks, what: str) -> Iterator[None]:
-    """Around what waits for files: it may take as long as ranks wait for each other there."""
-    with watchdog.over(what, PATIENCE.total_seconds()), ranks.patiently():
-        yield
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class Watch:
 def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, started: float) -> tuple[Setup, Watch]:
     """The stage that a start begins with, and what goes with all that it comes to."""
     run, config = opened.run, stage.run
-    with _slowly(watchdog, ranks, "the start"):
+    with slowly(watchdog, ranks, "the start"):
         machines = Machines(config, ranks)  # first: it tells ranks apart by LOCAL_RANK, which DeepSpeed wants otherwise
         setup = set_up(stage, ranks, opened, started)
         with ranks.agreeing(), run.telling_of_disks():
@@ -121,7 +114,7 @@ def _go_on(stage: Stage, ranks: Ranks, opened: Opened, watch: Watch) -> tuple[Op
     gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # of tensors of other sizes
-    with _slowly(watch.watchdog, ranks, f"the beginning of stage {stage.number}"):
+    with slowly(watch.watchdog, ranks, f"the beginning of stage {stage.number}"):
         opened = open_stage(opened, stage, ranks)
         setup = set_up(stage, ranks, opened)
         with ranks.agreeing(), opened.run.telling_of_disks():
@@ -129,65 +122,54 @@ def _go_on(stage: Stage, ranks: Ranks, opened: Opened, watch: Watch) -> tuple[Op
     return opened, setup
 
 
-def _loop(stage: Stage, setup: Setup, opened: Opened, watch: Watch) -> int:
-    """Steps until the last one of the stage or a stop; returns the exit status."""
-    config, strategy, checkpoints, progress = setup.config, setup.strategy, setup.checkpoints, setup.progress
-    run, loader, validation = opened.run, opened.loader, opened.validation
-    monitor, stop, watchdog, profile = watch.monitor, watch.stop, watch.watchdog, watch.profile
-    evaluations = Evaluations(config, run, opened.evaluations, monitor, stop, watchdog)
-    best = Best(config.checkpoint, strategy, run)
-    best.keep(progress.step, evaluations.at_start(strategy, progress.step))
-    batches = iter(loader)
-    while progress.step_of_stage < config.train.steps:
-        step = progress.step + 1
-        with profile.of(step), watchdog.over(f"step {step}"), refusing_what_is_too_large(config, strategy.ranks):
-            row = training_step(config, strategy, loader, batches, progress)
-        monitor.log_training(row)
-        collect_garbage(progress.step)
-        progress.health.refuse_to_go_on(config.train, run.logs_path)
-        if progress.health.spiked:
-            with _slowly(watchdog, strategy.ranks, "the rewind"):
-                before = checkpoints.rewind(progress, loader)
-            if before is not None:
-                progress, batches = before, iter(loader)
-                with strategy.ranks.agreeing(), run.telling_of_disks():
-                    monitor.rewind(progress.step)
-                continue
-        last, told = progress.step_of_stage == config.train.steps, {}
-        if validation is not None and (last or progress.step % config.valid.every == 0):
-            with refusing_what_is_too_large(config, strategy.ranks):
-                told, windows = _validate(strategy, validation, watchdog, config, progress)
-            monitor.log_validation(told, windows)
-        is_best = best.take(progress.step, {**told, **evaluations.after(strategy, progress.step)})
-        complete = last and stage.is_last
-        with watchdog.over(f"the agreement after step {progress.step}"):
-            wishes = strategy.ranks.gather(
-                [
-                    stop.requested and not complete,
-                    stop.save_requested(),
-                    checkpoints.failed,
-                    stop.taken_over(),
-                    watch.machines.are_due,
-                ]
-            )
-        stopping, saving, failed, taken_over, telling = wishes.any(0).tolist()
-        if taken_over:
-            raise RetryError(f"run.dir: {run.path} was taken over by another process; this one ends without saving")
-        if telling:
-            with watchdog.over(f"the machines after step {progress.step}"):
-                monitor.log_machines(watch.machines.row(progress.step))
-        with _slowly(watchdog, strategy.ranks, f"the checkpoint after step {progress.step}"):
-            if last or stopping or saving or is_best or checkpoints.are_due(progress):
-                checkpoints.save(progress, is_best)
-            if last or stopping or failed:
-                checkpoints.wait()
-        if complete or stopping:
-            stop.is_saved()
-        if stopping:
-            monitor.stopped = True
-            _log.warning("stopped after step %d with a checkpoint; the same command goes on", progress.step)
-            return EXIT_REQUEUE
-    return 0
+@dataclass
+class _StageLoop(Loop):
+    """The steps of a stage of a run."""
+
+    stage: Stage
+    validation: ValidationLoader | None
+    evaluations: Evaluations
+    profile: Profile
+    machines: Machines
+
+    @property
+    def ends_the_run(self) -> bool:
+        return self.stage.is_last
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        step, ranks = self.progress.step + 1, self.strategy.ranks
+        with self.profile.of(step), super().around_step(), refusing_what_is_too_large(self.config, ranks):
+            yield
+
+    def told_at_start(self) -> Row:
+        return self.evaluations.at_start(self.strategy, self.progress.step)
+
+    def validated(self) -> Row:
+        if self.validation is None:
+            return {}
+        with refusing_what_is_too_large(self.config, self.strategy.ranks):
+            told, windows = _validate(self.strategy, self.validation, self.watchdog, self.config, self.progress)
+        self.monitor.log_validation(told, windows)
+        return told
+
+    def evaluated(self) -> Row:
+        return self.evaluations.after(self.strategy, self.progress.step)
+
+    @property
+    def has_more_to_tell(self) -> bool:
+        return self.machines.are_due
+
+    def tell_more(self) -> None:
+        with self.watchdog.over(f"the machines after step {self.progress.step}"):
+            self.monitor.log_machines(self.machines.row(self.progress.step))
+
+
+def _loop_of(stage: Stage, setup: Setup, opened: Opened, watch: Watch) -> _StageLoop:
+    run, monitor, stop, watchdog = opened.run, watch.monitor, watch.stop, watch.watchdog
+    evaluations = Evaluations(setup.config, run, opened.evaluations, monitor, stop, watchdog)
+    what = setup.config, run, setup.strategy, setup.checkpoints, opened.loader, setup.progress, monitor, stop, watchdog
+    return _StageLoop(*what, stage, opened.validation, evaluations, watch.profile, watch.machines)
 
 
 def _validate(

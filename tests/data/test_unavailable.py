@@ -16,6 +16,7 @@ from caduceus.data import ShardedGenome, build_loader, cache
 from caduceus.data.cache import Shard, ShardCache, UnavailableError
 from caduceus.data.remote import RemoteError
 from caduceus.errors import UserError
+from tests import preloaded
 from tests.data.shard_server import Server
 from tests.object_store import s3_bucket
 
@@ -213,4 +214,4 @@ def train(config: Config, directory: Path) -> subprocess.CompletedProcess:
     config.valid.every, config.monitor.report = 0, False
     save_config(config, directory / "config.yaml")
     command = [sys.executable, "-m", "caduceus.train", "--config", str(directory / "config.yaml")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return preloaded.run(command, capture_output=True, text=True, timeout=300)

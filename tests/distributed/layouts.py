@@ -16,7 +16,7 @@ from caduceus.config import Config, config_from_dict
 from caduceus.data.loader import Batch, TrainLoader
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import ONE_LINE
-from caduceus.train import setup, trainer
+from caduceus.train import loop, setup, trainer
 from tests.distributed.ranks import on_ranks
 from tests.distributed.recorder import Recorder
 
@@ -144,7 +144,7 @@ def _train_observed(config: Config, weigh: bool) -> Observed:
 
         patch.setattr(setup, "build_strategy", build_observed)
         if weigh:
-            patch.setattr(trainer, "training_step", _recorded(trainer.training_step, observed))
+            patch.setattr(loop, "training_step", _recorded(loop.training_step, observed))
         # It collects all garbage at the start, which would take most of the time of short trainings.
         patch.setattr(trainer, "scheduled_garbage_collection", contextlib.nullcontext)
         try:

@@ -8,8 +8,9 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import socket
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests import preloaded
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _IMPORTED = "tests.distributed.imported"
@@ -37,6 +40,16 @@ def start_server() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(_REPOSITORY), prepend=os.pathsep)
         multiprocessing.forkserver.ensure_running()
+
+
+def start_ranks(commands: Sequence[Sequence[Any]], **options: Any) -> list[subprocess.Popen]:
+    """Start the command of each rank, which meet on this machine; `options` are those of subprocess.Popen."""
+    place = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | place
+    return [
+        preloaded.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True, **options)
+        for rank, command in enumerate(commands)
+    ]
 
 
 def free_port() -> int:

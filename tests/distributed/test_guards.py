@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.strategy import Strategy
-from caduceus.train import guards, trainer
+from caduceus.train import guards, loop, trainer
 from tests.distributed.layouts import LAYOUTS, Layout, config_of
 from tests.distributed.ranks import on_ranks
 
@@ -54,7 +54,7 @@ def train_struck(rank: int, configs: list[Config]) -> list[list[Step]]:
 
 def _train_observed(config: Config, rank: int, strike: bool) -> list[Step]:
     steps = []
-    step_of_the_trainer = trainer.training_step
+    step_of_the_trainer = loop.training_step
 
     def observed_step(config, strategy, loader, batches, progress):
         before = whole_parameters(strategy)
@@ -66,7 +66,7 @@ def _train_observed(config: Config, rank: int, strike: bool) -> list[Step]:
         return row
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "training_step", observed_step)
+        patch.setattr(loop, "training_step", observed_step)
         patch.setattr(guards, "LOSS_MEMORY", 3)
         assert trainer.train(config) == 0
     return steps

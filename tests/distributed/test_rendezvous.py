@@ -1,6 +1,5 @@
 """Ranks that are not of one run are told so before they wait for each other."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from caduceus.distributed import rendezvous
 from caduceus.distributed.rendezvous import Member, code_and_config_hash, joined, refuse_strangers
 from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, UserError
 from tests.distributed.layouts import Layout, config_of
-from tests.distributed.ranks import on_ranks
+from tests.distributed.ranks import on_ranks, start_ranks
 
 HERE = Member(host="node1", code="c" * 64, configuration="s" * 64, device="cuda")
 PAIR = Layout("pair", 2, {"strategy": "ddp"})
@@ -114,16 +113,11 @@ def test_the_configuration_counts_to_the_last_key(tmp_path: Path) -> None:
 def test_real_ranks_with_two_layouts_end_with_one_line(small_shards: Path, tmp_path: Path) -> None:
     configs = [config_of(PAIR, small_shards, tmp_path / "run") for _ in range(2)]
     configs[1].parallel.context = 2
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+    commands = []
     for rank, config in enumerate(configs):
         save_config(config, tmp_path / f"{rank}.yaml")
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", "caduceus.train", "--config", str(tmp_path / f"{rank}.yaml")]
-        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+        commands.append([sys.executable, "-m", "caduceus.train", "--config", tmp_path / f"{rank}.yaml"])
+    processes = start_ranks(commands, stderr=subprocess.PIPE)
     told = f"error: rank 1 on {socket.gethostname()}: its configuration ("
     for process in processes:
         message = process.communicate(timeout=300)[1]

@@ -43,6 +43,7 @@ def slow(model: CaduceusForMaskedLM, text: str, layer: int, strands: str) -> np.
 POOLED = {
     "mean": lambda rows: rows.mean(0),
     "centre": lambda rows: rows[len(rows) // 2],
+    "middle:3:20": lambda rows: rows[max(len(rows) // 2 - 3, 0) : len(rows) // 2 + 20].mean(0),
     "base": lambda rows: rows,
 }
 
@@ -64,7 +65,8 @@ def test_each_sequence_is_embedded_as_by_itself(kind: str, options: dict[str, in
     layer = options.get("layer", -1)
     if kind == "ps_unfused" and layer == -1:
         layer = options["layer"] = 0  # its hidden states end before the final norm
-    for pool, strands in (("base", "concatenate"), ("base", "forward"), ("mean", "average"), ("centre", "average")):
+    pools = ("base", "concatenate"), ("base", "forward"), ("mean", "average"), ("centre", "average")
+    for pool, strands in (*pools, ("middle:3:20", "concatenate")):
         found = embed(Runner(model), SEQUENCES, EmbedOptions(pool=pool, strands=strands, **options))
         for vector, text in zip(found, SEQUENCES, strict=True):
             expected = POOLED[pool](slow(model, text, layer, strands))
@@ -256,7 +258,8 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, small_shards: Pa
     (tmp_path / "good.csv").write_text("sequence\nACGT\n")
     good = ["embed", "--model", model, "--input", tmp_path / "good.csv", "--out", tmp_path / "out.npz"]
     for words, message in {
-        ("--pool", "median"): "--pool: choose one of mean, max, centre, base or a place",
+        ("--pool", "median"): "--pool: choose one of mean, max, centre, middle:BEFORE:AFTER, base, a place",
+        ("--pool", "middle:0:0"): "--pool: middle:0:0 has no base",
         ("--pool", "4"): "0 has 4 bases and none at place 4",
         ("--layer", "3"): "--layer: the model has 0 (embedding) to 2 (final norm), got 3",
         ("--strands", "both"): "--strands: choose one of",

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from caduceus.alphabet import reverse_complement
-from caduceus.evaluate import fitting
 from caduceus.evaluate.adapters import ADAPTED
 from caduceus.evaluate.baselines import kmer_counts
 from caduceus.evaluate.classifier import Cnn, SequenceModel
@@ -25,6 +24,7 @@ from caduceus.evaluate.results import table_of
 from caduceus.hub import load
 from caduceus.monitor.__main__ import main as monitor_main
 from caduceus.run.directory import RunDirectory
+from caduceus.train import loop
 from tests.evaluate.conftest import made
 
 TWO, TWO_NAMED = Task(("0", "1")), Task(("poor", "rich"))
@@ -117,7 +117,7 @@ def test_a_command_that_was_killed_gives_the_same(tmp_path: Path, monkeypatch: p
     given, runner = tables(tmp_path, ["0", "1"]), Runner(made("ps", torch.float32))
     chosen = options(seeds=2, fit={"epochs": 3})
     whole = finetune(runner, given, tmp_path / "whole", chosen)
-    real, steps = fitting.training_step, []
+    real, steps = loop.training_step, []
 
     def dying(*arguments: object) -> dict:
         steps.append(1)
@@ -125,7 +125,7 @@ def test_a_command_that_was_killed_gives_the_same(tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(fitting, "training_step", dying)
+    monkeypatch.setattr(loop, "training_step", dying)
     with pytest.raises(KeyboardInterrupt):
         finetune(runner, given, tmp_path / "out", chosen)
     assert not (tmp_path / "out" / "result.json").exists()
@@ -143,7 +143,21 @@ def test_training_ends_early_where_nothing_improves(tmp_path: Path) -> None:
     assert (result["best_epoch"], result["epochs"]) == (1, 3)
 
 
-@pytest.mark.parametrize("pool", ["mean", "max", "centre"])
+def test_the_best_epoch_is_kept_or_the_last_where_none_can_be_told(tmp_path: Path) -> None:
+    runner, given = Runner(made("ps", torch.float32)), tables(tmp_path, None)
+    both = {"train": given["train"], "valid": given["test"]}
+    (result,) = finetune(runner, both, tmp_path / "out", options(fit={"epochs": 8, "lr": 0.3}))["results"]["full"]
+    assert result["best_epoch"] < result["epochs"] == 8
+    model = SequenceModel.load(tmp_path / "out" / "model")
+    held = both["valid"].labelled(model.task)
+    outputs = Predictor(tmp_path / "out" / "model").predict(held.bases)
+    assert measure(model.task, held.labels, outputs)["pearson"] == pytest.approx(result["valid"]["pearson"], abs=1e-5)
+    one = {**both, "valid": LabelledTable(write_table(tmp_path / "one.csv", 3, 1, None))}
+    (result,) = finetune(runner, one, tmp_path / "two", options(fit={"epochs": 2}))["results"]["full"]
+    assert result["best_epoch"] == 2 and result["valid"]["pearson"] is None
+
+
+@pytest.mark.parametrize("pool", ["mean", "max", "centre", "middle:2:9"])
 @pytest.mark.parametrize("kind", ["ps", "ph"])
 def test_a_sequence_gives_the_same_whatever_is_beside_it(kind: str, pool: str) -> None:
     rng = np.random.default_rng(0)

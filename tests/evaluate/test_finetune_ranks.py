@@ -1,9 +1,10 @@
 """Fine-tuning on several ranks: as in one process, to rounding."""
 
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -11,16 +12,34 @@ from caduceus.evaluate.finetune import finetune
 from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.model import Runner
 from caduceus.run.directory import RunDirectory
+from tests import preloaded
 from tests.conftest import REPOSITORY
+from tests.distributed.ranks import start_ranks
 from tests.evaluate.test_finetune import options, write_table
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "caduceus.evaluate"]
-JOB = [REPOSITORY / "launch" / "evaluate.py", "--cluster", "local", "--tasks-per-node", "2"]
+
+def told_by_ranks(command: list[str]) -> str:
+    """All that two processes print which find each other by their environment, as torchrun's do."""
+    python, *words = command
+    ranks = start_ranks([[python, "-m", "caduceus.evaluate", *words]] * 2, stdout=PIPE, stderr=PIPE)
+    told = [rank.communicate(timeout=600) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    return "".join(output + errors for output, errors in told)
+
+
+def told_by_job(command: list[str]) -> str:
+    """All that a job of two local tasks prints."""
+    python, *words = command
+    job = [python, str(REPOSITORY / "launch" / "evaluate.py"), "--cluster", "local", "--tasks-per-node", "2", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = preloaded.run(job, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [TORCHRUN, JOB], ids=["torchrun", "job"])
-def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder, start: list) -> None:
+@pytest.mark.parametrize("start", [told_by_ranks, told_by_job])
+def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder, start: Callable) -> None:
     train = write_table(tmp_path / "train.csv", 0, 41, ["0", "1"])  # the last batch of an epoch has one example
     test = write_table(tmp_path / "test.csv", 1, 9, ["0", "1"])
     words = [
@@ -37,12 +56,9 @@ def test_two_ranks_have_the_losses_of_one(tmp_path: Path, model_folder, start: l
         2,
     ]
     words += ["--lr", 0.02, "--batch-size", 8, "--batch-bases", 150, "--out", tmp_path / "two"]
-    command = [sys.executable, *map(str, [*start, *words])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("written") == 1
-    assert "UserWarning" not in done.stdout + done.stderr
+    output = start([sys.executable, *map(str, words)])
+    assert output.count("written") == 1
+    assert "UserWarning" not in output
     tables = {name: LabelledTable(path) for name, path in (("train", train), ("valid", test), ("test", test))}
     chosen = options(fit={"epochs": 2, "batch_size": 8, "batch_bases": 150})
     one = finetune(Runner(model_folder("ps")), tables, tmp_path / "one", chosen)

@@ -8,6 +8,8 @@ import pytest
 
 from caduceus.errors import UserError
 from launch import evaluate
+from tests import preloaded
+from tests.conftest import REPOSITORY
 from tests.evaluate.conftest import model_folder
 from tests.slurm.small_runs import command
 
@@ -24,8 +26,8 @@ def write_sequences(path: Path, count: int = 20) -> Path:
 def test_a_local_job_shares_the_work_and_gives_what_one_process_gives(tmp_path: Path, model_folder) -> None:
     write_sequences(tmp_path / "in.csv", 4100)  # more than one part holds
     words = ["embed", "--model", model_folder("ps"), "--input", "in.csv"]
-    alone = command("evaluate", tmp_path, *words, "--out", "one.npz", "--cluster", "debug")
-    assert alone.returncode == 0, alone.stderr
+    alone = [sys.executable, REPOSITORY / "launch" / "evaluate.py", *words, "--out", "one.npz", "--cluster", "debug"]
+    preloaded.run(alone, check=True, cwd=tmp_path)
     request = ["--cluster", "local", "--tasks-per-node", "2"]
     both = command("evaluate", tmp_path, *words, "--out", "two.npz", *request)
     assert both.returncode == 0 and "two.npz: written" in both.stdout, both.stdout + both.stderr
@@ -44,7 +46,7 @@ def test_a_local_job_shares_the_work_and_gives_what_one_process_gives(tmp_path: 
         (["embed", "--model", ".", "--out", "o.npz", "--input", "no.fa"], r"--input: no\.fa: no such file"),
         (["embed", "--model", ".", "--out", "no/o.npz", "--input", "in.csv"], r"--out: .*/no: no such folder"),
         (["embed", "--model", ".", "--out", "o.npz", "--input", "in.csv", "--chain", "2"], "chain: is for training"),
-        (["suite", "--model", ".", "--suite", "gue", "--data", ".", "--out", "o", "--nodes", "2"], "suite runs in one"),
+        (["heldout", "--run", ".", "--nodes", "2"], "heldout runs in one process"),
         (
             ["embed", "--model", ".", "--out", "o.npz", "--input", "in.csv", "--partition", "x"],
             "no SLURM on this machine",

@@ -19,6 +19,7 @@ from launch import history
 from launch.history import Submission, record_submission
 from launch.listing import list_runs
 from launch.status import overview
+from tests import preloaded
 from tests.conftest import REPOSITORY
 from tests.launch.test_history import add_checkpoint
 
@@ -122,7 +123,7 @@ def test_a_reader_that_has_seen_enough(run):
     )
     (run.logs_path / "7_0_log.out").write_text("a line\n" * 100_000)
     command = [sys.executable, str(REPOSITORY / "launch" / "runs.py"), "logs", str(run.path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as logs:
+    with preloaded.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as logs:
         assert logs.stdout.readline() == "a line\n"
         logs.stdout.close()
         assert logs.stderr.read() == ""

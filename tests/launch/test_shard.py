@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from caduceus.errors import UserError
 from data_prep.source.species_file import read_species_file
 from launch import shard
 from launch.shard_tasks import MergeTask, SpeciesTask, divided, parts_folder
+from tests import preloaded
 from tests.conftest import REPOSITORY, write_random_fasta
 
 
@@ -45,12 +45,12 @@ def times(dataset: Path) -> dict[str, int]:
 
 def shard_together(species: Path, out: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "data_prep" / "shard_genome.py"), "--genomes", str(species)]
-    subprocess.run([*command, "--workers", "1", "--out", str(out)], check=True, capture_output=True)
+    preloaded.run([*command, "--workers", "1", "--out", str(out)], check=True, capture_output=True)
 
 
 def shard_apart(species: Path, out: Path, *request: str) -> str:
     command = [sys.executable, str(REPOSITORY / "launch" / "shard.py"), "--genomes", str(species), "--out", str(out)]
-    done = subprocess.run([*command, *request], env=dict(os.environ), capture_output=True, text=True, cwd=out.parent)
+    done = preloaded.run([*command, *request], env=dict(os.environ), capture_output=True, text=True, cwd=out.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

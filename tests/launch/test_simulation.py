@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from caduceus.model import costs
 from launch.simulated_ranks import SimulatedRank, drawn, refuse_gaps, simulated_ranks
 from launch.simulation import efficiencies, fastest, series
 from launch.step_model import asked
+from tests import preloaded
 from tests.conftest import REPOSITORY
 
 NETWORK = Network()
@@ -153,7 +153,7 @@ def test_kernels_are_counted_as_they_are_launched() -> None:
     """In a process of its own, as what it patches stays patched. By formula within 4 of 100."""
     pytest.importorskip("triton")
     program = REPOSITORY / "tests" / "model" / "launched.py"
-    printed = subprocess.run([sys.executable, program], check=True, capture_output=True, text=True, cwd=REPOSITORY)
+    printed = preloaded.run([sys.executable, program], check=True, capture_output=True, text=True, cwd=REPOSITORY)
     rows = [json.loads(line) for line in printed.stdout.splitlines()]
     assert len(rows) == 5
     for row in rows:

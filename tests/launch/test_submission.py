@@ -10,6 +10,7 @@ from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 from launch.history import submissions
 from launch.submission import REPOSITORY
+from tests import preloaded
 
 REQUEST = ("--cluster", "cpu")
 REFUSAL = "echo 'sbatch: error: Memory specification can not be satisfied' >&2; exit 1"
@@ -92,7 +93,7 @@ def test_a_mistake_in_a_deepspeed_file_is_seen_before_submitting(launch, fake_sl
 def start(small_config: str, *arguments: str) -> subprocess.Popen:
     """launch/slurm.py as a process of its own."""
     line = [sys.executable, str(REPOSITORY / "launch" / "slurm.py"), "--config", small_config, *REQUEST, *arguments]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return preloaded.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow

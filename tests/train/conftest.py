@@ -11,6 +11,7 @@ import pytest
 
 from caduceus.config import Config, config_from_dict, save_config
 from caduceus.train.metrics import CLOCK_KEYS
+from tests import preloaded
 
 RECORDING_RUN = Path(__file__).parent / "recording_run.py"
 
@@ -44,7 +45,7 @@ class SmallRun:
         command = [sys.executable, str(RECORDING_RUN), str(path), str(consumed or os.devnull)]
         # A run in this process leaves word of its W&B service, which the other would share.
         environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        return preloaded.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from caduceus.config import Config, load_config
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import run_command
 from caduceus.run.leaving import leaving
-from caduceus.train import trainer
+from caduceus.train import loop, trainer
 
 
 def hang(config: Config, strategy: Strategy) -> None:
@@ -59,14 +59,14 @@ FAULTS = {fault.__name__: fault for fault in (hang, die, nan_loss, nan_gradient,
 
 
 def strike(what: str, rank: int, step: int) -> None:
-    step_of_the_trainer = trainer.training_step
+    step_of_the_trainer = loop.training_step
 
     def faulty_step(config, strategy, loader, batches, progress):
         if strategy.ranks.rank == rank and progress.step + 1 == step:
             FAULTS[what](config, strategy)
         return step_of_the_trainer(config, strategy, loader, batches, progress)
 
-    trainer.training_step = faulty_step
+    loop.training_step = faulty_step
 
 
 def main() -> int:

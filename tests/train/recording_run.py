@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from caduceus.config import load_config
 from caduceus.data.loader import Batch
 from caduceus.errors import run_command
-from caduceus.train import trainer
+from caduceus.train import loop, trainer
 
 
 def record(path: str) -> None:
-    step_of_the_trainer = trainer.training_step
+    step_of_the_trainer = loop.training_step
 
     def recording_step(config, strategy, loader, batches, progress):
         seen: list[int] = []
@@ -30,7 +30,7 @@ def record(path: str) -> None:
             os.fsync(file.fileno()) if path != os.devnull else None
         return row
 
-    trainer.training_step = recording_step
+    loop.training_step = recording_step
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from caduceus.data.shard_samples import ShardSamples
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import ONE_LINE, Kind, NodeError, PeerError, RetryError, UserError, kind_of
 from caduceus.run.directory import RunDirectory
-from caduceus.train import setup, trainer
+from caduceus.train import loop, setup, trainer
 from tests.distributed.ranks import on_ranks
 from tests.distributed.recorder import Call, recording_threads
 from tests.train.conftest import SmallRun, numbers
@@ -203,14 +203,14 @@ def test_a_skipped_step_whose_samples_cannot_be_written_down_is_told_and_skipped
     small_run: SmallRun, monkeypatch, caplog
 ) -> None:
     config = small_run.config("run", train={"steps": 3}, valid={"every": 0})
-    step = trainer.training_step
+    step = loop.training_step
 
     def poisoned(config, strategy, loader, batches, progress):
         factor = float("nan") if progress.step == 1 else 1.0
         strategy.backward = lambda loss: (loss * factor).backward()
         return step(config, strategy, loader, batches, progress)
 
-    monkeypatch.setattr(trainer, "training_step", poisoned)
+    monkeypatch.setattr(loop, "training_step", poisoned)
     monkeypatch.setattr(TrainLoader, "describe", no_space)
     assert trainer.train(config) == 0
     assert [row["skipped_steps"] for row in numbers(config.run.dir)] == [0, 1, 1]

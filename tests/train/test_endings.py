@@ -22,7 +22,7 @@ from caduceus.distributed.fsdp import FSDP
 from caduceus.errors import Kind, RetryError, UserError
 from caduceus.monitor.rows import Monitor
 from caduceus.run.ends import End, first_cause, read_ends, recording_end
-from caduceus.train import __main__, setup, trainer
+from caduceus.train import __main__, loop, setup, trainer
 from tests.distributed.ranks import free_port, start_server
 from tests.train.conftest import SmallRun
 
@@ -59,7 +59,7 @@ FAULTS = {
     "exception in a save": Fault(strategy._Writer, "write_data", OSError("no disk"), Kind.USER, "no disk", 2),
     "exception in validation": Fault(trainer, "held_out_loss", ZeroDivisionError("no"), Kind.CRASH, "DivisionError", 1),
     "exception behind a step": Fault(Monitor, "log_training", TypeError("a row"), Kind.CRASH, "TypeError: a row", 1, 2),
-    "Ctrl-C": Fault(trainer, "collect_garbage", KeyboardInterrupt(), Kind.CRASH, "KeyboardInterrupt", 130, 2),
+    "Ctrl-C": Fault(loop, "collect_garbage", KeyboardInterrupt(), Kind.CRASH, "KeyboardInterrupt", 130, 2),
 }
 
 

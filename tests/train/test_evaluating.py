@@ -26,7 +26,7 @@ from caduceus.monitor.view import View
 from caduceus.monitor.wandb.history import wandb_row
 from caduceus.run.directory import RunDirectory
 from caduceus.run.events import read_events
-from caduceus.train import trainer
+from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
 from tests.conftest import write_random_fasta
 from tests.distributed.ranks import on_ranks
@@ -219,7 +219,7 @@ def test_a_stop_leaves_an_evaluation_for_the_next_start(
         return real(self, runner, ranks)
 
     monkeypatch.setattr(in_loop._Variants, "run", stopped)
-    assert train(config) == trainer.EXIT_REQUEUE
+    assert train(config) == EXIT_REQUEUE
     assert not evaluated(config) and "evaluations.clinvar: left after step 2" in caplog.text
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.undo()

@@ -1,10 +1,8 @@
 """What clusters do to a run, done to real processes: two ranks, joined by gloo, train one small model."""
 
 import json
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +14,8 @@ import pytest
 from caduceus.config import Config, save_config
 from caduceus.run.directory import RunDirectory
 from caduceus.train.stopping import EXIT_REQUEUE
+from tests import preloaded
+from tests.distributed.ranks import start_ranks
 from tests.train.conftest import SmallRun, numbers
 from tests.train.test_checkpointing import small_disk
 
@@ -43,15 +43,8 @@ class Job:
     def __init__(self, config: Config, *fault: object) -> None:
         path = Path(config.run.dir).parent / f"{config.run.name}.yaml"
         save_config(config, path)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {**os.environ, "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(RUN), str(path), *map(str, fault)]
-        self.processes = [
-            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**common, "RANK": str(rank)})
-            for rank in range(RANKS)
-        ]
+        command = [sys.executable, RUN, path, *map(str, fault)]
+        self.processes = start_ranks([command] * RANKS, stderr=subprocess.PIPE)
 
     def wait(self, seconds: float = 300) -> tuple[list[int], list[str]]:
         """Exit statuses and messages of the ranks; fails the test where one does not end in time."""
@@ -154,7 +147,7 @@ def test_killed_at_many_instants_of_saving_the_newest_checkpoint_is_whole(
     tmp_path: Path, ranks: int, kills: int
 ) -> None:
     command = [sys.executable, "-m", "tests.train.checkpoint_killer", str(tmp_path / "run"), str(kills), str(ranks)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = preloaded.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     *newest, summary = result.stdout.splitlines()
     assert len(newest) == kills

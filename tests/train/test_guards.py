@@ -10,7 +10,7 @@ import torch
 from caduceus.config import TrainConfig
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
-from caduceus.train import guards, trainer
+from caduceus.train import guards, loop, trainer
 from caduceus.train.guards import LOSS_MEMORY, MAX_REWINDS, Health
 from tests.train.conftest import SmallRun, numbers
 
@@ -79,7 +79,7 @@ def test_a_spike_rewinds_to_the_checkpoint_and_goes_on_with_later_samples(small_
 
 def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, monkeypatch) -> None:
     config = small_run.config("nan", train={"steps": 2, "max_skipped_steps": 1}, valid={"every": 0})
-    step_of_the_trainer, seen = trainer.training_step, []
+    step_of_the_trainer, seen = loop.training_step, []
 
     def striking(config, strategy, loader, batches, progress):
         def passing_by():
@@ -98,7 +98,7 @@ def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, m
         finally:
             hook.remove()
 
-    monkeypatch.setattr(trainer, "training_step", striking)
+    monkeypatch.setattr(loop, "training_step", striking)
     assert trainer.train(config) == 0
     (report,) = (Path(config.run.dir) / "logs" / "skipped-rank0.jsonl").read_text().splitlines()
     (sample,) = json.loads(report)["samples"]
@@ -117,19 +117,19 @@ def test_a_loss_that_always_leaps_ends_the_run(small_run: SmallRun, monkeypatch)
 
 def poison(monkeypatch: pytest.MonkeyPatch, first: int, last: int = 1_000) -> None:
     """Multiply the gradients of some steps by NaN."""
-    step_of_the_trainer = trainer.training_step
+    step_of_the_trainer = loop.training_step
 
     def poisoned(config, strategy, loader, batches, progress):
         factor = float("nan") if first <= progress.step + 1 <= last else 1.0
         strategy.backward = lambda loss: (loss * factor).backward()
         return step_of_the_trainer(config, strategy, loader, batches, progress)
 
-    monkeypatch.setattr(trainer, "training_step", poisoned)
+    monkeypatch.setattr(loop, "training_step", poisoned)
 
 
 def raise_loss(monkeypatch: pytest.MonkeyPatch, of_samples: set[int]) -> None:
     """Multiply the loss of batches with any of these samples by 100."""
-    step_of_the_trainer = trainer.training_step
+    step_of_the_trainer = loop.training_step
 
     def leaping(config, strategy, loader, batches, progress):
         seen: list[int] = []
@@ -148,7 +148,7 @@ def raise_loss(monkeypatch: pytest.MonkeyPatch, of_samples: set[int]) -> None:
         finally:
             hook.remove()
 
-    monkeypatch.setattr(trainer, "training_step", leaping)
+    monkeypatch.setattr(loop, "training_step", leaping)
 
 
 def weights(run_directory: str, step: int) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from caduceus.config import Config
-from caduceus.train import trainer
+from caduceus.train import loop, trainer
 from tests.distributed.ranks import on_ranks
 from tests.train.conftest import SmallRun, numbers
 
@@ -38,7 +38,7 @@ class _Slow(torch.autograd.Function):
 
 def slowed(where: str, rank: int, steps: list[dict[str, Any]]):
     """The trainer's step, of which a part is slow on `rank`; its rows go to `steps`."""
-    step_of_the_trainer = trainer.training_step
+    step_of_the_trainer = loop.training_step
 
     def step(config, strategy, loader, batches, progress):
         def after_forward(module, inputs, output):
@@ -63,9 +63,9 @@ def straggling(rank: int, configs: dict[tuple[str, str | None], Config]) -> dict
         steps: list[dict[str, Any]] = []
         with pytest.MonkeyPatch.context() as patch:
             if where is not None:
-                patch.setattr(trainer, "training_step", slowed(where, 1, steps))
+                patch.setattr(loop, "training_step", slowed(where, 1, steps))
             else:
-                patch.setattr(trainer, "training_step", slowed("nowhere", 9, steps))
+                patch.setattr(loop, "training_step", slowed("nowhere", 9, steps))
             assert trainer.train(config) == 0
         found[layout, where] = median(row["straggler_seconds"] for row in steps[1:])
     return found

@@ -14,6 +14,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.train import stopping
 from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
 from caduceus.train.trainer import train
+from tests import preloaded
 from tests.conftest import REPOSITORY
 from tests.train.conftest import SmallRun
 
@@ -43,7 +44,7 @@ def step_of(process: subprocess.Popen, run: RunDirectory, step: int) -> None:
 def test_stop_touched_before_the_first_step_is_honoured(small_run: SmallRun, long: Config) -> None:
     run = RunDirectory(long.run.dir)
     process = small_run.start(long)
-    time.sleep(0.1)  # it imports torch still
+    time.sleep(0.1)  # it has begun, and makes no step yet
     run.stop_path.touch()
     message = process.communicate(timeout=300)[1]
     assert process.returncode == EXIT_REQUEUE, message
@@ -139,7 +140,7 @@ def test_a_second_ctrl_c_after_a_moment_ends_at_once_whatever_follows(small_run:
     run, path = RunDirectory(long.run.dir), small_run.directory / "long.yaml"
     save_config(long, path)
     command = [sys.executable, str(FAULTY), str(path), "hang", "0", "4"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    process = preloaded.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
     step_of(process, run, 3)
     process.send_signal(signal.SIGINT)
     time.sleep(stopping._SAME_SECONDS + 0.2)

@@ -2,7 +2,6 @@
 
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 from caduceus.train.stopping import EXIT_REQUEUE
 from caduceus.train.trainer import train
+from tests import preloaded
 from tests.conftest import shard, write_random_fasta
 from tests.train.conftest import SmallRun, children_of, command_of, consumed_samples, numbers
 
@@ -253,7 +253,7 @@ def test_mistakes_on_the_command_line_are_one_line_and_status_2(small_run: Small
         "ops.backend=abacus": "ops.backend",
     }.items():
         command = [sys.executable, "-m", "caduceus.train", "--config", str(tmp_path / "config.yaml"), override]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = preloaded.run(command, capture_output=True, text=True)
         errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         assert result.returncode == 2 and len(errors) == 1 and named in errors[0], result.stderr
         assert "Traceback" not in result.stderr

@@ -16,6 +16,7 @@ import pytest
 
 from caduceus.data.format import load_manifest
 from caduceus.errors import UserError
+from tests import preloaded
 from tests.conftest import REPOSITORY
 from tests.data_prep.genomes import shard, tree_digest, write_fasta
 from tests.data_prep.write.conftest import OPTIONS
@@ -37,7 +38,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     kills, seconds = 0, float("inf")  # the first run is left alone, and tells how long one takes
     while kills < 10:
         started = time.monotonic()
-        process = subprocess.Popen(command(fasta, out, "--workers", workers), start_new_session=True)
+        process = preloaded.Popen(command(fasta, out, "--workers", workers), start_new_session=True)
         try:
             process.wait(timeout=random.uniform(0.25, 1.0) * min(seconds, 300))
             assert process.returncode == 0
@@ -50,7 +51,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
             kills += 1
             assert not (out / "manifest.json").exists() or load_manifest(out)
         seconds *= 1.05
-    subprocess.run(command(fasta, out, "--workers", workers), check=True)
+    preloaded.run(command(fasta, out, "--workers", workers), check=True)
     assert tree_digest(out) == tree_digest(undisturbed)
     assert sorted(path.name for path in out.rglob(".*")) == [".lock"]
 

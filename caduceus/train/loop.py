@@ -1,0 +1,173 @@
+"""The steps of a run, to their end or a stop: those of a stage of `train`, and those of a fine-tuning.
+
+What one of them has of its own, such as its validation, is a method that it overrides.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from caduceus.config import Config
+from caduceus.data.loader import TrainLoader
+from caduceus.distributed.ranks import PATIENCE, Ranks
+from caduceus.distributed.strategy import Strategy
+from caduceus.errors import RetryError
+from caduceus.monitor.rows import Monitor
+from caduceus.run.directory import RunDirectory
+from caduceus.train.best import Best
+from caduceus.train.checkpointing import Checkpoints
+from caduceus.train.guards import collect_garbage
+from caduceus.train.progress import Progress
+from caduceus.train.step import training_step
+from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
+from caduceus.train.watchdog import Watchdog
+
+Row = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Loop:
+    """Takes the steps of a run, on all ranks together. `config` has every `auto` decided."""
+
+    config: Config
+    run: RunDirectory
+    strategy: Strategy
+    checkpoints: Checkpoints
+    loader: TrainLoader
+    progress: Progress
+    monitor: Monitor
+    stop: StopRequest
+    watchdog: Watchdog
+
+    def __post_init__(self) -> None:
+        self.best = Best(self.config.checkpoint, self.strategy, self.run)
+
+    def is_over(self) -> bool:
+        """Whether no step follows; the same on all ranks."""
+        return self.progress.step_of_stage >= self.config.train.steps
+
+    @property
+    def ends_the_run(self) -> bool:
+        """Whether nothing follows the last step."""
+        return True
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """Around the next step."""
+        with self.watchdog.over(f"step {self.progress.step + 1}"):
+            yield
+
+    def told_at_start(self) -> Row:
+        """The numbers of the step that a start goes on from, for `best`; the same on all ranks."""
+        return {}
+
+    def validated(self) -> Row:
+        """Validate, and log it; its numbers, the same on all ranks."""
+        return {}
+
+    def evaluated(self) -> Row:
+        """Run what else is due after a step; its numbers, the same on all ranks."""
+        return {}
+
+    @property
+    def has_more_to_tell(self) -> bool:
+        """Whether this rank wishes `tell_more`, which all ranks then call."""
+        return False
+
+    def tell_more(self) -> None:
+        """Log what takes all ranks together."""
+
+    def run_to_the_end(self) -> int:
+        """Steps until the last one or a stop; returns the exit status, 0 or `EXIT_REQUEUE`."""
+        self._keep_if_best(self.told_at_start())
+        batches = iter(self.loader)
+        while not self.is_over():
+            with self.around_step():
+                row = training_step(self.config, self.strategy, self.loader, batches, self.progress)
+            self.monitor.log_training(row)
+            collect_garbage(self.progress.step)
+            self.progress.health.refuse_to_go_on(self.config.train, self.run.logs_path)
+            if self.progress.health.spiked and self._rewound():
+                batches = iter(self.loader)
+                continue
+            every, told = self.config.valid.every, {}
+            if every and (self.is_over() or self.progress.step % every == 0):
+                told = self.validated()
+            is_best = self._taken_as_best({**told, **self.evaluated()})
+            if self._stopped_after_saving(is_best):
+                self.monitor.stopped = True
+                _log.warning("stopped after step %d with a checkpoint; the same command goes on", self.progress.step)
+                return EXIT_REQUEUE
+        return 0
+
+    def _taken_as_best(self, told: Row) -> Row | None:
+        facts = self.best.take(self.progress.step, told)
+        if facts is not None:
+            self.monitor.tell_best(self.progress.step, facts)
+        return facts
+
+    def _keep_if_best(self, told: Row) -> None:
+        """Of a step that has its checkpoint."""
+        facts = self._taken_as_best(told)
+        if facts is not None:
+            with self.strategy.ranks.agreeing(), self.run.telling_of_disks():
+                if self.strategy.ranks.is_main:
+                    self.run.keep_best(self.progress.step, facts)
+
+    def _rewound(self) -> bool:
+        """Go back to the newest checkpoint; False where there is none."""
+        with self.slowly("the rewind"):
+            before = self.checkpoints.rewind(self.progress, self.loader)
+        if before is None:
+            return False
+        self.progress = before
+        with self.strategy.ranks.agreeing(), self.run.telling_of_disks():
+            self.monitor.rewind(before.step)
+        return True
+
+    def _stopped_after_saving(self, is_best: Row | None) -> bool:
+        """Agree on what the ranks wish after a step, and write the checkpoint where one is due; whether to stop."""
+        step, over, stop, ranks = self.progress.step, self.is_over(), self.stop, self.strategy.ranks
+        complete = over and self.ends_the_run
+        with self.watchdog.over(f"the agreement after step {step}"):
+            wishes = ranks.gather(
+                [
+                    stop.requested and not complete,
+                    stop.save_requested(),
+                    self.checkpoints.failed,
+                    stop.taken_over(),
+                    self.has_more_to_tell,
+                ]
+            )
+        stopping, saving, failed, taken_over, telling = wishes.any(0).tolist()
+        if taken_over:
+            raise RetryError(
+                f"run.dir: {self.run.path} was taken over by another process; this one ends without saving"
+            )
+        if telling:
+            self.tell_more()
+        with self.slowly(f"the checkpoint after step {step}"):
+            if over or stopping or saving or is_best or self.checkpoints.are_due(self.progress):
+                self.checkpoints.save(self.progress, is_best)
+            if over or stopping or failed:
+                self.checkpoints.wait()
+        if complete or stopping:
+            stop.is_saved()
+        return stopping
+
+    @contextlib.contextmanager
+    def slowly(self, what: str) -> Iterator[None]:
+        """Around what waits for files: it may take as long as ranks wait for each other there."""
+        with slowly(self.watchdog, self.strategy.ranks, what):
+            yield
+
+
+@contextlib.contextmanager
+def slowly(watchdog: Watchdog, ranks: Ranks, what: str) -> Iterator[None]:
+    """Around what waits for files: it may take as long as ranks wait for each other there."""
+    with watchdog.over(what, PATIENCE.total_seconds()), ranks.patiently():
+        yield
