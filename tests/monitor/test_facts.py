@@ -34,7 +34,7 @@ def test_wandb_is_told_of_the_command_the_model_and_every_auto(small_run: SmallR
     facts = json.loads(next(item.value_json for item in told if item.key == "start"))
     (start,) = run.starts()
     assert facts.items() >= start.items() and facts["starts"] == 1 and facts["auto"]["ops.backend"] == "cpu"
-    assert start["command"] == "python -m caduceus.train --config {} 'wandb.notes=two words'".format(command[3])
+    assert start["command"] == f"python -m caduceus.train --config {command[3]} 'wandb.notes=two words'"
     assert start["parameters"] == sum(p.numel() for p in load(run.path).parameters())
     assert (start["ranks"], start["nodes"], start["gpu"]) == (1, 1, None)
     assert len(start["git_commit"]) == 40 and start["data_fingerprint"]
