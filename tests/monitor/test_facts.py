@@ -1,4 +1,4 @@
-"""What W&B is told of a run besides its rows: read back, by the client's own protobuf, from a start as a user makes it."""
+"""What W&B is told of a run besides its rows, read back by its own protobuf from a start as a user makes it."""
 
 import json
 import subprocess
