@@ -23,8 +23,8 @@ CHUNK = 4 << 20
 """Bytes read at a time where a file is read whole."""
 _PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 """Errors that a file system of a network gives for a moment, and a broken disk for ever."""
-_PAUSES = (0.1, 1.0, 5.0)
-"""Seconds before it is tried again."""
+_PAUSES = (0.1, 1.0, 5.0, 5.0)
+"""Seconds before it is tried again: what is seen late may then fail for a moment, too."""
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.errors import UserError
+from caduceus.files import patiently
 from caduceus.presets import CONFIGS
 from launch.scheduler import time_limit_seconds
 
@@ -117,7 +118,7 @@ def load_request(name: str, options: dict[str, Any]) -> JobRequest:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else PRESETS / f"{name}.yaml"
     try:
-        preset = OmegaConf.load(path)
+        preset = patiently(lambda: OmegaConf.load(path))
     except FileNotFoundError:
         known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise UserError(f"--cluster: no preset {path}; choose {known}, or give a YAML file") from None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import shard_genome
+from tests import preloaded  # which keeps the variables as they are now  # noqa: F401
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST_FIRST = (

@@ -30,6 +30,8 @@ SET_LATER = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "OMP_NUM_THREADS", "PYT
 KNOWN = {"cwd", "env", "start_new_session", "stdin", "stdout", "stderr", "text"}
 """Arguments of subprocess.Popen that a forked process understands."""
 _PR_SET_CHILD_SUBREAPER = 36
+_AT_START = dict(os.environ)
+"""Before any test changed a variable for itself: what a server is started with, whichever test needs it first."""
 
 
 def is_served(command: Sequence[str], options: Mapping[str, Any], at_start: Mapping[str, str]) -> bool:
@@ -48,9 +50,13 @@ def is_served(command: Sequence[str], options: Mapping[str, Any], at_start: Mapp
         script = (folder / kind).resolve()
         ours = kind.endswith(".py") and any(script.is_relative_to(REPOSITORY / package) for package in PACKAGES)
     given = os.environ if options.get("env") is None else options["env"]
-    changed = {name for name in {*given, *at_start} if given.get(name) != at_start.get(name)} - {*SET_LATER}
-    same_path = _foreign(given) == _foreign(at_start)
-    return ours and same_path and not any(name.startswith(READ_AT_START) for name in changed)
+    return ours and _foreign(given) == _foreign(at_start) and not changed_at_start(given, at_start)
+
+
+def changed_at_start(given: Mapping[str, str], at_start: Mapping[str, str]) -> list[str]:
+    """The variables that differ and that only a fresh process heeds."""
+    names = {name for name in {*given, *at_start} if given.get(name) != at_start.get(name)} - {*SET_LATER}
+    return sorted(name for name in names if name.startswith(READ_AT_START))
 
 
 def _foreign(environment: Mapping[str, str]) -> list[str]:
@@ -99,13 +105,13 @@ class _Server:
 
     def __init__(self) -> None:
         self.owner = os.getpid()
-        self.environment = dict(os.environ)
+        self.environment = dict(_AT_START)
         self._lock = threading.Lock()
         self._channel, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-m", "tests.preload_server", str(theirs.fileno()), " " * 4096]
             # Libraries must not start threads when they are loaded, and torch is to tell its own number of threads.
-            single = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+            single = {name: value for name, value in _AT_START.items() if name != "OMP_NUM_THREADS"}
             self._process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=single | {"OPENBLAS_NUM_THREADS": "1"}, pass_fds=[theirs.fileno()]
             )

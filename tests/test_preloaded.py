@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ TOLD = REPOSITORY / "tests" / "told_state.py"
 def both(command: list[Any], **options: Any) -> list[subprocess.CompletedProcess]:
     """The command's ends: forked, then fresh."""
     environment = preloaded._the_server().environment
+    assert not preloaded.changed_at_start(options.get("env") or os.environ, environment)
     assert preloaded.is_served([os.fspath(word) for word in command], options, environment)
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [start(command, input="", **options) for start in (preloaded.run, subprocess.run)]
@@ -60,8 +62,20 @@ def test_two_of_them_draw_other_random_numbers() -> None:
     assert not set(drawn[0]) & set(drawn[1])
 
 
+@pytest.fixture
+def heeding_signals() -> Iterator[None]:
+    """Signals are not ignored, as they are in what a shell runs in the background, and so in its children."""
+    before = [
+        (number, signal.signal(number, own))
+        for number, own in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    ]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, -2)])
-def test_it_is_killed_and_waited_for_as_any_child(number: int, status: int) -> None:
+def test_it_is_killed_and_waited_for_as_any_child(number: int, status: int, heeding_signals: None) -> None:
     command = [sys.executable, TOLD, "sleep"]
     with preloaded.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "sleeps\n" and process.poll() is None

@@ -21,7 +21,7 @@ from caduceus.config.run import SECTIONS, Config
 from caduceus.config.stages import steps_of_stages, with_stages
 from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
-from caduceus.files import dump_json, write_atomically
+from caduceus.files import dump_json, patiently, write_atomically
 from caduceus.presets import preset
 
 ALLOWED = "allowed_commands.json"
@@ -100,7 +100,7 @@ def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str
     if path.resolve() in including:
         raise UserError(f"{path}: 'defaults' include each other in a circle")
     try:
-        values = OmegaConf.load(path)
+        values = patiently(lambda: OmegaConf.load(path))
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such configuration file, nor a preset of this name; --config list names them"

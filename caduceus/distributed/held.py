@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from caduceus.config import Config, ParallelConfig
 from caduceus.model.costs import kept_numbers, parameter_count
 
-LARGEST_REPLICATED_MODEL = 500_000_000
-"""Parameters up to which every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two moments."""
+LARGEST_REPLICATED_MODEL = 300_000_000
+"""Parameters up to which every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two moments.
+
+Of larger ones the update of a whole model takes a few hundredths of a step on many nodes, by `launch/step_model.py`."""
 _FP32 = 4
 
 

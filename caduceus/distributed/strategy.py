@@ -205,6 +205,9 @@ class _Reader(dcp.FileSystemReader):
 class _Writer(dcp.FileSystemWriter):
     """Fails with the system's own error where a disk is full or broken, which torch hides behind one of its format."""
 
+    def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
+        return patiently(functools.partial(super().prepare_local_plan, plan))  # it looks for what it would replace
+
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         try:
             return patiently(functools.partial(super().write_data, plan, planner))

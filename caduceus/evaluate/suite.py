@@ -22,7 +22,7 @@ from caduceus.evaluate.suite_finetuned import finetuned
 from caduceus.evaluate.suite_page import write_page
 from caduceus.evaluate.window_svm import SvmTask, window_svm
 from caduceus.evaluate.zero_shot import KINDS, ZeroShot, check_score
-from caduceus.files import dump_json, without_nan, write_atomically
+from caduceus.files import dump_json, patiently, without_nan, write_atomically
 from caduceus.presets import preset, preset_list
 
 _FINETUNE = {"epochs", "lr", "batch_size", "weight_decay", "seeds", "pool", "valid_share", "learns"}
@@ -78,7 +78,7 @@ def load_suite(name: str | Path) -> Suite:
     """A suite by its name or file; what is wrong with it is a `UserError` that names it."""
     path = preset("suite", name)
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        values: Any = OmegaConf.to_container(patiently(lambda: OmegaConf.load(path)))
         kind = values.get("kind", "finetune")
         suite = Suite(
             path.stem,

@@ -49,6 +49,7 @@ def selective_scan(
     reverse: bool = False,
     context: Context | None = None,
     starts: Tensor | None = None,
+    keep: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """y (B, L, E) of `caduceus.ops.selective_scan`."""
@@ -68,6 +69,7 @@ def bidirectional_scan(
     *,
     context: Context | None = None,
     starts: Tensor | None = None,
+    keep: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """y (S, B, L, E) of `caduceus.ops.bidirectional_scan`."""

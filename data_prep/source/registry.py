@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
+from caduceus.files import patiently
 from caduceus.presets import CONFIGS
 from data_prep.argument_types import is_url
 from data_prep.genome.reader import FORMATS
@@ -108,7 +109,7 @@ def _find(name: str) -> Path:
 
 def _read(path: Path, *, resolve: bool = True) -> dict[str, Any]:
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=resolve)
+        values = OmegaConf.to_container(patiently(lambda: OmegaConf.load(path)), resolve=resolve)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # YAML syntax, unset environment variables, unreadable files: each its own class

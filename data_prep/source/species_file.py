@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
+from caduceus.files import patiently
 from data_prep.argument_types import is_url
 from data_prep.genome.genome import default_cache_dir
 from data_prep.plan.options import PlanOptions, override
@@ -170,7 +171,7 @@ def _place(path: Any, folder: Path) -> str:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        values = OmegaConf.to_container(patiently(lambda: OmegaConf.load(path)), resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # YAML syntax, unset environment variables, unreadable files: each its own class

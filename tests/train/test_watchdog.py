@@ -71,7 +71,7 @@ def test_stacks_are_shown_when_asked_and_the_run_goes_on(small_run: SmallRun) ->
     process.send_signal(signal.SIGUSR1)
     told = process.communicate(timeout=120)[1]
     assert process.returncode == 0
-    assert "Current thread 0x" in told and "in _loop" in told and "Thread 0x" in told  # the watchdog's own
+    assert "Current thread 0x" in told and "in run_to_the_end" in told and "Thread 0x" in told  # the watchdog's own
     assert [row["step"] for row in numbers(config.run.dir) if "loss" in row] == list(range(1, 61))
 
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from caduceus.config import config_to_dict
 from caduceus.errors import UserError
+from caduceus.files import patiently
 from caduceus.monitor.report.history import History, read_history
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import first_cause, read_ends
@@ -71,7 +72,7 @@ def differences(runs: list[Reported]) -> list[tuple[str, list[str]]]:
 def _settings(config: dict[str, Any], resolved_path: Path) -> dict[str, str]:
     settings = {f"{section}.{key}": _shown(value) for section, keys in config.items() for key, value in keys.items()}
     with contextlib.suppress(Exception):  # a file that an interrupted disk left: what was asked for is known
-        resolved: Any = OmegaConf.to_container(OmegaConf.load(resolved_path))
+        resolved: Any = OmegaConf.to_container(patiently(lambda: OmegaConf.load(resolved_path)))
         for section, keys in resolved.items():
             for key, told in keys.items():
                 asked, takes = _shown(told["asked"]), _shown(told["takes"])
