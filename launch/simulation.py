@@ -65,10 +65,10 @@ def series(config: Config, most: int, network: Network, grows: bool) -> list[tup
 
 
 def fastest(step: Step, network: Network) -> Step | None:
-    """Of all layouts that fit a GPU, where one is faster by more than `CLOSE` than that of `step`."""
+    """Of all layouts that fit a GPU, where one is faster by more than `CLOSE` than `step`, or where that does not."""
     others = [other for other in layouts(step.config, step.estimate.world, network) if other.fits]
     best = min(others, key=lambda other: other.seconds, default=None)
-    return best if best is not None and best.seconds < (1 - CLOSE) * step.seconds else None
+    return best if best and (not step.fits or best.seconds < (1 - CLOSE) * step.seconds) else None
 
 
 def table_of_steps(steps: Sequence[tuple[int, Step | str]], network: Network) -> list[str]:

@@ -44,8 +44,8 @@ class ParallelConfig:
     context: int = key(
         0,
         "Ranks that share a sequence, each with a slice of it. 0, here or for strands: as few as it takes to give "
-        "every rank a part of the global batch, and rather strands than slices; on GPUs, where "
-        "train.activation_checkpointing is auto, as many of a node as it takes to recompute less.",
+        "every rank a part of the global batch, and rather strands than slices; on GPUs as many of a node as it takes "
+        "to fit their memory, and where train.activation_checkpointing is auto, to recompute less.",
         fixes="rounding",
         least=0,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from caduceus.config import Config
 from caduceus.config.by_step import BatchRamp
 from caduceus.distributed.deepspeed.settings import user_settings
-from caduceus.distributed.footprint import Footprint, footprint
+from caduceus.distributed.footprint import RESERVE, Footprint, footprint
 from caduceus.distributed.held import held
 from caduceus.errors import UserError
 from caduceus.model.costs import streams
@@ -45,8 +45,8 @@ class Room:
 def check_layout(config: Config, world: int, room: Room | None = None) -> Sharing:
     """How `world` ranks share samples, where `parallel.strands` or `parallel.context` may be 0: as it takes.
 
-    As few ranks as can share one, but with `room`, and where `auto` decides what is recomputed, as many of a node as
-    it takes to recompute less: micro-batches are then more, of shorter slices, and the work is the same.
+    As few ranks as can share one, but with `room` as many of a node as it takes to fit a GPU, and where `auto` decides
+    what is recomputed, to recompute less: micro-batches are then more, of shorter slices, and the work is the same.
 
     Raises `UserError` for an arrangement that they cannot take; the message names the key.
     """
@@ -95,13 +95,14 @@ def footprint_of(config: Config, world: int, sharing: Sharing, room: Room | None
     """What a rank's memory holds where samples are shared so; without `room`, on a CPU."""
     slices = config.train.micro_batch * config.data.seq_len // sharing.context
     bases = slices * (streams(config.model) // sharing.strands)
-    return footprint(config, bases, held(config, world, room.node if room else 0), room and room.gpu)
+    states = held(config, world, room.node if room else 0)
+    return footprint(with_sharing(config, sharing), bases, states, room and room.gpu)
 
 
 def _chosen_sharing(config: Config, world: int, asked: Sharing, room: Room | None) -> Sharing | None:
     possible = _sharings(config, world, asked)
     smallest = next(possible, None)
-    if smallest is None or room is None or config.train.activation_checkpointing != "auto":
+    if smallest is None or room is None:
         return smallest
     others = (
         sharing
@@ -109,8 +110,12 @@ def _chosen_sharing(config: Config, world: int, asked: Sharing, room: Room | Non
         if room.node % sharing.ranks == 0
         and (sharing.context == 1 or config.data.seq_len // sharing.context >= SHORTEST_SLICE)
     )
-    layers = config.model.n_layer
-    return min([smallest, *others], key=lambda it: footprint_of(config, world, it, room).passes(layers))
+
+    def cost(sharing: Sharing) -> tuple[bool, float]:
+        takes = footprint_of(config, world, sharing, room)
+        return takes.total > (1 - RESERVE) * room.gpu, takes.passes(config.model.n_layer)
+
+    return min([smallest, *others], key=cost)
 
 
 def _sharings(config: Config, world: int, asked: Sharing) -> Iterator[Sharing]:

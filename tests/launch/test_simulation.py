@@ -107,6 +107,7 @@ PRESETS = {
     "ph-1m, a batch of 8": ["train.global_batch=8"],
     "ps-131k": [],
     "ps-1m": [],
+    "ps-131k, 300M, nothing recomputed": ["size=300M"],
     "plantcad2-medium": ["data.path=x"],
 }
 
@@ -130,6 +131,17 @@ def test_a_layout_that_is_faster_is_told() -> None:
     best = fastest(step, NETWORK)
     assert best is not None and best.estimate.shared_by.context == 4
     assert best.seconds < 0.9 * step.seconds
+
+
+def test_auto_shares_a_sequence_further_where_it_would_not_fit() -> None:
+    """With nothing recomputed; and where a layout is asked for that does not fit, one that does is told."""
+    config, room = load_config("ps-131k", ["size=300M"]), Room(80 * 10**9, 8)
+    assert check_layout(config, 8, room) == Sharing(2, 4)
+    assert check_layout(config, 8, Room(10**12, 8)) == check_layout(config, 8) == Sharing(1, 1)
+    assert check_layout(load_config("ps-131k", ["size=300M", "parallel.context=1"]), 8, room) == Sharing(1, 1)
+    step = asked(load_config("ps-131k", ["size=300M", "parallel.context=1", "parallel.strands=1"]), 8, NETWORK)
+    best = fastest(step, NETWORK)
+    assert not step.fits and best is not None and best.fits and best.estimate.shared_by == Sharing(2, 4)
 
 
 def test_auto_shares_a_sequence_further_where_it_would_be_computed_again() -> None:
