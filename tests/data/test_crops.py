@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from caduceus.data.crops import CropTable
 from caduceus.data.format import MIN_RUN
 from caduceus.data.genome import ShardedGenome
+from caduceus.data.tiling import Cut, Tiling
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species, tile, write_dataset
 
@@ -80,3 +81,18 @@ def test_crops_shorter_than_the_index_can_judge_are_refused(tmp_path: Path) -> N
     table = ShardedGenome(write_dataset(tmp_path, [Species("s", {"c": "A" * 99}, {"train": [("c", 0, 99)]})]))
     with pytest.raises(UserError, match=r"data\.seq_len: must be at least 16"):
         CropTable([table.table("s", "train")], 15, 0.5)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_crops_are_numbered_beyond_32_bits(offset: int) -> None:
+    """Five windows of 2^31 - 2 bases in three shards, in crops of two."""
+    length, none = 2**31 - 2, np.zeros(0, [("window", "<u4"), ("start", "<u4"), ("length", "<u4")])
+    windows = np.full(5, length, np.uint32)
+    tiling = Tiling(windows, np.array([0, 2, 3, 5]), [(0, none)], Cut(2, 0.0), offset)
+    per_window = length // 2
+    assert tiling.size == 5 * per_window > 2**32
+    assert tiling.crops_of_shard.tolist() == [2 * per_window, per_window, 2 * per_window]
+    window, begin, _ = tiling.locate(np.array([0, 2**32 - 1, 2**32, 5 * per_window - 1]))
+    assert window.tolist() == [0, 4, 4, 4]
+    starts = [2 * (number - at * per_window) for number, at in zip((0, 2**32 - 1, 2**32), (0, 4, 4), strict=True)]
+    assert begin.tolist() == [*(start + offset for start in starts), length - 2]

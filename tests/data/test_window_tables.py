@@ -1,9 +1,11 @@
 """Datasets with tables of their windows give the samples that those without give, and open few files."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,37 @@ def test_tables_are_hashed_once_on_a_node_as_long_as_a_rank_has_them_open(
     del first
     open_dataset(data, "train")
     assert len(hashed) == 4, "a new start looks anew"
+
+
+def test_one_rank_of_a_node_looks_at_the_tars_and_the_others_at_their_folders(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: Counter[str] = Counter()
+    look = os.stat
+
+    def counted(path: str | os.PathLike[str], **options: bool) -> os.stat_result:
+        looked[os.fspath(path)] += 1
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", counted)
+    monkeypatch.setattr(Path, "stat", counted)
+    ranks, shards = [], sum(len(part["splits"]["train"]["shards"]) for part in load_manifest(dataset)["species"])
+    for expected in ({1: shards}, {}):
+        looked.clear()
+        ranks.append(open_dataset(config_of(dataset).data, "train"))
+        ranks[-1].identity()
+        assert Counter(times for path, times in looked.items() if path.endswith(".tar")) == expected
+        assert len([path for path in looked if Path(path).parent == dataset and "." not in Path(path).name]) == 3
+
+
+def test_a_dataset_is_another_one_where_a_tar_has_been_put_in_a_tar_s_place(former: Path) -> None:
+    """Else verdicts on its bases would be taken for those on the other."""
+    data = config_of(former).data
+    before = open_dataset(data, "train").identity()
+    assert open_dataset(data, "train").identity() == before
+    tar = next((former / "bee").glob("train-*.tar"))
+    Path(shutil.copy(tar, former / "copy")).replace(tar)
+    assert open_dataset(data, "train").identity() != before
 
 
 def test_tables_of_shards_elsewhere_are_fetched_once_and_checked(dataset: Path, tmp_path: Path) -> None:

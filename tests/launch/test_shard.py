@@ -154,6 +154,8 @@ def test_small_species_share_a_task_and_a_large_one_is_shared_out(tmp_path):
     assert {name: time for name, time in times(parts_folder(out)).items() if name in small and "large" not in name} == {
         name: time for name, time in small.items() if "large" not in name
     }
+    every = sorted(path.name for path in (together / "large").glob("*.tar"))
+    assert sorted(path.name for path in large.glob("*.tar")) == every, "none is left to the one that merges"
     MergeTask(tuple(requests), out, tuple(requests))()
     assert contents(out) == contents(together)
     assert [path.name for path in (out / "large").glob(".*")] == [] and not parts_folder(out).exists()
