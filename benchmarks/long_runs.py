@@ -38,6 +38,7 @@ PARTS = {
     "the monitor's start (rows of earlier starts shown)": "monitor",
     "Weights & Biases: what it lacks, found and sent": "sender",
     "`runs.py status`, less SLURM": "status",
+    "the report of all rows, once a run is complete": "report",
 }
 
 
@@ -69,14 +70,14 @@ def show(what: str, part: str, directory: Path) -> None:
     """Measure a part in a process of its own, and print its line."""
     command = [sys.executable, __file__, "--part", part, "--directory", str(directory)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(directory.parent / "cache")}
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
     times = f"{found['seconds']:.3f} | {found['processor']:.3f}"
     print(f"| {what} | {times} | {found['read'] / 2**20:.1f} | {found['memory'] / 2**20:.0f} |", flush=True)
 
 
 def measured(part: str, directory: Path) -> dict[str, float]:
     """Seconds, bytes read and bytes of memory of one part."""
-    work = {"cut": cut, "monitor": monitor, "sender": send, "status": status, "list": list_runs}[part]
+    work = {"cut": cut, "monitor": monitor, "sender": send, "status": status, "report": report, "list": list_runs}[part]
     do = work(directory)
     memory, read, used, began = _memory(), _read(), _processor(), time.perf_counter()
     do()
@@ -101,8 +102,9 @@ def send(directory: Path):
     from caduceus.monitor.wandb.journal import Journal
     from caduceus.monitor.wandb.sender import Sender
 
-    sender = Sender(RunDirectory(directory), None, 1)
-    begun = SimpleNamespace(log=lambda row, step: None, finish=lambda *arguments: None)
+    sender = Sender(RunDirectory(directory), None, 0.0, 1)
+    nothing = dict.fromkeys(("log", "alert", "leave_artifacts", "finish"), lambda *arguments, **named: None)
+    begun = SimpleNamespace(**nothing)
     path = directory / "wandb" / "sent.jsonl"
     last = json.loads(path.read_text().splitlines()[-1])["step"]
     return lambda: sender._follow(begun, Journal(path, last), None, None)
@@ -112,6 +114,12 @@ def status(directory: Path):
     from launch.status import overview
 
     return lambda: overview(RunDirectory(directory))
+
+
+def report(directory: Path):
+    from caduceus.monitor.report.write import write_report
+
+    return lambda: write_report([directory], directory / "report.html")
 
 
 def list_runs(directory: Path):

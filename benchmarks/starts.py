@@ -137,9 +137,13 @@ def start(count: int, shards: Path, run: Path, steps: int, traces: list[Path] | 
         if traces:
             command = ["strace", "-f", "-qq", "-s", "4096", "-e", "trace=%file", "-o", str(traces[rank]), *command]
         processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    return [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+    told = [process.communicate() for process in processes]
+    for process, (printed, said) in zip(processes, told, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"a rank ended with {process.returncode}: {printed}{said}")
+    return [json.loads(printed.splitlines()[-1]) for printed, _ in told]
 
 
 def one_rank(shards: Path, run: Path, steps: int) -> dict:
