@@ -30,15 +30,15 @@ FETCH_WAITS = (1, 2, 4, 8, 15, 15)
 FETCH_PATIENCE = 45
 """Seconds after the first failure in which another attempt may begin: a silent server takes long to fail."""
 FAILURE_REMEMBERED = 300
-"""Seconds in which a shard that could not be had is not asked for again. A file restored meanwhile is found after them,
-so which samples are replaced depends on what can be read, not on what a process met long ago."""
+"""Seconds in which a shard that was not available is not asked for again. A file restored meanwhile is found after
+them, so which samples are replaced depends on what can be read, not on what a process met long ago."""
 _PREFETCH_THREADS = 2
 
 T = TypeVar("T")
 
 
 class UnavailableError(OSError):
-    """A shard could not be had, after all attempts that were due: there is no use in asking at once again."""
+    """A shard was not available, after all attempts that were due: there is no use in asking at once again."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class ShardCache:
     def fetch(self, shard: Shard, *, wait: bool = True) -> None:
         """Have the shard on disk; without `wait`, `BlockingIOError` where another process is fetching it.
 
-        Raises `UnavailableError` where it cannot be had, and `RetryError` where nothing can: the server is not reached
-        for one shard after several attempts, and then not for another one either.
+        Raises `UnavailableError` where it is not available, and `RetryError` where nothing is: the server is not
+        reached for one shard after several attempts, and then not for another one either.
         """
         shard.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(_lock_path(shard.path), wait=wait):

@@ -14,9 +14,9 @@ from caduceus.data.windows import WINDOW_DTYPE, MappedWindows, SplitTable
 from caduceus.errors import UserError
 
 _ROW_BITS = 32
-"""Of the number of a packed row, within the number that says which tiling it is of."""
+"""Bits for the number of a packed row, within the number that also says which tiling it belongs to."""
 _TILINGS_KEPT = 3
-"""Of each source, on average: samples that are located together may lie in two epochs."""
+"""Tilings kept for each source, on average: samples that are located together may lie in two epochs."""
 
 
 class CropTable:

@@ -28,7 +28,7 @@ _PASSING_STATUSES = (408, 425, 429)
 
 
 class RemoteError(OSError):
-    """A file could not be had. The message is one line: the address, what went wrong and what to do."""
+    """A file was not available. The message is one line: the address, what went wrong and what to do."""
 
 
 class RefusalError(RemoteError):

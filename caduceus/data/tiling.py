@@ -64,7 +64,7 @@ class Tiling:
     def locate(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Crop numbers (n,) -> window (n,), first base in it on the forward strand (n,), and number of the row (n,).
 
-        Of a row the window is that of its first piece; a tile's row is -1.
+        The window of a row is that of its first piece; a tile's row is -1.
         """
         if self._packing is None:
             return *self._locate_tiles(crops), np.full_like(crops, -1)

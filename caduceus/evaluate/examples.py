@@ -53,7 +53,7 @@ class ExampleBatch:
 
 
 class Losses(NamedTuple):
-    """Of each example the sum of its losses and of their weights, (B,) both."""
+    """The sum of the losses of each example, and of their weights, (B,) both."""
 
     loss_sum: Tensor
     weight_sum: Tensor
@@ -148,7 +148,7 @@ class ExampleLoader:
 
     @property
     def fingerprint(self) -> str:
-        """Of how many examples there are and what is drawn of them."""
+        """A hash of how many examples there are, and of what is drawn from them."""
         return fingerprint({"examples": len(self.examples), "batch_size": self.batch_size, "seed": self.seed})
 
     @property

@@ -230,7 +230,7 @@ class _Finetune(_OnMain):
         }
 
     def _prefixes(self, methods: list[str]) -> list[str]:
-        """Of the fine-tuning itself nothing, of what is trained beside it the method's name."""
+        """No prefix for the fine-tuning itself; the name of its method for what is trained beside it."""
         return ["", *(f"{method}/" for method in methods[1:])]
 
 

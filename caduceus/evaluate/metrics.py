@@ -32,7 +32,7 @@ def measure(
 ) -> dict[str, float]:
     """The metrics `names` of a task, or all. outputs: probabilities (n, classes), or values, (n,) or (n, values).
 
-    Of several labels or values they are means over these. What has no label counts for nothing.
+    With several labels or values they are means over these. What has no label counts for nothing.
     F1 is that of the second class where there are two, else the mean over classes; AUROC and AUPRC are those of the
     second class, or means over each class against the others. NaN where the labels are too few to define one.
     """
@@ -55,7 +55,7 @@ def measure(
 
 
 def _mean(values: list[float]) -> float:
-    """Of those that are defined."""
+    """The mean of the values that are defined; NaN if none is."""
     there = [value for value in values if not np.isnan(value)]
     return float(np.mean(there)) if there else np.nan
 

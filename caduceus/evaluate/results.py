@@ -29,7 +29,7 @@ def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str,
 def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
     """Predictions as columns of a table: the value, or those of each name, or the class and the probability of each.
 
-    Of several classes those of at least one half are named, parted by ;.
+    With several labels those of at least one half are named, parted by ;.
     """
     if task.values:
         return {f"prediction_{name}": outputs[:, n] for n, name in enumerate(task.values)}
@@ -78,7 +78,7 @@ def _joined(task: Task, has: np.ndarray) -> str:
 
 
 def place_columns(task: Task, names: Sequence[Any], lengths: Sequence[int]) -> dict[str, Any]:
-    """Of labels by base, the name of each row's sequence and its position from 0; none of other labels."""
+    """For labels by base, the name of each row's sequence and its position from 0; none of other labels."""
     if not task.per_base:
         return {}
     return {

@@ -50,7 +50,7 @@ class SequenceSource:
     split: str = "valid"
 
     def sha256(self) -> str:
-        """Of the file, or the manifest of the shards, which names theirs."""
+        """The sha256 of the file, or of the manifest of the shards, which names theirs."""
         path = Path(self.input)
         return sha256_of(path / MANIFEST if path.is_dir() else path)
 

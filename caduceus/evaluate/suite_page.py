@@ -24,7 +24,7 @@ _WIDE = (
     "body { max-width: 1600px; } figure { max-width: 900px; } table { font-size: 12.5px; } "
     "th { white-space: normal; } td, th { padding-left: 6px; padding-right: 6px; }"
 )
-"""Of a page whose table has published models: all columns stand beside each other on 1,280 pixels."""
+"""The style of a page whose table has published models: all columns stand beside each other on 1,280 pixels."""
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

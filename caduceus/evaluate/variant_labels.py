@@ -23,7 +23,7 @@ class Labels:
     positive: tuple[str, ...] = ()
 
     def of(self, file: VariantFile) -> np.ndarray:
-        """Of each allele of a file 1, 0, or NaN where it is left out, (n,) float64; `UserError` without both."""
+        """The label of each allele: 1, 0, or NaN where it is left out, (n,) float64; `UserError` without both."""
         texts = _entries(file, self.name) if file.vcf is not None else _values(file, self.name)
         found = np.array([self._one(text, allele.place) for text, allele in zip(texts, file.alleles, strict=True)])
         if not (found == 1).any() or not (found == 0).any():

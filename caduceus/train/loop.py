@@ -111,7 +111,7 @@ class Loop:
         return facts
 
     def _keep_if_best(self, told: Row) -> None:
-        """Of a step that has its checkpoint."""
+        """Keep the checkpoint of the step just saved, if it is the best one of the run."""
         facts = self._taken_as_best(told)
         if facts is not None:
             with self.strategy.ranks.agreeing(), self.run.telling_of_disks():

@@ -62,7 +62,7 @@ def _nodes(seats: list[tuple[str, int]]) -> list[str]:
 
 
 def _gpu(device: torch.device) -> list[float]:
-    """This rank's `OF_GPUS`, NaN where they cannot be had."""
+    """This rank's `OF_GPUS`, NaN where they are unknown."""
     found = [math.nan] * len(OF_GPUS)
     if device.type != "cuda":
         return found

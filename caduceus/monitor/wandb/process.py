@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 class WandbProcess:
     """The process that brings W&B up to metrics.jsonl while this one trains. Not started where W&B is disabled.
 
-    Raises `UserError` where `wandb.required` is true and W&B cannot be had within `START_SECONDS`.
+    Raises `UserError` where `wandb.required` is true and W&B does not answer within `START_SECONDS`.
     """
 
     def __init__(self, config: Config, run: Path) -> None:
