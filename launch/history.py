@@ -4,7 +4,7 @@ RUN/submissions.json says what was submitted, when and by whom; RUN/attempts.jso
 they ended, an event in each line:
 
 start     a job's processes are up: nodes, and the step of the checkpoint that they go on from
-bad node  a node that failed its checks, and why
+bad node  a node that failed its checks, why, and all nodes: the first rank may have ended before it wrote them down
 refused   a rank saw, before the first step, a mistake that is the user's to mend
 end       the processes have ended: reason, newest checkpoint's step, and the error if there was one
 gave up   after too many failures the run does not go on by itself
@@ -139,6 +139,7 @@ def attempts(run: RunDirectory) -> list[Attempt]:
             began[key] = row["step"]
         elif row["event"] == "bad node":
             attempt.bad_nodes.append(row["node"])
+            attempt.nodes = attempt.nodes or row.get("nodes", "")
         elif row["event"] == "refused":
             attempt.refused = True
         elif row["event"] == "end":

@@ -59,8 +59,8 @@ class TrainTask:
                 return train(config)
         except ONE_LINE as error:
             if error.kind is Kind.NODE and on_slurm:
-                node = os.environ["SLURMD_NODENAME"]
-                history.record(run, "bad node", job.job_id, restart, node=node, why=str(error))
+                where = {"node": os.environ["SLURMD_NODENAME"], "nodes": os.environ["SLURM_JOB_NODELIST"]}
+                history.record(run, "bad node", job.job_id, restart, **where, why=str(error))
             elif error.kind is Kind.USER and not _has_trained(run, starts, step):
                 history.record(run, "refused", job.job_id, restart)
             print(f"error: {error}", file=sys.stderr, flush=True)

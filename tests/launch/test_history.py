@@ -80,6 +80,13 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(run):
     assert [attempt.reason for attempt in attempts(run)] == ["failed", None]
 
 
+def test_nodes_are_known_where_a_bad_one_ended_the_job_before_the_first_rank_wrote_them_down(run):
+    record(run, "bad node", "7", 0, node="n1", nodes="n[0-1]", why="n1: no shared memory")
+    record(run, "end", "7", 0, reason="bad node", step=0, error="n1: no shared memory", status=1)
+    (attempt,) = attempts(run)
+    assert (attempt.nodes, attempt.bad_nodes, attempt.started) == ("n[0-1]", ["n1"], None)
+
+
 def test_a_lost_attempt_ended_with_the_checkpoint_that_the_next_one_found(run):
     add_attempt(run, 0, None, 0, 0)
     add_attempt(run, 1, "time limit", 50, 70)
