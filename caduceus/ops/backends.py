@@ -38,9 +38,8 @@ def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, 
     Triton kernels are wrong on this GPU."""
     name = resolve_backend(backend, device, dtype)
     supported = getattr(import_module(f"caduceus.ops.{name}"), "SUPPORTED", {})
-    bounded = (
-        ("d_conv",) if model.mixer == "mamba2" else ("d_state", "d_conv")
-    )  # torch scans what mamba2's kernels do not
+    # What the kernels of mamba2 do not scan, torch does.
+    bounded = ("d_conv",) if model.mixer == "mamba2" else ("d_state", "d_conv")
     for key in bounded:
         value = getattr(model, key)
         if key in supported and value not in supported[key]:

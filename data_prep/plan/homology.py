@@ -57,8 +57,8 @@ LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Shares of k-mers at which the report counts near copies."""
 
 
-def near_stretches(bases: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """The stretches of bases that share at least the lowest of `LEVELS` with `held_out`, as rows of `NEAR_DTYPE`.
+def near_stretches(bases: np.ndarray, held_out: np.ndarray, least: float) -> np.ndarray:
+    """The stretches of bases of which at least the share `least` of the k-mers is in `held_out`: rows of `NEAR_DTYPE`.
 
     `held_out`: sorted hashes.
     """
@@ -71,13 +71,9 @@ def near_stretches(bases: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     end = np.minimum(first + STRETCH, len(bases))
     left, right = np.searchsorted(starts, first), np.searchsorted(starts, end)
     found = np.zeros(len(first), NEAR_DTYPE)
-    found["start"], found["end"], found["shared"], found["kmers"] = (
-        first,
-        end,
-        shared[right] - shared[left],
-        right - left,
-    )
-    return found[(found["kmers"] >= FEWEST) & (found["shared"] >= LEVELS[0] * found["kmers"])]
+    found["start"], found["end"] = first, end
+    found["shared"], found["kmers"] = shared[right] - shared[left], right - left
+    return found[(found["kmers"] >= FEWEST) & (found["shared"] >= least * found["kmers"])]
 
 
 def copies(stretches: np.ndarray, share: float) -> np.ndarray:

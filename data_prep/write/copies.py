@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from caduceus.data.format import SPLITS
-from data_prep.plan.homology import near_stretches, sampled_kmers
+from data_prep.plan.homology import LEVELS, near_stretches, sampled_kmers
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest
 from data_prep.progress import Progress
 from data_prep.workers import Workers
@@ -27,6 +27,8 @@ class KmerTask:
     windows: list[tuple[str, int, int]]
     held_out: Path | None = None
     """A file of sorted hashes: they are too many to travel with each task."""
+    least: float = LEVELS[0]
+    """The share of k-mers from which a stretch is told."""
 
 
 def near_copies(species: list[tuple[SpeciesRequest, SpeciesPlan]], pool: Workers) -> list[dict[str, np.ndarray] | None]:
@@ -64,7 +66,7 @@ def _tasks(
     number: int, request: SpeciesRequest, plan: SpeciesPlan, train: bool, held_out: Path | None = None
 ) -> list[KmerTask]:
     """Tasks over the windows of train, or of the other splits."""
-    names = list(plan.contigs)
+    names, least = list(plan.contigs), min(LEVELS[0], request.options.homology or 1.0)
     rows = plan.windows[(plan.windows["split"] == _TRAIN) == train]
     windows = [(names[row["contig"]], int(row["start"]), int(row["end"])) for row in rows]
     tasks: list[KmerTask] = []
@@ -72,9 +74,9 @@ def _tasks(
     for window in windows:
         part.append(window)
         if sum(end - start for _, start, end in part) >= _BASES_OF_A_TASK:
-            tasks.append(KmerTask(number, request.fasta, request.cache_dir, part, held_out))
+            tasks.append(KmerTask(number, request.fasta, request.cache_dir, part, held_out, least))
             part = []
-    return [*tasks, KmerTask(number, request.fasta, request.cache_dir, part, held_out)] if part else tasks
+    return [*tasks, KmerTask(number, request.fasta, request.cache_dir, part, held_out, least)] if part else tasks
 
 
 def _sketch(task: KmerTask) -> np.ndarray:
@@ -88,7 +90,7 @@ def _near(task: KmerTask) -> list[tuple[str, np.ndarray]]:
     assert task.held_out is not None, "a task of train has what is held out"
     held_out, found = np.load(task.held_out, mmap_mode="r"), []
     for contig, start, end in task.windows:
-        stretches = near_stretches(np.frombuffer(genome.read(contig, start, end), np.uint8), held_out)
+        stretches = near_stretches(np.frombuffer(genome.read(contig, start, end), np.uint8), held_out, task.least)
         stretches["start"] += start
         stretches["end"] += start
         found.append((contig, stretches))

@@ -1,5 +1,7 @@
 """The ops that exports bring along, against the definition."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -40,3 +42,13 @@ def test_packed_rows_are_refused():
     x, weight = torch.ones(1, 4, 2), torch.ones(2, 3)
     with pytest.raises(ValueError, match="packed or shared sequences are for the package"):
         portable.causal_conv1d(x, weight, starts=torch.ones(1, 4, dtype=torch.bool))
+
+
+def test_models_may_call_every_op_as_they_call_those_of_the_package() -> None:
+    """What no export has, such as a state to begin from, no model asks for."""
+    own = {name: op for name, op in vars(portable).items() if getattr(op, "__module__", "") == portable.__name__}
+    theirs = {name: op for name, op in own.items() if hasattr(ops, name)}
+    for name, op in theirs.items():
+        ours, missing = inspect.signature(getattr(ops, name)).parameters, {"initial_state", "return_final_state"}
+        assert list(inspect.signature(op).parameters) == [key for key in ours if key not in missing], name
+    assert {"selective_scan", "bidirectional_scan", "causal_conv1d", "head_cross_entropy"} <= theirs.keys()

@@ -68,7 +68,7 @@ def test_a_stretch_is_a_copy_by_its_share_of_kmers(strand: str, rate: float, fou
     copy = reverse_complement(copy) if strand == "-" else copy
     train = random_bases(rng, 10_000).upper() + copy + random_bases(rng, 9_000).upper()
     assert (shared(copy, held_out) >= 0.5) == found
-    near = copies(near_stretches(as_bases(train), np.unique(sampled_kmers(as_bases(held_out))[0])), 0.5)
+    near = copies(near_stretches(as_bases(train), np.unique(sampled_kmers(as_bases(held_out))[0]), 0.1), 0.5)
     if not found:
         assert len(near) == 0
         return
@@ -76,7 +76,9 @@ def test_a_stretch_is_a_copy_by_its_share_of_kmers(strand: str, rate: float, fou
     assert start <= 10_000 + STRETCH // 2 and end >= 18_000 - STRETCH // 2
     assert start >= 10_000 - STRETCH // 2 and end <= 18_000 + STRETCH // 2
     masked = train[:10_000] + copy.lower() + train[18_000:]
-    assert len(near_stretches(as_bases(masked), np.unique(sampled_kmers(as_bases(held_out))[0]))) == 0, "soft-masked"
+    assert len(near_stretches(as_bases(masked), np.unique(sampled_kmers(as_bases(held_out))[0]), 0.1)) == 0, (
+        "soft-masked"
+    )
 
 
 @pytest.fixture
@@ -125,3 +127,14 @@ def test_train_has_no_near_copy_of_what_any_species_holds_out(relatives: Path) -
         shard(*options, "--out", out, "--homology", 0.5, "--add")
     with pytest.raises(UserError, match="--homology: must be above 0 and at most 1"):
         shard(*options, "--out", relatives / "new", "--homology", 1.5)
+
+
+def test_a_share_below_the_levels_of_the_report_is_left_out_as_well(tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    held_out, train = random_bases(rng, 20_000).upper(), random_bases(rng, 30_000).upper()
+    write_fasta(tmp_path / "a.fa", {"chr1": train[:15_000] + held_out[5000:5250] + train[15_000:], "chr2": held_out})
+    options = ("--window", 40_000, "--fasta", tmp_path / "a.fa", "--species", "a", "--valid-contigs", "chr2")
+    shard(*options, "--out", tmp_path / "out", "--homology", 0.02)
+    (part,) = load_manifest(tmp_path / "out")["species"]
+    assert part["report"]["near_copies"]["0.1"] == 0, "7 of 256 and of 236 sampled k-mers"
+    assert STRETCH <= 30_250 - part["report"]["splits"]["train"]["bases"] <= 2 * STRETCH
