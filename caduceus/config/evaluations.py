@@ -8,8 +8,8 @@ from caduceus.errors import UserError
 
 VERBS = ("heldout", "embed", "variants", "probe", "finetune", "suite")
 ABOUT = """\
-Verbs of `python -m caduceus.evaluate` that are run on the model every so many steps: a mapping of names to `verb`,
-`every` (steps between them) and the verb's own options. See [using.md](using.md#while-a-run-trains)."""
+Verbs of `python -m caduceus.evaluate` that run on the model while it trains: a mapping of names to `verb`, `every` (the
+steps between two evaluations) and the verb's own options. See [using.md](using.md#while-a-run-trains)."""
 SPACE = "eval/"
 """What the numbers of evaluations begin with, in metrics.jsonl and W&B; then come an evaluation's name and `/`."""
 
