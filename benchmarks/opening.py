@@ -90,9 +90,9 @@ def opened(directory: Path) -> dict[str, float]:
     """What one rank does at its start, and then for samples; opens are counted by an audit hook."""
     import caduceus.data.genome as genome
     from caduceus.config import Config
-    from caduceus.data.dataset import open_dataset
     from caduceus.data.reading import SampleReader
     from caduceus.data.samples import TrainingOrder
+    from caduceus.data.split_sources import open_sources
 
     config = Config()
     config.data.path, config.data.seq_len, config.data.strands = str(directory), SEQ_LEN, "both"
@@ -110,9 +110,9 @@ def opened(directory: Path) -> dict[str, float]:
     sys.addaudithook(count)
     genome.os.stat = counted
     before, used, began = _private(), time.process_time(), time.perf_counter()
-    dataset = open_dataset(config.data, "train")
-    order = TrainingOrder(dataset, config)
-    reader = SampleReader(dataset, config)
+    split_sources = open_sources(config.data, "train")
+    order = TrainingOrder(split_sources, config)
+    reader = SampleReader(split_sources, config)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     opens_of_start, memory = opens, _private() - before
     del reader

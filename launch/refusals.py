@@ -4,7 +4,7 @@ import contextlib
 from statistics import median
 
 from caduceus.config import Config, stages_of, within
-from caduceus.data.dataset import open_dataset
+from caduceus.data.split_sources import open_sources
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
@@ -63,9 +63,9 @@ def _data_complaint(config: Config) -> str | None:
         else:
             for stage in stages_of(config):
                 with within(stage):
-                    open_dataset(stage.config.data, "train")
+                    open_sources(stage.config.data, "train")
                     if config.valid.every:
-                        open_dataset(stage.config.data, "valid")
+                        open_sources(stage.config.data, "valid")
     except UserError as error:
         return str(error)
     return None

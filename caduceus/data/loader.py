@@ -17,10 +17,10 @@ from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config, order_values
 from caduceus.config.by_step import BatchRamp
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
-from caduceus.data.dataset import open_dataset
 from caduceus.data.reading import SUBSTITUTES, SampleReader
 from caduceus.data.samples import resolve_strands, validation_samples
 from caduceus.data.shard_samples import ShardSamples
+from caduceus.data.split_sources import open_sources
 from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation
 from caduceus.data.tars import Remark
 from caduceus.errors import PeerError, UserError
@@ -298,9 +298,9 @@ def build_validation(
         reader = StreamValidation(config, positions)
         chosen = {SPECIES: reader.samples}
     else:
-        dataset = open_dataset(config.data, split)
-        reader = SampleReader(dataset, config, positions, repeats=True)
-        chosen = validation_samples(dataset, config.valid.samples)
+        split_sources = open_sources(config.data, split)
+        reader = SampleReader(split_sources, config, positions, repeats=True)
+        chosen = validation_samples(split_sources, config.valid.samples)
     return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from caduceus.alphabet import COMPLEMENT_BYTE
 from caduceus.config import Config
 from caduceus.data.cache import Prefetcher, UnavailableError
-from caduceus.data.dataset import Dataset
 from caduceus.data.format import STRAND_SYMBOLS
 from caduceus.data.objective import Objective, SampleArrays
 from caduceus.data.region_weights import RegionWeights
 from caduceus.data.remote import log_commands
 from caduceus.data.samples import mask_rates
 from caduceus.data.shard_files import ShardFiles
+from caduceus.data.split_sources import SplitSources
 from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
 
@@ -43,21 +43,21 @@ class SampleReader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        split_sources: SplitSources,
         config: Config,
         positions: tuple[int, int] | None = None,
         substitute: Callable[[int, int], np.ndarray] | None = None,
         repeats: bool = False,
     ) -> None:
-        self._dataset = dataset
-        self._crops = dataset.crops
-        self._files = ShardFiles(dataset.crops.shards, dataset.cache)
+        self._split_sources = split_sources
+        self._crops = split_sources.crops
+        self._files = ShardFiles(split_sources.crops.shards, split_sources.cache)
         rates = None if substitute is None else mask_rates(config)
         self._objective = Objective(config.data, config.model.vocabulary, positions, repeats, rates)
         bed = config.data.weights_bed
-        self._weights = None if bed is None else RegionWeights(dataset, bed, config.data.weights_elsewhere)
+        self._weights = None if bed is None else RegionWeights(split_sources, bed, config.data.weights_elsewhere)
         self._substitute = substitute
-        self._verdicts = Verdicts(dataset.identity(), len(self._crops.windows)) if config.data.check_crc else None
+        self._verdicts = Verdicts(split_sources.identity(), len(self._crops.windows)) if config.data.check_crc else None
         self._damaged_windows: set[int] = set()
         self._invalid_crops: set[tuple[int, int]] = set()
         self._prefetcher: Prefetcher | None = None
@@ -88,10 +88,10 @@ class SampleReader:
 
     def prefetch(self, samples: np.ndarray, first: int) -> None:
         """Have the shards of samples number `first`, `first` + 1, … of this reader fetched while others are read."""
-        if self._dataset.cache is None:
+        if self._split_sources.cache is None:
             return
         if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._dataset.cache)
+            self._prefetcher = Prefetcher(self._split_sources.cache)
         shards = self._crops.windows["shard"][samples["window"]].tolist()
         self._prefetcher.want([self._crops.shards[shard] for shard in shards], first)
 
@@ -102,7 +102,7 @@ class SampleReader:
 
     def log(self) -> None:
         """Show the commands that the reading runs."""
-        log_commands(self._dataset.addresses)
+        log_commands(self._split_sources.addresses)
 
     def describe(self, sample: np.void) -> dict[str, Any]:
         """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.
@@ -120,7 +120,7 @@ class SampleReader:
 
     def _describe_with_padding(self, sample: np.void) -> dict[str, Any]:
         window = self._crops.windows[sample["window"]]
-        source = self._dataset.sources[int(self._crops.source_of(sample["window"]))]
+        source = self._split_sources.sources[int(self._crops.source_of(sample["window"]))]
         pieces = self._crops.pieces(int(sample["window"]), int(sample["begin"]))
         start = int(window["start"]) + int(pieces.begin[0])
         return {

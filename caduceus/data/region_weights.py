@@ -9,7 +9,7 @@ import numpy as np
 
 from caduceus.bed import BedRow, read_bed
 from caduceus.data.crops import CropTable
-from caduceus.data.dataset import Dataset, Source
+from caduceus.data.split_sources import Source, SplitSources
 from caduceus.errors import UserError
 from caduceus.files import sha256_of
 from caduceus.tables import refuse_line
@@ -18,11 +18,11 @@ from caduceus.tables import refuse_line
 class RegionWeights:
     """Weights of the bases of crops, by where they lie. Attribute: `fingerprint` of the files, by species."""
 
-    def __init__(self, dataset: Dataset, weights_bed: Any, elsewhere: float) -> None:
-        self._crops: CropTable = dataset.crops
+    def __init__(self, split_sources: SplitSources, weights_bed: Any, elsewhere: float) -> None:
+        self._crops: CropTable = split_sources.crops
         self._elsewhere = np.float32(elsewhere)
-        files = _files(weights_bed, [source.species for source in dataset.sources])
-        self._regions = [_regions(source, files.get(source.species)) for source in dataset.sources]
+        files = _files(weights_bed, [source.species for source in split_sources.sources])
+        self._regions = [_regions(source, files.get(source.species)) for source in split_sources.sources]
         self.fingerprint = {species: sha256_of(path) for species, path in files.items()}
 
     def of(self, samples: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from caduceus.config import Config
 from caduceus.data.batch import Batch, RankSchedule, to_batch
-from caduceus.data.dataset import log_dataset, open_dataset
 from caduceus.data.reading import SampleReader
 from caduceus.data.samples import TrainingOrder
+from caduceus.data.split_sources import log_sources, open_sources
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,13 +29,13 @@ class ShardSamples:
     substituted_are = "samples could not be read"
 
     def __init__(self, config: Config, split: str, positions: tuple[int, int] | None) -> None:
-        self._dataset = open_dataset(config.data, split)
-        self._order = TrainingOrder(self._dataset, config)
-        self._reader = SampleReader(self._dataset, config, positions, self._order.substitute)
+        self._split_sources = open_sources(config.data, split)
+        self._order = TrainingOrder(self._split_sources, config)
+        self._reader = SampleReader(self._split_sources, config, positions, self._order.substitute)
 
     def log(self) -> None:
         counts, epochs = self._order.mixture.counts, self._order.epochs
-        log_dataset(self._dataset, counts, epochs.bases_seen, epochs.differ)
+        log_sources(self._split_sources, counts, epochs.bases_seen, epochs.differ)
 
     def what_decides_the_order(self) -> dict[str, Any]:
         """What a position in the order is only good for, beyond the keys of the configuration."""
@@ -43,9 +43,9 @@ class ShardSamples:
         stages = {"stages_of_mixture": others} if others else {}
         return {
             "order_version": ORDER_VERSION,
-            "split": self._dataset.split,
-            "datasets": self._dataset.fingerprints,
-            "mixture": [[source.species, n] for source, n in zip(self._dataset.sources, first, strict=True)],
+            "split": self._split_sources.split,
+            "datasets": self._split_sources.fingerprints,
+            "mixture": [[source.species, n] for source, n in zip(self._split_sources.sources, first, strict=True)],
             **stages,
             **self._reader.what_decides_the_weights(),
         }
@@ -56,7 +56,7 @@ class ShardSamples:
     @property
     def species(self) -> tuple[str, ...]:
         """Those that samples are drawn from, by row."""
-        return tuple(source.species for source in self._dataset.sources)
+        return tuple(source.species for source in self._split_sources.sources)
 
     def species_rows(self, numbers: np.ndarray) -> np.ndarray:
         """Samples (B,) -> the row of `species` (B,) that each is drawn from; a substitute is of the same one."""

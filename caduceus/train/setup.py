@@ -11,9 +11,9 @@ import torch
 from omegaconf import OmegaConf
 
 from caduceus.config import Config, Stage, refuse_cuda_graphs, stages_of, within
-from caduceus.data.dataset import open_dataset, read_manifests, using_manifests
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
+from caduceus.data.split_sources import open_sources, read_manifests, using_manifests
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
 from caduceus.distributed.initialisation import starting_weights
 from caduceus.distributed.layout import Sharing, check_layout, with_sharing
@@ -178,9 +178,9 @@ def _refuse_stage(stage: Stage, ranks: Ranks) -> None:
     with within(stage):
         _refuse_graphs(stage.config, ranks, check_layout(stage.config, ranks.world))
         if stage.config.data.mode == "shards":
-            open_dataset(stage.config.data, "train")
+            open_sources(stage.config.data, "train")
             if stage.config.valid.every:
-                open_dataset(stage.config.data, "valid")
+                open_sources(stage.config.data, "valid")
 
 
 def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = None) -> Setup:

@@ -1,4 +1,4 @@
-"""The sources of a run: which species, from which directories, at which weights, cut into crops. Imports no torch."""
+"""The sources of a split: which species, from which directories, at which weights, cut into crops. Imports no torch."""
 
 import logging
 from collections import Counter
@@ -44,7 +44,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class SplitSources:
     """The sources of one split that have crops of the wanted length, and their crops."""
 
     split: str
@@ -74,7 +74,7 @@ _at_hand: ContextVar[Mapping[str, dict[str, Any]] | None] = ContextVar("manifest
 
 
 def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
-    """The checked manifests of `data.path` by their addresses; `UserError` as of `open_dataset`."""
+    """The checked manifests of `data.path` by their addresses. Raises `UserError` as `open_sources` does."""
     paths = [path for path, _ in _parse_path(data.path)]
     refuse_commands(paths, data.allow_commands, "data.path")
     return {path: read_manifest(path, bool(data.cache_dir)) for path in paths}
@@ -82,9 +82,9 @@ def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def using_manifests(manifests: Mapping[str, dict[str, Any]]) -> Iterator[None]:
-    """Within, datasets at these addresses are opened by the manifests that are at hand, and none is read for them.
+    """Within the block, directories at these addresses are opened with the given manifests, and no file is read.
 
-    So that of many ranks one reads them, and checks them once for all splits.
+    One of many ranks reads and checks the manifests, once for all splits, and the others are given them.
     """
     before = _at_hand.set(manifests)
     try:
@@ -93,7 +93,7 @@ def using_manifests(manifests: Mapping[str, dict[str, Any]]) -> Iterator[None]:
         _at_hand.reset(before)
 
 
-def open_dataset(data: DataConfig, split: str) -> Dataset:
+def open_sources(data: DataConfig, split: str) -> SplitSources:
     """Open `data.path` and cut the windows of `split` into crops.
 
     Species without this split are not sources. Raises `UserError` where there is nothing to draw from, and unless
@@ -114,7 +114,7 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     sources = _those_of_use(sources, data, split, cache)
     crops = CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack)
     give_back_freed_memory()  # of a manifest's text and a table's sums, for each rank as much as what is kept of them
-    return Dataset(
+    return SplitSources(
         split=split,
         addresses=tuple(path for path, _ in entries),
         fingerprints=tuple(genome.fingerprint for genome, _ in directories),
@@ -125,41 +125,42 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     )
 
 
-def log_dataset(dataset: Dataset, counts: np.ndarray, bases: np.ndarray, epochs_differ: bool) -> None:
+def log_sources(split_sources: SplitSources, counts: np.ndarray, bases: np.ndarray, epochs_differ: bool) -> None:
     """Say what is drawn, what is left out, and the weights as rounded.
 
     `counts` (stages, S): samples of each source in each block of the stages of the mixture. `bases` (S,): of each
     source, those that any crop of its first epoch holds.
     """
-    crops = dataset.crops
-    log_commands(dataset.addresses)
+    crops = split_sources.crops
+    log_commands(split_sources.addresses)
     log.info(
         "data: %s: %d species, %d shards, %d crops of %d bases; left out: %d bases at the ends of windows, "
         "%d crops with too few ACGT",
-        dataset.split,
-        len(dataset.sources),
+        split_sources.split,
+        len(split_sources.sources),
         len(crops.shards),
         crops.size,
         crops.seq_len,
         crops.left_out_bases,
         crops.left_out_tiles,
     )
-    shares_used = bases / [source.table.bases for source in dataset.sources]
-    unseen = (f"{source.species} {1 - used:.2%}" for source, used in zip(dataset.sources, shares_used, strict=True))
+    shares_used = bases / [source.table.bases for source in split_sources.sources]
+    used_by_source = list(zip(split_sources.sources, shares_used, strict=True))
+    unseen = (f"{source.species} {1 - used:.2%}" for source, used in used_by_source)
     others = " in its first epoch; others are tiled differently" if epochs_differ else ""
-    log.info("data: %s: bases of each species that no crop holds: %s%s", dataset.split, ", ".join(unseen), others)
-    for source, used in zip(dataset.sources, shares_used, strict=True):
+    log.info("data: %s: bases of each species that no crop holds: %s%s", split_sources.split, ", ".join(unseen), others)
+    for source, used in used_by_source:
         if used < _LITTLE_USED:
             log.warning(
                 "data: %s: crops hold only %.1f %% of the bases of %s; the others lie in windows shorter than %d, "
                 "at the ends of windows, or in crops with too few ACGT",
-                dataset.split,
+                split_sources.split,
                 100 * used,
                 source.species,
                 crops.seq_len,
             )
     for number, stage in enumerate(counts.tolist(), start=1):
-        shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, stage, strict=True))
+        shares = (f"{source.species} {count}" for source, count in zip(split_sources.sources, stage, strict=True))
         which = f" in stage {number} of {len(counts)} of data.species_weights" if len(counts) > 1 else ""
         log.info("data: samples of each species in every %d%s: %s", MIXTURE_BLOCK, which, ", ".join(shares))
 
