@@ -16,7 +16,9 @@ from caduceus.tables import refuse_line
 
 
 class RegionWeights:
-    """Weights of the bases of crops, by where they lie. Attribute: `fingerprint` of the files, by species."""
+    """Weights of the bases of crops, by their places in the genome. Attribute: `fingerprint`, {species: sha256 of its
+    file}.
+    """
 
     def __init__(self, split_sources: SplitSources, weights_bed: Any, elsewhere: float) -> None:
         self._crops: CropTable = split_sources.crops
@@ -26,7 +28,7 @@ class RegionWeights:
         self.fingerprint = {species: sha256_of(path) for species, path in files.items()}
 
     def of(self, samples: np.ndarray) -> np.ndarray:
-        """Weights of samples (B,) SAMPLE_DTYPE, on the strands they show, (B, seq_len) float32."""
+        """Weights (B, seq_len) float32 of samples (B,) SAMPLE_DTYPE, along the strands that they show."""
         weights = np.ones((len(samples), self._crops.seq_len), np.float32)
         for row, sample in enumerate(samples):
             source = int(self._crops.source_of(sample["window"]))
@@ -69,7 +71,7 @@ def _files(given: Any, species: list[str]) -> dict[str, Path]:
 
 
 def _regions(source: Source, path: Path | None) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Starts, ends and weights of a species' regions by contig's number, sorted."""
+    """Sorted starts, ends and weights of a species' regions, by the number of their contig."""
     if path is None:
         return {}
     numbers = {name: number for number, name in enumerate(source.table.contigs)}
@@ -90,7 +92,11 @@ def _sorted(path: Path, rows: list[tuple[BedRow, float]]) -> tuple[np.ndarray, n
     rows.sort(key=lambda pair: pair[0].start)
     for (before, _), (row, _) in itertools.pairwise(rows):
         if row.start < before.end:
-            refuse_line(path, row.line, f"overlaps line {before.line}; which of their weights is meant?")
+            refuse_line(
+                path,
+                row.line,
+                f"overlaps line {before.line}, so two weights are given for the same bases; let regions not overlap",
+            )
     starts, ends = (np.array([getattr(row, name) for row, _ in rows], np.int64) for name in ("start", "end"))
     return starts, ends, np.array([weight for _, weight in rows], np.float32)
 

@@ -1,4 +1,4 @@
-"""Where samples lie: the g-th of training, and the fixed ones of validation. Imports no torch."""
+"""Where samples lie: the g-th sample of training, and the fixed samples of validation. Imports no torch."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SAMPLE_DTYPE = np.dtype(
         ("g", "<i8"),  # sample number
         ("window", "<i8"),  # row of the crop table's windows
         ("begin", "<i8"),  # first base of the crop in its window, on the forward strand
-        ("strand", "u1"),  # that the sample shows: 0 is +, 1 is -
+        ("strand", "u1"),  # the strand that the sample shows: 0 is +, 1 is -
         ("mask_key", "<u8"),
     ]
 )
@@ -40,7 +40,7 @@ class TrainingOrder:
         return self._samples(g, self.epochs.locate(source, k))
 
     def substitute(self, g: int, attempt: int) -> np.ndarray:
-        """The `attempt`-th choice of what stands for sample g if it cannot be read, (1,) SAMPLE_DTYPE: same source."""
+        """The `attempt`-th substitute for sample g, which cannot be read: (1,) SAMPLE_DTYPE, of the same source."""
         number = np.array([g])
         source, _ = self.mixture.locate(number)
         draw = key(self._seed, Purpose.SUBSTITUTE, number, attempt)
@@ -67,15 +67,15 @@ def _stages_of_mixture(split_sources: SplitSources, config: Config) -> list[tupl
                 )
         weights = [source.weight * factors.get(source.species, 1) for source in split_sources.sources]
         if not any(weights):
-            raise UserError(f"data.species_weights: from step {step} on all species have 0; leave one in")
+            raise UserError(f"data.species_weights: from step {step} on all species have 0; give at least one a weight")
         stages.append((ramp.samples_before(step), weights))
     return stages
 
 
 def mask_rates(config: Config) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The share of bases that is labelled by sample number, (n,) -> (n,); None where it is the same in all.
+    """A function: sample numbers (n,) -> share of bases to label (n,); None without `data.mask_schedule`.
 
-    Linear between the steps of `data.mask_schedule`: all samples of a step have the same.
+    It is linear between the steps of the schedule, and the same for all samples of a step.
     """
     if config.data.mask_schedule is None:
         return None
@@ -98,7 +98,7 @@ def resolve_strands(config: Config) -> str:
 def validation_samples(split_sources: SplitSources, limit: int) -> dict[str, np.ndarray]:
     """At most `limit` samples of each species, (n,) SAMPLE_DTYPE, forward strand.
 
-    Choice and masks are keyed by the genome and the place of the crop alone, so every run has the same ones.
+    Choice and masks depend on the genome and the place of the crop alone, so every run has the same samples.
     """
     crops = split_sources.crops
     sizes = crops.crops_of_source

@@ -1,4 +1,4 @@
-"""The shards of a dataset, made when they are asked for: of a hundred thousand, a process reads few at a time."""
+"""Lists of shards that make each `Shard` on access: of a hundred thousand, a process reads few at a time."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ from caduceus.data.remote import join
 
 
 class ShardList(Sequence[Shard]):
-    """Shards by (species, row of the manifest), below `home`; fetched from `address`, where one is given."""
+    """Shards below `home`, from `entries` (species, row of the manifest); they are fetched from `address` where one is
+    given.
+    """
 
     def __init__(self, home: Path, address: str | None, entries: list[tuple[str, dict[str, Any]]]) -> None:
         self._home = home

@@ -87,7 +87,7 @@ def test_a_loader_on_a_ramp_resumes_where_it_stopped(shards: Path) -> None:
     again.load_state({**state, "samples_consumed": 8})
     assert (again.per_step, again.global_batch) == (3, 12)
     assert_same(batches[2:], take(again, 7))
-    with pytest.raises(ValueError, match="no whole steps"):
+    with pytest.raises(ValueError, match="do not make whole steps"):
         again.seek(12)
 
 
@@ -205,7 +205,7 @@ REFUSED = {
         "model": {"bidirectional": False},
     },
     "data.species_weights: a stream does not know": {"data": {"species_weights": {}, "mode": "stream"}},
-    "data.weights_elsewhere: without use": {"data": {"weights_elsewhere": 0.5}},
+    "data.weights_elsewhere: has no effect": {"data": {"weights_elsewhere": 0.5}},
     "train.warmup_tokens: says the same": {"train": {"warmup_tokens": 5, "warmup_steps": 1}},
     "data.weights_bed: one file, but 2 species": {"data": {"weights_bed": "a.bed"}},
     "data.weights_bed: no species 'x'": {"data": {"weights_bed": {"x": "a.bed"}}},

@@ -95,5 +95,5 @@ def test_once_the_rate_falls_the_end_stays(small_run: SmallRun, trunk: Config) -
 
 @pytest.mark.parametrize("key", ["decay_steps", "decay_from"])
 def test_a_decay_without_wsd_is_refused(small_run: SmallRun, key: str) -> None:
-    with pytest.raises(UserError, match=rf"train\.{key}: without use under train\.schedule=cosine"):
+    with pytest.raises(UserError, match=rf"train\.{key}: has no effect under train\.schedule=cosine"):
         small_run.config("run", train={key: 2 if key == "decay_steps" else "elsewhere"})
