@@ -220,7 +220,7 @@ def test_a_stop_leaves_an_evaluation_for_the_next_start(
 
     monkeypatch.setattr(in_loop._Variants, "run", stopped)
     assert train(config) == EXIT_REQUEUE
-    assert not evaluated(config) and "evaluations.clinvar: left after step 2" in caplog.text
+    assert not evaluated(config) and "evaluations.clinvar: broken off after step 2" in caplog.text
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.undo()
     assert train(config) == 0
