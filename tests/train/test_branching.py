@@ -57,8 +57,8 @@ def test_a_longer_branch_stays_at_its_rate_first(small_run: SmallRun, trunk: Con
     [
         (7, {}, "step-00000007 is not a complete checkpoint; give one such as RUN/checkpoints/step-00001000"),
         (12, {"steps": 20}, "is within the decay, which began after step 8; give an earlier one"),
-        (8, {"lr": 1e-3}, r"is of a run with train\.lr=0\.008, not 0\.001; .* run\.allow_change=\[train\.lr\]"),
-        (8, {"seed": 7}, r"is of a run with train\.seed=0, not 7; give the same$"),
+        (8, {"lr": 1e-3}, r"belongs to a run with train\.lr=0\.008, not 0\.001; .* run\.allow_change=\[train\.lr\]"),
+        (8, {"seed": 7}, r"belongs to a run with train\.seed=0, not 7; give the same$"),
         (8, {"steps": 8}, r"train\.steps: the decay would begin after step 7, but .* has made 8; give more steps"),
     ],
 )
