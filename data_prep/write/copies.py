@@ -1,4 +1,6 @@
-"""Reads windows for `--homology`: the k-mers of what is held out, and what of train is near to it."""
+"""Reads windows for `--homology`: the k-mers of held-out windows, and the stretches of train that are near copies of
+them.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +21,24 @@ _BASES_OF_A_TASK = 1 << 24
 
 @dataclass(frozen=True)
 class KmerTask:
-    """Windows (contig, start, end) of one genome that a worker reads; without `held_out`, for their k-mers."""
+    """Windows (contig, start, end) of a genome for a worker to read; without `held_out`, it returns their k-mers."""
 
     species: int
     genome: Path
     cache_dir: Path | None
     windows: list[tuple[str, int, int]]
     held_out: Path | None = None
-    """A file of sorted hashes: they are too many to travel with each task."""
+    """A file of sorted hashes, which are too many to be sent with each task."""
     least: float = LEVELS[0]
-    """The share of k-mers from which a stretch is told."""
+    """The smallest share of k-mers for which a stretch is returned."""
 
 
 def near_copies(species: list[tuple[SpeciesRequest, SpeciesPlan]], pool: Workers) -> list[dict[str, np.ndarray] | None]:
-    """By species and contig the stretches of train (`NEAR_DTYPE`) near to what is held out; None if not asked for."""
+    """The stretches of train (`NEAR_DTYPE`) that are near copies of held-out sequence, by species and contig; None
+    unless `--homology` asks.
+    """
     tasks = [task for number, one in enumerate(species) for task in _tasks(number, *one, train=False)]
-    with Progress("sketching what is held out", len(tasks), "parts") as progress:
+    with Progress("sketching held-out windows", len(tasks), "parts") as progress:
         sketches = [np.zeros(0, np.uint64)]
         for _, hashes in pool.run(_sketch, tasks):
             sketches.append(hashes)
@@ -52,11 +56,11 @@ def near_copies(species: list[tuple[SpeciesRequest, SpeciesPlan]], pool: Workers
 
 
 def _look(tasks: list[KmerTask], found: list[dict[str, list[np.ndarray]] | None], pool: Workers) -> None:
-    """Add what tasks find to the parts of their species."""
+    """Run the tasks, and add what each finds to the list of its species."""
     with Progress("looking for near copies", len(tasks), "parts") as progress:
         for task, near in pool.run(_near, tasks):
             of_species = found[tasks[task].species]
-            assert of_species is not None, "tasks are of species that ask"
+            assert of_species is not None, "only species with --homology have tasks"
             for contig, parts in near:
                 of_species.setdefault(contig, []).append(parts)
             progress.add(1)
@@ -87,7 +91,7 @@ def _sketch(task: KmerTask) -> np.ndarray:
 
 def _near(task: KmerTask) -> list[tuple[str, np.ndarray]]:
     genome = reopen_genome(task.genome, task.cache_dir)
-    assert task.held_out is not None, "a task of train has what is held out"
+    assert task.held_out is not None, "a task on train has held-out hashes"
     held_out, found = np.load(task.held_out, mmap_mode="r"), []
     for contig, start, end in task.windows:
         stretches = near_stretches(np.frombuffer(genome.read(contig, start, end), np.uint8), held_out, task.least)
