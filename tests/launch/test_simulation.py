@@ -185,8 +185,8 @@ def test_the_command_prints_all_of_it_and_leaves_nothing(launch, capsys, tmp_pat
     assert "Unmeasured, by a model" in printed
     assert set(tmp_path.rglob("*")) == before
     for wrong, told in (
-        ((*request, "--simulate"), "--simulate: submits nothing; give it with --dry-run"),
-        ((*request, "--dry-run", "--simulate", "--gpus-per-node", "0"), "--simulate: its times are of GPUs"),
+        ((*request, "--simulate"), "--simulate: give it with --dry-run, as it submits nothing"),
+        ((*request, "--dry-run", "--simulate", "--gpus-per-node", "0"), "--simulate: computes times of GPUs only"),
         ((*request, "--dry-run", "--simulate", "--sweep", "train.lr=1,2"), "--simulate: shows one run"),
     ):
         with pytest.raises(UserError, match=told):
