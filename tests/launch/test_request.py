@@ -77,7 +77,7 @@ def test_options_win_over_the_preset_and_mappings_add_up(tmp_path):
         ("executor: local\nspare: 1", "spare: only a SLURM job can have spare nodes, but the executor is local"),
         ("sbatch: {no-kill: true}", "sbatch: no-kill: is set by --spare"),
         ("executor: debug\ntasks_per_node: 2", "debug runs in this process alone"),
-        ("time: '2'\nsignal_seconds: 120", "nothing is left"),
+        ("time: '2'\nsignal_seconds: 120", "leave no time"),
     ],
 )
 def test_a_wrong_preset_is_one_clear_line(tmp_path, text, message):
