@@ -64,8 +64,8 @@ def _interval(place: Path, result: dict[str, Any], metric: str) -> list[float]:
         labels, outputs = arrays["labels"], arrays["predictions"]
 
     def of(rows: np.ndarray) -> float:
-        both = (array[rows].reshape(-1, array.shape[-1]) for array in (labels, outputs))
-        return measure(task, *both, [metric])[metric]
+        picked, predicted = (array[rows].reshape(-1, array.shape[-1]) for array in (labels, outputs))
+        return measure(task, picked, predicted, [metric])[metric]
 
     return list(interval_of(of, len(labels)))
 
