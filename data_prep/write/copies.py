@@ -1,13 +1,13 @@
 """Reads windows for `--homology`: the k-mers of what is held out, and what of train is near to it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from caduceus.data.format import SPLITS
 from data_prep.plan.homology import LEVELS, near_stretches, sampled_kmers
+from data_prep.plan.intervals import EMPTY, covered, union
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest
 from data_prep.progress import Progress
 from data_prep.workers import Workers
@@ -31,43 +31,68 @@ class KmerTask:
     """The share of k-mers from which a stretch is told."""
 
 
-def near_copies(species: list[tuple[SpeciesRequest, SpeciesPlan]], pool: Workers) -> list[dict[str, np.ndarray] | None]:
-    """By species and contig the stretches of train (`NEAR_DTYPE`) near to what is held out; None if not asked for."""
-    tasks = [task for number, one in enumerate(species) for task in _tasks(number, *one, train=False)]
+@dataclass
+class Found:
+    """What is known of a species' train."""
+
+    near: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """By contig, the stretches near to what is held out, parts of `NEAR_DTYPE`."""
+    looked_at: np.ndarray = field(default_factory=lambda: EMPTY)
+    """The set of bases (n, 2) that were looked at, with all contigs on one line."""
+
+    def by_contig(self) -> dict[str, np.ndarray]:
+        return {contig: np.concatenate(parts) for contig, parts in self.near.items()}
+
+
+def sketch_held_out(species: list[tuple[SpeciesRequest, SpeciesPlan]], path: Path, pool: Workers) -> None:
+    """Write the hashes of the sampled k-mers of all species' held-out windows, sorted, to a .npy file."""
+    tasks: list[KmerTask] = []
+    for number, (request, plan) in enumerate(species):
+        tasks += _tasks(number, request, plan, plan.windows[plan.windows["split"] != _TRAIN])
     with Progress("sketching what is held out", len(tasks), "parts") as progress:
         sketches = [np.zeros(0, np.uint64)]
         for _, hashes in pool.run(_sketch, tasks):
             sketches.append(hashes)
             progress.add(1)
-    asked = [(number, one) for number, one in enumerate(species) if one[0].options.homology is not None]
-    found: list[dict[str, list[np.ndarray]] | None] = [None] * len(species)
-    for number, _ in asked:
-        found[number] = {}
-    with TemporaryDirectory() as folder:
-        held_out = Path(folder) / "held-out.npy"
-        np.save(held_out, np.unique(np.concatenate(sketches)))
-        tasks = [task for number, one in asked for task in _tasks(number, *one, train=True, held_out=held_out)]
-        _look(tasks, found, pool)
-    return [None if one is None else {contig: np.concatenate(parts) for contig, parts in one.items()} for one in found]
+    np.save(path, np.unique(np.concatenate(sketches)))
 
 
-def _look(tasks: list[KmerTask], found: list[dict[str, list[np.ndarray]] | None], pool: Workers) -> None:
-    """Add what tasks find to the parts of their species."""
+def look_for_copies(
+    species: list[tuple[SpeciesRequest, SpeciesPlan]], found: list[Found | None], held_out: Path, pool: Workers
+) -> bool:
+    """Look at the windows of train that hold bases which were not looked at; tells whether there were any.
+
+    `found`: of each species, to be added to; None for those that do not ask. `held_out`: by `sketch_held_out`.
+    """
+    tasks: list[KmerTask] = []
+    for number, ((request, plan), of_species) in enumerate(zip(species, found, strict=True)):
+        if of_species is not None:
+            tasks += _tasks(number, request, plan, _new_windows(plan, of_species), held_out)
     with Progress("looking for near copies", len(tasks), "parts") as progress:
         for task, near in pool.run(_near, tasks):
             of_species = found[tasks[task].species]
             assert of_species is not None, "tasks are of species that ask"
-            for contig, parts in near:
-                of_species.setdefault(contig, []).append(parts)
+            for contig, stretches in near:
+                of_species.near.setdefault(contig, []).append(stretches)
             progress.add(1)
+    return bool(tasks)
+
+
+def _new_windows(plan: SpeciesPlan, found: Found) -> np.ndarray:
+    """The windows of train that hold bases which were not looked at, from now on counted as looked at."""
+    rows = plan.windows[plan.windows["split"] == _TRAIN]
+    contig_starts = np.cumsum([0, *plan.contigs.values()])
+    bounds = np.stack([rows["start"], rows["end"]], axis=1).astype(np.int64) + contig_starts[rows["contig"]][:, None]
+    new = covered(bounds[:, 0], bounds[:, 1], found.looked_at) < bounds[:, 1] - bounds[:, 0]
+    found.looked_at = union(np.concatenate([found.looked_at, bounds[new]]))
+    return rows[new]
 
 
 def _tasks(
-    number: int, request: SpeciesRequest, plan: SpeciesPlan, train: bool, held_out: Path | None = None
+    number: int, request: SpeciesRequest, plan: SpeciesPlan, rows: np.ndarray, held_out: Path | None = None
 ) -> list[KmerTask]:
-    """Tasks over the windows of train, or of the other splits."""
+    """Tasks over windows of the plan of a species."""
     names, least = list(plan.contigs), min(LEVELS[0], request.options.homology or 1.0)
-    rows = plan.windows[(plan.windows["split"] == _TRAIN) == train]
     windows = [(names[row["contig"]], int(row["start"]), int(row["end"])) for row in rows]
     tasks: list[KmerTask] = []
     part: list[tuple[str, int, int]] = []

@@ -138,3 +138,17 @@ def test_a_share_below_the_levels_of_the_report_is_left_out_as_well(tmp_path: Pa
     (part,) = load_manifest(tmp_path / "out")["species"]
     assert part["report"]["near_copies"]["0.1"] == 0, "7 of 256 and of 236 sampled k-mers"
     assert STRETCH <= 30_250 - part["report"]["splits"]["train"]["bases"] <= 2 * STRETCH
+
+
+def test_windows_that_move_are_looked_at_again(tmp_path: Path) -> None:
+    """What one copy leaves out lets a window begin elsewhere and hold another, which no window held before."""
+    rng = np.random.default_rng(8)
+    held_out, train = random_bases(rng, 20_000).upper(), random_bases(rng, 45_000).upper()
+    contig = train[:10_000] + held_out[:6000] + train[10_000:36_000] + held_out[10_000:18_000] + train[36_000:]
+    write_fasta(tmp_path / "a.fa", {"chr1": contig, "chr2": held_out})
+    options = ("--window", 20_000, "--tail", "drop", "--fasta", tmp_path / "a.fa", "--species", "a")
+    shard(*options, "--valid-contigs", "chr2", "--out", tmp_path / "out", "--homology", 0.5)
+    texts = [json.loads(files["json"]) for files in tar_samples(tmp_path / "out").values()]
+    windows = [(text["start"], text["end"]) for text in texts if text["split"] == "train"]
+    assert len(windows) == 2, "each on both strands"
+    assert all(end <= 42_000 + STRETCH // 2 or start >= 50_000 - STRETCH // 2 for start, end in windows)
