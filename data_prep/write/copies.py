@@ -7,7 +7,6 @@ import numpy as np
 
 from caduceus.data.format import SPLITS
 from data_prep.plan.homology import LEVELS, near_stretches, sampled_kmers
-from data_prep.plan.intervals import EMPTY, covered, union
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest
 from data_prep.progress import Progress
 from data_prep.workers import Workers
@@ -15,6 +14,8 @@ from data_prep.write.shard_writer import reopen_genome
 
 _TRAIN = SPLITS.index("train")
 _BASES_OF_A_TASK = 1 << 24
+Window = tuple[str, int, int]
+"""Contig, start and end."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class KmerTask:
     species: int
     genome: Path
     cache_dir: Path | None
-    windows: list[tuple[str, int, int]]
+    windows: list[Window]
     held_out: Path | None = None
     """A file of sorted hashes: they are too many to travel with each task."""
     least: float = LEVELS[0]
@@ -37,8 +38,8 @@ class Found:
 
     near: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """By contig, the stretches near to what is held out, parts of `NEAR_DTYPE`."""
-    looked_at: np.ndarray = field(default_factory=lambda: EMPTY)
-    """The set of bases (n, 2) that were looked at, with all contigs on one line."""
+    looked_at: set[Window] = field(default_factory=set)
+    """Windows that were looked at."""
 
     def by_contig(self) -> dict[str, np.ndarray]:
         return {contig: np.concatenate(parts) for contig, parts in self.near.items()}
@@ -48,7 +49,7 @@ def sketch_held_out(species: list[tuple[SpeciesRequest, SpeciesPlan]], path: Pat
     """Write the hashes of the sampled k-mers of all species' held-out windows, sorted, to a .npy file."""
     tasks: list[KmerTask] = []
     for number, (request, plan) in enumerate(species):
-        tasks += _tasks(number, request, plan, plan.windows[plan.windows["split"] != _TRAIN])
+        tasks += _tasks(number, request, _windows(plan, train=False))
     with Progress("sketching what is held out", len(tasks), "parts") as progress:
         sketches = [np.zeros(0, np.uint64)]
         for _, hashes in pool.run(_sketch, tasks):
@@ -60,14 +61,16 @@ def sketch_held_out(species: list[tuple[SpeciesRequest, SpeciesPlan]], path: Pat
 def look_for_copies(
     species: list[tuple[SpeciesRequest, SpeciesPlan]], found: list[Found | None], held_out: Path, pool: Workers
 ) -> bool:
-    """Look at the windows of train that hold bases which were not looked at; tells whether there were any.
+    """Look at the windows of train that were not looked at before; tells whether there were any.
 
     `found`: of each species, to be added to; None for those that do not ask. `held_out`: by `sketch_held_out`.
     """
     tasks: list[KmerTask] = []
     for number, ((request, plan), of_species) in enumerate(zip(species, found, strict=True)):
         if of_species is not None:
-            tasks += _tasks(number, request, plan, _new_windows(plan, of_species), held_out)
+            windows = [window for window in _windows(plan, train=True) if window not in of_species.looked_at]
+            of_species.looked_at.update(windows)
+            tasks += _tasks(number, request, windows, held_out)
     with Progress("looking for near copies", len(tasks), "parts") as progress:
         for task, near in pool.run(_near, tasks):
             of_species = found[tasks[task].species]
@@ -78,24 +81,20 @@ def look_for_copies(
     return bool(tasks)
 
 
-def _new_windows(plan: SpeciesPlan, found: Found) -> np.ndarray:
-    """The windows of train that hold bases which were not looked at, from now on counted as looked at."""
-    rows = plan.windows[plan.windows["split"] == _TRAIN]
-    contig_starts = np.cumsum([0, *plan.contigs.values()])
-    bounds = np.stack([rows["start"], rows["end"]], axis=1).astype(np.int64) + contig_starts[rows["contig"]][:, None]
-    new = covered(bounds[:, 0], bounds[:, 1], found.looked_at) < bounds[:, 1] - bounds[:, 0]
-    found.looked_at = union(np.concatenate([found.looked_at, bounds[new]]))
-    return rows[new]
+def _windows(plan: SpeciesPlan, train: bool) -> list[Window]:
+    """The windows of train, or of the other splits."""
+    names = list(plan.contigs)
+    rows = plan.windows[(plan.windows["split"] == _TRAIN) == train]
+    return [(names[row["contig"]], int(row["start"]), int(row["end"])) for row in rows]
 
 
 def _tasks(
-    number: int, request: SpeciesRequest, plan: SpeciesPlan, rows: np.ndarray, held_out: Path | None = None
+    number: int, request: SpeciesRequest, windows: list[Window], held_out: Path | None = None
 ) -> list[KmerTask]:
-    """Tasks over windows of the plan of a species."""
-    names, least = list(plan.contigs), min(LEVELS[0], request.options.homology or 1.0)
-    windows = [(names[row["contig"]], int(row["start"]), int(row["end"])) for row in rows]
+    """Tasks of about as many bases over windows of a species."""
+    least = min(LEVELS[0], request.options.homology or 1.0)
     tasks: list[KmerTask] = []
-    part: list[tuple[str, int, int]] = []
+    part: list[Window] = []
     for window in windows:
         part.append(window)
         if sum(end - start for _, start, end in part) >= _BASES_OF_A_TASK:
