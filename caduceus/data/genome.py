@@ -86,7 +86,7 @@ class ShardedGenome:
         contigs = tuple(contig["name"] for contig in part["contigs"])
         padded = part.get("plan", {}).get("tail") == "pad"
         entries = part["splits"].get(split, {}).get("shards", [])
-        shards = ShardList(self._home, self.directory if self._cache else None, [(species, entry) for entry in entries])
+        shards = ShardList(self._home, self.directory if self._cache else None, species, entries)
         mapped = self._mapped(split)
         if mapped is not None and entries:
             return WindowTable(species, contigs, shards, MappedWindows(mapped, mapped.species.index(species)))

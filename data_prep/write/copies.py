@@ -88,9 +88,7 @@ def _windows(plan: SpeciesPlan, train: bool) -> list[Window]:
     return [(names[row["contig"]], int(row["start"]), int(row["end"])) for row in rows]
 
 
-def _tasks(
-    number: int, request: SpeciesRequest, windows: list[Window], held_out: Path | None = None
-) -> list[KmerTask]:
+def _tasks(number: int, request: SpeciesRequest, windows: list[Window], held_out: Path | None = None) -> list[KmerTask]:
     """Tasks of about as many bases over windows of a species."""
     least = min(LEVELS[0], request.options.homology or 1.0)
     tasks: list[KmerTask] = []

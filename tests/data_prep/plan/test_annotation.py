@@ -63,7 +63,7 @@ def test_regions_come_from_one_file(shards, tmp_path: Path) -> None:
     (tmp_path / "genes.gtf").write_text(GTF)
     with pytest.raises(UserError, match="--around: --intervals says which regions are used"):
         shards("--around", tmp_path / "genes.gtf", "--intervals", tmp_path / "genes.gtf")
-    with pytest.raises(UserError, match="--flank: .*give it by --around"):
+    with pytest.raises(UserError, match=r"--flank: .*give it by --around"):
         shards("--flank", 60)
     out, _ = shards()
     assert "around" not in load_manifest(out)["species"][0]["plan"]
