@@ -8,8 +8,11 @@ from caduceus.config.keys import check_section, key
 from caduceus.errors import UserError
 
 CHUNK = 64
-"""Positions of a chunk of Mamba-2's scan: products within one grow with it, and what states between them take shrinks.
-It is no key, as it changes only the order of sums."""
+"""Positions of a chunk of Mamba-2's scan. With longer chunks the products within them grow, and the states between them
+take less.
+
+It is not a key, as it changes only the order of sums.
+"""
 MOST_IN_KERNELS = 64
 """Channels of a head, and states, up to which Mamba-2's scan has kernels on a GPU: a program's tiles then fit in its
 registers."""

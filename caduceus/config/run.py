@@ -12,12 +12,12 @@ from caduceus.errors import UserError
 
 @dataclass
 class OpsConfig:
-    """How the operations of the model are computed."""
+    """Which implementation of the model's ops runs."""
 
     backend: str = key(
         "auto",
-        "Which implementation runs. auto takes triton on a GPU and cpu elsewhere, and the log says which. naive is the "
-        "definition, for tests; mamba_ssm has the published kernels, to compare with.",
+        "Which implementation of the model's ops runs. auto takes triton on a GPU and cpu elsewhere; the log says "
+        "which.",
         fixes="rounding",
         choices=("auto", "naive", "cpu", "triton", "mamba_ssm"),
     )
@@ -106,8 +106,8 @@ class CheckpointConfig:
     best: str | None = key(
         None,
         "The name of one number of a validation or an evaluation, such as valid_loss or eval/NAME/auprc_llr. At each "
-        "step where it is better than before, a checkpoint is written as checkpoints/best. It stays until "
-        "a better one takes its place.",
+        "step where it is better than before, a checkpoint is written as checkpoints/best, and it is never removed "
+        "for another reason.",
         fixes="nothing",
     )
     best_is: str | None = key(
@@ -121,7 +121,7 @@ class CheckpointConfig:
 
 @dataclass
 class RunConfig:
-    """The run itself: its directory, its name, and the device on which it computes."""
+    """The run itself: where it lies, and where it computes."""
 
     dir: str | None = key(
         None,
@@ -145,7 +145,7 @@ class RunConfig:
 
 @dataclass
 class MonitorConfig:
-    """What a run records for those who watch it."""
+    """What is recorded for those who watch a run."""
 
     every: int = key(
         100,
@@ -180,7 +180,7 @@ class MonitorConfig:
 
 @dataclass
 class WandbConfig:
-    """What Weights & Biases gets of a run."""
+    """Weights & Biases."""
 
     mode: str = key(
         "auto",
@@ -227,7 +227,7 @@ class WandbConfig:
 
 @dataclass
 class Config:
-    """All of a run. See the sections for their keys."""
+    """The whole configuration of a run. The sections define the keys."""
 
     model: CaduceusConfig = field(default_factory=CaduceusConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
@@ -255,11 +255,11 @@ ARTIFACTS = ("dataset", "checkpoints", "exports", "report")
 def profiled_steps(asked: str) -> tuple[int, int]:
     """First and last step of `monitor.profile`. Raises `UserError` where it does not name two.
 
-    YAML takes 10:13 for a number in base 60, and so it comes here as 613.
+    YAML reads 10:13 as a number in base 60, so the value may be 613 here.
     """
     first, colon, last = asked.partition(":")
     if not colon and asked.isdigit():
         first, last = (str(number) for number in divmod(int(asked), 60))
     if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
-        raise UserError(f"monitor.profile: give the first and the last step, as 10:13; got '{asked}'")
+        raise UserError(f"monitor.profile: give the first and the last step, such as 10:13; got '{asked}'")
     return int(first), int(last)
