@@ -12,12 +12,12 @@ from caduceus.errors import UserError
 
 @dataclass
 class OpsConfig:
-    """Which implementation of the model's ops runs."""
+    """How the operations of the model are computed."""
 
     backend: str = key(
         "auto",
-        "Which implementation of the model's ops runs. auto takes triton on a GPU and cpu elsewhere; the log says "
-        "which.",
+        "Which implementation runs. auto takes triton on a GPU and cpu elsewhere, and the log says which. naive is the "
+        "definition, for tests; mamba_ssm has the published kernels, to compare with.",
         fixes="rounding",
         choices=("auto", "naive", "cpu", "triton", "mamba_ssm"),
     )
@@ -106,8 +106,8 @@ class CheckpointConfig:
     best: str | None = key(
         None,
         "The name of one number of a validation or an evaluation, such as valid_loss or eval/NAME/auprc_llr. At each "
-        "step where it is better than before, a checkpoint is written as checkpoints/best, and it is never removed "
-        "for another reason.",
+        "step where it is better than before, a checkpoint is written. The best one is never removed, and "
+        "checkpoints/best links to it.",
         fixes="nothing",
     )
     best_is: str | None = key(
@@ -121,7 +121,7 @@ class CheckpointConfig:
 
 @dataclass
 class RunConfig:
-    """The run itself: where it lies, and where it computes."""
+    """The run itself: its directory, its name, and the device on which it computes."""
 
     dir: str | None = key(
         None,
@@ -180,7 +180,7 @@ class MonitorConfig:
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases."""
+    """What Weights & Biases gets of a run."""
 
     mode: str = key(
         "auto",
