@@ -173,7 +173,8 @@ class TrainConfig:
         "none",
         "In which blocks the scan keeps, for the backward pass, every eighth state and the outputs before their gate, "
         "which it would otherwise compute again. The bits are the same; it takes twice the memory and a pass of the "
-        "scan less. The time was not measured on a GPU. It works with ops.backend=triton and model.mixer=mamba, without parallel.context. auto keeps them in as many blocks as the memory that is free at the start allows.",
+        "scan less. The time was not measured on a GPU. It works with ops.backend=triton and model.mixer=mamba, "
+        "without parallel.context. auto keeps them in as many blocks as the memory that is free at the start allows.",
         fixes="rounding",
         choices=("none", "all", "auto"),
     )
