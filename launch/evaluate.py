@@ -16,7 +16,7 @@ import submitit
 
 from caduceus.arguments import Parser
 from caduceus.errors import ONE_LINE, Kind, UserError, run_command, tell
-from caduceus.evaluate.commands import PLACES, SHARED, verb_arguments
+from caduceus.evaluate.commands import PLACES, verb_arguments
 from caduceus.files import append_json_line, locked, read_json_lines
 from caduceus.run.ends import ends_folder, first_cause, read_ends, recording_end
 from launch import history, scheduler
@@ -108,10 +108,6 @@ def refuse(arguments: argparse.Namespace, request: JobRequest) -> None:
     for name in ("chain", "spare"):
         if getattr(request, name) != getattr(JobRequest(), name):
             raise UserError(f"{name}: is for training runs; after a failure the same command goes on")
-    if request.world > 1 and arguments.command not in SHARED:
-        raise UserError(
-            f"nodes, tasks_per_node: {arguments.command} runs in one process; ranks share {', '.join(SHARED)}"
-        )
     for name in PLACES:
         path = getattr(arguments, name, None)
         if path is not None and not Path(path).exists():

@@ -119,6 +119,11 @@ def _refuse_impossible_schedules(data: DataConfig) -> None:
         points_of("data.mask_schedule", data.mask_schedule, share)
     if data.species_weights is not None:
         factors_by_step(data)
+    if data.mask_span > data.seq_len:
+        raise UserError(
+            f"data.mask_span: {data.mask_span} bases are more than a sequence has (data.seq_len {data.seq_len}), so "
+            "that nothing would be left to predict them from; choose fewer"
+        )
     for name, default in (("mask_span", 1), ("mask_schedule", None)):
         if data.objective == "next_base" and getattr(data, name) != default:
             raise UserError(f"data.{name}: next_base masks nothing; leave it out, or use data.objective=mlm")

@@ -63,8 +63,8 @@ class CropTable:
         self._first_shard = np.concatenate([[0], np.cumsum(self.shards_of_source)])
         self.crops_of_source = np.diff(self._tiling.first_crop[self._first_shard])
         self.bases_of_source = self._tiling.bases(self._first_window)
-        lengths = self.windows["length"].sum(dtype=np.int64), np.floor_divide(self.windows["length"], seq_len)
-        self.left_out_bases = 0 if pack else int(lengths[0]) - int(lengths[1].sum(dtype=np.int64)) * seq_len
+        tiled = (self.size + self.left_out_tiles) * seq_len
+        self.left_out_bases = 0 if pack else sum(table.bases for table in tables) - tiled
 
     def shifted(self, source: int, offset: int) -> Tiling:
         """The crops of one source whose tiles begin at base `offset` of its windows, which are numbered from 0."""

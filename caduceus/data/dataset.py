@@ -220,8 +220,8 @@ def _those_of_use(sources: list[Source], data: DataConfig, split: str, cache: Sh
 def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache | None) -> str | None:
     """One line about a source that has no base to learn from in a sequence of the wanted length."""
     where = f"of species '{source.species}' in the split '{split}'"
-    longest = int(source.table.rows["length"].max())
-    if longest < data.seq_len and not data.pack:
+    if not data.pack and not _reaches(source.table, data.seq_len):
+        longest = int(source.table.rows["length"].max())
         return (
             f"data.seq_len: {data.seq_len} bases, but the longest window {where} has {longest}; choose a shorter "
             "sequence, or, where its contigs are longer than that, shard with a longer --window"
@@ -234,6 +234,12 @@ def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache
             "choose a weight above 0"
         )
     return None
+
+
+def _reaches(table: WindowTable, seq_len: int) -> bool:
+    """Whether any window is that long."""
+    lengths = table.rows["length"]
+    return bool(np.any(lengths[:_LOOKED_AT] >= seq_len) or np.any(lengths[_LOOKED_AT:] >= seq_len))
 
 
 def _has_a_crop(table: WindowTable, data: DataConfig) -> bool:

@@ -179,5 +179,5 @@ def _is_table(manifest: dict[str, Any], split: str, table: dict[str, Any]) -> bo
 
 
 def _is_file_name(name: Any) -> bool:
-    """Whether a name from a manifest stays inside its directory."""
-    return isinstance(name, str) and name == Path(name).name
+    """Whether a name from a manifest is one of a file or folder inside its directory."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name

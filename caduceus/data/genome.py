@@ -30,6 +30,7 @@ class WindowTable:
 
     species: str
     contigs: tuple[str, ...]
+    contig_lengths: tuple[int, ...]
     shards: Sequence[Shard]
     content: Windows | MappedWindows
 
@@ -84,17 +85,19 @@ class ShardedGenome:
         """The windows of a species and split, from its checked indexes; empty where the split has none."""
         part = self._part(species)
         contigs = tuple(contig["name"] for contig in part["contigs"])
+        lengths = tuple(contig["length"] for contig in part["contigs"])
         padded = part.get("plan", {}).get("tail") == "pad"
         entries = part["splits"].get(split, {}).get("shards", [])
-        shards = ShardList(self._home, self.directory if self._cache else None, [(species, entry) for entry in entries])
+        shards = ShardList(self._home, self.directory if self._cache else None, species, entries)
         mapped = self._mapped(split)
         if mapped is not None and entries:
-            return WindowTable(species, contigs, shards, MappedWindows(mapped, mapped.species.index(species)))
+            content = MappedWindows(mapped, mapped.species.index(species))
+            return WindowTable(species, contigs, lengths, shards, content)
         indexes = [
             self._checked_index(species, shard, entry, len(contigs))
             for shard, entry in zip(shards, entries, strict=True)
         ]
-        return WindowTable(species, contigs, shards, Windows(*windows_of(indexes, padded)))
+        return WindowTable(species, contigs, lengths, shards, Windows(*windows_of(indexes, padded)))
 
     def _mapped(self, split: str) -> SplitTable | None:
         """The table of a split of the whole dataset; None where the dataset has none, as those of earlier versions."""

@@ -196,8 +196,8 @@ class TrainLoader:
         if self._positions_without_label > self._patience:
             raise UserError(
                 f"data: not one of the first {self._positions_without_label:,} bases is labelled and counts for the "
-                "loss, so nothing is learned; see data.mask_prob, data.repeat_weight (0 leaves out lower-case bases) "
-                "and data.min_acgt"
+                "loss, so nothing is learned; see data.mask_prob, data.repeat_weight (0 leaves out lower-case bases), "
+                "data.weights_bed and data.min_acgt"
             )
 
 

@@ -1,6 +1,7 @@
 """Loss weights of the regions that `data.weights_bed` names. Imports no torch."""
 
 import itertools
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from caduceus.errors import UserError
 from caduceus.files import sha256_of
 from caduceus.tables import refuse_line
 
+log = logging.getLogger(__name__)
+_Regions = dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""By contig's number: starts, ends and weights, sorted."""
+
 
 class RegionWeights:
     """Weights of the bases of crops, by where they lie. Attribute: `fingerprint` of the files, by species."""
@@ -22,7 +27,13 @@ class RegionWeights:
         self._crops: CropTable = dataset.crops
         self._elsewhere = np.float32(elsewhere)
         files = _files(weights_bed, [source.species for source in dataset.sources])
-        self._regions = [_regions(source, files.get(source.species)) for source in dataset.sources]
+        self._regions = [_regions(source, files.get(source.species), dataset.split) for source in dataset.sources]
+        for source, regions in zip(dataset.sources, self._regions, strict=True):
+            if regions and not any(_counts(window, regions, elsewhere) for window in source.table.rows):
+                raise UserError(
+                    f"data.weights_bed: all bases of species '{source.species}' in the split '{dataset.split}' have "
+                    "weight 0, so that none counts; choose a weight above 0 for some, or data.weights_elsewhere"
+                )
         self.fingerprint = {species: sha256_of(path) for species, path in files.items()}
 
     def of(self, samples: np.ndarray) -> np.ndarray:
@@ -35,7 +46,7 @@ class RegionWeights:
                 weights[row] = forward[::-1] if sample["strand"] == 1 else forward
         return weights
 
-    def _of_sample(self, sample: np.void, regions: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]) -> np.ndarray:
+    def _of_sample(self, sample: np.void, regions: _Regions) -> np.ndarray:
         """Weights of all positions of a sample on the forward strand, (seq_len,) float32."""
         weights = np.full(self._crops.seq_len, self._elsewhere)
         pieces = self._crops.pieces(int(sample["window"]), int(sample["begin"]))
@@ -68,22 +79,46 @@ def _files(given: Any, species: list[str]) -> dict[str, Path]:
     return {name: Path(path) for name, path in given.items()}
 
 
-def _regions(source: Source, path: Path | None) -> dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Starts, ends and weights of a species' regions by contig's number, sorted."""
+def _regions(source: Source, path: Path | None, split: str) -> _Regions:
+    """A species' regions. How many rows are on contigs that its shards do not have is told with the split of train."""
     if path is None:
         return {}
     numbers = {name: number for number, name in enumerate(source.table.contigs)}
     by_contig: dict[int, list[tuple[BedRow, float]]] = {}
+    unused: dict[str, int] = {}
     rows = read_bed(path).rows
     for row in rows:
-        if row.contig in numbers:
-            by_contig.setdefault(numbers[row.contig], []).append((row, _weight(path, row)))
+        number, weight = numbers.get(row.contig), _weight(path, row)
+        if number is None:
+            unused[row.contig] = unused.get(row.contig, 0) + 1
+            continue
+        length = source.table.contig_lengths[number]
+        if row.end > length:
+            what = f"ends at {row.end:,}, beyond {row.contig} with {length:,} bases"
+            refuse_line(path, row.line, f"{what}; is it for another assembly?")
+        by_contig.setdefault(number, []).append((row, weight))
     if not by_contig:
         raise UserError(
             f"data.weights_bed: {path} names no contig of {source.species}, which has "
             f"{', '.join(source.table.contigs[:3])}, …"
         )
+    if unused and split == "train":
+        shown = ", ".join(list(unused)[:4]) + (", …" if len(unused) > 4 else "")
+        count = f"{sum(unused.values()):,} of {len(rows):,} rows"
+        log.warning("data.weights_bed: %s of %s are on contigs that %s lacks: %s", count, path, source.species, shown)
     return {contig: _sorted(path, of_contig) for contig, of_contig in by_contig.items()}
+
+
+def _counts(window: np.void, regions: _Regions, elsewhere: float) -> bool:
+    """Whether any base of a window has a weight above 0."""
+    first = int(window["start"])
+    last = first + int(window["length"])
+    if int(window["contig"]) not in regions:
+        return elsewhere > 0
+    starts, ends, values = regions[int(window["contig"])]
+    here = slice(np.searchsorted(ends, first, "right"), np.searchsorted(starts, last, "left"))
+    in_regions = int((np.minimum(ends[here], last) - np.maximum(starts[here], first)).sum())
+    return bool((values[here] > 0).any()) or (elsewhere > 0 and in_regions < last - first)
 
 
 def _sorted(path: Path, rows: list[tuple[BedRow, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -101,5 +136,5 @@ def _weight(path: Path, row: BedRow) -> float:
     except ValueError:
         weight = -1.0
     if not 0 <= weight < math.inf:
-        refuse_line(path, row.line, f"column 4 must be a weight, a number of at least 0; got {row.name!r}")
+        refuse_line(path, row.line, f"column 4 must be a weight, a number of at least 0; got {row.name or 'nothing'!r}")
     return weight

@@ -11,11 +11,11 @@ _COLUMNS = 8
 _OF_NO_GENE = {"region", "chromosome", "contig", "scaffold", "supercontig", "sequence_feature"}
 
 
-def read_genes(path: Path) -> Bed:
+def read_genes(path: Path) -> tuple[Bed, str]:
     """The features `gene` of an annotation; where it names none, the features of any kind, but for whole contigs.
 
-    Plain or gzip. Starts count from 0 in the result, as in BED. A line that is no feature is a `UserError` that names
-    it.
+    Returns them and what they are: genes, or features. Plain or gzip. Starts count from 0 in the result, as in BED. A
+    line that is no feature is a `UserError` that names it.
     """
     genes, others = [], []
     for number, line in read_lines(path):
@@ -38,4 +38,4 @@ def read_genes(path: Path) -> Bed:
     rows = genes or others
     if not rows:
         raise UserError(f"--around: {path} names no gene, so there is nothing to use; leave the option out")
-    return Bed(path, rows, [])
+    return Bed(path, rows, []), "genes" if genes else "features (none of them a gene)"

@@ -53,6 +53,7 @@ def _words(codes: np.ndarray) -> np.ndarray:
 
 NEAR_DTYPE = np.dtype([("start", np.int64), ("end", np.int64), ("shared", np.int64), ("kmers", np.int64)])
 """A stretch of a contig: its sampled k-mers, and those of them that are in what is held out."""
+NO_STRETCHES = np.zeros(0, NEAR_DTYPE)
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Shares of k-mers at which the report counts near copies."""
 
@@ -64,7 +65,7 @@ def near_stretches(bases: np.ndarray, held_out: np.ndarray, least: float) -> np.
     """
     hashes, starts = sampled_kmers(bases)
     if not len(held_out) or not len(hashes):
-        return np.zeros(0, NEAR_DTYPE)
+        return NO_STRETCHES
     places = np.minimum(np.searchsorted(held_out, hashes), len(held_out) - 1)
     shared = np.concatenate([[0], np.cumsum(held_out[places] == hashes)])
     first = np.arange(0, max(1, len(bases) - STRETCH // 2), STRETCH // 2)

@@ -85,7 +85,7 @@ def excluded_bases(path: Path, selection: Selection, options: PlanOptions, notes
 
 def regions_around_genes(selection: Selection, options: PlanOptions, notes: list[str]) -> dict[str, np.ndarray]:
     """The genes of `--around` with their flanks by used contig, (n, 2), as a set."""
-    bed = read_genes(Path(str(options.around)))
+    bed, kind = read_genes(Path(str(options.around)))
     by_contig = _rows_by_contig(bed, selection, options, "--around", notes)
     if not by_contig:
         raise _none_used("--around", bed, selection)
@@ -100,7 +100,7 @@ def regions_around_genes(selection: Selection, options: PlanOptions, notes: list
                     f"ends at {row.end:,}, beyond {name} with {length:,} bases; is it for another assembly?",
                 )
         regions[name] = union(np.clip(_bounds(rows) + [-options.flank, options.flank], 0, length))
-    notes.append(f"--around: {sum(map(len, by_contig.values())):,} genes of {bed.path.name}")
+    notes.append(f"--around: {sum(map(len, by_contig.values())):,} {kind} of {bed.path.name}")
     return regions
 
 

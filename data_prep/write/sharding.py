@@ -4,10 +4,11 @@ Nothing is written, not even the directory, before all genomes have been read an
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from data_prep.plan.composition import Scan, join_scans, scan
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_species
 from data_prep.progress import Progress
 from data_prep.workers import Workers
-from data_prep.write.copies import near_copies
+from data_prep.write.copies import Found, look_for_copies, sketch_held_out
 from data_prep.write.directory import SpeciesDirectory, check_species, locked, refuse_if_locked, write_manifest
 from data_prep.write.shard_writer import ShardTask, reopen_genome, shard_tasks, write_shard
 
@@ -89,12 +90,28 @@ def plan_species_of(species: list[SpeciesWork], all_species: list[SpeciesWork], 
     scans = scan_genomes(wanted, pool)
     _plan(wanted, scans, [None] * len(wanted))
     if by_homology:
-        found = near_copies([(work.request, work.plan) for work in wanted], pool)
-        places = [place for place, near in enumerate(found) if near is not None]
-        _plan([wanted[place] for place in places], [scans[place] for place in places], [found[p] for p in places])
+        _leave_out_copies(wanted, scans, pool)
 
 
-def _plan(species: list[SpeciesWork], scans: list[dict[str, Scan]], near: list[dict[str, np.ndarray] | None]) -> None:
+def _leave_out_copies(species: list[SpeciesWork], scans: list[dict[str, Scan]], pool: Workers) -> None:
+    """Plan species anew until all windows of train were looked at as they are: what is left out moves others."""
+    if not any((work.plan.windows["split"] != SPLITS.index("train")).any() for work in species):
+        raise UserError("--homology: nothing is held out, so nothing is near to it; give --valid-contigs or the like")
+    found = [None if work.request.options.homology is None else Found() for work in species]
+    asked = [(work, of_contigs, one) for work, of_contigs, one in zip(species, scans, found, strict=True) if one]
+    planned = False
+    with TemporaryDirectory() as folder:
+        held_out = Path(folder) / "held-out.npy"
+        sketch_held_out([(work.request, work.plan) for work in species], held_out, pool)
+        while look_for_copies([(work.request, work.plan) for work in species], found, held_out, pool) or not planned:
+            works, of_contigs, looked = zip(*asked, strict=True)
+            _plan(works, of_contigs, [one.by_contig() for one in looked])
+            planned = True
+
+
+def _plan(
+    species: Sequence[SpeciesWork], scans: Sequence[dict[str, Scan]], near: Sequence[dict[str, np.ndarray] | None]
+) -> None:
     with Progress("planning", sum(len(work.genome.contigs) for work in species), "contigs") as progress:
         for work, of_contigs, of_species in zip(species, scans, near, strict=True):
             try:

@@ -34,7 +34,7 @@ def left_out_lines(report: dict[str, Any] | None) -> list[str]:
     words = {
         "excluded": "in regions of --exclude-bed, or near copies of what is held out",
         "gap": "in runs of N that cut segments",
-        "outside_intervals": "outside --intervals",
+        "outside_intervals": "outside --intervals or --around",
         "leakage": "of train that valid or test hold",
         "low_acgt": f"in {report['low_acgt_windows']} windows below --min-acgt",
         "between_windows": "between windows, as the stride is longer",

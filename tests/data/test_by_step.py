@@ -204,6 +204,7 @@ REFUSED = {
         "data": {"mask_span": 2, "objective": "next_base"},
         "model": {"bidirectional": False},
     },
+    "data.mask_span: 65 bases are more than a sequence has .data.seq_len 64.": {"data": {"mask_span": 65}},
     "data.species_weights: a stream does not know": {"data": {"species_weights": {}, "mode": "stream"}},
     "data.weights_elsewhere: without use": {"data": {"weights_elsewhere": 0.5}},
     "train.warmup_tokens: says the same": {"train": {"warmup_tokens": 5, "warmup_steps": 1}},
@@ -226,6 +227,11 @@ def test_what_cannot_be_is_refused_in_a_line(shards: Path, message: str) -> None
         ("c0 1 5", "column 4 must be a weight"),
         ("c0 1 5 1\nc0 4 9 1", r"weights\.bed:2: overlaps line 1"),
         ("chr0 1 5 1", r"names no contig of s, which has c0, c1, c2"),
+        ("c0 1 5 1\nc1 1 999 2", r"weights\.bed:2: ends at 999, beyond c1 with \d+ bases; is it for another assembly"),
+        (
+            "".join(f"{contig} 0 {length} 0\n" for contig, length in CONTIGS.items()),
+            "all bases of species 's' in the split 'train' have weight 0, so that none counts",
+        ),
     ],
 )
 def test_a_file_of_weights_that_cannot_be_meant_is_refused(
@@ -234,6 +240,19 @@ def test_a_file_of_weights_that_cannot_be_meant_is_refused(
     (tmp_path / "weights.bed").write_text(text)
     with pytest.raises(UserError, match=message):
         build_loader(config_of(shards, data={"weights_bed": {"s": str(tmp_path / "weights.bed")}}))
+
+
+def test_a_file_of_weights_is_looked_at_before_training(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bed = tmp_path / "weights.bed"
+    bed.write_text("c0 1 5 2\nchr0 1 5 1\nchr9 1 5 1\n")
+    config = config_of(shards, data={"weights_bed": {"s": str(bed)}, "weights_elsewhere": 0.0})
+    with pytest.raises(UserError, match="all bases of species 's' in the split 'valid' have weight 0"):
+        build_validation(config)
+    assert "lacks" not in caplog.text
+    build_loader(config)
+    assert f"data.weights_bed: 2 of 3 rows of {bed} are on contigs that s lacks: chr0, chr9" in caplog.text
 
 
 def test_a_warm_up_in_bases_is_as_many_steps_as_take_them(shards: Path) -> None:
