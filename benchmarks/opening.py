@@ -98,9 +98,9 @@ def opened(directory: Path) -> dict[str, float]:
 
     import caduceus.data.genome as genome
     from caduceus.config import Config
-    from caduceus.data.dataset import open_dataset, read_manifests, using_manifests
     from caduceus.data.reading import SampleReader
     from caduceus.data.samples import TrainingOrder
+    from caduceus.data.split_sources import open_sources, read_manifests, using_manifests
     from caduceus.distributed.ranks import Ranks
 
     torch.distributed.init_process_group("gloo")
@@ -124,9 +124,9 @@ def opened(directory: Path) -> dict[str, float]:
     before, used, began = _private(), time.process_time(), time.perf_counter()
     manifests = ranks.broadcast(read_manifests(config.data) if ranks.is_main else {})
     with using_manifests(manifests):
-        dataset = open_dataset(config.data, "train")
-    order = TrainingOrder(dataset, config)
-    reader = SampleReader(dataset, config)
+        split_sources = open_sources(config.data, "train")
+    order = TrainingOrder(split_sources, config)
+    reader = SampleReader(split_sources, config)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     opens_of_start, memory = opens, _private() - before
     del reader
