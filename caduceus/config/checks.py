@@ -50,9 +50,7 @@ def _refuse_impossible(config: Config) -> None:
             "be predicted, and there is nothing to learn"
         )
     if data.objective == "next_base" and data.seq_len < 2:
-        raise UserError(
-            "data.seq_len: next_base needs at least 2 bases, as the last base of a sequence has no next one"
-        )
+        raise UserError("data.seq_len: next_base needs at least 2 bases, as the last of a sequence has no next one")
     if train.precision == "fp64" and config.ops.backend in ("triton", "mamba_ssm"):
         raise UserError(f"train.precision: ops.backend={config.ops.backend} does not compute in fp64; use naive or cpu")
     if data.objective == "next_base" and (config.model.bidirectional or config.model.rcps):
