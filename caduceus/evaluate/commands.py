@@ -60,7 +60,9 @@ def _add_heldout(commands: Any) -> None:
     source.add_argument("--export", metavar="DIR", help="a published checkpoint, such as caduceus.hub exports")
     parser.add_argument("--config", metavar="FILE", help="data and masks; default the run's own config.yaml")
     parser.add_argument("--split", choices=SPLITS, default="valid")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override those of the file"
+    )
     parser.set_defaults(handler=_heldout)
 
 

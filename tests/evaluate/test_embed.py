@@ -58,6 +58,7 @@ POOLED = {
         ("ph", {"piece": 40, "batch_bases": 1}),
         ("ph", {"batch_bases": 60}),
         ("mamba", {}),
+        ("plantcad2", {"batch_bases": 60}),
     ],
 )
 def test_each_sequence_is_embedded_as_by_itself(kind: str, options: dict[str, int]) -> None:
