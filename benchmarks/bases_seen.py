@@ -92,7 +92,7 @@ def windows_of(lengths: np.ndarray) -> WindowTable:
     windows["length"] = windows["acgt"] = of_contigs[:, 1] - of_contigs[:, 0]
     windows["shard"] = np.arange(len(windows)) // WINDOWS_OF_A_SHARD
     shards = [Shard(f"{number}.tar", 0, "") for number in range(int(windows["shard"][-1]) + 1)]
-    return WindowTable("s", ("c",), shards, Windows(windows, np.zeros(0, WINDOW_RUN_DTYPE)))
+    return WindowTable("s", ("c",), (int(ends[-1]),), shards, Windows(windows, np.zeros(0, WINDOW_RUN_DTYPE)))
 
 
 def shifted(crops: CropTable, window_count: int) -> tuple[int, int]:

@@ -8,8 +8,11 @@ from caduceus.config.keys import check_section, key
 from caduceus.errors import UserError
 
 CHUNK = 64
-"""Positions of a chunk of Mamba-2's scan: products within one grow with it, and what states between them take shrinks.
-It is no key, as it changes only the order of sums."""
+"""Positions of a chunk of Mamba-2's scan. With longer chunks the products within them grow, and the states between them
+take less.
+
+It is not a key, as it changes only the order of sums.
+"""
 MOST_IN_KERNELS = 64
 """Channels of a head, and states, up to which Mamba-2's scan has kernels on a GPU: a program's tiles then fit in its
 registers."""
@@ -23,8 +26,8 @@ class CaduceusConfig:
     n_layer: int = key(4, "Blocks of the model.", fixes="numbers", least=1)
     vocab_size: int = key(
         12,
-        "Tokens, which say what the vocabulary is: 12 is Caduceus's, 8 PlantCAD's, with ids and a complement of its "
-        "own. Inputs, masks and labels follow it; shards serve both.",
+        "Number of tokens, which names the vocabulary: 12 is Caduceus's, 8 is PlantCAD's, which has other ids and "
+        "another complement. Inputs, masks and labels follow it; the same shards serve both.",
         fixes="numbers",
         choices=tuple(VOCABULARIES),
     )
@@ -33,13 +36,15 @@ class CaduceusConfig:
     )
     mixer: str = key(
         "mamba",
-        "mamba2 has one decay for a head of inner channels, and B and C for all heads, so that its scan is a matrix "
-        "product; PlantCAD2 has it, with d_state 64.",
+        "mamba2 has one decay per head of inner channels, and shares B and C between all heads, so that its scan is "
+        "a matrix product; PlantCAD2 uses it, with d_state 64.",
         fixes="numbers",
         choices=("mamba", "mamba2"),
     )
     d_state: int = key(16, "States per inner channel of the scan.", fixes="numbers", least=1)
-    headdim: int = key(64, "mamba2: inner channels of a head; divides expand times d_model.", fixes="numbers", least=1)
+    headdim: int = key(
+        64, "mamba2: inner channels of a head; it must divide expand times d_model.", fixes="numbers", least=1
+    )
     d_conv: int = key(4, "Width of the causal convolution, in bases.", fixes="numbers", least=1)
     expand: int = key(2, "Inner channels per model channel.", fixes="numbers", least=1)
     rcps: bool = key(
@@ -58,8 +63,9 @@ class CaduceusConfig:
     norm_epsilon: float = key(1e-5, "Added to the variance in a norm.", fixes="numbers", above=0)
     residual_in_fp32: bool = key(
         True,
-        "Sum the blocks' outputs in fp32; False in the type of products, bf16 with `train.precision: bf16`, which "
-        "keeps less memory and rounds every sum. (Published training was in fp32 either way: its embeddings are.)",
+        "Sum the blocks' outputs in fp32. False sums them in the type of products (bf16 with `train.precision: "
+        "bf16`), which needs less memory and rounds every sum. (Published training summed in fp32 either way, as its "
+        "embeddings are fp32.)",
         fixes="numbers",
     )
     fused_add_norm: bool = key(

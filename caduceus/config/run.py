@@ -29,31 +29,32 @@ class ParallelConfig:
 
     strategy: str = key(
         "auto",
-        "auto takes single for one process, and ddp or fsdp, by the size of the model, for more. A checkpoint of "
-        "deepspeed goes on under deepspeed only.",
+        "auto takes single for one process, and for several ddp or fsdp, by the size of the model. A checkpoint of "
+        "deepspeed can only be resumed under deepspeed.",
         fixes="rounding",
         choices=("auto", "single", "ddp", "fsdp", "deepspeed"),
     )
     shard: int = key(
         0,
-        "fsdp: ranks that share one copy of the parameters; 0 is all of them. Where auto chooses fsdp, 0 is those of a "
-        "node.",
+        "fsdp: ranks that share one copy of the parameters; 0 is all ranks. Where auto chooses fsdp, 0 is the ranks "
+        "of a node.",
         fixes="rounding",
         least=0,
     )
     context: int = key(
         0,
-        "Ranks that share a sequence, each with a slice of it. 0, here or for strands: as few as it takes to give "
-        "every rank a part of the global batch, and rather strands than slices; on GPUs as many of a node as it takes "
-        "to fit their memory, and where train.activation_checkpointing is auto, to recompute less.",
+        "Ranks that share a sequence, each with a slice of it. 0, here or for strands, decides by itself: as few "
+        "ranks as give every rank a part of the global batch, and strands before slices. On GPUs it takes as many "
+        "ranks of a node as are needed to fit their memory, and where train.activation_checkpointing is auto, to "
+        "recompute less.",
         fixes="rounding",
         least=0,
     )
     strands: int = key(
         0,
-        "2: of every sequence, or slice of one, one rank computes the forward strand and another one the reverse "
-        "complement. For model.rcps=true; halves a rank's work and activations, and only logits go from one to the "
-        "other.",
+        "2: two ranks share every sequence, or slice of one: one computes the forward strand, the other the reverse "
+        "complement. For model.rcps=true. It halves a rank's work and activations; the two ranks exchange only "
+        "logits.",
         fixes="rounding",
         choices=(0, 1, 2),
     )
@@ -65,7 +66,7 @@ class ParallelConfig:
     )
     deepspeed_config: str | None = key(
         None,
-        "deepspeed: a JSON file of its options. What train.* and parallel.* decide may not contradict it.",
+        "deepspeed: a JSON file of its options. They may not contradict train.* and parallel.*.",
         fixes="rounding",
     )
     cpu_offload: bool = key(
@@ -92,20 +93,23 @@ class CheckpointConfig:
     every: int = key(1000, "Steps between checkpoints; the last step always has one.", fixes="nothing", least=1)
     keep: int = key(3, "Newest checkpoints kept; 0 keeps all.", fixes="nothing", least=0)
     keep_every: int = key(
-        0, "Checkpoints of steps that this divides are kept for good; 0 keeps none so.", fixes="nothing", least=0
+        0,
+        "Checkpoints whose step is a multiple of this are never removed; 0 is no such rule.",
+        fixes="nothing",
+        least=0,
     )
     export_every: int = key(
         0,
-        "Steps between exports to RUN/export/step-…, folders that `transformers` and the published code load. Each is "
-        "made of a checkpoint of its step, while training goes on. 0 makes none.",
+        "Steps between exports to RUN/export/step-…, folders that `transformers` and the published code load. Each "
+        "is made from a checkpoint of its step, while training goes on. 0 makes none.",
         fixes="nothing",
         least=0,
     )
     best: str | None = key(
         None,
-        "A number of validations or evaluations, such as valid_loss or eval/NAME/auprc_llr. A checkpoint is written of "
-        "each step where it is better than ever, and that of the best stays, whatever else is removed, as "
-        "checkpoints/best.",
+        "A number of validations or evaluations, such as valid_loss or eval/NAME/auprc_llr. A checkpoint is written "
+        "at each step where it is better than before; the best one is never removed, and checkpoints/best links to "
+        "it.",
         fixes="nothing",
     )
     best_is: str | None = key(
@@ -131,7 +135,7 @@ class RunConfig:
     device: str = key("auto", "Where the model computes.", fixes="rounding", choices=("auto", "cpu", "cuda"))
     time_budget_minutes: float = key(
         0.0,
-        "Stop with a checkpoint and the exit status for a requeue after this long; 0 is no limit.",
+        "Time after which the run stops, with a checkpoint and the exit status that asks for a requeue; 0 is no limit.",
         fixes="nothing",
         least=0,
     )
@@ -142,33 +146,32 @@ class RunConfig:
 
 @dataclass
 class MonitorConfig:
-    """What is kept for those who watch a run."""
+    """What is recorded for those who watch a run."""
 
     every: int = key(
         100,
-        "Steps between rows that also tell gradient norms and updates by kind of parameter, step sizes, decays and the "
-        "scale of activations by layer, and the epoch of each species; 0 never tells.",
+        "Steps between rows that also have gradient norms and updates by kind of parameter, step sizes, decays and "
+        "the scale of activations by layer, and the epoch of each species; 0 writes none.",
         fixes="nothing",
         least=0,
     )
     machine_seconds: float = key(
         60.0,
-        "Seconds between rows that tell what each node and each GPU does: processors, memory, disk, network; 0 never "
-        "tells.",
+        "Seconds between rows on the load of each node and each GPU: processors, memory, disk, network; 0 writes none.",
         fixes="nothing",
         least=0,
     )
     windows: int = key(
         1,
-        "Worst and best sequences of each species, so many of each, that a validation tells and draws base by base; 0 "
-        "leaves them out.",
+        "How many of the worst, and of the best, sequences of each species a validation reports and draws base by "
+        "base; 0 leaves them out.",
         fixes="nothing",
         least=0,
     )
     profile: str | None = key(
         None,
-        "First and last of some steps, as 10:13, that are profiled: a trace in RUN/profile, on GPUs a snapshot of "
-        "memory, and a table in the log. null profiles none.",
+        "First and last step to profile, such as 10:13: makes a trace in RUN/profile, on GPUs a snapshot of memory, "
+        "and a table in the log. null profiles none.",
         fixes="nothing",
     )
     profile_ranks: list[int] = key([0], "Ranks that are profiled.", fixes="nothing", least=0)
@@ -181,7 +184,8 @@ class WandbConfig:
 
     mode: str = key(
         "auto",
-        "auto is WANDB_MODE where that is set; else online when logged in to W&B, offline otherwise.",
+        "auto is WANDB_MODE where that is set; otherwise online for a user who is logged in to W&B, and offline for "
+        "others.",
         fixes="nothing",
         choices=("auto", "online", "offline", "disabled"),
     )
@@ -189,43 +193,42 @@ class WandbConfig:
     entity: str | None = key(None, "User or team of W&B; null is WANDB_ENTITY, or your own.", fixes="nothing")
     id: str | None = key(
         None,
-        "Id of the run in W&B; null makes one, which the run directory keeps from its first second.",
+        "Id of the run in W&B; null makes one, which is kept in the run directory from the start.",
         fixes="nothing",
     )
     group: str | None = key(None, "Group of runs in W&B; null is WANDB_RUN_GROUP.", fixes="nothing")
-    tags: list[str] = key([], "Tags of the run in W&B; none is WANDB_TAGS.", fixes="nothing")
+    tags: list[str] = key([], "Tags of the run in W&B; an empty list is WANDB_TAGS.", fixes="nothing")
     notes: str | None = key(None, "Notes on the run in W&B; null is WANDB_NOTES.", fixes="nothing")
     job_type: str | None = key(None, "Type of the run in W&B, such as pretrain.", fixes="nothing")
     log_every: int = key(
         1,
-        "Steps between the rows that W&B gets; those with a validation, or with what `monitor.every` tells, it always "
-        "gets. metrics.jsonl has all.",
+        "Steps between the rows that W&B gets. It also gets every row with a validation, and every row of "
+        "`monitor.every`. metrics.jsonl has all rows.",
         fixes="nothing",
         least=1,
     )
     artifacts: list[str] = key(
         [],
-        "What W&B gets as artifacts when a start ends, of dataset, checkpoints, exports and report: the manifest, "
-        "references to shards, the newest checkpoint and the newest export, which stay where they are, and the page.",
+        "What W&B gets as artifacts when a start ends. dataset: the manifest, and references to the shards. "
+        "checkpoints and exports: references to the newest one, whose files stay where they are. report: the page.",
         fixes="nothing",
     )
     artifact_files: bool = key(
         False,
-        "Of checkpoints and exports send the files themselves, when the run is complete or by `launch/runs.py sync`.",
+        "Send the files of checkpoints and exports, not only references, when the run is complete or by "
+        "`launch/runs.py sync`.",
         fixes="nothing",
     )
     save_code: bool = key(False, "Send the package's code to W&B, as an artifact.", fixes="nothing")
-    alerts: bool = key(
-        True, "Have W&B alert its user of steps that are skipped, of rewinds, stalls and failures.", fixes="nothing"
-    )
+    alerts: bool = key(True, "Let W&B alert its user to skipped steps, rewinds, stalls and failures.", fixes="nothing")
     required: bool = key(
-        False, "Refuse to start where W&B cannot be reached, instead of sending it later.", fixes="nothing"
+        False, "Refuse to start where W&B cannot be reached, instead of sending the data later.", fixes="nothing"
     )
 
 
 @dataclass
 class Config:
-    """All of a run. See the sections for their keys."""
+    """The whole configuration of a run. The sections define the keys."""
 
     model: CaduceusConfig = field(default_factory=CaduceusConfig)
     ops: OpsConfig = field(default_factory=OpsConfig)
@@ -253,11 +256,11 @@ ARTIFACTS = ("dataset", "checkpoints", "exports", "report")
 def profiled_steps(asked: str) -> tuple[int, int]:
     """First and last step of `monitor.profile`. Raises `UserError` where it does not name two.
 
-    YAML takes 10:13 for a number in base 60, and so it comes here as 613.
+    YAML reads 10:13 as a number in base 60, so the value may be 613 here.
     """
     first, colon, last = asked.partition(":")
     if not colon and asked.isdigit():
         first, last = (str(number) for number in divmod(int(asked), 60))
     if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last)):
-        raise UserError(f"monitor.profile: give the first and the last step, as 10:13; got '{asked}'")
+        raise UserError(f"monitor.profile: give the first and the last step, such as 10:13; got '{asked}'")
     return int(first), int(last)

@@ -48,10 +48,13 @@ class SequenceModel(nn.Module):
         if self.training or self.backbone.config.rcps:
             return outputs
         reverse = self._strands([reverse_complement(bases) for bases in sequences], reverse=True)[0]
-        return (outputs + (mirrored(reverse, sequences) if self.task.per_base else reverse)) / 2
+        return (outputs + (mirrored(reverse, sequences, self.task.bin) if self.task.per_base else reverse)) / 2
 
     def _strands(self, sequences: list[np.ndarray], reverse: bool = False) -> Tensor:
-        """(S, B, O), or by base (S, B, L, O). reverse: they are reverse complements, in which a centre is mirrored."""
+        """(S, B, O), by base (S, B, L, O), by bin (S, B, L / bin, O).
+
+        reverse: they are reverse complements, in which a centre is mirrored.
+        """
         device = self.head.weight.device
         lengths = torch.tensor([len(bases) for bases in sequences], device=device)
         longest, vocabulary = int(lengths.max()), self.backbone.config.vocabulary
@@ -62,7 +65,9 @@ class SequenceModel(nn.Module):
         some = bool(padding.any())
         held = Backbone.forward(self.backbone, torch.from_numpy(ids).to(device), pad_mask=padding if some else None)
         states = self.backbone.by_strand(held.held).to(self.head.weight.dtype)
-        return self.head(states if self.task.per_base else self._pooled(states, padding, lengths, reverse))
+        if self.task.per_base:
+            return self.head(by_bin(states, self.task.bin))
+        return self.head(self._pooled(states, padding, lengths, reverse))
 
     def _pooled(self, states: Tensor, padding: Tensor, lengths: Tensor, reverse: bool) -> Tensor:
         """(S, B, L, D) -> (S, B, D)"""
@@ -103,11 +108,21 @@ class SequenceModel(nn.Module):
         return model
 
 
-def mirrored(outputs: Tensor, sequences: list[np.ndarray]) -> Tensor:
-    """Outputs (B, L, O) of reverse complements at the places of the sequences themselves."""
+def by_bin(states: Tensor, bin_: int) -> Tensor:
+    """Means (…, L / bin, D) of the bases of each bin, of states (…, L, D)."""
+    if bin_ == 1:
+        return states
+    if states.shape[-2] % bin_:
+        raise UserError(f"a sequence has {states.shape[-2]:,} bases; this model takes multiples of {bin_}, its bin")
+    return states.unflatten(-2, (-1, bin_)).mean(-2)
+
+
+def mirrored(outputs: Tensor, sequences: list[np.ndarray], bin_: int) -> Tensor:
+    """Outputs (B, L / bin, O) of reverse complements at the places of the sequences themselves."""
     turned = outputs.clone()
     for row, bases in enumerate(sequences):
-        turned[row, : len(bases)] = outputs[row, : len(bases)].flip(0)
+        count = len(bases) // bin_
+        turned[row, :count] = outputs[row, :count].flip(0)
     return turned
 
 
@@ -128,18 +143,19 @@ class HeadOnly(nn.Module):
 class Cnn(nn.Module):
     """A small convolutional network on one-hot bases, trained from nothing; both strands are averaged."""
 
-    def __init__(self, outputs: int, per_base: bool = False, channels: int = 64) -> None:
+    def __init__(self, task: Task, channels: int = 64) -> None:
         super().__init__()
-        self.per_base = per_base
+        self.task = task
         widths = (4, channels, channels, channels)
         self.layers = nn.ModuleList(nn.Conv1d(a, b, 9, padding=4) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in self.layers)
-        self.head = nn.Linear(channels if per_base else 2 * channels, outputs)
+        self.head = nn.Linear(channels if task.per_base else 2 * channels, task.outputs)
 
     def forward(self, sequences: list[np.ndarray]) -> Tensor:
         """ASCII sequences of any lengths -> (B, O), or by base (B, L, O)."""
         reverse = self._strand([reverse_complement(bases) for bases in sequences])
-        return (self._strand(sequences) + (mirrored(reverse, sequences) if self.per_base else reverse)) / 2
+        turned = mirrored(reverse, sequences, self.task.bin) if self.task.per_base else reverse
+        return (self._strand(sequences) + turned) / 2
 
     def _strand(self, sequences: list[np.ndarray]) -> Tensor:
         longest = max(map(len, sequences))
@@ -152,7 +168,7 @@ class Cnn(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=True):
             y = F.gelu(norm(layer(x).mT)).mT * there
             x = x + y if x.shape == y.shape else y
-        if self.per_base:
-            return self.head(x.mT)
+        if self.task.per_base:
+            return self.head(by_bin(x.mT, self.task.bin))
         mean, largest = x.sum(2) / there.sum(2), x.masked_fill(there == 0, -torch.inf).amax(2)
         return self.head(torch.cat([mean, largest], 1))

@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # they import torch
     from caduceus.evaluate.variant_labels import Labels
 
 
-SHARED = ("embed", "variants", "probe", "finetune", "predict", "suite")
-"""Verbs whose work the ranks of a job share."""
 PLACES = (
     "model",
     "run",
@@ -195,8 +193,9 @@ def picked(arguments: argparse.Namespace, kind: type) -> Any:
 def _heldout(arguments: argparse.Namespace) -> None:
     from caduceus.config import load_config
     from caduceus.data.loader import build_validation
-    from caduceus.distributed.ranks import Ranks, choose_device
+    from caduceus.distributed.ranks import choose_device
     from caduceus.evaluate.heldout import held_out_loss
+    from caduceus.evaluate.parts import ranks_here
     from caduceus.hub import load
     from caduceus.hub.folders import run_of
     from caduceus.ops.backends import check_backend
@@ -205,16 +204,25 @@ def _heldout(arguments: argparse.Namespace) -> None:
         raise UserError(
             "--config: an export does not say which data to use; name a configuration, such as RUN/config.yaml"
         )
-    config = load_config(arguments.config or run_of(arguments.run).config_path, arguments.overrides)
-    device = choose_device(config.run.device)
-    model = load(arguments.run or arguments.export)
-    config.model = model.config  # decides which strands a sample may show
-    dtype = next(model.parameters()).dtype
-    check_backend(model.backend, device, dtype, config.model)
-    batches = build_validation(config, arguments.split, device=device)
-    mirror = None if config.data.objective == "next_base" else Ranks(0, 1, 1, device).mirrored
-    told = held_out_loss(model.to(device), batches, device, config.train.precision, mirror=mirror)
-    print(json.dumps(told, indent=1))
+    ranks = ranks_here()
+    with ranks.agreeing():
+        config = load_config(arguments.config or run_of(arguments.run).config_path, arguments.overrides)
+        device = choose_device(config.run.device)
+        model = load(arguments.run or arguments.export)
+        config.model = model.config  # decides which strands a sample may show
+        dtype = next(model.parameters()).dtype
+        check_backend(model.backend, device, dtype, config.model)
+        batches = build_validation(config, arguments.split, rank=ranks.rank, world=ranks.world, device=device)
+    told = held_out_loss(
+        model.to(device),
+        batches,
+        device,
+        config.train.precision,
+        add_up=lambda sums: ranks.sum(sums.cpu()),
+        each=ranks.together,
+        mirror=None if config.data.objective == "next_base" else ranks.mirrored,
+    )
+    _tell(json.dumps(told, indent=1))
 
 
 def runner_of(arguments: argparse.Namespace) -> "Runner":
@@ -224,13 +232,19 @@ def runner_of(arguments: argparse.Namespace) -> "Runner":
     return Runner(arguments.model, arguments.device, arguments.precision)
 
 
+def _tell(line: str) -> None:
+    """Print it once, however many ranks share the work."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line)
+
+
 def _embed(arguments: argparse.Namespace) -> None:
     from caduceus.evaluate.embed import EmbedOptions, embed_file
     from caduceus.evaluate.sequences import SequenceSource
 
     options = picked(arguments, EmbedOptions)
     embed_file(runner_of(arguments), picked(arguments, SequenceSource), arguments.out, options)
-    print(f"{arguments.out}: written")
+    _tell(f"{arguments.out}: written")
 
 
 def labels_asked(arguments: argparse.Namespace) -> "Labels | None":
@@ -264,9 +278,9 @@ def _variants(arguments: argparse.Namespace) -> None:
         runner, places = runner_of(arguments), arguments.every_snv
         files = places, arguments.genome, arguments.out
         counts = score_every_snv(runner, *files, options, arguments.aliases, arguments.tracks)
-    print(f"{arguments.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+    _tell(f"{arguments.out}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
     for name, value in areas.items():
-        print(f"{name}  {value:.4f}" if isinstance(value, float) else f"{name}  {value:,}")
+        _tell(f"{name}  {value:.4f}" if isinstance(value, float) else f"{name}  {value:,}")
 
 
 def labelled_tables(arguments: argparse.Namespace) -> "dict[str, LabelledTable]":
@@ -284,8 +298,8 @@ def _probe(arguments: argparse.Namespace) -> None:
     tables, options = labelled_tables(arguments), picked(arguments, ProbeOptions)
     result = probe(runner_of(arguments), tables, arguments.out, options)
     for name, metrics in result["metrics"].items():
-        print(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
-    print(f"{arguments.out}: written")
+        _tell(f"{name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in metrics.items()))
+    _tell(f"{arguments.out}: written")
 
 
 def finetune_options(arguments: argparse.Namespace) -> "FinetuneOptions":
@@ -304,8 +318,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
     tables, options = labelled_tables(arguments), finetune_options(arguments)
     result = finetune(runner_of(arguments), tables, arguments.out, options)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{table_of(result)}\n{arguments.out}: written")
+    _tell(f"{table_of(result)}\n{arguments.out}: written")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -314,7 +327,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     source = picked(arguments, SequenceSource)
     predict_file(Predictor(arguments.model, arguments.device), source, arguments.out, arguments.batch_bases)
-    print(f"{arguments.out}: written")
+    _tell(f"{arguments.out}: written")
 
 
 def suite_request(arguments: argparse.Namespace) -> "SuiteRequest":
@@ -332,5 +345,4 @@ def _suite(arguments: argparse.Namespace) -> None:
 
     suite, request = load_suite(arguments.suite), suite_request(arguments)
     rows = run_suite(runner_of(arguments), suite, request, arguments.out)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(text_table(rows))
+    _tell(text_table(rows))

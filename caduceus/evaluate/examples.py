@@ -22,7 +22,7 @@ class Examples:
     """What a network is given for each example, and its label; `sizes`: bases, which bound what runs at once.
 
     labels: numbers of classes or values (n,); of several (n, classes) of 0 and 1, or (n, values); by base an array (L,)
-    of each example. NaN, and a class below 0, is no label.
+    of each example, by bin (bins, values). NaN, and a class below 0, is no label.
     """
 
     inputs: Sequence[Any]
@@ -95,7 +95,7 @@ def losses_of(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
 def label_tensors(task: Task, labels: Sequence[Any], class_weights: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
     """Labels and weights of a batch; sequences of unequal lengths are filled up with weight 0."""
     if task.per_base:
-        rows = np.full((len(labels), max(map(len, labels))), np.nan)
+        rows = np.full((len(labels), max(map(len, labels)), *np.shape(labels[0])[1:]), np.nan)
         for row, values in zip(rows, labels, strict=True):
             row[: len(values)] = values
     else:

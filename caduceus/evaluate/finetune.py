@@ -2,7 +2,7 @@
 
 OUT/result.json    everything that was measured
 OUT/model/         the fine-tuned model of the seed that is best on validation, which `predict` takes
-OUT/predictions.tsv   that model's on the test
+OUT/predictions.tsv   that model's on the test; .npz for labels of bins
 OUT/runs/full-1/   the run directory of a fit: config.yaml, metrics.jsonl, events.jsonl, logs/
 OUT/unfinished/    what is finished of it, until result.json is there
 """
@@ -10,7 +10,7 @@ OUT/unfinished/    what is finished of it, until result.json is there
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,17 +24,18 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.evaluate.adapters import add_adapters, merge_adapters
 from caduceus.evaluate.baselines import fit_linear, kmer_counts
+from caduceus.evaluate.binned import BinnedTable
 from caduceus.evaluate.classifier import Cnn, HeadOnly, SequenceModel
 from caduceus.evaluate.columns import write_columns
 from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.examples import Examples
 from caduceus.evaluate.fitting import Fit, FitOptions, measured, predicted, ranks_of
-from caduceus.evaluate.labelled import Labelled, LabelledTable, copies, find_task, split_off
+from caduceus.evaluate.labelled import Labelled, LabelledTable, copies, split_off
 from caduceus.evaluate.metrics import check_metric, is_better, measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.pools import check_pool
 from caduceus.evaluate.results import label_columns, output_columns, place_columns, summarised, told
-from caduceus.files import dump_json, sha256_of, write_atomically
+from caduceus.files import dump_json, replacing, sha256_of, write_atomically
 from caduceus.model.heads import CaduceusForMaskedLM
 
 BASELINES, STRANDS = ("random", "cnn", "kmer"), ("auto", "post-hoc", "augment")
@@ -90,7 +91,7 @@ class FinetuneOptions:
 
 def finetune(
     runner: Runner,
-    tables: dict[str, LabelledTable],
+    tables: Mapping[str, LabelledTable | BinnedTable],
     out: str | Path,
     options: FinetuneOptions,
     say: Callable[[str], None] = print,
@@ -117,14 +118,21 @@ class _Study:
     """One fine-tuning: its data, and what is kept of each method and seed."""
 
     def __init__(
-        self, runner: Runner, tables: dict[str, LabelledTable], out: Path, options: FinetuneOptions, ranks: Ranks
+        self,
+        runner: Runner,
+        tables: Mapping[str, LabelledTable | BinnedTable],
+        out: Path,
+        options: FinetuneOptions,
+        ranks: Ranks,
     ) -> None:
         self.runner, self.out, self.options, self.ranks = runner, out, options, ranks
         self.folder = out / _UNFINISHED
         self._embeddings: dict[bytes, np.ndarray] = {}
-        self.task = find_task(tables["train"], options.task)
+        self.task = tables["train"].task(options.task)
         if self.task.per_base and (options.probe or "kmer" in options.baselines):
             raise UserError("--probe, --baseline kmer: are for labels of sequences, not of each base")
+        if self.task.bin > 1 and options.frozen:
+            raise UserError("--frozen: keeps the embeddings of every base, which labels of bins are too many for")
         if runner.config.rcps and options.strands != "auto":
             raise UserError(
                 f"--strands: {options.strands} is for models that are not equivariant; a Caduceus-PS conjoins strands"
@@ -231,7 +239,7 @@ class _Study:
         frozen = method == "frozen"
         inputs = {n: list(self._embedded(d.bases)) if frozen else d.bases for n, d in parts.items()}
         one = frozen and not self.task.per_base
-        sizes = {name: [1 if one else len(bases) for bases in d.bases] for name, d in parts.items()}
+        sizes = {name: [1] * len(d) if one else d.sizes for name, d in parts.items()}
         examples = {name: Examples(inputs[name], data.labels, sizes[name]) for name, data in parts.items()}
         augment = self.options.strands == "augment" and method in ("full", "lora", "random")
         fit = Fit(net, self.task, self.metric, self.options.fit, self.runner, self.ranks, augment)
@@ -259,7 +267,7 @@ class _Study:
 
     def _net(self, method: str, seed: int) -> nn.Module:
         if method == "cnn":
-            net: nn.Module = Cnn(self.task.outputs, self.task.per_base)
+            net: nn.Module = Cnn(self.task)
         elif method == "frozen":
             net = HeadOnly(nn.Linear(self.runner.config.d_model, self.task.outputs))
         elif method == "random":
@@ -313,10 +321,7 @@ class _Study:
         shutil.rmtree(self.out / "model", ignore_errors=True)
         shutil.copytree(chosen, self.out / "model")
         if "test" in self.data:
-            data, outputs = self.data["test"], np.load(chosen.with_suffix(".npy"))
-            shown = {**label_columns(self.task, data.labels), **output_columns(self.task, outputs)}
-            columns = {**place_columns(self.task, range(len(data)), [len(bases) for bases in data.bases]), **shown}
-            write_columns(self.out / "predictions.tsv", columns)
+            self._write_predictions(self.data["test"], np.load(chosen.with_suffix(".npy")))
         summary = {method: summarised(self.task, results) for method, results in found.items()}
         result = {
             **self.origin,
@@ -331,3 +336,13 @@ class _Study:
         write_atomically(self.out / _RESULT, dump_json(result))
         shutil.rmtree(self.folder)
         return json.loads(dump_json(result))
+
+    def _write_predictions(self, data: Labelled, outputs: np.ndarray) -> None:
+        if self.task.bin > 1:  # numbers that no text table could hold
+            labels = np.stack(list(data.labels))
+            with replacing(self.out / "predictions.npz") as file:
+                np.savez(file, labels=labels, predictions=outputs.reshape(labels.shape).astype(np.float32))
+            return
+        shown = {**label_columns(self.task, data.labels), **output_columns(self.task, outputs)}
+        columns = {**place_columns(self.task, range(len(data)), data.sizes), **shown}
+        write_columns(self.out / "predictions.tsv", columns)

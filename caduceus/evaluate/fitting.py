@@ -245,7 +245,7 @@ class _FitLoop(Loop):
 def outputs_of(
     net: nn.Module, runner: Runner, examples: Examples, batch_bases: int | None = None, ranks: Ranks | None = None
 ) -> list[np.ndarray]:
-    """What a network gives for each example, float64: (O,), or by base (L, O); `ranks` share the work."""
+    """What a network gives for each example, float64: (O,), by base (L, O) or by bin; `ranks` share the work."""
     training = net.training
     net.eval()
     mine = range(len(examples))[ranks.rank :: ranks.world] if ranks else range(len(examples))
@@ -253,8 +253,9 @@ def outputs_of(
     with runner.autocast():
         for rows in micro_batches(examples.sizes, runner.batch_bases(batch_bases), mine):
             outputs = net([examples.inputs[row] for row in rows]).double().cpu().numpy()
+            longest = max(examples.sizes[row] for row in rows)
             for row, output in zip(rows, outputs, strict=True):
-                found[row] = output if output.ndim == 1 else output[: examples.sizes[row]]
+                found[row] = output if output.ndim == 1 else output[: len(output) * examples.sizes[row] // longest]
     net.train(training)
     if ranks is not None and ranks.world > 1:
         found = {row: output for of in ranks.gather_objects(found) for row, output in of.items()}

@@ -57,8 +57,8 @@ def held_out_loss(
     loss, weight = sums.sum(0).tolist()
     if weight == 0:
         raise UserError(
-            "validation: no base is labelled and counts for the loss; raise valid.samples, or see data.mask_prob and "
-            "data.repeat_weight"
+            "validation: no base is labelled and counts for the loss; raise valid.samples, or see data.mask_prob, "
+            "data.repeat_weight and data.weights_bed"
         )
     of_species = zip(batches.species, sums.tolist(), strict=True)
     return {

@@ -1,5 +1,6 @@
 """Labelled sequences of tables, and what is to be learnt of them. Imports no torch."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +17,15 @@ TASKS = ("auto", "classification", "regression", "multilabel", "per-base")
 _NO_LABEL = "."
 _MOST_CLASSES = 100
 _BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-_TASK_VALUES = ("mean", "spread", "several", "per_base", "values")
+_TASK_VALUES = ("mean", "spread", "several", "per_base", "values", "bin")
 
 
 @dataclass(frozen=True)
 class Task:
     """classes: of a classification, in the order of the outputs; of a regression None, and mean and spread of the
     labels of training, by which they are scaled. several: a sequence may have any of the classes. per_base: each base
-    has a label. values: the names of a regression's, where a sequence has several; each has its own mean and spread."""
+    has a label, or each stretch of `bin` bases. values: the names of a regression's, where a sequence or bin has
+    several; each has its own mean and spread."""
 
     classes: tuple[str, ...] | None
     mean: float | tuple[float, ...] = 0.0
@@ -31,6 +33,7 @@ class Task:
     several: bool = False
     per_base: bool = False
     values: tuple[str, ...] | None = None
+    bin: int = 1
 
     @property
     def outputs(self) -> int:
@@ -51,11 +54,16 @@ class Labelled:
     """Sequences as upper-case ASCII, and the label of each: the number of its class, or a value; 0 or 1, or a value,
     for each of several; or by base an array (L,), in which NaN, and -1 for a class, is no label."""
 
-    bases: list[np.ndarray]
+    bases: Sequence[np.ndarray]
     labels: Any
 
     def __len__(self) -> int:
         return len(self.bases)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bases of each sequence."""
+        return [len(bases) for bases in self.bases]
 
     def pick(self, rows: np.ndarray) -> "Labelled":
         """Some of them."""
@@ -79,6 +87,10 @@ class LabelledTable:
     def labels(self) -> list[str]:
         """The columns of labels."""
         return [name.strip() for name in self.label.split(",")]
+
+    def task(self, kind: str) -> Task:
+        """What its labels are, as training learns them."""
+        return find_task(self, kind)
 
     def read(self) -> tuple[list[np.ndarray], list[Any], Columns]:
         """Sequences and labels as they stand. What is missing or none is a `UserError` that names file and line."""
@@ -307,9 +319,16 @@ def split_off(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labell
     return data.pick(np.sort(order[count:])), data.pick(np.sort(order[:count]))
 
 
-def copies(train: list[np.ndarray], test: list[np.ndarray]) -> tuple[int, int]:
+def copies(train: Sequence[np.ndarray], test: Sequence[np.ndarray]) -> tuple[int, int]:
     """How many sequences of test stand in train as they are, and how many only as their reverse complement."""
-    known = {bases.tobytes() for bases in train}
-    exact = sum(bases.tobytes() in known for bases in test)
-    either = sum(bases.tobytes() in known or reverse_complement(bases).tobytes() in known for bases in test)
-    return exact, either - exact
+    known, exact, reverse = set(map(_digest, train)), 0, 0
+    for bases in test:
+        if _digest(bases) in known:
+            exact += 1
+        elif _digest(reverse_complement(bases)) in known:
+            reverse += 1
+    return exact, reverse
+
+
+def _digest(bases: np.ndarray) -> bytes:
+    return hashlib.blake2b(bases.tobytes(), digest_size=16).digest()

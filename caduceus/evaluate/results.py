@@ -12,7 +12,7 @@ from caduceus.evaluate.metrics import names_of
 
 
 def flat_labels(task: Task, labels: Sequence[Any]) -> np.ndarray:
-    """Labels as predictions are: (n,), of several (n, classes) or (n, values); n bases where it is by base."""
+    """Labels as predictions are: (n,), of several (n, classes) or (n, values); n bases or bins where it is by these."""
     return np.concatenate(list(labels)) if task.per_base else np.asarray(labels)
 
 
@@ -82,8 +82,8 @@ def place_columns(task: Task, names: Sequence[Any], lengths: Sequence[int]) -> d
     if not task.per_base:
         return {}
     return {
-        "name": [name for name, length in zip(names, lengths, strict=True) for _ in range(length)],
-        "position": [place for length in lengths for place in range(length)],
+        "name": [name for name, length in zip(names, lengths, strict=True) for _ in range(0, length, task.bin)],
+        "position": [place for length in lengths for place in range(0, length, task.bin)],
     }
 
 
@@ -91,7 +91,8 @@ def told(task: Task) -> str:
     """What is to be learnt, in words."""
     of_values = f"regression{f' of {len(task.values)} values' if task.values else ''}"
     kind = of_values if task.classes is None else f"classification ({', '.join(task.classes[:8])})"
-    return f"{kind}{', any of them' * task.several}{', by base' * task.per_base}"
+    by = f", by {f'{task.bin} bases' if task.bin > 1 else 'base'}" if task.per_base else ""
+    return f"{kind}{', any of them' * task.several}{by}"
 
 
 def table_of(result: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from caduceus.alphabet import reverse_complement
 from caduceus.errors import UserError
+from caduceus.evaluate.binned import COORDINATES, BinnedTable
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, package, read_columns, write_columns
 from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.sequences import FASTA
@@ -20,7 +21,7 @@ SPLITS = {"train": ("train",), "valid": ("dev", "valid", "validation"), "test": 
 class TaskData:
     """The tables of a task, by split, and what is to be said of them."""
 
-    tables: dict[str, LabelledTable]
+    tables: dict[str, LabelledTable | BinnedTable]
     notes: list[str]
 
 
@@ -30,8 +31,10 @@ def find_task_data(folder: Path, names: list[str], converted: Path, genome: Path
     What is no table of sequence and label is written as one to `converted`-SPLIT.tsv. genome: for tables of places.
     """
     place = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if place is not None and (place / COORDINATES).is_file():
+        return _binned(place / COORDINATES, genome)
     notes: list[str] = []
-    tables = {}
+    tables: dict[str, LabelledTable | BinnedTable] = {}
     for split, words in SPLITS.items():
         found = next(filter(None, (_split_of(place, word) for word in words)), None) if place else None
         table = _as_table(found, Path(f"{converted}-{split}.tsv"), genome, notes) if found else None
@@ -40,6 +43,14 @@ def find_task_data(folder: Path, names: list[str], converted: Path, genome: Path
         if table is not None:
             tables[split] = LabelledTable(table)
     return TaskData(tables, notes) if "train" in tables else None
+
+
+def _binned(coordinates: Path, genome: Path | None) -> TaskData:
+    if genome is None:
+        raise UserError(f"{coordinates}: holds places of a genome; give its file with --genome")
+    found = {split: BinnedTable(str(coordinates), split, str(genome)) for split in SPLITS}
+    notes = [note for table in found.values() for note in table.notes]
+    return TaskData({split: table for split, table in found.items() if len(table) or split == "train"}, notes)
 
 
 def find_tables(folder: Path, names: list[str], splits: tuple[str, ...]) -> dict[str, Path]:

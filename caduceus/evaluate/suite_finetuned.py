@@ -11,7 +11,7 @@ import numpy as np
 from caduceus.evaluate.finetune import FinetuneOptions, finetune
 from caduceus.evaluate.fitting import FitOptions
 from caduceus.evaluate.labelled import Task
-from caduceus.evaluate.metrics import bootstrap_interval, is_better
+from caduceus.evaluate.metrics import bootstrap_interval, interval_of, is_better, measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.results import read_predictions
 from caduceus.evaluate.suite_data import TaskData
@@ -47,7 +47,7 @@ def finetuned(
         "copies": best["result"]["copies"],
     }
     if "test" in data.tables:
-        row["interval"] = _interval(best_place / "predictions.tsv", best["result"], metric)
+        row["interval"] = _interval(best_place, best["result"], metric)
     return row
 
 
@@ -55,10 +55,19 @@ def _mean(values: list[float | None]) -> float:
     return float(np.mean([np.nan if value is None else value for value in values]))
 
 
-def _interval(predictions: Path, result: dict[str, Any], metric: str) -> list[float]:
+def _interval(place: Path, result: dict[str, Any], metric: str) -> list[float]:
     """95 % bootstrap interval over the test's sequences, of the model that was kept."""
     task = Task.from_json(result["task"])
-    return list(bootstrap_interval(task, metric, *read_predictions(task, predictions)))
+    if task.bin == 1:
+        return list(bootstrap_interval(task, metric, *read_predictions(task, place / "predictions.tsv")))
+    with np.load(place / "predictions.npz") as arrays:
+        labels, outputs = arrays["labels"], arrays["predictions"]
+
+    def of(rows: np.ndarray) -> float:
+        picked, predicted = (array[rows].reshape(-1, array.shape[-1]) for array in (labels, outputs))
+        return measure(task, picked, predicted, [metric])[metric]
+
+    return list(interval_of(of, len(labels)))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 from tests.train.conftest import SmallRun
 
 PAGE = (REPOSITORY / "docs" / "watching.md").read_text()
-ROWS = PAGE[PAGE.index("## What rows tell") : PAGE.index("## In the terminal")]
+ROWS = PAGE[PAGE.index("## What rows hold") : PAGE.index("## In the terminal")]
 _SPAN = re.compile(r"`([^`]+)`")
 _NAME = re.compile(r"[a-z][a-z0-9_.]*[a-z0-9](/[A-Za-z-]+)?")
 

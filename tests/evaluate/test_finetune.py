@@ -171,7 +171,7 @@ def test_a_sequence_gives_the_same_whatever_is_beside_it(kind: str, pool: str) -
         features = torch.from_numpy(embed(runner, sequences, EmbedOptions(pool=pool, strands="concatenate")))
         expected = model.head(features.unflatten(1, (2, -1))).mean(1)
         assert together.numpy() == pytest.approx(expected.numpy(), abs=1e-12)
-        cnn = Cnn(2).double().eval()
+        cnn = Cnn(TWO).double().eval()
         alone = torch.cat([cnn([bases]) for bases in sequences])
         assert cnn(sequences).numpy() == pytest.approx(alone.numpy(), abs=1e-12)
 

@@ -104,7 +104,7 @@ def test_a_base_gives_the_same_whatever_is_beside_its_sequence(kind: str) -> Non
     rng, task = np.random.default_rng(0), Task(("a", "b"), per_base=True)
     sequences = [bases_of(gc_rich(rng, 0.5)[:n]) for n in (5, 30, 12)]
     runner = Runner(made(kind))
-    model, cnn = SequenceModel(runner.model, task, "mean").double().eval(), Cnn(2, per_base=True).double().eval()
+    model, cnn = SequenceModel(runner.model, task, "mean").double().eval(), Cnn(task).double().eval()
     with torch.no_grad():
         for net in (model, cnn):
             together = net(sequences)

@@ -95,5 +95,5 @@ def test_the_id_and_how_often_rows_come_are_the_users_to_choose(server: WandbSer
     steps = [row["step"] for row in run.history]
     assert steps == [4, 8, 10, 12, 15, 16, 20, 24, 27]  # validations and the last of a start besides
     assert sent_rows(run) == [row for row in watched.rows() if row["step"] in steps]
-    with pytest.raises(UserError, match=r"wandb.id: at most 64 letters"):
+    with pytest.raises(UserError, match=r"wandb.id: give at most 64 letters"):
         Watched(tmp_path / "other", id="a/b")

@@ -53,7 +53,7 @@ def test_a_rank_whose_clock_is_wrong_is_named_on_all_ranks(small_run: SmallRun) 
     ends = on_ranks(2, train_beside_one_whose_clock_is_wrong, small_run.config("run", **sections))
     assert [kind for kind, _ in ends] == [Kind.PEER, Kind.NODE]
     for _, message in ends:
-        assert message.startswith(f"rank 1 on {HOST}: its clock is +3600 s"), message
+        assert message.startswith(f"rank 1 on {HOST}: its clock differs by +3600 s"), message
 
 
 def train_beside_one_whose_clock_is_wrong(rank: int, config: Config) -> tuple[Kind, str]:

@@ -108,7 +108,7 @@ def test_it_says_so_where_even_recomputing_does_not_fit(small_run, monkeypatch, 
     with caplog.at_level(logging.INFO):
         assert trainer.train(automatic(small_run)) == 0
     assert f"auto recomputes {LAYERS - 1} of {LAYERS} blocks" in caplog.text
-    assert "more than there is; lower train.micro_batch" in caplog.text
+    assert "more than the free memory; lower train.micro_batch" in caplog.text
 
 
 PARALLEL = {

@@ -59,7 +59,7 @@ class Bins:
 
 
 class Jumps:
-    """Where the count of samples leapt: rewinds, which go on with the samples that follow those passed over.
+    """Where the count of samples jumps: at rewinds, which go on with the samples that follow those passed over.
 
     Then one step alone is further from the step before it than its neighbours are.
     """

@@ -11,7 +11,7 @@ _AFTER = ("start", "rewind")
 """Events that stand at the step before the first one that they are about."""
 _ALERTS = {
     "skipped": ("A step was skipped", "WARN"),
-    "rewind": ("The loss leapt, and the run went back", "WARN"),
+    "rewind": ("The loss jumped, and the run went back", "WARN"),
     "stalled": ("The run has stalled", "ERROR"),
     "evaluation failed": ("An evaluation failed, and its numbers are missing", "WARN"),
     "failed": ("The run has failed", "ERROR"),

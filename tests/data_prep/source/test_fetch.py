@@ -245,5 +245,5 @@ def test_command_line(server, tmp_path):
     assert Path(done.stdout.strip()).read_bytes() == CONTENT
     failed = subprocess.run([*command, "hg99", "--out", tmp_path], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert failed.stderr.startswith("error: 'hg99' is no genome of the registry; known are ce11, dm6")
+    assert failed.stderr.startswith("error: 'hg99' is not a genome of the registry; known are ce11, dm6")
     assert failed.stderr.count("\n") == 1

@@ -134,7 +134,7 @@ def batches(side: str, folder: str) -> tuple[Any, list[str], dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["ps_fused", "ph_tied", "ps_unfused", "ps_mamba2_fused", "ph_mamba2_untied"])
+@pytest.mark.parametrize("name", NAMES)
 def test_padding_on_either_side_changes_nothing(name, side, tmp_path):
     golden = load_golden(name)
     folder = export(golden, tmp_path / "export")
