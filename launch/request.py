@@ -25,6 +25,23 @@ AS_IN_SBATCH = ("partition", "account", "qos", "constraint", "exclude", "reserva
 TEXTS = ("mem", "time", *AS_IN_SBATCH, "python")
 LISTS = {"setup": "LINE", "srun": "OPTION"}
 PAIRS = {"sbatch": "KEY=VALUE", "env": "NAME=VALUE"}
+_HELP = {
+    "nodes": "machines of the job",
+    "spare": "further nodes that the job holds idle, to replace one that fails",
+    "gpus_per_node": "GPUs of each node",
+    "tasks_per_node": "processes on each node; without it one per GPU, or one",
+    "cpus_per_task": "processors of each process",
+    "chain": "jobs submitted one after the other, where the cluster forbids requeueing",
+    "mem": "memory of each node, such as 200G; 0 is all of it",
+    "time": "time limit of one job, such as 24:00:00 or 2-0; 0 is none; the run goes on in further jobs",
+    "exclude": "nodes not to use, as in sbatch",
+    "python": "command that starts Python in the job, such as 'apptainer exec --nv image.sif python'",
+    "setup": "shell line before the processes start, such as 'module load cuda'; may be given several times",
+    "srun": "further option of srun; may be given several times",
+    "sbatch": "further option of sbatch; may be given several times",
+    "env": "environment variable of the processes; may be given several times",
+}
+"""What help says of the options; others are those of sbatch."""
 _ALTERNATIVES = (("mem", "mem-per-cpu", "mem-per-gpu"), ("cpus-per-task", "cpus-per-gpu"))
 """Options of sbatch that exclude each other."""
 _OPTIONS_OF_GPUS = ("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "gres")
@@ -271,11 +288,11 @@ def add_request_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--cluster", default=default, metavar="PRESET", help=presets)
     request = parser.add_argument_group("the request", "Each option overrides the preset's key of the same name.")
     for name in COUNTS:
-        request.add_argument(_option(name), type=int, metavar="N")
+        request.add_argument(_option(name), type=int, metavar="N", help=_HELP[name])
     for name in TEXTS:
-        request.add_argument(_option(name), metavar=name.upper())
+        request.add_argument(_option(name), metavar=name.upper(), help=_HELP.get(name, "as in sbatch"))
     for name, what in (LISTS | PAIRS).items():
-        request.add_argument(_option(name), action="append", metavar=what, help="may be given several times")
+        request.add_argument(_option(name), action="append", metavar=what, help=_HELP[name])
 
 
 def requested_job(arguments: argparse.Namespace) -> JobRequest:

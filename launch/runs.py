@@ -96,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     added["logs"].add_argument("-f", "--follow", action="store_true", help="show new lines, while the run is alive")
     added["resume"].add_argument("--nodes", type=int, metavar="M", help="on another number of nodes")
     settings = "keys to change, such as train.micro_batch=2"
-    added["resume"].add_argument("overrides", nargs="*", metavar="key.path=value", help=settings)
+    added["resume"].add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=settings)
     # argparse accepts the positional arguments of a subcommand only before its first option.
     arguments, further = parser.parse_known_args()
     if further and (arguments.action != "resume" or any(text.startswith("-") for text in further)):

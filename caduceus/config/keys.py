@@ -12,10 +12,10 @@ from caduceus.errors import UserError
 Fixes = Literal["order", "numbers", "rounding", "nothing"]
 
 FIXES: dict[Fixes, str] = {
-    "order": "which samples the run sees: a resumed run keeps it",
-    "numbers": "the run's values: a resumed run keeps it, unless `run.allow_change` names the key",
-    "rounding": "nothing but the last bits of the run's values: it may change at any start",
-    "nothing": "nothing of the run's values: it may change at any start",
+    "order": "which samples the run sees. A resumed run keeps it",
+    "numbers": "the numbers that the run computes. A resumed run keeps it, unless `run.allow_change` names the key",
+    "rounding": "only the last bits of these numbers. It may change at any start",
+    "nothing": "none of these numbers. It may change at any start",
 }
 """What a key fixes, in words."""
 

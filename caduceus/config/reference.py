@@ -14,9 +14,9 @@ from caduceus.config.run import KEYS, SECTIONS, Config
 _INTRODUCTION = """\
 # Configuration
 
-Every key of a run, with its default. Set them in a YAML file, or on the command line as `key.path=value`;
-`python -m caduceus.train --config NAME --show` prints what a run would get. What a key fixes decides whether a run may
-be resumed with another value:
+This page lists every key of a run, with its default and its meaning. Set keys in a YAML file, or on the command line as
+`key.path=value`; `python -m caduceus.train --config NAME --show` prints what a run would get. The column *fixes* says
+whether a run may be resumed with another value. A key fixes
 
 {fixes}
 

@@ -99,7 +99,7 @@ def _regions(source: Source, path: Path | None, split: str) -> _Regions:
         length = source.table.contig_lengths[number]
         if row.end > length:
             what = f"ends at {row.end:,}, beyond {row.contig} with {length:,} bases"
-            refuse_line(path, row.line, f"{what}; is it for another assembly?")
+            refuse_line(path, row.line, f"{what}; it may be for another assembly")
         by_contig.setdefault(number, []).append((row, weight))
     if not by_contig:
         raise UserError(

@@ -89,7 +89,9 @@ def _parser() -> Parser:
         help="a preset, or a YAML file; list shows the presets",
     )
     parser.add_argument("--show", action="store_true", help="print the configuration that results, and train nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that override those of the file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override those of the file"
+    )
     return parser
 
 

@@ -227,7 +227,10 @@ def test_what_cannot_be_is_refused_in_a_line(shards: Path, message: str) -> None
         ("c0 1 5", "column 4 must be a weight"),
         ("c0 1 5 1\nc0 4 9 1", r"weights\.bed:2: overlaps line 1"),
         ("chr0 1 5 1", r"names no contig of s, which has c0, c1, c2"),
-        ("c0 1 5 1\nc1 1 999 2", r"weights\.bed:2: ends at 999, beyond c1 with \d+ bases; is it for another assembly"),
+        (
+            "c0 1 5 1\nc1 1 999 2",
+            r"weights\.bed:2: ends at 999, beyond c1 with \d+ bases; it may be for another assembly",
+        ),
         (
             "".join(f"{contig} 0 {length} 0\n" for contig, length in CONTIGS.items()),
             "all bases of species 's' in the split 'train' have weight 0, so that none counts",

@@ -263,8 +263,8 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, small_shards: Pa
     good = ["embed", "--model", model, "--input", tmp_path / "good.csv", "--out", tmp_path / "out.npz"]
     for words, message in {
         ("--pool", "median"): "--pool: choose one of mean, max, centre, middle:BEFORE:AFTER, base, a place",
-        ("--pool", "middle:0:0"): "--pool: middle:0:0 has no base",
-        ("--pool", "4"): "0 has 4 bases and none at place 4",
+        ("--pool", "middle:0:0"): "--pool: middle:0:0 contains no base",
+        ("--pool", "4"): "0 has 4 bases, so it has no base 4",
         ("--layer", "3"): "--layer: the model has 0 (embedding) to 2 (final norm), got 3",
         ("--strands", "both"): "--strands: choose one of",
         ("--piece", "0"): "--piece: must be at least 1",

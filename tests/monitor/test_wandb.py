@@ -205,7 +205,7 @@ def test_environment_variables_hold_where_the_configuration_is_silent(
     assert {name: properties.get(name) for name in others.values()} == {name: f"of-{name}" for name in others.values()}
     assert list((tmp_path / "scratch" / "wandb").glob("run-*")) and not list((watched.path / "wandb").glob("run-*"))
     for variable in ("PROJECT", "TAGS", "DIR", *others):
-        assert f"wandb: WANDB_{variable} holds, as the configuration does not set it" in caplog.messages
+        assert f"wandb: WANDB_{variable} is used, as the configuration does not set this" in caplog.messages
     assert not any("WANDB_RUN_GROUP" in message for message in caplog.messages)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     Watched(tmp_path / "disabled").go_on(1, 2)
