@@ -219,7 +219,7 @@ def test_required_refuses_a_start_without_wandb(
     server.fail(fault)
     watched = Watched(tmp_path / "run", required=True)
     began = time.monotonic()
-    with pytest.raises(UserError, match=rf"wandb.required: .*({says}|W&B has not begun within 10 s)"):
+    with pytest.raises(UserError, match=rf"wandb.required: .*({says}|W&B did not start within 10 s)"):
         watched.go_on(1, 2)
     assert time.monotonic() - began < 15
     server.fail(None)
