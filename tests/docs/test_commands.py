@@ -102,5 +102,6 @@ def test_programs_and_files_that_commands_name_are_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]*)", page.read_text()):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?://)([^)#]*)", text) + re.findall(r'src="([^"]*)"', text):
         assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
