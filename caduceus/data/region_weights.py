@@ -10,7 +10,7 @@ import numpy as np
 
 from caduceus.bed import BedRow, read_bed
 from caduceus.data.crops import CropTable
-from caduceus.data.dataset import Dataset, Source
+from caduceus.data.split_sources import Source, SplitSources
 from caduceus.errors import UserError
 from caduceus.files import sha256_of
 from caduceus.tables import refuse_line
@@ -21,23 +21,27 @@ _Regions = dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class RegionWeights:
-    """Weights of the bases of crops, by where they lie. Attribute: `fingerprint` of the files, by species."""
+    """Weights of the bases of crops, by their places in the genome. Attribute: `fingerprint`, {species: sha256 of its
+    file}.
+    """
 
-    def __init__(self, dataset: Dataset, weights_bed: Any, elsewhere: float) -> None:
-        self._crops: CropTable = dataset.crops
+    def __init__(self, split_sources: SplitSources, weights_bed: Any, elsewhere: float) -> None:
+        self._crops: CropTable = split_sources.crops
         self._elsewhere = np.float32(elsewhere)
-        files = _files(weights_bed, [source.species for source in dataset.sources])
-        self._regions = [_regions(source, files.get(source.species), dataset.split) for source in dataset.sources]
-        for source, regions in zip(dataset.sources, self._regions, strict=True):
+        files = _files(weights_bed, [source.species for source in split_sources.sources])
+        self._regions = [
+            _regions(source, files.get(source.species), split_sources.split) for source in split_sources.sources
+        ]
+        for source, regions in zip(split_sources.sources, self._regions, strict=True):
             if regions and not any(_counts(window, regions, elsewhere) for window in source.table.rows):
                 raise UserError(
-                    f"data.weights_bed: all bases of species '{source.species}' in the split '{dataset.split}' have "
-                    "weight 0, so that none counts; choose a weight above 0 for some, or data.weights_elsewhere"
+                    f"data.weights_bed: all bases of species '{source.species}' in the split '{split_sources.split}' "
+                    "have weight 0, so that none counts; choose a weight above 0 for some, or data.weights_elsewhere"
                 )
         self.fingerprint = {species: sha256_of(path) for species, path in files.items()}
 
     def of(self, samples: np.ndarray) -> np.ndarray:
-        """Weights of samples (B,) SAMPLE_DTYPE, on the strands they show, (B, seq_len) float32."""
+        """Weights (B, seq_len) float32 of samples (B,) SAMPLE_DTYPE, along the strands that they show."""
         weights = np.ones((len(samples), self._crops.seq_len), np.float32)
         for row, sample in enumerate(samples):
             source = int(self._crops.source_of(sample["window"]))
@@ -95,7 +99,7 @@ def _regions(source: Source, path: Path | None, split: str) -> _Regions:
         length = source.table.contig_lengths[number]
         if row.end > length:
             what = f"ends at {row.end:,}, beyond {row.contig} with {length:,} bases"
-            refuse_line(path, row.line, f"{what}; is it for another assembly?")
+            refuse_line(path, row.line, f"{what}; it may be for another assembly")
         by_contig.setdefault(number, []).append((row, weight))
     if not by_contig:
         raise UserError(
@@ -125,7 +129,11 @@ def _sorted(path: Path, rows: list[tuple[BedRow, float]]) -> tuple[np.ndarray, n
     rows.sort(key=lambda pair: pair[0].start)
     for (before, _), (row, _) in itertools.pairwise(rows):
         if row.start < before.end:
-            refuse_line(path, row.line, f"overlaps line {before.line}; which of their weights is meant?")
+            refuse_line(
+                path,
+                row.line,
+                f"overlaps line {before.line}, so two weights are given for the same bases; let regions not overlap",
+            )
     starts, ends = (np.array([getattr(row, name) for row, _ in rows], np.int64) for name in ("start", "end"))
     return starts, ends, np.array([weight for _, weight in rows], np.float32)
 

@@ -1,4 +1,4 @@
-"""What is shown of a run while it trains, worked out from its rows and its directory."""
+"""The numbers that are shown about a run while it trains, computed from its rows and its directory."""
 
 import time
 from collections import deque
@@ -11,20 +11,20 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.rows import lines_from_end
 
 RECENT_STEPS = 50
-"""Steps over which rates, and the trend of the loss, are taken."""
+"""Number of steps over which rates, and the trend of the loss, are computed."""
 WARM_UP_STEPS = 2
-"""First steps of a start, which compile and warm up: rates leave them out as soon as there are others."""
+"""Number of first steps of a start, which compile and warm up: rates ignore them as soon as there are others."""
 _LOOK_SECONDS = 5.0
 BEST = "best_valid_loss"
-"""In a row of a validation: the least loss of a validation so far, of step `best_step`."""
+"""In a row of a validation: the smallest validation loss so far, that of step `best_step`."""
 
 
 class View:
-    """How a run stands. Rows of metrics.jsonl go in, in their order."""
+    """The state of a run, from rows of metrics.jsonl in their order."""
 
     @classmethod
     def of(cls, run: RunDirectory, name: str, config: Config) -> "View":
-        """The view of a run by its configuration."""
+        """The view of a run with this configuration."""
         stages = [(stage.config.train.steps, stage.bases_of_a_step) for stage in stages_of(config)]
         return cls(run, name, config.train.steps, config.valid.every, stages)
 
@@ -33,7 +33,7 @@ class View:
     ) -> None:
         self.name = name
         self._stages = stages
-        """(steps, bases of a step) of each stage of the run."""
+        """(steps, bases per step) of each stage of the run."""
         self.steps = steps
         self._run = run
         self._valid_every = valid_every
@@ -57,7 +57,7 @@ class View:
         self._steps_seen = 0
 
     def recall(self) -> int:
-        """Show what metrics.jsonl has, from its last rows alone; returns the byte up to which it was read."""
+        """Take in the last rows of metrics.jsonl. Returns the byte up to which it was read."""
         self.reset()
         newest = next(lines_from_end(self._run.metrics_path), None)
         if newest is None:
@@ -70,15 +70,15 @@ class View:
         return newest.end
 
     def begin_start(self) -> None:
-        """A start begins: its first steps are slow."""
+        """Note that a start begins: its first steps are slow."""
         self._steps_seen, self._before = 0, None
 
     def take(self, row: dict[str, Any], now: float | None = None) -> None:
-        """Take in a row; `now` is the monotonic time at which it was made, None where that is not known."""
+        """Take in a row; `now`: the monotonic time at which it was made, None where that is unknown."""
         if "valid_loss" in row:
             self._take_validation(row, now)
         if "evaluated" in row and now is not None and self._before is not None:
-            self._before = now  # evaluations count for no step, and no time left
+            self._before = now  # rows of evaluations change neither the step nor the time left
         if "loss" not in row:
             return
         self.row = row
@@ -105,7 +105,7 @@ class View:
             self._before = now
 
     def look(self) -> None:
-        """Look at the run directory, now and then."""
+        """Read the run directory, at most from time to time."""
         if time.monotonic() - self._looked < _LOOK_SECONDS and self._looked:
             return
         self._looked = time.monotonic()
@@ -124,13 +124,13 @@ class View:
 
     @property
     def loss(self) -> float | None:
-        """Mean over the recent steps."""
+        """Mean loss over the recent steps."""
         recent = list(self._losses)[-RECENT_STEPS:]
         return fmean(recent) if recent else None
 
     @property
     def trend(self) -> float | None:
-        """How far the mean loss of the recent steps is from that of as many before; None where there are too few."""
+        """The mean loss of the recent steps minus that of as many before them; None where there are too few."""
         losses = list(self._losses)
         half = len(losses) // 2
         return fmean(losses[half:]) - fmean(losses[:half]) if half >= 5 else None
@@ -141,12 +141,12 @@ class View:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median of the recent steps; None during the first ones of a start, which compile and fill caches."""
+        """Median of the recent steps; None during the first steps of a start, which compile and fill caches."""
         return median(self._seconds) if self._steps_seen > WARM_UP_STEPS else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last step, with the validations to come; None until it can be told."""
+        """Estimated seconds until the last step, with the validations to come; None where there is no estimate yet."""
         if self.seconds_per_step is None:
             return None
         left = self._steps_left * self.seconds_per_step
@@ -157,7 +157,7 @@ class View:
 
     @property
     def _steps_left(self) -> float:
-        """Steps to come, those of later stages as steps of this one: by their bases."""
+        """Remaining steps; steps of later stages are converted to steps of this one by their bases."""
         left, bases_now, end = 0, None, 0
         for steps, bases in self._stages:
             end += steps
@@ -169,7 +169,7 @@ class View:
 
 
 def clock(seconds: float) -> str:
-    """Such as 3 d 04:05 or 0:12:34."""
+    """Seconds as text, such as 3 d 04:05 or 0:12:34."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -1,4 +1,4 @@
-"""Genes of an annotation, GTF or GFF3, as rows of a BED file."""
+"""Reads the genes of an annotation (GTF or GFF3) as rows of a BED file."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from caduceus.errors import UserError
 from caduceus.tables import read_lines, refuse_line, whole_number
 
 _COLUMNS = 8
-"""Of a feature, before its attributes."""
+"""Columns of a feature before its attributes."""
 _OF_NO_GENE = {"region", "chromosome", "contig", "scaffold", "supercontig", "sequence_feature"}
 
 
@@ -25,11 +25,15 @@ def read_genes(path: Path) -> tuple[Bed, str]:
             continue
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) < _COLUMNS:
-            refuse_line(path, number, f"not a line of GTF or GFF3: {line[:60]!r}; it has tabs between nine columns")
+            refuse_line(
+                path, number, f"not a line of GTF or GFF3: {line[:60]!r}; a feature has nine columns, separated by tabs"
+            )
         contig, feature = fields[0], fields[2]
         start, end = (whole_number(fields[column], path, number, name) for column, name in ((3, "start"), (4, "end")))
         if not 1 <= start <= end:
-            refuse_line(path, number, f"start {start} and end {end}; starts count from 1, ends are included")
+            refuse_line(
+                path, number, f"start {start} and end {end} are impossible; starts count from 1, ends are included"
+            )
         row = BedRow(number, contig, start - 1, end, None)
         if feature == "gene":
             genes.append(row)

@@ -1,4 +1,6 @@
-"""Reads windows for `--homology`: the k-mers of what is held out, and what of train is near to it."""
+"""Reads windows for `--homology`: the k-mers of held-out windows, and the stretches of train that are near copies of
+them.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +22,16 @@ Window = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class KmerTask:
-    """Windows (contig, start, end) of one genome that a worker reads; without `held_out`, for their k-mers."""
+    """Windows (contig, start, end) of a genome for a worker to read; without `held_out`, it returns their k-mers."""
 
     species: int
     genome: Path
     cache_dir: Path | None
     windows: list[Window]
     held_out: Path | None = None
-    """A file of sorted hashes: they are too many to travel with each task."""
+    """A file of sorted hashes, which are too many to be sent with each task."""
     least: float = LEVELS[0]
-    """The share of k-mers from which a stretch is told."""
+    """The smallest share of k-mers for which a stretch is returned."""
 
 
 @dataclass
@@ -50,7 +52,7 @@ def sketch_held_out(species: list[tuple[SpeciesRequest, SpeciesPlan]], path: Pat
     tasks: list[KmerTask] = []
     for number, (request, plan) in enumerate(species):
         tasks += _tasks(number, request, _windows(plan, train=False))
-    with Progress("sketching what is held out", len(tasks), "parts") as progress:
+    with Progress("sketching held-out windows", len(tasks), "parts") as progress:
         sketches = [np.zeros(0, np.uint64)]
         for _, hashes in pool.run(_sketch, tasks):
             sketches.append(hashes)
@@ -74,7 +76,7 @@ def look_for_copies(
     with Progress("looking for near copies", len(tasks), "parts") as progress:
         for task, near in pool.run(_near, tasks):
             of_species = found[tasks[task].species]
-            assert of_species is not None, "tasks are of species that ask"
+            assert of_species is not None, "only species with --homology have tasks"
             for contig, stretches in near:
                 of_species.near.setdefault(contig, []).append(stretches)
             progress.add(1)
@@ -109,7 +111,7 @@ def _sketch(task: KmerTask) -> np.ndarray:
 
 def _near(task: KmerTask) -> list[tuple[str, np.ndarray]]:
     genome = reopen_genome(task.genome, task.cache_dir)
-    assert task.held_out is not None, "a task of train has what is held out"
+    assert task.held_out is not None, "a task on train has held-out hashes"
     held_out, found = np.load(task.held_out, mmap_mode="r"), []
     for contig, start, end in task.windows:
         stretches = near_stretches(np.frombuffer(genome.read(contig, start, end), np.uint8), held_out, task.least)

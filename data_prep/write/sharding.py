@@ -1,6 +1,7 @@
-"""Does the work of `shard_genome.py`: open and scan the genomes, plan every species, write what is missing, seal it.
+"""The work of `shard_genome.py`: open and scan the genomes, plan every species, write missing shards, finish with the
+manifest.
 
-Nothing is written, not even the directory, before all genomes have been read and planned without an error.
+Nothing is written, and no directory is made, before all genomes have been read and planned without an error.
 """
 
 import shutil
@@ -39,7 +40,7 @@ _SPARE_BYTES = 1 << 20
 
 @dataclass
 class SpeciesWork:
-    """One species on its way from its genome to its shards; `plan` is there once the genome has been scanned."""
+    """A species on its way from genome to shards; `plan` is None until the genome has been scanned."""
 
     request: SpeciesRequest
     genome: Genome
@@ -48,13 +49,15 @@ class SpeciesWork:
 
 
 def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: bool = False) -> dict[str, Any]:
-    """Shard species into `out` and return the dataset's manifest. What an earlier run finished is kept as it is.
+    """Shard species into `out` and return the dataset's manifest. What an earlier run finished is kept.
 
-    With `add`, species that `out` holds already stay beside the new ones.
+    With `add`, other species that `out` already holds stay.
     """
     names = [request.name for request in requests]
     if add and any(request.options.homology is not None for request in requests):
-        raise UserError("--homology: with --add, copies in the species that are there would be missed; make all anew")
+        raise UserError(
+            "--homology: with --add, copies in the existing species would be missed; make all species in one command"
+        )
     check_species(out, names, add)
     if add:
         refuse_unseen_copies(parts_of(out), names)
@@ -64,7 +67,7 @@ def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: b
         unfinished = [work for work in species if not work.directory.finished()]
         plan_species_of(unfinished, species, pool)
         require_space(out, unfinished)
-        with locked(out), pool.aborted_on_error():  # the processes end before the lock is gone
+        with locked(out), pool.aborted_on_error():  # the processes end before the lock is released
             check_species(out, names, add)
             write_species(unfinished, pool)
             for work in species:
@@ -82,7 +85,7 @@ def open_species(requests: list[SpeciesRequest], out: Path, pool: Workers) -> li
     identities = [identity(request, genomes[number]) for number, request in enumerate(requests)]
     together = fingerprint({"species": sorted(map(fingerprint, identities))})
     for request, one in zip(requests, identities, strict=True):
-        if request.options.homology is not None:  # what the others hold out decides what this one leaves out
+        if request.options.homology is not None:  # held-out windows of other species decide what this one leaves out
             one["plan"]["homology_over"] = together
     return [
         SpeciesWork(request, genomes[number], SpeciesDirectory(out, identities[number]))
@@ -91,9 +94,10 @@ def open_species(requests: list[SpeciesRequest], out: Path, pool: Workers) -> li
 
 
 def plan_species_of(species: list[SpeciesWork], all_species: list[SpeciesWork], pool: Workers) -> None:
-    """Scan the genomes and give every species its plan; of `all_species`, those made already are planned anew.
+    """Scan the genomes and give every species its plan.
 
-    A plan without near copies needs the held-out windows of all species, and so a first plan of each.
+    A plan without near copies needs the held-out windows of all species, and so a first plan of each; therefore those
+    of `all_species` that are finished are planned again as well.
     """
     by_homology = [work for work in species if work.request.options.homology is not None]
     wanted = all_species if by_homology else species
@@ -164,7 +168,7 @@ def require_space(out: Path, species: list[SpeciesWork]) -> None:
 
 
 def write_species(species: list[SpeciesWork], pool: Workers) -> None:
-    """Write the missing shards of every species; a species is sealed when its last shard is done."""
+    """Write the missing shards of every species; a species is finished when its last shard is done."""
     tasks: list[ShardTask] = []
     owners: list[int] = []
     finished: list[dict[str, dict[str, Any]]] = []
@@ -208,7 +212,7 @@ def species_part(work: SpeciesWork, shards: dict[str, dict[str, Any]]) -> dict[s
 
 
 def weight(request: SpeciesRequest, report: dict[str, Any]) -> float:
-    """The species' share in the mixture; a species without a train split counts by all it keeps."""
+    """The species' share in the mixture. For a species without a train split, all its kept bases count."""
     exponent = request.weight_exponent
     bases = report["splits"]["train"]["bases"] or report["kept"]
     return request.weight * (1.0 if exponent is None else float(bases) ** exponent)
@@ -216,7 +220,7 @@ def weight(request: SpeciesRequest, report: dict[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class ScanTask:
-    """Pieces (contig, start, end) of one genome that one worker scans in one go."""
+    """Pieces (contig, start, end) of a genome that a worker scans in one task."""
 
     species: int
     genome: Path
@@ -229,7 +233,7 @@ class ScanTask:
 
 
 def scan_tasks(species: int, request: SpeciesRequest, genome: Genome) -> Iterator[ScanTask]:
-    """Cut a genome into tasks of equal size: long contigs into pieces, short ones together."""
+    """Divide a genome into tasks of equal size: long contigs are cut into pieces, short ones are put together."""
     batch: list[tuple[str, int, int]] = []
     room = _SCAN_BASES
     for contig, length in genome.contigs.items():

@@ -268,7 +268,7 @@ def test_a_cancelled_job_is_told_by_type_in_old_histories_as_well(run, words, st
 
 def test_words_of_an_end_that_nobody_wrote_are_told(run):
     add_attempt(run, 0, "eaten", 0, 0)
-    with pytest.raises(UserError, match=r"attempts\.jsonl: no end is called 'eaten' here"):
+    with pytest.raises(UserError, match=r"attempts\.jsonl: this version knows no end called 'eaten'"):
         attempts(run)
 
 

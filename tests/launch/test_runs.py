@@ -87,7 +87,7 @@ def test_a_run_whose_job_is_gone_is_lost(run, steer, fake_slurm, monkeypatch, ca
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1e9))
     state = f"state       lost: job 12 {ended}; last sign of life: {last}"
     if holder:
-        state += f"; process {os.getpid()} of SLURM job 12 on {socket.gethostname()} lives on: end it, or resume"
+        state += f"; process {os.getpid()} of SLURM job 12 on {socket.gethostname()} still runs: end it, or resume"
         holder.release()
     assert f"{state}\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="neither runs nor waits; it is lost"):
@@ -166,7 +166,7 @@ def test_a_followed_log_of_a_run_that_never_starts_ends(run, steer, fake_slurm, 
     submitted(run)
     fake_slurm.answer("squeue", "echo '12|12_N/A|PENDING|Resources'")
     threading.Timer(1, lambda: fake_slurm.answer("squeue", NO_JOB)).start()
-    with pytest.raises(UserError, match="no such log; the run is new"):
+    with pytest.raises(UserError, match="there is no such log; the run is new"):
         steer("logs", "-f", str(run.path))
 
 

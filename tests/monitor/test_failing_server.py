@@ -112,9 +112,9 @@ FAULTS = [
     Fault("hang", answering("hang"), r"does not answer within 5 s"),
     Fault("refused", answering("refuse"), r"cannot be reached \(.*Connection refused"),
     Fault("reset", answering("reset"), r"breaks off its answer|[Cc]onnection reset"),
-    Fault("killed client", kill_clients, r"client was killed as it began|wandb-core exited"),
+    Fault("killed client", kill_clients, r"client was killed while it started|wandb-core exited"),
     Fault("full disk", full_disk, r"No space left"),
-    Fault("short key", short_key, r"the API key cannot be right", heals=False),
+    Fault("short key", short_key, r"the API key is not valid", heals=False),
     Fault("no key", no_key, r"not logged in", heals=False),
     Fault("oversized configuration", oversized, r"wandb\.notes.*: too long for W&B", heals=False),
 ]

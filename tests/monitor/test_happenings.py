@@ -12,7 +12,7 @@ from caduceus.run.events import record_event
     ("kind", "facts", "expected"),
     [
         ("skipped", {"loss": "nan", "grad_norm": "1.0"}, ("A step was skipped", "loss nan, grad norm 1.0", "WARN")),
-        ("rewind", {"after": 9}, ("The loss leapt, and the run went back", "from step 9", "WARN")),
+        ("rewind", {"after": 9}, ("The loss jumped, and the run went back", "from step 9", "WARN")),
         ("stalled", {"reason": "rank 1 waits"}, ("The run has stalled", "rank 1 waits", "ERROR")),
         ("failed", {"reason": "gave up"}, ("The run has failed", "gave up", "ERROR")),
         ("checkpoint", {"seconds": 1.5}, None),

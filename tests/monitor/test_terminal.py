@@ -101,7 +101,7 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(
 
     disabled.go_on(1, STEPS, between=hang_up)
     assert disabled.run.metrics()[-2]["step"] == STEPS
-    assert sum("the panel is not shown any more" in message for message in caplog.messages) == 1
+    assert sum("the panel cannot be shown any more" in message for message in caplog.messages) == 1
 
 
 def test_progress_elsewhere_is_plain_lines_and_quiet_is_quiet(

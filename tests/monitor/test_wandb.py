@@ -197,7 +197,7 @@ def test_environment_variables_hold_where_the_configuration_is_silent(
     assert {name: properties.get(name) for name in others.values()} == {name: f"of-{name}" for name in others.values()}
     assert list((tmp_path / "scratch" / "wandb").glob("run-*")) and not list((watched.path / "wandb").glob("run-*"))
     for variable in ("PROJECT", "TAGS", "DIR", *others):
-        assert f"wandb: WANDB_{variable} holds, as the configuration does not set it" in caplog.messages
+        assert f"wandb: WANDB_{variable} is used, as the configuration does not set this" in caplog.messages
     assert not any("WANDB_RUN_GROUP" in message for message in caplog.messages)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     Watched(tmp_path / "disabled").go_on(1, 2)
@@ -309,7 +309,7 @@ def test_the_id_and_how_often_rows_come_are_the_users_to_choose(server: WandbSer
     steps = [row["step"] for row in run.history]
     assert steps == [4, 8, 10, 12, 15, 16, 20, 24, 27]  # validations and the last of a start besides
     assert sent_rows(run) == [row for row in watched.rows() if row["step"] in steps]
-    with pytest.raises(UserError, match=r"wandb.id: at most 64 letters"):
+    with pytest.raises(UserError, match=r"wandb.id: give at most 64 letters"):
         Watched(tmp_path / "other", id="a/b")
 
 

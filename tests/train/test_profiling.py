@@ -41,7 +41,7 @@ def test_a_profile_that_cannot_be_kept_is_one_warning(small_run: SmallRun, caplo
     config.train.steps, config.run.allow_change = 3, ["train.steps"]
     assert train(config) == 0
     warnings = [record.message for record in caplog.records if record.message.startswith("monitor.profile")]
-    assert len(warnings) == 2 and "no profile was made" in warnings[0] and "name some after step 2" in warnings[1]
+    assert len(warnings) == 2 and "no profile was made" in warnings[0] and "give steps after 2" in warnings[1]
 
 
 def test_mistakes_are_told(small_run: SmallRun) -> None:

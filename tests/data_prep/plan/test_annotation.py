@@ -61,7 +61,7 @@ def test_what_is_no_annotation_of_the_genome_is_refused(shards, tmp_path: Path, 
 
 def test_regions_come_from_one_file(shards, tmp_path: Path) -> None:
     (tmp_path / "genes.gtf").write_text(GTF)
-    with pytest.raises(UserError, match="--around: --intervals says which regions are used"):
+    with pytest.raises(UserError, match="--around: --intervals decides which regions are used"):
         shards("--around", tmp_path / "genes.gtf", "--intervals", tmp_path / "genes.gtf")
     with pytest.raises(UserError, match=r"--flank: .*give it by --around"):
         shards("--flank", 60)
