@@ -2,11 +2,11 @@
 
     python benchmarks/opening.py [--shards 100000] [--species 100] [--ranks 8] [--by-indexes 2000]
 
-Shards of 100 windows of 2^20 bases, in a manifest with tables; tars are files of holes, so that their sizes are
-checked as in training. `--by-indexes`: shards of a smaller dataset that is opened by its tables and by its indexes, as
-version 1 of the format was. Each rank is a process. As in training, the first reads the manifest and sends it to the
-others; all open at once, and then locate the 10^10th sample and those that follow it. Memory is proportional (PSS):
-what processes share counts once.
+Shards have 100 windows of 2^20 bases, in a manifest with tables. Tars are files of holes, so that their sizes are
+checked as in training. `--by-indexes` is the number of shards of a smaller dataset, which is opened by its tables and
+by its indexes, as in version 1 of the format. Each rank is a process. As in training, the first rank reads the manifest
+and sends it to the others; all open at once, and then locate the 10^10th sample and those that follow it. Memory is
+proportional (PSS): what processes share counts once.
 """
 
 import argparse
@@ -98,9 +98,9 @@ def opened(directory: Path) -> dict[str, float]:
 
     import caduceus.data.genome as genome
     from caduceus.config import Config
-    from caduceus.data.dataset import open_dataset, read_manifests, using_manifests
     from caduceus.data.reading import SampleReader
     from caduceus.data.samples import TrainingOrder
+    from caduceus.data.split_sources import open_sources, read_manifests, using_manifests
     from caduceus.distributed.ranks import Ranks
 
     torch.distributed.init_process_group("gloo")
@@ -124,9 +124,9 @@ def opened(directory: Path) -> dict[str, float]:
     before, used, began = _private(), time.process_time(), time.perf_counter()
     manifests = ranks.broadcast(read_manifests(config.data) if ranks.is_main else {})
     with using_manifests(manifests):
-        dataset = open_dataset(config.data, "train")
-    order = TrainingOrder(dataset, config)
-    reader = SampleReader(dataset, config)
+        split_sources = open_sources(config.data, "train")
+    order = TrainingOrder(split_sources, config)
+    reader = SampleReader(split_sources, config)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     opens_of_start, memory = opens, _private() - before
     del reader

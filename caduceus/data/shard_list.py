@@ -1,4 +1,4 @@
-"""The shards of a dataset, made when they are asked for: of a hundred thousand, a process reads few at a time."""
+"""Lists of shards that make each `Shard` on access: of a hundred thousand, a process reads few at a time."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from caduceus.data.remote import join
 
 
 class ShardList(Sequence[Shard]):
-    """Shards of a species by their rows of the manifest, below `home`; fetched from `address`, where one is given."""
+    """Shards of a species from `entries`, rows of the manifest, below `home`; `address`: the server, if any."""
 
     def __init__(self, home: Path, address: str | None, species: str, entries: list[dict[str, Any]]) -> None:
         self._home = home

@@ -107,7 +107,8 @@ class BinnedTable:
                 continue
             if not 1 <= start < stop <= self._windows.contigs[contig] + 1:
                 raise UserError(
-                    f"{place}: ends beyond {contig} with {self._windows.contigs[contig]:,} bases; another assembly?"
+                    f"{place}: ends beyond {contig} with {self._windows.contigs[contig]:,} bases; it may be for "
+                    "another assembly"
                 )
             found.append((contig, start - 1, stop - 1, f"target-{shard[0]}-{index}", shard[1]))
         kept = [row for row in found if np.mean(self._windows.read(*row[:3]) == ord("N")) < _MOST_N]

@@ -1,4 +1,4 @@
-"""Tasks of suites that a model is fine-tuned for: each learning rate and batch of the protocol tried on validation."""
+"""Runs tasks of suites for which a model is fine-tuned; validation chooses learning rate and batch size."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +20,7 @@ from caduceus.evaluate.suite_data import TaskData
 def finetuned(
     runner: Runner, metric: str, data: TaskData, protocol: dict[str, Any], out: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The row of a task: what is best on validation, and where that lies under `out`."""
+    """The row of a task: the result that is best on validation, and its folder under `out`."""
     best, best_value, best_place = None, None, None
     base = FitOptions(epochs=protocol["epochs"], weight_decay=protocol["weight_decay"])
     for lr, batch in product(_listed(protocol["lr"]), _listed(protocol["batch_size"])):
@@ -56,7 +56,7 @@ def _mean(values: list[float | None]) -> float:
 
 
 def _interval(place: Path, result: dict[str, Any], metric: str) -> list[float]:
-    """95 % bootstrap interval over the test's sequences, of the model that was kept."""
+    """95 % bootstrap interval over the test's sequences, for the model that was kept."""
     task = Task.from_json(result["task"])
     if task.bin == 1:
         return list(bootstrap_interval(task, metric, *read_predictions(task, place / "predictions.tsv")))

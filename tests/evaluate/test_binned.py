@@ -154,7 +154,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     lines = coordinates.read_text().splitlines()
     for line, message in (
         ("1,chr1,x,33,train,0", "csv:2: start, stop and npy_idx must be whole numbers, got 'x'"),
-        ("1,chr1,1990,2030,train,0", "csv:2: ends beyond chr1 with 2,000 bases; another assembly?"),
+        ("1,chr1,1990,2030,train,0", "csv:2: ends beyond chr1 with 2,000 bases; it may be for another assembly"),
     ):
         coordinates.write_text("\n".join([lines[0], line]) + "\n")
         with pytest.raises(UserError, match=message):
