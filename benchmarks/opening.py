@@ -2,11 +2,11 @@
 
     python benchmarks/opening.py [--shards 100000] [--species 100] [--ranks 8] [--by-indexes 2000]
 
-Shards of 100 windows of 2^20 bases, in a manifest with tables; tars are files of holes, so that their sizes are
-checked as in training. `--by-indexes`: shards of a smaller dataset that is opened by its tables and by its indexes, as
-version 1 of the format was. Each rank is a process. As in training, the first reads the manifest and sends it to the
-others; all open at once, and then locate the 10^10th sample and those that follow it. Memory is proportional (PSS):
-what processes share counts once.
+Shards have 100 windows of 2^20 bases, in a manifest with tables. Tars are files of holes, so that their sizes are
+checked as in training. `--by-indexes` is the number of shards of a smaller dataset, which is opened by its tables and
+by its indexes, as in version 1 of the format. Each rank is a process. As in training, the first rank reads the manifest
+and sends it to the others; all open at once, and then locate the 10^10th sample and those that follow it. Memory is
+proportional (PSS): what processes share counts once.
 """
 
 import argparse

@@ -31,12 +31,14 @@ def run(tmp_path) -> RunDirectory:
     return run
 
 
-def test_the_table_of_runs_has_their_addresses_in_wandb(run):
+def test_the_address_of_a_run_in_wandb_is_told(run, steer, capsys):
     assert list_runs(run.path.parent).splitlines()[-1].endswith(" -")
     keep_identity(run.path, Identity("abc"))  # makes the folder
     keep_status(run.path, Status("online", 2, url="https://wandb.example/lab/genomes/runs/abc"))
     heads, *_, row = list_runs(run.path.parent).splitlines()
     assert heads.endswith("W&B") and row.endswith("https://wandb.example/lab/genomes/runs/abc")
+    steer("status", str(run.path))
+    assert "online, has step 2   https://wandb.example/lab/genomes/runs/abc" in capsys.readouterr().out
 
 
 def test_starts_by_hand_and_of_jobs_are_counted_and_told(run, steer, capsys):

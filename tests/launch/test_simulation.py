@@ -145,7 +145,7 @@ def test_auto_shares_a_sequence_further_where_it_would_not_fit() -> None:
 
 
 def test_auto_shares_a_sequence_further_where_it_would_be_computed_again() -> None:
-    """Of no more ranks than a node has, of no short slices, and only where nobody asked for less."""
+    """It takes no more ranks than a node has and no short slices, and only where nobody asked for less."""
     room = Room(80 * 10**9, 8)
     config = load_config("ph-1m", ["train.global_batch=8"])
     assert check_layout(config, 8, room) == Sharing(1, 4)

@@ -87,7 +87,7 @@ FAULTS = {
 }
 """Rank, owner and name of what fails there, what takes its place, and the message of that rank."""
 KINDS = {"the model's check": Kind.CRASH, "a worker": Kind.CRASH}
-"""Where that rank's failure is not its user's to mend."""
+"""The kinds of failures that the user cannot correct."""
 
 
 SAVED = "none"

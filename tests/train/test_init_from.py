@@ -114,7 +114,7 @@ def test_an_export_that_fails_costs_no_more_than_itself(small_run: SmallRun, cap
 def test_under_every_strategy_runs_begin_from_weights_and_export_as_one_process_does(
     small_shards: Path, tmp_path: Path
 ) -> None:
-    """Of the state after two steps, while the third is taken."""
+    """The export has the state after two steps, while the third step is taken."""
     single, *shared = [layout for layout in LAYOUTS if layout.world <= 2]
     begun = config_of(single, small_shards, tmp_path / "begun", steps=2)
     assert train(begun) == 0

@@ -66,7 +66,7 @@ def train_beside_one_whose_clock_is_wrong(rank: int, config: Config) -> tuple[Ki
 
 @pytest.mark.parametrize(("peak", "refused"), [(50, False), (70, True)])
 def test_memory_is_compared_with_what_a_rank_can_have_of_its_gpu(monkeypatch, peak: int, refused: bool) -> None:
-    """Of 80 GiB, 20 belong to others: to NCCL, the driver, another process."""
+    """The GPU has 80 GiB, of which 20 belong to others: NCCL, the driver, another process."""
     gib = 2**30
     stubs = {
         "mem_get_info": lambda device: (30 * gib, 80 * gib),

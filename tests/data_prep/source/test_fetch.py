@@ -156,7 +156,7 @@ def test_server_without_ranges(server, tmp_path):
     server.ranges = False
     server.cut_after = [150_000]
     assert fetch(server.url, tmp_path).read_bytes() == CONTENT
-    server.cut_after = [150_000] * 100  # never gets through, and must not try for ever
+    server.cut_after = [150_000] * 100  # never gets through, and must not try without end
     with pytest.raises(UserError, match="run the command again"):
         fetch(server.url.replace(NAME, "other.fa"), tmp_path)
 
