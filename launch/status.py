@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -43,6 +43,7 @@ class Overview:
     valid_loss: float | None
     tokens_per_second: float | None
     seconds_left: float | None
+    """The trainer's estimate, which counts validations."""
     checkpoint: int
     """Step of the newest checkpoint; 0 is none."""
     quiet_seconds: float | None
@@ -61,7 +62,7 @@ class Overview:
         return self.state in (RUNNING, STOPPING, WAITING)
 
 
-def live_jobs(run: RunDirectory) -> dict[str, JobState]:
+def live_jobs_of(run: RunDirectory) -> dict[str, JobState]:
     """The SLURM jobs of a run that wait or train.
 
     Raises `SilentError` where there may be such jobs and SLURM does not answer.
@@ -75,7 +76,7 @@ def slurm_jobs(run: RunDirectory) -> list[str]:
 
 
 @patient
-def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobState]] = live_jobs) -> Overview:
+def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobState]] = live_jobs_of) -> Overview:
     """The state of a run, also where SLURM has forgotten its jobs or does not answer."""
     recent, validations = run.newest_metrics("loss", _RECENT_ROWS), run.newest_metrics("valid_loss")
     steps, step = run.steps(), recent[-1]["step"] if recent else 0
@@ -89,7 +90,7 @@ def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobS
         loss=recent[-1]["loss"] if recent else None,
         valid_loss=validations[-1]["valid_loss"] if validations else None,
         tokens_per_second=median(row["tokens_per_second"] for row in recent) if recent else None,
-        seconds_left=_seconds_left(recent, steps) if recent else None,
+        seconds_left=recent[-1].get("seconds_left") if recent else None,
         checkpoint=newest_step(run),
         quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if recent or validations else None,
         attempts=attempts(run),
@@ -103,12 +104,6 @@ def _by_hand(run: RunDirectory) -> list[dict[str, Any]]:
     """
     starts, had_jobs = run.starts(), bool(attempts(run))
     return [start for start in starts if not start.get("in_job", had_jobs)]
-
-
-def _seconds_left(recent: Sequence[dict[str, Any]], steps: int) -> float:
-    """Seconds left as the trainer estimates them, with validations; in the first steps, by the steps alone."""
-    told = recent[-1].get("seconds_left")
-    return median(row["seconds"] for row in recent) * (steps - recent[-1]["step"]) if told is None else told
 
 
 def _state(
@@ -176,7 +171,7 @@ def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
     else:
         reason, told = history.Reason.LOST, _signs_of_life(run, last.job, state, submitted)
     with contextlib.suppress(OSError):  # a user who may only read
-        history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
+        history.record_attempt(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
     last.reason, last.error, last.step = reason, told, newest_step(run)
     return found
 

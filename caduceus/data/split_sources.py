@@ -232,7 +232,8 @@ def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache
         longest = int(source.table.rows["length"].max())
         return (
             f"data.seq_len: {data.seq_len} bases, but the longest window {where} has {longest}; choose a shorter "
-            "sequence, or, where its contigs are longer than that, shard with a longer --window"
+            "sequence, fill sequences with several windows by data.pack=true, or, where contigs are longer than that, "
+            "shard with a longer --window"
         )
     if not _has_a_crop(source.table, data):
         return f"data.min_acgt: no crop of {data.seq_len} bases {where} has {data.min_acgt:.0%} of ACGT; lower it"

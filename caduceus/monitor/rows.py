@@ -77,8 +77,7 @@ class Monitor:
         """Record a training row, and show progress from time to time."""
         if not self._active:
             return
-        left = self._view.seconds_left
-        self._record(row if left is None else {**row, "seconds_left": round(left)})
+        self._record(row)
         if row.get("skipped_steps", 0) > self._skipped:
             self._skipped = row["skipped_steps"]
             record_event(self._run.path, "skipped", row["step"], loss=str(row["loss"]), grad_norm=str(row["grad_norm"]))
@@ -149,13 +148,15 @@ class Monitor:
             return
         # JSON has no NaN.
         finite = {key: value if isinstance(value, str) or math.isfinite(value) else None for key, value in row.items()}
+        self._view.take(finite, time.monotonic())
+        if "loss" in row and (left := self._view.seconds_left) is not None:
+            finite["seconds_left"] = round(left)
         self._unwritten += (json.dumps(finite) + "\n").encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:  # a full disk: the next checkpoint ends the run, unless there is room again by then
             _log.warning("%s: %s; its last rows wait in memory", self._file.name, error.strerror)
-        self._view.take(finite, time.monotonic())
 
     def _has_lost_its_run(self) -> bool:
         """Whether another process took over the run while this one was frozen: then that process writes the rows."""

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from statistics import fmean, median
 from typing import Any
 
@@ -42,6 +43,7 @@ class View:
         """Step of the newest checkpoint; 0 is none."""
         self.checkpoint_time = 0.0
         self.starts = 0
+        self._trains_here = False
         self.reset()
 
     def reset(self) -> None:
@@ -53,6 +55,7 @@ class View:
         self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._rates: deque[float] = deque(maxlen=RECENT_STEPS)
         self._validation_seconds: deque[float] = deque(maxlen=5)
+        self._validated = 0
         self._before: float | None = None
         self._steps_seen = 0
 
@@ -70,11 +73,12 @@ class View:
         return newest.end
 
     def begin_start(self) -> None:
-        """Note that a start begins: its first steps are slow."""
-        self._steps_seen, self._before = 0, None
+        """Note that a start begins in this process: its first steps are slow."""
+        self._steps_seen, self._before, self._trains_here = 0, None, True
 
     def take(self, row: dict[str, Any], now: float | None = None) -> None:
-        """Take in a row; `now`: the monotonic time at which it was made, None where that is unknown."""
+        """Take in a row; `now`: the monotonic time at which this process made it, None where another one did."""
+        self._trains_here |= now is not None
         if "valid_loss" in row:
             self._take_validation(row, now)
         if "evaluated" in row and now is not None and self._before is not None:
@@ -94,6 +98,7 @@ class View:
         self._rates.append(row["tokens_per_second"])
 
     def _take_validation(self, row: dict[str, Any], now: float | None) -> None:
+        self._validated = row["step"]
         if row["valid_loss"] is not None:
             self.valid = (row["step"], row["valid_loss"])
             if self.best_valid is None or row["valid_loss"] < self.best_valid[1]:
@@ -146,14 +151,25 @@ class View:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds until the last step, with the validations to come; None where there is no estimate yet."""
+        """Estimated seconds until the last step, with the validations to come; None where there is no estimate yet.
+
+        Only the process that trains can tell steps from compilation and validations. Other processes read its rows.
+        """
+        if not self._trains_here:
+            return self.row.get("seconds_left")
         if self.seconds_per_step is None:
             return None
         left = self._steps_left * self.seconds_per_step
-        if self._validation_seconds and self._valid_every:
-            validations = self.steps // self._valid_every - self.step // self._valid_every
-            left += validations * fmean(self._validation_seconds)
+        if self._validation_seconds:
+            left += self._validations_left * fmean(self._validation_seconds)
         return left
+
+    @property
+    def _validations_left(self) -> int:
+        """Those to come: after the newest step, if it is due, every so often, and at the end of each stage."""
+        first, every = self.step + (self._validated == self.step), self._valid_every
+        ends = accumulate(steps for steps, _ in self._stages) if self._stages else [self.steps]
+        return self.steps // every - (first - 1) // every + sum(end >= first and end % every > 0 for end in ends)
 
     @property
     def _steps_left(self) -> float:

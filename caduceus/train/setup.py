@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,7 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
         resolved.decide("train.keep_states", config.train.keep_states, words, because)
     _tell_schedule(resolved, config, progress)
     check_gpu_memory(resolved.config, strategy)
+    gpus = _gpus(ranks)
     with ranks.agreeing(), run.telling_of_disks():
         if ranks.is_main:
             if config.train.stages:
@@ -215,7 +217,7 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
             run.keep_config(stage.run)
             write_atomically(run.resolved_path, resolved.to_yaml().encode())
             run.truncate_metrics(progress.step)
-            facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **_layout(config, ranks)}
+            facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **_layout(config, ranks, gpus)}
             if config.train.stages:
                 run.note_stage(stage.number, {**facts, "step": progress.steps_before})
             if started is not None:
@@ -223,16 +225,19 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
     return Setup(resolved.config, strategy, checkpoints, progress)
 
 
-def _layout(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """The size of the model and the machines of the run, as the main rank sees them. in_job: the launcher
-    started it.
-    """
-    on_gpu = ranks.device.type == "cuda"
+def _gpus(ranks: Ranks) -> dict[str, int]:
+    """The names of all ranks' GPUs, and how many ranks compute on one of that name."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+    return dict(Counter(filter(None, ranks.gather_objects(name))))
+
+
+def _layout(config: Config, ranks: Ranks, gpus: dict[str, int]) -> dict[str, Any]:
+    """The size of the model and the machines of the run. in_job: the launcher started it."""
     return {
         "parameters": parameter_count(config.model),
         "ranks": ranks.world,
         "nodes": ranks.world // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)),
-        "gpu": torch.cuda.get_device_name(ranks.device) if on_gpu else None,
+        "gpus": gpus,
         "in_job": "SUBMITIT_EXECUTOR" in os.environ,
         "strands": ranks.strands,
         "context": ranks.context,

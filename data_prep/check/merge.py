@@ -15,7 +15,9 @@ from data_prep.write.directory import (
     damaged_shards,
     locked,
     part_identity,
+    parts_of,
     read_part,
+    refuse_unseen_copies,
     shard_rows,
     write_manifest,
 )
@@ -29,13 +31,17 @@ def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
     Raises `UserError` for a species that `out` holds in another version.
     """
     origins: dict[str, Path] = {}
-    for source in sources:
-        for part in load_manifest(source)["species"]:
+    datasets = [load_manifest(source)["species"] for source in sources]
+    for source, parts in zip(sources, datasets, strict=True):
+        for part in parts:
             folder = source / part["name"]
             other = origins.setdefault(part["name"], folder)
             _require_equal(part, other)
             _require_whole(part, folder)
     check_species(out, list(origins), add)
+    beside = [part for part in parts_of(out) if part["name"] not in origins]
+    for parts in (*datasets, beside):
+        refuse_unseen_copies(parts, [*origins, *(part["name"] for part in beside)])
     for name in origins:
         if (out / name / "species.json").exists():
             _require_equal(read_part(origins[name] / "species.json"), out / name)

@@ -3,7 +3,7 @@
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,22 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
         )
 
 
+def refuse_unseen_copies(parts: list[dict[str, Any]], names: Iterable[str]) -> None:
+    """Refuse species beside those of a dataset that `--homology` made: it looked for near copies among those."""
+    others = sorted(set(names) - {part["name"] for part in parts})
+    made = [part["name"] for part in parts if "homology_over" in part.get("plan", {})]
+    if others and made:
+        raise UserError(
+            f"species {made[0]}: --homology looked for near copies among the species of its command, of which "
+            f"{others[0]} is none; make all of them in one command"
+        )
+
+
+def parts_of(directory: Path) -> list[dict[str, Any]]:
+    """The finished species of a directory."""
+    return [read_part(part) for part in sorted(directory.glob("*/species.json"))]
+
+
 @patient
 def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
     """Write tables, `report.html` and, last, `manifest.json` over all finished species of a directory.
@@ -237,7 +253,7 @@ def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
     Existing tables that fit are kept, unless `anew`.
     """
     path = directory / "manifest.json"
-    parts = [read_part(part) for part in sorted(directory.glob("*/species.json"))]
+    parts = parts_of(directory)
     manifest = build_manifest(parts)
     before: dict[str, Any] = {}
     with suppress(OSError, ValueError):

@@ -23,7 +23,15 @@ from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_s
 from data_prep.progress import Progress
 from data_prep.workers import Workers
 from data_prep.write.copies import Found, look_for_copies, sketch_held_out
-from data_prep.write.directory import SpeciesDirectory, check_species, locked, refuse_if_locked, write_manifest
+from data_prep.write.directory import (
+    SpeciesDirectory,
+    check_species,
+    locked,
+    parts_of,
+    refuse_if_locked,
+    refuse_unseen_copies,
+    write_manifest,
+)
 from data_prep.write.shard_writer import ShardTask, reopen_genome, shard_tasks, write_shard
 
 _SCAN_BASES = 1 << 24
@@ -51,6 +59,8 @@ def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: b
             "--homology: with --add, copies in the existing species would be missed; make all species in one command"
         )
     check_species(out, names, add)
+    if add:
+        refuse_unseen_copies(parts_of(out), names)
     refuse_if_locked(out)
     with Workers(workers) as pool:
         species = open_species(requests, out, pool)

@@ -194,6 +194,7 @@ def test_trouble_at_both_starts_and_in_mid_run_costs_no_loss_and_no_row(
         assert trouble_told(caplog, fault), warnings_of(caplog)
         warnings = warnings_of(caplog)
         assert all("\n" not in warning for warning in warnings)
+        assert fault.brings is no_key or not any("not logged in" in warning for warning in warnings)
         assert fault.brings is oversized or all("launch/runs.py sync" in warning for warning in warnings)
         assert "wandb" not in capfd.readouterr().err  # what the client prints is not for the user
         fault.brings(world, False)

@@ -232,7 +232,8 @@ def test_time_left_counts_the_bases_of_later_stages(whole: Config) -> None:
     values["train"] |= {"stages": [SHORT, long], "steps": 7}
     view = View.of(run, "run", config_from_dict(values))
     for step in range(1, 4):
-        view.take({"step": step, "stage": 1, "loss": 1.0, "seconds": 2.0, "tokens_per_second": 256.0})
+        row = {"step": step, "stage": 1, "loss": 1.0, "seconds": 2.0, "tokens_per_second": 256.0}
+        view.take(row, now=2.0 * step)
     assert view.seconds_left == pytest.approx((1 + 3 * 4) * 2.0)  # a step of the second has four times the bases
 
 

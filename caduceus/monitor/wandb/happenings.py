@@ -47,6 +47,7 @@ class Happenings:
                 row["events/checkpoint_seconds"] = event.get("seconds", 0)
             elif event["event"] == "start":
                 row["events/start"] = event.get("number", 1)
+                row |= {"events/requeues": event["requeues"]} if "requeues" in event else {}
             elif event["event"] == "rewind":
                 row["events/rewind_from"] = event.get("after", event["step"])
         return row

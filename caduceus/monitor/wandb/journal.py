@@ -9,6 +9,7 @@ from typing import Any
 
 from caduceus.files import append_json_line
 from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
+from caduceus.monitor.wandb.identity import directory
 from caduceus.run.directory import RunDirectory
 from caduceus.run.rows import Line, cut_after, lines_from_end
 
@@ -16,6 +17,15 @@ _SURE = 100
 """After so many consecutive steps that equal the sent ones bit for bit, no earlier step was made again."""
 _HELD = 20_000
 """Largest number of steps in memory; others are read from the file when needed."""
+
+
+def sent_path(run: Path) -> Path:
+    return directory(run) / "sent.jsonl"
+
+
+def never_sent(run: Path) -> bool:
+    """Whether nothing of a run directory was ever given to W&B's client."""
+    return next(lines_from_end(sent_path(run)), None) is None
 
 
 class StaleError(Exception):

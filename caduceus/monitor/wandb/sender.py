@@ -28,7 +28,7 @@ from caduceus.monitor.wandb.facts import facts_of, fitting
 from caduceus.monitor.wandb.happenings import Happenings
 from caduceus.monitor.wandb.history import is_for_wandb
 from caduceus.monitor.wandb.identity import Status, directory, identity, keep_status, keep_url, renewed
-from caduceus.monitor.wandb.journal import Journal, StaleError, is_whole, newest_step, send
+from caduceus.monitor.wandb.journal import Journal, StaleError, is_whole, never_sent, newest_step, send, sent_path
 from caduceus.monitor.wandb.place import Place, place_of
 from caduceus.monitor.wandb.server import Server, ServerTroubleError
 from caduceus.run.directory import RunDirectory
@@ -127,16 +127,19 @@ class Sender:
             offline.drop_steps_after(folder, which.id, newest_step(self._run))
             self._back_to = None
             last = offline.last_step(folder, which.id)
-        journal = Journal(directory(self._run.path) / "sent.jsonl", last or 0)
-        begun = self._begin(mode, which.id)
+        journal = Journal(sent_path(self._run.path), last or 0)
+        chosen = server is not None and which.id == self._config.wandb.id and which.url is None
+        is_anothers = chosen and bool(last) and never_sent(self._run.path)
+        begun = None if is_anothers else self._begin(mode, which.id)
         if begun is None:  # the W&B run of this id cannot be brought up to metrics.jsonl
             which = renewed(self._run.path)
             undone = "holds undone steps, which this server cannot remove"
             why = "was deleted" if self._back_to is None else undone
+            why = "has the steps of another run" if is_anothers else why
             text = f"wandb: run {which.former[-1]} {why}; the run goes on as {which.id}, from its first step"
             self.tell("warning", text)
             self._back_to = None
-            journal = Journal(directory(self._run.path) / "sent.jsonl", 0)
+            journal = Journal(sent_path(self._run.path), 0)
             begun = session.Session(self._run.path, place, which.id, mode, self._facts(), self._trainer)
         if self._back_to is not None:
             journal.drop_after(self._back_to)

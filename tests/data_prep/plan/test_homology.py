@@ -125,6 +125,16 @@ def test_train_has_no_near_copy_of_what_any_species_holds_out(relatives: Path) -
         shard(*options, "--out", out, "--homology", 0.6)
     with pytest.raises(UserError, match="--homology: with --add"):
         shard(*options, "--out", out, "--homology", 0.5, "--add")
+    shard("--fasta", relatives / "b.fa", "--species", "c", "--out", relatives / "c", "--workers", 1)
+    for words in (
+        ["--merge", out, relatives / "c", "--out", relatives / "new"],
+        ["--merge", relatives / "c", "--out", out, "--add"],
+        ["--fasta", relatives / "b.fa", "--species", "c", "--out", out, "--add"],
+    ):
+        with pytest.raises(UserError, match=r"species a: --homology looked .* of its command, of which c is none"):
+            shard(*words)
+    shard("--merge", out, "--out", relatives / "again")
+    assert load_manifest(relatives / "again") == load_manifest(out)
     with pytest.raises(UserError, match="--homology: nothing is held out"):
         shard("--fasta", relatives / "b.fa", "--species", "b", "--out", relatives / "new", "--homology", 0.5)
     with pytest.raises(UserError, match="--homology: must be above 0 and at most 1"):
