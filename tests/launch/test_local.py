@@ -11,7 +11,6 @@ import pytest
 from caduceus.run.directory import RunDirectory
 from launch.history import attempts
 from launch.status import overview
-from tests import preloaded
 from tests.conftest import REPOSITORY
 from tests.slurm.small_runs import PATIENCE, command, held, process_of, wait_until_training, write_config
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 def start(directory: Path, config: Path) -> subprocess.Popen:
     line = [sys.executable, str(REPOSITORY / "launch" / "slurm.py"), "--config", str(config), "--cluster", "local"]
-    return preloaded.Popen(
+    return subprocess.Popen(
         [*line, "--tasks-per-node", "2", "run.dir=run"],
         cwd=directory,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -16,7 +16,6 @@ import pytest
 
 from caduceus.run.directory import RunDirectory
 from launch.history import Attempt, attempts
-from tests import preloaded
 from tests.conftest import REPOSITORY
 from tests.slurm.cluster import Cluster
 
@@ -63,7 +62,7 @@ def command(script: str, directory: Path, *arguments: object, **environment: str
     """Run launch/SCRIPT.py in a directory."""
     line = [sys.executable, str(REPOSITORY / "launch" / f"{script}.py"), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return preloaded.run(line, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(line, cwd=directory, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def launch(directory: Path, *arguments: object) -> subprocess.CompletedProcess:

@@ -1,19 +1,18 @@
 """What a process of training on a CPU really holds, against what is counted and said."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import preloaded
-
 SCRIPT = Path(__file__).parent / "resident.py"
 
 
 def trained(mode: str, free: int = 0) -> dict[str, Any]:
-    run = preloaded.run([sys.executable, str(SCRIPT), mode, str(free)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, str(SCRIPT), mode, str(free)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
