@@ -66,14 +66,14 @@ class Captured(Strategy):
         self._gradients: Tensor | None = None
         self._parts: list[tuple[nn.Parameter, Tensor]] = []
 
-    def replay(self, arguments: Arguments, weight: float, observed: bool) -> Passed:
+    def replay(self, arguments: Arguments, weight: Tensor, observed: bool) -> Passed:
         """Both passes over a micro-batch, whose gradients are added to those that are there.
 
         `arguments`: of the model. `weight`: that of the labels of the whole global batch. `observed`: an observer looks
         at the forward pass. The first call for arguments of a kind records them.
         """
         kind = (observed, *(_kind_of(leaf) for leaf in tree_leaves(arguments)))
-        self._weight.fill_(weight)
+        self._weight.copy_(weight)
         if kind not in self._recordings:
             self._recordings[kind] = self._record(arguments, observed)
         recording = self._recordings[kind]

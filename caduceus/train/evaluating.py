@@ -49,6 +49,10 @@ class Evaluations:
     stop: StopRequest
     watchdog: Watchdog
 
+    def are_due(self, step: int) -> bool:
+        """Whether there are some to run after a step."""
+        return any(step % one.every == 0 for one in self.found)
+
     def after(self, strategy: Strategy, step: int) -> Row:
         """Run those that are due after a step; their numbers as metrics.jsonl names them, the same on all ranks."""
         due = [one for one in self.found if step % one.every == 0]

@@ -15,33 +15,44 @@ from caduceus.distributed.strategy import Strategy
 from caduceus.model.precision import autocast
 from caduceus.run.directory import RunDirectory
 from caduceus.train.guards import report_skipped_step
-from caduceus.train.metrics import StepClock, measurements
+from caduceus.train.handover import Handover
+from caduceus.train.metrics import Measured, StepClock
 from caduceus.train.progress import Progress
 from caduceus.train.vitals import Vitals
 
 
 def training_step(
-    config: Config, strategy: Strategy, loader: TrainLoader, batches: Iterator[Batch], progress: Progress
+    config: Config,
+    strategy: Strategy,
+    loader: TrainLoader,
+    batches: Iterator[Batch],
+    progress: Progress,
+    handover: Handover | None = None,
 ) -> dict[str, Any]:
     """Take the next global batch and update the parameters; advances `progress` and returns the metrics row.
+
+    With a `handover`, that of the step before, what was measured comes into the row by the exchange of the next step.
 
     Every base has the same say however the global batch is cut into ranks and micro-batches: the loss is the sum over
     them divided by the number of labelled bases (or sum of weights) of the whole global batch. A step whose loss or
     gradient is not finite, or whose loss leapt, consumes its samples and updates nothing: loss and norm are global, so
-    all ranks see the same.
+    all ranks see the same. Besides what passes and clipping exchange, ranks add up the labels' weights, for which no
+    host waits, and meet once, before the update.
     """
+    alone, handover = handover is None, handover or Handover()
     ranks, vitals = strategy.ranks, Vitals(config, strategy, progress.step + 1)
     clock = StepClock(ranks.device)
     bases = loader.global_batch * config.data.seq_len
-    micro_batches, weight = _take(ranks, loader, batches, clock)
+    micro_batches, weight, failure = _take(ranks, loader, batches, clock, handover)
     shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
     parts = [torch.stack(shares).sum()[None], sums_by_species(loader, micro_batches, sums).flatten()]
-    totals = ranks.sum(torch.cat(parts))
-    clock.lap("communication")
-    lr = progress.learning_rate(config.train)
     vitals.before_update()
     norm = strategy.clip(config.train.clip_norm)
-    loss, *by_species, grad_norm = torch.cat([totals, norm.detach().to(totals)[None]]).tolist()
+    clock.lap("optimizer")
+    rows = handover.meet(ranks, torch.cat([*parts, norm.detach().to(parts[0])[None]]), failure)
+    clock.lap("communication")
+    loss, *by_species = rows[:, :-1].sum(0).tolist()
+    lr, grad_norm = progress.learning_rate(config.train), rows[0, -1].item()
     updating = progress.health.may_update(loss, grad_norm, config.train)
     if updating:
         strategy.step(lr)
@@ -56,7 +67,7 @@ def training_step(
         reason = "the loss leapt" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
         logs = RunDirectory(config.run.dir).logs_path
         report_skipped_step(logs, ranks.rank, loader, progress.step, reason, suspects)
-    return {
+    row = {
         "step": progress.step,
         **of_stage(config, progress),
         "samples": progress.samples,
@@ -66,8 +77,11 @@ def training_step(
         "lr": lr,
         "grad_norm": grad_norm,
         "skipped_steps": progress.health.skipped_steps,
-        **measurements(config, ranks, loader, clock, vitals, bases),
     }
+    handover.leave(row, Measured(config, ranks, loader, clock, vitals, bases))
+    if alone:
+        handover.settle(ranks)
+    return row
 
 
 def of_stage(config: Config, progress: Progress) -> dict[str, int]:
@@ -75,23 +89,39 @@ def of_stage(config: Config, progress: Progress) -> dict[str, int]:
     return {"stage": progress.stage} if config.train.stages else {}
 
 
-def _take(ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: StepClock) -> tuple[list[Batch], float]:
-    """This rank's micro-batches, and the weight of the labels of all ranks; where it fails on one, all raise."""
+def _take(
+    ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: StepClock, handover: Handover
+) -> tuple[list[Batch], torch.Tensor, Exception | None]:
+    """This rank's micro-batches, the weight of the labels of all ranks, and why they are not what they should be.
+
+    A rank that cannot read goes through the passes with what it has, for the others would wait for it there: all end
+    when they meet. In the first step, when it has nothing, they meet at once.
+    """
     micro_batches, failure = [], None
-    weight = torch.zeros(1, dtype=torch.float64)
+    weight = torch.zeros((), dtype=torch.float64)
     try:
         micro_batches = [next(batches) for _ in range(loader.per_step)]
-        weight = torch.stack([batch.label_weight() for batch in micro_batches]).sum()[None] / ranks.strands  # all have
+        weight = torch.stack([batch.label_weight() for batch in micro_batches]).sum() / ranks.strands  # all have them
     except Exception as error:
         failure = error
     clock.lap("data")
-    weights = ranks.gather_or_raise(weight, failure)
+    if handover.spare is None:
+        ranks.raise_together(failure)
+    if failure is not None:
+        micro_batches = [handover.spare] * loader.per_step
+    handover.spare = micro_batches[0]
+    weight = ranks.sum(weight.to(ranks.device, non_blocking=True))
     clock.lap("communication")
-    return micro_batches, weights.sum().item() or 1.0
+    return micro_batches, torch.where(weight > 0, weight, 1.0), failure
 
 
 def _pass_through(
-    config: Config, strategy: Strategy, micro_batches: list[Batch], weight: float, clock: StepClock, vitals: Vitals
+    config: Config,
+    strategy: Strategy,
+    micro_batches: list[Batch],
+    weight: torch.Tensor,
+    clock: StepClock,
+    vitals: Vitals,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Forward and backward passes; of each micro-batch its share of the loss, and (2, B) losses and weights."""
     shares, sums = [], []
@@ -107,7 +137,7 @@ def _pass_through(
             with autocast(strategy.ranks.device, config.train.precision), vitals.observing(number):
                 positional, named = batch.arguments()
                 output = strategy.model(*positional, **named)
-            share = output.loss_sum.sum() / output.loss_sum.new_full((), weight)  # as a graph divides, to the same bits
+            share = output.loss_sum.sum() / weight.to(output.loss_sum.dtype)  # as a graph divides, to the same bits
             clock.lap("forward")
             with clock.watching(strategy.model):
                 strategy.backward(share)
