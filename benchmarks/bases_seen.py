@@ -1,11 +1,11 @@
-"""Which share of a genome an epoch sees, whole crops against packed ones and shifted tilings, by contigs alone.
+"""Which share of a genome an epoch sees: with whole crops, packed, and with shifted tilings, from contig lengths alone.
 
     python benchmarks/bases_seen.py [--sizes NAME=FILE …] [--train FASTA --steps 60]
 
-A genome is its contigs' lengths, of which shards hold windows of at most 1,048,576 bases; contigs below 1,024 are left
-out. `--sizes` adds one, of a table of names and lengths (a .fai or chrom.sizes). hg38 is its 24 chromosomes, runs
-of N included as if they were bases. With `--train`, contigs of 5 to 30 kb are cut from
-a genome, and a small model learns from them at 32,768 bases, of which none has a whole crop.
+A genome stands for the lengths of its contigs. Shards hold windows of at most 1,048,576 bases; contigs below 1,024 are
+left out. `--sizes` adds a genome from a table of names and lengths (a .fai or chrom.sizes). hg38 is its 24 chromosomes;
+runs of N count as bases. With `--train`, a genome is cut into contigs of 5 to 30 kb, and a small model learns from them
+at 32,768 bases, at which no contig has a whole crop.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def windows_of(lengths: np.ndarray) -> WindowTable:
     windows["length"] = windows["acgt"] = of_contigs[:, 1] - of_contigs[:, 0]
     windows["shard"] = np.arange(len(windows)) // WINDOWS_OF_A_SHARD
     shards = [Shard(f"{number}.tar", 0, "") for number in range(int(windows["shard"][-1]) + 1)]
-    return WindowTable("s", ("c",), shards, Windows(windows, np.zeros(0, WINDOW_RUN_DTYPE)))
+    return WindowTable("s", ("c",), (int(ends[-1]),), shards, Windows(windows, np.zeros(0, WINDOW_RUN_DTYPE)))
 
 
 def shifted(crops: CropTable, window_count: int) -> tuple[int, int]:

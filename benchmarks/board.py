@@ -2,8 +2,8 @@
 
     python benchmarks/board.py SHARDS RECIPE [--target 1.27] [--steps 400] [--seeds 3] [key.path=value …]
 
-A recipe is the demo's model and data with other keys of `train.`; all take as many bases a step. A run takes `--steps`
-steps, validates every 20th of them, and counts to the first validation at or below the target.
+A recipe is the demo's model and data with other keys of `train.`. All recipes take the same number of bases per step. A
+run takes `--steps` steps and validates every 20th of them. It counts to the first validation at or below the target.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What a checkpoint costs the first rank beside its own files: plans and results of all ranks that write.
+"""What a checkpoint costs the first rank besides its own files: the plans and results of all ranks that write.
 
     python benchmarks/checkpoint_ranks.py [--config ps-131k] [--ranks 64 512]
 
-Processor time in one process, which plays the first rank: unpickling what the others plan to write, the common plan,
-pickling it for them, and unpickling what they have written. It holds Python's lock, so training waits meanwhile.
-Written by `all` ranks, each of which plans a whole copy, by those of one `copy` that 8 ranks share, or by `one`.
+The times are processor time in one process, which plays the first rank: it unpickles what the others plan to write,
+makes the common plan, pickles it for them, and unpickles what they have written. This holds Python's lock, so training
+waits meanwhile. The writers are `all` ranks (each plans a whole copy), the ranks of one `copy` that 8 share, or `one`.
 """
 
 import argparse

@@ -3,17 +3,17 @@
     python benchmarks/checkpointing.py [--d-model 256] [--n-layer 4] [--seq-len 256] [--every 10] [--turns 8]
         [--interval 500] [--device cpu]
 
-One model is trained in one process, in turns of one save and the `every` steps until the next, without saves as well;
-the fastest turn of each counts. A save is one of the trainer's own: model and AdamW's moments to disk, sha256, marker,
-rename. On a CPU, all is done with a processor for each thread of training, and with one processor left free.
+One process trains one model in turns. A turn is one save and the `every` steps until the next one; other turns have no
+save. The fastest turn of each kind counts. A save is one of the trainer's own: model and AdamW's moments to disk,
+sha256, marker, rename. On a CPU there are two passes: with all processors for training, and with one left free.
 
 - `loop waits`: how long the call that saves holds up the loop.
-- `adds`: what a turn with a save takes longer than one without, the waits included.
-- `of step time`: that, against the steps of a turn (measured), and against `interval` steps, as a run would have
-  between its checkpoints (by division, as long as a save is over before the next one).
+- `adds`: how much longer a turn with a save takes than one without, waits included.
+- `of step time`: this time as a share of the steps of a turn (measured), and of `interval` steps, as a run would have
+  between its checkpoints (by division; true as long as a save is over before the next one).
 
-The second table is processor time of the parts of one save, in whichever thread: the copy to host memory, for which the
-loop waits either way, the files, and sha256 and fsync of them.
+The second table is the processor time of the parts of one save, in all threads: the copy to host memory, for which the
+loop always waits, the files, and their sha256 and fsync.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python benchmarks/collectives.py
 
-Of a Caduceus-PS whose every parameter 16 ranks can divide, in fp32, with two micro-batches a step. DDP and FSDP are one
-rank of 16 in torch's fake process group, DeepSpeed is two real ranks over gloo. Exchanges of 400 bytes or fewer, by
-which ranks agree, are left out. ZeRO 1 and 2 gather the parameters that decay and the others each by itself, which the
-formula takes together; ZeRO 3 keeps small parameters gathered, and the last block between its passes, so that the
-formula is an upper bound there.
+The model is a Caduceus-PS in fp32 with two micro-batches a step; 16 ranks can divide each of its parameters. DDP and
+FSDP are one rank of 16 in torch's fake process group, DeepSpeed is two real ranks over gloo. Exchanges of 400 bytes or
+fewer, with which ranks agree, are left out. ZeRO 1 and 2 gather the parameters with weight decay and the others
+separately; the formula takes them together. ZeRO 3 keeps small parameters gathered, and the last block between its
+passes, so the formula is an upper bound there.
 """
 
 import datetime

@@ -2,15 +2,17 @@
 
     python benchmarks/context.py [--seq-len 65536] [--d-model 64] [--n-layer 2] [--ranks 1 2 4] [--repeats 5]
 
-Every rank computes on one thread, so as many ranks as there are cores can be faster than one; the best of the repeats
-counts, by the slowest rank. A rank passes over its slice once more each way, for the state and the adjoint to pass on.
+Every rank computes on one thread, so as many ranks as there are cores can be faster than one. The best of the repeats
+counts, by the slowest rank. A rank passes over its slice once more in each direction, to find the state and the adjoint
+that it passes on.
 
 Bytes are what a rank puts into collectives in one pass, counted where they are called. By the formula, a layer of
-Caduceus-PS takes 4 runs (two streams in two directions) of 4 bytes each for B · E · (N + 1) numbers of the scan and
-B · E · (K - 1) of the convolution; on the way back B · E · N, and for each of the R ranks B · E · (K - 1).
+Caduceus-PS takes 4 runs (two streams in two directions) of 4 bytes each for B · E · (N + 1) numbers of the scan and B ·
+E · (K - 1) of the convolution. The backward pass takes B · E · N, and for each of the R ranks B · E · (K - 1).
 
 In the last row of the table two ranks have one strand each of the whole sequence (`parallel.strands`), instead of both
-strands of half of it. They exchange the logits of the labelled bases, 16 numbers each, and nothing on the way back.
+strands of half of it. They exchange the logits of the labelled bases, 16 numbers each, and nothing in the backward
+pass.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Which share of an assembly's bases `--contigs auto` keeps, over the ways in which assemblies name their contigs.
+"""Which share of an assembly's bases `--contigs auto` keeps, for the ways in which assemblies name their contigs.
 
     python benchmarks/contig_names.py [FILE|FOLDER …]
 
-Made assemblies in the naming styles of the public archives, with contigs as long as real ones; then the assemblies of
-the files given, or found in the folders given: FASTA, .2bit, or tables of contig and length (.chrom.sizes, .fai).
+First come invented assemblies in the naming styles of the public archives, with contigs as long as real ones. Then come
+the assemblies of the given files, or of the files in the given folders: FASTA, .2bit, or tables of contig and length
+(.chrom.sizes, .fai).
 """
 
 import argparse

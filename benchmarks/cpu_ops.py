@@ -2,10 +2,11 @@
 
     python benchmarks/cpu_ops.py [--length 4096] [--peer-length 256] [--channels 512] [--states 16] [--seconds 10]
 
-One sequence in fp32, with skip, gate and dt bias. All run in turns in one process and the best time of each counts. The
-slow ones take a shorter sequence; longer ones do not raise their rate (the backward pass of a time loop in autograd
-takes time quadratic in the length). Peers, where installed: the scan of transformers' Mamba in plain PyTorch, and
-the same with mambapy's parallel scan: `pip install -e '.[hub,dev]'` brings both, and `make bench` installs them.
+One sequence in fp32, with skip, gate and dt bias. All run in turns in one process, and the best time of each counts.
+The slow implementations take a shorter sequence; a longer one does not raise their rate (the backward pass of a time
+loop in autograd takes time quadratic in the length). The peers, if they are installed, are the scan of transformers'
+Mamba in plain PyTorch, and the same with mambapy's parallel scan. `pip install -e '.[hub,dev]'` installs both, as does
+`make bench`.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python benchmarks/cpu_step.py [--d-model 128] [--n-layer 4] [--seq-len 256] [--batch 1] [--threads N] [--repeats 3]
 
 All have the same width, depth, states and batch, and run in turns in one process. Without CUDA kernels, transformers'
-Mamba takes a time loop in plain PyTorch, or mambapy's parallel scan where that is installed and asked for. It is
-uni-directional: one scan per token and layer, where Caduceus-Ph runs two (directions) and Caduceus-PS four (directions
-of both strands). The table has the ratio of the steps as they are, and of the time per scan.
+Mamba takes a time loop in plain PyTorch, or mambapy's parallel scan if it is installed and asked for. It is
+uni-directional: one scan per token and layer. Caduceus-Ph runs two (directions), and Caduceus-PS four (directions of
+both strands). The table has the ratio of the steps, and of the time per scan.
 """
 
 import argparse

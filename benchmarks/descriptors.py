@@ -1,10 +1,10 @@
-"""Open files that a rank takes for its groups, counted on ranks of this machine; and what hundreds of ranks need by it.
+"""Open files that a rank takes for its groups: counted on ranks of this machine, and computed for hundreds of ranks.
 
     python benchmarks/descriptors.py [--ranks 4 8]
 
-Counted are the groups that a training makes of all ranks besides the first one: for slow work, and, as under FSDP over
-all ranks, of those that write a checkpoint; once all have exchanged in each. "Lazily" is with TORCH_GLOO_LAZY_INIT=1,
-which a rank sets where its limit may not be raised.
+It counts the groups that a training makes of all ranks besides the first one: for slow work, and for the ranks that
+write a checkpoint (FSDP over all ranks). It counts after all ranks have exchanged something in each group. "Lazily" is
+with TORCH_GLOO_LAZY_INIT=1, which a rank sets if it may not raise its limit.
 """
 
 import argparse

@@ -2,13 +2,13 @@
 
     python benchmarks/distributed_table.py [--shards DIR] [--only NAME …] [--steps 30]
 
-A small Caduceus-PS trains on real shards (of a random genome, where no --shards are given) with one and with two
-micro-batches a step. Differences are relative, the largest over all steps; those of gradients are over all parameters
-in the first step, the norm of the difference to that of the gradient. Memory is that of tensors between steps, per
-rank, of a wider model; of that model as well is what a rank gives to collectives in a step, counted, and by
-`caduceus.distributed.costs` (of ZeRO 3 an upper bound, without what ranks agree on). Times are those of this machine,
-whose cores the ranks share. Where a difference is larger than it may be, a line below the table says so, and the exit
-status is 1.
+A small Caduceus-PS trains on real shards (without --shards: of a random genome), with one and with two micro-batches a
+step. Differences are relative, the largest over all steps. Those of gradients are over all parameters in the first
+step: the norm of the difference divided by the norm of the gradient. Memory is that of tensors between steps, per rank,
+for a wider model. What a rank gives to collectives in a step is that model's too: counted, and by
+`caduceus.distributed.costs` (for ZeRO 3 an upper bound, without what ranks agree on). Times are those of this machine,
+whose cores the ranks share. If a difference is larger than allowed, a line below the table says so, and the exit status
+is 1.
 """
 
 import argparse

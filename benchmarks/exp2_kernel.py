@@ -1,4 +1,4 @@
-"""exp2 as fast as the chip does it: little memory, REPEATS exps per element."""
+"""A kernel that computes exp2 as fast as the chip can: little memory, REPEATS exponentials per element."""
 
 import triton
 import triton.language as tl

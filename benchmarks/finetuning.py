@@ -2,9 +2,9 @@
 
 python benchmarks/finetuning.py --benchmarks DIR --genomes FASTA … --fly FASTA --mavenn DIR --work DIR [--steps 800]
 
---benchmarks has gue_TASK/train.csv.gz, dev and test, and genomic_benchmarks/drosophila_enhancers_stark; --genomes are
-what one small model is pre-trained on; --fly is chromosome 4 of dm6; --mavenn the folder mavenn/examples/datasets of
-the PyPI package mavenn. Everything is kept in --work, and the same command goes on after a kill.
+--benchmarks has gue_TASK/train.csv.gz, dev and test, and genomic_benchmarks/drosophila_enhancers_stark. --genomes are
+the genomes on which one small model is pre-trained. --fly is chromosome 4 of dm6. --mavenn is the folder
+mavenn/examples/datasets of the PyPI package mavenn. --work keeps everything; after a kill the same command goes on.
 """
 
 import argparse

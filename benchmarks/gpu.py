@@ -1,4 +1,4 @@
-"""What the benchmarks for GPUs share. To be imported before `caduceus`, whose imports load Triton.
+"""What the benchmarks for GPUs share. Import it before `caduceus`, whose imports load Triton.
 
 Without a GPU, Triton's kernels run in its interpreter, which is chosen when Triton is loaded.
 """

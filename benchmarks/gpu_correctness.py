@@ -1,12 +1,12 @@
-"""Whether the Triton kernels are right on the GPU that is here; exits with status 1 where they are not.
+"""Checks that the Triton kernels are right on this machine's GPU; exits with status 1 if they are not.
 
     python benchmarks/gpu_correctness.py [--only ops golden bits far] [--device cuda]
 
 ops: every op with all gradients against its definition in fp64, in three types, over odd shapes, packed, padded,
-reversed, sliced, with and without what is optional; and the same bits twice. golden: the nine golden files, outputs and
-gradients of the published implementation, in fp32 and under bf16 autocast. bits: a whole training step and the scan
-twice at the published size. far: tensors of more than 2^31 elements, whose offsets do not fit in 32 bits. Needs the
-repository, for its golden files. `--device cpu` runs all but `far` in Triton's interpreter, at toy sizes.
+reversed, sliced, with and without what is optional; and the same bits twice. golden: the golden files, which are
+outputs and gradients of the published implementation, in fp32 and under bf16 autocast. bits: a whole training step and
+the scan twice at the published size. far: tensors of more than 2^31 elements, whose offsets do not fit in 32 bits. It
+needs the repository, for its golden files. `--device cpu` runs all but `far` in Triton's interpreter, at toy sizes.
 """
 
 import datetime

@@ -3,20 +3,23 @@
     python benchmarks/gpu_step.py
         [--lengths 1024 32768 131072 1048576] [--models ph ps] [--repeats 5]
 
-What is timed is the trainer's own `training_step`, with clipping, schedule, guards and the row that is logged, on
-batches that are there already; bf16 autocast, fp32 parameters and states, AdamW, as many sequences as 131,072 tokens
-hold, at least one; without `train.cuda_graphs`, and with. Prints the device; on a GPU, whether the kernels are right
-(all of gpu_correctness.py but its giant tensors; where they are not, it ends there with status 1); the ceilings (copy,
-exp2, bf16 products, measured in this run); and one row per model and length: tokens/s, peak memory, blocks recomputed
-(whole + only what feeds the scan, as `train.activation_checkpointing: auto` takes), share of the roofline, tokens/s
-with graphs, and the published structure on the same card, clipped as ours, with its blocks recomputed where it does not
-fit without.
+It times the trainer's own `training_step`, with clipping, schedule, guards and the row that is logged, on batches that
+are already there: bf16 autocast, fp32 parameters and states, AdamW, as many sequences as 131,072 tokens hold (at least
+one), without and with `train.cuda_graphs`. It prints
 
-The peer is the structure alone (published_structure.py). Its norm and residual add are not fused, its mixer is not the
-one fused function that recomputes convolution and step sizes, and nothing of it is compiled: `times` and its lack of
-memory are better for us than against the published package. Where mamba_ssm is missing it runs on our own kernels, and
-the row says nothing of the published speed.
-Without a GPU it says so and exits with status 0. `--device cpu` runs the program itself, on sizes to be given.
+- the device, and on a GPU whether the kernels are right (all of gpu_correctness.py except its giant tensors; if they
+  are not, it ends there with status 1);
+- the ceilings, measured in this run: copy, exp2, bf16 products;
+- one row per model and length: tokens/s, peak memory, blocks recomputed (whole + only what feeds the scan, as
+  `train.activation_checkpointing: auto` takes), share of the roofline, tokens/s with graphs, and the published
+  structure on the same card, clipped in the same way, with its blocks recomputed if it does not fit otherwise.
+
+The peer is only the structure (published_structure.py). Its norm and residual add are not fused, its mixer is not the
+one fused function that recomputes convolution and step sizes, and nothing of it is compiled. So `times` and its memory
+look better for this package than they would against the published package. Without mamba_ssm the peer runs on this
+package's own kernels, and the row says nothing about the published speed.
+
+Without a GPU it says so and exits with status 0. `--device cpu` runs the program itself, at sizes that you give.
 """
 
 import argparse

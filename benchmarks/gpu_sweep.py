@@ -1,15 +1,16 @@
-"""Finds the tile sizes with which the Triton kernels are fastest on the GPU that is here.
+"""Finds the tile sizes with which the Triton kernels are fastest on this machine's GPU.
 
     python benchmarks/gpu_sweep.py [--ops scan convolution loss] [--channels 512] [--length 131072] [--batch 1]
         [--streams 1] [--states 16] [--repeats 5] [--minutes 8]
 
-Forward and backward of each op in bf16, both directions. One constant of the package after the other takes its values,
-the others being the best so far; every result is compared with that of the constants as they are, and one that differs
-never is the best. Prints as it goes; --minutes, shared among the ops, or Ctrl-C end it with what has
-been found. The constants stay as they
-are: what is better is to be written into caduceus/ops/triton by hand. More than one stage can move a loop's loads ahead
-of its own stores, which a comparison may miss: take it for kernels whose loops only read. Without a GPU it says so;
-`--device cpu` runs the sweep itself in Triton's interpreter, on sizes to be given.
+It runs forward and backward of each op in bf16, in both directions. It tries the values of one constant of the package
+after the other, with the best ones so far for the others. Every result is compared with that of the present constants,
+and one that differs is never the best. It prints as it goes. After --minutes, which the ops share, or on Ctrl-C, it
+ends with what it has found. It does not change the constants: write what is better into caduceus/ops/triton by hand.
+
+More than one stage can move a loop's loads before its own stores, which a comparison may miss: use it only for kernels
+whose loops only read. Without a GPU it says so; `--device cpu` runs the sweep in Triton's interpreter, at sizes that
+you give.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""How far dB and dC of the scan are from fp64, by each way of summing over channels, side by side.
+"""How far dB and dC of the scan are from fp64, for each way of summing over channels, side by side.
 
     python benchmarks/gradient_errors.py [--device cpu] [--channels 512] [--length 16] [--states 4]
 
-Operands are rounded to the type of a row, and the definition in fp64 is computed of the same. The gradients are those
-that the kernels leave, rounded to their type. Errors are relative to the root mean square of the gradient: rms,
-largest, and bias, the mean of the error times the sign of the gradient. Kept states are those of `train.keep_states`;
-`as rounded` is fp64 rounded to the row's type, which no way can be nearer than.
+Operands are rounded to the type of a row, and the definition is computed in fp64 from the same operands. The gradients
+are those that the kernels write, rounded to their type. Errors are relative to the root mean square of the gradient:
+rms, largest, and bias (the mean of the error times the sign of the gradient). Kept states are those of
+`train.keep_states`. `as rounded` is fp64 rounded to the row's type; no way of summing can be nearer.
 
-On `--device cpu` Triton interprets the kernels, and multiplies as tensor cores do (tests/ops/interpreted/conftest.py):
-operands truncated to TF32, and in place of the assembly of sums in a warp its arithmetic. Roundings to bf16 are
-truncations there, which a GPU's are not.
+With `--device cpu` Triton interprets the kernels, and multiplies as tensor cores do
+(tests/ops/interpreted/conftest.py): operands are truncated to TF32, and arithmetic takes the place of the assembly of
+sums in a warp. Roundings to bf16 are truncations there, unlike on a GPU.
 """
 
 import datetime

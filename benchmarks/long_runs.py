@@ -1,10 +1,10 @@
-"""What starting and looking at a run of a million steps costs, and a list of ten thousand runs.
+"""What it costs to start and to look at a run of a million steps, and to list ten thousand runs.
 
     python benchmarks/long_runs.py [--steps 1000000] [--runs 10000]
 
-Rows are as training writes them, at random values; a checkpoint stands 100 steps before the newest row, as after a
-kill. Each line is a process of its own: seconds by the clock and of the processor, bytes that it read, and the most
-memory that it held, less what it held before.
+Rows are as training writes them, with random values. A checkpoint is 100 steps before the newest row, as after a kill.
+Each line is a process of its own: seconds by the clock and of the processor, bytes that it read, and the most memory
+that it held, minus what it held before.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""The name of the machine that a benchmark ran on."""
 
 import platform
 from pathlib import Path

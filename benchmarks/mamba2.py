@@ -2,8 +2,8 @@
 
     python benchmarks/mamba2.py [--length 1024]
 
-All in one run, turn about, a whole step (forward, backward) of a uni-directional model of two layers, as `transformers`
-has no other; its Mamba2 runs by torch where there is no GPU.
+All run in turns in one process. A step is forward and backward of a uni-directional model of two layers, because
+`transformers` has no other; without a GPU its Mamba2 runs in plain torch.
 """
 
 import argparse

@@ -3,13 +3,14 @@
     python benchmarks/memory.py [--d-model 256] [--layers 16] [--lengths 32768 131072 1048576] [--gib 80]
         [--cpu-layers 4] [--cpu-length 2048]
 
-Counted: the real model and the launch code of the Triton backend run, forward and backward, on fake tensors, as for an
-H100 under bf16 autocast. It is the most bytes of tensors that live at a time, so with the gradients and the scratch
-memory of the block that the backward pass is in, plus weights and AdamW's moments. Measured, where there is a GPU: the
-most that torch's allocator held in such a step. On the CPU smaller steps of the `cpu` backend in fp32 are counted in
-the same way, on real tensors, and measured as resident memory: VmHWM in a process of its own, less what it had before.
-`states kept` is `train.keep_states: all`. `scan` recomputes what feeds the scan in all blocks, `block` all of them
-whole, `auto` as little as fits into --gib, on the CPU into half of what they take when nothing is recomputed.
+Counted: the real model and the launch code of the Triton backend run forward and backward on fake tensors, as for an
+H100 under bf16 autocast. The count is the most bytes of tensors that live at one time, so it includes the gradients and
+the scratch memory of the block in whose backward pass it is, plus weights and AdamW's moments. Measured, if there is a
+GPU: the most that torch's allocator held in such a step. On the CPU smaller steps of the `cpu` backend in fp32 are
+counted in the same way, on real tensors, and measured as resident memory: VmHWM in a process of its own, minus what it
+held before. `states kept` is `train.keep_states: all`. `scan` recomputes what feeds the scan in all blocks, `block`
+recomputes all blocks, and `auto` as little as fits into --gib, or on the CPU into half of what they take when nothing
+is recomputed.
 """
 
 import argparse

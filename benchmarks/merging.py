@@ -1,11 +1,11 @@
-"""What it costs to bring many species together in one dataset, of which only the metadata is made.
+"""What it costs to merge many species into one dataset, of which only the metadata is made.
 
     python benchmarks/merging.py [--species 250 500 1000] [--shards 100]
 
-Each species has so many shards of 100 windows of 2^20 bases: indexes as they are in training, tars of holes; all have
-the same, linked. Measured in seconds of a processor is what the last job of launch/shard.py does with species that are
-finished: look at all of their indexes, move them into the dataset, and make tables, report and manifest; then the
-reading of that manifest.
+Each species has this many shards of 100 windows of 2^20 bases. The indexes are as in training, the tars are files of
+holes, and all species have the same ones, linked. The times are processor seconds of what the last job of
+launch/shard.py does with finished species: it looks at all of their indexes, moves them into the dataset, and makes
+tables, report and manifest. Then the manifest is read.
 """
 
 import argparse

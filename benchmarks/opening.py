@@ -2,10 +2,11 @@
 
     python benchmarks/opening.py [--shards 100000] [--species 100] [--ranks 8] [--by-indexes 2000]
 
-Shards of 100 windows of 2^20 bases, in a manifest with tables; tars are files of holes, so that their sizes are
-checked as in training. `--by-indexes`: shards of a smaller dataset that is opened by its tables and by its indexes, as
-version 1 of the format was. Each rank is a process; all open at once, and then locate the 10^10th sample and those that
-follow it. Memory is proportional (PSS): what processes share counts once.
+Shards have 100 windows of 2^20 bases, in a manifest with tables. Tars are files of holes, so that their sizes are
+checked as in training. `--by-indexes` is the number of shards of a smaller dataset, which is opened by its tables and
+by its indexes, as in version 1 of the format. Each rank is a process. As in training, the first rank reads the manifest
+and sends it to the others; all open at once, and then locate the 10^10th sample and those that follow it. Memory is
+proportional (PSS): what processes share counts once.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -74,7 +76,11 @@ def main() -> None:
 def show(directory: Path, shards: int, ranks: int, by: str) -> None:
     """Open a dataset with so many ranks at once, and print a line."""
     command = [sys.executable, __file__, "--rank", str(directory)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(ranks)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+    places = [{**os.environ, **meeting, "RANK": str(rank), "OMP_NUM_THREADS": "1"} for rank in range(ranks)]
+    processes = [subprocess.Popen(command, env=place, stdout=subprocess.PIPE, text=True) for place in places]
     found = [json.loads(process.communicate()[0]) for process in processes]
     most = {key: max(rank[key] for rank in found) for key in found[0]}
     total = {key: sum(rank[key] for rank in found) for key in found[0]}
@@ -88,12 +94,17 @@ def show(directory: Path, shards: int, ranks: int, by: str) -> None:
 
 def opened(directory: Path) -> dict[str, float]:
     """What one rank does at its start, and then for samples; opens are counted by an audit hook."""
+    import torch
+
     import caduceus.data.genome as genome
     from caduceus.config import Config
-    from caduceus.data.dataset import open_dataset
     from caduceus.data.reading import SampleReader
     from caduceus.data.samples import TrainingOrder
+    from caduceus.data.split_sources import open_sources, read_manifests, using_manifests
+    from caduceus.distributed.ranks import Ranks
 
+    torch.distributed.init_process_group("gloo")
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 1, torch.device("cpu"))
     config = Config()
     config.data.path, config.data.seq_len, config.data.strands = str(directory), SEQ_LEN, "both"
     opens, stats, stat = 0, 0, os.stat
@@ -109,10 +120,13 @@ def opened(directory: Path) -> dict[str, float]:
 
     sys.addaudithook(count)
     genome.os.stat = counted
+    ranks.broadcast(None)  # all have imported what they need
     before, used, began = _private(), time.process_time(), time.perf_counter()
-    dataset = open_dataset(config.data, "train")
-    order = TrainingOrder(dataset, config)
-    reader = SampleReader(dataset, config)
+    manifests = ranks.broadcast(read_manifests(config.data) if ranks.is_main else {})
+    with using_manifests(manifests):
+        split_sources = open_sources(config.data, "train")
+    order = TrainingOrder(split_sources, config)
+    reader = SampleReader(split_sources, config)
     seconds, used = time.perf_counter() - began, time.process_time() - used
     opens_of_start, memory = opens, _private() - before
     del reader

@@ -3,7 +3,7 @@
     python benchmarks/pieces.py [--bases 262144] [--pieces 4096 10007 65536] [--d-model 32] [--layers 2]
         [--kinds 'Ph, mamba' 'PS, mamba' 'Ph, mamba2' 'PS, mamba2']
 
-Weights are random. Memory is resident memory at its peak (VmHWM) in a process of its own, less what it held before.
+Weights are random. Memory is resident memory at its peak (VmHWM) in a process of its own, minus what it held before.
 Differences are relative to the largest value of the one pass.
 """
 

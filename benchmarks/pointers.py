@@ -1,4 +1,4 @@
-"""Which tensor an instruction of a compiled Triton kernel reads or writes: arguments followed through registers."""
+"""Which tensor an instruction of a compiled Triton kernel reads or writes: follows arguments through registers."""
 
 import re
 from collections.abc import Sequence

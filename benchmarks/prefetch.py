@@ -1,10 +1,10 @@
-"""How long training waits for remote shards whose server takes its time, with `shuffle_block` and a bounded cache.
+"""How long training waits for remote shards whose server is slow, with `shuffle_block` and a bounded cache.
 
     python benchmarks/prefetch.py [--latency 1] [--shards 24] [--block 2] [--seconds-per-shard 0.7] [--workers 0]
 
-A server of this process answers each tar after `--latency` seconds. Steps are as long as it takes to spend
-`--seconds-per-shard` on a shard's crops, as a model would, and one epoch is read. Printed are the seconds that steps
-waited for their batch beyond the first, which nothing can be fetched before. The cache holds four blocks.
+A server in this process answers each tar after `--latency` seconds. The steps spend `--seconds-per-shard` on a shard's
+crops, as a model would, and one epoch is read. It prints the seconds for which steps waited for their batch, without
+the first step, before which nothing can be fetched. The cache holds four blocks.
 """
 
 import argparse

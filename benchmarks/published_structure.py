@@ -1,10 +1,11 @@
 """The structure of the published Caduceus as a peer: two Mambas per block, the second on a flipped copy.
 
 Caduceus-PS runs both again on the reverse complement, with positions and channels flipped. The scan and the convolution
-come from a backend of `caduceus.ops`: mamba_ssm where it is installed, else the same kernels as our own model, so that
-what differs is the structure. Parameter count and arithmetic are the published ones; it is a load, not a checkpoint.
-It is not the published package: that one fuses the residual add with the norm, and runs a whole Mamba as one function
-which recomputes the convolution and the step sizes on the way back; here autograd keeps all of it.
+come from a backend of `caduceus.ops`: mamba_ssm if it is installed, otherwise the same kernels as this package's own
+model, so that only the structure differs. Parameter count and arithmetic are the published ones; it is a load for
+timing, not a checkpoint. It is not the published package: that one fuses the residual add with the norm, and runs a
+whole Mamba as one function, which recomputes the convolution and the step sizes in the backward pass. Here autograd
+keeps all of it.
 """
 
 import torch

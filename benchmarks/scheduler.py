@@ -1,10 +1,10 @@
 """A model of one of a multiprocessor's instruction schedulers over loops of machine code: what latency costs.
 
-Each cycle it issues the next instruction of one resident warp whose registers have arrived and whose pipe is free; a
-warp issues in order and goes on past a load until something needs what it loads. Arithmetic has its fixed latency, a
-load that of the level of memory that holds its tensor: CYCLES are assumed, the same for all cards. NOT in the model:
-queues before DRAM and L2, misses where a hit is assumed, bank conflicts and the instruction cache. It tells kernels
-apart; 30 % is what its times may be wrong by.
+In each cycle it issues the next instruction of one resident warp whose registers have arrived and whose pipe is free. A
+warp issues in order, and goes on past a load until something needs what it loads. Arithmetic has its fixed latency; a
+load has the latency of the level of memory that holds its tensor. CYCLES are assumed, the same for all cards. The model
+does NOT have: queues before DRAM and L2, misses where a hit is assumed, bank conflicts and the instruction cache. It
+can compare kernels; its times may be wrong by 30 %.
 """
 
 import random

@@ -2,9 +2,9 @@
 
     python benchmarks/sharding.py [--scale 0.1] [--workers 1 2] [--species 500] [--dir DIR]
 
-A synthetic genome with hg38's contig lengths times `--scale` (1 is 3.1 Gbp and needs some 25 GB of disk), soft-masked
-and with gaps, is sharded on both strands by each number of workers. Then the same tars are written again by `cat` and
-by a bare Python tarfile writer, synced as the shards are. Last, a dataset of many small species.
+A synthetic genome with hg38's contig lengths times `--scale` (1 is 3.1 Gbp and needs about 25 GB of disk), soft-masked
+and with gaps, is sharded on both strands by each number of workers. Then `cat` and a bare Python tarfile writer write
+the same tars again, and sync them as the shards are synced. Last comes a dataset of many small species.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Steps of some models on 1 to 64 nodes of eight H100, as they are simulated: a table for each, and a plot of all.
+"""Simulated steps of some models on 1 to 64 nodes of eight H100: a table for each, and a plot of all.
 
     python benchmarks/simulation.py [--plot FILE.png] [--only NAME …]
 
-Times are those of the model behind `launch/slurm.py --simulate`; none is measured.
+The times are those of the model behind `launch/slurm.py --simulate`; none is measured.
 """
 
 import argparse

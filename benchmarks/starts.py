@@ -1,12 +1,12 @@
-"""What ranks read at a start, and how long it takes them to the first step.
+"""What ranks read at a start, and how long they take to the first step.
 
     python benchmarks/starts.py [--ranks 1 2 4] [--imports | --system]
 
-A small run resumes from its checkpoint on so many ranks of this machine, as torchrun starts them. Opens are counted by
-an audit hook in each of them, up to the end of the first step, and are those of Python alone; bytes are what the
-process read in all (/proc/self/io). `--imports`: only what `import caduceus.train.trainer` opens, here and with the
-optional packages hidden. `--system`: the system's own calls by strace, of ranks and for all of the node together:
-opens, and looks at names (stat, access, readlink) or at folders, also those that find nothing.
+A small run resumes from its checkpoint on this many ranks of this machine, as torchrun starts them. An audit hook in
+each rank counts opens, up to the end of the first step; these are the opens of Python alone. Bytes are all that the
+process read (/proc/self/io). `--imports`: only what `import caduceus.train.trainer` opens, here and with the optional
+packages hidden. `--system`: strace counts the system's own calls, of ranks and of the whole node: opens, and looks at
+names (stat, access, readlink) or folders, also those that find nothing.
 """
 
 import argparse

@@ -3,10 +3,11 @@
     python benchmarks/step_outside.py [CHECKOUT ...] [--tokens 16384] [--d-model 128] [--layers 2] [--steps 12]
         [--rounds 3]
 
-Ranks meet over gloo by DDP, and have one batch of random bases each, which is there already: no reading is timed. The
-step is the trainer's `training_step`, of which forward and backward passes are taken off, the exchange of gradients
-with them. Checkouts run in turns, each in processes of its own; of a step counts what the process took of processors
-and of the clock, the median over all steps but the first two of a run. Table: the medians over runs of each rank 0.
+Two ranks train with DDP over gloo. Each has one batch of random bases, which is already there: no reading is timed. The
+step is the trainer's `training_step` without the forward and backward passes, and so without the exchange of gradients.
+Checkouts run in turns, each in processes of its own. For each step it takes the process's processor time and the time
+by the clock, and of these the median over all steps except the first two of a run. The table has the medians over runs,
+of rank 0.
 """
 
 import argparse

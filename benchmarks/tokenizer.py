@@ -1,8 +1,9 @@
-"""Bases a second that the tokenizer of exports gives on one core, ids and attention mask as `transformers` wants them.
+"""Bases a second that the tokenizer of exports takes on one core, to ids and attention mask for `transformers`.
 
     python benchmarks/tokenizer.py [--repeats 9]
 
-By processor time, the best of the repeats: strings of A, C, G, T in both cases and N, to (B, L) int64 of torch.
+Processor time, the best of the repeats. The strings have A, C, G, T in both cases and N, and become (B, L) int64 of
+torch.
 """
 
 import argparse

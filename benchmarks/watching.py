@@ -1,12 +1,12 @@
-"""What it costs to watch a run, at the defaults: rows, what every 100th of them tells besides, and validations.
+"""What it costs to watch a run, at the defaults: rows, the further entries of every 100th row, and validations.
 
     python benchmarks/watching.py [--steps 60] [--threads 1] [key.path=value …]
 
-The preset demo on random bases, on the CPU. Steps that tell of the network and steps that do not take turns, so that
-both meet the same state of the machine; so do validations with and without what they tell besides the loss. Medians of
-processor time count. The shares are of a run with `monitor.every`, `valid.every` and `monitor.machine_seconds` as the
-configuration has them. What processes of their own do beside the trainer, which waits for none of them, is told apart:
-W&B's, offline, while rows come at the pace of the steps, and the one that draws the windows of a validation.
+It trains the preset demo on random bases, on the CPU. Steps with the further entries and steps without take turns, so
+that both meet the same state of the machine; so do validations with and without the entries besides the loss. Medians
+of processor time count. The shares are those of a run with `monitor.every`, `valid.every` and `monitor.machine_seconds`
+as in the configuration. Processes beside the trainer, for which it never waits, are listed separately: W&B's, offline,
+while rows come at the pace of the steps, and the one that draws the windows of a validation.
 """
 
 import argparse

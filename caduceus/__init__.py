@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from caduceus.config import CaduceusConfig
 
-# After every operation libgomp has torch's other threads spin for milliseconds, on cores that the CPU kernels' own
-# threads need. It reads how long when torch is imported. Some 0.2 ms still bridge the gap to torch's next operation.
+# After every operation libgomp lets torch's other threads spin for milliseconds, on cores that the threads of the CPU
+# kernels need. libgomp reads how long when torch is imported. About 0.2 ms still bridge the gap to torch's next
+# operation.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -1,4 +1,4 @@
-"""The C allocator: settings for training on CPU, and freed memory for the system."""
+"""The C allocator: settings for training on a CPU, and giving freed memory back to the system."""
 
 import ctypes
 import os
@@ -12,16 +12,16 @@ LARGEST_KEPT_TO_SAVE = 2**22
 
 
 def keep_freed_memory(saving: bool = False) -> None:
-    """Let this process keep the memory that it frees, for its next allocations, in huge pages where the system grants
-    them to who asks; larger blocks go back to the system. To be called before the first tensor is made. Does nothing
-    where libc is not glibc.
+    """Let this process keep the memory that it frees for its next allocations, in huge pages where the system grants
+    them on request. Larger blocks go back to the system. Call it before the first tensor is made. Without glibc it does
+    nothing.
 
-    By default glibc returns blocks from 128 KiB on to the system at once, so each activation costs hundreds of page
-    faults, in every step anew: a quarter of the time of a training step on CPU. Rows of a large tensor lie on pages of
-    their own, and looking those up costs a scan some per cent. If large blocks stayed too, small ones would be cut out
-    of them, and the process would come to hold up to three times the bytes of its tensors: it would take more memory
-    with fewer activations. `saving` lowers the bound, for runs that recompute activations to save memory; the system
-    clears the blocks that come and go, which takes up to a third of a step's time.
+    By default glibc returns blocks of 128 KiB or more to the system at once, so each activation costs hundreds of page
+    faults in every step: a quarter of the time of a training step on a CPU. Each row of a large tensor lies on its own
+    pages, and looking these up costs a scan a few per cent. If large blocks stayed too, small ones would be cut out of
+    them, and the process would come to hold up to three times the bytes of its tensors: it would take more memory with
+    fewer activations. `saving` lowers the bound, for runs that recompute activations to save memory; the system clears
+    the blocks that come and go, which takes up to a third of a step's time.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -33,7 +33,7 @@ def keep_freed_memory(saving: bool = False) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Have the system take back, once, what the heap holds freed: after work of large pieces that is not done again."""
+    """Return the freed memory of the heap to the system once: after work on large pieces that is not repeated."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

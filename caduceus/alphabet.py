@@ -42,11 +42,11 @@ def reverse_complement(bases: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a published model. The bases A, C, G, T are four ids in a row, the highest that inputs have."""
+    """The tokens of a published model. The bases A, C, G, T have four consecutive ids, the highest ids of inputs."""
 
     name: str
     tokens: tuple[str, ...]
-    """By id. A model's table may have more rows, which pad it and complement themselves."""
+    """Indexed by id. A model's table may have more rows, which are padding; each of them is its own complement."""
     n: str
     """The token that N is shown as; IUPAC codes other than A, C, G, T and N are shown as [UNK]."""
 
@@ -94,4 +94,4 @@ CADUCEUS = Vocabulary(
 PLANTCAD = Vocabulary("plantcad", ("[PAD]", "[MASK]", "[UNK]", *"acgt"), n="[UNK]")
 """The vocabulary of the published PlantCaduceus and PlantCAD2."""
 VOCABULARIES = {12: CADUCEUS, 8: PLANTCAD}
-"""Vocabularies by `model.vocab_size`, as published: PlantCAD's size counts a row that no token has."""
+"""Vocabularies by `model.vocab_size`, as published: PlantCAD's size counts one row without a token."""

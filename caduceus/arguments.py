@@ -1,4 +1,4 @@
-"""Command lines that tell a mistake in one line, as every other error of the user."""
+"""Command lines that report a mistake in one line, like every other error of the user."""
 
 import argparse
 import math
@@ -12,10 +12,11 @@ from caduceus.presets import preset_list
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are `UserError`s, and whose `type=int` and `type=float` say what they take.
+    """An `ArgumentParser` whose errors are `UserError`s, and whose `type=int` and `type=float` say which values they
+    accept.
 
-    `called`: the command's name, of `COMMANDS`. `start`: what to print to someone who calls the command with nothing;
-    its `{caduceus-…}` become the commands as they are called here.
+    `called`: the command's name, one of `COMMANDS`. `start`: what to print when the command is called without
+    arguments; each `{caduceus-…}` in it is replaced by the command as it is called here.
     """
 
     def __init__(self, *args: Any, called: str | None = None, start: str | None = None, **keywords: Any) -> None:
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
-        """As of argparse. Called with nothing, the command prints its `start` and ends with status 2."""
+        """Parse as argparse does. Called without arguments, the command prints its `start` and ends with status 2."""
         if args is None and self._start is not None and len(sys.argv) == 1:
             print(with_commands(self._start).strip())
             self.exit(2)
@@ -40,14 +41,14 @@ class Parser(argparse.ArgumentParser):
 
 
 class PresetAction(argparse.Action):
-    """`--config NAME`, where `list` prints the presets of configs/KIND/ and ends."""
+    """`--config NAME`; the name `list` prints the presets of configs/KIND/ and ends the command."""
 
     def __init__(self, *args: Any, kind: str, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._kind = kind
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option_string: str | None = None) -> None:
-        """As of argparse."""
+        """Store the value, or print the list."""
         if str(value) == "list":
             print(preset_list(self._kind))
             parser.exit(0)
@@ -55,7 +56,7 @@ class PresetAction(argparse.Action):
 
 
 def with_commands(text: str) -> str:
-    """The text with each `{caduceus-…}` as the command is called here."""
+    """The text, with each `{caduceus-…}` replaced by the command as it is called here."""
     for name in COMMANDS:
         text = text.replace(f"{{{name}}}", command(name))
     return text

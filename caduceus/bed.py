@@ -30,9 +30,9 @@ class Bed:
 
 
 def read_bed(path: Path) -> Bed:
-    """Read a BED file, plain or gzip: comments, `track` and `browser` lines and rows of headings are not rows.
+    """Read a BED file, plain or gzip: comments, `track` and `browser` lines and lines of headings are passed over.
 
-    A line that is none of these is a `UserError` that names it.
+    Raises `UserError`, which names the line, for a line that is none of these.
     """
     rows, empty_rows = [], []
     for number, line in read_lines(path):

@@ -15,11 +15,11 @@ COMMANDS = {
     "caduceus-hub": "python -m caduceus.hub",
     "caduceus-monitor": "python -m caduceus.monitor",
 }
-"""What `pip install` puts on the path, and how the same is called in a clone."""
+"""Names that `pip install` puts on the path -> how the same command is called in a clone."""
 
 
 def command(name: str) -> str:
-    """How to call a command here: from the clone, or by the name that was installed."""
+    """How to call a command here: as in a clone, or by its installed name."""
     in_clone = (Path(__file__).parents[1] / "pyproject.toml").is_file()
     return name if not in_clone and (Path(sys.executable).parent / name).is_file() else COMMANDS[name]
 

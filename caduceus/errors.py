@@ -1,4 +1,4 @@
-"""Ends of a process that one line explains, told apart by their type. Imports no torch.
+"""Errors that end a process and that one line explains. Their types tell them apart. Imports no torch.
 
 A `UserError` is the user's to mend, a `NodeError` is the machine's fault, and a `PeerError` follows from the failure of
 another rank. Anything else is a crash, with its traceback.
@@ -28,13 +28,13 @@ class UserError(Exception):
 
     kind = Kind.USER
     status = 2
-    """Exit status of the process that ends with it."""
+    """Exit status of a process that ends with this error."""
 
 
 class NodeError(UserError):
-    """The machine that this process runs on is at fault, not the run. The message is one line that names the machine.
+    """The machine that this process runs on is at fault, not the run.
 
-    The launcher starts such a run again without the node.
+    The message is one line that names the machine. The launcher starts the run again without this node.
     """
 
     kind = Kind.NODE
@@ -69,7 +69,7 @@ class PeerError(Exception):
 
 
 ONE_LINE = (UserError, PeerError)
-"""What ends a process with one line on stderr and its `status`, without a traceback."""
+"""Exceptions that end a process with one line on stderr and their `status`, without a traceback."""
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -78,12 +78,14 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def of_rank(error: UserError, culprit: int, rank: int) -> UserError | PeerError:
-    """What `rank` raises for an error of the rank `culprit`, whose message names it: the error, or a `PeerError`."""
+    """The exception that `rank` raises for an error of the rank `culprit`: the error itself on `culprit`, a `PeerError`
+    on others. Its message names the culprit.
+    """
     return error if rank == culprit else PeerError(str(error), culprit, error.kind)
 
 
 def one_line(error: BaseException) -> str:
-    """What to tell other processes about an exception: its message, with its type where that says more."""
+    """The line that tells other processes about an exception: its message, with its type where that says more."""
     text = " ".join(str(error).split())
     if isinstance(error, ONE_LINE):
         return text
@@ -91,9 +93,9 @@ def one_line(error: BaseException) -> str:
 
 
 def tell(error: BaseException, interrupted: str = "interrupted") -> int:
-    """Say on stderr what ends the process, as a line where one explains it; returns the exit status.
+    """Print on stderr what ends the process, in one line where that explains it, and return the exit status.
 
-    `interrupted` is said after Ctrl-C.
+    After Ctrl-C it prints `interrupted`.
     """
     if isinstance(error, SystemExit):  # by which all has been said
         return error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -111,7 +113,7 @@ def tell(error: BaseException, interrupted: str = "interrupted") -> int:
 def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> None:
     """Run a command line's `main` and exit with its status; `ONE_LINE` errors become one line and their status.
 
-    `interrupted` is said after Ctrl-C.
+    After Ctrl-C it prints `interrupted`.
     """
     try:
         status = main()
@@ -126,7 +128,7 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
 
 
 def _nobody_reads() -> bool:
-    """Whether what is printed goes to a reader that has left, as `head` does; nothing more is then said to it."""
+    """Whether stdout goes to a reader that has left, as `head` does. The process then prints nothing more."""
     stdout = sys.stdout.fileno()
     pipe = select.poll()
     pipe.register(stdout, 0)

@@ -20,22 +20,22 @@ from pathlib import Path
 from typing import IO, Any, ParamSpec, TypeVar
 
 CHUNK = 4 << 20
-"""Bytes read at a time where a file is read whole."""
+"""Bytes read at a time when a whole file is read."""
 _PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
-"""Errors that a file system of a network gives for a moment, and a broken disk for ever."""
+"""Errors that a network file system gives for a moment, and a broken disk every time."""
 _PAUSES = (0.1, 1.0, 5.0, 5.0)
-"""Seconds before it is tried again: what is seen late may then fail for a moment, too."""
+"""Seconds before each further attempt. There are several, as a file that appears late may at first fail as well."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def patiently(attempt: Callable[[], T], is_there: bool = False) -> T:
-    """`attempt()`, again after pauses where a file system of a network fails for a moment.
+    """The result of `attempt()`, repeated after pauses while a network file system fails for a moment.
 
-    ESTALE comes where another node replaced what was open, EIO and time-outs where a server changes hands. `is_there`:
-    another node has just written the file, so that it exists though this one may not see it yet. An error that led to
-    another one counts as well. What was tried so often within `attempt` is not tried further.
+    ESTALE comes where another node replaced an open file, EIO and time-outs where a server fails over. `is_there`:
+    another node has just written the file, so that it exists, though this node may not see it yet. The error that
+    caused an exception counts as well. An error of a `patiently` within `attempt` is not tried again.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -52,7 +52,7 @@ def patiently(attempt: Callable[[], T], is_there: bool = False) -> T:
 
 
 def patient(function: Callable[P, T]) -> Callable[P, T]:
-    """A function that may be called again where it failed, as one that is called `patiently`."""
+    """Decorates a function that may be called again after a failure: its calls go through `patiently`."""
 
     @functools.wraps(function)
     def call(*arguments: P.args, **named: P.kwargs) -> T:
@@ -71,7 +71,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
-    """A file to write, which becomes `path` at the end of the block; where the block raises, it leaves no file."""
+    """A file to write, which becomes `path` at the end of the block. Where the block raises, no file is left."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -89,9 +89,10 @@ def replacing(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
 def keep_first(new: Path, path: Path) -> None:
     """Give the finished file `new` the name `path`, unless a file of the same bytes has it: then that one stays.
 
-    For what several processes make at once, and one may be reading already while another finishes. `new` is gone after.
+    Several processes may make the same file at once, and one may already read it while another finishes. Afterwards
+    `new` is gone.
     """
-    with suppress(OSError):  # there already, or a file system without hard links
+    with suppress(OSError):  # it exists already, or the file system has no hard links
         os.link(new, path)
     try:
         is_there = new.samefile(path) or filecmp.cmp(new, path, shallow=False)
@@ -108,7 +109,7 @@ def keep_first(new: Path, path: Path) -> None:
 def replacing_directory(path: str | Path) -> Iterator[Path]:
     """A new directory to fill, which takes the place of `path` at the end of the block.
 
-    Where the block raises, no temporary file stays, and what stood at `path` still does.
+    Where the block raises, no temporary file is left, and `path` is as it was.
     """
     path = Path(path)
     new, old = temporary_name(path), temporary_name(path)
@@ -132,7 +133,7 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a directory, on the disk itself before this returns."""
+    """Flush a file, or the names in a directory, to the disk itself (fsync)."""
     descriptor = patiently(lambda: os.open(path, os.O_RDONLY))
     try:
         os.fsync(descriptor)
@@ -141,7 +142,9 @@ def sync(path: Path) -> None:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is a file. An error that may pass is none of its answers, as it is one of `Path.is_file`'s."""
+    """Whether there is a file. `Path.is_file` answers False after an error that may pass; this tries again, and raises
+    it.
+    """
     try:
         return stat.S_ISREG(patiently(Path(path).stat).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -154,7 +157,9 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The system's error that led to another one, such as a full disk to a file that a library finds incomplete."""
+    """The system's error that caused an exception, as a full disk causes a library's complaint about an incomplete
+    file.
+    """
     seen: BaseException | None = error
     while seen is not None and not isinstance(seen, OSError):
         seen = seen.__cause__ or seen.__context__
@@ -162,7 +167,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def show_bytes(count: float) -> str:
-    """Bytes as people read them, such as `1.5 GiB`: in the largest unit of which there is one."""
+    """Bytes as people read them, such as `1.5 GiB`: in the largest unit that gives at least 1."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB")
     power = 0
     while count >= 1024 and power < len(units) - 1:
@@ -187,12 +192,12 @@ def fingerprint(values: Any) -> str:
 
 
 def dump_json(values: Any) -> bytes:
-    """JSON as files of this project hold it: indented, sorted, with a final newline, and null for NaN and infinity."""
+    """JSON as this project writes it: indented, sorted, with a final newline, and null for NaN and infinity."""
     return (json.dumps(without_nan(values), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def without_nan(values: Any) -> Any:
-    """Nested lists and dicts with None for numbers that JSON does not know: NaN and infinities."""
+    """Nested lists and dicts with None in place of the numbers that JSON does not have: NaN and infinities."""
     if isinstance(values, dict):
         return {key: without_nan(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -202,7 +207,9 @@ def without_nan(values: Any) -> Any:
 
 @patient
 def append_json_line(path: str | Path, row: dict[str, Any]) -> None:
-    """Add a row to a file of JSON lines in one write, on a line of its own though a kill cut the last one short."""
+    """Append a row to a file of JSON lines in one write. It gets its own line, even where a kill cut the last line
+    short.
+    """
     with Path(path).open("ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
@@ -231,7 +238,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: str | Path) -> Any:
-    """What a file of JSON holds; None where it is absent, or holds something else."""
+    """The content of a JSON file; None where the file is absent or is not JSON."""
     try:
         return json.loads(patiently(Path(path).read_bytes))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -239,10 +246,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def take_lock(path: str | Path, *, wait: bool = True) -> IO[bytes]:
-    """Lock the file `path`, made where it is absent, until what is returned is closed or this process ends.
+    """Lock the file `path`, made where it is absent, until the returned file is closed or this process ends.
 
-    A process that this one forks does not hold the lock. `BlockingIOError` where another one does and `wait` is False,
-    another `OSError` where the file system has no locks.
+    A forked child does not hold the lock. Raises `BlockingIOError` where another process holds it and `wait` is False,
+    and another `OSError` where the file system has no locks.
     """
     path = Path(path)
     while True:
@@ -285,7 +292,7 @@ def is_locked(path: str | Path) -> bool:
 
 
 def is_open_as(file: IO[Any], path: Path) -> bool:
-    """Whether an open file still is what stands at `path`, neither removed nor replaced."""
+    """Whether an open file is still the one at `path`: neither removed nor replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -293,20 +300,22 @@ def is_open_as(file: IO[Any], path: Path) -> bool:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside `path`, `.NAME.….tmp`, that no other process has: ids of processes recur on other nodes."""
+    """A name beside `path`, `.NAME.….tmp`, that no other process has. It is random, as process ids recur on other
+    nodes.
+    """
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 _locks: "weakref.WeakSet[IO[bytes]]" = weakref.WeakSet()
 """Files that this process has locked or waits to lock: a lock belongs to all processes that have the file open."""
 _opening = threading.Lock()
-"""Held where a file of `_locks` is opened and where the process forks, so that a child knows all of them."""
+"""Held while a file of `_locks` is opened and while the process forks, so that a child knows all of them."""
 
 
 def _leave_locks_to_parent() -> None:
-    """Release the parent's locks in a forked process, which would hold them after the parent's end.
+    """Release the parent's locks in a forked process, which would otherwise hold them after the parent's end.
 
-    The descriptors stay valid, so that what is closed or flushed later in this process touches nothing.
+    The descriptors stay valid, so that closing or flushing these files later in this process does no harm.
     """
     _opening.release()
     held = [file.fileno() for file in _locks if not file.closed]

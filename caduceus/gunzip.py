@@ -1,4 +1,4 @@
-"""Decompresses gzip files as people's tools write them: with any number of members, and bytes behind the last one."""
+"""Decompresses gzip files as common tools write them: with any number of members, and bytes after the last one."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ _OF_TEXT = bytes(range(32, 127)) + b"\t\n\r"
 
 
 class DamagedGzipError(UserError):
-    """A gzip file is cut short, or its content is not what it was; `problem` says which, without its path."""
+    """A gzip file is cut short or damaged; `problem` says which, without the path."""
 
     def __init__(self, path: object, problem: str) -> None:
         super().__init__(f"{path}: {problem}; download it again")
@@ -24,13 +24,13 @@ class DamagedGzipError(UserError):
 
 
 class Gunzip:
-    """The data of a gzip file, piece by piece; every checksum is checked.
+    """The data of a gzip file, in pieces of at most `most` bytes; every checksum is checked.
 
-    `read` gives at most so many of the file's next bytes, none at its end. `passed_over` counts the bytes behind the
-    last member, which are no gzip (padding, or the index of another tool); it is known when the iteration ends. Damage
-    is a `DamagedGzipError` that names `path`. Bytes behind a member that look like a further one, damaged, are damage
-    too, and so are lines of text where the data `is_text`, as `cat a.gz b.txt` makes them. A piece has `most` bytes or
-    fewer; that in which damage is met is not given.
+    `read(n)` returns at most the next n bytes of the file, and none at its end. `passed_over` counts the bytes after
+    the last member that are not gzip (padding, or another tool's index); it is known when the iteration ends. Raises
+    `DamagedGzipError`, which names `path`, for damage. Bytes after a member that look like a further, damaged one are
+    damage. So are lines of text where the data `is_text`, as `cat a.gz b.txt` makes them. The piece in which damage is
+    found is not yielded.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class Gunzip:
 
 
 def count_foreign_bytes(path: object, rest: bytes, read: Callable[[int], bytes], is_text: bool) -> int:
-    """How many bytes stand behind a gzip stream, whose data `is_text` or not: `rest`, and what `read` gives.
+    """How many bytes follow a gzip stream: those of `rest`, and those that `read` returns.
 
-    A `DamagedGzipError` where they hold a further member, or begin nearly as one does: then the file is damaged.
-    A `UserError` where the data and these bytes are text.
+    Raises `DamagedGzipError` where they hold a further member, or begin nearly as a member does: the file is then
+    damaged. Raises `UserError` where the data (`is_text`) and these bytes are both text.
     """
     if is_text and b"\n" in rest.lstrip() and not rest.translate(None, _OF_TEXT):
         raise UserError(f"{path}: plain text follows the gzip data; compress that as well, or cut it off")

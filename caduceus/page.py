@@ -1,4 +1,4 @@
-"""The look of every report: one HTML page that needs no other file, light or dark as the reader's screen is."""
+"""The look of every report: one HTML page that needs no other file, light or dark as the reader's system is set."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -49,7 +49,7 @@ summary {{ cursor: pointer; font-weight: 600; padding: .4rem 0; }}
 
 
 def page(title: str, parts: Iterable[str], style: str = "") -> bytes:
-    """A whole page of these parts, which are HTML; `style` is CSS that this page needs besides the common one."""
+    """A whole page made of `parts`, which are HTML; `style` is CSS that this page needs beyond the common one."""
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<meta charset="utf-8">{viewport}<title>{escape(title)}</title><style>{_STYLE}{style}</style>'
     body = "\n".join(parts)
@@ -57,7 +57,7 @@ def page(title: str, parts: Iterable[str], style: str = "") -> bytes:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table whose cells are text; it scrolls by itself where it is wider than the page."""
+    """A table of plain text (escaped) as HTML; where it is wider than the page, it has a scroll bar."""
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in headings)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'

@@ -7,19 +7,21 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def preset(kind: str, name: str | Path) -> Path:
-    """The file that `name` means: a path, or the name of a preset of configs/KIND/ where no such file is here."""
+    """The file that `name` means: the file of this path, or where there is none, the preset of this name in
+    configs/KIND/.
+    """
     path = Path(name)
     known = CONFIGS / kind / f"{name}.yaml"
     return known if len(path.parts) == 1 and not path.is_file() and known.is_file() else path
 
 
 def presets(kind: str) -> dict[str, str]:
-    """The names of configs/KIND/, each with what it is: the first line of its file."""
+    """The presets of configs/KIND/: {name: the description in the first line of its file}."""
     return {path.stem: _words(path) for path in sorted((CONFIGS / kind).glob("*.yaml"))}
 
 
 def preset_list(kind: str) -> str:
-    """`presets` as lines to read."""
+    """`presets` as lines of text."""
     found = presets(kind)
     width = max(map(len, found), default=0)
     return "\n".join(f"  {name:{width}}  {words}" for name, words in found.items())

@@ -1,8 +1,8 @@
-"""Text tables as people's tools write them: BED, contig names, sizes, VCF, CSV. One reader, one behaviour.
+"""Text tables as common tools write them (BED, contig names, sizes, VCF, CSV), read in one way.
 
-Read: gzip and bgzip, a byte order mark, UTF-16 with one, any line ends, blanks at the ends of lines and fields, blank
-lines. Everything else is a `UserError` of one line that names the file and the number of the line.
-Imports no torch.
+It accepts gzip and bgzip, a byte order mark, UTF-16 with one, any line ends, blanks at the ends of lines and fields,
+and blank lines. Anything else raises a `UserError` whose one line names the file and the number of the line. Imports no
+torch.
 """
 
 import csv
@@ -15,9 +15,9 @@ from typing import NoReturn
 from caduceus.errors import UserError
 from caduceus.gunzip import GZIP_MAGIC, Gunzip
 
-_LINE_END = re.compile(r"\r\n|\n|\r")  # not `splitlines`, to which some characters within a field are line ends
+_LINE_END = re.compile(r"\r\n|\n|\r")  # not `splitlines`, which also splits at some characters within fields
 _UTF_16 = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
-"""Encodings that a file's byte order mark tells."""
+"""Encodings by the byte order mark of a file."""
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"BZh": "a bzip2 file",
@@ -28,16 +28,16 @@ _MISSING = {"", ".", "-", "na", "n/a", "nan", "null", "none"}
 
 
 def read_lines(path: str | Path) -> list[tuple[int, str]]:
-    """The lines of a text file that hold anything: (number of the line, counted from 1, text without its end)."""
-    lines = [line.lstrip("\ufeff") for line in _LINE_END.split(_read_text(Path(path)))]  # each of joined files has one
+    """The lines of a text file that are not blank: (number of the line, counted from 1; text without the line end)."""
+    lines = [line.lstrip("\ufeff") for line in _LINE_END.split(_read_text(Path(path)))]  # joined files have one each
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def split_fields(line: str, tight: int | None = None) -> list[str]:
     """The fields of a line, without blanks around them.
 
-    Tabs part them where there are any, blanks otherwise. The first `tight` fields (None: all) can hold no blank: a line
-    where one does, or that has fewer fields, is a mixture of tabs and blanks, and parted at both.
+    Tabs separate them where there are any, blanks otherwise. The first `tight` fields (None: all) can hold no blank: a
+    line where one of them does, or that has fewer fields, mixes tabs and blanks, and is split at both.
     """
     fields = [field.strip() for field in line.rstrip().split("\t")]
     whole = fields if tight is None else fields[:tight]
@@ -48,7 +48,7 @@ def split_fields(line: str, tight: int | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table with headings: `rows` of as many fields, and the number of the line of each."""
+    """A table with headings: `rows`, each of as many fields, and the line number of each row."""
 
     headings: list[str]
     rows: list[list[str]]
@@ -56,9 +56,10 @@ class TextTable:
 
 
 def read_table(path: str | Path) -> TextTable:
-    """A table whose first line has the headings, its fields parted by tabs, commas or blanks, as that line's are.
+    """Read a table whose first line holds the headings.
 
-    Fields may be quoted as in CSV. Lines that begin with `##` are comments; headings may stand behind a `#`.
+    The separator of that line (tab, comma or blank) is that of the table. Fields may be quoted as in CSV. Lines that
+    begin with `##` are comments; the headings may follow a `#`.
     """
     lines = [(number, line) for number, line in read_lines(path) if not line.startswith("##")]
     if not lines:
@@ -69,12 +70,14 @@ def read_table(path: str | Path) -> TextTable:
     rows[0][0] = rows[0][0].lstrip("# ")
     twice = next((name for place, name in enumerate(rows[0]) if name in rows[0][:place]), None)
     if twice is not None:
-        refuse_line(path, lines[0][0], f"two columns are named {twice!r}; name each column once")
+        refuse_line(path, lines[0][0], f"two columns are named {twice!r}; give each column its own name")
     for (number, line), row in zip(lines, rows, strict=True):
         if len(row) != len(rows[0]):
             mark = {"\t": "tabs", ",": "commas", None: "blanks"}[delimiter]
             refuse_line(
-                path, number, f"has {len(row)} fields parted by {mark}, but {len(rows[0])} headings: {line[:60]!r}"
+                path,
+                number,
+                f"has {len(row)} fields separated by {mark}, but the table has {len(rows[0])} headings: {line[:60]!r}",
             )
     return TextTable(rows[0], rows[1:], [number for number, _ in lines[1:]])
 
@@ -86,19 +89,19 @@ def _fields(line: str, delimiter: str | None) -> list[str]:
 
 
 def whole_number(text: str, path: str | Path, line: int, name: str) -> int:
-    """A whole number of at least 0 in plain digits; anything else is a `UserError`."""
+    """A whole number of at least 0 in plain digits. Raises `UserError` for anything else."""
     if not re.fullmatch(r"[0-9]+", text):
         refuse_line(path, line, f"{name} must be a whole number in plain digits, got {text[:40]!r}")
     return int(text)
 
 
 def is_missing(text: str) -> bool:
-    """Whether a field says that there is no value: empty, na, NaN, a dot, a dash and the like."""
+    """Whether a field says that a value is missing: empty, na, NaN, a dot, a dash and the like."""
     return text.strip().lower() in _MISSING
 
 
 def refuse_line(path: str | Path, line: int, message: str) -> NoReturn:
-    """Raise the `UserError` about one line of a file."""
+    """Raise a `UserError` about one line of a file."""
     raise UserError(f"{path}:{line}: {message}")
 
 
@@ -117,7 +120,7 @@ def _read_text(path: Path) -> str:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
         line = 1 + content.count(b"\n", 0, error.start)
-        refuse_line(path, line, f"is no {encoding.upper()} text ({error.reason}); save the file as UTF-8")
+        refuse_line(path, line, f"is not {encoding.upper()} text ({error.reason}); save the file as UTF-8")
     if "\0" in text:
         refuse_line(path, 1 + text.count("\n", 0, text.index("\0")), "holds binary data; give a text table")
     return text

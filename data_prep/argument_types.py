@@ -1,4 +1,4 @@
-"""Types of arguments that the command lines of this package have in common."""
+"""Types of arguments that the command lines of this package share."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ def is_url(text: str) -> bool:
 
 
 def local_path(text: str) -> Path:
-    """A path on this computer: as a path, an address would lose a slash."""
+    """A path on this computer. It refuses an address, which would lose a slash as a path."""
     if is_url(text):
         raise argparse.ArgumentTypeError(f"takes a local path, got the address {text}")
     return Path(text)

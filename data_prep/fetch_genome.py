@@ -1,4 +1,4 @@
-"""Command line: download a genome with resume, checksum and progress.
+"""Command line: downloads a genome, with resuming, checksum and progress.
 
 python data_prep/fetch_genome.py NAME|URL --out DIR
 """
@@ -9,13 +9,12 @@ from data_prep.argument_types import is_url, local_path
 from data_prep.source.download import fetch, fetch_genome, verify_file
 from data_prep.source.registry import registry_names, resolve_genome
 
-_START = """
-Downloads a genome, and goes on where a download was stopped. To begin:
+_START = """ Downloads a genome; a download that was stopped goes on. To begin:
 
   {caduceus-fetch} sacCer3 --out genomes
   {caduceus-fetch} --help
 
-The second names all genomes of the registry. {caduceus-shard} makes shards of the file, to train on.
+The second command lists all genomes of the registry. {caduceus-shard} makes shards of the file, to train on.
 """
 
 

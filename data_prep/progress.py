@@ -1,4 +1,4 @@
-"""Progress of long work on standard error: a live line on a terminal, a line now and then elsewhere."""
+"""Shows the progress of long work on standard error: a live line on a terminal, occasional lines elsewhere."""
 
 import sys
 import time
@@ -10,9 +10,9 @@ LOG_SECONDS = 30.0
 
 
 class Progress:
-    """Reports `label  done/total unit, rate, time left` while work goes on; silent about work of a few seconds.
+    """Reports `label done/total unit, rate, time left` during work that takes more than a few seconds.
 
-    `total` may be None where it is not known. Used as a context manager; `add` counts what is done.
+    Use it as a context manager, and count with `add`. `total` is None where it is not known.
     """
 
     def __init__(self, label: str, total: int | None, unit: str = "B", stream: TextIO | None = None) -> None:
@@ -58,7 +58,7 @@ class Progress:
 
 
 def format_amount(amount: float, unit: str) -> str:
-    """`12.3 MB`: an amount with a decimal prefix."""
+    """An amount with a decimal prefix, such as `12.3 MB`."""
     for prefix in ("", "k", "M", "G"):
         if abs(amount) < 1000:
             return f"{amount:.0f} {unit}" if not prefix else f"{amount:.1f} {prefix}{unit}"
@@ -74,5 +74,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def note(message: str) -> None:
-    """Tell the user something that needs no action."""
+    """Print a line for the user that needs no action."""
     print(f"note: {message}", file=sys.stderr)

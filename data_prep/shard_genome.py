@@ -30,7 +30,8 @@ Cuts genomes into windows and writes them as shards to train on. To begin:
   {caduceus-shard} --fasta my.fa.gz --species mine --valid-contigs chr1 --out shards/mine
   {caduceus-shard} --verify shards/mine
 
-The first downloads a genome of the registry, the second takes your own, the third checks what was written. All options:
+The first command downloads a genome of the registry, the second takes your own, the third checks what was written. All
+options:
 
   {caduceus-shard} --help
 
@@ -58,22 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Options of the plan have no default here: `PlanOptions` knows them."""
+    """The parser. Options of the plan have no defaults here, as `PlanOptions` has them."""
     parser = Parser(
         called="caduceus-shard",
         start=_START,
         description="Cut genomes into windows and write them as WebDataset shards.",
-        epilog="A run that was stopped goes on when the same command is given again. Files may be http, https, ftp or "
+        epilog="A command that was stopped goes on when it is given again. Files may be http, https, ftp or "
         "s3 addresses; they are downloaded once, into the cache directory.",
     )
-    source = parser.add_argument_group("what to do: one of")
+    source = parser.add_argument_group("what to do (one of)")
     kind = source.add_mutually_exclusive_group(required=True)
     kind.add_argument("--fasta", metavar="FILE|URL", help=f"genome: {FORMATS}; needs --species")
     kind.add_argument("--genome", metavar="NAME", help="a genome of configs/genome/, downloaded if need be")
     kind.add_argument("--genomes", type=genomes_file, metavar="NAME|YAML", help="several species and their options")
     kind.add_argument("--verify", type=local_path, metavar="DIR", help="check a dataset byte for byte")
-    kind.add_argument("--merge", type=local_path, nargs="+", metavar="DIR", help="bring datasets together in --out")
-    kind.add_argument("--rebuild-index", type=local_path, metavar="DIR", help="make the indexes of its tars anew")
+    kind.add_argument("--merge", type=local_path, nargs="+", metavar="DIR", help="merge datasets into --out")
+    kind.add_argument(
+        "--rebuild-index", type=local_path, metavar="DIR", help="make the indexes of a dataset's tars anew"
+    )
     parser.add_argument("--species", metavar="NAME", help="name of the species, and of its folder")
     parser.add_argument("--assembly", metavar="A", help="name of the assembly")
     parser.add_argument("--out", type=local_path, metavar="DIR", help="directory of the dataset")
@@ -93,7 +96,7 @@ _VALUES = {
     "window": (int, "N", "longest window, in bases (1048576)"),
     "stride": (int, "N", "distance between window starts (the window)"),
     "min_window": (int, "N", "shortest window (1024, or --window if that is less)"),
-    "cut_gaps": (int, "N", "runs of N this long separate segments; 0: none do (10000)"),
+    "cut_gaps": (int, "N", "runs of N of this length separate segments; with 0 none does (10000)"),
     "min_acgt": (float, "F", "smallest share of ACGT in a window (0.5)"),
     "include": (str, "RE", "use the contigs whose whole name matches, instead of --contigs"),
     "exclude": (str, "RE", "leave out the contigs whose whole name matches"),
@@ -110,13 +113,14 @@ _VALUES = {
         "leave out of train what has this share of its k-mers in valid or test of any of the species, as 0.5 (off)",
     ),
     "shard_bytes": (str, "SIZE", "largest tar (256MB)"),
-    "seed": (int, "N", "of the order of windows in shards, and of random strands (0)"),
+    "seed": (int, "N", "seed of the order of windows in shards, and of random strands (0)"),
 }
 _CHOICES = {
     "contigs": (
         CONTIGS,
-        "auto: no organelles, viruses, decoys, other versions and what is on no chromosome, and refused where under "
-        "half of the bases would be left (auto); primary: the same, never refused; all: every contig",
+        "auto: all but organelles, viruses, decoys, other versions and contigs that are not on a chromosome; an "
+        "error where that leaves less than half of the bases (auto); primary: the same without the error; all: every "
+        "contig",
     ),
     "strands": (STRANDS, "which strands are stored (both)"),
     "tail": (TAILS, "the end of a segment (short)"),
@@ -144,7 +148,7 @@ _SWITCHES = {
 
 
 def add_plan_options(group: Any) -> None:
-    """One option per field of `PlanOptions`; what is not given is left out of the result."""
+    """Add an option for each field of `PlanOptions`; an option that is not given is absent from the result."""
 
     def add(key: str, text: str, **more: Any) -> None:
         group.add_argument(option_name(key), help=text, default=argparse.SUPPRESS, **more)
@@ -160,7 +164,7 @@ def add_plan_options(group: Any) -> None:
 
 
 def refuse_unused(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect on what is to be done."""
+    """Raise `UserError` for options that have no effect on the task."""
     used = {"verify": set(), "rebuild_index": set(), "merge": {"out", "add"}}
     task = next((name for name in used if getattr(args, name) is not None), None)
     if task is None:

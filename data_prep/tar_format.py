@@ -1,4 +1,4 @@
-"""How a sample stands in a tar: KEY.seq, then KEY.json, as POSIX ustar members with fixed owner, mode and time."""
+"""The form of a sample in a tar: KEY.seq, then KEY.json, as POSIX ustar members with fixed owner, mode and time."""
 
 import json
 
@@ -28,7 +28,7 @@ def padding(size: int) -> bytes:
 
 
 def member_size(content: np.ndarray) -> np.ndarray:
-    """Bytes in the tar of members with contents of these sizes, header and padding included, (n,) int64."""
+    """Bytes (n,) int64 that members with contents of these sizes take in a tar, with header and padding."""
     return BLOCK + (content + BLOCK - 1) // BLOCK * BLOCK
 
 
@@ -44,12 +44,12 @@ class SampleJson:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes of `encode` beside the digits of start and end, and beside the padding."""
+        """Bytes of `encode` without the digits of start and end, and without the padding."""
         return len(self.encode(0, 0, "+", 0)) - 2
 
 
 def json_sizes(fixed: np.ndarray, start: np.ndarray, end: np.ndarray, pad: np.ndarray) -> np.ndarray:
-    """Bytes of `SampleJson.encode` for each row, whose `fixed_bytes` are given, (n,) int64."""
+    """Bytes (n,) int64 of `SampleJson.encode` for each row; `fixed`: its `fixed_bytes`."""
     padded = np.where(pad > 0, len(', "pad": ') + decimal_digits(pad), 0)
     return fixed + decimal_digits(start) + decimal_digits(end) + padded
 

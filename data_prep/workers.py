@@ -1,4 +1,4 @@
-"""Runs tasks in worker processes that die with their parent; with one worker, in this process."""
+"""Runs tasks in worker processes, which end with their parent; with one worker, in this process."""
 
 import multiprocessing
 import os
@@ -18,16 +18,16 @@ from caduceus.files import patiently
 
 
 class Workers:
-    """A pool of `count` processes. `run` may be called any number of times; the processes start on the first."""
+    """A pool of `count` processes. `run` may be called any number of times; the first call starts the processes."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """Yields (number of the task, result) as results come; an error of a task ends the run.
+        """Yields (number of the task, result) as results come; an error of a task is raised and ends the run.
 
-        A task that fails for what passes, on a file system of a network, is done again.
+        A task that fails because of a passing error of a network file system is done again.
         """
         function = partial(_again_where_it_passes, function)
         if self.count == 1:
@@ -35,15 +35,15 @@ class Workers:
                 yield number, function(task)
             return
         if self._pool is None:
-            # spawn, not fork: a child must hold no file of ours open, least of all the lock
+            # spawn, not fork: a child must not hold our files open, least of all the lock
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.count, context, initializer=_follow_parent)
         try:
             yield from self._run_in_pool(self._pool, function, enumerate(tasks))
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was killed, perhaps for lack of memory; "
-                "run the same command again to go on, with fewer --workers"
+                "a worker process was killed, perhaps as memory ran out; run the same command again to go on, with "
+                "fewer --workers"
             ) from None
 
     def _run_in_pool(self, pool: ProcessPoolExecutor, function: Callable, tasks: Iterator) -> Iterator:
@@ -61,7 +61,7 @@ class Workers:
 
     @contextmanager
     def aborted_on_error(self) -> Iterator[None]:
-        """End the processes before an error, or Ctrl-C, leaves the block."""
+        """A context: before an error, or Ctrl-C, leaves it, the processes are ended."""
         try:
             yield
         except BaseException:
@@ -69,7 +69,7 @@ class Workers:
             raise
 
     def abort(self) -> None:
-        """End the processes in the middle of what they do, and wait until they are gone."""
+        """End the processes in the middle of their tasks, and wait until they are gone."""
         if self._pool is not None:
             for process in list(self._pool._processes.values()):
                 process.terminate()
@@ -80,7 +80,7 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # what runs now is of no use to anybody
+        if kind is not None:  # the results of running tasks are not needed
             self.abort()
         elif self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -96,7 +96,7 @@ def _again_where_it_passes(function: Callable[[Any], Any], task: Any) -> Any:
 
 
 def _follow_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
 
     def die_with_parent() -> None:

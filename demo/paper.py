@@ -31,6 +31,13 @@ SHARE_OF_STEPS = 0.8
 """Of the budget, that training steps get; validation and starts take the rest."""
 VALIDATIONS = 4
 LEAST_STEPS = 20
+_START = """
+Makes a comparison of the Caduceus paper, with several seeds for each arm. To begin:
+
+  python -m demo.paper tying  # here: small models on the demo's six fruit flies, half an hour of two CPU cores
+  python -m demo.paper tying --published  # the commands for a cluster: the published size, on hg38
+  python -m demo.paper --help  # the comparisons, seeds and budget
+"""
 
 
 @dataclass(frozen=True)
@@ -44,16 +51,20 @@ class Plan:
 def main() -> int:
     """Run a comparison, or print its commands for a cluster; returns the exit status."""
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    parser = Parser(prog="python -m demo.paper", description="Compare as the paper does, with several seeds.")
+    parser = Parser(
+        prog="python -m demo.paper", start=_START, description="Make a comparison of the paper, with several seeds."
+    )
     parser.add_argument("name", choices=names, help=f"one of {', '.join(names)}: configs/paper/NAME.yaml")
     parser.add_argument(
-        "--budget", type=float, default=30.0, metavar="MINUTES", help="of the small scale (%(default)s)"
+        "--budget", type=float, default=30.0, metavar="MINUTES", help="how long the small scale may take (%(default)s)"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (%(default)s)")
     parser.add_argument("--out", metavar="DIR", help="where everything goes (demo/out/paper/NAME)")
     parser.add_argument("--shards", metavar="DIR", help="other shards than the demo's six fruit flies")
     parser.add_argument("--published", action="store_true", help="print the commands of the published scale")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings of all arms")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override those of all arms"
+    )
     options = parser.parse_intermixed_args()
     if options.seeds < 1 or not 0 < options.budget < math.inf:
         raise UserError("--seeds and --budget: give numbers above 0")

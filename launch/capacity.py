@@ -1,4 +1,4 @@
-"""What the partitions of this machine's SLURM have for a request, seen before a job waits in a queue."""
+"""Compares a request with the partitions of this machine's SLURM, before a job waits in a queue."""
 
 import math
 
@@ -10,12 +10,12 @@ _MEGABYTES = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
 
 def slurm_complaint(request: JobRequest) -> str | None:
-    """What this machine's SLURM would refuse in the request, in one line; None where nothing is seen to be wrong.
+    """What this machine's SLURM would refuse in the request, in one line; None where no mistake is seen.
 
-    Nodes that are down or drained count: sbatch queues a job until they are back.
+    Nodes that are down or drained count as available: sbatch queues a job until they are back.
     """
     if not scheduler.is_here("sbatch"):
-        return "no SLURM on this machine (sbatch not found); to run here use --cluster local"
+        return "there is no SLURM on this machine (sbatch not found); to run here use --cluster local"
     try:
         nodes = scheduler.nodes()
     except scheduler.SilentError as error:
@@ -24,7 +24,7 @@ def slurm_complaint(request: JobRequest) -> str | None:
     if request.partition is not None:
         for wanted in request.partition.split(","):
             if wanted not in names:
-                return f"partition: no partition '{wanted}' here; choose one of {', '.join(names)}"
+                return f"partition: there is no partition '{wanted}' here; choose one of {', '.join(names)}"
     chosen = _chosen(request, nodes)
     most = max((row.gpus(request.gpu_type) for row in (chosen if request.partition else nodes)), default=0)
     if request.gpus_per_node > most and request.gpu_request != "none":
@@ -34,7 +34,7 @@ def slurm_complaint(request: JobRequest) -> str | None:
         spare = f" and {request.spare} spare" if request.spare else ""
         return f"nodes: {request.nodes}{spare} asked for, but a partition has at most {most}"
     limits = [(_limit(row.limit), row.limit) for row in chosen]
-    # A quality of service may lift the partition's limit.
+    # A quality of service may override the partition's limit.
     if limits and request.qos is None and request.minutes > max(limits)[0]:
         asked = "no limit" if math.isinf(request.minutes) else request.time
         return f"time: {asked} asked for, but the partition's limit is {max(limits)[1]}"
@@ -42,9 +42,9 @@ def slurm_complaint(request: JobRequest) -> str | None:
 
 
 def waiting_note(request: JobRequest) -> str | None:
-    """That a request waits for nodes which take no job now; None where such nodes would not help it, or are not needed.
+    """A note that a request will wait for nodes which take no job now; None where these do not help, or are not needed.
 
-    Raises `SilentError`.
+    Raises `SilentError` where SLURM does not answer.
     """
     suitable = [row for row in _chosen(request, scheduler.nodes()) if _has_room(row, request)]
     if _largest_partition([row for row in suitable if row.can_start]) >= request.allocated_nodes:
@@ -54,7 +54,7 @@ def waiting_note(request: JobRequest) -> str | None:
     states = sorted(
         {row.state if row.is_up else "in a partition that is down" for row in suitable if not row.can_start}
     )
-    return f"the job will wait: nodes that it needs are {', '.join(states)} at present"
+    return f"the job will wait, as nodes that it needs are {', '.join(states)} now"
 
 
 def _chosen(request: JobRequest, nodes: list[Nodes]) -> list[Nodes]:
@@ -72,14 +72,14 @@ def _largest_partition(nodes: list[Nodes]) -> int:
 
 
 def _has_room(row: Nodes, request: JobRequest) -> bool:
-    """Whether a node, with nothing else on it, could hold its share of the job."""
+    """Whether an empty node of this row could hold its share of the job."""
     cpus = request.processes_per_node * (request.cpus_per_task or 1)
     gpus = request.gpus_per_node if request.gpu_request != "none" else 0
     return row.cpus >= cpus and row.memory >= _memory(request.mem) and row.gpus(request.gpu_type) >= gpus
 
 
 def _memory(text: str | None) -> float:
-    """MB in sbatch's forms of memory: 200G, 4096 (MB). What cannot be read is left to sbatch."""
+    """MB in sbatch's forms of memory: 200G, 4096 (MB). Text that cannot be read counts as 0 and is left to sbatch."""
     digits = (text or "0").upper().removesuffix("B")
     unit = _MEGABYTES.get(digits[-1:], 1)
     digits = digits.rstrip("KMGT")

@@ -1,6 +1,6 @@
 """launch/slurm.py --check: the doctor (caduceus.doctor) on the nodes that a job would get.
 
-python -m launch.check FOLDER DEVICE: what each task of the step that srun starts runs.
+Each task of the step that srun starts runs: python -m launch.check FOLDER DEVICE
 """
 
 import os
@@ -24,9 +24,9 @@ _ONLY_OF_SBATCH = ("requeue", "no-requeue", "mail-type", "mail-user", "comment")
 
 
 def check(request: JobRequest, folder: Path, device: str) -> int:
-    """Have the doctor look at as many nodes, processes and GPUs as the request asks for; returns its exit status.
+    """Run the doctor on as many nodes, processes and GPUs as the request asks for, and return its exit status.
 
-    It waits for the nodes, as srun does, and shows the page. Raises `UserError` where SLURM refuses.
+    Like srun, it waits for the nodes; then it prints the page. Raises `UserError` where SLURM refuses.
     """
     request = replace(request, nodes=request.allocated_nodes, spare=0)
     doctor = [sys.executable, "-m", "caduceus.doctor", "--folder", str(folder), "--device", device]
@@ -39,7 +39,7 @@ def check(request: JobRequest, folder: Path, device: str) -> int:
 
 
 def step_options(request: JobRequest) -> list[str]:
-    """The request as options of srun, which allocates the nodes by itself; of its time a quarter of an hour."""
+    """The request as options of srun, which allocates the nodes by itself, for at most a quarter of an hour."""
     parameters = sbatch_parameters(request, "caduceus-check")
     further: dict[str, Any] = parameters.pop("additional_parameters")
     names = ("job_name", "nodes", "ntasks_per_node", "cpus_per_task", "mem")
@@ -51,7 +51,7 @@ def step_options(request: JobRequest) -> list[str]:
 
 
 def _script(request: JobRequest, folder: Path, device: str) -> str:
-    """What bash runs in each task."""
+    """The script that bash runs in each task."""
     python = request.python or shlex.quote(sys.executable)
     lines = [*sbatch_parameters(request, "caduceus-check")["setup"]]
     lines.append(f"export PYTHONPATH={shlex.quote(_pythonpath())}")
@@ -64,7 +64,7 @@ def _pythonpath() -> str:
 
 
 def _check_here(doctor: list[str], environment: dict[str, str], world: int) -> int:
-    """The doctor in `world` processes of this machine."""
+    """Run the doctor in `world` processes on this machine."""
     ranks = []
     for rank in range(world):
         place = rendezvous(rank, rank, world, world, "127.0.0.1", os.getpid(), 0)
@@ -73,11 +73,11 @@ def _check_here(doctor: list[str], environment: dict[str, str], world: int) -> i
 
 
 def main() -> int:
-    """One task of the step: find the others, and be a rank of the doctor's."""
+    """One task of the step: find the other tasks, and run as a rank of the doctor."""
     from caduceus.doctor.__main__ import examine
 
     if len(sys.argv) != 3 or "SLURM_JOB_ID" not in os.environ:
-        raise UserError("launch.check: is started by launch/slurm.py --check")
+        raise UserError("launch.check: only launch/slurm.py --check starts this")
     os.environ["SUBMITIT_EXECUTOR"] = "slurm"
     find_others(submitit.JobEnvironment())
     return examine(Path(sys.argv[1]), sys.argv[2])

@@ -1,7 +1,7 @@
 """python launch/evaluate.py VERB … [--nodes N] [--cluster PRESET] …: a verb of caduceus.evaluate as a job.
 
 Takes the options of `python -m caduceus.evaluate VERB` and those of a job. The ranks of the job share the work, and
-what is finished is kept: the same command again goes on after a failure or a time limit.
+finished parts are kept: after a failure or a time limit the same command goes on.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import submitit
 
 from caduceus.arguments import Parser
 from caduceus.errors import ONE_LINE, Kind, UserError, run_command, tell
-from caduceus.evaluate.commands import PLACES, SHARED, verb_arguments
+from caduceus.evaluate.commands import PLACES, verb_arguments
 from caduceus.files import append_json_line, locked, read_json_lines
 from caduceus.run.ends import ends_folder, first_cause, read_ends, recording_end
 from launch import history, scheduler
@@ -40,14 +40,16 @@ _STARTED = "submissions.jsonl"
 
 @dataclass(frozen=True)
 class EvaluateTask:
-    """One rank of an evaluation: the words of its command line, the folder that it was given in, and its jobs' own."""
+    """One rank of an evaluation: the words of its command line, the folder in which the user typed it, and the jobs'
+    folder.
+    """
 
     words: tuple[str, ...]
     where: str
     jobs: str
 
     def __call__(self) -> int:
-        """Run the verb; what is finished of it is found beside its output. Exits with the status of its error."""
+        """Run the verb, which finds its finished parts beside the output. After an error it exits with its status."""
         end_on_signals()
         os.chdir(self.where)
         job, restart = submitit.JobEnvironment(), history.this_restart()
@@ -55,7 +57,7 @@ class EvaluateTask:
         from caduceus.train.__main__ import set_up_logging
 
         set_up_logging()
-        logging.getLogger("submitit").propagate = False  # it prints its messages by itself
+        logging.getLogger("submitit").propagate = False  # it prints its own messages
         try:
             with recording_end(ends_folder(Path(self.jobs), job.job_id, restart), job.global_rank):
                 return run_verb(verb_arguments(self.words))
@@ -64,7 +66,7 @@ class EvaluateTask:
 
 
 def main() -> int:
-    """Check the command, then run it as a job or here; returns the exit status."""
+    """Check the command, then run it as a job or here. Returns the exit status."""
     request, words = parse_arguments()
     arguments = verb_arguments(words)
     refuse(arguments, request)
@@ -75,7 +77,7 @@ def main() -> int:
     if request.executor == "local":
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         executor, job = started_here(request, folder, task)
-        if shown(executor, job, "ending; the same command goes on") == 0:
+        if shown(executor, job, "the job is ending; the same command goes on") == 0:
             return 0
         cause = first_cause(read_ends(ends_folder(folder, job.job_id, 0)))
         return 2 if cause is not None and cause.kind in (Kind.USER, Kind.NODE, Kind.RETRY) else 1
@@ -88,30 +90,26 @@ def run_verb(arguments: argparse.Namespace) -> int:
 
 
 def parse_arguments() -> tuple[JobRequest, list[str]]:
-    """The job that is asked for, and the words that are the verb's."""
+    """The options of the job, and the words of the verb's command line."""
     parser = Parser(
         called="caduceus-launch-evaluate",
         start=_START,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # --tasks of a suite is not the beginning of --tasks-per-node
+        allow_abbrev=False,  # a suite's --tasks must not count as an abbreviation of --tasks-per-node
     )
     add_request_options(parser, default="slurm")
     known, words = parser.parse_known_args()
     if not words:
-        raise UserError("VERB: say what to run, as embed or variants; see --help")
+        raise UserError("VERB: say what to run, such as embed or variants; see --help")
     return requested_job(known), words
 
 
 def refuse(arguments: argparse.Namespace, request: JobRequest) -> None:
-    """Raise `UserError` for what would end the job as soon as it starts."""
+    """Raise `UserError` for mistakes that would end the job as soon as it starts."""
     for name in ("chain", "spare"):
         if getattr(request, name) != getattr(JobRequest(), name):
             raise UserError(f"{name}: is for training runs; after a failure the same command goes on")
-    if request.world > 1 and arguments.command not in SHARED:
-        raise UserError(
-            f"nodes, tasks_per_node: {arguments.command} runs in one process; ranks share {', '.join(SHARED)}"
-        )
     for name in PLACES:
         path = getattr(arguments, name, None)
         if path is not None and not Path(path).exists():
@@ -119,15 +117,15 @@ def refuse(arguments: argparse.Namespace, request: JobRequest) -> None:
 
 
 def work_folder(arguments: argparse.Namespace) -> Path:
-    """Where code and logs of the job lie: beside the output, or for a verb without one here."""
+    """The folder of the job's code and logs: beside the output, or in the current folder for a verb without output."""
     out = Path(getattr(arguments, "out", arguments.command)).absolute()
     if not out.parent.is_dir():
-        raise UserError(f"--out: {out.parent}: no such folder")
+        raise UserError(f"--out: {out.parent}: there is no such folder")
     return out.with_name(f"{out.name}.jobs")
 
 
 def submit(request: JobRequest, folder: Path, task: EvaluateTask, verb: str) -> int:
-    """Submit the job to SLURM, unless an earlier one of the same output waits or runs."""
+    """Submit the job to SLURM. Raises `UserError` where an earlier job with the same output waits or runs."""
     if complaint := slurm_complaint(request):
         raise UserError(complaint)
     executor = SlurmExecutor(folder / "logs", python=request.python)
@@ -139,7 +137,7 @@ def submit(request: JobRequest, folder: Path, task: EvaluateTask, verb: str) -> 
     with locked(folder / ".submitting"):
         jobs = [row["job"] for row in read_json_lines(folder / _STARTED)]
         for job in scheduler.live_jobs(jobs):
-            raise UserError(f"--out: {folder.stem} is being made by job {job}; wait for it, or: scancel {job}")
+            raise UserError(f"--out: {folder.stem} is being written by job {job}; wait for it, or: scancel {job}")
         snapshot_code(folder)
         job = submitted(lambda: executor.submit(task)).job_id
         append_json_line(folder / _STARTED, {"job": job, "words": list(task.words)})

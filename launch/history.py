@@ -1,4 +1,4 @@
-"""What a run's directory remembers of its jobs. Imports no torch.
+"""The history of a run's jobs, as its directory keeps it. Imports no torch.
 
 RUN/submissions.json says what was submitted, when and by whom; RUN/attempts.jsonl how often the jobs started and how
 they ended, an event in each line:
@@ -34,7 +34,7 @@ class Reason(str, enum.Enum):
     FAILED = "failed"
     BAD_NODE = "bad node"
     NODE_LOST = "node lost"
-    """A job with spare nodes went on with one of them."""
+    """The node was lost, and the job went on with a spare one."""
     TIME_LIMIT = "time limit"
     UNSAVED = "time limit before the last save was done"
     PREEMPTED = "preempted"
@@ -42,24 +42,26 @@ class Reason(str, enum.Enum):
     CANCELLED = "cancelled"
     """By `runs.py cancel`, scancel, or a SIGTERM to the controller of a local job."""
     TAKEN = "ended by SLURM"
-    """For a reason that SLURM does not tell the job; former versions also called a cancelled local job so."""
+    """SLURM ended it, and does not tell the job why; older versions also used this for a cancelled local job."""
     LOST = "lost"
-    """Neither its job nor its ranks left an end: its node died, or all was killed at once."""
+    """Neither its job nor its ranks recorded an end: its node died, or everything was killed at once."""
 
     __str__ = str.__str__
 
 
 FAILURES = (Reason.FAILED, Reason.BAD_NODE, Reason.UNSAVED)
-"""What makes a run be given up when it comes again and again without a new checkpoint in between."""
+"""Reasons for which a run is given up if they come again and again without a new checkpoint in between."""
 
 
 RESTART = "CADUCEUS_RESTART"
-"""Variable by which a batch script that starts its processes again in its nodes numbers these starts."""
+"""The environment variable with the number of this start, set by a batch script that starts its processes again on its
+own nodes.
+"""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A run handed over once: its jobs (several in a chain), where their logs are, and what was asked for."""
+    """One submission of a run: its jobs (several in a chain), the folder of their logs, and what was requested."""
 
     run: Path
     jobs: list[str]
@@ -70,16 +72,16 @@ class Submission:
 
 @dataclass
 class Attempt:
-    """One start of a job's processes, up to their end."""
+    """One start of a job's processes, until their end."""
 
     job: str
     restart: int
-    """Number of this start of the job, growing; without spare nodes, how often SLURM had started it before."""
+    """Number of this start of the job, which grows; without spare nodes, how often SLURM had started the job before."""
     started: str | None = None
     ended: str | None = None
     nodes: str = ""
     step: int = 0
-    """Step of the newest checkpoint, at the attempt's end or, before that, at its start."""
+    """Step of the newest checkpoint at the attempt's end, or at its start where it has not ended."""
     reason: Reason | None = None
     error: str | None = None
     gave_up: bool = False
@@ -88,7 +90,7 @@ class Attempt:
 
 
 def this_restart() -> int:
-    """The number of this start of the job around this process."""
+    """The number of this start of the job that this process belongs to."""
     return int(os.environ.get(RESTART) or os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
@@ -107,13 +109,15 @@ def submissions(run: RunDirectory) -> list[Submission]:
         return [Submission(run.path, row["jobs"], row["executor"], Path(row["logs"]), row["request"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); mend it, or move it "
-            "away where none of its jobs is alive"
+            f"{path}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())}); repair it, or move it "
+            "away if none of its jobs waits or runs"
         ) from None
 
 
 def record_submission(run: RunDirectory, submission: Submission) -> None:
-    """Add a submission to RUN/submissions.json, with what was submitted by whom and from where."""
+    """Add a submission to RUN/submissions.json, with its code and command, and by whom and from where it was
+    submitted.
+    """
     path = run.path / "submissions.json"
     rows = json.loads(patiently(path.read_bytes)) if is_file(path) else []
     entry = {
@@ -128,7 +132,7 @@ def record_submission(run: RunDirectory, submission: Submission) -> None:
 
 @patient
 def attempts(run: RunDirectory) -> list[Attempt]:
-    """All attempts of a run, oldest first. All but the newest have a reason for their end."""
+    """All attempts of a run, oldest first. Only the newest may have no reason for its end yet."""
     found: dict[tuple[str, int], Attempt] = {}
     began: dict[tuple[str, int], int] = {}
     for row in read_json_lines(run.path / "attempts.jsonl"):
@@ -162,25 +166,25 @@ def _reason(run: RunDirectory, words: str) -> Reason:
         return Reason(words)
     except ValueError:
         raise UserError(
-            f"{run.path}/attempts.jsonl: no end is called {words!r} here; use the version that wrote it"
+            f"{run.path}/attempts.jsonl: this version knows no end called {words!r}; use the version that wrote it"
         ) from None
 
 
 def ended_by_itself(run: RunDirectory, attempt: Attempt) -> bool:
-    """Whether the ranks of an attempt say that they stopped with a checkpoint, though its job wrote down no end.
+    """Whether the ranks of an attempt recorded that they stopped with a checkpoint, although its job recorded no end.
 
-    This happens after `scontrol requeue` from elsewhere, where SLURM kills the batch script before its last line.
+    This happens after a `scontrol requeue` by somebody, where SLURM kills the batch script before its last line.
     """
     ends = read_ends(ends_folder(run.path, attempt.job, attempt.restart))
     return 0 in ends and all(end.kind is None for end in ends.values())
 
 
 def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
-    """How many of the newest attempts of these jobs failed one after the other with no new checkpoint between them.
+    """How many of the newest attempts of these jobs failed in a row without a new checkpoint between them.
 
-    Bad nodes count as well: where every node is bad, it is not the nodes. So do saves that take longer than the time
-    that is kept for them. Other time limits, preemption, a requeue by hand and attempts that left no end count neither
-    way.
+    Bad nodes count as failures too: where every node is bad, the nodes are not the cause. So do saves that take longer
+    than the time reserved for them. Other time limits, preemption, a requeue by hand and attempts without a recorded
+    end are ignored: they neither count nor end the row.
     """
     failures, step = 0, None
     for attempt in reversed([attempt for attempt in attempts(run) if attempt.job in jobs]):
@@ -192,7 +196,7 @@ def failures_without_progress(run: RunDirectory, jobs: list[str]) -> int:
 
 
 def bad_nodes(run: RunDirectory, submission: Submission, job: str, restart: int) -> list[str]:
-    """Nodes that failed their checks since SLURM gave the job the nodes that it has at a restart."""
+    """Nodes that failed their checks since SLURM gave the job the nodes that it has at restart number `restart`."""
     starts = submission.request.get("spare", 0) + 1
     same = [a for a in attempts(run) if a.job == job and a.restart // starts == restart // starts]
     return sorted({node for attempt in same for node in attempt.bad_nodes})
@@ -200,6 +204,6 @@ def bad_nodes(run: RunDirectory, submission: Submission, job: str, restart: int)
 
 @patient
 def newest_step(run: RunDirectory) -> int:
-    """Step of the newest checkpoint whose files have their sizes; 0 where there is none."""
+    """Step of the newest checkpoint whose files have the right sizes; 0 where there is none."""
     whole = (checkpoint.step for checkpoint in reversed(run.checkpoints()) if not checkpoint.damage(contents=False))
     return next(whole, 0)

@@ -1,4 +1,4 @@
-"""What runs on each task of a job: find the other ranks, then train from the run directory's configuration."""
+"""The work of each task of a job: find the other ranks, then train with the run directory's configuration."""
 
 import logging
 import os
@@ -18,27 +18,27 @@ from launch import history, scheduler
 from launch.history import submissions
 from launch.node import check_node, node_defaults, own_slice
 
-FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral range, which starts at 32768
-RESTART_STRIDE = 7919  # shares no factor with PORTS, and keeps clear of the next jobs' ports
+FIRST_PORT, PORTS = 10000, 20000  # below the ephemeral ports, which start at 32768
+RESTART_STRIDE = 7919  # has no common factor with PORTS, and avoids the ports of the next jobs
 
 
 @dataclass(frozen=True)
 class TrainTask:
-    """The callable that submitit pickles. It holds no state: where the run goes on is found in the run directory."""
+    """The callable that submitit pickles. It holds no state: the run directory tells where the run goes on."""
 
     run_dir: str
     command: str = field(default_factory=users_command)
-    """What the user typed to submit it."""
+    """The command with which the user submitted it."""
 
     def __call__(self) -> int:
-        """Train; returns the trainer's exit status. What happens then is for the batch script (launch/requeue.py)."""
+        """Train, and return the trainer's exit status. The batch script decides what follows (launch/requeue.py)."""
         with leaving():
             return self._run()
 
     def _run(self) -> int:
         os.environ[COMMAND] = self.command
-        end_on_signals()  # until the trainer listens: there is nothing to save yet
-        if "SLURM_STEP_NODELIST" in os.environ:  # the job may have spare nodes besides
+        end_on_signals()  # until the trainer listens, as there is nothing to save yet
+        if "SLURM_STEP_NODELIST" in os.environ:  # the job may have spare nodes in addition
             os.environ["SLURM_JOB_NODELIST"] = os.environ["SLURM_STEP_NODELIST"]
             os.environ["SLURM_JOB_NUM_NODES"] = os.environ["SLURM_STEP_NUM_NODES"]
         job = submitit.JobEnvironment()
@@ -68,13 +68,15 @@ class TrainTask:
 
 
 def end_on_signals() -> None:
-    """Let signals end this process: submitit's own handlers would swallow them, or requeue from one rank alone."""
+    """Let signals end this process: submitit's own handlers would ignore them, or requeue from one rank alone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
 
 
 def find_others(job: submitit.JobEnvironment, restart: int = 0) -> None:
-    """Set in this task's environment what torchrun would set, its share of the node, and what suits the node."""
+    """Set the environment variables of this task that torchrun would set, its share of the node, and the node's
+    defaults.
+    """
     first_host = job.hostnames[0] if job.cluster == "slurm" else "127.0.0.1"
     ranks = (job.global_rank, job.local_rank, job.num_tasks, job.num_tasks // job.num_nodes)
     os.environ.update(rendezvous(*ranks, first_host, int(job.raw_job_id), restart))
@@ -84,7 +86,7 @@ def find_others(job: submitit.JobEnvironment, restart: int = 0) -> None:
 
 
 def train(config: Config) -> int:
-    """Train in this process, with messages on stderr; returns the trainer's exit status."""
+    """Train in this process, with messages on stderr. Returns the trainer's exit status."""
     from caduceus.train import trainer
     from caduceus.train.__main__ import set_up_logging
 
@@ -94,13 +96,13 @@ def train(config: Config) -> int:
 
 
 def _has_trained(run: RunDirectory, starts: int, step: int) -> bool:
-    """Whether a run that had been started so often, and goes on from `step`, has made a step since."""
-    rows = run.newest_metrics("step")  # what earlier starts left after `step` goes before a new start is written down
+    """Whether a run has made a step since it had `starts` starts and a newest checkpoint at `step`."""
+    rows = run.newest_metrics("step")  # rows of earlier starts after `step` are removed before a new start is recorded
     return len(run.starts()) > starts and bool(rows) and rows[-1]["step"] > step
 
 
 def take_over(run: RunDirectory, job: str) -> None:
-    """Shut out an earlier attempt: where a slurmd has died, its processes live on, and SLURM knows nothing of them."""
+    """Shut out an earlier attempt: where a slurmd has died, its processes may still run without SLURM knowing."""
     holder = run.holder()
     if holder is None or holder.slurm_job is None:
         return
@@ -111,9 +113,10 @@ def take_over(run: RunDirectory, job: str) -> None:
 
 
 def _is_over(run: RunDirectory, earlier: str, job: str) -> bool:
-    """Whether SLURM takes a job for ended. In a container without squeue, a submission of the run tells.
+    """Whether an earlier job has ended, as far as SLURM knows.
 
-    It is refused while an earlier job of the run waits or runs, and a job of a chain waits for the one before.
+    In a container without squeue, it has ended if this job belongs to a submission of the run: a submission is refused
+    while an earlier job of the run waits or runs, and a job of a chain waits for the one before.
     """
     try:
         return not scheduler.live_jobs([earlier])
@@ -125,10 +128,10 @@ def _is_over(run: RunDirectory, earlier: str, job: str) -> bool:
 def rendezvous(
     rank: int, local_rank: int, world: int, local_world: int, first_host: str, job_number: int, restart: int
 ) -> dict[str, str]:
-    """The variables that torchrun would set.
+    """The environment variables that torchrun would set.
 
-    The port follows from the job and its restarts, so that neither jobs on one node meet nor what is left of an earlier
-    attempt joins.
+    The port follows from the job and its restarts, so that jobs on one node do not meet, and processes left over from
+    an earlier attempt do not join.
     """
     return {
         "RANK": str(rank),

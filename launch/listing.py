@@ -20,7 +20,7 @@ _HEADS = ["run", "state", "step", "loss", "valid loss", "bases/s", "left", "star
 
 
 def list_runs(directory: Path) -> str:
-    """A table with a row per run below a directory. `UserError` where there is none."""
+    """A table with a row per run below a directory. Raises `UserError` where there is no run."""
     runs, rows = find_runs(directory), Rows(directory)
     known = {run.path: rows.get(run) for run in runs}
     jobs_of = _asked_at_once(runs, known)
@@ -34,12 +34,12 @@ def find_runs(directory: Path) -> list[RunDirectory]:
     """The run directories in a directory, and in the sweeps in it."""
     runs = [RunDirectory(path) for path in sorted(_run_paths(directory, depth=2))]
     if not runs:
-        raise UserError(f"{directory}: no runs in here; give the directory that holds the run directories")
+        raise UserError(f"{directory}: there are no runs in here; give the directory that holds the run directories")
     return runs
 
 
 def _run_paths(directory: Path, depth: int) -> Iterator[Path]:
-    """The run directories up to so many levels below a directory; in a run there is no other."""
+    """The run directories up to `depth` levels below a directory; a run contains no other run."""
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             path = Path(entry.path)
@@ -52,11 +52,11 @@ def _run_paths(directory: Path, depth: int) -> Iterator[Path]:
 def _asked_at_once(
     runs: Sequence[RunDirectory], known: dict[Path, Remembered | None]
 ) -> Callable[[RunDirectory], dict[str, JobState]]:
-    """What SLURM says of the jobs of any of the runs, asked once about all of them; raises `SilentError`."""
+    """The answer of SLURM about the jobs of any of the runs, which is asked once for all; it raises `SilentError`."""
     jobs: dict[Path, list[str]] = {}
     for run in runs:
         remembered = known[run.path]
-        with contextlib.suppress(UserError):  # which a look at the run itself tells
+        with contextlib.suppress(UserError):  # the error comes again, and is shown, when the run itself is read
             jobs[run.path] = slurm_jobs(run) if remembered is None else remembered.jobs
     found, silence = {}, None
     try:
@@ -107,10 +107,10 @@ def _row(
 
 
 def number(value: float | None) -> str:
-    """A loss as it is shown."""
+    """A loss as text."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def rate(now: Overview) -> str:
-    """Bases per second as they are shown."""
+    """Bases per second as text."""
     return "-" if now.tokens_per_second is None else f"{now.tokens_per_second:,.0f}"

@@ -1,4 +1,4 @@
-"""Runs as jobs of this machine, through submitit's local executor."""
+"""Starts runs as jobs of this machine, through submitit's local executor."""
 
 import contextlib
 import os
@@ -25,15 +25,15 @@ from launch.request import JobRequest
 from launch.submission import snapshot_code
 
 _LONGEST_MINUTES = 60 * 24 * 3650
-"""The time limit of a job that asks for none."""
+"""The time limit, in minutes, of a job that asks for none."""
 _CANCELLED = 143
 """Exit status of a controller that was told to kill its job."""
 GRACE_SECONDS = 10
-"""How long the other ranks may take to end by themselves when one has failed."""
+"""Seconds that the other ranks may take to end by themselves after one has failed."""
 
 
 def run_here(request: JobRequest, run: RunDirectory) -> int:
-    """Run as a job of this machine, show the first rank's output until it ends, and return its exit status."""
+    """Start a run as a job of this machine, show the first rank's output until it ends, and return its exit status."""
     executor, job = started_here(request, run.path, TrainTask(str(run.path.absolute())))
     logs = executor.folder
     record_submission(run, Submission(run.path.absolute(), [job.job_id], request.executor, logs, vars(request)))
@@ -53,7 +53,7 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
 def started_here(request: JobRequest, folder: Path, task: Callable[[], Any]) -> "tuple[_Executor, LocalJob]":
     """Start a task's processes on this machine, with a copy of the code and their logs in `folder`."""
     if request.setup or request.srun or request.python:
-        raise UserError("setup, srun, python: a local job runs in this shell's environment, with this Python")
+        raise UserError("setup, srun, python: a local job has this shell's environment and this Python; leave them out")
     given = visible_gpus(os.environ)
     if given and len(given) < request.gpus_per_node:
         raise UserError(
@@ -74,7 +74,7 @@ def started_here(request: JobRequest, folder: Path, task: Callable[[], Any]) -> 
 
 
 def shown(executor: "_Executor", job: LocalJob, on_ctrl_c: str) -> int:
-    """Show the first rank's output until the job ends; returns 0 where all its processes ended well."""
+    """Show the first rank's output until the job ends. Returns 0 where all its processes succeeded."""
     log = log_path(executor.folder, job.job_id)
     print(f"log:           {log}", flush=True)
     for line in _through_ctrl_c(follow(log, job.done), on_ctrl_c):
@@ -83,7 +83,7 @@ def shown(executor: "_Executor", job: LocalJob, on_ctrl_c: str) -> int:
 
 
 class _Executor(LocalExecutor):
-    """Its jobs have `_Controller`, whose process is `controller`; it exits with 0 where all its tasks did."""
+    """Its jobs have a `_Controller`; attribute `controller`: its process, which exits with 0 where all tasks did."""
 
     def _submit_command(self, command: str) -> LocalJob:
         gpus = self.parameters["gpus_per_node"]
@@ -99,7 +99,7 @@ class _Executor(LocalExecutor):
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_WITH_SHELL": "",
         }
-        if gpus:  # else all that this shell sees
+        if gpus:  # otherwise the job has all GPUs that this shell sees
             given = visible_gpus(os.environ) or [str(number) for number in range(gpus)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(given[:gpus])
         controller = [sys.executable, "-m", "launch.local", str(self.folder)]
@@ -109,7 +109,9 @@ class _Executor(LocalExecutor):
 
 
 class _Controller(Controller):
-    """Ends the whole job when one of its processes has failed, as --kill-on-bad-exit of srun does; SIGTERM kills it."""
+    """Ends the whole job when one of its processes has failed, as srun's --kill-on-bad-exit does. SIGTERM kills the
+    job.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -117,7 +119,7 @@ class _Controller(Controller):
         signal.signal(signal.SIGTERM, self._kill)
 
     def wait(self, freq: int = 24) -> Sequence[int | None]:
-        """Until all processes have ended, the time is up, or one has failed and the others had time to end."""
+        """Wait until all processes have ended, the time is up, or one has failed and the others had time to end."""
         started = time.monotonic()
         told, failed = False, None
         while None in (statuses := [task.poll() for task in self.tasks]):
@@ -142,7 +144,7 @@ class _Controller(Controller):
 
 @contextlib.contextmanager
 def _ctrl_c_ignored() -> Iterator[None]:
-    """What starts meanwhile is deaf to Ctrl-C: submitit's controller would kill its tasks, who want to save first."""
+    """A context whose new processes ignore Ctrl-C: submitit's controller would kill its tasks before they can save."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -151,10 +153,12 @@ def _ctrl_c_ignored() -> Iterator[None]:
 
 
 def _through_ctrl_c(lines: Iterator[str], words: str) -> Iterator[str]:
-    """Ctrl-C reaches the ranks by itself; their last lines are waited for."""
+    """Yield lines, and on Ctrl-C announce `words` and go on: the terminal signals the ranks too, and their last lines
+    follow.
+    """
 
     def announce(*_: object) -> None:
-        os.write(1, f"{words}\n".encode())  # print must not interrupt itself
+        os.write(1, f"{words}\n".encode())  # a second signal must not interrupt the print
 
     before = signal.signal(signal.SIGINT, announce)
     try:

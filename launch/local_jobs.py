@@ -1,4 +1,4 @@
-"""Jobs of this machine, known by the process id of their controller (launch/local.py)."""
+"""Jobs of this machine, identified by the process id of their controller (launch/local.py)."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def is_running(job: str, logs: Path) -> bool:
-    """Whether the controller that writes to `logs` lives; another process may have its number by now."""
+    """Whether the controller that writes to `logs` runs; another process may have its number by now."""
     if Path("/proc/self").exists():
         try:
             shown = Path(f"/proc/{job}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="surrogateescape")

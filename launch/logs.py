@@ -11,21 +11,21 @@ from caduceus.run.ends import ends_folder, first_cause, read_ends
 
 _TAIL_BYTES = 1 << 16
 _START = "Starting with JobEnvironment"
-"""What submitit writes when a process of a job starts."""
+"""The line that submitit writes when a process of a job starts."""
 _KILLED = re.compile(r"srun: error: \S+: tasks? ([\d,-]+): ")
 
 
 def log_path(logs: Path, job: str, rank: int = 0) -> Path:
-    """The log of one rank. Rank 0's has what SLURM itself says, too."""
+    """The log of one rank. The log of rank 0 also has SLURM's own messages."""
     return logs / f"{job}_{rank}_log.out"
 
 
 def last_error(run: RunDirectory, logs: Path, job: str, restart: int) -> str | None:
-    """The line that best says why an attempt's processes ended; None where nothing does.
+    """The line that best explains why an attempt's processes ended; None where there is none.
 
-    It is what the rank said whose failure ended the others. Where the first process that SLURM saw fail left no end, as
-    when it was killed, it is what SLURM says. An attempt without any end crashed before it began: then it is the last
-    exception in its logs.
+    It is the message of the rank whose failure ended the others. Where the first process that SLURM saw fail recorded
+    no end, because it was killed, it is SLURM's message. An attempt in which no rank recorded an end crashed before
+    training began: then it is the last exception in its logs.
     """
     ends = read_ends(ends_folder(run.path, job, restart))
     paths = sorted(logs.glob(f"{job}_*_log.out"))
@@ -43,7 +43,7 @@ def last_error(run: RunDirectory, logs: Path, job: str, restart: int) -> str | N
 
 
 def follow(path: Path, ended: Callable[[], bool]) -> Iterator[str]:
-    """Lines of a log as they come, until `ended`."""
+    """Yield lines of a log as they come, until `ended()`."""
     while not path.exists() and not ended():
         time.sleep(0.1)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""What a process sets and checks on its node before it trains."""
+"""Settings and checks of a process on its node, before it trains."""
 
 import tempfile
 from collections.abc import Mapping
@@ -8,7 +8,9 @@ from caduceus.run.node import compiler_caches, node_folder
 
 
 def node_defaults(environment: Mapping[str, str]) -> dict[str, str]:
-    """Thread counts as the job asked for them, and compilers' caches on the node's own disk, not a shared one."""
+    """Environment variables: numbers of threads as the job asks, and compilers' caches on the node's own disk, not a
+    shared one.
+    """
     defaults = compiler_caches(environment)
     if cpus := environment.get("SLURM_CPUS_PER_TASK"):
         defaults |= {"OMP_NUM_THREADS": cpus, "NUMBA_NUM_THREADS": cpus}
@@ -35,7 +37,7 @@ def check_node(environment: Mapping[str, str], needs_gpus: bool) -> None:
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES gives a process: numbers, GPU-… or MIG-…, up to the first that is no GPU.
+    """The GPUs of CUDA_VISIBLE_DEVICES: numbers, GPU-… or MIG-…, up to the first entry that is not a GPU.
 
     SLURM writes NoDevFiles for a job without GPUs.
     """
@@ -45,7 +47,7 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 
 def own_slice(environment: Mapping[str, str], local_rank: int) -> dict[str, str]:
-    """The variable that gives a process its own of several MIG slices: CUDA shows it the first of them only."""
+    """The environment variable that gives a process its own one of several MIG slices, as CUDA shows only the first."""
     given = visible_gpus(environment)
     return {"CUDA_VISIBLE_DEVICES": given[local_rank % len(given)]} if _are_slices(given) else {}
 

@@ -1,4 +1,4 @@
-"""Run directories made ready for a submission, and put back as they were where nothing came of it."""
+"""Prepares run directories for a submission, and restores them where the submission fails."""
 
 import contextlib
 import shutil
@@ -16,17 +16,17 @@ from launch.history import submissions
 from launch.refusals import refuse_run_in_use
 
 _LOCK_SECONDS = 60
-"""How long a submission waits for another one of the same run."""
+"""Seconds that a submission waits for another one of the same run."""
 _GLANCE_SECONDS = 2
-"""How long a submission waits for the lock of training, which another submission holds for a moment."""
+"""Seconds that a submission waits for the lock of training, which another submission holds for a moment."""
 
 
 @contextlib.contextmanager
 def prepared(configs: Sequence[Config], folder: Path) -> Iterator[list[RunDirectory]]:
-    """The run directories of `configs`, with these configurations as their own and no wish to stop.
+    """A context with the run directories of `configs`: each holds its configuration, and no request to stop.
 
-    Nobody else submits these runs meanwhile, and none of them is in use. Where the body raises, each run without a new
-    submission is left as it was found, and so is `folder`, which holds them or is the only one.
+    Within it no other process submits these runs, and none of them is in use. Where the block raises, each run without
+    a new submission is restored to what it was, and so is `folder`, which holds them or is the only one.
     """
     new_folder = not folder.exists()
     with contextlib.ExitStack() as locks:
@@ -70,9 +70,9 @@ class _Found:
 
 
 def _locked(config: Config) -> _Found:
-    """The run directory of `config`, made where it is absent, locked against other submissions.
+    """The run directory of `config`, made where it is absent, and locked against other submissions.
 
-    One that waited for another sees what has become of it: a directory with a submission, or none at all.
+    A submission that waited for another one sees its result: a directory with a submission, or no directory.
     """
     run = RunDirectory(config.run.dir)
     began = time.monotonic()
@@ -80,7 +80,7 @@ def _locked(config: Config) -> _Found:
         was_absent = not run.path.exists()
         try:
             RunDirectory.create_or_resume(config).release()
-        except RetryError:  # another submission, which gives it back at once, or a process that trains
+        except RetryError:  # another submission, which releases it soon, or a process that trains
             if time.monotonic() - began > _GLANCE_SECONDS:
                 raise
             time.sleep(0.1)

@@ -1,10 +1,10 @@
-"""Mistakes that can be seen before a job waits in a queue for hours."""
+"""Finds mistakes before a job waits in a queue for hours."""
 
 import contextlib
 from statistics import median
 
 from caduceus.config import Config, stages_of, within
-from caduceus.data.dataset import open_dataset
+from caduceus.data.split_sources import open_sources
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
@@ -17,7 +17,7 @@ from launch.terminal import runs_command
 
 
 def refuse_impossible_layout(config: Config, request: JobRequest) -> None:
-    """Raise `UserError` where the ranks of the request cannot be arranged as the configuration wants."""
+    """Raise `UserError` where the configuration's layout is impossible on the ranks of the request."""
     for stage in stages_of(config):
         with within(stage):
             check_layout(stage.config, request.world)
@@ -33,7 +33,7 @@ def refuse_bad_request(config: Config, request: JobRequest) -> None:
 
 
 def complaints(config: Config, request: JobRequest) -> list[str]:
-    """What would stop the run on this machine or its SLURM, a line each."""
+    """The reasons why the run would fail on this machine or its SLURM, one line each."""
     found = [_data_complaint(config), _evaluations_complaint(config), _time_complaint(config, request)]
     if request.executor == "slurm":
         no_slurm = slurm_complaint(request)
@@ -63,9 +63,9 @@ def _data_complaint(config: Config) -> str | None:
         else:
             for stage in stages_of(config):
                 with within(stage):
-                    open_dataset(stage.config.data, "train")
+                    open_sources(stage.config.data, "train")
                     if config.valid.every:
-                        open_dataset(stage.config.data, "valid")
+                        open_sources(stage.config.data, "valid")
     except UserError as error:
         return str(error)
     return None
@@ -84,7 +84,9 @@ def _evaluations_complaint(config: Config) -> str | None:
 
 
 def _time_complaint(config: Config, request: JobRequest) -> str | None:
-    """A job that ends before its first checkpoint, by the speed that this run had, or by the estimate for GPUs."""
+    """The complaint about a job that would end before its first checkpoint, by the run's speed so far or the estimate
+    for GPUs.
+    """
     stages, rows = stages_of(config), RunDirectory(config.run.dir).newest_metrics("seconds", 100)
     current = rows[-1].get("stage", 1) if rows else 1
     if rows:

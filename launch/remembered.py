@@ -1,6 +1,7 @@
-"""Rows of the table of runs, of runs that are over and unchanged: in `~/.cache/caduceus`, so that thousands are quick.
+"""Caches rows of the table of runs in `~/.cache/caduceus`, for runs that are over, so that thousands of runs are listed
+quickly.
 
-A run's row counts as long as its files have the times and sizes that they had. Losing the file costs time alone.
+A row is valid as long as the run's files have the same times and sizes. Without the cache the table only takes longer.
 """
 
 import contextlib
@@ -25,15 +26,15 @@ _FILES = (
     "STOP",
     ".lock",
 )
-"""What tells how a run stands; of directories, which names are in them."""
+"""The files that tell the state of a run; for a directory, its list of names does."""
 _SETTLED_SECONDS = 5.0
-"""Files changed since may change again without a later time."""
+"""Seconds. A file that changed so recently may change again without getting a later time."""
 Seen = list[list[int] | None]
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """A row, the SLURM jobs of its run, and what `look` told before the run was read."""
+    """A row, the SLURM jobs of its run, and the result of `look` from before the run was read."""
 
     seen: Seen
     row: list[str]
@@ -41,7 +42,7 @@ class Remembered:
 
 
 class Rows:
-    """Remembered rows of the runs below a directory."""
+    """The cached rows of the runs below a directory."""
 
     def __init__(self, directory: Path) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -54,7 +55,7 @@ class Rows:
         self._kept: dict[str, list] = {}
 
     def get(self, run: RunDirectory) -> Remembered | None:
-        """The row of a run that has not changed since."""
+        """The row of a run that has not changed since it was cached; None otherwise."""
         entry = self._found.get(str(run.path))
         if entry is None or entry[0] != look(run):
             return None
@@ -62,13 +63,13 @@ class Rows:
         return Remembered(*entry)
 
     def keep(self, run: RunDirectory, remembered: Remembered) -> None:
-        """Remember a row, unless the run's files changed a moment ago."""
+        """Cache a row, unless the run's files changed a moment ago."""
         newest = max((facts[0] for facts in remembered.seen if facts is not None), default=0)
         if newest < (time.time() - _SETTLED_SECONDS) * 1e9:
             self._kept[str(run.path)] = [remembered.seen, remembered.row, remembered.jobs]
 
     def save(self) -> None:
-        """Leave them for the next table; a home that cannot be written to takes none."""
+        """Save the rows for the next table. Where the home cannot be written to, nothing is saved."""
         if self._kept == self._found:
             return
         with contextlib.suppress(OSError):
@@ -77,7 +78,7 @@ class Rows:
 
 
 def look(run: RunDirectory) -> Seen:
-    """(time of the last change in ns, size) of each of the files that tell how a run stands."""
+    """(time of the last change in ns, size) of each file that tells the state of a run."""
     return [_facts(f"{run.path}/{name}") for name in _FILES]
 
 

@@ -1,4 +1,6 @@
-"""What a job asks for: presets in configs/cluster/, command-line options, and the sbatch parameters that follow."""
+"""The request for a job: presets in configs/cluster/, command-line options, and the sbatch parameters that follow from
+them.
+"""
 
 import argparse
 import math
@@ -19,12 +21,29 @@ PRESETS = CONFIGS / "cluster"
 EXECUTORS = ("slurm", "local", "debug")
 COUNTS = ("nodes", "spare", "gpus_per_node", "tasks_per_node", "cpus_per_task", "chain")
 AS_IN_SBATCH = ("partition", "account", "qos", "constraint", "exclude", "reservation")
-"""Keys that sbatch and srun have as options of the same names, and which are handed on as they are."""
+"""Keys that are options of sbatch and srun under the same names, and are passed on unchanged."""
 TEXTS = ("mem", "time", *AS_IN_SBATCH, "python")
 LISTS = {"setup": "LINE", "srun": "OPTION"}
 PAIRS = {"sbatch": "KEY=VALUE", "env": "NAME=VALUE"}
+_HELP = {
+    "nodes": "machines of the job",
+    "spare": "further nodes that the job holds idle, to replace one that fails",
+    "gpus_per_node": "GPUs of each node",
+    "tasks_per_node": "processes on each node; without it one per GPU, or one",
+    "cpus_per_task": "processors of each process",
+    "chain": "jobs submitted one after the other, where the cluster forbids requeueing",
+    "mem": "memory of each node, such as 200G; 0 is all of it",
+    "time": "time limit of one job, such as 24:00:00 or 2-0; 0 is none; the run goes on in further jobs",
+    "exclude": "nodes not to use, as in sbatch",
+    "python": "command that starts Python in the job, such as 'apptainer exec --nv image.sif python'",
+    "setup": "shell line before the processes start, such as 'module load cuda'; may be given several times",
+    "srun": "further option of srun; may be given several times",
+    "sbatch": "further option of sbatch; may be given several times",
+    "env": "environment variable of the processes; may be given several times",
+}
+"""What help says of the options; others are those of sbatch."""
 _ALTERNATIVES = (("mem", "mem-per-cpu", "mem-per-gpu"), ("cpus-per-task", "cpus-per-gpu"))
-"""Options of sbatch of which a job has one."""
+"""Options of sbatch that exclude each other."""
 _OPTIONS_OF_GPUS = ("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task", "gres")
 _SAID_OTHERWISE = {
     **{name: f"--{name}" for name in ("nodes", "cpus-per-task", "mem", "time", *AS_IN_SBATCH)},
@@ -38,21 +57,21 @@ _SAID_OTHERWISE = {
     "array": "--sweep",
     "clusters": "the environment variable SLURM_CLUSTERS",
 }
-"""Options of sbatch that follow from keys of the request, and how these are set."""
+"""Options of sbatch that keys of the request decide -> how to set them."""
 
 
 @dataclass
 class JobRequest:
-    """What a job asks for. A preset is a YAML file of these keys; options of the command line win over it."""
+    """The request for a job. A preset is a YAML file of these keys; options of the command line override it."""
 
     executor: str = "slurm"
     """slurm | local (this machine, through submitit) | debug (one process, this one)."""
     nodes: int = 1
     spare: int = 0
-    """Further nodes that the job holds idle: where one of its nodes fails, the run goes on with one of these."""
+    """Additional nodes that the job keeps idle: where one of its nodes fails, the run goes on with one of these."""
     gpus_per_node: int = 0
     gpu_request: str = "gpus-per-node"
-    """How GPUs are asked for: gpus-per-node | gres | none (where whole nodes are given out)."""
+    """How GPUs are requested: gpus-per-node | gres | none (where SLURM allocates whole nodes)."""
     gpu_type: str | None = None
     """Kind of GPU, such as h100, where the cluster has several."""
     tasks_per_node: int | None = None
@@ -61,7 +80,7 @@ class JobRequest:
     mem: str | None = None
     """Memory per node, such as 200G; 0 is all of it; null is the cluster's default."""
     time: str = "24:00:00"
-    """Limit of one job in SLURM's forms, 0 for none; a run goes on in further jobs until it is finished."""
+    """Time limit of one job in SLURM's forms, 0 for none; a run goes on in further jobs until it is complete."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -69,13 +88,19 @@ class JobRequest:
     exclude: str | None = None
     reservation: str | None = None
     requeue: bool = True
-    """Put the job back into the queue after its time limit, preemption, the loss of a node, or a failure."""
+    """Put the job back into the queue after its time limit, preemption, the loss of a node, or a failure. Not in a
+    chain.
+    """
     chain: int = 1
-    """Jobs submitted at once, each of which goes on where the one before ended: where requeueing is forbidden."""
+    """Number of jobs that are submitted together, each of which goes on where the one before ended: for clusters that
+    forbid requeueing.
+    """
     max_failures: int = 3
-    """Failures in a row without a new checkpoint between them after which the run is given up."""
+    """Number of failures in a row, without a new checkpoint between them, after which the run is given up."""
     signal_seconds: int = 120
-    """How long before the time limit the run is told to save and stop. Raise it where a checkpoint takes longer."""
+    """Seconds before the time limit at which the run is told to save and stop. Raise it where a checkpoint takes
+    longer.
+    """
     python: str | None = None
     """Command that starts Python in the job, such as `apptainer exec --nv image.sif python`; null is this Python."""
     setup: list[str] = field(default_factory=list)
@@ -102,7 +127,7 @@ class JobRequest:
 
     @property
     def requeues(self) -> bool:
-        """Whether a job goes back into the queue; in a chain the next one goes on instead."""
+        """Whether a job goes back into the queue; in a chain the next job goes on instead."""
         return self.requeue and self.chain == 1
 
     @property
@@ -112,7 +137,7 @@ class JobRequest:
 
 
 def load_request(name: str, options: dict[str, Any]) -> JobRequest:
-    """The preset configs/cluster/NAME.yaml, or a YAML file of one's own, with `options` on top.
+    """The preset configs/cluster/NAME.yaml, or the user's own YAML file, with `options` on top.
 
     Raises `UserError` naming the file or key for anything that is not a valid request.
     """
@@ -121,7 +146,7 @@ def load_request(name: str, options: dict[str, Any]) -> JobRequest:
         preset = patiently(lambda: OmegaConf.load(path))
     except FileNotFoundError:
         known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        raise UserError(f"--cluster: no preset {path}; choose {known}, or give a YAML file") from None
+        raise UserError(f"--cluster: there is no preset {path}; choose {known}, or give a YAML file") from None
     except Exception as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(preset):
@@ -141,7 +166,7 @@ def load_request(name: str, options: dict[str, Any]) -> JobRequest:
 
 
 def check_request(request: JobRequest) -> None:
-    """Raise `UserError` naming the key where a request cannot be meant."""
+    """Raise `UserError`, which names the key, for an impossible request."""
     if request.executor not in EXECUTORS:
         raise UserError(f"executor: choose one of {', '.join(EXECUTORS)}; got '{request.executor}'")
     if request.gpu_request not in ("gpus-per-node", "gres", "none"):
@@ -158,20 +183,24 @@ def check_request(request: JobRequest) -> None:
         )
     _check_sbatch_options(request)
     if request.executor == "local" and request.nodes > 1:
-        raise UserError(f"nodes: this machine is one, not {request.nodes}; for more processes use --tasks-per-node")
+        raise UserError(
+            f"nodes: this machine is one node, not {request.nodes}; for more processes use --tasks-per-node"
+        )
     if request.executor == "debug" and request.world > 1:
-        raise UserError(f"nodes: debug runs in this one process, not in {request.world}; use --cluster local")
+        raise UserError(f"nodes: debug runs in this process alone, not in {request.world}; use --cluster local")
     if request.executor != "slurm" and request.spare:
-        raise UserError(f"spare: only a job of SLURM can hold further nodes, and the executor is {request.executor}")
+        raise UserError(f"spare: only a SLURM job can have spare nodes, but the executor is {request.executor}")
     if request.minutes * 60 <= request.signal_seconds:
         raise UserError(
-            f"time: of {request.minutes} minutes nothing is left after the {request.signal_seconds} s that are kept "
+            f"time: {request.minutes} minutes leave no time beyond the {request.signal_seconds} s that are reserved "
             "for the last checkpoint; raise the time or lower signal_seconds"
         )
 
 
 def _without_replaced(preset: JobRequest, options: dict[str, Any]) -> JobRequest:
-    """The preset without what an option asks for in another form, such as `mem` where --sbatch mem-per-gpu is given."""
+    """The preset without keys that an option replaces in another form, such as `mem` where --sbatch mem-per-gpu is
+    given.
+    """
     given = {name.replace("_", "-") for name in (*options, *options.get("sbatch", {}))}
     replaced = {name for names in _ALTERNATIVES if given & {*names} for name in names} - given
     keys = {name.replace("-", "_"): None for name in replaced if hasattr(preset, name.replace("-", "_"))}
@@ -180,7 +209,7 @@ def _without_replaced(preset: JobRequest, options: dict[str, Any]) -> JobRequest
 
 
 def _check_sbatch_options(request: JobRequest) -> None:
-    """Raise `UserError` for an option of sbatch that is asked for twice, or that would contradict the request."""
+    """Raise `UserError` for an option of sbatch that is given twice, or that contradicts the request."""
     further = _sbatch_options(request)
     asked = [*further, *(name for name in ("mem", "cpus-per-task") if getattr(request, name.replace("-", "_")))]
     for names in _ALTERNATIVES:
@@ -192,25 +221,27 @@ def _check_sbatch_options(request: JobRequest) -> None:
         is_of_gpus = name in _OPTIONS_OF_GPUS and (name != "gres" or "gpu" in str(further["gres"]))
         if is_of_gpus and request.gpu_request != "none":
             raise UserError(
-                f"sbatch: {name}: GPUs are asked for by gpus_per_node, gpu_type and gpu_request (gpus-per-node or "
-                "gres); by what sbatch has only with gpu_request: none"
+                f"sbatch: {name}: request GPUs by gpus_per_node, gpu_type and gpu_request (gpus-per-node or gres); "
+                "this option goes only with gpu_request: none"
             )
     if request.chain > 1 and "dependency" in further:
         raise UserError("sbatch: dependency: each job of a chain depends on the one before; submit without --chain")
 
 
 def _sbatch_options(request: JobRequest) -> dict[str, Any]:
-    """The further options of sbatch; false and null, as a file may have for an option of its preset, are none."""
+    """The further options of sbatch, without those of the value false or null, which switch an option of the preset
+    off.
+    """
     return {_plain(name): value for name, value in request.sbatch.items() if value is not None and value is not False}
 
 
 def _plain(name: str) -> str:
-    """An option of sbatch as it is called, however it is written in a preset."""
+    """The name of an option of sbatch, however a preset writes it."""
     return name.lstrip("-").replace("_", "-")
 
 
 def parse_time(text: str) -> float:
-    """Minutes, rounded up, of a time limit in SLURM's forms; as in SLURM 0, UNLIMITED and INFINITE are no limit."""
+    """Minutes, rounded up, of a time limit in SLURM's forms; 0, UNLIMITED and INFINITE mean no limit, as in SLURM."""
     if text.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
     try:
@@ -223,14 +254,14 @@ def parse_time(text: str) -> float:
 
 
 def sbatch_parameters(request: JobRequest, job_name: str) -> dict[str, Any]:
-    """The request as submitit's SlurmExecutor takes it (`update_parameters`)."""
+    """The request as parameters of submitit's SlurmExecutor (`update_parameters`)."""
     parameters: dict[str, Any] = {
         "job_name": job_name,
         "nodes": request.allocated_nodes,
         "ntasks_per_node": request.processes_per_node,
         "time": 0 if math.isinf(request.minutes) else request.minutes,
         "signal_delay_s": request.signal_seconds,
-        "wckey": None,  # submitit's own key, which a cluster with checked keys refuses
+        "wckey": None,  # submitit adds this key, which a cluster that checks keys refuses
         "stderr_to_stdout": True,
         "setup": _setup_lines(request),
         "srun_args": ["--kill-on-bad-exit=1", *_without_spare(request), *request.srun],
@@ -252,20 +283,20 @@ def sbatch_parameters(request: JobRequest, job_name: str) -> dict[str, Any]:
 
 
 def add_request_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add --cluster and an option per key of a preset; what was not given is None."""
-    presets = f"slurm, local, debug or another of configs/cluster/, or a YAML file (default: {default})"
+    """Add --cluster and an option per key of a preset; options that are not given are None."""
+    presets = f"a preset of configs/cluster/ such as slurm, local or debug, or a YAML file (default: {default})"
     parser.add_argument("--cluster", default=default, metavar="PRESET", help=presets)
-    request = parser.add_argument_group("the request", "Each option wins over the preset's key of the same name.")
+    request = parser.add_argument_group("the request", "Each option overrides the preset's key of the same name.")
     for name in COUNTS:
-        request.add_argument(_option(name), type=int, metavar="N")
+        request.add_argument(_option(name), type=int, metavar="N", help=_HELP[name])
     for name in TEXTS:
-        request.add_argument(_option(name), metavar=name.upper())
+        request.add_argument(_option(name), metavar=name.upper(), help=_HELP.get(name, "as in sbatch"))
     for name, what in (LISTS | PAIRS).items():
-        request.add_argument(_option(name), action="append", metavar=what, help="may be given several times")
+        request.add_argument(_option(name), action="append", metavar=what, help=_HELP[name])
 
 
 def requested_job(arguments: argparse.Namespace) -> JobRequest:
-    """The preset with the options that were given on top."""
+    """The preset, with the given options on top."""
     given = {name: getattr(arguments, name) for name in (*COUNTS, *TEXTS, *LISTS, *PAIRS)}
     given = {name: value for name, value in given.items() if value is not None}
     options = {name: dict(_pairs(name, value)) if name in PAIRS else value for name, value in given.items()}
@@ -276,7 +307,7 @@ def _setup_lines(request: JobRequest) -> list[str]:
     lines = list(request.setup)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in request.env.items()]
     if request.cpus_per_task is not None:
-        # Since SLURM 22.05 srun does not take over sbatch's --cpus-per-task: a process would get a single CPU.
+        # Since SLURM 22.05 srun does not inherit sbatch's --cpus-per-task: a process would get a single CPU.
         lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
     return lines
 

@@ -1,10 +1,12 @@
-"""python -m launch.requeue RUN STATUS: the last line of a batch script, when its srun has ended with STATUS.
-python -m launch.requeue RUN TERM: what the script runs on SIGTERM. If that is the time limit, the processes are still
-at their last save, and SLURM kills them and the script when KillWait is over; the job must be in the queue before.
+"""python -m launch.requeue RUN STATUS: the last line of a batch script, after its srun has ended with STATUS.
 
-Writes down how the processes ended, and puts the job back into SLURM's queue where the run is to go on by itself. A run
-that fails again and again without a new checkpoint in between is given up, and one with a mistake that only its user
-can mend at once.
+python -m launch.requeue RUN TERM: the script runs this on SIGTERM. If the time limit is the cause, the processes are
+still writing their last checkpoint, and SLURM kills them and the script when KillWait is over; the job must be in the
+queue before that.
+
+It records how the processes ended, and puts the job back into SLURM's queue where the run should go on by itself. A run
+that fails again and again without a new checkpoint in between is given up. A run with a mistake that only its user can
+correct is given up at once.
 """
 
 import math
@@ -21,15 +23,15 @@ from launch.scheduler import OwnJob
 from launch.terminal import runs_command
 
 EARLIEST_SIGNAL_SECONDS = 60
-"""SLURM may send the signal before a time limit up to so much earlier than it was asked to."""
+"""Seconds by which SLURM may send the signal before a time limit earlier than requested."""
 
 
 _RECORD_SECONDS = 60
-"""How long a job may end before its submission is written down."""
+"""Seconds for which a job that has ended waits for its submission to be recorded."""
 
 
 def main() -> int:
-    """Settle the job that this process belongs to; returns the batch script's exit status."""
+    """Decide what becomes of the job that this process belongs to. Returns the batch script's exit status."""
     run, status = RunDirectory.open(sys.argv[1]), None if sys.argv[2] == "TERM" else int(sys.argv[2])
     job, restart = this_job(), history.this_restart()
     submission = submission_of(run, job)
@@ -41,7 +43,7 @@ def main() -> int:
         return 1
     slurm_job = ask_slurm(job)
     if not is_current(slurm_job):
-        # This node's slurmd had died: SLURM has started the job anew on others, and the run is that attempt's.
+        # This node's slurmd had died: SLURM has started the job again on other nodes, and that attempt has the run.
         return 1
     signal_seconds = submission.request["signal_seconds"]
     if status is not None:
@@ -72,7 +74,9 @@ def is_current(job: OwnJob) -> bool:
 
 
 def submission_of(run: RunDirectory, job: str) -> Submission:
-    """The submission of a job, which may have ended before all jobs of its chain were submitted."""
+    """The submission of a job. The job may have ended before all jobs of its chain were submitted, so this waits for
+    it.
+    """
     deadline = time.monotonic() + _RECORD_SECONDS
     while not (found := [entry for entry in submissions(run) if job in entry.jobs]):
         if time.monotonic() > deadline:
@@ -84,7 +88,7 @@ def submission_of(run: RunDirectory, job: str) -> Submission:
 def give_up(
     run: RunDirectory, submission: Submission, job: str, restart: int, reason: Reason, refused: bool, error: str | None
 ) -> bool:
-    """Whether the run is not to go on by itself, which is then written down."""
+    """Whether to give the run up; this is then recorded."""
     failures = history.failures_without_progress(run, submission.jobs)
     too_often = reason in history.FAILURES and failures >= submission.request["max_failures"]
     if refused or too_often:
@@ -95,13 +99,13 @@ def give_up(
 
 
 def this_job() -> str:
-    """Id of the SLURM job around this process; of an array's task, ARRAY_TASK."""
+    """Id of the SLURM job of this process; ARRAY_TASK for a task of an array."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str], signal_seconds: int) -> Reason:
-    """The reason of an end, as the run's history names it; `status` is srun's, which is 0 after a stop with a save."""
+    """The reason of an end, for the run's history; `status`: that of srun, which is 0 after a stop with a save."""
     if newest_step(run) >= run.config().train.steps:
         return Reason.COMPLETE
     if run.stop_path.exists():
@@ -117,17 +121,17 @@ def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str],
 
 
 def must_go_on_unsaved(run: RunDirectory, job: OwnJob) -> bool:
-    """Whether it is a time limit that ends a job whose processes have not ended yet, and the run is to go on."""
+    """Whether a time limit ends the job while its processes still run, and the run should go on."""
     at_its_limit = job.state != "RUNNING" and job.reason == "TimeLimit"
     return at_its_limit and not run.stop_path.exists() and newest_step(run) < run.config().train.steps
 
 
 def ask_slurm(job: str) -> OwnJob:
-    """What SLURM says of this job; in a container without its commands, what the environment tells."""
+    """SLURM's answer about this job; in a container without SLURM's commands, what the environment variables tell."""
     try:
         return scheduler.own_job(job)
     except scheduler.SilentError as error:
-        print(f"note: {error}; what SLURM would say of this job is not known", flush=True)
+        print(f"note: {error}; SLURM's view of this job is unknown", flush=True)
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         left = int(end) - time.time() if end.isdigit() and int(end) else math.inf
         state, reason = ("RUNNING", "None") if left > 0 else ("TIMEOUT", "TimeLimit")
@@ -135,7 +139,7 @@ def ask_slurm(job: str) -> OwnJob:
 
 
 def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: Reason, bad_nodes: list[str]) -> bool:
-    """Put the job back into the queue, or leave the run to the next job of its chain; bad nodes are left out.
+    """Put the job back into the queue without bad nodes, or leave the run to the next job of its chain.
 
     Returns whether a job goes on with the run.
     """
@@ -153,19 +157,19 @@ def go_on(job: str, submission: Submission, slurm_job: OwnJob, reason: Reason, b
         print(f"{reason}: no further job was submitted; {by_hand}", flush=True)
         return False
     if bad_nodes:
-        # SLURM takes this for a waiting job only. A requeued one waits at least until this process has ended.
+        # SLURM accepts this only for a waiting job. A requeued job waits at least until this process has ended.
         excluded = ",".join(filter(None, [slurm_job.excluded, *bad_nodes]))
         try:
             scheduler.exclude_nodes(later[0], excluded)
         except UserError as error:
             print(f"{excluded} could not be excluded: {error}", flush=True)
         else:
-            print(f"from now on without {excluded}", flush=True)
+            print(f"from now on the job avoids {excluded}", flush=True)
     return True
 
 
 def cancel_chain(jobs: list[str]) -> None:
-    """Cancel the jobs of a chain that are not needed any more; one that starts nevertheless finds nothing to do."""
+    """Cancel the jobs of a chain that are no longer needed; a job that starts nevertheless finds nothing to do."""
     try:
         scheduler.cancel(jobs)
     except UserError as error:

@@ -1,7 +1,7 @@
 """python launch/runs.py list [DIR] | status RUN | logs RUN [--rank R] [-f] | stop RUN | cancel RUN
                        resume RUN [--nodes M] [key.path=value …] | sync RUN
 
-Looks at runs and steers them. RUN is a run directory, such as runs/ps-131k; it tells what SLURM has forgotten.
+Shows and controls runs. RUN is a run directory, such as runs/ps-131k; it keeps what SLURM has forgotten.
 """
 
 import argparse
@@ -31,9 +31,10 @@ from launch.status import UNKNOWN, WAITING, Overview, live_jobs, overview
 from launch.terminal import duration, runs_command
 
 _ENDING_SECONDS = 90
-"""How long a cancelled run may take to end: SLURM kills what has not ended after KillWait, 30 s by default."""
+"""Seconds that a cancelled run may take to end: SLURM kills processes that still run after KillWait, 30 s by default.
+"""
 _START = """
-Looks at runs and steers them. To begin:
+Shows and controls runs. To begin:
 
   {caduceus-runs} list  # a table of all runs below runs/
   {caduceus-runs} status runs/ps-1k  # where a run stands, and what became of each of its jobs
@@ -43,14 +44,14 @@ Looks at runs and steers them. To begin:
 A run is started by {caduceus-launch} on a cluster, or by {caduceus-train} here.
 """
 _ASK_SECONDS = 5.0
-"""How often a followed log asks whether its run is still alive."""
+"""Seconds between checks, while a log is followed, whether its run is still alive."""
 
 
 def main() -> int:
-    """Do what the command line asks for; returns the exit status."""
+    """Run the command. Returns the exit status."""
     arguments = parse_arguments()
     if arguments.action in ("list", "status", "logs"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it silently
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `| head` ends it silently
     if arguments.action == "list":
         print(list_runs(arguments.directory))
         return 0
@@ -83,20 +84,20 @@ def parse_arguments() -> argparse.Namespace:
     texts = {
         "status": "step, loss, rate, time left, checkpoints, and every start and end so far",
         "logs": "the newest log of a rank",
-        "stop": "save a checkpoint, end, and stay so until resumed",
-        "sync": "send Weights & Biases what it lacks of the run",
-        "cancel": "end at once; what came after the newest checkpoint is lost",
-        "resume": "submit again as before, or with another number of nodes or other settings",
+        "stop": "save a checkpoint and end; the run stays stopped until it is resumed",
+        "sync": "send Weights & Biases the data of the run that it lacks",
+        "cancel": "end at once; the steps after the newest checkpoint are lost",
+        "resume": "submit again as before, or with another number of nodes or other values of keys",
     }
     added = {name: actions.add_parser(name, help=text) for name, text in texts.items()}
     for action in added.values():
         action.add_argument("run", type=Path, metavar="RUN", help="run directory")
     added["logs"].add_argument("--rank", type=int, default=0, metavar="R", help="(0)")
-    added["logs"].add_argument("-f", "--follow", action="store_true", help="show what is added, while the run lives")
+    added["logs"].add_argument("-f", "--follow", action="store_true", help="show new lines, while the run is alive")
     added["resume"].add_argument("--nodes", type=int, metavar="M", help="on another number of nodes")
-    settings = "settings to change, such as train.micro_batch=2"
-    added["resume"].add_argument("overrides", nargs="*", metavar="key.path=value", help=settings)
-    # argparse takes the positional arguments of a subcommand only before its first option.
+    settings = "keys to change, such as train.micro_batch=2"
+    added["resume"].add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help=settings)
+    # argparse accepts the positional arguments of a subcommand only before its first option.
     arguments, further = parser.parse_known_args()
     if further and (arguments.action != "resume" or any(text.startswith("-") for text in further)):
         parser.error(f"unrecognized arguments: {' '.join(further)}")
@@ -106,7 +107,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def status(run: RunDirectory) -> str:
-    """Several lines on one run."""
+    """Print several lines about a run."""
     now = overview(run)
     lines = [
         ("run", str(run.path)),
@@ -134,20 +135,20 @@ def status(run: RunDirectory) -> str:
 
 
 def show_log(run: RunDirectory, rank: int, following: bool) -> None:
-    """Print the newest log of a rank; with `following`, what is added to it, also by later jobs, until the run is over.
+    """Print the newest log of a rank; with `following`, also new lines, of later jobs too, until the run is over.
 
-    A run that waits is waited for.
+    With `following` it waits for a run that waits to start.
     """
     submitted = submissions(run)
     if not submitted:
-        raise UserError(f"{run.path}: was not started by launch/slurm.py, so its log is wherever it was started")
+        raise UserError(f"{run.path}: was not started by launch/slurm.py, so its log is where it was started")
     now = overview(run)
     job = _newest_job(now, submitted)
     path = _log_of(submitted, job, rank)
     if not following:
         if not path.exists():
             waits = f"the run waits to start; {runs_command('logs -f', run.path)} waits with it"
-            raise UserError(f"{path}: no such log; {waits if now.state == WAITING else 'choose a rank'}")
+            raise UserError(f"{path}: there is no such log; {waits if now.state == WAITING else 'choose a rank'}")
         print(path.read_text(errors="replace"), end="")
         return
     with contextlib.suppress(KeyboardInterrupt):
@@ -161,11 +162,13 @@ def show_log(run: RunDirectory, rank: int, following: bool) -> None:
             job = _newest_job(now, submitted) if now.live else None
             job = None if job == shown else job
         if not path.exists():
-            raise UserError(f"{path}: no such log; the run is {now.state}" + (f": {now.why}" if now.why else ""))
+            raise UserError(
+                f"{path}: there is no such log; the run is {now.state}" + (f": {now.why}" if now.why else "")
+            )
 
 
 def _newest_job(now: Overview, submitted: list[Submission]) -> str:
-    """The job whose log is of interest: the newest that started, or the first of those that wait to go on."""
+    """The job whose log to show: the newest that started, or else the first that waits."""
     started = [attempt.job for attempt in now.attempts]
     if now.jobs and not set(now.jobs) & set(started):
         return now.jobs[0]
@@ -177,13 +180,13 @@ def _log_of(submitted: list[Submission], job: str, rank: int) -> Path:
 
 
 def _is_at(run: RunDirectory, job: str) -> bool:
-    """Whether a run lives, and has not gone on to another job."""
+    """Whether a run is alive, and still in this job."""
     now = overview(run)
     return now.live and _newest_job(now, submissions(run)) == job
 
 
 def _asked_now_and_then(question: Callable[[], bool]) -> Callable[[], bool]:
-    """The answer to a question that is not asked at each call, and no more once it was yes."""
+    """A function with the answer to `question`, which it asks only from time to time, and no more after a yes."""
     asked, answer = -math.inf, False
 
     def ask() -> bool:
@@ -196,7 +199,7 @@ def _asked_now_and_then(question: Callable[[], bool]) -> Callable[[], bool]:
 
 
 def stop(run: RunDirectory) -> None:
-    """Let a run save and end; one that waits is taken out of the queue."""
+    """Let a run save and end; a run that waits is taken out of the queue."""
     now = _live(run)
     run.stop_path.touch()
     if now.state == WAITING:
@@ -208,10 +211,10 @@ def stop(run: RunDirectory) -> None:
 
 
 def cancel(run: RunDirectory) -> None:
-    """End a run at once, and tell what is left of it."""
+    """End a run at once, and print which checkpoint is left."""
     now = _live(run)
     if not now.jobs:
-        live_jobs(run)  # says so where it is SLURM that does not answer
+        live_jobs(run)  # raises an error where SLURM does not answer
         raise UserError(f"{run.path}: runs as a process of this machine, not as a job; end it where it was started")
     submission = submissions(run)[-1]
     is_local = submission.executor == "local"
@@ -235,7 +238,7 @@ def cancel(run: RunDirectory) -> None:
 
 
 def _record_cancelled(run: RunDirectory, job: str) -> None:
-    """Write down how a local job ended, as the command that started it does, which may be gone."""
+    """Record how a local job ended. Normally the command that started it does this, but it may be gone."""
     open_ended = any(attempt.job == job and attempt.reason is None for attempt in history.attempts(run))
     if open_ended:
         step = history.newest_step(run)
@@ -243,7 +246,7 @@ def _record_cancelled(run: RunDirectory, job: str) -> None:
 
 
 def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
-    """Submit a run again as it was submitted last, perhaps on another number of nodes or with settings changed."""
+    """Submit a run again as it was submitted last, perhaps on another number of nodes or with changed keys."""
     now = _known(run)
     if now.live:
         job = " ".join(now.jobs) or "of this machine"
@@ -259,7 +262,7 @@ def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:
         request = replace(request, nodes=nodes)
         check_request(request)
     if any(setting.startswith("run.dir=") for setting in overrides):
-        raise UserError("run.dir: a run is resumed where it is; move the directory, or start another run")
+        raise UserError("run.dir: a run is resumed in its own directory; move the directory, or start another run")
     config = load_config(run.config_path, overrides)
     config.run.dir = str(run.path)
     return check_and_start(config, request)
@@ -270,8 +273,8 @@ def _told_by_hand(start: dict[str, Any]) -> str:
 
 
 def _told(attempt: Attempt) -> str:
-    """One start of a run and its end, in a line."""
-    told = f"{attempt.started or 'never came up'}  job {attempt.job}"
+    """One start of a run and its end, in one line."""
+    told = f"{attempt.started or 'never started'}  job {attempt.job}"
     if attempt.reason is None:
         return told
     bad = f", without {' '.join(attempt.bad_nodes)} from then on" if attempt.bad_nodes else ""
@@ -282,7 +285,7 @@ def _told(attempt: Attempt) -> str:
 def _live(run: RunDirectory) -> Overview:
     now = _known(run)
     if not now.live:
-        raise UserError(f"{run.path}: neither runs nor waits; it is {now.state}")
+        raise UserError(f"{run.path}: the run neither runs nor waits; it is {now.state}")
     return now
 
 

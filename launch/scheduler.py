@@ -1,8 +1,8 @@
 """The only door to SLURM: sbatch, squeue, sinfo, scontrol, sacct and scancel. Imports no torch.
 
-The commands get an environment that says where the cluster is and nothing that changes what they answer or request: a
-user's SQUEUE_STATES must not hide a job, nor SBATCH_PARTITION move one. Answers are read by the position of their
-fields in a format that is asked for here; no field that a user can write, such as a job's comment, is among them.
+The commands get an environment that says where the cluster is, and nothing that changes their answers or requests: a
+user's SQUEUE_STATES must not hide a job, nor SBATCH_PARTITION move one. Answers are read by the positions of their
+fields, in a format that is requested here; they contain no field that a user can write, such as a job's comment.
 """
 
 import contextlib
@@ -21,30 +21,30 @@ from caduceus.errors import UserError
 _FINDS_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_SACK_KEY", "SLURM_SACK_JWKS")
 _OF_SLURM = re.compile(r"(SLURM|SLURMD|SBATCH|SQUEUE|SINFO|SCONTROL|SCANCEL|SACCT|SALLOC|SRUN)_")
 _CONTROLLER_SECONDS = 600
-"""How long a SLURM controller may take to come back before a job gives up asking it."""
+"""Seconds that a SLURM controller may take to come back before a job stops asking it."""
 _NO_ANSWER = re.compile(
     r"Unable to contact|Connection refused|timed out|communication|Zero Bytes|standby|temporarily unavailable",
     re.IGNORECASE,
 )
-"""How SLURM's commands tell that they got no answer, as opposed to a refusal."""
+"""Messages of SLURM's commands that mean that they got no answer, as opposed to a refusal."""
 _ASKED_AT_ONCE = 5000
-"""Jobs in one question to squeue: Linux takes 128 KiB in an argument."""
+"""Largest number of jobs per call of squeue: Linux allows 128 KiB in an argument."""
 _FORGOTTEN = "Invalid job id"
 _ENDED_UNKNOWN = ("RUNNING", "PENDING")
-"""States of jobs that neither wait nor run, where accounting has not heard of their end."""
+"""States of jobs in the accounting that neither wait nor run any more, but whose end it has not recorded."""
 IN_QUEUE = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
-"""States of a job, as squeue names them, in which it has no nodes and may get some."""
+"""States of a job, by squeue's names, in which it has no nodes yet."""
 _CANNOT_START = ("down", "drain", "fail", "inval", "maint", "reboot", "reserved", "unknown", "powering_down", "future")
-"""How sinfo begins the states of nodes that take no job now and may do so later."""
+"""Beginnings of sinfo's states of nodes that take no job now, but may do so later."""
 
 
 class SilentError(UserError):
-    """SLURM does not tell what was asked: no such command on this machine, or no answer from the controller."""
+    """SLURM gives no answer: the command is absent on this machine, or the controller does not answer."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What SLURM says of a job that waits or runs."""
+    """SLURM's facts about a job that waits or runs."""
 
     state: str
     reason: str
@@ -52,7 +52,7 @@ class JobState:
 
 @dataclass(frozen=True)
 class OwnJob:
-    """What SLURM says of the job that this process belongs to."""
+    """SLURM's facts about the job that this process belongs to."""
 
     state: str
     reason: str
@@ -65,7 +65,7 @@ class OwnJob:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Equal nodes of a partition, as a line of sinfo has them."""
+    """Equal nodes of a partition, as in a line of sinfo."""
 
     partition: str
     is_default: bool
@@ -75,36 +75,40 @@ class Nodes:
     count: int
     cpus: int
     memory: int
-    """MB of a node."""
+    """Memory of a node, in MB."""
     gres: str
     limit: str
-    """Longest time of a job: `infinite`, or in SLURM's forms."""
+    """Time limit of a job: `infinite`, or in SLURM's forms."""
 
     @property
     def can_start(self) -> bool:
         return self.is_up and not self.state.startswith(_CANNOT_START) and not self.state.endswith("*")
 
     def gpus(self, kind: str | None) -> int:
-        """GPUs (of a kind) of a node."""
+        """The number of GPUs (of a kind) on a node."""
         found = re.findall(r"(?:^|,)gpu(?::([^:,()]+))?:(\d+)", self.gres)
         return sum(int(count) for its_kind, count in found if kind is None or its_kind == kind)
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, without what would change the answers and requests of SLURM's commands."""
+    """This process's environment, without variables that change the answers and requests of SLURM's commands."""
     return {
         name: value for name, value in os.environ.items() if name in _FINDS_THE_CLUSTER or not _OF_SLURM.match(name)
     }
 
 
 def unused_settings() -> list[str]:
-    """Variables by which the user may have meant to set something of the request, and which have no effect."""
+    """Environment variables with which the user may have meant to set parts of the request, but which have
+    no effect.
+    """
     return sorted(name for name in os.environ if name.startswith("SBATCH_"))
 
 
 @contextlib.contextmanager
 def clean_environment() -> Iterator[None]:
-    """Let this process have `environment()` meanwhile: submitit starts sbatch by itself, and sbatch hands it on."""
+    """A context in which this process has `environment()`: submitit starts sbatch by itself, and sbatch
+    passes it on.
+    """
     before = dict(os.environ)
     for name in before.keys() - environment().keys():
         del os.environ[name]
@@ -134,9 +138,10 @@ def nodes() -> list[Nodes]:
 
 
 def objection(script: str) -> str | None:
-    """What `sbatch --test-only` objects to in a batch script, in one line; None where it would start at some time.
+    """The objection of `sbatch --test-only` to a batch script, in one line; None where the job would start at some
+    time.
 
-    It objects as well to what sbatch would put into the queue until nodes come back.
+    It also objects to jobs that sbatch would queue until nodes come back.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(script)
@@ -146,14 +151,14 @@ def objection(script: str) -> str | None:
 
 
 def live_jobs(jobs: Sequence[str]) -> dict[str, JobState]:
-    """Those of the jobs that wait or run. Raises `SilentError` where SLURM does not tell."""
+    """Those of the jobs that wait or run. Raises `SilentError` where SLURM does not answer."""
     if not jobs:
         return {}
     found, asked, numbers = {}, set(jobs), sorted({job.split("_")[0] for job in jobs})
     for first in range(0, len(numbers), _ASKED_AT_ONCE):
         some = ",".join(numbers[first : first + _ASKED_AT_ONCE])
         result = _run("squeue", "--noheader", "--array", f"--jobs={some}", "--format=%A|%F_%K|%T|%r")
-        # squeue fails for a job that SLURM has forgotten, which is then not alive.
+        # squeue fails for a job that SLURM has forgotten, and such a job is not alive.
         if result.returncode and _FORGOTTEN not in result.stderr:
             raise SilentError(f"SLURM does not answer ({last_line(result.stderr)})")
         for number, of_array, state, reason in _fields(result.stdout, 4):
@@ -164,7 +169,7 @@ def live_jobs(jobs: Sequence[str]) -> dict[str, JobState]:
 
 
 def may_be_live(job: str) -> bool:
-    """Whether a job waits or runs, or SLURM does not tell."""
+    """Whether a job waits or runs, or SLURM does not answer."""
     try:
         return bool(live_jobs([job]))
     except SilentError:
@@ -172,7 +177,7 @@ def may_be_live(job: str) -> bool:
 
 
 def end_of(job: str) -> str | None:
-    """The state in which a job that neither waits nor runs has ended; None where SLURM does not know it any more."""
+    """The final state of a job that neither waits nor runs; None where SLURM does not know the job any more."""
     for command in (
         ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"],
         ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State"],
@@ -185,13 +190,13 @@ def end_of(job: str) -> str | None:
 
 
 def own_job(job: str) -> OwnJob:
-    """Look at the job that this process belongs to; a controller that is being restarted is waited for.
+    """The facts about the job that this process belongs to. Waits for a controller that is being restarted.
 
-    Raises `SilentError`.
+    Raises `SilentError` where SLURM does not answer.
     """
     question = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={job}"]
     of_job = _answer([*question, "--format=%A|%F_%K|%T|%L|%x|%r"], 6, job)
-    # These two have no letter of --format, and the excluded nodes no name of --Format.
+    # These two fields have no letter for --format, and the excluded nodes have no name for --Format.
     names = ("JobID", "ArrayJobID", "ArrayTaskID", "RestartCnt", "PreemptTime")
     of_starts = _answer([*question, f"--Format={','.join(f'{name}:|' for name in names)}"], 6, job)
     _, _, state, left, excluded, reason = of_job
@@ -218,17 +223,19 @@ def node_names(nodes: str) -> list[str]:
 
 
 def requeue(job: str) -> None:
-    """Put a running job back into the queue. Raises `UserError` where SLURM refuses, `SilentError` without answer."""
+    """Put a running job back into the queue. Raises `UserError` where SLURM refuses, `SilentError` where it does not
+    answer.
+    """
     _insist(["scontrol", "requeue", job])
 
 
 def exclude_nodes(job: str, names: str) -> None:
-    """Keep a waiting job from nodes, for good. Raises what `requeue` raises."""
+    """Exclude nodes permanently from a waiting job. Raises what `requeue` raises."""
     _insist(["scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"])
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs; scancel does not mind those that have already ended. Raises `UserError`."""
+    """Cancel jobs; scancel ignores jobs that have already ended. Raises `UserError` where it fails."""
     if not jobs:
         return
     result = _run("scancel", *jobs)
@@ -237,9 +244,9 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def run_step(options: Sequence[str], script: str) -> int:
-    """Have bash run a script as the tasks of a step of its own, in the nodes that `options` of srun ask for.
+    """Run a script with bash as the tasks of a step of its own, on nodes that the `options` of srun request.
 
-    Output and complaints go where this process's go. Returns srun's exit status; raises `SilentError` without SLURM.
+    The step inherits stdout and stderr. Returns srun's exit status. Raises `SilentError` where there is no SLURM.
     """
     try:
         return subprocess.run(["srun", *options, "bash", "-c", script], env=environment()).returncode
@@ -248,7 +255,7 @@ def run_step(options: Sequence[str], script: str) -> int:
 
 
 def last_line(text: str) -> str:
-    """What a command of SLURM said last, without its prefixes."""
+    """The last line that a command of SLURM printed, without its prefixes."""
     lines = text.strip().splitlines()
     return (
         lines[-1].removeprefix("sbatch: error: ").removeprefix("allocation failure: ") if lines else "no reason given"
@@ -272,7 +279,7 @@ def time_limit_seconds(text: str) -> int:
 
 
 def _seconds(left: str) -> float:
-    """Seconds of squeue's time left, which is INVALID once it is over, and a word where there is no limit."""
+    """Seconds in squeue's remaining time, which is INVALID once it is over, and a word where there is no limit."""
     try:
         return time_limit_seconds(left)
     except ValueError:
@@ -287,7 +294,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _insist(command: list[str]) -> str:
-    """The output of a command that a controller answers, if not now then when it is back."""
+    """The output of a command of SLURM, tried again until the controller answers."""
     deadline = time.monotonic() + _CONTROLLER_SECONDS
     while True:
         result = _run(*command)
@@ -301,15 +308,15 @@ def _insist(command: list[str]) -> str:
 
 
 def _answer(command: list[str], count: int, job: str) -> list[str]:
-    """The fields of the line that squeue has for a job, whose first two (ARRAY_TASK) or three are its ids."""
+    """The fields of a job's line in squeue, whose first two (for ARRAY_TASK) or three are ids."""
     for fields in _fields(_insist(command), count):
         if job in (fields[0], fields[1], f"{fields[1]}_{fields[2]}"):
             return fields
-    raise SilentError(f"squeue does not tell of job {job}")
+    raise SilentError(f"squeue has no line for job {job}")
 
 
 def _fields(text: str, count: int) -> Iterator[list[str]]:
-    """The lines that have so many fields; others, such as `CLUSTER: name`, are headings."""
+    """The lines that have `count` fields; other lines, such as `CLUSTER: name`, are headings."""
     for line in text.splitlines():
         fields = [field.strip() for field in line.split("|", count - 1)]
         if len(fields) == count:

@@ -1,11 +1,11 @@
 """python launch/shard.py --genomes configs/genome/NAME.yaml --out DIR [--cluster PRESET] [--time …] …
 
-Shards many genomes as job arrays, and brings them together in one dataset at the end. A task takes about --task-bases
-bases: many small species, or a share of a large one's shards. The bytes are those of data_prep/shard_genome.py on one
-machine. A command that was stopped goes on when given again; species that the dataset holds already, and shards that
-are written, are not done again.
+Shards many genomes as job arrays, and merges them into one dataset at the end. A task has about --task-bases bases:
+many small species, or a share of a large one's shards. The bytes are those of data_prep/shard_genome.py on one machine.
+A command that was stopped goes on when given again; species that the dataset already holds, and shards that are
+written, are not made again.
 
-The genomes are found, and fetched where need be, before anything is submitted: compute nodes may have no network.
+The genomes are found, and downloaded if needed, before anything is submitted, as compute nodes may have no network.
 """
 
 import argparse
@@ -50,7 +50,7 @@ example configs/genome/multispecies.yaml), or take the example:
 
 
 def main() -> int:
-    """Submit the jobs, or do them here; returns the exit status."""
+    """Submit the jobs, or run their tasks here. Returns the exit status."""
     arguments = parse_arguments()
     job_request = requested_job(arguments)
     if job_request.chain > 1:
@@ -88,20 +88,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the dataset")
     parser.add_argument(
-        "--task-bases", default="4G", metavar="SIZE", help="bases of a task, about, by the sizes of files (%(default)s)"
+        "--task-bases",
+        default="4G",
+        metavar="SIZE",
+        help="approximate bases of a task, by the sizes of files (%(default)s)",
     )
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where genomes are kept, seen by all nodes")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="folder for genomes, which all nodes can read")
     add_request_options(parser, default="cpu")
     return parser.parse_args()
 
 
 def refuse_what_jobs_cannot_do(requests: list[SpeciesRequest]) -> None:
-    """Raise `UserError` for the first file that a job would not find, and for what jobs cannot do."""
+    """Raise `UserError` for the first file that a job would not find, and for options that jobs cannot honour."""
     for request in requests:
         options = request.options
         if options.homology is not None:
             raise UserError(
-                f"{request.name}: homology: compares all species with each other, and jobs see some of them each; "
+                f"{request.name}: homology: compares all species with each other, but each job sees only some of them; "
                 "make the dataset with data_prep/shard_genome.py"
             )
         for path in (request.fasta, options.aliases, options.intervals, *options.exclude_bed):
@@ -110,14 +113,14 @@ def refuse_what_jobs_cannot_do(requests: list[SpeciesRequest]) -> None:
 
 
 def submit(job_request: JobRequest, first: list[Task], then: list[Task], end: MergeTask) -> None:
-    """Submit the tasks as arrays and, to start when all of them have succeeded, the job that merges.
+    """Submit the tasks as arrays, and the job that merges, which starts when all of them have succeeded.
 
-    The tasks of `then` wait for those among `first` that plan their species, and not for the others.
+    The tasks of `then` wait only for those among `first` that plan their species.
     """
     if complaint := slurm_complaint(job_request):
         raise UserError(complaint)
     if job_request.world > 1:
-        raise UserError("nodes, tasks_per_node: a task is done by one process; give it more --cpus-per-task")
+        raise UserError("nodes, tasks_per_node: a task runs in one process; give it more --cpus-per-task")
     folder = work_folder(end.out)
     refuse_what_slurm_refuses(_executor(job_request, folder, f"shard-{end.out.name}"), job_request)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,18 +154,18 @@ def submit(job_request: JobRequest, first: list[Task], then: list[Task], end: Me
 
 
 def refuse_species_in_work(folder: Path, names: list[str], out: Path) -> None:
-    """Raise `UserError` where jobs that make one of the species, or merge it, wait or run."""
+    """Raise `UserError` where jobs that make or merge one of the species wait or run."""
     rows = read_json_lines(folder / "submissions.jsonl")
     jobs = [job for row in rows if {*row["species"]} & {*names} for job in row["jobs"]]
     for job in scheduler.live_jobs(jobs):
-        raise UserError(f"--out: {out} is being made by job {job}; wait for it, or: scancel {job.split('_')[0]}")
+        raise UserError(f"--out: {out} is being written by job {job}; wait for it, or: scancel {job.split('_')[0]}")
 
 
 def _executor(job_request: JobRequest, folder: Path, name: str, **more: Any) -> submitit.SlurmExecutor:
     executor = SlurmExecutor(folder / "logs", python=job_request.python)
     parameters = sbatch_parameters(job_request, name)
     parameters["setup"].append(pythonpath(folder))
-    # Otherwise a job that waits for others which have failed never ends.
+    # Otherwise a job that waits for failed jobs never ends.
     parameters["additional_parameters"]["kill-on-invalid-dep"] = "yes"
     executor.update_parameters(**parameters, **more)
     return executor

@@ -1,4 +1,4 @@
-"""What the jobs of launch/shard.py do: many small species in one, a large one by several, and all of it together."""
+"""The tasks of launch/shard.py: one task for many small species, several for a large one, and one that merges all."""
 
 import contextlib
 import shutil
@@ -20,7 +20,7 @@ from data_prep.write.summary import print_summary
 
 @dataclass(frozen=True)
 class SpeciesTask:
-    """Shards species, one after the other; what is complete is not done again."""
+    """Shards species, one after the other; complete ones are not made again."""
 
     requests: tuple[SpeciesRequest, ...]
     out: Path
@@ -70,13 +70,13 @@ class ShareTask:
 
 @dataclass(frozen=True)
 class MergeTask:
-    """Brings species together in the dataset, and removes what is then not needed."""
+    """Merges species into the dataset, and removes folders that are no longer needed."""
 
     missing: tuple[SpeciesRequest, ...]
-    """Those that `out` does not hold yet."""
+    """The species that `out` does not hold yet."""
     out: Path
     requests: tuple[SpeciesRequest, ...]
-    """All species of `out`: those that it held before may have been given other weights."""
+    """All species of `out`, as the command may give other weights to those that it held before."""
 
     def __call__(self) -> None:
         parts = parts_folder(self.out)
@@ -87,7 +87,7 @@ class MergeTask:
         print_summary(make_dataset(list(self.requests), self.out, workers=1, add=True), self.out)
         for request in self.requests:
             shutil.rmtree(parts / request.name, ignore_errors=True)
-        with contextlib.suppress(OSError):  # where jobs make further species of this dataset
+        with contextlib.suppress(OSError):  # other jobs may still make further species of this dataset
             parts.rmdir()
 
 
@@ -97,9 +97,9 @@ Task = SpeciesTask | PlanTask | ShareTask
 def divided(
     requests: list[SpeciesRequest], out: Path, workers: int | None, bases: int
 ) -> tuple[list[Task], list[Task]]:
-    """Tasks of about so many bases, and those that may start when all of the first have ended.
+    """Tasks of about `bases` bases: the first ones, and those that may start when all of the first have ended.
 
-    Small species go together into a task, in their order; the shards of a larger one are shared out.
+    Small species are put together into a task, in their order; the shards of a larger one are divided between tasks.
     """
     plans: list[Task] = []
     shares: list[Task] = []
@@ -122,7 +122,9 @@ def divided(
 
 @patient
 def is_held(request: SpeciesRequest, dataset: Path) -> bool:
-    """Whether a folder of species holds one, whole; a species of another genome or other options is a `UserError`."""
+    """Whether a dataset holds the whole species. Raises `UserError` where it holds one of another genome or other
+    options.
+    """
     if not (dataset / request.name / "species.json").exists():
         return False
     genome = reopen_genome(request.fasta, request.cache_dir)
@@ -130,17 +132,17 @@ def is_held(request: SpeciesRequest, dataset: Path) -> bool:
 
 
 def work_folder(out: Path) -> Path:
-    """Where jobs keep code, logs and species in the making, beside the species of the dataset to be."""
+    """The folder of the jobs' code, logs and unfinished species, inside the future dataset."""
     return out / ".jobs"
 
 
 def parts_folder(out: Path) -> Path:
-    """Where species are until all are finished."""
+    """The folder of the species until all are finished."""
     return work_folder(out) / "parts"
 
 
 def run_in_turn(tasks: list[Task], tell: Callable[[str], None]) -> None:
-    """Do tasks in this process."""
+    """Run tasks in this process, one after the other."""
     for number, task in enumerate(tasks, start=1):
         tell(f"{task} ({number} of {len(tasks)})")
         task()

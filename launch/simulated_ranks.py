@@ -1,4 +1,4 @@
-"""Every rank of a run as it arranges itself, one after another in this process, without GPUs and without the others."""
+"""Builds every rank of a run as the real one would, one after another in this process, without GPUs."""
 
 import functools
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ from caduceus.distributed.ranks import Ranks
 
 @dataclass(frozen=True)
 class SimulatedRank:
-    """What a rank computes, holds, and with whom it exchanges what."""
+    """What a rank computes and holds, and with which ranks it exchanges what."""
 
     rank: int
     schedule: RankSchedule
-    """Which samples it draws."""
+    """The samples that it draws."""
     positions: tuple[int, int]
-    """First and end of its slice of each."""
+    """First and end of its slice of each sample."""
     strand: int
-    """That it computes, where the strands are on ranks of their own."""
+    """The strand that it computes, where ranks compute one strand each."""
     groups: dict[str, tuple[int, ...]]
-    """Ranks by what it shares with them."""
+    """What is shared -> the ranks that share it with this one."""
     parameters: int
-    """Numbers of the model that it holds between passes."""
+    """Parameters of the model that it holds between passes."""
 
 
 def simulated_ranks(config: Config, world: int, sharing: Sharing, node: int) -> list[SimulatedRank]:
-    """All ranks of a run, each in torch's fake process group; no model has memory. `node`: ranks of a node."""
+    """All ranks of a run, each in torch's fake process group; their models take no memory. `node`: ranks of a node."""
     strategy, holders = strategy_of(config, world, node)
     ramp = BatchRamp.of(config.train)
     shapes = [tuple(parameter.shape) for parameter in build_model(config).parameters()]
@@ -67,8 +67,8 @@ def simulated_ranks(config: Config, world: int, sharing: Sharing, node: int) -> 
 def drawn(ranks: list[SimulatedRank], consumed: int, steps: int) -> np.ndarray:
     """Sample numbers that the ranks draw in `steps` steps after `consumed` samples, in the order of the steps.
 
-    Each number stands as often as a rank computes a part of it; a step's are sorted. `consumed` are those of
-    whole steps, as wherever a run is left.
+    A number occurs once for every rank that computes a part of the sample; those of a step are sorted. `consumed` must
+    be the samples of whole steps.
     """
     first, found = ranks[0].schedule.ramp.steps_before(consumed), []
     for step in range(first, first + steps):
@@ -78,7 +78,9 @@ def drawn(ranks: list[SimulatedRank], consumed: int, steps: int) -> np.ndarray:
 
 
 def refuse_gaps(ranks: list[SimulatedRank], sharing: Sharing, seq_len: int) -> None:
-    """Raise `RuntimeError` unless the ranks together compute every position of every sample once, as one would."""
+    """Raise `RuntimeError` unless the ranks together compute every position of every sample once, as one
+    process would.
+    """
     expected = np.arange(ranks[0].schedule.ramp.samples_before(2)).repeat(sharing.ranks)
     if not np.array_equal(drawn(ranks, 0, 2), expected):
         raise RuntimeError(f"{len(ranks)} ranks do not draw the samples of two steps once each")
@@ -93,7 +95,9 @@ def refuse_gaps(ranks: list[SimulatedRank], sharing: Sharing, seq_len: int) -> N
 
 @functools.lru_cache
 def _held(shapes: tuple[tuple[int, ...], ...], place: int, holders: int) -> int:
-    """Numbers that one of `holders` ranks holds: as torch cuts an axis, in equal parts of which the last ones lack."""
+    """Parameters that one of `holders` ranks holds. Torch divides an axis into equal parts, of which the last may be
+    smaller.
+    """
     total = 0
     for shape in shapes:
         parameter = torch.empty(shape, device="meta")

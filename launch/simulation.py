@@ -1,6 +1,7 @@
-"""`launch/slurm.py --dry-run --simulate`: what each rank of a run would do, and steps on one node and on many.
+"""`launch/slurm.py --dry-run --simulate`: what each rank of a run would do, and the time of steps on one and on many
+nodes.
 
-Ranks are arranged for real, in torch's fake process group; times are those of a model, and none is measured.
+The ranks are really built, in torch's fake process group; times are computed by a model, and none is measured.
 """
 
 import copy
@@ -17,14 +18,16 @@ from launch.request import JobRequest
 from launch.step_model import LAUNCH_SECONDS, MEMORY_RATE, Step, asked, layouts
 
 CLOSE = 0.02
-"""Part of a step by which another layout must be faster to be called so: less the model cannot tell."""
+"""Share of a step by which another layout must be faster to be reported: the model is not more exact than that."""
 _BAR = 40
 
 
 def print_simulation(config: Config, request: JobRequest) -> None:
-    """Print all of it for the nodes of a request."""
+    """Print the whole simulation for the nodes of a request."""
     if not request.gpus_per_node:
-        raise UserError("--simulate: its times are of GPUs; give --gpus-per-node, or a preset such as --cluster h100x8")
+        raise UserError(
+            "--simulate: computes times of GPUs only; give --gpus-per-node, or a preset such as --cluster h100x8"
+        )
     network = Network(node=request.processes_per_node)
     print(f"# {request.world} ranks on {request.nodes} nodes\n")
     print("\n".join(_arrangement(config, request.world, network)))
@@ -38,17 +41,19 @@ def print_simulation(config: Config, request: JobRequest) -> None:
 
 
 def assumptions(network: Network) -> str:
-    """What the times rest on."""
+    """The assumptions behind the times."""
     return (
-        f"an H100 takes 0.65 us for a base of 256 channels and 16 layers, which scales with both; a kernel takes its "
+        "an H100 takes 0.65 us for a base of 256 channels and 16 layers, which scales with both; a kernel takes its "
         f"processor {LAUNCH_SECONDS * 1e6:.0f} us to launch; memory of the GPU {MEMORY_RATE / 1e12:.2f} TB/s (data "
-        f"sheet); {network.describe()}; gradients and sharded parameters travel behind computation, all else is waited "
-        "for"
+        f"sheet); {network.describe()}; transfers of gradients and sharded parameters overlap with computation, all "
+        "others are waited for"
     )
 
 
 def series(config: Config, most: int, network: Network, grows: bool) -> list[tuple[int, Step | str]]:
-    """(nodes, step, or why there is none) on 1, 2, 4, … and `most` nodes; `grows`: with a global batch for each."""
+    """(nodes, the step or why there is none) for 1, 2, 4, … and `most` nodes; `grows`: the global batch grows with the
+    nodes.
+    """
     counts = sorted({*(2**power for power in range(most.bit_length())), most})
     found: list[tuple[int, Step | str]] = []
     for nodes in counts:
@@ -65,14 +70,16 @@ def series(config: Config, most: int, network: Network, grows: bool) -> list[tup
 
 
 def fastest(step: Step, network: Network) -> Step | None:
-    """Of all layouts that fit a GPU, where one is faster by more than `CLOSE` than `step`, or where that does not."""
+    """The fastest layout that fits a GPU, if it is faster than `step` by more than `CLOSE` or `step` does not fit; else
+    None.
+    """
     others = [other for other in layouts(step.config, step.estimate.world, network) if other.fits]
     best = min(others, key=lambda other: other.seconds, default=None)
     return best if best and (not step.fits or best.seconds < (1 - CLOSE) * step.seconds) else None
 
 
 def table_of_steps(steps: Sequence[tuple[int, Step | str]], network: Network) -> list[str]:
-    """Lines of a Markdown table."""
+    """Lines of a Markdown table of the steps."""
     heads = ("nodes", "layout", "bases a rank", "micro-batches", "GB", "ms a step", "efficiency", "bound by", "faster")
     rows: list[Iterable[str]] = []
     for (nodes, step), efficiency in zip(steps, efficiencies(steps), strict=True):
@@ -99,7 +106,7 @@ def table_of_steps(steps: Sequence[tuple[int, Step | str]], network: Network) ->
 
 
 def efficiencies(steps: Sequence[tuple[int, Step | str]]) -> list[float]:
-    """Bases per second of a rank, against those with the fewest nodes that can run it; 0 where there is no step."""
+    """Bases per second of a rank, relative to those on the fewest nodes that can run it; 0 where there is no step."""
     rates = [0.0 if isinstance(step, str) else step.bases_per_rank for _, step in steps]
     first = next((rate for rate in rates if rate), 1.0)
     return [rate / first for rate in rates]
@@ -107,7 +114,7 @@ def efficiencies(steps: Sequence[tuple[int, Step | str]]) -> list[float]:
 
 def bars(steps: Sequence[tuple[int, Step | str]]) -> list[str]:
     """The efficiencies as lines of text."""
-    lines = ["bases per second of a rank, against the first line"]
+    lines = ["bases per second of a rank, relative to the first line"]
     for (nodes, _), efficiency in zip(steps, efficiencies(steps), strict=True):
         length = round(_BAR * min(efficiency, 1.0))
         lines.append(f"{nodes:>4} nodes |{'█' * length:<{_BAR}}| {efficiency:.2f}")
@@ -115,13 +122,13 @@ def bars(steps: Sequence[tuple[int, Step | str]]) -> list[str]:
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of a table."""
+    """Lines of a Markdown table."""
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _arrangement(config: Config, world: int, network: Network) -> list[str]:
-    """Lines on who draws, computes, holds and exchanges what."""
+    """Lines about which rank draws, computes, holds and exchanges what."""
     from launch.simulated_ranks import refuse_gaps, simulated_ranks  # which imports torch
 
     sharing = check_layout(config, world, Room(GPU_BYTES, network.node))
@@ -142,7 +149,9 @@ def _arrangement(config: Config, world: int, network: Network) -> list[str]:
 
 
 def _shares(config: Config, world: int, sharing: Sharing) -> str:
-    """Who draws and computes what; that it is complete, has been seen by then."""
+    """Which samples and positions the ranks draw and compute; `refuse_gaps` has already checked that nothing is
+    missing.
+    """
     batch, data_world = config.train.global_batch, world // sharing.ranks
     words = f"data-parallel rank r of {data_world:,} draws samples r, r + {data_world:,}, … of every {batch:,}"
     if sharing.context > 1:
@@ -159,7 +168,7 @@ def _memory(step: Step, parameters: list[int]) -> list[str]:
     rows = [(name, show_bytes(count)) for name, count in step.estimate.footprint.memory.items()]
     rows.append(("all", show_bytes(step.estimate.memory_bytes)))
     return [
-        f"A rank holds {held} of {step.estimate.parameters:,} parameters, and of memory:",
+        f"A rank holds {held} of {step.estimate.parameters:,} parameters, and takes memory:",
         "",
         *markdown(("what", "bytes"), rows),
     ]

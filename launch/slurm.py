@@ -35,7 +35,8 @@ Starts a training run as a job that takes care of itself: it saves before its ti
   {caduceus-launch} --dry-run --config ps-1k data.path=shards/yeast --nodes 1 --partition gpu --account my-lab
   {caduceus-launch} --config ps-1k data.path=shards/yeast --cluster local --tasks-per-node 2
 
-The first prints the batch script and the configuration, and submits them without --dry-run; the second runs here.
+The first command prints the batch script and the configuration, and without --dry-run submits them; the second runs
+here.
 
   {caduceus-launch} --check --nodes 2 --partition gpu  # what is wrong with the nodes, before a run finds out
   {caduceus-launch} --config list  # the presets of runs
@@ -45,7 +46,7 @@ The first prints the batch script and the configuration, and submits them withou
 
 
 def main() -> int:
-    """Check the request, then submit it or, with --dry-run, show it; returns the exit status."""
+    """Check the request, then submit it or, with --dry-run, print it. Returns the exit status."""
     arguments = parse_arguments()
     request = requested_job(arguments)
     if arguments.check:
@@ -69,7 +70,7 @@ def main() -> int:
 
 
 def check_and_start(config: Config, request: JobRequest) -> int:
-    """Start a run, or go on with it, unless something is seen to be wrong with it; returns the exit status."""
+    """Start a run, or go on with it, unless the checks find a mistake. Returns the exit status."""
     refuse_bad_request(config, request)
     path = Path(config.run.dir)
     for line in described_estimates(config, request):
@@ -90,7 +91,7 @@ def check_and_start(config: Config, request: JobRequest) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; what was not given of the request is None."""
+    """The parsed command line; options of the request that were not given are None."""
     parser = Parser(
         called="caduceus-launch",
         start=_START,
@@ -106,25 +107,25 @@ def parse_arguments() -> argparse.Namespace:
         help=f"what to train: a preset, or a YAML file; list shows the presets ({DEFAULT_CONFIG})",
     )
     parser.add_argument("--dry-run", action="store_true", help="print batch script and configuration, submit nothing")
-    simulate = "with --dry-run: print who of the ranks would do what, and a model's times on 1 to --nodes nodes of H100"
+    simulate = "with --dry-run: print what each rank would do, and a model's times on 1 to --nodes nodes of H100"
     parser.add_argument("--simulate", action="store_true", help=simulate)
-    parser.add_argument(
-        "--check", action="store_true", help="look at the nodes that a job would get, and train nothing"
-    )
-    values = "a run for each combination of these values, as a job array; one value is the same for all runs"
+    parser.add_argument("--check", action="store_true", help="check the nodes that a job would get, and train nothing")
+    values = "start a run for each combination of these values, as a job array; a key with one value has it in all runs"
     parser.add_argument("--sweep", nargs="+", metavar="KEY=V1,V2,…", help=values)
     add_request_options(parser, default="slurm")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the config's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="values that override those of the configuration"
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.simulate and not arguments.dry_run:
-        raise UserError("--simulate: submits nothing; give it with --dry-run")
+        raise UserError("--simulate: give it with --dry-run, as it submits nothing")
     if arguments.simulate and arguments.sweep:
         raise UserError("--simulate: shows one run, not a --sweep; give the values of one as key.path=value")
     return arguments
 
 
 def show(config: Config, request: JobRequest) -> None:
-    """Print the estimate, the batch script and resolved configuration; on stderr, what would be refused here."""
+    """Print the estimate, the batch script and the resolved configuration; on stderr, what would be refused here."""
     note_unused_settings()
     for line in described_estimates(config, request):
         print(f"# estimate: {line}")
@@ -137,7 +138,7 @@ def show(config: Config, request: JobRequest) -> None:
 
 
 def described_estimates(config: Config, request: JobRequest) -> list[str]:
-    """What the run takes, or each of its stages: a line each."""
+    """The estimate of a run, or of each of its stages, one line each."""
     gpus, lines = request.gpus_per_node > 0, []
     for stage in stages_of(config):
         found = estimate(stage.config, request.world, gpus, request.processes_per_node)
@@ -149,7 +150,7 @@ def described_estimates(config: Config, request: JobRequest) -> list[str]:
 
 
 def wandb_place(wandb: WandbConfig) -> str:
-    """Where the run is to be seen in W&B, as far as it is known before it starts."""
+    """Where the run can be seen in W&B, as far as this is known before it starts."""
     if wandb.mode in ("offline", "disabled"):
         return wandb.mode
     project = "/".join(filter(None, [wandb.entity, wandb.project or "caduceus"]))

@@ -1,9 +1,9 @@
-"""python -m launch.spare RUN STATUS: what a batch script with spare nodes asks when its srun has ended with
-STATUS, which is not 0.
+"""python -m launch.spare RUN STATUS: a batch script with spare nodes runs this when its srun has ended with a STATUS
+other than 0.
 
-Where a node was lost or failed its checks, and enough others are left, it writes down that end and prints options for
-srun that name the nodes to take: the run goes on at once from its newest checkpoint, in the nodes that the job has.
-In all other cases the exit status is 1, and the job ends as one without spare nodes does (launch/requeue.py).
+Where a node was lost or failed its checks, and enough others are left, it records that end and prints options for srun
+that name the nodes to use: the run goes on at once from its newest checkpoint, on nodes that the job already has. In
+all other cases the exit status is 1, and the job ends like one without spare nodes (launch/requeue.py).
 """
 
 import sys
@@ -17,7 +17,7 @@ from launch.requeue import is_current, submission_of, this_job
 
 
 def main() -> int:
-    """Decide whether the job goes on in its own nodes; returns the exit status."""
+    """Decide whether the job goes on on its own nodes. Returns the exit status."""
     run, job, restart = RunDirectory.open(sys.argv[1]), this_job(), history.this_restart()
     submission = submission_of(run, job)
     this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
@@ -43,17 +43,18 @@ def main() -> int:
     if not lost:
         reason, error = Reason.BAD_NODE, last_error(run, submission.logs, job, restart)
     history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=int(sys.argv[2]))
-    chosen = sorted(left, key=lambda node: node not in used)[: submission.request["nodes"]]  # these hold caches
+    chosen = sorted(left, key=lambda node: node not in used)[: submission.request["nodes"]]  # these have warm caches
     print(f"{what}; the run goes on on {', '.join(sorted(chosen))} of the same job", file=sys.stderr, flush=True)
-    # Once a node is lost, SLURM 22.05 counts the cores of its step as used on the others, and refuses --exclude.
+    # After the loss of a node, SLURM 22.05 counts the cores of the step as used on the other nodes, and refuses
+    # --exclude.
     print(f"--overlap --nodelist={','.join(chosen)}")
     return 0
 
 
 def usable_nodes(run: RunDirectory, submission: Submission, this: Attempt) -> list[str] | None:
-    """The nodes that the job still has and that passed their checks; None where its end is SLURM's doing.
+    """The nodes that the job still has and that passed their checks; None where SLURM ended the job.
 
-    Raises `SilentError`.
+    Raises `SilentError` where SLURM does not answer.
     """
     slurm_job = scheduler.own_job(this.job)
     if slurm_job.state != "RUNNING" or slurm_job.preempted or not is_current(slurm_job):

@@ -1,8 +1,8 @@
-"""How a run stands, from its directory and, where there is one, SLURM. Imports no torch."""
+"""The state of a run, from its directory and, where there is one, SLURM. Imports no torch."""
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,7 +15,7 @@ from launch.logs import last_error
 from launch.scheduler import IN_QUEUE, JobState, SilentError
 
 OVER = ("complete", "stopped", "failed", "given up", "cancelled", "interrupted")
-"""States that nothing changes but a process or a job which tells of itself in the run's directory, or in the queue."""
+"""States that can only change through a process or job that leaves a trace in the run's directory or the queue."""
 RUNNING, STOPPING, WAITING, LOST, UNKNOWN = "running", "stopping", "waiting", "lost", "unknown"
 _RECENT_ROWS = 50
 _STOPPED_BY = {
@@ -23,18 +23,18 @@ _STOPPED_BY = {
     "PREEMPTED": history.Reason.PREEMPTED,
     "CANCELLED": history.Reason.CANCELLED,
 }
-"""Why ranks stopped with a checkpoint, by the state in which SLURM ended their job."""
+"""The reason why ranks stopped with a checkpoint, by the final state of their job in SLURM."""
 _State = tuple[str, str | None, list[str]]
 
 
 @dataclass(frozen=True)
 class Overview:
-    """How a run stands. What is not known is None."""
+    """The state of a run. Unknown values are None."""
 
     state: str
     """running, stopping, waiting, complete, stopped, failed, given up, cancelled, interrupted, lost, new or unknown."""
     why: str | None
-    """SLURM's reason to let it wait, the error that ended it, how it was lost, or why the state is unknown."""
+    """Why SLURM lets it wait, the error that ended it, how it was lost, or why the state is unknown."""
     jobs: list[str]
     """Jobs that run or wait."""
     step: int
@@ -43,14 +43,15 @@ class Overview:
     valid_loss: float | None
     tokens_per_second: float | None
     seconds_left: float | None
+    """The trainer's estimate, which counts validations."""
     checkpoint: int
     """Step of the newest checkpoint; 0 is none."""
     quiet_seconds: float | None
-    """Since the last row of metrics.jsonl."""
+    """Seconds since the last row of metrics.jsonl."""
     attempts: list[Attempt]
-    """Starts of its jobs, with those that never came to train."""
+    """Starts of its jobs, including those that never began to train."""
     by_hand: list[dict[str, Any]]
-    """Starts without a job, as provenance.json tells of them."""
+    """Starts without a job, as in provenance.json."""
 
     @property
     def starts(self) -> int:
@@ -62,21 +63,21 @@ class Overview:
 
 
 def live_jobs(run: RunDirectory) -> dict[str, JobState]:
-    """The SLURM jobs that wait for, or train in, a run directory.
+    """The SLURM jobs of a run that wait or train.
 
-    Raises `SilentError` where there may be such jobs and SLURM does not tell.
+    Raises `SilentError` where there may be such jobs and SLURM does not answer.
     """
     return scheduler.live_jobs(slurm_jobs(run))
 
 
 def slurm_jobs(run: RunDirectory) -> list[str]:
-    """All jobs of SLURM that were submitted for a run."""
+    """All SLURM jobs that were submitted for a run."""
     return [job for entry in submissions(run) if entry.executor == "slurm" for job in entry.jobs]
 
 
 @patient
 def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobState]] = live_jobs) -> Overview:
-    """Look at a run; SLURM may have forgotten its jobs, or not answer."""
+    """The state of a run, also where SLURM has forgotten its jobs or does not answer."""
     recent, validations = run.newest_metrics("loss", _RECENT_ROWS), run.newest_metrics("valid_loss")
     steps, step = run.steps(), recent[-1]["step"] if recent else 0
     state, why, jobs = _state(run, steps, step > 0, jobs_of)
@@ -89,7 +90,7 @@ def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobS
         loss=recent[-1]["loss"] if recent else None,
         valid_loss=validations[-1]["valid_loss"] if validations else None,
         tokens_per_second=median(row["tokens_per_second"] for row in recent) if recent else None,
-        seconds_left=_seconds_left(recent, steps) if recent else None,
+        seconds_left=recent[-1].get("seconds_left") if recent else None,
         checkpoint=newest_step(run),
         quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if recent or validations else None,
         attempts=attempts(run),
@@ -98,21 +99,17 @@ def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobS
 
 
 def _by_hand(run: RunDirectory) -> list[dict[str, Any]]:
-    """The starts that no job made. Former versions did not note which: where there was a job, they were its."""
+    """The starts without a job. Older versions did not record which: where a run has jobs, such starts count
+    as theirs.
+    """
     starts, had_jobs = run.starts(), bool(attempts(run))
     return [start for start in starts if not start.get("in_job", had_jobs)]
-
-
-def _seconds_left(recent: Sequence[dict[str, Any]], steps: int) -> float:
-    """As the trainer tells, who knows what validations take; in the first steps, by those alone."""
-    told = recent[-1].get("seconds_left")
-    return median(row["seconds"] for row in recent) * (steps - recent[-1]["step"]) if told is None else told
 
 
 def _state(
     run: RunDirectory, steps: int, begun: bool, jobs_of: Callable[[RunDirectory], dict[str, JobState]]
 ) -> _State:
-    """State, why, and the jobs that are alive."""
+    """The state, the reason, and the jobs that wait or run."""
     stop = is_file(run.stop_path)
     submitted, found = submissions(run), attempts(run)
     try:
@@ -131,7 +128,7 @@ def _state(
         if holder is None or holder.slurm_job is None or scheduler.may_be_live(holder.slurm_job):
             return (STOPPING if stop else RUNNING), None, []
         signs = _signs_of_life(run, holder.slurm_job, scheduler.end_of(holder.slurm_job), submitted)
-        return LOST, f"{signs}; {holder} lives on: end it, or resume", []
+        return LOST, f"{signs}; {holder} still runs: end it, or resume", []
     if newest_step(run) >= steps:
         return "complete", None, []
     if silence and not (found and (found[-1].gave_up or found[-1].reason == history.Reason.STOPPED)):
@@ -160,8 +157,8 @@ def _how_it_ended(last: Attempt, stop: bool) -> _State:
 
 
 def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
-    """The attempts of a run that has no live job; the newest gets an end where its job left none."""
-    found = attempts(run)  # again: it may have been written down just before SLURM let go of the job
+    """The attempts of a run without a live job; the newest gets an end where its job recorded none."""
+    found = attempts(run)  # read again: the end may have been recorded just before SLURM forgot the job
     if not found or found[-1].reason is not None:
         return found
     last = found[-1]
@@ -173,16 +170,16 @@ def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
         reason, told = history.Reason.FAILED, error
     else:
         reason, told = history.Reason.LOST, _signs_of_life(run, last.job, state, submitted)
-    with contextlib.suppress(OSError):  # who may only look
+    with contextlib.suppress(OSError):  # a user who may only read
         history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
     last.reason, last.error, last.step = reason, told, newest_step(run)
     return found
 
 
 def _signs_of_life(run: RunDirectory, job: str, state: str | None, submitted: list[Submission]) -> str:
-    """What is known of a job that left no end, and when its processes last wrote something.
+    """What is known about a job without a recorded end, and when its processes last wrote something.
 
-    state: in which SLURM says that it ended.
+    state: the final state that SLURM tells.
     """
     entries = [entry for entry in submitted if job in entry.jobs]
     logs = [path for entry in submitted for path in entry.logs.glob(f"{job}_*_log.out")]

@@ -1,9 +1,9 @@
-"""How long a step takes on many nodes, and what bounds it, by a small model. Nothing here is measured.
+"""A small model of the time of a step on many nodes, and of what bounds it. Nothing here is measured.
 
-A rank computes as `caduceus.train.estimate` has it, but never faster than Python launches kernels. Collectives of
-gradients and sharded parameters run behind that, as far as it lasts, but for the last of the gradients or the first of
-the parameters; all others are waited for. The update reads and writes what the rank holds of the model at the bandwidth
-of the GPU's memory.
+A rank computes for the time of `caduceus.train.estimate`, but never faster than Python launches kernels. Collectives of
+gradients and sharded parameters overlap with this computation while it lasts, except the last of the gradients and the
+first of the parameters; all others are waited for. The update reads and writes the rank's part of the model at the
+bandwidth of the GPU's memory.
 """
 
 import itertools
@@ -22,27 +22,28 @@ from caduceus.model import costs
 from caduceus.train.estimate import GPU_BYTES, Estimate, estimate
 
 LAUNCH_SECONDS = 5e-6
-"""What a kernel costs the processor of an eager PyTorch program."""
+"""CPU time, in seconds, that launching a kernel takes in an eager PyTorch program."""
 MEMORY_RATE = 3.35e12
 """Bytes per second of an H100 SXM's memory, from its data sheet."""
 UPDATE_BYTES = 40
-"""Of a parameter in fp32: its gradient is read for the norm and scaled; AdamW reads four numbers and writes three.
-What is kept of it beside or instead of AdamW's moments counts in proportion."""
+"""Bytes that an update moves per fp32 parameter: the gradient is read for the norm and scaled; AdamW reads four numbers
+and writes three. For optimizers that keep more or fewer numbers, they count in proportion.
+"""
 COPIES = 3
-"""Launches of a collective that parameters or gradients are copied for, and from."""
+"""Kernel launches of a collective with copies before and after it."""
 BACKWARD = 2 / 3
-"""Of a micro-batch's time."""
+"""Share of the forward pass in a micro-batch's time."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of one layout of ranks."""
+    """The step of a layout of ranks."""
 
     config: Config
-    """Whose `parallel` says the layout, without `auto`."""
+    """The configuration; its `parallel` is the layout, without `auto`."""
     estimate: Estimate
     parts: dict[str, float]
-    """Seconds by what the rank does, or waits for."""
+    """What the rank does, or waits for -> seconds."""
 
     @property
     def seconds(self) -> float:
@@ -50,23 +51,23 @@ class Step:
 
     @property
     def fits(self) -> bool:
-        """Whether it leaves a reserve of a GPU's memory."""
+        """Whether it fits a GPU's memory, with a reserve."""
         return self.estimate.memory_bytes <= (1 - RESERVE) * GPU_BYTES
 
     @property
     def bound(self) -> str:
-        """What takes most of the step."""
+        """The part that takes most of the step."""
         return max(self.parts, key=lambda name: self.parts[name])
 
     @property
     def bases_per_rank(self) -> float:
-        """Per second."""
+        """Bases per second of a rank."""
         train = self.config.train
         return train.global_batch * self.config.data.seq_len / self.seconds / self.estimate.world
 
     @property
     def layout(self) -> str:
-        """Strategy, and how many ranks share what, in few words."""
+        """The strategy, and how many ranks share what, in a few words."""
         parallel, sharing = self.config.parallel, self.estimate.shared_by
         words = [parallel.strategy]
         if parallel.strategy == "fsdp":
@@ -79,9 +80,9 @@ class Step:
 
 
 def asked(config: Config, world: int, network: Network) -> Step:
-    """The step of the layout that a run of `config` takes on so many ranks.
+    """The step of the layout that a run of `config` takes on `world` ranks.
 
-    Raises `UserError` where it can take none.
+    Raises `UserError` where none is possible.
     """
     sharing = check_layout(config, world, Room(GPU_BYTES, network.node))
     strategy, holders = strategy_of(config, world, network.node)
@@ -90,7 +91,7 @@ def asked(config: Config, world: int, network: Network) -> Step:
 
 
 def layouts(config: Config, world: int, network: Network) -> Iterator[Step]:
-    """Steps of all layouts that so many ranks can take, whatever `config` asks for."""
+    """The steps of all layouts that are possible on `world` ranks, whatever `config` asks for."""
     strategies = [("ddp", 0, 0), ("fsdp", 0, 0), *(("deepspeed", 0, stage) for stage in (1, 2, 3))]
     if network.node < world and world % network.node == 0:
         strategies.append(("fsdp", network.node, 0))
@@ -137,7 +138,7 @@ def _step(config: Config, world: int, network: Network) -> Step:
 
 
 def _waits(collectives: list[Exchange], window: float | None, network: Network) -> Iterator[tuple[str, float]]:
-    """(what is waited for, seconds) of collectives that run behind the same computation, or behind none."""
+    """(what is waited for, seconds) for collectives that overlap with the same computation, or with none."""
     times = [(exchange, network.seconds(exchange)) for exchange in collectives]
     if window is None:
         for exchange, seconds in times:

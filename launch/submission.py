@@ -1,4 +1,4 @@
-"""Handing runs to SLURM through submitit."""
+"""Submits runs to SLURM through submitit."""
 
 import shlex
 import shutil
@@ -24,20 +24,20 @@ PACKAGES = ("caduceus", "data_prep", "launch")
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """Can be made without SLURM, for a dry run; a real submission looks for SLURM first."""
+    """submitit's executor, which can also be made without SLURM, for a dry run; a submission checks for SLURM first."""
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
     def script(self) -> str:
-        """The text that sbatch gets."""
-        # submitit has no public way to the text without submitting it.
+        """The batch script."""
+        # submitit has no public way to get the text without submitting it.
         return self._make_submission_file_text(self._submitit_command_str, "")
 
 
 def submit(request: JobRequest, run: RunDirectory, job_name: str) -> list[str]:
-    """Submit a run to SLURM, as one job or as a chain; returns the jobs' ids.
+    """Submit a run to SLURM, as one job or as a chain. Returns the jobs' ids.
 
     Raises `UserError` with SLURM's reason where it refuses.
     """
@@ -58,7 +58,7 @@ def submit(request: JobRequest, run: RunDirectory, job_name: str) -> list[str]:
 
 
 def submit_array(request: JobRequest, folder: Path, runs: Sequence[RunDirectory], job_name: str) -> list[str]:
-    """Submit several runs as one job array, with code and logs in `folder`; returns the ids of the array's jobs."""
+    """Submit several runs as one job array, with code and logs in `folder`. Returns the ids of the array's jobs."""
     executor = run_executor(request, folder.absolute(), job_name, array=True)
     refuse_what_slurm_refuses(executor, request)
     snapshot_code(folder)
@@ -71,7 +71,7 @@ def submit_array(request: JobRequest, folder: Path, runs: Sequence[RunDirectory]
 
 
 def run_executor(request: JobRequest, folder: Path, job_name: str, array: bool = False) -> SlurmExecutor:
-    """For a run in `folder`, or for the runs that folder/runs.txt lists: their jobs look after themselves."""
+    """The executor for the run in `folder`, or for the runs in folder/runs.txt, whose jobs requeue themselves."""
     executor = SlurmExecutor(folder / "logs", python=request.python)
     parameters = sbatch_parameters(request, job_name)
     listed = '"$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" ' + shlex.quote(str(folder / "runs.txt")) + ')"'
@@ -93,7 +93,7 @@ def run_executor(request: JobRequest, folder: Path, job_name: str, array: bool =
 
 
 def _starts(request: JobRequest) -> list[str]:
-    """Shell lines that start the processes, again on a spare node where one is lost (launch/spare.py)."""
+    """Shell lines that start the processes, and again with a spare node where a node is lost (launch/spare.py)."""
     waiting = '{ command srun "$@" & while wait $!; s=$?; kill -0 $! 2>/dev/null; do :; done; return $s; }'
     if not request.spare:
         return [f"srun() {waiting}  # traps need wait"]
@@ -111,12 +111,14 @@ def _starts(request: JobRequest) -> list[str]:
 
 
 def pythonpath(folder: Path) -> str:
-    """The shell line that lets a job import the code that was submitted."""
+    """The shell line with which a job imports the submitted code."""
     return f"export PYTHONPATH={shlex.quote(str(folder / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
 def refuse_what_slurm_refuses(executor: SlurmExecutor, request: JobRequest) -> None:
-    """Raise `UserError` where SLURM would not take the job; say so where it will wait for nodes to come back."""
+    """Raise `UserError` where SLURM would refuse the job; print a note where the job will wait for nodes to
+    come back.
+    """
     note_unused_settings()
     if objection := scheduler.objection(executor.script()):
         note = waiting_note(request)
@@ -126,7 +128,7 @@ def refuse_what_slurm_refuses(executor: SlurmExecutor, request: JobRequest) -> N
 
 
 def note_unused_settings() -> None:
-    """Name, on stderr, the user's settings for sbatch that the request does not have from them."""
+    """Name, on stderr, the environment variables of sbatch that the request does not use."""
     if names := scheduler.unused_settings():
         print(
             f"note: {', '.join(names)}: set in the environment and not used; a preset, or options such as "
@@ -136,7 +138,7 @@ def note_unused_settings() -> None:
 
 
 def submitted(submit: Callable[[], Any]) -> Any:
-    """What a submission returns; a refusal by sbatch is a `UserError`."""
+    """The result of `submit()`. Raises `UserError` where sbatch refuses."""
     try:
         with scheduler.clean_environment():
             return submit()
@@ -144,13 +146,13 @@ def submitted(submit: Callable[[], Any]) -> Any:
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
     except submitit.core.utils.FailedSubmissionError as error:
         told = " ".join(str(error).split())
-        raise UserError(f"sbatch: {told}; look with squeue for a job that it has taken nevertheless") from None
+        raise UserError(f"sbatch: {told}; check with squeue whether it has accepted the job nevertheless") from None
 
 
 def snapshot_code(folder: Path) -> Path:
-    """Copy the code to folder/code, so that a job which starts later, or again, runs what was submitted.
+    """Copy the code to folder/code, so that a job that starts later, or again, runs the submitted code.
 
-    Compiled CPU kernels, in __pycache__, are copied with it: compiling them again takes a minute.
+    Compiled CPU kernels in __pycache__ are copied too, as compiling them again takes a minute.
     """
     code = folder.absolute() / "code"
     with replacing_directory(code) as new:

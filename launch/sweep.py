@@ -1,4 +1,4 @@
-"""A run for each combination of some settings: one job array, one run directory each."""
+"""Starts a run for each combination of values of some keys: one job array, with a run directory each."""
 
 import re
 from itertools import product
@@ -14,14 +14,14 @@ from launch.submission import run_executor, submit_array
 from launch.terminal import runs_command
 
 _COMMA = re.compile(r",(?![^\[]*\])")
-"""A comma outside of a list such as train.betas=[0.9,0.95]."""
+"""A comma that is not inside a list such as train.betas=[0.9,0.95]."""
 
 
 def run_sweep(path: Path, overrides: list[str], sweep: list[str], request: JobRequest, dry_run: bool) -> int:
-    """Start all runs of a sweep, on this machine one after the other; returns the exit status."""
+    """Start all runs of a sweep; on this machine one after the other. Returns the exit status."""
     folder, configs = sweep_configs(path, overrides, sweep)
     if request.executor == "debug" or request.chain > 1:
-        raise UserError("--sweep: is a job array of SLURM or of --cluster local; without debug, and without --chain")
+        raise UserError("--sweep: goes with SLURM or --cluster local, not with debug or --chain")
     for config in configs:
         (refuse_impossible_layout if dry_run else refuse_bad_request)(config, request)
     if dry_run:
@@ -42,9 +42,9 @@ def run_sweep(path: Path, overrides: list[str], sweep: list[str], request: JobRe
 
 
 def sweep_configs(path: Path, overrides: list[str], sweep: list[str]) -> tuple[Path, list[Config]]:
-    """The sweep's folder, and the configuration of each run, named after the values that make it differ.
+    """The sweep's folder, and the configuration of each run, which is named after its varying values.
 
-    A setting with one value is the same for all runs, as it would be before --sweep.
+    A key with one value has it in all runs, as if it were given without --sweep.
     """
     axes, fixed = [], list(overrides)
     for text in sweep:
@@ -55,11 +55,11 @@ def sweep_configs(path: Path, overrides: list[str], sweep: list[str]) -> tuple[P
         if len(values) == 1:
             fixed.append(text)
         elif key in ("run.dir", "run.name"):
-            raise UserError(f"--sweep {text}: runs are named after their other settings; give {key} one value")
+            raise UserError(f"--sweep {text}: runs are named after their other keys; give {key} only one value")
         else:
             axes.append([f"{key}={value}" for value in values])
     if not axes:
-        raise UserError("--sweep: no setting has several values, such as train.lr=1e-3,8e-3")
+        raise UserError("--sweep: no key has several values; give some, such as train.lr=1e-3,8e-3")
     base = load_config(path, fixed)
     folder = Path(f"{base.run.dir}-sweep")
     configs = []
@@ -71,5 +71,5 @@ def sweep_configs(path: Path, overrides: list[str], sweep: list[str]) -> tuple[P
         config.wandb.group = base.wandb.group or folder.name
         configs.append(config)
     if len({config.run.dir for config in configs}) < len(configs):
-        raise UserError("--sweep: two of its runs would have the same name; give each value and key once")
+        raise UserError("--sweep: two runs would have the same name; give each value and key once")
     return folder, configs

@@ -1,4 +1,4 @@
-"""What the commands print: tables, durations, and the commands that come next."""
+"""Formats the output of the commands: tables, durations, and the next commands."""
 
 import shlex
 from pathlib import Path
@@ -7,7 +7,7 @@ from caduceus.commands import command
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as they need to be; all but the first two are set to the right."""
+    """A table with columns as wide as needed; all but the first two are right-aligned."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = []
     for row in [heads, *rows]:
@@ -20,7 +20,7 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Such as 3 d 04:05 or 0:12:34."""
+    """Seconds as text, such as 3 d 04:05 or 0:12:34."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -28,5 +28,5 @@ def duration(seconds: float) -> str:
 
 
 def runs_command(action: str, path: Path) -> str:
-    """The command that does something with a run directory, quoted for the shell."""
+    """The command for an action on a run directory, quoted for the shell."""
     return f"{command('caduceus-runs')} {action} {shlex.quote(str(path))}"

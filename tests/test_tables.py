@@ -53,8 +53,8 @@ REFUSED = {
         r"table: plain text follows the gzip data",
     ),
     "bzip2 in gzip": (gzip.compress(b"BZh91AY"), r"table: is a bzip2 file"),
-    "Latin-1": (b"a\tb\n# S\xf8ren\n", r"table:2: is no UTF-8 text"),
-    "half UTF-16": (b"\xff\xfea", r"table:1: is no UTF-16-LE text"),
+    "Latin-1": (b"a\tb\n# S\xf8ren\n", r"table:2: is not UTF-8 text"),
+    "half UTF-16": (b"\xff\xfea", r"table:1: is not UTF-16-LE text"),
     "binary": (b"a\nb\nc\0d\n", r"table:3: holds binary data"),
 }
 

@@ -1,4 +1,4 @@
-"""The configuration of a run. `keys`: what a key says of itself; `run`: the sections; `load`: YAML and overrides."""
+"""The configuration of a run. Modules: `keys` defines a key, `run` the sections; `load` reads YAML and overrides."""
 
 from caduceus.config.checks import refuse_cuda_graphs, refuse_strategy
 from caduceus.config.data import DataConfig

@@ -1,4 +1,4 @@
-"""Values that change at steps of a run, as [[step, value], …], and how many sequences come before a step.
+"""Values that change at given steps of a run, written as [[step, value], …]; how many sequences come before a step.
 
 Imports no torch.
 """
@@ -15,9 +15,9 @@ from caduceus.errors import UserError
 
 
 def points_of(name: str, given: Any, value_of: Callable[[Any], Any]) -> list[tuple[int, Any]]:
-    """(steps made before, value) of the key `name`, in the order of steps, from step 0 on.
+    """The list of a key `name` as (steps made before, value), in the order of steps, from step 0 on.
 
-    `value_of` converts a value, or raises `ValueError`. Raises `UserError` for anything but such a list.
+    `value_of` converts a value, or raises `ValueError`. Raises `UserError` for anything but a list of [step, value].
     """
     listed = given if isinstance(given, list) else []
     points = []
@@ -53,7 +53,7 @@ def share(value: Any) -> float:
 
 
 def factors(value: Any) -> dict[str, float]:
-    """Factors of weights by species."""
+    """Factors of the species' weights, checked: {species: factor}."""
     well = isinstance(value, dict) and all(isinstance(species, str) for species in value)
     if not well or not all(_is_number(factor) and 0 <= factor < math.inf for factor in value.values()):
         raise ValueError(f"expected factors by species, as {{human: 4, mouse: 0}}; got {value}")
@@ -73,9 +73,10 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class BatchRamp:
-    """Sequences of each optimizer step: `sizes[i]` from when `steps[i]` steps were made.
+    """Sequences per optimizer step: `sizes[i]` once `steps[i]` steps have been made.
 
-    Steps are those whose samples were taken: a run that goes back after a spike goes on with the samples that follow.
+    A step counts when its samples were taken: a run that is rewound after a spike continues with later samples, and
+    does not take the same ones again.
     """
 
     steps: tuple[int, ...]
@@ -83,24 +84,24 @@ class BatchRamp:
 
     @classmethod
     def of(cls, train: TrainConfig) -> "BatchRamp":
-        """That of `train.batch_ramp` and `train.global_batch`."""
+        """The ramp of `train.batch_ramp` and `train.global_batch`."""
         if train.batch_ramp is None:
             return cls((0,), (train.global_batch,))
         points = points_of("train.batch_ramp", train.batch_ramp, batch_size)
         return cls(*zip(*points, strict=True))
 
     def size(self, steps: int) -> int:
-        """Sequences of the step that follows so many."""
+        """Sequences of the step that follows the first `steps` steps."""
         return self.sizes[bisect_right(self.steps, steps) - 1]
 
     def samples_before(self, steps: int) -> int:
-        """Sequences of the first so many steps."""
+        """Sequences of the first `steps` steps together."""
         ends = [*self.steps[1:], steps]
         parts = zip(self.steps, ends, self.sizes, strict=True)
         return sum(max(0, min(end, steps) - first) * size for first, end, size in parts)
 
     def steps_before(self, samples: int) -> int:
-        """Steps that the first so many sequences are whole ones of; a rest is of the next."""
+        """How many whole steps the first `samples` sequences make; a remainder belongs to the next step."""
         stage = bisect_right([self.samples_before(step) for step in self.steps], samples) - 1
         first = self.steps[stage]
         return first + (samples - self.samples_before(first)) // self.sizes[stage]

@@ -1,4 +1,4 @@
-"""Values that no run can have together. Which values a key alone can have stands with the key."""
+"""Combinations of values that no run can have. The values that a single key can have are defined with the key."""
 
 import math
 import re
@@ -14,9 +14,9 @@ from caduceus.errors import UserError
 
 
 def refuse_impossible_values(config: Config) -> None:
-    """Raise `UserError` for the first value that no run can have, alone or beside the others."""
+    """Raise `UserError` for the first value that no run can have, by itself or together with other values."""
     if config.train.stages and config.train.decay_from is not None:
-        raise UserError("train.decay_from: goes with train.schedule=wsd, not with train.stages; leave one of them out")
+        raise UserError("train.decay_from: does not go with train.stages; leave one of them out")
     for stage in stages_of(config):
         with within(stage):
             _refuse_impossible(stage.config)
@@ -30,10 +30,10 @@ def _refuse_impossible(config: Config) -> None:
         if name not in KEYS:
             raise UserError(f"run.allow_change: there is no key '{name}'; give keys such as train.steps")
     if config.wandb.id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", config.wandb.id):
-        raise UserError(f"wandb.id: at most 64 letters, digits, - and _; got '{config.wandb.id}'")
+        raise UserError(f"wandb.id: give at most 64 letters, digits, - and _; got '{config.wandb.id}'")
     for name in config.wandb.artifacts:
         if name not in ARTIFACTS:
-            raise UserError(f"wandb.artifacts: choose of {', '.join(ARTIFACTS)}; got '{name}'")
+            raise UserError(f"wandb.artifacts: choose from {', '.join(ARTIFACTS)}; got '{name}'")
     if config.monitor.profile is not None:
         profiled_steps(config.monitor.profile)
     data, train = config.data, config.train
@@ -46,11 +46,11 @@ def _refuse_impossible(config: Config) -> None:
         raise UserError(f"data.mask_prob: {data.mask_prob} labels no base, so there is nothing to learn; give a share")
     if data.objective == "mlm" and data.mask_token_prob + data.random_token_prob == 0:
         raise UserError(
-            "data.mask_token_prob: with data.random_token_prob it is 0, so every base that is to be predicted is shown "
-            "as it is, and there is nothing to learn"
+            "data.mask_token_prob: it and data.random_token_prob are both 0, so the input shows every base that is to "
+            "be predicted, and there is nothing to learn"
         )
     if data.objective == "next_base" and data.seq_len < 2:
-        raise UserError("data.seq_len: next_base needs at least 2 bases; the last of a sequence has no next one")
+        raise UserError("data.seq_len: next_base needs at least 2 bases, as the last of a sequence has no next one")
     if train.precision == "fp64" and config.ops.backend in ("triton", "mamba_ssm"):
         raise UserError(f"train.precision: ops.backend={config.ops.backend} does not compute in fp64; use naive or cpu")
     if data.objective == "next_base" and (config.model.bidirectional or config.model.rcps):
@@ -60,7 +60,7 @@ def _refuse_impossible(config: Config) -> None:
         )
     if config.parallel.strands > 1 and not config.model.rcps:
         raise UserError(
-            "parallel.strands: 2 needs model.rcps=true, whose two strands are computed apart; use parallel.context"
+            "parallel.strands: 2 needs model.rcps=true, which computes the two strands separately; use parallel.context"
         )
     _refuse_impossible_sharing(config)
     _refuse_impossible_best(config)
@@ -88,9 +88,9 @@ def _refuse_impossible(config: Config) -> None:
 def _refuse_impossible_sharing(config: Config) -> None:
     data = config.data
     if data.pack and data.mode == "stream":
-        raise UserError("data.pack: stream takes sequences from whole windows only; use data.mode=shards")
+        raise UserError("data.pack: data.mode=stream takes sequences from whole windows only; use data.mode=shards")
     if data.crop_offset != "none" and data.mode == "stream":
-        raise UserError("data.crop_offset: stream cuts windows as they come; use data.mode=shards")
+        raise UserError("data.crop_offset: data.mode=stream cuts windows as they come; use data.mode=shards")
     if data.pack and config.parallel.context > 1:
         raise UserError(
             "data.pack: the ranks of parallel.context cannot share packed sequences; use "
@@ -98,8 +98,8 @@ def _refuse_impossible_sharing(config: Config) -> None:
         )
     if data.mode == "stream" and max(config.parallel.context, config.parallel.strands) > 1:
         raise UserError(
-            "data.mode: stream goes with neither parallel.context nor parallel.strands: where one rank cannot read a "
-            "tar, those that share its sequences would not know; use data.mode=shards"
+            "data.mode: stream goes with neither parallel.context nor parallel.strands: if one rank cannot read a "
+            "tar, the ranks that share its sequences would not know; use data.mode=shards"
         )
 
 
@@ -107,7 +107,7 @@ def _refuse_impossible_ramp(train: TrainConfig) -> None:
     sizes = BatchRamp.of(train).sizes
     if sizes[-1] != train.global_batch:
         raise UserError(
-            f"train.batch_ramp: ends at {sizes[-1]}, but train.global_batch is {train.global_batch}; let it end there"
+            f"train.batch_ramp: ends at {sizes[-1]}, but train.global_batch is {train.global_batch}; let it end at that"
         )
     for size in sizes:
         if size % train.micro_batch:
@@ -119,6 +119,11 @@ def _refuse_impossible_schedules(data: DataConfig) -> None:
         points_of("data.mask_schedule", data.mask_schedule, share)
     if data.species_weights is not None:
         factors_by_step(data)
+    if data.mask_span > data.seq_len:
+        raise UserError(
+            f"data.mask_span: {data.mask_span} bases are more than a sequence has (data.seq_len {data.seq_len}), so "
+            "that nothing would be left to predict them from; choose fewer"
+        )
     for name, default in (("mask_span", 1), ("mask_schedule", None)):
         if data.objective == "next_base" and getattr(data, name) != default:
             raise UserError(f"data.{name}: next_base masks nothing; leave it out, or use data.objective=mlm")
@@ -126,7 +131,7 @@ def _refuse_impossible_schedules(data: DataConfig) -> None:
         if data.mode == "stream" and getattr(data, name) is not None:
             raise UserError(f"data.{name}: a stream does not know where its bases come from; use data.mode=shards")
     if data.weights_bed is None and data.weights_elsewhere != 1:
-        raise UserError("data.weights_elsewhere: without use where data.weights_bed names no regions; leave it out")
+        raise UserError("data.weights_elsewhere: has no effect without data.weights_bed; leave it out")
 
 
 def _refuse_impossible_best(config: Config) -> None:
@@ -135,39 +140,47 @@ def _refuse_impossible_best(config: Config) -> None:
     if best is None and best_is is None:
         return
     if best is None:
-        raise UserError("checkpoint.best_is: says of which kind the best is; name its number in checkpoint.best")
+        raise UserError(
+            "checkpoint.best_is: has no effect without checkpoint.best; name there the number that is compared"
+        )
     if best_is is None:
-        raise UserError(f"checkpoint.best: say with checkpoint.best_is=max or min which {best} is the best")
+        raise UserError(
+            f"checkpoint.best: say with checkpoint.best_is=max or min whether a large or a small {best} is good"
+        )
     if best.startswith("valid_"):
         if not config.valid.every:
-            raise UserError(f"checkpoint.best: {best} is a validation's, and valid.every=0 makes none")
+            raise UserError(f"checkpoint.best: {best} comes from validations, and valid.every=0 makes none")
     elif not best.startswith(SPACE):
         raise UserError(
-            f"checkpoint.best: a number of validations (valid_…) or evaluations (eval/NAME/…), got '{best}'"
+            f"checkpoint.best: name a number of validations (valid_…) or of evaluations (eval/NAME/…), got '{best}'"
         )
     elif best.count("/") < 2 or best.split("/")[1] not in names:
         known = ", ".join(names) or "none"
-        raise UserError(f"checkpoint.best: '{best}' is of no evaluation; evaluations has {known}")
+        raise UserError(f"checkpoint.best: '{best}' belongs to no evaluation; evaluations has {known}")
 
 
 def refuse_strategy(train: TrainConfig, strategy: str) -> None:
     """Raise `UserError` where the optimizer would compute something else under a strategy than in one process."""
     if train.optimizer == "muon" and strategy in ("fsdp", "deepspeed"):
         raise UserError(
-            f"train.optimizer: muon needs whole matrices, of which parallel.strategy={strategy} gives a rank a part; "
-            "use parallel.strategy=ddp"
+            f"train.optimizer: muon needs whole matrices, but parallel.strategy={strategy} gives each rank a part of "
+            "them; use parallel.strategy=ddp"
         )
     if train.batch_ramp is not None and strategy == "deepspeed":
-        raise UserError("train.batch_ramp: parallel.strategy=deepspeed has one batch in all steps; use ddp or fsdp")
+        raise UserError(
+            "train.batch_ramp: parallel.strategy=deepspeed has the same batch size in all steps; use ddp or fsdp"
+        )
     if train.ema and strategy == "deepspeed":
         raise UserError(
-            "train.ema: parallel.strategy=deepspeed cuts weights without regard to parameters; use ddp or fsdp"
+            "train.ema: parallel.strategy=deepspeed divides weights without regard to the borders of parameters; use "
+            "ddp or fsdp"
         )
 
 
 def refuse_cuda_graphs(config: Config) -> None:
-    """Raise `UserError` for what a CUDA graph of a micro-batch's passes cannot record. What is still to be decided,
-    such as `auto`, passes."""
+    """Raise `UserError` for what a CUDA graph of a micro-batch's passes cannot record. Values that are still to be
+    decided, such as `auto`, pass.
+    """
     if config.train.cuda_graphs != "passes":
         return
     parallel, backend = config.parallel, config.ops.backend
@@ -189,7 +202,7 @@ def refuse_cuda_graphs(config: Config) -> None:
 def _refuse_impossible_scales(train: TrainConfig) -> None:
     scales = {} if train.lr_scale is None else train.lr_scale
     if not isinstance(scales, dict):
-        raise UserError(f"train.lr_scale: expected factors by kind of parameter, as {{A_log: 0.1}}; got {scales}")
+        raise UserError(f"train.lr_scale: expected factors by kind of parameter, such as {{A_log: 0.1}}; got {scales}")
     for kind, scale in scales.items():
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale < math.inf:
             raise UserError(f"train.lr_scale: the factor of {kind} must be a number of at least 0, got {scale}")
@@ -202,10 +215,12 @@ def _refuse_impossible_decay(train: TrainConfig) -> None:
         )
     for name in ("decay_steps", "decay_from"):
         if getattr(train, name) is not None and train.schedule != "wsd":
-            raise UserError(f"train.{name}: without use under train.schedule={train.schedule}; use train.schedule=wsd")
+            raise UserError(
+                f"train.{name}: has no effect under train.schedule={train.schedule}; use train.schedule=wsd"
+            )
     before = train.warmup_steps or 0
     if train.decay_steps is not None and before + train.decay_steps > train.steps:
         raise UserError(
-            f"train.decay_steps: {train.decay_steps} and a warm-up of {before} steps are more than train.steps "
-            f"{train.steps}"
+            f"train.decay_steps: {train.decay_steps} and a warm-up of {before} steps together are more than "
+            f"train.steps {train.steps}"
         )

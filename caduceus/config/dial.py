@@ -1,8 +1,9 @@
-"""One dial: a size, or a budget of computation, to the keys of a run, by rules. Imports no torch.
+"""One dial: rules turn a size, or a budget of computation, into the keys of a run. Imports no torch.
 
-The rules: width and depth by a ladder. 2^20 bases per global batch, as published. The published rate for vectors; the
-rates of matrices fall with the width beyond that of the published models (as in muP, Yang et al. 2022, of which initial
-values and multipliers are not taken). The published 10,000 steps, or 100 bases per parameter where those are more.
+The rules: a table gives width and depth. A global batch has 2^20 bases, as published. Vectors have the published
+learning rate; the rates of matrices fall with the width beyond that of the published models (as in muP, Yang et al.
+2022, but without its initial values and multipliers). A run takes the published 10,000 steps, or as many as give 100
+bases per parameter where that is more.
 """
 
 import math
@@ -11,11 +12,13 @@ from typing import Any
 from caduceus.errors import UserError
 
 DIAL = ("size", "compute")
-"""Names beside the sections of a YAML file, or typed as size=30M."""
+"""Names that stand beside the sections of a YAML file, or are typed as size=30M."""
 SIZES = {"8M": (256, 16), "30M": (512, 17), "90M": (768, 22), "300M": (1024, 43)}
-"""Width and depth of a Caduceus of about so many parameters."""
+"""Number of parameters, roughly -> width and depth of a Caduceus."""
 MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj")
-"""Kinds of parameters whose rates fall with the width: what they sum over grows with it."""
+"""Kinds of parameters whose learning rates fall with the width, as the number of terms that they sum over grows with
+it.
+"""
 PUBLISHED_WIDTH = 256
 PUBLISHED_STEPS = 10_000
 BASES_OF_A_BATCH = 1 << 20
@@ -23,17 +26,18 @@ BASES_PER_PARAMETER = 100
 BASES_OF_A_MICRO_BATCH = 1 << 17
 """On a GPU at the published width; fewer at larger ones."""
 FLOPS_PER_PARAMETER = 12
-"""And base: forward and backward, of both strands."""
+"""FLOP per parameter and base: forward and backward, of both strands."""
 
 
 def turned(size: str | None, compute: float | None, seq_len: int) -> dict[str, dict[str, Any]]:
-    """The keys of a run of a size (8M, …), or of the largest size that `compute` FLOP train as long as the rules want.
+    """The keys of a run of a size (8M, …), or of the largest size that `compute` FLOP can train for as many steps as
+    the rules ask.
 
-    With `compute`, all of it is spent: a run takes more steps, or where it does not suffice for the smallest, fewer.
-    Raises `UserError` where there is no such size, or both are given.
+    With `compute`, all of it is spent: the run takes more steps, or fewer where it is too little for the smallest size.
+    Raises `UserError` where there is no such size, or both arguments are given.
     """
     if size is not None and compute is not None:
-        raise UserError("compute: says which size is taken; leave size out")
+        raise UserError("compute: decides the size; leave size out")
     if compute is not None:
         size = _largest(compute)
     if size not in SIZES:

@@ -1,4 +1,4 @@
-"""What a run keeps from its first start to its last: the values of the keys that fix something."""
+"""The values that a run keeps from its first start to its last: those of the keys that fix something."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +10,14 @@ _LATER = {
     *("data.pack", "data.crop_offset", "data.species_weights", "data.mask_span", "data.mask_schedule"),
     "train.batch_ramp",
 }
-"""Keys that the positions in older checkpoints do not know."""
+"""Keys that are newer than the data positions in older checkpoints."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key that fixes the run's samples or numbers, with the value of the run and another one."""
+    """A key that fixes the run's samples or numbers, and whose value differs: `before` in the run, `now` in the
+    request.
+    """
 
     key: Key
     before: Any
@@ -23,7 +25,9 @@ class Change:
 
 
 def changes(before: Config, now: Config) -> list[Change]:
-    """The keys in which `now` would make another run than `before`, in their order."""
+    """The keys that fix something and differ between the configurations `before` and `now`, in the order of the
+    sections.
+    """
     fixed = [key for key in KEYS.values() if key.fixes in ("order", "numbers")]
     if before.train.stages != now.train.stages:
         fixed.remove(KEYS["train.steps"])  # which follow from the stages

@@ -12,17 +12,17 @@ from caduceus.errors import UserError
 Fixes = Literal["order", "numbers", "rounding", "nothing"]
 
 FIXES: dict[Fixes, str] = {
-    "order": "which samples the run sees: a resumed run keeps it",
-    "numbers": "the run's values: a resumed run keeps it, unless `run.allow_change` names the key",
-    "rounding": "nothing but the last bits of the run's values: it may change at any start",
-    "nothing": "nothing of the run's values: it may change at any start",
+    "order": "which samples the run sees. A resumed run keeps it",
+    "numbers": "the numbers that the run computes. A resumed run keeps it, unless `run.allow_change` names the key",
+    "rounding": "only the last bits of these numbers. It may change at any start",
+    "nothing": "none of these numbers. It may change at any start",
 }
 """What a key fixes, in words."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a section. Bounds hold for every number of a list; None has none to keep."""
+    """One key of a section. Bounds hold for every number of a list; the value None is not checked against them."""
 
     name: str
     """As users write it: `section.key`."""
@@ -43,7 +43,7 @@ class Key:
         return self.name.partition(".")[0]
 
     def check(self, value: Any) -> None:
-        """Raise `UserError` where the key cannot have this value, whatever the others are."""
+        """Raise `UserError` where the key cannot have this value, whatever the values of other keys."""
         if self.choices and value not in self.choices:
             raise UserError(f"{self.name}: choose one of {self.known()}; got '{value}'")
         for number in value if isinstance(value, list) else [value]:
@@ -61,11 +61,11 @@ class Key:
             raise UserError(f"{self.name}: must be {self.bounds()}, got {number}")
 
     def known(self) -> str:
-        """The choices as users write them, parted by commas."""
+        """The choices as users write them, separated by commas."""
         return ", ".join("null" if choice is None else str(choice) for choice in self.choices)
 
     def bounds(self) -> str:
-        """The bounds as words, as in `at least 1`; empty where there are none."""
+        """The bounds in words, such as `at least 1`; empty where there are none."""
         if self.least is not None and self.most is not None:
             return f"between {self.least} and {self.most}"
         words = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
@@ -73,7 +73,7 @@ class Key:
 
 
 def key(default: Any, words: str, *, fixes: Fixes, choices: tuple[Any, ...] = (), **bounds: float) -> Any:
-    """The field of a key in its section's dataclass. `bounds`: least, most (may be reached), above, below (may not)."""
+    """The dataclass field of a key. `bounds`: `least` and `most` are inclusive, `above` and `below` exclusive."""
     metadata = {"words": words, "fixes": fixes, "choices": choices, **bounds}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -81,7 +81,7 @@ def key(default: Any, words: str, *, fixes: Fixes, choices: tuple[Any, ...] = ()
 
 
 def keys_of(section: str, cls: type) -> Iterator[Key]:
-    """The keys of a section's dataclass, in its order."""
+    """The keys of a section's dataclass, in the order of its fields."""
     for field in dataclasses.fields(cls):
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
@@ -89,13 +89,13 @@ def keys_of(section: str, cls: type) -> Iterator[Key]:
 
 
 def check_section(section: str, values: Any) -> None:
-    """Raise `UserError` for the first key of a section whose value it cannot have."""
+    """Raise `UserError` for the first key of a section with a value that it cannot have."""
     for described in keys_of(section, type(values)):
         described.check(getattr(values, described.attribute))
 
 
 def name_of(attribute: str) -> str:
-    """The name of the key that an attribute holds: the attribute's own, save that `async` is a word of Python's."""
+    """The name of the key that an attribute holds. Both names are equal, except for `async`, a keyword of Python."""
     return attribute.removesuffix("_")
 
 

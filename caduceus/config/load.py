@@ -1,8 +1,8 @@
 """The configuration of a run: YAML <-> dataclasses, and dotted overrides.
 
-A pretrain YAML composes other files by `defaults: [model/NAME, data/NAME]` (paths under the same configs/ folder),
-its own keys come on top, and `key.path=value` overrides come last. An unknown key, a wrong type or an impossible
-combination is a `UserError` that names the key. Nothing here imports torch.
+A pretrain YAML includes other files by `defaults: [model/NAME, data/NAME]` (paths under the same configs/ folder). Its
+own keys override theirs, and `key.path=value` overrides come last. An unknown key, a wrong type or an impossible
+combination raises a `UserError` that names the key. Nothing here imports torch.
 """
 
 import json
@@ -25,7 +25,7 @@ from caduceus.files import dump_json, patiently, write_atomically
 from caduceus.presets import preset
 
 ALLOWED = "allowed_commands.json"
-"""Beside a configuration that a run keeps: the addresses whose commands its user has allowed to run."""
+"""A file beside the configuration of a run: the addresses whose commands its user has allowed to run."""
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -46,7 +46,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def has_dial(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> bool:
-    """Whether a file, what it includes, or an override names a `size` or `compute`, from which other keys follow."""
+    """Whether a file, one that it includes, or an override names a `size` or `compute`, which decide other keys."""
     layers = [*_read_layers(preset("pretrain", path)), *map(_parse_override, overrides)]
     return any(name in values for _, values in layers for name in DIAL)
 
@@ -69,9 +69,10 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved configuration as YAML; `load_config` of that file, where it lies, gives it back.
+    """Write a configuration as YAML, from which `load_config` reads it back.
 
-    That its commands may run is written beside it, so that who takes the file over is asked anew.
+    The permission to run commands is written to a file beside it, so that another user who copies the configuration has
+    to give it again.
     """
     values = config_to_dict(config)
     if config.data.allow_commands and any(_may_run(address) for address in _addresses(config.data).values()):
@@ -81,7 +82,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def _with_dial(layers: list[tuple[str, DictConfig]], typed: list[tuple[str, DictConfig]]) -> list:
-    """All layers, and where one names a `size` or `compute`, the keys that follow from it before those typed."""
+    """All layers; where one names a `size` or `compute`, the keys that follow from it come before the typed ones."""
     dial: dict[str, Any] = {}
     for _, values in layers:
         found = {name: values.pop(name) for name in DIAL if name in values}
@@ -96,14 +97,14 @@ def _with_dial(layers: list[tuple[str, DictConfig]], typed: list[tuple[str, Dict
 
 
 def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str, DictConfig]]:
-    """(origin, values) of a file: what its `defaults` name first, its own keys last."""
+    """The layers of a file as (origin, values): first those of its `defaults`, last its own keys."""
     if path.resolve() in including:
         raise UserError(f"{path}: 'defaults' include each other in a circle")
     try:
         values = patiently(lambda: OmegaConf.load(path))
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such configuration file, nor a preset of this name; --config list names them"
+            f"{path}: there is no configuration file and no preset of this name; --config list shows the presets"
         ) from None
     except Exception as error:
         raise UserError(f"{path}: not readable as YAML: {_one_line(error)}") from None
@@ -131,14 +132,16 @@ def _parse_override(override: str) -> tuple[str, DictConfig]:
 
 
 def _commands_are_typed(data: DataConfig, typed: list[DictConfig]) -> bool:
-    """Whether all of `data.path` and `data.valid_path` that might run a command was given on the command line."""
+    """Whether every address in `data.path` and `data.valid_path` that might run a command was typed on the command
+    line.
+    """
     keys = {key for values in typed for key in (values.get("data") or {})}
     suspects = {key for key, address in _addresses(data).items() if _may_run(address)}
     return any("pipe:" in str(getattr(data, key)) for key in suspects) and suspects <= keys
 
 
 def _commands_are_remembered(data: DataConfig, path: Path) -> bool:
-    """Whether this user has allowed the commands of a configuration that a run keeps at `path`."""
+    """Whether this user has allowed the commands of the run's configuration at `path`."""
     allowed = path.with_name(ALLOWED)
     try:
         return allowed.stat().st_uid == os.getuid() and json.loads(allowed.read_text()) == _addresses(data)
@@ -174,11 +177,11 @@ def _merge(layers: list[tuple[str, DictConfig]]) -> Config:
 
 
 def _count_steps(train: TrainConfig) -> None:
-    """Those of all stages are the run's."""
+    """Set `train.steps` of a run with stages to the sum of their steps."""
     steps = steps_of_stages(train)
     if train.steps not in (TrainConfig.steps, steps):
         raise UserError(
-            f"train.steps: {train.steps}, but the stages of train.stages have {steps}; change those, as "
+            f"train.steps: {train.steps}, but the stages of train.stages have {steps} together; change the stages, as "
             "train.stages.1.steps=1000, and leave train.steps out"
         )
     train.steps = steps
@@ -192,7 +195,7 @@ def _refuse_unknown_keys(known: DictConfig, values: DictConfig, origin: str, pre
         if OmegaConf.is_dict(known[attribute_of(key)]):
             if not prefix and key not in SECTIONS:  # evaluations, whose names are the user's
                 if not OmegaConf.is_dict(values[key]):
-                    raise UserError(f"{origin}: {key}: expected a mapping of names, as 'clinvar: {{verb: …}}'")
+                    raise UserError(f"{origin}: {key}: expected a mapping of names, such as 'clinvar: {{verb: …}}'")
                 continue
             if not OmegaConf.is_dict(values[key]):
                 inner = ", ".join(map(name_of, known[key]))

@@ -8,8 +8,11 @@ from caduceus.config.keys import check_section, key
 from caduceus.errors import UserError
 
 CHUNK = 64
-"""Positions of a chunk of Mamba-2's scan: products within one grow with it, and what states between them take shrinks.
-It is no key, as it changes only the order of sums."""
+"""Positions of a chunk of Mamba-2's scan. With longer chunks the products within them grow, and the states between them
+take less.
+
+It is not a key, as it changes only the order of sums.
+"""
 MOST_IN_KERNELS = 64
 """Channels of a head, and states, up to which Mamba-2's scan has kernels on a GPU: a program's tiles then fit in its
 registers."""
@@ -23,8 +26,8 @@ class CaduceusConfig:
     n_layer: int = key(4, "Blocks of the model.", fixes="numbers", least=1)
     vocab_size: int = key(
         12,
-        "Tokens, which say what the vocabulary is: 12 is Caduceus's, 8 PlantCAD's, with ids and a complement of its "
-        "own. Inputs, masks and labels follow it; shards serve both.",
+        "Number of tokens, which decides the vocabulary: 12 is that of Caduceus, 8 that of PlantCAD. Each has its own "
+        "ids and complement. Inputs, masks and labels follow it; shards serve both.",
         fixes="numbers",
         choices=tuple(VOCABULARIES),
     )
@@ -33,39 +36,43 @@ class CaduceusConfig:
     )
     mixer: str = key(
         "mamba",
-        "mamba2 has one decay for a head of inner channels, and B and C for all heads, so that its scan is a matrix "
-        "product; PlantCAD2 has it, with d_state 64.",
+        "What lets the bases of a sequence see each other. mamba2 has one decay for each head of inner channels, and "
+        "the same B and C for all heads, so that its scan is a matrix product. PlantCAD2 uses it, with d_state 64.",
         fixes="numbers",
         choices=("mamba", "mamba2"),
     )
     d_state: int = key(16, "States per inner channel of the scan.", fixes="numbers", least=1)
-    headdim: int = key(64, "mamba2: inner channels of a head; divides expand times d_model.", fixes="numbers", least=1)
+    headdim: int = key(
+        64, "mamba2: inner channels of a head. It has to divide expand times d_model.", fixes="numbers", least=1
+    )
     d_conv: int = key(4, "Width of the causal convolution, in bases.", fixes="numbers", least=1)
     expand: int = key(2, "Inner channels per model channel.", fixes="numbers", least=1)
     rcps: bool = key(
         False,
-        "Caduceus-PS: both strands share parameters; reverse-complement equivariant. False is Caduceus-Ph.",
+        "true is Caduceus-PS: both strands share parameters, and the model is reverse-complement equivariant. false "
+        "is Caduceus-Ph.",
         fixes="numbers",
     )
     bidirectional: bool = key(True, "Scan every sequence in both directions.", fixes="numbers")
     bidirectional_strategy: str = key(
-        "add", "How the outputs of the two directions join.", fixes="numbers", choices=("add", "ew_multiply")
+        "add", "How the outputs of the two directions are joined.", fixes="numbers", choices=("add", "ew_multiply")
     )
     bidirectional_weight_tie: bool = key(
         True, "Share the in and out projections between the directions.", fixes="numbers"
     )
-    rms_norm: bool = key(True, "RMSNorm; False is LayerNorm.", fixes="numbers")
+    rms_norm: bool = key(True, "true is RMSNorm, false is LayerNorm.", fixes="numbers")
     norm_epsilon: float = key(1e-5, "Added to the variance in a norm.", fixes="numbers", above=0)
     residual_in_fp32: bool = key(
         True,
-        "Sum the blocks' outputs in fp32; False in the type of products, bf16 with `train.precision: bf16`, which "
-        "keeps less memory and rounds every sum. (Published training was in fp32 either way: its embeddings are.)",
+        "true sums the blocks' outputs in fp32. false sums them in the type of products (bf16 with `train.precision: "
+        "bf16`), which takes less memory and rounds every sum. (Published training was in fp32 with both values, "
+        "because its embeddings are fp32.)",
         fixes="numbers",
     )
     fused_add_norm: bool = key(
         True,
-        "With rcps, the block form: True swaps the strands in every block, as the published checkpoints were trained; "
-        "False is the paper's equation. Without rcps both are the same function.",
+        "With rcps, the form of the block: true swaps the strands in every block, as the published checkpoints were "
+        "trained; false is the paper's equation. Without rcps both are the same function.",
         fixes="numbers",
     )
 

@@ -1,4 +1,4 @@
-"""docs/configuration.md, made of what the keys say: `python -m caduceus.config.reference > docs/configuration.md`."""
+"""Makes docs/configuration.md from the keys: `python -m caduceus.config.reference > docs/configuration.md`."""
 
 import json
 import textwrap
@@ -14,9 +14,9 @@ from caduceus.config.run import KEYS, SECTIONS, Config
 _INTRODUCTION = """\
 # Configuration
 
-Every key of a run, with its default. Set them in a YAML file, or on the command line as `key.path=value`;
-`python -m caduceus.train --config NAME --show` prints what a run would get. What a key fixes decides whether a run may
-be resumed with another value:
+This page lists every key of a run, with its default and its meaning. Set keys in a YAML file, or on the command line as
+`key.path=value`; `python -m caduceus.train --config NAME --show` prints what a run would get. The column *fixes* says
+whether a run may be resumed with another value. A key fixes
 
 {fixes}
 
@@ -36,7 +36,7 @@ def reference() -> str:
 
 
 def annotated(config: Config) -> str:
-    """The configuration as YAML, with the words of every section and key; `load_config` of it gives it back."""
+    """The configuration as YAML that `load_config` can read, with the words of every section and key as comments."""
     lines = []
     for section in SECTIONS:
         lines += [f"# {about_section(section)}", f"{section}:"]
@@ -52,12 +52,12 @@ def annotated(config: Config) -> str:
 
 
 def about_section(section: str) -> str:
-    """What a section is about: a sentence."""
+    """One sentence about a section."""
     return (SECTIONS[section].__doc__ or "").strip().splitlines()[0]
 
 
 def limits(key: Key) -> str:
-    """The choices of a key, or its bounds, as words; empty where there are none."""
+    """The choices of a key, or its bounds, in words; empty where there are none."""
     if key.choices:
         return f"One of {key.known()}."
     return f"{key.bounds().capitalize()}." if key.bounds() else ""

@@ -12,16 +12,17 @@ from caduceus.config.train import StageConfig, TrainConfig
 from caduceus.errors import UserError
 
 _OF_DATA = ("seq_len", "mask_prob", "species_weights")
-"""Keys of a stage that are of the section `data`; the others are of `train`."""
+"""Keys of a stage that belong to the section `data`; the others belong to `train`."""
 KEYS_OF_A_STAGE = tuple(field.name for field in fields(StageConfig))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a run; a run without stages is one.
+    """A stage of a run; a run without stages is a single one.
 
-    number: from 1. run: the configuration of the run, `config`: the same with the stage's own values: `train.steps` are
-    its own, and `train.seed` grows by one with each stage, so that each draws samples in an order of its own.
+    number: from 1. run: the configuration of the run. config: the same with the stage's own values. Its `train.steps`
+    are those of the stage, and its `train.seed` grows by one with each stage, so that each stage has its own order of
+    samples.
     """
 
     number: int
@@ -30,16 +31,16 @@ class Stage:
 
     @property
     def is_last(self) -> bool:
-        """Whether the run ends with it."""
+        """Whether the run ends with this stage."""
         return self.number == max(1, len(self.run.train.stages))
 
     @property
     def bases_of_a_step(self) -> int:
-        """Bases that all ranks together take in an optimizer step."""
+        """Bases of an optimizer step, of all ranks together."""
         return self.config.train.global_batch * self.config.data.seq_len
 
     def values(self) -> dict[str, Any]:
-        """The keys that stages differ in, with their sections, and their values in this one."""
+        """The keys in which stages may differ, with their sections, and their values in this stage."""
         named = ((f"data.{name}" if name in _OF_DATA else f"train.{name}", name) for name in KEYS_OF_A_STAGE)
         return {key: getattr(getattr(self.config, key.partition(".")[0]), name) for key, name in named}
 
@@ -53,7 +54,7 @@ def stages_of(config: Any) -> list[Stage]:
 
 @contextlib.contextmanager
 def within(stage: Stage) -> Iterator[None]:
-    """Around what is looked at for one stage of a run: a `UserError` then names it, where the run has stages."""
+    """A context for checks of one stage: where the run has stages, a `UserError` in it names the stage."""
     try:
         yield
     except UserError as error:
@@ -77,14 +78,14 @@ def steps_of_stages(train: TrainConfig) -> int:
     steps = [stage.steps or 0 for stage in train.stages]
     if min(steps) < 1:
         number = 1 + steps.index(min(steps))
-        raise UserError(f"train.stages: stage {number} has no steps; give some, as {{seq_len: 1024, steps: 1000}}")
+        raise UserError(f"train.stages: stage {number} has no steps; give some, such as {{seq_len: 1024, steps: 1000}}")
     return sum(steps)
 
 
 def with_stages(known: DictConfig, values: DictConfig, origin: str) -> DictConfig:
-    """`values` of a layer as OmegaConf takes them: of `train.stages`, overrides by number become the whole list.
+    """The `values` of a layer as OmegaConf takes them: overrides of `train.stages` by number become the whole list.
 
-    Raises `UserError` for a key that a stage has not, or a stage that there is not.
+    Raises `UserError` for an unknown key of a stage, or a number of no stage.
     """
     train = values.get("train")
     if not OmegaConf.is_dict(train) or "stages" not in train:
@@ -112,8 +113,7 @@ def _changed(stages: list[dict[str, Any]], by_number: dict[Any, Any], origin: st
         if not str(number).isdigit() or not 1 <= int(number) <= len(stages) or not isinstance(changes, dict):
             there = f"1 to {len(stages)}" if stages else "none"
             raise UserError(
-                f"{origin}: train.stages: a stage is changed by its number, of which there are {there}, as "
-                "train.stages.1.steps=1000"
+                f"{origin}: train.stages: change a stage by its number ({there}), such as train.stages.1.steps=1000"
             )
         stages[int(number) - 1].update(changes)
     return stages

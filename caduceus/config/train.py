@@ -8,7 +8,7 @@ from caduceus.config.keys import key
 
 @dataclass(repr=False)
 class StageConfig:
-    """A stage of a run. What is None is as the run has it."""
+    """The keys of a stage of a run. None means the value of the run."""
 
     seq_len: int | None = None
     global_batch: int | None = None
@@ -34,53 +34,57 @@ class TrainConfig:
 
     steps: int = key(
         10000,
-        "Optimizer steps of the run; with `stages`, of all of them. Under cosine and wsd the learning rate falls to "
-        "its end by the last.",
+        "Optimizer steps of the run; with `stages`, of all stages. Under cosine and wsd the learning rate reaches its "
+        "end at the last step.",
         fixes="numbers",
         least=1,
     )
     stages: list[StageConfig] = key(
         [],
-        "Stages that the run goes through, a list of {seq_len, global_batch, micro_batch, steps, lr, min_lr, schedule, "
-        "warmup_steps, decay_steps, batch_ramp, mask_prob, species_weights}: `steps` and what else differs from the "
-        "run's keys. Each has the learning rate and samples of a run of its own; weights and the optimizer's state go "
-        "on. `train.stages.2.steps=N` changes one.",
+        "Stages that the run goes through: a list of {seq_len, global_batch, micro_batch, steps, lr, min_lr, "
+        "schedule, warmup_steps, decay_steps, batch_ramp, mask_prob, species_weights}. A stage gives `steps`, and "
+        "whatever differs from the run's keys. Each stage has the learning rate and samples of a run of its own; "
+        "weights and the optimizer's state go on. `train.stages.2.steps=N` changes one.",
         fixes="numbers",
     )
     global_batch: int = key(8, "Sequences per optimizer step, over all ranks.", fixes="order", least=1)
     batch_ramp: Any = key(
         None,
-        "Smaller global batches at the beginning, as [[0, 64], [500, 128], [1500, 256]]: sequences per step from when "
-        "so many steps were made; the last is `global_batch`. Not under deepspeed.",
+        "Smaller global batches at the beginning, such as [[0, 64], [500, 128], [1500, 256]]: pairs of steps made and "
+        "sequences per step from then on. The last number is `global_batch`. Not under deepspeed.",
         fixes="order",
     )
     micro_batch: int = key(
         8,
-        "Sequences per forward and backward pass on a rank; accumulation follows.",
+        "Sequences per forward and backward pass on a rank. The number of passes in a step follows from it.",
         fixes="rounding",
         least=1,
     )
     lr: float = key(8e-3, "Largest learning rate, at the end of the warm-up.", fixes="numbers", least=0)
     min_lr: float = key(
-        1e-4, "Learning rate at the end of cosine and wsd, and the least of inverse_sqrt.", fixes="numbers", least=0
+        1e-4,
+        "Learning rate at the end of cosine and wsd, and the lowest rate of inverse_sqrt.",
+        fixes="numbers",
+        least=0,
     )
     optimizer: str = key(
         "adamw",
-        "muon: torch's Muon for in_proj, x_proj and out_proj, each direction a matrix of its own, at the size of "
-        "AdamW's updates; AdamW for the rest. Under single and ddp.",
+        "muon is torch's Muon for in_proj, x_proj and out_proj, with a matrix for each direction and updates of "
+        "AdamW's size; all other parameters have AdamW. Under single and ddp only.",
         fixes="numbers",
         choices=("adamw", "muon"),
     )
     lr_scale: Any = key(
         None,
-        "Factors of the learning rate by kind of parameter, as {A_log: 0.1, embedding: 0.5}; kinds are the names in "
-        "`grad_norm/KIND`.",
+        "Factors of the learning rate by kind of parameter, such as {A_log: 0.1, embedding: 0.5}. Kinds are the names "
+        "in `grad_norm/KIND`.",
         fixes="numbers",
     )
     ema: float = key(
         0.0,
-        "Decay, as 0.999, of an average of the weights over steps, which is validated beside them (`valid_loss_ema`), "
-        "kept in checkpoints, exported and evaluated; 0 keeps none. Not under deepspeed.",
+        "Decay, such as 0.999, of an average of the weights over steps. The average is validated too "
+        "(`valid_loss_ema`), is kept in checkpoints, and is what exports and evaluations take. 0 keeps none. Not "
+        "under deepspeed.",
         fixes="numbers",
         least=0,
         below=1,
@@ -95,22 +99,23 @@ class TrainConfig:
     )
     decay_steps: int | None = key(
         None,
-        "wsd: steps in which the rate falls at the end; null is a tenth of `steps`, or with `decay_from` all that "
-        "follow the checkpoint. A checkpoint is written where they begin, and kept.",
+        "wsd: number of steps at the end in which the rate falls. null is a tenth of `steps`; with `decay_from` it is "
+        "all steps after the checkpoint. A checkpoint is written where the fall begins, and kept.",
         fixes="numbers",
         least=1,
     )
     decay_from: str | None = key(
         None,
-        "wsd: a checkpoint, as RUN/checkpoints/step-00001000, of a run under wsd or constant before its decay. The run "
-        "begins there, with its weights, optimizer and samples to come, and goes on to `steps`, counted as there.",
+        "wsd: a checkpoint, such as RUN/checkpoints/step-00001000, of a run under wsd or constant before its decay. "
+        "The run begins there, with its weights, its optimizer and the samples that follow, and goes on to `steps`, "
+        "which count from the beginning of the other run.",
         fixes="numbers",
     )
     init_from: str | None = key(
         None,
-        "Weights that the run begins from, with a fresh optimizer, at its own context length, on its own species: a "
+        "Weights from which the run begins, with a fresh optimizer, its own context length and its own species: a "
         "run, a checkpoint, an export, or any published folder or file (`python -m caduceus.hub show` says what it "
-        "holds). The model's keys must be those of the weights. null begins from random ones of `seed`.",
+        "holds). The model's keys must be those of the weights. null begins from random weights by `seed`.",
         fixes="numbers",
     )
     warmup_steps: int | None = key(
@@ -118,74 +123,76 @@ class TrainConfig:
     )
     warmup_tokens: int | None = key(
         None,
-        "The same in bases: as many steps as take the first so many, whatever their batches.",
+        "The warm-up in bases instead of steps: it lasts until so many bases were seen, with any batch sizes.",
         fixes="numbers",
         least=0,
     )
-    weight_decay: float = key(0.1, "Not applied to biases, norms, A_log and D.", fixes="numbers", least=0)
+    weight_decay: float = key(
+        0.1, "AdamW's weight decay. It is not applied to biases, norms, A_log and D.", fixes="numbers", least=0
+    )
     betas: list[float] = key(
         [0.9, 0.95], "Decay of AdamW's two moments from step to step.", fixes="numbers", least=0, below=1
     )
     clip_norm: float = key(1.0, "Largest global norm of the gradient; 0 turns clipping off.", fixes="numbers", least=0)
     max_skipped_steps: int = key(
         10,
-        "Steps in a row whose loss or gradient may be NaN or infinite, and which are skipped; one more ends the run. "
-        "Such steps are skipped whatever the limit is: it decides whether a run goes on, and not what it computes.",
+        "How many steps in a row may have a loss or gradient that is NaN or infinite; one more ends the run. Such "
+        "steps are always skipped, so this decides whether a run goes on, not what it computes.",
         fixes="nothing",
         least=0,
     )
     spike_factor: float = key(
         0.0,
-        "A loss above this many times its running mean rewinds the run to its newest checkpoint, to go on there with "
-        "the samples that follow the spike; 0 lets the loss spike. It decides which updates are made.",
+        "A loss above this many times its running mean sends the run back to its newest checkpoint. It goes on there "
+        "with the samples after the spike. 0 never does this. It decides which updates are made.",
         fixes="numbers",
         least=0,
     )
     stall_minutes: float = key(
         15.0,
-        "A step, or a batch of a validation, that takes longer has hung: every rank writes its stacks to the run's "
-        "logs and ends. The start and a checkpoint may take two hours. 0 waits without an end.",
+        "A step, or a batch of a validation, that takes longer counts as hung: every rank writes its stacks to the "
+        "run's logs and ends. The start and a checkpoint may take two hours. 0 waits without a limit.",
         fixes="nothing",
         least=0,
     )
-    seed: int = key(0, "Of the first parameters, the order of samples, strands and masks.", fixes="order", least=0)
+    seed: int = key(0, "Seed of the first weights, the order of samples, strands and masks.", fixes="order", least=0)
     precision: str = key(
         "fp32",
-        "bf16 is autocast: parameters and the scan's state stay fp32. fp64 computes all in double, to verify numerics; "
-        "on a GPU by the slow ops.backend=naive.",
+        "bf16 is autocast: parameters and the scan's state stay fp32. fp64 computes everything in double precision, "
+        "to verify numerics; on a GPU it needs ops.backend=naive, which is slow.",
         fixes="numbers",
         choices=("fp32", "bf16", "fp64"),
     )
     deterministic: bool = key(
         False,
-        "The same bits in every run on the same layout and machines, at some cost of speed on GPUs.",
+        "Give the same bits in every run on the same layout and machines, at some cost of speed on GPUs.",
         fixes="rounding",
     )
-    compile: bool = key(False, "torch.compile every block.", fixes="rounding")
+    compile: bool = key(False, "Compile every block with torch.compile.", fixes="rounding")
     keep_states: str = key(
         "none",
-        "Blocks whose scans keep, for the backward pass, every eighth state and the outputs before their gate, which "
-        "it would compute again: the same bits, twice the memory, a pass of the scan less; not measured on a GPU. "
-        "By ops.backend=triton, for model.mixer=mamba, where ranks share no sequence by parallel.context. auto keeps "
-        "them in as many blocks as the memory that is free at the start allows.",
+        "In which blocks the scan keeps, for the backward pass, every eighth state and the outputs before their gate, "
+        "which it would otherwise compute again. The bits are the same; it takes twice the memory and a pass of the "
+        "scan less. The time was not measured on a GPU. It works with ops.backend=triton and model.mixer=mamba, "
+        "without parallel.context. auto keeps them in as many blocks as the memory that is free at the start allows.",
         fixes="rounding",
         choices=("none", "all", "auto"),
     )
     cuda_graphs: str = key(
         "auto",
-        "passes records the forward and the backward pass of a micro-batch as one CUDA graph, which is launched whole: "
-        "for ranks with so little to compute that launching takes longer. On GPUs, by ops.backend=triton, under single "
-        "and ddp, whose gradients are then exchanged at once after the last micro-batch. auto takes none, until a "
-        "GPU has shown what is gained.",
+        "passes records the forward and the backward pass of a micro-batch as one CUDA graph, which is launched as a "
+        "whole. It is for ranks that have so little to compute that launching takes longer. It needs a GPU, "
+        "ops.backend=triton, and single or ddp, whose gradients are then exchanged at once after the last "
+        "micro-batch. auto takes none, because it has not run on a GPU.",
         fixes="rounding",
         choices=("auto", "none", "passes"),
     )
     activation_checkpointing: str = key(
         "none",
-        "What the backward pass recomputes of every block instead of keeping it: scan what feeds the scan "
-        "(convolution, step sizes, B and C), nearly half of what is kept and soon made again; block all activations. "
-        "auto takes scan in as few blocks as the memory that is free at the start demands, and where scan in all is "
-        "not enough, block in as few as need it.",
+        "What the backward pass recomputes in every block instead of keeping it. scan: what feeds the scan "
+        "(convolution, step sizes, B and C), which is nearly half of the memory and is quickly computed again. block: "
+        "all activations. auto takes scan in as few blocks as the free memory at the start demands; if scan in all "
+        "blocks is not enough, it takes block in as few as needed.",
         fixes="rounding",
         choices=("none", "scan", "block", "auto"),
     )

@@ -1,4 +1,4 @@
-"""Shards -> batches. Only the loader imports torch, so the names load on first use."""
+"""From shards to batches. Only batches and loaders import torch, so the names are loaded on first use."""
 
 from importlib import import_module
 from typing import Any

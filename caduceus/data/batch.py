@@ -1,4 +1,4 @@
-"""A micro-batch, and which samples each micro-batch of a rank holds."""
+"""A micro-batch, and the numbers of the samples in each micro-batch of a rank."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +12,7 @@ from caduceus.data.objective import SampleArrays
 from caduceus.errors import UserError
 
 FILLER = -1
-"""Sample number of a row that only makes the ranks' batches equal; it has no labels."""
+"""Sample number of a filler: a row without labels that only makes the ranks' batches equally large."""
 
 
 @dataclass
@@ -28,15 +28,16 @@ class Batch:
     g: torch.Tensor
     """(B,) int64 sample numbers, on the CPU; `FILLER` for a row without a sample."""
     substituted: tuple[str, ...] = ()
-    """A line for each sample that could not be read and that another crop stands for."""
+    """One line for each sample that could not be read and was replaced by another crop."""
     choices: torch.Tensor | None = None
-    """(B,) int64 on the CPU, which crop was taken for each sample: 0 its own, n its n-th substitute."""
+    """(B,) int64 on the CPU: the crop that was taken for each sample, 0 for its own, n for its n-th substitute."""
     repeats: torch.Tensor | None = None
-    """(B, L) bool, whether the base to be predicted is soft-masked; batches of a validation alone have it."""
+    """(B, L) bool, whether the base to be predicted is soft-masked; only batches of a validation have it."""
     starts: torch.Tensor | None = None
-    """(B, L) bool, first positions of the sequences that are packed into a row; None where no row is packed."""
+    """(B, L) bool, True at the first position of each sequence that is packed into a row; None where no row is packed.
+    """
     counted: torch.Tensor | None = None
-    """What `label_weight` was before the batch went to a GPU."""
+    """The value of `label_weight` from before the batch was moved to a GPU."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, tokens as int64 (workers hand them over as bytes)."""
@@ -54,9 +55,10 @@ class Batch:
         )
 
     def label_weight(self) -> torch.Tensor:
-        """The sum of the weights of the labelled bases, float64: what a batch counts for in the loss.
+        """The sum of the weights of the labelled bases: the weight of the batch in the loss.
 
-        It is counted where the batch was made: nobody waits for a GPU to count."""
+        It is computed on the CPU, before the batch goes to a GPU, so that nothing has to wait for the GPU.
+        """
         if self.counted is not None:
             return self.counted
         labelled = self.labels != IGNORE_LABEL
@@ -64,7 +66,7 @@ class Batch:
         return weights.sum(dtype=torch.float64)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the model is called with in a step."""
+        """The keyword arguments with which a step calls the model."""
         packed = {} if self.starts is None else {"starts": self.starts}
         return (self.input_ids, self.labels, self.loss_weights), {"return_logits": False, **packed}
 
@@ -107,15 +109,15 @@ class RankSchedule:
                 )
 
     def per_step(self, steps: int) -> int:
-        """Micro-batches of a rank in the optimizer step that follows so many."""
+        """Micro-batches of a rank in the optimizer step that follows the first `steps` steps."""
         return self.ramp.size(steps) // (self.micro_batch * self.world)
 
     def micro_batches_before(self, steps: int) -> int:
-        """Micro-batches of a rank in the first so many optimizer steps."""
+        """Micro-batches of a rank in the first `steps` optimizer steps together."""
         return self.ramp.samples_before(steps) // (self.micro_batch * self.world)
 
     def steps_before(self, micro_batches: int) -> int:
-        """Optimizer steps that the first so many micro-batches of a rank are whole ones of."""
+        """How many whole optimizer steps the first `micro_batches` micro-batches of a rank make."""
         return self.ramp.steps_before(micro_batches * self.micro_batch * self.world)
 
     def samples(self, micro_batches: np.ndarray) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""A node's copy of shards that live elsewhere: fetched whole, ahead of need, shared by processes, bounded in size.
+"""A node's local copies of remote shards: fetched whole and in advance, shared by processes, bounded in size.
 
-Imports no torch. A shard appears under its final name only when its size and sha256 are the manifest's. The processes
-of a node agree through file locks, so the directory should be on a local disk. Over the limit, the shard that was
-opened the longest ago goes first; a process that still reads it keeps its bytes until it closes the file. What could
-not be fetched is noted beside the shards, so that no process of the node asks for it again and again.
+Imports no torch. A shard appears under its final name only when its size and sha256 match the manifest. The processes
+of a node coordinate through file locks, so the directory should be on a local disk. Over the limit, the shard that was
+opened the longest ago is removed first; a process that still reads it keeps its bytes until it closes the file.
+Failures are noted in files beside the shards, so that the processes of the node do not ask for the same shard again and
+again.
 """
 
 import hashlib
@@ -28,22 +29,24 @@ log = logging.getLogger(__name__)
 FETCH_WAITS = (1, 2, 4, 8, 15, 15)
 """Seconds between attempts to fetch a file."""
 FETCH_PATIENCE = 45
-"""Seconds after the first failure in which another attempt may begin: a silent server takes long to fail."""
+"""Seconds after the first failure until which further attempts may begin: with a silent server each attempt takes long.
+"""
 FAILURE_REMEMBERED = 300
-"""Seconds in which a shard that was not available is not asked for again. A file restored meanwhile is found after
-them, so which samples are replaced depends on what can be read, not on what a process met long ago."""
+"""Seconds for which a shard that was not available is not asked for again. A file that was restored meanwhile is found
+after that, so which samples are replaced depends on what can be read, not on failures of long ago.
+"""
 _PREFETCH_THREADS = 2
 
 T = TypeVar("T")
 
 
 class UnavailableError(OSError):
-    """A shard was not available, after all attempts that were due: there is no use in asking at once again."""
+    """A shard was not available after all attempts: asking again at once does not help."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of a dataset: where it is read, what it must be, and where a cache fetches it from."""
+    """A file of a dataset: its path, its expected size and sha256, and the address from which a cache fetches it."""
 
     path: Path
     bytes: int
@@ -66,7 +69,7 @@ class ShardCache:
             raise UserError(f"data.cache_dir: {directory} cannot be made ({error.strerror})") from None
 
     def open(self, shard: Shard) -> int:
-        """A descriptor of the shard, fetched first where it is absent. Raises what `fetch` raises."""
+        """A file descriptor of the shard, which is fetched first where it is absent. Raises what `fetch` raises."""
         while True:
             try:
                 descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -77,15 +80,18 @@ class ShardCache:
             return descriptor
 
     def has_checked(self, shard: Shard) -> bool:
-        """Whether the copy's sha256 was found to be the manifest's since the start, by some process of this node."""
+        """Whether a process of this node has compared the copy's sha256 with the manifest since the start, and found it
+        equal.
+        """
         lock = _stat(_lock_path(shard.path))
         return lock is not None and lock.st_mtime_ns >= self._made * 1e9
 
     def fetch(self, shard: Shard, *, wait: bool = True) -> None:
-        """Have the shard on disk; without `wait`, `BlockingIOError` where another process is fetching it.
+        """Fetch the shard unless it is on disk.
 
-        Raises `UnavailableError` where it is not available, and `RetryError` where nothing is: the server is not
-        reached for one shard after several attempts, and then not for another one either.
+        Raises `BlockingIOError` where another process is fetching it and `wait` is False, and `UnavailableError` where
+        it is not available. Raises `RetryError` where the server seems to be down: it is not reached for one shard
+        after several attempts, and then not for another one either.
         """
         shard.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(_lock_path(shard.path), wait=wait):
@@ -104,12 +110,12 @@ class ShardCache:
                 _failure_path(shard.path).write_text(str(error))
                 self._judge_server(shard, error)
                 raise UnavailableError(str(error)) from error
-            _touch(_lock_path(shard.path))  # which is how `has_checked` knows
+            _touch(_lock_path(shard.path))  # `has_checked` looks at this time
             _failure_path(shard.path).unlink(missing_ok=True)
             self._unreachable.pop(_dataset(shard), None)
 
     def fetch_file(self, path: Path, origin: str, sha256: str) -> None:
-        """Have a small file that belongs to the shards on disk; it does not count towards the limit."""
+        """Fetch a small file that belongs to the shards, unless it is on disk; it does not count towards the limit."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(_lock_path(path)):
             if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
@@ -120,50 +126,58 @@ class ShardCache:
             write_atomically(path, content)
 
     def _require_no_recent_failure(self, shard: Shard) -> None:
-        """Refuse a shard that some process of this run on this node failed to fetch a short while ago."""
+        """Raise `UnavailableError` for a shard that a process of this run on this node failed to fetch a short while
+        ago.
+        """
         if self._server_down:
             raise RetryError(self._server_down)
         note = _failure_path(shard.path)
         status = _stat(note)
-        # A note from before this start does not count: whoever mended the shard and starts again wants it read.
+        # A note from before this start does not count: a user who has mended the shard and starts again wants it read.
         if status and status.st_mtime >= max(self._made, time.time() - FAILURE_REMEMBERED):
             raise UnavailableError(note.read_text())
 
     def _suspect(self, shard: Shard) -> bool:
-        """Whether the server was not reached for another shard of the dataset, and for none since."""
+        """Whether the server was not reached for another shard of the dataset, and has not been reached since."""
         other, when = self._unreachable.get(_dataset(shard), (shard.path, 0))
         return other != shard.path and time.monotonic() - when < FAILURE_REMEMBERED
 
     def _judge_server(self, shard: Shard, error: OSError) -> None:
-        """One shard that fails may be replaced; a server that is reached for none would fail one after the other."""
+        """Raise `RetryError` where the server fails for a second shard: one shard may be replaced, but with a server
+        that is down all would fail.
+        """
         if not isinstance(error, RemoteError) or isinstance(error, RefusalError):
             self._unreachable.pop(_dataset(shard), None)  # it did answer
         elif self._suspect(shard):
             other, _ = self._unreachable[_dataset(shard)]
-            self._server_down = f"{error}; neither could {other.name} be had; start again when the server is reached"
+            self._server_down = (
+                f"{error}; {other.name} could not be fetched either; start again when the server can be reached"
+            )
             raise RetryError(self._server_down) from None
         else:
             self._unreachable[_dataset(shard)] = shard.path, time.monotonic()
 
     def _reserve(self, shard: Shard) -> None:
-        """Make room for a shard and take it: its partial file gets the full length at once."""
+        """Make room for a shard and reserve it: the partial file gets the full length at once."""
         if self.limit and shard.bytes > self.limit:
             raise UserError(f"data.cache_bytes: {self.limit} is less than the {shard.bytes} bytes of {shard.path.name}")
         partial = _partial_path(shard.path)
         while True:
             with locked(self.directory / ".room.lock"):
-                partial.unlink(missing_ok=True)  # of a process that was killed
+                partial.unlink(missing_ok=True)  # left by a process that was killed
                 if not self.limit or self._evict(self.limit - shard.bytes):
                     with partial.open("wb") as file:
                         file.truncate(shard.bytes)
                     return
-            time.sleep(0.2)  # the others' downloads fill the rest; when finished they can go
+            time.sleep(0.2)  # downloads of other processes fill the rest; once finished they can be removed
 
     def _evict(self, allowed: int) -> bool:
-        """Remove shards, the longest unused first, until at most `allowed` bytes are left; whether that succeeded."""
+        """Remove shards, the longest unused first, until at most `allowed` bytes are left. Returns whether that
+        succeeded.
+        """
         partials = list(self.directory.glob("*/*/.*.tar.partial"))
         _remove_abandoned(partials)
-        # Partial files first: one that is finished meanwhile is then counted twice, and not left out.
+        # List partial files first: one that is finished meanwhile is then counted twice rather than left out.
         used = sum(status.st_size for path in partials if (status := _stat(path)))
         sizes = {path: status for path in self.directory.glob("*/*/*.tar") if (status := _stat(path))}
         used += sum(status.st_size for status in sizes.values())
@@ -185,15 +199,15 @@ class _Wish(NamedTuple):
 class Prefetcher:
     """Fetches the shards that a process will need, in order of need, in the background.
 
-    One half of the cache is for what is being read, the other for what is fetched and not yet read from: where that is
-    full, fetching pauses, and goes on as reading advances. What fails is left to the reader to report.
+    One half of the cache is for shards that are being read, the other for shards that were fetched and not yet read.
+    Where the second half is full, fetching pauses until reading advances. Failures are left to the reader to report.
     """
 
     def __init__(self, cache: ShardCache) -> None:
         self._cache = cache
         self._share = cache.limit / 2 if cache.limit else math.inf
         self._in_use: OrderedDict[Path, int] = OrderedDict()
-        """Bytes of the shards that the half for reading will hold after the last sample that is planned."""
+        """Bytes of the shards that the half for reading will hold after the last planned sample."""
         self._in_use_bytes = 0
         self._wishes: deque[_Wish] = deque()
         self._ahead: list[_Wish] = []
@@ -204,7 +218,9 @@ class Prefetcher:
             threading.Thread(target=self._work, daemon=True).start()
 
     def want(self, shards: Sequence[Shard], first: int) -> None:
-        """Fetch what the samples number `first`, `first` + 1, … need, after what earlier ones do; a shard for each."""
+        """Fetch the shards of the samples number `first`, `first` + 1, …, one for each, after those of earlier
+        samples.
+        """
         with self._changed:
             for sample, shard in enumerate(shards, start=first):
                 if shard.path in self._in_use:
@@ -218,7 +234,9 @@ class Prefetcher:
             self._changed.notify_all()
 
     def advance(self, sample: int) -> None:
-        """All samples before this one have been read, so that their shards were opened after what lies ahead came."""
+        """Note that all samples before `sample` have been read, so that their shards may be removed before
+        those ahead.
+        """
         with self._changed:
             self._reached = sample
             if self._ahead and self._ahead[0].sample < sample:
@@ -233,11 +251,11 @@ class Prefetcher:
             try:
                 if not _touch(shard.path):
                     self._cache.fetch(shard, wait=False)
-            except (OSError, UserError) as error:  # also where another process is fetching it
+            except (OSError, UserError) as error:  # BlockingIOError included: another process is fetching it
                 log.debug("data: prefetching %s: %s", shard.path, error)
 
     def _next(self) -> Shard | None:
-        """The shard to fetch now, if there is one and there is room for it."""
+        """The shard to fetch now; None where there is none, or no room for it."""
         if not self._wishes:
             return None
         wish = self._wishes[0]
@@ -250,7 +268,7 @@ class Prefetcher:
 
 
 def _persistently(attempt: Callable[[], T], waits: Sequence[float]) -> T:
-    """What `attempt` returns, tried again after each of `waits` unless its failure is final."""
+    """The result of `attempt()`, tried again after each of `waits` unless a failure is final."""
     deadline = None
     for wait in (*waits, None):
         try:
@@ -278,12 +296,14 @@ def _download(shard: Shard) -> None:
         file.flush()
         os.fsync(file.fileno())
     if size != shard.bytes or digest.hexdigest() != shard.sha256:
-        raise OSError(f"{shard.origin}: {size} bytes with sha256 {digest.hexdigest()[:12]}…, not the manifest's shard")
+        raise OSError(
+            f"{shard.origin}: {size} bytes with sha256 {digest.hexdigest()[:12]}… are not the shard of the manifest"
+        )
     partial.rename(shard.path)
 
 
 def _remove_abandoned(partials: list[Path]) -> None:
-    """Remove partial files whose process was killed: nobody holds their lock."""
+    """Remove partial files of killed processes: their lock is free."""
     for partial in partials:
         final = partial.with_name(partial.name[1:].removesuffix(".partial"))
         with suppress(BlockingIOError), locked(_lock_path(final), wait=False):
@@ -303,13 +323,13 @@ def _failure_path(path: Path) -> Path:
 
 
 def _dataset(shard: Shard) -> Path:
-    """The folder of the cache that keeps the shard's dataset, which all lies on one server."""
+    """The folder of the cache that keeps the shard's dataset; a dataset lies on one server."""
     return shard.path.parents[1]
 
 
 def _touch(file: Path | int) -> bool:
-    """Set the time of a file to now; whether it is there."""
-    now = time.time_ns()  # the kernel's own time stamps are some milliseconds coarse
+    """Set the time of a file to now. Returns whether the file exists."""
+    now = time.time_ns()  # the kernel's own time stamps are coarse: several milliseconds
     try:
         os.utime(file, ns=(now, now))
     except FileNotFoundError:

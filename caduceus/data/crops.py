@@ -1,4 +1,4 @@
-"""The crops of a dataset: each window cut into training sequences, less those of too few bases. Imports no torch."""
+"""The crops of a split: each window cut into training sequences, without those of too few ACGT. Imports no torch."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from caduceus.data.windows import WINDOW_DTYPE, MappedWindows, SplitTable
 from caduceus.errors import UserError
 
 _ROW_BITS = 32
-"""Bits for the number of a packed row, within the number that also says which tiling it belongs to."""
+"""Bits for the number of a packed row; the bits above them number the tiling that it belongs to."""
 _TILINGS_KEPT = 3
-"""Tilings kept for each source, on average: samples that are located together may lie in two epochs."""
+"""Tilings kept per source, on average: samples that are located together may lie in two epochs."""
 
 
 class CropTable:
     """All usable crops of several sources, numbered source by source, window by window, from each window's start.
 
-    Tiles are the whole multiples of `seq_len` in each window; the tiles with fewer than `min_acgt` of ACGT, by the
-    index's runs, and those with none at all, are no crops. Memory is a number per window and per left-out tile, and a
-    row per window unless the sources are all of a mapped table, in its order. With `pack`, what the windows of a shard
-    have beside their tiles is packed into further crops, after its tiles, for two more numbers per window. `shifted`
-    has the crops of a source whose tiles begin elsewhere.
+    The tiles of a window begin at multiples of `seq_len`. Tiles with a share of ACGT below `min_acgt`, by the index's
+    runs, and those without any, are not crops. The table takes a number per window and per left-out tile, and a row per
+    window unless the sources are all the species of a mapped table, in its order. With `pack`, the rests of a shard's
+    windows are packed into further crops, numbered after its tiles, for two more numbers per window. `shifted` has the
+    crops of a source whose tiles begin at another base.
 
     Attributes: `windows` (WINDOW_DTYPE, `shard` numbered over all sources), `shards`, `shards_of_source` (S,),
     `crops_of_shard` (H,), `crops_of_source` (S,), `bases_of_source` (S,) in crops, `size`, `left_out_bases` (in the
@@ -63,11 +63,11 @@ class CropTable:
         self._first_shard = np.concatenate([[0], np.cumsum(self.shards_of_source)])
         self.crops_of_source = np.diff(self._tiling.first_crop[self._first_shard])
         self.bases_of_source = self._tiling.bases(self._first_window)
-        lengths = self.windows["length"].sum(dtype=np.int64), np.floor_divide(self.windows["length"], seq_len)
-        self.left_out_bases = 0 if pack else int(lengths[0]) - int(lengths[1].sum(dtype=np.int64)) * seq_len
+        tiled = (self.size + self.left_out_tiles) * seq_len
+        self.left_out_bases = 0 if pack else sum(table.bases for table in tables) - tiled
 
     def shifted(self, source: int, offset: int) -> Tiling:
-        """The crops of one source whose tiles begin at base `offset` of its windows, which are numbered from 0."""
+        """The crops of one source, numbered from 0, with tiles that begin at base `offset` of its windows."""
         if (source, offset) not in self._shifted:
             if len(self._shifted) >= _TILINGS_KEPT * len(self.tables):
                 self._shifted.popitem(last=False)
@@ -80,21 +80,21 @@ class CropTable:
         return self._shifted[source, offset]
 
     def locate(self, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Crop numbers (n,) -> row of `windows` (n,), and the crop's first base in the window (n,), forward strand.
+        """Crop numbers (n,) -> row of `windows` (n,), and `begin` (n,): the crop's first base in the window, forward
+        strand.
 
-        A packed crop has the window of its first piece, and in the place of a base a number below 0, which `pieces`
-        takes.
+        A packed crop has the window of its first piece, and as `begin` a negative number, which `pieces` understands.
         """
         window, begin, row = self._tiling.locate(crops)
         return window, np.where(row < 0, begin, -1 - row)
 
     def locate_shifted(self, source: int, offset: int, crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same of crops (n,) of a source whose tiling is shifted."""
+        """`locate` for crops (n,) of a source whose tiling is shifted."""
         window, begin, row = self.shifted(source, offset).locate(crops)
         return window + self._first_window[source], np.where(row < 0, begin, -1 - ((offset + 1 << _ROW_BITS) | row))
 
     def pieces(self, window: int, begin: int) -> Pieces:
-        """What a crop is made of, by what `locate` says of it."""
+        """The pieces of the crop that `locate` has put at `window` and `begin`."""
         if begin >= 0:
             return Pieces(*(np.array([value]) for value in (window, begin, 0, self.seq_len)))
         offset, row = divmod(-1 - begin, 1 << _ROW_BITS)
@@ -105,7 +105,7 @@ class CropTable:
         return pieces._replace(window=pieces.window + self._first_window[source])
 
     def first_bases(self, window: np.ndarray, begin: np.ndarray) -> np.ndarray:
-        """The first base (n,) in its window of each crop, by what `locate` says of them."""
+        """The first base (n,) in its window of each crop that `locate` has put at `window` (n,) and `begin` (n,)."""
         firsts = begin.copy()
         for place in np.flatnonzero(begin < 0).tolist():
             firsts[place] = self.pieces(int(window[place]), int(begin[place])).begin[0]
@@ -117,7 +117,7 @@ class CropTable:
 
 
 def _all_of_a_table(tables: Sequence[WindowTable]) -> SplitTable | None:
-    """The mapped table of which these are all species, in its order; else None."""
+    """The mapped table, if `tables` are exactly its species, in its order; else None."""
     contents = [table.content for table in tables]
     if not contents or not all(isinstance(content, MappedWindows) for content in contents):
         return None

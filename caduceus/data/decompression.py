@@ -8,17 +8,19 @@ from typing import Any, BinaryIO, Protocol
 from caduceus.gunzip import GZIP_MAGIC, DamagedGzipError, Gunzip
 
 _MOST = 1 << 12
-"""Bytes in a piece. What a piece holds before damage in it is lost, so it is small."""
+"""Bytes in a piece. Pieces are small because one with damage in it is lost from its beginning."""
 _CHUNK = 1 << 15
-"""Compressed bytes that are read at a time; isal copies what is left of them at each piece."""
+"""Compressed bytes that are read at a time; isal copies the unused ones at each piece."""
 
 
 class DecompressionError(Exception):
-    """A compressed file is cut short, or its content is not what its checksum says. The message names no file."""
+    """A compressed file is cut short, or its content does not match its checksum. The message names no file."""
 
 
 class Pieces(Protocol):
-    """The data of a compressed file, once; `passed_over` counts bytes behind it that no longer belong to it."""
+    """The data of a compressed file, to iterate over once. `passed_over` counts the bytes after it that do not belong
+    to it.
+    """
 
     passed_over: int
 
@@ -42,7 +44,7 @@ class Decompressed:
 
 
 def pieces_of(start: bytes, file: BinaryIO) -> Pieces | None:
-    """What decompresses a file that begins with `start`; None where it is not compressed in a way that is read."""
+    """The decompressed data of a file that begins with `start`; None where no known compression begins so."""
     if start.startswith(GZIP_MAGIC):
         return Gunzip("", lambda _: file.read(_CHUNK), _MOST)
     for magic, decompressor in _STREAMS.items():
@@ -53,14 +55,14 @@ def pieces_of(start: bytes, file: BinaryIO) -> Pieces | None:
 
 _STREAMS: dict[bytes, Callable[[], Any]] = {b"BZh": bz2.BZ2Decompressor, b"\xfd7zXZ\x00": lzma.LZMADecompressor}
 OTHER_PROGRAMS = {b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
-"""What compresses files that are not read here, by their first bytes."""
+"""First bytes of a file -> the program that made it, for compressions that are not read here."""
 LONGEST_MAGIC = max(map(len, _STREAMS))
 
 
 class _Streams:
     """The data of bzip2 or xz streams, one after the other, perhaps with zeros in between. Checksums are checked.
 
-    As of the standard library's files, but what stands behind the last stream is counted.
+    Works like the standard library's files, but counts the bytes after the last stream.
     """
 
     def __init__(self, magic: bytes, decompressor: Callable[[], Any], file: BinaryIO) -> None:
@@ -87,7 +89,7 @@ class _Streams:
             rest = self._file.read(_CHUNK)
 
     def _without_zeros(self, rest: bytes) -> tuple[int, bytes]:
-        """How many zeros `rest` begins with, and what follows, with enough of the file to tell what it is."""
+        """How many zeros `rest` and the file begin with, and the bytes after them, enough to tell what they are."""
         zeros = 0
         while True:
             trimmed = rest.lstrip(b"\0")

@@ -1,7 +1,7 @@
-"""Where a source's k-th sample lies: in an epoch every crop comes once, and epochs may be tiled anew. Imports no torch.
+"""Where a source's k-th sample lies. An epoch has every crop once, and may tile the windows anew. Imports no torch.
 
-Nothing is replayed: the tiling of an epoch is a function of (seed, source, epoch), and the epoch of a sample follows
-from how many crops each epoch before it has.
+Nothing is replayed: the tiling of an epoch is a function of (seed, source, epoch), and the number of crops in each
+earlier epoch tells in which epoch a sample lies.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from caduceus.data.order import EpochOrder, Purpose, key
 class Epochs(ABC):
     """The crops of every source's own samples.
 
-    Attributes: `bases_seen` (S,) that any crop of the first epoch holds; whether epochs `differ` in that.
+    Attributes: `bases_seen` (S,): bases in crops of the first epoch; `differ`: whether epochs hold different bases.
     """
 
     bases_seen: np.ndarray
@@ -30,12 +30,12 @@ class Epochs(ABC):
         """Each source's own sample k -> window (n,) and `begin` (n,), as `CropTable.locate` has them."""
 
     def draw(self, source: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Some crop of each source by a key alone, likewise."""
+        """A random crop of each source (n,), chosen by the keys (n,) alone; returns what `locate` returns."""
         return self._crops.locate(self._order.draw(source, keys))
 
     @abstractmethod
     def passed(self, drawn: np.ndarray) -> np.ndarray:
-        """How often samples, `drawn` (S,) of each source, have gone through its crops, (S,) float64."""
+        """Epochs (S,) float64 that the first `drawn` (S,) samples of each source make."""
 
 
 class EqualEpochs(Epochs):
@@ -103,7 +103,9 @@ class ShiftedEpochs(Epochs):
         return epoch, k - edges[epoch]
 
     def _offset(self, source: int, epoch: int) -> int:
-        """Where the tiles of an epoch begin; those of one in which too few ACGT leave no crop are not shifted."""
+        """The base at which the tiles of an epoch begin; 0 where the shifted tiles would have no crop with
+        enough ACGT.
+        """
         offsets = self._offsets[source]
         while len(offsets) <= epoch:
             draw = key(self._seed, Purpose.OFFSET, source, len(offsets), 0)

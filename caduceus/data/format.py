@@ -24,7 +24,7 @@ from caduceus.files import fingerprint, patient, patiently
 FORMAT = "caduceus-shards"
 FORMAT_VERSION = 2
 INDEX_VERSION = 1
-"""Version of shards and indexes, which the fingerprint holds."""
+"""Version of shards and indexes; part of the fingerprint."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "valid", "test")
 STRAND_SYMBOLS = ("+", "-")
@@ -68,7 +68,7 @@ class ShardIndex:
     @classmethod
     @patient
     def load(cls, path: str | Path) -> "ShardIndex":
-        """Read an index; a file that is not one is a `UserError`."""
+        """Read an index. Raises `UserError` where the file is missing or is not an index."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 index = cls(samples=arrays["samples"], runs=arrays["runs"])
@@ -91,7 +91,8 @@ def index_path(tar_path: str | Path) -> Path:
 
 
 def build_manifest(species: list[dict[str, Any]], tables: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The manifest of a dataset from its species' parts, ordered by name, so that merging equals making at once.
+    """The manifest of a dataset from its species' parts, sorted by name, so that merged datasets equal those made in
+    one go.
 
     A part is {name, assembly, file, sha256, contigs: [{name, length}], weight, plan: {option: value}, splits: {split:
     {samples, bases, shards: [{name, bytes, sha256, index_sha256, samples, bases}]}}, report: {…}}. `samples` and
@@ -124,7 +125,7 @@ def load_manifest(directory: str | Path) -> dict[str, Any]:
 
 
 def parse_manifest(content: bytes, path: str) -> dict[str, Any]:
-    """Check the content of a `manifest.json`; `path` is named where it is not sound."""
+    """Check the content of a `manifest.json`. Raises `UserError`, which names `path`, where it is not sound."""
     try:
         manifest = json.loads(content)
     except ValueError as error:
@@ -150,7 +151,7 @@ _SHARD_FIELDS = {"name": str, "bytes": int, "sha256": str, "index_sha256": str, 
 
 
 def _is_complete(manifest: dict[str, Any]) -> bool:
-    """Whether everything is there that readers of a manifest rely on."""
+    """Whether a manifest has everything that its readers rely on."""
     try:
         shards = [
             shard for part in manifest["species"] for split in part["splits"].values() for shard in split["shards"]
@@ -179,5 +180,5 @@ def _is_table(manifest: dict[str, Any], split: str, table: dict[str, Any]) -> bo
 
 
 def _is_file_name(name: Any) -> bool:
-    """Whether a name from a manifest stays inside its directory."""
-    return isinstance(name, str) and name == Path(name).name
+    """Whether a name from a manifest is one of a file or folder inside its directory."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name

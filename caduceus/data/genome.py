@@ -23,13 +23,14 @@ from caduceus.files import patiently, sha256_of
 
 @dataclass(frozen=True)
 class WindowTable:
-    """The windows of one species and split, each once however many strands are stored.
+    """The windows of one species and split, each once, even where both strands are stored.
 
     `windows` (WINDOW_DTYPE) in shard order; `runs` (WINDOW_RUN_DTYPE) are the runs of non-ACGT codes, by window.
     """
 
     species: str
     contigs: tuple[str, ...]
+    contig_lengths: tuple[int, ...]
     shards: Sequence[Shard]
     content: Windows | MappedWindows
 
@@ -43,7 +44,7 @@ class WindowTable:
 
     @property
     def rows(self) -> np.ndarray:
-        """The windows, of which the numbers of shards may be those of a table of the whole dataset: no copy is made."""
+        """The windows without a copy. Their shard numbers may be those of a table of the whole split."""
         return self.content.rows
 
     @property
@@ -52,14 +53,14 @@ class WindowTable:
 
     @property
     def folders(self) -> set[Path]:
-        """Where the shards are."""
+        """The folders that hold the shards."""
         return self.shards.folders if isinstance(self.shards, ShardList) else {one.path.parent for one in self.shards}
 
 
 class ShardedGenome:
     """A directory of shards, opened for reading; with a `cache`, the directory may be a URL.
 
-    `manifest`: the directory's, as `read_manifest` gives it; it is read where it is not given.
+    `manifest`: the directory's manifest, as `read_manifest` returns it; None reads it.
 
     Attributes: `manifest`, `fingerprint`, and `species`, the names. Raises `UserError` where the directory, its
     manifest or an index is missing or damaged.
@@ -78,26 +79,30 @@ class ShardedGenome:
         self._readable: dict[str, _OpenedSpecies] = {}
         self._tables: dict[str, SplitTable] = {}
         self.checked: list[Verdicts] = []
-        """On its tables; other processes of the node see them as long as one process keeps them."""
+        """Verdicts on its tables. Other processes of the node see them as long as one process keeps them."""
 
     def table(self, species: str, split: str) -> WindowTable:
-        """The windows of a species and split, from its checked indexes; empty where the split has none."""
+        """The windows of a species and split, from the table or the checked indexes; empty where the split has none."""
         part = self._part(species)
         contigs = tuple(contig["name"] for contig in part["contigs"])
+        lengths = tuple(contig["length"] for contig in part["contigs"])
         padded = part.get("plan", {}).get("tail") == "pad"
         entries = part["splits"].get(split, {}).get("shards", [])
-        shards = ShardList(self._home, self.directory if self._cache else None, [(species, entry) for entry in entries])
+        shards = ShardList(self._home, self.directory if self._cache else None, species, entries)
         mapped = self._mapped(split)
         if mapped is not None and entries:
-            return WindowTable(species, contigs, shards, MappedWindows(mapped, mapped.species.index(species)))
+            content = MappedWindows(mapped, mapped.species.index(species))
+            return WindowTable(species, contigs, lengths, shards, content)
         indexes = [
             self._checked_index(species, shard, entry, len(contigs))
             for shard, entry in zip(shards, entries, strict=True)
         ]
-        return WindowTable(species, contigs, shards, Windows(*windows_of(indexes, padded)))
+        return WindowTable(species, contigs, lengths, shards, Windows(*windows_of(indexes, padded)))
 
     def _mapped(self, split: str) -> SplitTable | None:
-        """The table of a split of the whole dataset; None where the dataset has none, as those of earlier versions."""
+        """The mapped table of a split of the whole dataset; None where the dataset has none (older versions
+        made none).
+        """
         table = self.manifest.get("tables", {}).get(split)
         if table is None or split in self._tables:
             return self._tables.get(split)
@@ -117,14 +122,16 @@ class ShardedGenome:
         return opened
 
     def _check_once(self, files: list[dict], holders: list[dict], split: str) -> None:
-        """Refuse files that are not the manifest's; one process of a node looks for all of them."""
+        """Refuse files whose sha256 differs from the manifest's; one process of a node checks for all."""
         verdict = Verdicts([self.directory, self.fingerprint, files], 1)
         with verdict.deciding(0):
             if not verdict.sound[0]:
                 for file in files:
                     if sha256_of(self._home / file["name"]) != file["sha256"]:
                         path = self._home / file["name"]
-                        raise UserError(f"{path}: its sha256 is not the manifest's; --rebuild-index makes it again")
+                        raise UserError(
+                            f"{path}: its sha256 differs from the manifest's; --rebuild-index makes it again"
+                        )
                 for part in holders:
                     _require_sizes(self._home / part["name"], part["splits"][split]["shards"])
                 verdict.sound[0] = True
@@ -133,7 +140,8 @@ class ShardedGenome:
     def read(self, species: str, contig: str, start: int, end: int, strand: str = "+") -> np.ndarray:
         """The bases of an interval that lies inside one window, (end - start,) uint8 ASCII, case kept.
 
-        `start` and `end` are 0-based half-open on the forward strand, whichever strand is asked for.
+        `start` and `end` are 0-based half-open on the forward strand, for either strand. Raises `UserError` where no
+        window holds the whole interval.
         """
         if strand not in STRAND_SYMBOLS:
             raise UserError(f"strand: choose + or -, got '{strand}'")
@@ -164,7 +172,7 @@ class ShardedGenome:
         return self._readable[species]
 
     def _checked_index(self, species: str, shard: Shard, entry: dict, contigs: int) -> ShardIndex:
-        """The index of a shard, refused where shard, index and manifest do not fit together."""
+        """The index of a shard. Raises `UserError` where shard, index and manifest do not fit together."""
         path = index_path(shard.path)
         if self._cache:
             origin = join(self.directory, f"{species}/{path.name}")
@@ -179,7 +187,7 @@ class ShardedGenome:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or shard again") from None
         if hashlib.sha256(content).hexdigest() != entry["index_sha256"]:
-            raise UserError(f"{path}: its sha256 is not the manifest's; restore it or shard again")
+            raise UserError(f"{path}: its sha256 differs from the manifest's; restore it or shard again")
         index = ShardIndex.load(path)
         require_fit(index, path, entry, contigs)
         return index
@@ -191,22 +199,23 @@ class ShardedGenome:
 
 
 class _OpenedSpecies:
-    """Files and windows of all splits of a species, to find the window that holds an interval."""
+    """Files and windows of all splits of a species, in which a window that holds an interval can be found."""
 
     def __init__(self, files: ShardFiles, windows: np.ndarray, contigs: Sequence[str]) -> None:
         self.files = files
         self.contigs = {name: number for number, name in enumerate(contigs)}
         self._windows = windows[np.lexsort((windows["length"], windows["start"], windows["contig"]))]
         self._ends = (self._windows["start"] + self._windows["length"]).astype(np.int64)
-        # Windows may overlap or be nested, so what holds an interval may start long before the last window that
-        # starts before it: for each row, the row up to it whose window of the same contig reaches farthest.
+        # Windows may overlap or be nested, so the window that holds an interval may start long before the last window
+        # that starts before it. So this has, for each row, which row up to it has the window of the same contig that
+        # reaches farthest.
         span = self._ends.max(initial=0) + 1
         place = self._windows["contig"] * span + self._ends
         farthest_so_far = place == np.maximum.accumulate(place)
         self._farthest = np.maximum.accumulate(np.where(farthest_so_far, np.arange(len(place)), 0))
 
     def window_that_holds(self, contig: int, start: int, end: int) -> np.void | None:
-        """A window (WINDOW_DTYPE) that holds the whole of an interval, if there is one."""
+        """A window (WINDOW_DTYPE) that holds a whole interval; None where there is none."""
         first, last = np.searchsorted(self._windows["contig"], [contig, contig + 1])
         row = first + int(np.searchsorted(self._windows["start"][first:last], start, side="right")) - 1
         if row < first or start >= end:
@@ -222,7 +231,7 @@ class _OpenedSpecies:
 
 
 def read_manifest(directory: str, is_cached: bool) -> dict[str, Any]:
-    """The checked manifest of a directory, or where shards are cached of any address."""
+    """The checked manifest of a directory, or, where shards are cached, of any address."""
     if not is_cached and is_remote(directory):
         raise UserError(f"data.cache_dir: {directory} is remote; name a local directory to keep its shards in")
     return _fetch_manifest(directory) if is_cached else load_manifest(directory)
@@ -239,7 +248,7 @@ def _fetch_manifest(directory: str) -> dict[str, Any]:
 
 def _require_size(path: Path | str, expected: int) -> None:
     try:
-        size = patiently(lambda: os.stat(path).st_size)  # noqa: PTH116 (of a hundred thousand, each a Path otherwise)
+        size = patiently(lambda: os.stat(path).st_size)  # noqa: PTH116 (a Path for each of very many is slow)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or shard again") from None
     if size != expected:

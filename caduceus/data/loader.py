@@ -17,10 +17,10 @@ from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config, order_values
 from caduceus.config.by_step import BatchRamp
 from caduceus.data.batch import FILLER, Batch, RankSchedule, to_batch
-from caduceus.data.dataset import open_dataset
 from caduceus.data.reading import SUBSTITUTES, SampleReader
 from caduceus.data.samples import resolve_strands, validation_samples
 from caduceus.data.shard_samples import ShardSamples
+from caduceus.data.split_sources import open_sources
 from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation
 from caduceus.data.tars import Remark
 from caduceus.errors import PeerError, UserError
@@ -29,20 +29,20 @@ from caduceus.files import fingerprint
 log = logging.getLogger(__name__)
 
 _NONE_LEFT = SUBSTITUTES + 1
-"""Stands for a choice of crop where none could be read."""
+"""The choice of a rank that could read no crop."""
 _MOST_WITHOUT_LABEL = 1 << 20
-"""Positions of a rank without a labelled base that counts, after which there is none to be expected."""
+"""If a rank has seen so many positions without a labelled base that counts, none is expected to come."""
 _LABELS_EXPECTED = 64
-"""Labelled bases to be expected in that many positions, also where few are labelled."""
+"""Labelled bases that are expected in that many positions, also where only a small share is labelled."""
 
 
 class TrainLoader:
     """Iterates over a rank's micro-batches without end, from the position `samples_consumed` on.
 
     Attributes: `fingerprint` of everything that decides the order, `seed`, `per_step` and `global_batch` (micro-batches
-    of this rank, and sequences of all, in the optimizer step at hand), `samples_consumed` (of all ranks, by the
-    optimizer steps whose batches were all handed out), `substituted` (samples of this rank, since it started, that
-    other crops stood for).
+    of this rank, and sequences of all ranks, in the current optimizer step), `samples_consumed` (of all ranks, in the
+    optimizer steps whose batches were all handed out), `substituted` (samples of this rank that were replaced by other
+    crops since it started).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TrainLoader:
         )
         self._told: set[str] = set()
         self._positions_without_label: int | None = 0
-        """Since the start; None once a labelled base that counts was seen."""
+        """Positions since the start; None once a labelled base that counts was seen."""
         self._patience = max(_MOST_WITHOUT_LABEL, round(_LABELS_EXPECTED / (config.data.mask_prob or 1)))
         self._samples = samples
         self._schedule = schedule
@@ -90,11 +90,11 @@ class TrainLoader:
 
     @property
     def _steps(self) -> int:
-        """Optimizer steps whose batches were all handed out."""
+        """The number of optimizer steps whose batches were all handed out."""
         return self._schedule.steps_before(self._handed_out)
 
     def state(self) -> dict[str, Any]:
-        """The loader's whole position, for a checkpoint."""
+        """The loader's position, for a checkpoint: {fingerprint, seed, samples_consumed}."""
         return {"fingerprint": self.fingerprint, "seed": self.seed, "samples_consumed": self.samples_consumed}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -102,16 +102,20 @@ class TrainLoader:
         for name, here in (("seed", self.seed), ("fingerprint", self.fingerprint)):
             if state[name] != here:
                 raise UserError(
-                    f"the checkpoint's position is of another order of samples: its data {name} is {state[name]}, this "
-                    f"run's is {here}; give the same data.*, train.seed and train.global_batch, or start a new run"
+                    f"the checkpoint's position belongs to another order of samples: its data {name} is {state[name]}, "
+                    f"this run's is {here}; give the same data.*, train.seed and train.global_batch, or start a new run"
                 )
         self.seek(state["samples_consumed"])
 
     def seek(self, samples_consumed: int) -> None:
-        """Go on after so many samples, those of whole steps; holds for iterators made afterwards."""
+        """Go on after the first `samples_consumed` samples, which must make whole steps. It affects iterators made
+        afterwards.
+        """
         steps = self._schedule.ramp.steps_before(samples_consumed)
         if self._schedule.ramp.samples_before(steps) != samples_consumed:
-            raise ValueError(f"{samples_consumed} samples are no whole steps of the global batch {self.global_batch}")
+            raise ValueError(
+                f"{samples_consumed} samples do not make whole steps of the global batch {self.global_batch}"
+            )
         self._handed_out = self._schedule.micro_batches_before(steps)
 
     def describe(self, g: int) -> dict[str, Any]:
@@ -124,11 +128,11 @@ class TrainLoader:
         return self._samples.species
 
     def epochs(self) -> dict[str, float]:
-        """How often the samples so far have gone through the crops of each species; empty where that is not known."""
+        """Epochs of each species that the samples so far make; empty where that is not known."""
         return self._samples.epochs(self.samples_consumed)
 
     def species_rows(self, batch: Batch) -> torch.Tensor:
-        """The row of `species` that each sample of a batch is of, (B,) int64 on the CPU."""
+        """The row of `species` to which each sample of a batch belongs, (B,) int64 on the CPU."""
         return torch.from_numpy(self._samples.species_rows(batch.g.numpy()))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -150,11 +154,12 @@ class TrainLoader:
             yield batch.to(self._device)
 
     def _agreed(self, batch: Batch | Exception) -> Batch | Exception:
-        """The micro-batch with the crops that all ranks which share its sequences can read.
+        """The micro-batch, of crops that can be read by all the ranks that share its sequences.
 
-        Each proposes the first crop of each sample that it can read itself. Whoever is behind the others reads again
-        from the farthest proposal on, until all are the same: the first crop that every one of them can read, which is
-        what one rank that read the whole would take. Where all can read, it costs one exchange of a few numbers.
+        Each rank proposes, for each sample, the first crop that it can read itself. A rank that is behind the farthest
+        proposal reads again from there on, until all proposals are the same: the first crop that every rank can read,
+        which a single rank that reads whole crops would take. Where all ranks can read, this costs one exchange of a
+        few numbers.
         """
         numbers = self._schedule.samples(np.array([self._handed_out]))[0]
         while True:
@@ -173,7 +178,7 @@ class TrainLoader:
 
     def _count_substituted(self, batch: Batch) -> None:
         for line in batch.substituted:
-            if line in self._told:  # of a damaged tar, which every pass and every worker meets again
+            if line in self._told:  # a damaged tar, which every pass and every worker finds again
                 continue
             self._told.add(line)
             log.warning("data: %s", line)
@@ -185,7 +190,7 @@ class TrainLoader:
                 raise UserError(f"data.max_substituted: {self.substituted} {what}; the last: {line}")
 
     def _require_labels(self, batch: Batch) -> None:
-        """Refuse to train at a loss of 0 where no labelled base counts."""
+        """Raise `UserError` where no labelled base counts, so that training would run at a loss of 0."""
         if self._positions_without_label is None:
             return
         labelled = batch.labels != IGNORE_LABEL
@@ -196,17 +201,17 @@ class TrainLoader:
         if self._positions_without_label > self._patience:
             raise UserError(
                 f"data: not one of the first {self._positions_without_label:,} bases is labelled and counts for the "
-                "loss, so nothing is learned; see data.mask_prob, data.repeat_weight (0 leaves out lower-case bases) "
-                "and data.min_acgt"
+                "loss, so nothing is learned; see data.mask_prob, data.repeat_weight (0 leaves out lower-case bases), "
+                "data.weights_bed and data.min_acgt"
             )
 
 
 class ValidationLoader:
     """Iterates over (species, batch) of a fixed set of crops with fixed masks, every time the same.
 
-    Every rank gets as many batches of the same shapes; where the crops do not
-    suffice, a row is a filler without labels.
-    Attributes: `species`, `samples` {species: crops over all ranks}, and `rows` of a batch.
+    Every rank gets the same number of batches, of the same shapes; where there are too few crops, rows are fillers
+    without labels. Attributes: `species`, `samples` {species: crops of all ranks together}, and `rows`, the rows of a
+    batch.
     """
 
     def __init__(
@@ -235,7 +240,9 @@ class ValidationLoader:
                 yield species, self._batch(chosen[numbers % len(chosen)], numbers >= len(chosen))
 
     def crops(self, wanted: Sequence[tuple[str, int]]) -> Iterator[Batch]:
-        """Crops by species and number (`Batch.g`, or `FILLER`), in batches; every rank gets what it wants."""
+        """Batches of the crops `wanted`, given by species and number (`Batch.g`, or `FILLER`); each rank may want
+        others.
+        """
         for first in range(0, len(wanted), self.rows):
             some = wanted[first : first + self.rows]
             rows = [(self._chosen[species], max(number, 0)) for species, number in some]
@@ -265,12 +272,12 @@ def build_loader(
     device: torch.device | str = "cpu",
     largest_of_peers: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> TrainLoader:
-    """The training batches of data-parallel rank `rank` of `world`, from the first on: `seek` goes elsewhere.
+    """The training batches of data-parallel rank `rank` of `world`, from the first one on; `seek` moves to another.
 
     `micro_batch` defaults to `train.micro_batch`. `positions` (first, end) is the slice of every sequence that this
-    rank reads; default the whole. The batches come on `device`. Ranks that read slices of the same sequences must take
-    the same crops, also where one of them cannot read its slice: `largest_of_peers` gives the elementwise maximum over
-    them of an int64 tensor on the CPU. Raises `UserError` for shards or keys that do not fit.
+    rank reads; None is the whole sequence. The batches are on `device`. Ranks that read slices of the same sequences
+    must take the same crops, also where one of them cannot read its slice: `largest_of_peers` gives the elementwise
+    maximum over them of an int64 tensor on the CPU. Raises `UserError` for shards or keys that do not fit.
     """
     schedule = RankSchedule(BatchRamp.of(config.train), micro_batch or config.train.micro_batch, rank, world)
     stream = config.data.mode == "stream"
@@ -298,14 +305,14 @@ def build_validation(
         reader = StreamValidation(config, positions)
         chosen = {SPECIES: reader.samples}
     else:
-        dataset = open_dataset(config.data, split)
-        reader = SampleReader(dataset, config, positions, repeats=True)
-        chosen = validation_samples(dataset, config.valid.samples)
+        split_sources = open_sources(config.data, split)
+        reader = SampleReader(split_sources, config, positions, repeats=True)
+        chosen = validation_samples(split_sources, config.valid.samples)
     return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 
 
 def _until_failure(batches: Iterable[Batch | UserError]) -> Iterator[Batch | Exception]:
-    """The batches, and last, where making one fails, as where a worker was killed, its exception."""
+    """The batches; where making one fails (a worker may have been killed), the exception comes last, as a value."""
     try:
         yield from batches
     except Exception as error:
@@ -318,9 +325,10 @@ def _start_worker(_: int) -> None:
 
 
 def _leave_signals_to_the_trainer() -> None:
-    """A terminal or a cluster signals all processes of a job; only the trainer decides what follows.
+    """Ignore signals that a terminal or a cluster sends to all processes of a job: only the trainer decides what
+    follows.
 
-    The second SIGTERM ends a worker: that is how the trainer's own process ends one that hangs.
+    The second SIGTERM ends a worker: the trainer's process ends a hanging worker that way.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -329,11 +337,11 @@ def _leave_signals_to_the_trainer() -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """A process that ends by an error sends its workers one SIGTERM and waits for them, without end if they ignore it.
+    """End the workers at exit: a process that fails would send them one SIGTERM and wait without end if they ignore it.
 
-    Registered after multiprocessing's own handler, so it runs before that.
+    It is registered after multiprocessing's own handler, so it runs before that.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would tell of a worker that was killed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a worker that was killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

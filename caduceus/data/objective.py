@@ -1,10 +1,10 @@
-"""Stored bases -> inputs, labels and loss weights, as `data.objective` asks for, in one pass over the bytes.
+"""From stored bases to the inputs, labels and loss weights of `data.objective`, in one pass over the bytes.
 
 Imports no torch.
 
-Randomness is a hash of (the sample's key, the position), so any slice of a sample can be masked alone. Masking is
-that of the published training (Schiff et al. 2024): a share of the ACGT bases is labelled; of these most are shown as
-[MASK], some as a random base, the rest as they are.
+Randomness is a hash of (the sample's key, the position), so any slice of a sample can be masked alone. Masking follows
+the published training (Schiff et al. 2024): a share of the ACGT bases is labelled; most of them are shown as [MASK],
+some as a random base, the rest unchanged.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,19 @@ from caduceus.config import DataConfig
 _INVALID = 255
 _CHUNK = 1024
 _PHASE = np.uint64(1 << 63)
-"""No position: the draw of where the spans of a row begin, and with its bit, of the bases within them."""
+"""A number that is no position. Its hash decides where the spans of a row begin, and its bit marks draws for the bases
+within spans.
+"""
 
 
 class Tokens(NamedTuple):
-    """A vocabulary, as the kernels take it."""
+    """A vocabulary in the form that the kernels take."""
 
     of_byte: np.ndarray
-    """(2, 256) uint8: token of a stored byte as it is and complemented; a byte that no genome may hold is invalid."""
+    """(2, 256) uint8: the token of a stored byte, and of its complement; a byte that no genome may hold is invalid."""
     mask: np.uint8
     first_base: np.uint8
-    """A, C, G and T are the four ids from here on, and the highest."""
+    """Id of A. C, G and T have the next three ids, and no input token has a higher one."""
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> "Tokens":
@@ -41,7 +43,7 @@ class Tokens(NamedTuple):
 
 
 class Masking(NamedTuple):
-    """Thresholds of the masking hash, as the kernel compares them."""
+    """Thresholds with which the kernel compares parts of the masking hash."""
 
     labelled: np.ndarray  # of the upper 32 bits, for all rows or (B,)
     shown_as_mask: np.uint64  # of 30 lower bits
@@ -52,9 +54,10 @@ class Masking(NamedTuple):
     def of(
         cls, mask_prob: float | np.ndarray, mask_token_prob: float, random_token_prob: float, span: int = 1
     ) -> "Masking":
-        """Shares of ACGT bases labelled; of the labelled shown as [MASK]; of the labelled shown as a random base.
+        """mask_prob: the share of ACGT bases that is labelled, a float or one for each row, (B,).
 
-        `mask_prob` may be one for each row, (B,). Bases are labelled in spans of `span`, and shown alike within one.
+        mask_token_prob, random_token_prob: the shares of the labelled bases that are shown as [MASK] and as a random
+        base. Bases are labelled in spans of `span` bases, and those of a span are shown alike.
         """
         return cls(
             np.rint(np.asarray(mask_prob) * 2**32).astype(np.uint64),
@@ -78,7 +81,7 @@ def _mask(bases, mirrored, keys, first, masking, tokens, input_ids, labels):
     labelled, shown_as_mask, shown_as_mask_or_random, span = masking
     of_byte, mask, first_base = tokens
     invalid = np.zeros(rows, np.int64)
-    # Chunks, so that hashing is a vector loop, and the choice of positions has no branch to mispredict.
+    # In chunks, so that hashing is a vector loop, and choosing positions has no branch that may be mispredicted.
     draws = np.empty(_CHUNK, np.uint64)
     chosen = np.empty(_CHUNK, np.int64)
     for row in range(rows):
@@ -150,9 +153,9 @@ def mask_bases(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masked-base inputs and labels of positions first … first+L-1 of each sample.
 
-    `bases` (B, L) uint8 as stored; the rows with `mirrored` (B,) bool are read as their reverse complement, of which
-    they are the same positions. `keys` (B,) uint64. Returns `input_ids` (B, L) uint8, `labels` (B, L) int8 with
-    `IGNORE_LABEL` where nothing is predicted, and the count (B,) of bytes that are no IUPAC code.
+    `bases` (B, L) uint8 as stored; rows with `mirrored` (B,) bool are read as their reverse complement, and positions
+    then count along that. `keys` (B,) uint64. Returns `input_ids` (B, L) uint8, `labels` (B, L) int8 with
+    `IGNORE_LABEL` where nothing is predicted, and the number (B,) of bytes that are not IUPAC codes.
     """
     input_ids, labels = np.empty(bases.shape, np.uint8), np.empty(bases.shape, np.int8)
     masking = masking._replace(labelled=np.array(np.broadcast_to(masking.labelled, len(bases))))
@@ -192,23 +195,26 @@ class SampleArrays:
     g: np.ndarray
     """(B,) int64 sample numbers."""
     substituted: tuple[str, ...] = ()
-    """A line for each sample that could not be read and what stands for it."""
+    """One line for each sample that could not be read, with its substitute."""
     choices: np.ndarray | None = None
-    """(B,) int64, the crop taken for each sample: 0 its own, n its n-th substitute; None where there is no choice."""
+    """(B,) int64: the crop that was taken for each sample, 0 for its own, n for its n-th substitute; None where there
+    is no choice.
+    """
     repeats: np.ndarray | None = None
-    """(B, L) bool, whether the base to be predicted is soft-masked; None where nobody asked."""
+    """(B, L) bool, whether the base to be predicted is soft-masked; None unless `repeats` were asked for."""
     starts: np.ndarray | None = None
-    """(B, L) bool, first positions of the sequences that are packed into a row; None where no row is packed."""
+    """(B, L) bool, True at the first position of each sequence that is packed into a row; None where no row is packed.
+    """
 
 
 class Objective:
-    """Tokens of samples in the model's vocabulary, or of the slice `positions` (first, end) of each.
+    """Makes tokens of samples, or of the slice `positions` (first, end) of each, in the model's vocabulary.
 
-    With `repeats`, the arrays tell which bases are soft-masked. `mask_rate`: the share of bases that are labelled by
-    sample number, (B,) -> (B,), where it is not `data.mask_prob` in all.
+    With `repeats`, the arrays tell which bases are soft-masked. `mask_rate`: sample numbers (B,) -> share of bases to
+    label (B,); None is `data.mask_prob` for all.
 
-    Attributes: `first` and `end` of the positions whose bases it needs. With next_base these are one more than the
-    slice has, where the sample goes on, because the last label is the base after it.
+    Attributes: `first` and `end` of the positions whose bases it needs. With next_base that is one position more than
+    the slice, where the sample goes on: the last label is the base after the slice.
     """
 
     def __init__(
@@ -230,14 +236,14 @@ class Objective:
         self._repeat_weight = data.repeat_weight
 
     def tokens(self, bases: np.ndarray, mirrored: np.ndarray, samples: np.ndarray) -> tuple[SampleArrays, np.ndarray]:
-        """Tokens of stored bases (B, end - first) uint8, and the count (B,) of bytes that are no IUPAC code.
+        """Tokens of stored bases (B, end - first) uint8, and the number (B,) of bytes that are not IUPAC codes.
 
         Rows with `mirrored` (B,) bool are read as their reverse complement. `samples` (B,) SAMPLE_DTYPE.
         """
         if self._shift:
             input_ids, labels, invalid = shift_bases(bases, mirrored, self._length, self._tokens)
         else:
-            keys = samples["mask_key"].copy()  # out of the packed record, as the kernel needs it
+            keys = samples["mask_key"].copy()  # a copy out of the packed record, as the kernel needs it
             masking = self._masking
             if self._mask_rate is not None:
                 rates = np.rint(self._mask_rate(samples["g"]) * 2**32)
@@ -252,13 +258,15 @@ class Objective:
         return arrays, invalid
 
     def separate(self, arrays: SampleArrays, starts: np.ndarray) -> None:
-        """Note where packed sequences begin, (B, L) bool; the last base of one does not predict another's."""
+        """Set `starts` (B, L) bool, where packed sequences begin, and remove labels that lie in another sequence than
+        their input.
+        """
         arrays.starts = starts
         if self._shift:
             arrays.labels[:, :-1][starts[:, 1:]] = IGNORE_LABEL
 
     def weigh(self, arrays: SampleArrays, weights: np.ndarray) -> None:
-        """Multiply the loss weights by those of all bases of the samples, (B, seq_len) float32."""
+        """Multiply the loss weights by `weights` (B, seq_len) float32, those of all bases of the samples."""
         of_labels = np.ones(arrays.labels.shape, np.float32)
         there = weights[:, self.first + self._shift : self.end]
         of_labels[:, : there.shape[1]] = there[:, : of_labels.shape[1]]

@@ -1,7 +1,7 @@
 """Which sample is the g-th one: closed forms of the seed and the number, over arrays of numbers. Imports no torch.
 
-Nothing is replayed: a permutation is a Feistel network on just enough bits, walked along its cycle until it
-lands inside the domain (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+Nothing is replayed: a permutation is a Feistel network on just enough bits, applied again until the result lies inside
+the domain (cycle walking; Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ import numpy as np
 from caduceus.errors import UserError
 
 MIXTURE_BLOCK = 65536
-"""Samples over which the mixture of sources is exact."""
+"""Block of samples in which the shares of the sources are exact."""
 _ROUNDS = 8
 _TABLES_KEPT = 4
 _BLOCKS_KEPT = 4096
@@ -22,7 +22,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Purpose(IntEnum):
-    """First number of every key, so that no two uses of randomness share one."""
+    """The first number of every key, so that two uses of randomness never share a key."""
 
     MIXTURE = 1
     SHARDS = 2
@@ -56,7 +56,7 @@ def permute(position: np.ndarray, size: int | np.ndarray, keys: np.ndarray) -> n
     Every element may have its own size and key.
     """
     position, size, keys = np.broadcast_arrays(np.atleast_1d(position), size, keys)
-    bits = np.frexp((size - 1).astype(np.float64))[1]  # of the largest position; exact up to 2^53
+    bits = np.frexp((size - 1).astype(np.float64))[1]  # bits of the largest position; exact up to 2^53
     right_bits = ((bits + 1) // 2).astype(np.uint64)
     left_bits = (bits // 2).astype(np.uint64)
     image = _feistel(position.astype(np.uint64), left_bits, right_bits, keys).astype(np.int64)
@@ -85,9 +85,9 @@ def _feistel(x: np.ndarray, left_bits: np.ndarray, right_bits: np.ndarray, keys:
 
 
 def largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
-    """Whole shares of `total` in proportion to weights, (S,) int64, adding up to `total`.
+    """Whole numbers in proportion to weights (S,) that add up to `total`, (S,) int64.
 
-    At least 1 each, but 0 of a weight of 0, which not all may have.
+    Each is at least 1, but 0 for a weight of 0; at least one weight must be above 0.
     """
     if len(weights) > total:
         raise UserError(f"data.path: {len(weights)} sources, but a mixture holds at most {total}")
@@ -102,10 +102,11 @@ def largest_remainder(weights: Sequence[float], total: int) -> np.ndarray:
 
 
 class Mixture:
-    """Source and source's own sample number of every sample, exact in each block of `MIXTURE_BLOCK` samples.
+    """Maps every sample to a source and the source's own sample number; shares are exact in each block of
+    `MIXTURE_BLOCK`.
 
-    A source's own numbers go up with g, so that its epochs follow each other. That takes a table of the block at hand,
-    computed from (seed, block) alone.
+    A source's own numbers go up with g, so that its epochs follow each other. This needs a table of the current block,
+    which is computed from (seed, block) alone.
     """
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
@@ -127,7 +128,7 @@ class Mixture:
         return source, k
 
     def drawn(self, g: int) -> np.ndarray:
-        """How many of the first `g` samples are of each source, (S,) int64."""
+        """How many of the first `g` samples come from each source, (S,) int64."""
         block, position = divmod(g, MIXTURE_BLOCK)
         source, _ = self._table(block)
         return block * self.counts + np.bincount(source[:position], minlength=len(self.counts))
@@ -147,9 +148,10 @@ class Mixture:
 
 
 class StagedMixture:
-    """Mixtures that follow each other: `stages` are (first sample, weights) of each, from sample 0 on.
+    """Mixtures that follow each other. `stages`: (first sample, weights) of each, the first from sample 0 on.
 
-    Every source's own numbers go on from stage to stage, so that its epochs do. Attribute: `counts` (stages, S).
+    Every source's own numbers, and so its epochs, continue from stage to stage. Attribute: `counts` (stages, S), the
+    samples of each source per block.
     """
 
     def __init__(self, stages: Sequence[tuple[int, Sequence[float]]], seed: int) -> None:
@@ -172,17 +174,17 @@ class StagedMixture:
         return source, k
 
     def drawn(self, g: int) -> np.ndarray:
-        """How many of the first `g` samples are of each source, (S,) int64."""
+        """How many of the first `g` samples come from each source, (S,) int64."""
         stage = int(np.searchsorted(self._first, g, side="right")) - 1
         return self._before[stage] + self._mixtures[stage].drawn(g - int(self._first[stage]))
 
 
 class EpochOrder:
-    """Which crop a source's k-th sample is: every epoch visits each crop once, in an order of its own.
+    """Which crop a source's k-th sample is: every epoch visits each crop once, in its own order.
 
-    `crops_of_shard` (H,) counts the crops of all sources' shards, source after source, `shards_of_source` (S,) how many
-    shards each source has. Crops are numbered over all sources in that order. With `shuffle_block` above 0, an epoch
-    permutes a source's shards, groups them in blocks of that many, and shuffles crops only within a block.
+    `crops_of_shard` (H,): the number of crops in each shard, source after source; `shards_of_source` (S,): the number
+    of shards of each source. Crops are numbered over all sources in that order. With `shuffle_block` above 0, an epoch
+    permutes a source's shards, groups them in blocks of that many shards, and shuffles crops only within a block.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class EpochOrder:
         return self._locate_in_blocks(source, epoch, position)
 
     def draw(self, source: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """Some crop number of each source, (n,) int64, by a key alone."""
+        """The number of a random crop of each source, (n,) int64, chosen by the keys (n,) alone."""
         return self._source_first[source] + (keys % self.sizes[source].astype(np.uint64)).astype(np.int64)
 
     def _locate_in_blocks(self, source: np.ndarray, epoch: np.ndarray, position: np.ndarray) -> np.ndarray:
@@ -244,8 +246,8 @@ class _Blocks(NamedTuple):
     """How an epoch of a source orders its shards."""
 
     shards: np.ndarray
-    """(n,) in the epoch's order."""
+    """(n,) shards in the epoch's order."""
     before_shard: np.ndarray
-    """(n + 1,) crops before each of them."""
+    """(n + 1,) crops before each shard."""
     edges: np.ndarray
     """(blocks + 1,) crops before each block."""

@@ -1,7 +1,7 @@
-"""Rows of short windows and of the ends of others, in closed form. Imports no torch.
+"""Packs short windows, and the rests of longer ones, into rows, in closed form. Imports no torch.
 
-What is left of a shard's windows beside their whole crops follows each other as one stream, and every `seq_len` bases
-of it are a row. An end that reaches over a row's goes on in the next one, as a sequence of its own.
+The bases of a shard's windows that no tile holds are joined in order, and every `seq_len` bases of that stream are a
+row. A rest that does not fit into a row continues in the next one, as a sequence of its own.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Pieces(NamedTuple):
-    """What a row is made of, in its order."""
+    """The pieces of a row, in order."""
 
     window: np.ndarray
     """(n,) rows of the crop table's windows."""
@@ -25,8 +25,8 @@ class Pieces(NamedTuple):
 class Packing:
     """The rows of all shards, numbered shard by shard.
 
-    `begin` and `length` (`ends` times W,): first base and bases of each of the `ends` that are left of every window,
-    window after window. `first_windows` (H + 1,): the windows of each shard. Attribute: `rows_of_shard` (H,).
+    `begin` and `length` (`ends` times W,): the first base and the number of bases of each rest, window after window;
+    every window has `ends` rests. `first_windows` (H + 1,): the windows of each shard. Attribute: `rows_of_shard` (H,).
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Packing:
         self._first_row = np.concatenate([[0], np.cumsum(self.rows_of_shard)])
 
     def bases_before(self, windows: np.ndarray) -> np.ndarray:
-        """Bases (n,) in rows that windows before each of these (n,) have."""
+        """Bases (n,) in rows that come from windows before each of `windows` (n,)."""
         return self._edges[windows * self._ends]
 
     def pieces(self, row: int) -> Pieces:
-        """What row number `row` is made of; positions behind the last piece hold nothing."""
+        """The pieces of row number `row`; positions after the last piece hold nothing."""
         shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
         start = self._shard_edges[shard] + (row - self._first_row[shard]) * self._seq_len
         end = min(start + self._seq_len, self._shard_edges[shard + 1])

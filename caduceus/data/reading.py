@@ -1,4 +1,6 @@
-"""Samples -> tokens and labels, one positional read each, with what happens when a read fails. Imports no torch."""
+"""From samples to tokens and labels, by one positional read each; retries and substitutes after failures. Imports no
+torch.
+"""
 
 import time
 import zlib
@@ -11,53 +13,53 @@ import numpy as np
 from caduceus.alphabet import COMPLEMENT_BYTE
 from caduceus.config import Config
 from caduceus.data.cache import Prefetcher, UnavailableError
-from caduceus.data.dataset import Dataset
 from caduceus.data.format import STRAND_SYMBOLS
 from caduceus.data.objective import Objective, SampleArrays
 from caduceus.data.region_weights import RegionWeights
 from caduceus.data.remote import log_commands
 from caduceus.data.samples import mask_rates
 from caduceus.data.shard_files import ShardFiles
+from caduceus.data.split_sources import SplitSources
 from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
 
 READ_WAITS = (0.1, 0.5)
 """Seconds before the second and the third attempt to read a window."""
 _FINAL_ERRORS = (UnavailableError, FileNotFoundError, PermissionError)
-_CRC_MISMATCH = "its crc32 is not the index's"
-_NO_BASES = "bytes that are no bases"
-_UNREAD_BY_A_PEER = "not all ranks that share it could read it"
+_CRC_MISMATCH = "its crc32 differs from the index's"
+_NO_BASES = "bytes that are not bases"
+_UNREAD_BY_A_PEER = "not all the ranks that share it could read it"
 SUBSTITUTES = 10
-"""Crops tried in place of one that cannot be read."""
+"""Crops that are tried in place of one that cannot be read."""
 
 
 class SampleReader:
     """Reads samples, or the slice `positions` of each. Safe to pickle and to fork.
 
     With `data.check_crc`, a window's crc32 is checked when it is first read from on this node, unless a cache has
-    checked the shard's sha256 since the start. What cannot be read soundly is retried, then replaced by
-    `substitute(g, attempt)`; without that it is a `UserError`. A failing disk, or a byte that is no base, may be met by
-    only one of the peers that share a sample, so they have to agree on the crops to take. With `repeats`, the samples
-    tell which of their bases are soft-masked.
+    checked the shard's sha256 since the start. A failing read is retried, then the sample is replaced by `substitute(g,
+    attempt)`; where there is no `substitute`, it raises `UserError`. Of the peers that share a sample, perhaps only one
+    meets a failing disk or a byte that is not a base, so they have to agree on the crops to take. With `repeats`, the
+    samples tell which of their bases are soft-masked.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        split_sources: SplitSources,
         config: Config,
         positions: tuple[int, int] | None = None,
         substitute: Callable[[int, int], np.ndarray] | None = None,
         repeats: bool = False,
     ) -> None:
-        self._dataset = dataset
-        self._crops = dataset.crops
-        self._files = ShardFiles(dataset.crops.shards, dataset.cache)
+        self._split_sources = split_sources
+        self._crops = split_sources.crops
+        self._files = ShardFiles(split_sources.crops.shards, split_sources.cache)
         rates = None if substitute is None else mask_rates(config)
         self._objective = Objective(config.data, config.model.vocabulary, positions, repeats, rates)
         bed = config.data.weights_bed
-        self._weights = None if bed is None else RegionWeights(dataset, bed, config.data.weights_elsewhere)
+        self._weights = None if bed is None else RegionWeights(split_sources, bed, config.data.weights_elsewhere)
         self._substitute = substitute
-        self._verdicts = Verdicts(dataset.identity(), len(self._crops.windows)) if config.data.check_crc else None
+        self._verdicts = Verdicts(split_sources.identity(), len(self._crops.windows)) if config.data.check_crc else None
         self._damaged_windows: set[int] = set()
         self._invalid_crops: set[tuple[int, int]] = set()
         self._prefetcher: Prefetcher | None = None
@@ -65,7 +67,8 @@ class SampleReader:
     def read(self, samples: np.ndarray, least: np.ndarray | None = None) -> SampleArrays:
         """Tokens of samples (B,) SAMPLE_DTYPE.
 
-        `least` (B,): the first crop of each that is tried, 0 its own, n its n-th substitute; default its own.
+        `least` (B,): the first crop that is tried for each sample, 0 for its own (the default), n for its n-th
+        substitute.
         """
         if least is None:
             least = np.zeros(len(samples), np.int64)
@@ -83,32 +86,32 @@ class SampleReader:
             self._condemn(taken[invalid > 0])
 
     def what_decides_the_weights(self) -> dict[str, Any]:
-        """What `data.weights_bed` names, where it names anything."""
+        """The fingerprint of the files in `data.weights_bed`; empty where there are none."""
         return {} if self._weights is None else {"weights": self._weights.fingerprint}
 
     def prefetch(self, samples: np.ndarray, first: int) -> None:
-        """Have the shards of samples number `first`, `first` + 1, … of this reader fetched while others are read."""
-        if self._dataset.cache is None:
+        """Begin to fetch the shards of this reader's samples number `first`, `first` + 1, …, while others are read."""
+        if self._split_sources.cache is None:
             return
         if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._dataset.cache)
+            self._prefetcher = Prefetcher(self._split_sources.cache)
         shards = self._crops.windows["shard"][samples["window"]].tolist()
         self._prefetcher.want([self._crops.shards[shard] for shard in shards], first)
 
     def advance(self, sample: int) -> None:
-        """Say that reading has come to all of this reader's samples before number `sample`."""
+        """Note that all of this reader's samples before number `sample` have been read."""
         if self._prefetcher is not None:
             self._prefetcher.advance(sample)
 
     def log(self) -> None:
-        """Show the commands that the reading runs."""
-        log_commands(self._dataset.addresses)
+        """Log the commands that the reading runs."""
+        log_commands(self._split_sources.addresses)
 
     def describe(self, sample: np.void) -> dict[str, Any]:
         """Where a sample lies: species, contig, start, end (0-based half-open, forward strand) and strand.
 
         A packed sample is described by its first piece. Bases of the sample beyond `end` are the padding of `--tail
-        pad`, and `end` is `start` where all of them are.
+        pad`; `end` equals `start` where all bases are padding.
         """
         where = self._describe_with_padding(sample)
         window = self._crops.windows[sample["window"]]
@@ -120,7 +123,7 @@ class SampleReader:
 
     def _describe_with_padding(self, sample: np.void) -> dict[str, Any]:
         window = self._crops.windows[sample["window"]]
-        source = self._dataset.sources[int(self._crops.source_of(sample["window"]))]
+        source = self._split_sources.sources[int(self._crops.source_of(sample["window"]))]
         pieces = self._crops.pieces(int(sample["window"]), int(sample["begin"]))
         start = int(window["start"]) + int(pieces.begin[0])
         return {
@@ -132,7 +135,7 @@ class SampleReader:
         }
 
     def _starts(self, samples: np.ndarray) -> np.ndarray:
-        """First positions of packed sequences, and of what is filled up behind them, (B, L) bool."""
+        """(B, L) bool, True at the first positions of packed sequences, and of the filling after them."""
         length = self._crops.seq_len
         starts = np.zeros((len(samples), length), bool)
         for row, sample in enumerate(samples):
@@ -147,7 +150,9 @@ class SampleReader:
     def _read_bases(
         self, samples: np.ndarray, least: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
-        """The samples taken, which choices (B,) they are, their bases (B, n) uint8, a line for each substitute."""
+        """The samples that were taken, which choices (B,) they are, their bases (B, n) uint8, and a line for each
+        substitute.
+        """
         bases = np.empty((len(samples), self._objective.end - self._objective.first), np.uint8)
         taken, choices, notes = samples, least, []
         shards, offsets = self._stored_places(samples)
@@ -167,7 +172,7 @@ class SampleReader:
         return taken, choices, bases, tuple(notes)
 
     def _stored_places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard (B,) of each sample, and the offset (B,) in it of the stored bases that hold the slice."""
+        """The shard (B,) of each sample, and the offset (B,) in the shard of the stored bases of the slice."""
         windows = self._crops.windows[samples["window"]]
         from_left = samples["begin"] + self._objective.first
         from_right = samples["begin"] + self._crops.seq_len - self._objective.end
@@ -177,7 +182,9 @@ class SampleReader:
         return windows["shard"], windows["offset"].astype(np.int64) + stored
 
     def _read_carefully(self, sample: np.ndarray, buffer: np.ndarray, least: int) -> tuple[np.ndarray, int, str | None]:
-        """Fill `buffer` with a sample (1,) or what stands for it; what was taken, which choice, a line if another."""
+        """Fill `buffer` with a sample (1,) or a substitute. Returns the sample taken, which choice it is, and a line
+        for a substitute.
+        """
         problem = self._try_to_read(sample, buffer) if least == 0 else _UNREAD_BY_A_PEER
         if problem is None:
             return sample, 0, None
@@ -189,17 +196,17 @@ class SampleReader:
             other = self._substitute(g, choice - 1)
             if self._try_to_read(other, buffer) is None:
                 return other, choice, f"sample {g}: {place}: {problem}; took {self._place(other[0])} instead"
-        raise UserError(f"{place}: {problem}; neither could {SUBSTITUTES} other crops be read; restore the shards")
+        raise UserError(f"{place}: {problem}; {SUBSTITUTES} other crops could not be read either; restore the shards")
 
     def _try_to_read(self, sample: np.ndarray, buffer: np.ndarray) -> str | None:
-        """Fill `buffer` with a sample (1,) from sound windows, with retries; otherwise what is wrong."""
+        """Fill `buffer` with a sample (1,) from sound windows, with retries. Returns what is wrong, or None."""
         window, begin = int(sample["window"][0]), int(sample["begin"][0])
         if (window, begin) in self._invalid_crops:
             return _NO_BASES
         if begin >= 0:
             (shard,), (offset,) = (values.tolist() for values in self._stored_places(sample))
             return self._try_to_read_stored(window, shard, offset, buffer)
-        buffer[:] = ord("N")  # behind the last piece
+        buffer[:] = ord("N")  # positions after the last piece
         pieces = zip(*(values.tolist() for values in self._crops.pieces(window, begin)), strict=True)
         for number, first, place, length in pieces:
             row, piece = self._crops.windows[number], buffer[place : place + length]
@@ -213,7 +220,7 @@ class SampleReader:
         return None
 
     def _try_to_read_stored(self, window: int, shard: int, offset: int, buffer: np.ndarray) -> str | None:
-        """Fill `buffer` with stored bases of a window, where that is sound, with retries; otherwise what is wrong."""
+        """Fill `buffer` with stored bases of a window that is sound, with retries. Returns what is wrong, or None."""
         if window in self._damaged_windows:
             return _CRC_MISMATCH
         for wait in (*READ_WAITS, None):
@@ -234,13 +241,13 @@ class SampleReader:
         return problem
 
     def _condemn(self, samples: np.ndarray) -> None:
-        """Never again take crops that hold bytes that are no bases."""
+        """Never again take these crops, which hold bytes that are not bases."""
         if self._substitute is None:
             raise UserError(f"{self._place(samples[0])}: {_NO_BASES}; restore the shard or shard again")
         self._invalid_crops.update(zip(samples["window"].tolist(), samples["begin"].tolist(), strict=True))
 
     def _sound(self, windows: np.ndarray | int) -> np.ndarray:
-        """Whether windows need no check, or none any more."""
+        """Whether windows need no check, or have passed it."""
         return np.ones(np.shape(windows), bool) if self._verdicts is None else self._verdicts.sound[windows]
 
     def _check(self, window: int) -> bool:

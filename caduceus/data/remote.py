@@ -1,7 +1,7 @@
-"""Bytes behind a local path or a URL, read once from the beginning. Imports no torch.
+"""Reads the bytes of a local path or a URL once, from the beginning. Imports no torch.
 
-`http:` and `https:` by the standard library, `pipe:COMMAND` by a shell, every other scheme (`s3:`, `gs:`, …) by fsspec
-and its plug-in of that scheme. Nothing of an address but the COMMAND of a pipe ever reaches a shell.
+The standard library reads `http:` and `https:`, a shell runs `pipe:COMMAND`, and fsspec with its plug-ins reads every
+other scheme (`s3:`, `gs:`, …). No part of an address reaches a shell, except the COMMAND of a pipe.
 """
 
 import logging
@@ -21,10 +21,10 @@ from caduceus.errors import UserError
 log = logging.getLogger(__name__)
 
 TIMEOUT = 30
-"""Seconds without a byte after which an http server is given up."""
+"""Seconds without a byte after which reading from an http server fails."""
 _CHUNK = 4 << 20
 _PASSING_STATUSES = (408, 425, 429)
-"""Refusals of http that mean: ask again later."""
+"""Status codes of http that mean "ask again later"."""
 
 
 class RemoteError(OSError):
@@ -32,7 +32,7 @@ class RemoteError(OSError):
 
 
 class RefusalError(RemoteError):
-    """The answer is final, as where a file is not there or may not be read: it does not help to ask again at once."""
+    """The answer is final, because the file is absent or may not be read: asking again at once does not help."""
 
 
 def is_remote(path: str) -> bool:
@@ -40,7 +40,7 @@ def is_remote(path: str) -> bool:
 
 
 def join(base: str, name: str) -> str:
-    """Address of a file in a directory. In `pipe:COMMAND`, the file's name stands for `{}`."""
+    """Address of the file `name` in the directory `base`. In `pipe:COMMAND`, the name replaces `{}`."""
     if base.startswith("pipe:"):
         if "{}" not in base:
             raise UserError(f"data.path: '{base}' needs {{}} where the name of the file belongs")
@@ -49,9 +49,10 @@ def join(base: str, name: str) -> str:
 
 
 def refuse_commands(addresses: Iterable[str], allowed: bool, key: str) -> None:
-    """Raise `UserError` where an address would run a command that the user has not allowed; `key` names it.
+    """Raise `UserError` where an address would run a command that the user has not allowed; `key`: whose value they
+    are.
 
-    A file of settings may be somebody else's. A chain of fsspec's file systems counts as a command, because some of
+    A configuration file may be somebody else's. A chain of fsspec's file systems counts as a command, because some of
     them run code that they find in a file.
     """
     for address in addresses:
@@ -63,27 +64,27 @@ def refuse_commands(addresses: Iterable[str], allowed: bool, key: str) -> None:
 
 
 def log_commands(addresses: Iterable[str]) -> None:
-    """Show the commands that addresses run."""
+    """Log the commands that addresses run."""
     for address in addresses:
         if address.startswith("pipe:"):
             log.info("data: runs the command: %s", address.removeprefix("pipe:"))
 
 
 def read_chunks(address: str) -> Iterator[bytes]:
-    """The bytes of a file, piece by piece. Whatever fails is a `RemoteError`."""
+    """The bytes of a file, piece by piece. Raises `RemoteError` for every failure."""
     try:
         with open_address(address) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
     except UserError:
         raise
-    except Exception as error:  # each file system of fsspec raises classes of its own
+    except Exception as error:  # each file system of fsspec raises its own classes
         kind = RefusalError if _is_final(error) else RemoteError
         raise kind(f"{address}: {reading_problem(address, error)}") from error
 
 
 def reading_problem(address: str, error: Exception) -> str:
-    """One line about what went wrong while the file of an address was read."""
+    """One line about what went wrong while the file at an address was read."""
     if is_remote(address):
         return failure_reason(error)
     return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
@@ -94,7 +95,7 @@ def failure_reason(error: Exception) -> str:
     error = _root(error)
     status = _status(error)
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, FileNotFoundError | StopIteration) or status == 404:  # StopIteration: of fsspec's ftp
+    if isinstance(error, FileNotFoundError | StopIteration) or status == 404:  # fsspec's ftp raises StopIteration
         return f"not found on the server{' (404)' if status == 404 else ''}; check the address"
     if isinstance(error, PermissionError) or status in (401, 403):
         return f"the server refuses access ({status or text}); check the address and your credentials"
@@ -111,13 +112,13 @@ def _is_final(error: Exception) -> bool:
 
 
 def _root(error: Exception) -> Exception:
-    """The error itself, or what it hides: fsspec's http takes whatever goes wrong for a file that is not there."""
+    """The error itself, or the one that it hides: fsspec's http reports every failure as a missing file."""
     hides = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception)
     return error.__cause__ if hides else error
 
 
 def _status(error: Exception) -> int | None:
-    """The status of an http answer, as urllib, aiohttp or botocore keep it."""
+    """The status of an http answer, from an exception of urllib, aiohttp or botocore."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -125,13 +126,15 @@ def _status(error: Exception) -> int | None:
 
 
 def _lacks_credentials(error: Exception) -> bool:
-    """Whether botocore or google-auth finds no credentials; told by name, as neither need be installed."""
+    """Whether botocore or google-auth found no credentials. Classes are compared by name, as neither package need be
+    installed.
+    """
     return "Credential" in type(error).__name__
 
 
 @contextmanager
 def open_address(address: str) -> Iterator[BinaryIO]:
-    """A file to read once from its beginning. Raises whatever its file system does, also at the end of the block."""
+    """A file to read once, from its beginning. Raises whatever its file system raises, also at the end of the block."""
     if address.startswith("pipe:"):
         with subprocess.Popen(address.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
             yield process.stdout
@@ -145,7 +148,7 @@ def open_address(address: str) -> Iterator[BinaryIO]:
     else:
         try:
             opened = fsspec.open(address, "rb").open()
-        except (ImportError, ValueError) as error:  # no plug-in of this scheme is installed, or there is none
+        except (ImportError, ValueError) as error:  # no plug-in for this scheme is installed, or none exists
             raise UserError(f"{address}: {error}") from None
         with opened as file:
             yield file

@@ -1,4 +1,4 @@
-"""Where samples lie: the g-th of training, and the fixed ones of validation. Imports no torch."""
+"""Where samples lie: the g-th sample of training, and the fixed samples of validation. Imports no torch."""
 
 import hashlib
 from collections.abc import Callable
@@ -7,9 +7,9 @@ import numpy as np
 
 from caduceus.config import Config
 from caduceus.config.by_step import BatchRamp, factors_by_step, points_of, share
-from caduceus.data.dataset import Dataset
 from caduceus.data.epochs import Epochs, EqualEpochs, ShiftedEpochs
 from caduceus.data.order import Purpose, StagedMixture, key, permute
+from caduceus.data.split_sources import SplitSources
 from caduceus.errors import UserError
 
 SAMPLE_DTYPE = np.dtype(
@@ -17,22 +17,22 @@ SAMPLE_DTYPE = np.dtype(
         ("g", "<i8"),  # sample number
         ("window", "<i8"),  # row of the crop table's windows
         ("begin", "<i8"),  # first base of the crop in its window, on the forward strand
-        ("strand", "u1"),  # that the sample shows: 0 is +, 1 is -
+        ("strand", "u1"),  # the strand that the sample shows: 0 is +, 1 is -
         ("mask_key", "<u8"),
     ]
 )
 
 
 class TrainingOrder:
-    """The endless sequence of training samples. Pure function of the dataset, the seed and the sample number."""
+    """The endless sequence of training samples: a pure function of the sources, the seed and the sample number."""
 
-    def __init__(self, dataset: Dataset, config: Config) -> None:
+    def __init__(self, split_sources: SplitSources, config: Config) -> None:
         data, seed = config.data, config.train.seed
         self._seed = seed
         self._both_strands = resolve_strands(config) == "both"
-        self.mixture = StagedMixture(_stages_of_mixture(dataset, config), seed)
+        self.mixture = StagedMixture(_stages_of_mixture(split_sources, config), seed)
         kind = ShiftedEpochs if data.crop_offset == "random" else EqualEpochs
-        self.epochs: Epochs = kind(dataset.crops, seed, data.shuffle_block)
+        self.epochs: Epochs = kind(split_sources.crops, seed, data.shuffle_block)
 
     def locate(self, g: np.ndarray) -> np.ndarray:
         """Samples g (n,) int64 -> (n,) SAMPLE_DTYPE."""
@@ -40,7 +40,7 @@ class TrainingOrder:
         return self._samples(g, self.epochs.locate(source, k))
 
     def substitute(self, g: int, attempt: int) -> np.ndarray:
-        """The `attempt`-th choice of what stands for sample g if it cannot be read, (1,) SAMPLE_DTYPE: same source."""
+        """The `attempt`-th substitute for sample g, which cannot be read: (1,) SAMPLE_DTYPE, of the same source."""
         number = np.array([g])
         source, _ = self.mixture.locate(number)
         draw = key(self._seed, Purpose.SUBSTITUTE, number, attempt)
@@ -55,27 +55,27 @@ class TrainingOrder:
         return samples
 
 
-def _stages_of_mixture(dataset: Dataset, config: Config) -> list[tuple[int, list[float]]]:
+def _stages_of_mixture(split_sources: SplitSources, config: Config) -> list[tuple[int, list[float]]]:
     """(first sample, weight of each source) of the stages of `data.species_weights`."""
     ramp, stages = BatchRamp.of(config.train), []
-    species = [source.species for source in dataset.sources]
+    species = [source.species for source in split_sources.sources]
     for step, factors in factors_by_step(config.data):
         for name in factors:
             if name not in species:
                 raise UserError(
                     f"data.species_weights: no species '{name}' in data.path; there are {', '.join(species)}"
                 )
-        weights = [source.weight * factors.get(source.species, 1) for source in dataset.sources]
+        weights = [source.weight * factors.get(source.species, 1) for source in split_sources.sources]
         if not any(weights):
-            raise UserError(f"data.species_weights: from step {step} on all species have 0; leave one in")
+            raise UserError(f"data.species_weights: from step {step} on all species have 0; give at least one a weight")
         stages.append((ramp.samples_before(step), weights))
     return stages
 
 
 def mask_rates(config: Config) -> Callable[[np.ndarray], np.ndarray] | None:
-    """The share of bases that is labelled by sample number, (n,) -> (n,); None where it is the same in all.
+    """A function: sample numbers (n,) -> share of bases to label (n,); None without `data.mask_schedule`.
 
-    Linear between the steps of `data.mask_schedule`: all samples of a step have the same.
+    It is linear between the steps of the schedule, and the same for all samples of a step.
     """
     if config.data.mask_schedule is None:
         return None
@@ -95,15 +95,15 @@ def resolve_strands(config: Config) -> str:
     return config.data.strands
 
 
-def validation_samples(dataset: Dataset, limit: int) -> dict[str, np.ndarray]:
+def validation_samples(split_sources: SplitSources, limit: int) -> dict[str, np.ndarray]:
     """At most `limit` samples of each species, (n,) SAMPLE_DTYPE, forward strand.
 
-    Choice and masks are keyed by the genome and the place of the crop alone, so every run has the same ones.
+    Choice and masks depend on the genome and the place of the crop alone, so every run has the same samples.
     """
-    crops = dataset.crops
+    crops = split_sources.crops
     sizes = crops.crops_of_source
     chosen = {}
-    for source, first, size in zip(dataset.sources, np.cumsum(sizes) - sizes, sizes, strict=True):
+    for source, first, size in zip(split_sources.sources, np.cumsum(sizes) - sizes, sizes, strict=True):
         count = min(limit, int(size))
         draw = key(Purpose.VALIDATION, _name_key(source.species, source.sha256))
         samples = np.zeros(count, SAMPLE_DTYPE)

@@ -12,9 +12,9 @@ from caduceus.data.cache import Shard, ShardCache
 from caduceus.files import patiently
 
 MAX_OPEN_FILES = 128
-"""Descriptors one process keeps open; hundreds of species have more shards than a process may open."""
+"""File descriptors that a process keeps open: hundreds of species have more shards than a process may open."""
 MAX_OPEN_CACHED = 4
-"""The same for cached shards: one that was evicted takes its disk space until the last process closes it."""
+"""The same for cached shards: an evicted one takes disk space until the last process closes it."""
 
 
 class ShardFiles:
@@ -28,13 +28,15 @@ class ShardFiles:
         self._ends: dict[tuple[int, int], int] = {}
 
     def read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
-        """Fill `buffer` (n,) uint8 from byte `offset` of file number `file`. Raises OSError, also where it ends."""
+        """Fill `buffer` (n,) uint8 from byte `offset` of file number `file`. Raises `OSError`, also where the file ends
+        early.
+        """
         patiently(lambda: self._read_into(file, offset, buffer))
 
     def _read_into(self, file: int, offset: int, buffer: np.ndarray) -> None:
         try:
             self._fill(file, offset, buffer)
-        except OSError:  # the next one may have to open the file anew
+        except OSError:  # the next attempt may have to open the file anew
             if file in self._open:
                 os.close(self._open.pop(file))
             raise
@@ -49,18 +51,18 @@ class ShardFiles:
             view, offset = view[count:], offset + count
 
     def is_checked(self, file: int) -> bool:
-        """Whether a cache has found the whole file to be the manifest's since the start. Raises OSError."""
+        """Whether a cache has checked the sha256 of the whole file since the start. Raises `OSError`."""
         if self._cache is None:
             return False
         self._descriptor(file)
         return self._cache.has_checked(self.shards[file])
 
     def genome_end(self, window: np.void) -> int:
-        """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises OSError.
+        """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises `OSError`.
 
-        Only KEY.json tells, which follows the bases: padding that the index lists looks like N of the genome, and less
-        than 16 is not listed; a segment may end anywhere, at a gap or an excluded interval, so neither the contig's
-        length nor the neighbouring windows say it.
+        Only KEY.json, which follows the bases, tells this. In the index, padding looks like N of the genome, and less
+        than 16 bases of it are not listed. A segment may end at any gap or excluded interval, so neither the contig's
+        length nor the neighbouring windows tell it.
         """
         start, length = int(window["start"]), int(window["length"])
         if not window["may_be_padded"]:
@@ -83,7 +85,7 @@ class ShardFiles:
         return self._ends[file, offset]
 
     def forget(self, file: int) -> None:
-        """Close a file, and have a cached one fetched again when it is next read."""
+        """Close a file; a cached one is fetched again when it is next read."""
         if file in self._open:
             os.close(self._open.pop(file))
         if self._cache:

@@ -1,4 +1,4 @@
-"""The shards of a dataset, made when they are asked for: of a hundred thousand, a process reads few at a time."""
+"""Lists of shards that make each `Shard` on access: of a hundred thousand, a process reads few at a time."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,16 +11,17 @@ from caduceus.data.remote import join
 
 
 class ShardList(Sequence[Shard]):
-    """Shards by (species, row of the manifest), below `home`; fetched from `address`, where one is given."""
+    """Shards of a species from `entries`, rows of the manifest, below `home`; `address`: the server, if any."""
 
-    def __init__(self, home: Path, address: str | None, entries: list[tuple[str, dict[str, Any]]]) -> None:
+    def __init__(self, home: Path, address: str | None, species: str, entries: list[dict[str, Any]]) -> None:
         self._home = home
         self._address = address
+        self._species = species
         self._entries = entries
 
     @property
     def folders(self) -> set[Path]:
-        return {self._home / species for species in {species for species, _ in self._entries}}
+        return {self._home / self._species} if self._entries else set()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -31,11 +32,11 @@ class ShardList(Sequence[Shard]):
     def __getitem__(self, number: slice) -> list[Shard]: ...
     def __getitem__(self, number: int | slice) -> Shard | list[Shard]:
         if isinstance(number, slice):
-            return [self._shard(*entry) for entry in self._entries[number]]
-        return self._shard(*self._entries[number])
+            return [self._shard(entry) for entry in self._entries[number]]
+        return self._shard(self._entries[number])
 
-    def _shard(self, species: str, entry: dict[str, Any]) -> Shard:
-        name = f"{species}/{entry['name']}"
+    def _shard(self, entry: dict[str, Any]) -> Shard:
+        name = f"{self._species}/{entry['name']}"
         origin = None if self._address is None else join(self._address, name)
         return Shard(self._home / name, entry["bytes"], entry["sha256"], origin)
 

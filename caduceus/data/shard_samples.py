@@ -1,4 +1,4 @@
-"""Training samples of shards: any micro-batch from its number alone, whatever came before it."""
+"""Training samples from shards: the number of a micro-batch alone decides its samples."""
 
 import itertools
 import logging
@@ -10,42 +10,44 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from caduceus.config import Config
 from caduceus.data.batch import Batch, RankSchedule, to_batch
-from caduceus.data.dataset import log_dataset, open_dataset
 from caduceus.data.reading import SampleReader
 from caduceus.data.samples import TrainingOrder
+from caduceus.data.split_sources import log_sources, open_sources
 from caduceus.errors import UserError
 
 log = logging.getLogger(__name__)
 
 ORDER_VERSION = 1
-"""Part of the loader's fingerprint: to be raised when the code maps a sample number to another sample."""
+"""Part of the loader's fingerprint. Raise it when the code maps a sample number to another sample."""
 _PLANNED_SAMPLES = 2048
-"""Samples located at once; locating is vectorised."""
+"""Samples that are located at once, as locating is vectorised."""
 
 
 class ShardSamples:
-    """What a training loader draws from in `data.mode` shards."""
+    """The samples of a training loader with `data.mode=shards`."""
 
     substituted_are = "samples could not be read"
 
     def __init__(self, config: Config, split: str, positions: tuple[int, int] | None) -> None:
-        self._dataset = open_dataset(config.data, split)
-        self._order = TrainingOrder(self._dataset, config)
-        self._reader = SampleReader(self._dataset, config, positions, self._order.substitute)
+        self._split_sources = open_sources(config.data, split)
+        self._order = TrainingOrder(self._split_sources, config)
+        self._reader = SampleReader(self._split_sources, config, positions, self._order.substitute)
 
     def log(self) -> None:
         counts, epochs = self._order.mixture.counts, self._order.epochs
-        log_dataset(self._dataset, counts, epochs.bases_seen, epochs.differ)
+        log_sources(self._split_sources, counts, epochs.bases_seen, epochs.differ)
 
     def what_decides_the_order(self) -> dict[str, Any]:
-        """What a position in the order is only good for, beyond the keys of the configuration."""
+        """The facts, beyond the keys of the configuration, that must be the same for a position in the order to be
+        valid.
+        """
         first, *others = self._order.mixture.counts.tolist()
         stages = {"stages_of_mixture": others} if others else {}
         return {
             "order_version": ORDER_VERSION,
-            "split": self._dataset.split,
-            "datasets": self._dataset.fingerprints,
-            "mixture": [[source.species, n] for source, n in zip(self._dataset.sources, first, strict=True)],
+            "split": self._split_sources.split,
+            "datasets": self._split_sources.fingerprints,
+            "mixture": [[source.species, n] for source, n in zip(self._split_sources.sources, first, strict=True)],
             **stages,
             **self._reader.what_decides_the_weights(),
         }
@@ -55,20 +57,24 @@ class ShardSamples:
 
     @property
     def species(self) -> tuple[str, ...]:
-        """Those that samples are drawn from, by row."""
-        return tuple(source.species for source in self._dataset.sources)
+        """The species that samples are drawn from, by row."""
+        return tuple(source.species for source in self._split_sources.sources)
 
     def species_rows(self, numbers: np.ndarray) -> np.ndarray:
-        """Samples (B,) -> the row of `species` (B,) that each is drawn from; a substitute is of the same one."""
+        """Sample numbers (B,) -> the row of `species` (B,) that each is drawn from; a substitute has the same
+        species.
+        """
         return self._order.mixture.locate(numbers)[0]
 
     def epochs(self, g: int) -> dict[str, float]:
-        """How often the first `g` samples have gone through the crops of each species."""
+        """Epochs of each species that the first `g` samples make."""
         epochs = self._order.epochs.passed(self._order.mixture.drawn(g))
         return dict(zip(self.species, epochs.tolist(), strict=True))
 
     def read(self, numbers: np.ndarray, least: np.ndarray) -> Batch:
-        """Samples (B,), of which peers that share them could not read the crops before the `least` (B,) of each."""
+        """Read samples (B,), and for each try no crop before number `least` (B,): a peer that shares it could not read
+        those.
+        """
         return to_batch(self._reader.read(self._order.locate(numbers), least))
 
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
@@ -77,7 +83,9 @@ class ShardSamples:
 
 
 class _MicroBatches(IterableDataset):
-    """Every worker computes its own share. A `UserError` is a value: torch would wrap it in a worker's traceback."""
+    """Every worker computes its own share. A `UserError` is yielded as a value: torch would add a worker's traceback to
+    it.
+    """
 
     def __init__(self, order: TrainingOrder, reader: SampleReader, schedule: RankSchedule, first: int) -> None:
         self._order, self._reader, self._schedule, self._first = order, reader, schedule, first

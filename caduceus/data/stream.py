@@ -1,7 +1,7 @@
-"""Training from tars that have no index: a stream of stock WebDataset, whose guarantees are weaker than of shards.
+"""Training from tars without an index: a stream in the way of stock WebDataset, with weaker guarantees than shards.
 
-The order depends on the number of ranks and workers, a restart draws the tars anew, and of damage only what breaks the
-format of a tar or of its compression is noticed. In exchange any tar with bases in it will do, local or remote.
+The order depends on the number of ranks and workers, a restart draws the tars anew, and damage is noticed only where it
+breaks the format of a tar or of its compression. In exchange any tar with bases in it can be used, local or remote.
 """
 
 import itertools
@@ -27,14 +27,14 @@ from caduceus.errors import UserError
 log = logging.getLogger(__name__)
 
 SPECIES = "stream"
-"""Stands for the species, which a stream does not know."""
+"""Takes the place of a species' name, which a stream does not know."""
 _SHUFFLED_CROPS = 4096
 _SHUFFLED_BASES = 64 << 20
-"""Most crops and most bases in the buffer that a worker draws its crops from."""
+"""Largest number of crops, and of bases, in the buffer from which a worker draws its crops."""
 
 
 class StreamSamples:
-    """What a training loader draws from in `data.mode` stream."""
+    """The samples of a training loader with `data.mode=stream`."""
 
     substituted_are = "tars are damaged"
 
@@ -69,7 +69,7 @@ class StreamSamples:
         return {"species": SPECIES, "sample": g}
 
     def epochs(self, g: int) -> dict[str, float]:
-        """A stream does not know how long an epoch is."""
+        """Nothing, as a stream does not know how long an epoch is."""
         return {}
 
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
@@ -77,7 +77,7 @@ class StreamSamples:
         return _StreamMicroBatches(self, schedule, first)
 
     def tokens(self, crops: list[np.ndarray], g: np.ndarray) -> SampleArrays:
-        """Tokens of crops (seq_len,) uint8 as samples g (B,)."""
+        """Tokens of B crops, each (seq_len,) uint8, as samples number g (B,)."""
         samples = np.zeros(len(g), SAMPLE_DTYPE)
         samples["g"] = g
         samples["strand"] = key(self._seed, Purpose.STRAND, g) >> np.uint64(63) if self._both_strands else 0
@@ -85,7 +85,7 @@ class StreamSamples:
         return tokens_of_crops(self._objective, np.stack(crops), samples)
 
     def crops(self, start: int, consumer: int, consumers: int, notes: list[str]) -> Iterator[np.ndarray]:
-        """Shuffled crops for one worker of one rank, without end. What cannot be used adds a line to `notes`."""
+        """Shuffled crops for one worker of one rank, without end. Each damaged tar adds a line to `notes`."""
         urls = self._urls_of(start, consumer, consumers)
         crops = crops_of_tars(urls, self._data, notes, tars=len(set(self._urls)))
         seed = int(key(self._seed, Purpose.CROP, start, consumer)[0])
@@ -93,7 +93,7 @@ class StreamSamples:
         return webdataset.shuffle(size, initial=size // 10, rng=random.Random(seed))(crops)
 
     def _urls_of(self, start: int, consumer: int, consumers: int) -> Iterator[str]:
-        """Every `consumers`-th tar of an endless sequence in which each pass over the tars has an order of its own."""
+        """Every `consumers`-th tar of an endless sequence, in which each pass over the tars has its own order."""
         for place in itertools.count(consumer, consumers):
             epoch, position = divmod(place, len(self._urls))
             keys = key(self._seed, Purpose.SHARDS, start, epoch)
@@ -147,7 +147,7 @@ class StreamValidation:
             log.warning("data.valid_path: %s", remark)
 
     def describe(self, sample: np.void) -> dict[str, Any]:
-        """What is known of a crop: a stream has no coordinates."""
+        """What is known about a crop, without coordinates, which a stream does not have."""
         return {"species": SPECIES, "sample": int(sample["g"])}
 
     def read(self, samples: np.ndarray) -> SampleArrays:
@@ -158,10 +158,12 @@ def expand_urls(path: Any, name: str, allow_commands: bool) -> list[str]:
     """The tars of a path or a list of paths, with {000..099} expanded as webdataset does; `name` is the key's."""
     entries = path if isinstance(path, list) else [path]
     if not entries or not all(isinstance(entry, str) and entry for entry in entries):
-        raise UserError(f"{name}: in stream mode give the address of tars, as dir/{{000..099}}.tar, or a list of them")
+        raise UserError(
+            f"{name}: in stream mode give the address of tars, such as dir/{{000..099}}.tar, or a list of them"
+        )
     try:
         urls = [url for entry in entries for url in webdataset.shardlists.expand_urls(entry)]
-    except (AssertionError, ValueError) as error:  # of a variable that is not set, and of braces that do not match
+    except (AssertionError, ValueError) as error:  # raised for an unset variable, and for unmatched braces
         raise UserError(f"{name}: {error}") from None
     refuse_commands(urls, allow_commands, name)
     return urls
@@ -170,8 +172,8 @@ def expand_urls(path: Any, name: str, allow_commands: bool) -> list[str]:
 def crops_of_tars(urls: Iterator[str], data: DataConfig, notes: list[str], tars: int) -> Iterator[np.ndarray]:
     """The usable crops (seq_len,) uint8 of tars, in order.
 
-    `notes` gets a line for each reading of a damaged tar. Raises `UserError` once each of the `tars` different ones has
-    been read and none had a usable crop when it was last read.
+    `notes` gets a line each time a damaged tar is read. Raises `UserError` once each of the `tars` different tars has
+    been read, and none had a usable crop when it was last read.
     """
     fruitless: set[str] = set()
     for url in urls:
@@ -214,7 +216,7 @@ def _no_crop(data: DataConfig, findings: TarFindings) -> str:
 def _crops_of_member(name: str, content: bytes, data: DataConfig, findings: TarFindings) -> Iterator[np.ndarray]:
     bases = np.frombuffer(content.strip(), np.uint8)
     if not IS_IUPAC_BYTE[bases].all():
-        findings.add("members with bytes that are no bases are left out", name)
+        findings.add("members with bytes that are not bases are left out", name)
         return
     if IS_URACIL_BYTE[bases].any():
         findings.remarks["holds RNA (U): every U is read as T"] = None

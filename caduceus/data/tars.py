@@ -1,7 +1,7 @@
-"""Tars of any origin, read once from their beginning; what is damaged is told and passed over. Imports no torch.
+"""Reads tars of any origin once, from their beginning; damage is reported and passed over. Imports no torch.
 
-The standard library's `tarfile` reads the headers. It is told to pass over blocks that are no header, so after damage
-it goes on at the next sound one, and it is watched while it does so, because it says nothing about what it passes over.
+The standard library's `tarfile` reads the headers. It passes over blocks that are not headers, so after damage it goes
+on at the next sound header. As it does not report what it passes over, the classes here watch it.
 """
 
 import tarfile
@@ -19,18 +19,20 @@ _EXTENSIONS_NAMED = 8
 
 
 class Remark(str):
-    """A line about a tar that is told and is no damage."""
+    """A line about a tar that is reported, but is not damage."""
 
 
 @dataclass
 class TarFindings:
-    """What was found in one tar: the kinds of problems, each with how often and where first, and other extensions."""
+    """What was found in one tar: each kind of problem, with its number and first place, and the extensions of other
+    members.
+    """
 
     address: str
     problems: dict[str, tuple[int, str]] = field(default_factory=dict)
     other_extensions: set[str] = field(default_factory=set)
     remarks: dict[str, None] = field(default_factory=dict)
-    """What is told and is no damage, in order."""
+    """What is reported but is not damage, in order."""
 
     def add(self, problem: str, where: str = "") -> None:
         count, first = self.problems.get(problem, (0, where))
@@ -41,7 +43,7 @@ class TarFindings:
         return f"{self.address}: {'; '.join(map(self._describe, self.problems))}" if self.problems else None
 
     def remark(self) -> Remark | None:
-        """One line about what is no damage; None where there is nothing to tell."""
+        """One line of all remarks; None where there are none."""
         return Remark(f"{self.address}: {'; '.join(self.remarks)}") if self.remarks else None
 
     def _describe(self, problem: str) -> str:
@@ -53,26 +55,28 @@ class TarFindings:
 def read_members(findings: TarFindings, extension: str) -> Iterator[tuple[str, bytes]]:
     """(name, content) of the files `*.extension` of the tar at `findings.address`, in order, each name once.
 
-    The tar may be compressed by gzip, bzip2 or xz. Hidden files are passed over. Never raises for what is wrong with
-    the tar: `findings` tells it, and as much is read as can be. Raises `UserError` for an address of an unknown scheme.
+    The tar may be compressed with gzip, bzip2 or xz. Hidden files are passed over. Damage of the tar raises nothing:
+    `findings` has it, and as much as possible is read. Raises `UserError` for an address of an unknown scheme.
     """
     try:
         with open_address(findings.address) as raw:
             file = _Forward(raw)
             start = file.peek(LONGEST_MAGIC)
             if program := next((name for magic, name in OTHER_PROGRAMS.items() if start.startswith(magic)), None):
-                findings.add(f"is compressed by {program}, which is not read; data.path='pipe:{program} -dc FILE' is")
+                findings.add(
+                    f"is compressed with {program}, which is not supported; data.path='pipe:{program} -dc FILE' is"
+                )
                 return
             pieces = pieces_of(start, file)
             yield from _members(_Forward(Decompressed(pieces)) if pieces else file, findings, f".{extension.lower()}")
             if pieces and pieces.passed_over:
-                told = f"{pieces.passed_over:,} bytes stand behind the end of its compressed data: passed over"
+                told = f"{pieces.passed_over:,} bytes after the end of its compressed data are passed over"
                 findings.remarks[told] = None
     except UserError:
         raise
     except DecompressionError as error:
         findings.add(f"cannot be decompressed any further ({error})")
-    except Exception as error:  # each decompressor and file system raises classes of its own
+    except Exception as error:  # each decompressor and file system raises its own classes
         findings.add(reading_problem(findings.address, error))
 
 
@@ -89,22 +93,22 @@ def _members(file: "_Forward", findings: TarFindings, suffix: str) -> Iterator[t
                     if len(findings.other_extensions) < _EXTENSIONS_NAMED and member.isreg() and "." in base[1:]:
                         findings.other_extensions.add(base.rpartition(".")[2])
                 elif not member.isreg():
-                    findings.add("members that are links or no files are left out", name)
+                    findings.add("members that are links or not files are left out", name)
                 elif name in seen:
-                    findings.add("members of a name that was there before are left out", name)
+                    findings.add("members with the name of an earlier one are left out", name)
                 else:
                     seen.add(name)
                     yield name, tar.extractfile(member).read()
             tar.report_end()
-    except tarfile.ReadError:  # of tarfile, only what the end of the file cuts short is left to raise
+    except tarfile.ReadError:  # tarfile raises this only where the end of the file cuts a member short
         if name:
-            findings.add(f"ends inside {name}, of which nothing is used")
+            findings.add(f"ends inside {name}, which is left out")
         elif not findings.problems:
             findings.add("holds nothing")
 
 
 class _Header(tarfile.TarInfo):
-    """A header that tells its tar what was no header."""
+    """A header that reports blocks that are not headers to its tar."""
 
     @classmethod
     def fromtarfile(cls, tar: "_WatchedTar") -> tarfile.TarInfo:
@@ -130,7 +134,7 @@ class _Header(tarfile.TarInfo):
 
 
 class _WatchedTar(tarfile.TarFile):
-    """A tar read forward, past what is no header; `findings` gets what was passed over."""
+    """A tar that is read forward, past blocks that are not headers; `findings` gets what was passed over."""
 
     def __init__(self, file: "_Forward", findings: TarFindings) -> None:
         self.findings = findings
@@ -140,18 +144,18 @@ class _WatchedTar(tarfile.TarFile):
 
     def saw_garbage(self, at: int) -> None:
         if not self.in_garbage and self.any_header:
-            self.findings.add("damaged where a header is due; read on from the next one", f"byte {at:,}")
+            self.findings.add("damaged where a header is expected; reading goes on at the next header", f"byte {at:,}")
         self.in_garbage, self.zero_blocks = True, 0
 
     def saw_header(self, at: int) -> None:
         if self.zero_blocks and self.any_header:
-            self.findings.add("zeros between members: an end, or members that are lost; read on", f"byte {at:,}")
+            self.findings.add("zeros between members: an end marker, or lost members; reading goes on", f"byte {at:,}")
         elif self.in_garbage and not self.any_header:
-            self.findings.add("damaged where its first header is due; read on from the next one")
+            self.findings.add("damaged where its first header is expected; reading goes on at the next header")
         self.any_header, self.in_garbage, self.zero_blocks = True, False, 0
 
     def report_end(self) -> None:
-        """Report what the end of the file shows; the caller has read its last member."""
+        """Report what the end of the file shows, after its last member was read."""
         if not self.any_header and not self.zero_blocks:
             self.findings.add("is no tar")
         elif self.zero_blocks < _END_MARKER_BLOCKS and not self.is_cut:
@@ -159,7 +163,7 @@ class _WatchedTar(tarfile.TarFile):
 
 
 class _Forward:
-    """A file that can be read once from its beginning, with the position and the forward seek that `tarfile` wants."""
+    """A file that can be read once, from its beginning, with the position and the forward seek that `tarfile` needs."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -167,7 +171,7 @@ class _Forward:
         self._position = 0
 
     def read(self, size: int = -1) -> bytes:
-        """`size` bytes; fewer only where the file ends; all of it for -1."""
+        """The next `size` bytes, fewer only at the end of the file; -1 reads the rest."""
         content = bytearray(self._ahead if size < 0 else self._ahead[:size])
         self._ahead = self._ahead[len(content) :]
         while (wanted := _CHUNK if size < 0 else size - len(content)) and (
@@ -183,7 +187,7 @@ class _Forward:
         return len(piece)
 
     def peek(self, size: int) -> bytes:
-        """The next `size` bytes, which stay to be read."""
+        """The next `size` bytes, without reading past them."""
         self._ahead = self.read(size)
         self._position -= len(self._ahead)
         return self._ahead

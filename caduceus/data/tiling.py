@@ -1,4 +1,6 @@
-"""Windows cut into crops at one offset, in closed form: whole tiles, and rows of what is left. Imports no torch."""
+"""Windows cut into crops at one offset, in closed form: whole tiles, and rows packed from the rests. Imports
+no torch.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +13,9 @@ from caduceus.data.packing import Packing, Pieces
 
 @dataclass(frozen=True)
 class Cut:
-    """How windows become crops of `seq_len` bases; of a crop at least `min_acgt` are ACGT, by the index's runs."""
+    """How windows become crops: `seq_len` bases, of which at least the share `min_acgt` is ACGT, by the
+    index's runs.
+    """
 
     seq_len: int
     min_acgt: float
@@ -19,21 +23,21 @@ class Cut:
 
     @property
     def least(self) -> int:
-        """Fewest ACGT of a crop."""
+        """The smallest number of ACGT in a crop."""
         return max(1, math.ceil(self.min_acgt * self.seq_len - 1e-6))  # the slack keeps 0.55 * 1000 at 550
 
 
 class Tiling:
-    """The crops of W windows in H shards, numbered shard by shard, of each first the tiles and then the packed rows.
+    """The crops of W windows in H shards, numbered shard by shard; in each shard tiles come first, then packed rows.
 
-    Tiles follow each other from base `offset` of a window on, as many as at offset 0. Where that leaves one too few,
-    one more lies at the end of the window that has more bases left, over its neighbour; packed windows have what is
-    left at both ends in rows instead, and those of one tile are not shifted so far that they would lose it. Tiles with
-    too few ACGT, and those with none at all, are no crops.
+    Tiles follow each other from base `offset` of a window on, as many as at offset 0. Where one does not fit any more,
+    it is put at the end of the window that has more bases left, and overlaps its neighbour. With packing, the rests at
+    both ends go into rows instead, and a window of one tile is not shifted so far that it would lose the tile. Tiles
+    with too few ACGT, and those without any, are not crops.
 
-    `lengths` (W,); `first_windows` (H + 1,): the windows of each shard; `runs`: of parts of the windows the number of
-    the first and its runs of non-ACGT. Attributes: `crops_of_shard` (H,), `first_crop` (H + 1,), `size`, `left_out`
-    (tiles).
+    `lengths` (W,); `first_windows` (H + 1,): the windows of each shard; `runs`: for each part of the windows, the
+    number of its first window, and its runs of non-ACGT. Attributes: `crops_of_shard` (H,), `first_crop` (H + 1,),
+    `size`, `left_out` (tiles).
     """
 
     def __init__(
@@ -78,12 +82,12 @@ class Tiling:
         return window, begin, row
 
     def pieces(self, row: int) -> Pieces:
-        """What a row is made of."""
-        assert self._packing is not None, "rows are of packed windows"
+        """The pieces of a row."""
+        assert self._packing is not None, "only packed windows have rows"
         return self._packing.pieces(row)
 
     def bases(self, first_windows: np.ndarray) -> np.ndarray:
-        """Bases (n,) that any crop of each range of windows holds, `first_windows` (n + 1,)."""
+        """Bases (n,) in crops, for each range of windows `first_windows` (n + 1,); a base in two crops counts once."""
         tiles = np.diff(self._usable(self._first_tile[first_windows].astype(np.int64))) * self._seq_len
         if self._packing is not None:
             return tiles + np.diff(self._packing.bases_before(first_windows))
@@ -92,7 +96,7 @@ class Tiling:
         return tiles - np.diff(np.concatenate([[0], np.cumsum(self._held_twice())])[first_windows])
 
     def _usable(self, tiles: np.ndarray) -> np.ndarray:
-        """How many tiles before each of these (n,) are crops."""
+        """How many of the tiles before each of `tiles` (n,) are crops."""
         return tiles - np.searchsorted(self._excluded, tiles)
 
     def _begin(self, window: np.ndarray, tile: np.ndarray) -> np.ndarray:
@@ -104,12 +108,12 @@ class Tiling:
 
     def _locate_tiles(self, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tile = usable + np.searchsorted(self._usable_before_excluded, usable, side="right")
-        # In other bits than its own the whole table would be converted at each call.
+        # With another dtype than the table's, numpy would convert the whole table at each call.
         window = np.searchsorted(self._first_tile, tile.astype(self._first_tile.dtype), side="right") - 1
         return window, self._begin(window, tile - self._first_tile[window])
 
     def _held_twice(self) -> np.ndarray:
-        """Bases of each window that two of its crops hold, (W,)."""
+        """Bases (W,) of each window that lie in two of its crops."""
         counts = np.diff(self._first_tile).astype(np.int64)
         slack = self._lengths.astype(np.int64) - counts * self._seq_len
         twice = np.where(counts > 1, np.maximum(np.maximum(-self._shift, self._shift - slack), 0), 0)
@@ -118,7 +122,7 @@ class Tiling:
         return np.where(either, 0, twice)
 
     def _packed(self) -> Packing:
-        """Rows of what is left of each window behind its last tile, and where tiles are shifted, before its first."""
+        """Rows of the rest of each window after its last tile, and, where tiles are shifted, before its first."""
         whole = np.diff(self._first_tile).astype(np.int64) * self._seq_len
         if self._shift is None:
             return Packing(whole, self._lengths - whole, self._first_windows, self._seq_len)
@@ -151,9 +155,10 @@ class Tiling:
 
 
 def _first_tiles(lengths: np.ndarray, seq_len: int, counts: np.ndarray | None) -> np.ndarray:
-    """How many tiles lie before each window and in all, (W + 1,): in 32 bits where these hold the last number.
+    """How many tiles lie before each window, and in all, (W + 1,); in 32 bits where these hold the last number.
 
-    Each rank has a number for every window of the dataset. `counts` (W,): tiles of each window; None for all that fit.
+    Every rank has such a number for each window of the split, so their size matters. `counts` (W,): tiles of each
+    window; None for all that fit.
     """
     firsts = np.zeros(len(lengths) + 1, np.int64)
     if counts is None:
@@ -165,7 +170,9 @@ def _first_tiles(lengths: np.ndarray, seq_len: int, counts: np.ndarray | None) -
 
 
 def _shifts(lengths: np.ndarray, cut: Cut, offset: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the first tile of each window begins, below 0 where it is cut off, (W,), and how many there are (W,)."""
+    """The base (W,) at which the first tile of each window begins, negative where it is cut off, and the number of
+    tiles (W,).
+    """
     size = cut.seq_len
     counts, slack = np.divmod(lengths.astype(np.int64), size)
     if not cut.pack:

@@ -1,7 +1,7 @@
-"""Which windows hold the bases that their crc32 says, found out once for all processes of a node. Imports no torch.
+"""Which windows match their crc32, checked once for all processes of a node. Imports no torch.
 
-The ranks of a node and their workers would otherwise read every window whole, each for itself. They share a file in
-memory with a byte per window. Its content lives as long as one of the processes: the next start finds out anew.
+Otherwise each rank of a node and each of its workers would have to read every window whole. They share a file in memory
+with a byte per window. The file lives as long as one of the processes: the next start checks again.
 """
 
 import fcntl
@@ -22,10 +22,10 @@ _MEMORY = Path("/dev/shm")
 
 
 class Verdicts:
-    """Verdicts on `windows` windows of what `subject`, plain values, identifies. Safe to pickle and to fork.
+    """Verdicts on `windows` windows, of the data that `subject` (plain values) identifies. Safe to pickle and to fork.
 
-    Attributes: `sound` (W,) bool, which may be set, and is then seen by all processes of this user on this node that
-    have the same subject. Where the node has no place for a shared file, each process finds out for itself.
+    Attributes: `sound` (W,) bool. A process may set it, and all processes of this user on this node with the same
+    subject see that. Where the node has no place for a shared file, each process checks for itself.
     """
 
     def __init__(self, subject: Any, windows: int) -> None:
@@ -38,7 +38,7 @@ class Verdicts:
 
     @contextmanager
     def deciding(self, window: int) -> Iterator[None]:
-        """Within the block, no other process decides about this window; see first whether one has done so."""
+        """A context in which no other process decides about this window; look first whether one has done so."""
         if self._descriptor is None:
             yield
             return
@@ -55,7 +55,7 @@ class Verdicts:
         try:
             if os.fstat(descriptor).st_uid != os.getuid():
                 raise PermissionError(f"{path} is another user's")
-            with suppress(BlockingIOError):  # where others use it
+            with suppress(BlockingIOError):  # it fails where other processes use the file
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.ftruncate(descriptor, 0)
                 os.ftruncate(descriptor, self._windows)
@@ -77,7 +77,7 @@ class Verdicts:
 
 def _release(descriptor: int, path: Path, owner: int) -> None:
     if os.getpid() == owner:
-        with suppress(OSError):  # of which one says that other processes use it
+        with suppress(OSError):  # the lock fails where other processes use the file
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     os.close(descriptor)

@@ -1,7 +1,7 @@
 """Windows of a species and split: from its shards' indexes, or mapped from the dataset's table. Imports no torch.
 
-A table is two .npy files for each split of a dataset: windows and runs of all species, in the manifest's order, a row
-each. A row, and not a column, lies together in the file: a sample then needs one page of it.
+A table is two .npy files for each split of a dataset: one has a row for each window, the other for each run, of all
+species in the manifest's order. The file is stored by rows, not by columns, so that a sample needs one page of it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ WINDOW_DTYPE = np.dtype(
         ("acgt", "<u4"),  # count of A, C, G and T in either case
         ("lower", "<u4"),  # count of lower-case bases, also of those that are not ACGT
         ("crc32", "<u4"),  # of the stored bases
-        ("may_be_padded", "?"),  # whether its end may be N of `--tail pad` and not the genome's
+        ("may_be_padded", "?"),  # whether N at its end may come from `--tail pad` and not from the genome
     ]
 )
 WINDOW_RUN_DTYPE = np.dtype(
@@ -61,7 +61,7 @@ def windows_of(indexes: Iterable[ShardIndex], padded: bool) -> tuple[np.ndarray,
 
 
 def require_fit(index: ShardIndex, path: Path, entry: dict[str, Any], contigs: int) -> None:
-    """Refuse an index that does not describe the shard of which the manifest has the row `entry`."""
+    """Raise `UserError` where an index does not describe the shard that is `entry` in the manifest."""
     samples, runs = index.samples, index.runs
     fits = (
         len(samples) == entry["samples"]
@@ -76,7 +76,7 @@ def require_fit(index: ShardIndex, path: Path, entry: dict[str, Any], contigs: i
 
 
 def _one_row_per_window(samples: np.ndarray) -> np.ndarray:
-    """Rows of `samples` that name each window once, the forward strand where both are stored, in tar order."""
+    """The rows of `samples` with each window once, on the forward strand where both are stored, in tar order."""
     order = np.lexsort((samples["strand"], samples["length"], samples["start"], samples["contig"]))
     place = samples[["contig", "start", "length"]][order]
     first = np.ones(len(order), bool)
@@ -98,10 +98,11 @@ def _forward_runs(samples: np.ndarray, runs: np.ndarray, rows: np.ndarray) -> np
 
 @dataclass(frozen=True)
 class SplitTable:
-    """All windows of a split of a dataset, mapped into memory: the processes of a node share its pages.
+    """All windows of a split of a dataset, mapped into memory, so that the processes of a node share the pages.
 
-    `windows` (WINDOW_DTYPE) with shards, and `runs` (WINDOW_RUN_DTYPE) with windows, numbered over all species;
-    `species`: the names, and `first_shard`, `first_window`, `first_run` (S + 1,) where each begins; `bases` (S,).
+    `windows` (WINDOW_DTYPE) and `runs` (WINDOW_RUN_DTYPE); the numbers of shards and windows in them count over all
+    species. `species`: the names; `first_shard`, `first_window`, `first_run` (S + 1,): where each species begins;
+    `bases` (S,).
     """
 
     windows: np.ndarray
@@ -116,8 +117,8 @@ class SplitTable:
     def open(cls, paths: tuple[Path, Path], table: dict[str, Any], splits: Sequence[tuple[str, int]]) -> "SplitTable":
         """Map the files of windows and runs that the manifest's row `table` describes.
 
-        `splits`: name and number of shards of each species that has the split. Raises `UserError` where the files are
-        not what the row says; of their bytes only the sizes are looked at.
+        `splits`: the name and the number of shards of each species that has the split. Raises `UserError` where the
+        files do not match the row; only their sizes are compared, not their content.
         """
         arrays = []
         for path, kind, dtype in zip(paths, ("windows", "runs"), (WINDOW_DTYPE, WINDOW_RUN_DTYPE), strict=True):
@@ -158,7 +159,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class MappedWindows:
-    """The windows of one species in a `SplitTable`: number `number` of its species."""
+    """The windows of species number `number` in a `SplitTable`."""
 
     whole: SplitTable
     number: int
@@ -169,19 +170,19 @@ class MappedWindows:
 
     @property
     def rows(self) -> np.ndarray:
-        """The windows as they are mapped: with the numbers of shards of the whole table."""
+        """The windows as they are mapped, with shard numbers of the whole table."""
         return self.whole.windows[self.whole.first_window[self.number] : self.whole.first_window[self.number + 1]]
 
     @cached_property
     def windows(self) -> np.ndarray:
-        """A copy, with the numbers of the species' own shards."""
+        """A copy of the windows, with the species' own shard numbers."""
         rows = np.array(self.rows)
         rows["shard"] -= self.whole.first_shard[self.number]
         return rows
 
     @cached_property
     def runs(self) -> np.ndarray:
-        """A copy, with the numbers of the species' own windows."""
+        """A copy of the runs, with the species' own window numbers."""
         first = self.whole.first_window[self.number]
         runs = np.array(self.whole.runs[self.whole.first_run[self.number] : self.whole.first_run[self.number + 1]])
         runs["window"] -= first

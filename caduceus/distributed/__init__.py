@@ -1,1 +1,1 @@
-"""Everything that knows about ranks. The model does not: parallelism is applied to it from outside."""
+"""All code that knows about ranks. The model does not: parallelism is applied to it from outside."""

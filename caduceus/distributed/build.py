@@ -1,4 +1,4 @@
-"""Which strategy runs, and the model it runs on."""
+"""Chooses the strategy, and builds it and its model."""
 
 import copy
 import logging
@@ -21,11 +21,12 @@ from caduceus.distributed.strategy import BuildOptimizer, Single, Strategy
 _STRATEGIES = {"single": Single, "ddp": DDP, "fsdp": FSDP, "deepspeed": DeepSpeed}
 
 _KEYS = {"fsdp": ("shard", "cpu_offload"), "deepspeed": ("zero_stage", "deepspeed_config", "cpu_offload")}
-"""Keys of `parallel.` that some strategies take and others have no use for."""
+"""Keys of `parallel.` that have an effect only under some strategies."""
 
 _GRAPHS_OF_A_BLOCK = 32
-"""Most that torch.compile makes before it leaves a block uncompiled. Blocks differ in the strand that is mirrored, in
-whether they get a residual, run with gradients, get a mask of padding, and in what is recomputed."""
+"""Largest number of versions that torch.compile makes before it leaves a block uncompiled. Blocks differ in the
+mirrored strand, in what is recomputed, and in whether they get a residual, a padding mask, and gradients.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -42,13 +43,13 @@ def build_strategy(config: Config, ranks: Ranks, build_optimizer: BuildOptimizer
     refuse_strategy(config.train, config.parallel.strategy)
     refuse_cuda_graphs(config)
     if ranks.is_main and (unused := _unused_keys(config.parallel)):
-        _log.warning("%s: without effect under parallel.strategy=%s", ", ".join(unused), config.parallel.strategy)
+        _log.warning("%s: has no effect under parallel.strategy=%s", ", ".join(unused), config.parallel.strategy)
     kind = Captured if config.train.cuda_graphs == "passes" else _STRATEGIES[config.parallel.strategy]
     return kind(config, ranks, model, build_optimizer)
 
 
 def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusForMaskedLM:
-    """The model of the run on the meta device: a strategy gives it weights, and places them."""
+    """The model of the run on the meta device; a strategy then makes its weights and places them."""
     with torch.device("meta"):
         model = CaduceusForMaskedLM(config.model, config.ops.backend, strands=strands)
     if config.train.activation_checkpointing == "block":
@@ -63,14 +64,14 @@ def build_model(config: Config, strands: StrandGroup | None = None) -> CaduceusF
 
 
 def _unused_keys(parallel: ParallelConfig) -> list[str]:
-    """Keys that were set, but that the strategy has no use for."""
+    """Keys that were set, but have no effect under the strategy."""
     used, default = _KEYS.get(parallel.strategy, ()), ParallelConfig()
     names = dict.fromkeys(name for keys in _KEYS.values() for name in keys if name not in used)
     return [f"parallel.{name}" for name in names if getattr(parallel, name) != getattr(default, name)]
 
 
 def choose_strategy(parallel: ParallelConfig, model: nn.Module, world: int) -> str:
-    """Set what `auto` takes for a model on `world` ranks, and for how many of them `shard` is; returns why."""
+    """Set the strategy that `auto` takes for a model on `world` ranks, and its `shard`. Returns the reason."""
     return _choose(parallel, sum(parameter.numel() for parameter in model.parameters()), world)
 
 

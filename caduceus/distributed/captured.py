@@ -1,9 +1,9 @@
 """`train.cuda_graphs: passes`: a micro-batch's forward and backward passes as one CUDA graph.
 
-A graph is recorded once and then launched whole, so that neither Python nor a launch for each of some thousand kernels
-takes part in a step. It reads and writes the addresses that it was recorded with: micro-batches are copied into tensors
-that stay, and gradients are added up in tensors that stay. Nothing that it records may wait for the GPU, draw random
-numbers or depend on values; what can not be recorded is refused by `caduceus.config.checks.refuse_cuda_graphs`.
+A graph is recorded once and then launched as a whole, so that a step needs neither Python nor the launches of some
+thousand kernels. It reads and writes the addresses that it was recorded with: micro-batches are copied into permanent
+tensors, and gradients are added up in permanent tensors. Nothing that it records may wait for the GPU, draw random
+numbers or depend on values; `caduceus.config.checks.refuse_cuda_graphs` refuses what cannot be recorded.
 """
 
 import contextlib
@@ -22,31 +22,34 @@ from caduceus.distributed.strategy import BuildOptimizer, Strategy
 from caduceus.model.precision import autocast
 
 WARM_UP = 3
-"""Passes before a recording, in which kernels are compiled and libraries take their memory."""
+"""Passes before a recording, in which kernels are compiled and libraries allocate their memory."""
 _ALIGNMENT = 64
-"""Elements of which each parameter's part of the gradients is a multiple: its address then suits loads of any width."""
+"""The size of each parameter's part of the gradients is a multiple of this: its address then allows loads of any width.
+"""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Passed:
-    """What the passes over a micro-batch give besides gradients; `told` where an observer looked at them."""
+    """The results of the passes over a micro-batch besides gradients; `told`: the numbers of an observer, if there was
+    one.
+    """
 
     share: Tensor
-    """() float64, of the loss of the whole global batch."""
+    """() float64, this micro-batch's share of the loss of the whole global batch."""
     sums: Tensor
     """(2, B) float64, losses and weights of the sequences."""
     told: Tensor | None
 
     def copied(self) -> "Passed":
-        """The same in memory that no replay writes."""
+        """A copy in memory that no replay overwrites."""
         return Passed(self.share.clone(), self.sums.clone(), None if self.told is None else self.told.clone())
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A graph, and where it finds a micro-batch and leaves what it found."""
+    """A graph, with the tensors from which it reads a micro-batch and into which it writes its results."""
 
     graph: torch.cuda.CUDAGraph
     arguments: Arguments
@@ -54,8 +57,8 @@ class Recording:
 
 
 class Captured(Strategy):
-    """A whole model on every rank. Gradients of all micro-batches are added up in one tensor, and over ranks at once,
-    after the last of them: no exchange is part of a graph.
+    """A whole model on every rank. The gradients of all micro-batches are added up in one tensor, and exchanged between
+    ranks together, after the last micro-batch: no exchange is part of a graph.
     """
 
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
@@ -67,10 +70,11 @@ class Captured(Strategy):
         self._parts: list[tuple[nn.Parameter, Tensor]] = []
 
     def replay(self, arguments: Arguments, weight: Tensor, observed: bool) -> Passed:
-        """Both passes over a micro-batch, whose gradients are added to those that are there.
+        """Run both passes over a micro-batch, and add its gradients to the existing ones.
 
-        `arguments`: of the model. `weight`: that of the labels of the whole global batch. `observed`: an observer looks
-        at the forward pass. The first call for arguments of a kind records them.
+        `arguments`: those of the model. `weight`: the sum of the weights of the labels of the whole global batch.
+        `observed`: whether an observer looks at the forward pass. The first call with arguments of a kind records a
+        graph.
         """
         kind = (observed, *(_kind_of(leaf) for leaf in tree_leaves(arguments)))
         self._weight.copy_(weight)
@@ -90,7 +94,7 @@ class Captured(Strategy):
             dist.all_reduce(self._gradients)
 
     def discard_gradients(self) -> None:
-        """Clear the gradients, and leave none with the parameters, as every other strategy does."""
+        """Clear the gradients, and remove them from the parameters, as every other strategy does."""
         super().discard_gradients()
         if self._gradients is not None:
             self._gradients.zero_()
@@ -108,8 +112,8 @@ class Captured(Strategy):
             self._place_gradients()
         self._hand_out_gradients()
         graph = torch.cuda.CUDAGraph()
-        # All graphs take their memory from one pool: they never run at a time, and what they give is copied. Other
-        # threads may ask CUDA for something meanwhile, such as the one that pins the memory of batches.
+        # All graphs share a memory pool: they never run at the same time, and their results are copied. Other threads
+        # may call CUDA meanwhile, such as the one that pins the memory of batches.
         pool = next((recording.graph.pool() for recording in self._recordings.values()), None)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             passed = self._pass_through(static, observed)
@@ -126,7 +130,7 @@ class Captured(Strategy):
         return Passed(share.detach().double(), sums, observer.told() if observed else None)
 
     def _place_gradients(self) -> None:
-        """Give every parameter that the passes found a gradient of its part of one tensor."""
+        """Give every parameter that has a gradient its part of one tensor."""
         found = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         sizes = [math.ceil(parameter.numel() / _ALIGNMENT) * _ALIGNMENT for parameter in found]
         self._gradients = torch.zeros(sum(sizes), dtype=found[0].dtype, device=self.ranks.device)

@@ -1,11 +1,9 @@
-"""Context parallelism: the ranks of a group share a sequence, each with a contiguous slice, exactly.
+"""Context parallelism: the ranks of a group share a sequence, each with a contiguous slice; results are exact.
 
-`caduceus.ops.across_ranks` says what they exchange: per layer, direction and stream of a sequence, a rank gives
-E (N + 1) numbers for the scan, and on the way back E N. For the convolution it gives, per stream, 2 E (K - 1), and on
-the way back 2 R E (K - 1). None depends on the length of the slice.
-
-The gradients of the edges meet in a collective, so every rank's result must depend on its neighbours' edges, also where
-the sequence begins.
+`caduceus.ops.across_ranks` describes what they exchange: per layer, direction and stream of a sequence, a rank sends E
+(N + 1) numbers for the scan, and in the backward pass E N. For the convolution it sends, per stream, 2 E (K - 1), and
+in the backward pass 2 R E (K - 1). None of these depends on the length of the slice. ¶ The gradients of the edges are
+exchanged in a collective, so every rank's result must depend on its neighbours' edges, also where the sequence begins.
 """
 
 from typing import Any
@@ -25,21 +23,21 @@ class ContextGroup:
         self.rank = rank
         self.size = size
 
-    @torch.compiler.disable  # exchanges are not for a compiled graph
+    @torch.compiler.disable  # exchanges cannot be in a compiled graph
     def edges(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The `width` positions before and after this rank's slice, zeros outside of the sequence.
+        """The `width` positions before and after this rank's slice, with zeros outside the sequence.
 
         x (S, B, L, E) -> twice (S, B, width, E).
         """
         return _Edges.apply(x, width, self)
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """(…) of each rank -> (R, …) on all of them, outside of autograd."""
+        """A tensor (…) of each rank -> (R, …) on all of them, without autograd."""
         return gather(part, self.group)
 
 
 class _Edges(torch.autograd.Function):
-    """Every rank gives its first and last positions to all; a gradient goes back to where its positions came from."""
+    """Every rank sends its first and last positions to all; gradients go back to the ranks that sent the positions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, width: int, context: ContextGroup) -> tuple[Tensor, Tensor]:
@@ -61,5 +59,5 @@ class _Edges(torch.autograd.Function):
         first, last = sum_to_owners(parts, context.group)
         gradient = before.new_zeros(ctx.shape)
         gradient[:, :, :width] = first
-        gradient[:, :, -width:] += last  # of a short slice they overlap
+        gradient[:, :, -width:] += last  # in a short slice they overlap
         return gradient, None, None

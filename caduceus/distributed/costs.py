@@ -1,6 +1,6 @@
-"""What a layout of ranks costs each of them: the collectives of a step.
+"""What a layout costs each rank: the collectives of a step.
 
-Counted from the configuration, for parameters and gradients in fp32. Imports no torch.
+They are counted from the configuration, for parameters and gradients in fp32. Imports no torch.
 """
 
 from dataclasses import dataclass, replace
@@ -12,14 +12,14 @@ from caduceus.model.costs import block_parameters, parameter_count, streams
 
 _FP32, _FP64 = 4, 8
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-"""Bytes of gradients that DDP sends at a time, at first and then; as near to them as whole parameters come."""
+"""Bytes of gradients in the first bucket of DDP and in the later ones, to the nearest whole parameters."""
 WHOLE_BUCKET = 4 * 500_000_000
-"""The same of DeepSpeed, where it divides nothing."""
+"""The same for DeepSpeed, where it divides nothing."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Bytes that a rank gives to each kind of collective in a step, without the few numbers on which ranks agree."""
+    """Bytes that a rank sends in each kind of collective in a step, without the few numbers on which ranks agree."""
 
     all_reduce: int = 0
     all_gather: int = 0
@@ -32,7 +32,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that exchange with each other: `size` of them, each `stride` ranks after the one before."""
+    """Ranks that exchange with each other: `size` ranks at distances of `stride`."""
 
     name: str
     size: int
@@ -49,19 +49,21 @@ class Exchange:
     """gradients, parameters, edges, states, logits or agreement."""
     group: Group
     bytes: int
-    """That the rank gives to it each time."""
+    """Bytes that the rank sends each time."""
     times: int
-    """In a step."""
+    """Number of times in a step."""
     behind: str = ""
-    """What the rank computes meanwhile: passes, backward passes, or the last backward pass; nothing where it waits.
+    """What the rank computes meanwhile: passes, backward passes, or the last backward pass; empty where it waits.
 
-    Of those with the same word, the last one listed comes when nothing is left to compute, or has yet begun."""
+    Of several with the same text, the last one listed happens when nothing is left to compute, or before anything has
+    begun.
+    """
 
 
 def sent(config: Config, world: int, node: int = 0) -> Sent:
-    """What a rank gives to collectives in a step that recomputes nothing.
+    """What a rank sends in the collectives of a step without recomputation.
 
-    Of ZeRO 3 it is an upper bound: small parameters stay gathered, and the last block between its two passes.
+    For ZeRO 3 it is an upper bound: small parameters stay gathered, and so does the last block between its two passes.
     """
     given = dict.fromkeys(("all-reduce", "all-gather", "reduce-scatter"), 0)
     for exchange in exchanges(config, world, node):
@@ -71,9 +73,10 @@ def sent(config: Config, world: int, node: int = 0) -> Sent:
 
 
 def exchanges(config: Config, world: int, node: int = 0, recomputed: tuple[int, int] = (0, 0)) -> list[Exchange]:
-    """The collectives of a step, where of `recomputed` blocks all, or what feeds the scan, is computed again.
+    """The collectives of a step; `recomputed`: how many blocks recompute everything, and how many the inputs of the
+    scan.
 
-    `node`: ranks of a node (0: all), by which `auto` shares parameters.
+    `node`: ranks of a node (0: all), which decides how `auto` shares parameters.
     """
     if world == 1:
         return []
@@ -97,7 +100,7 @@ def _of_ddp(config: Config, world: int, holders: int, passes: int) -> list[Excha
 
 
 def _of_fsdp(config: Config, world: int, holders: int, passes: int) -> list[Exchange]:
-    """Blocks are gathered for either pass, what is left once; gradients meet in the last micro-batch."""
+    """Blocks are gathered for each pass, the rest once; gradients are exchanged in the last micro-batch."""
     layers = config.model.n_layer
     block, rest = _parts(config)
     sharing = Group("the ranks that share parameters", holders)
@@ -150,13 +153,13 @@ def _of_strands(config: Config, world: int, passes: int) -> list[Exchange]:
 
 
 def _of_context(config: Config, world: int, passes: int, whole: int, inputs: int) -> list[Exchange]:
-    """What the slices of a strand exchange of it in every layer, either way."""
+    """What the slices of a strand exchange in every layer, forward and backward."""
     model, sharing = config.model, check_layout(config, world)
     if sharing.context == 1:
         return []
     layers, element = model.n_layer, _element(config)
     rows = streams(model) // sharing.strands * config.train.micro_batch
-    two = model.mixer == "mamba2"  # convolves B and C as well, and has one step size for a head
+    two = model.mixer == "mamba2"  # it also convolves B and C, and has one step size per head
     channels = model.d_inner + (2 * model.d_state if two else 0)
     edges = element * rows * channels * 2 * (model.d_conv - 1)
     number = max(element, _FP32) * rows * (2 if model.bidirectional else 1)
@@ -176,6 +179,6 @@ def _element(config: Config) -> int:
 
 
 def micro_batches(config: Config, world: int) -> int:
-    """Micro-batches of a rank in a step."""
+    """Number of micro-batches of a rank in a step."""
     sharing = check_layout(config, world)
     return config.train.global_batch * sharing.ranks // (config.train.micro_batch * world)

@@ -12,14 +12,14 @@ from caduceus.distributed.strategy import Strategy
 
 
 class DDP(Strategy):
-    """DistributedDataParallel over all ranks, context-parallel ones included: each holds a share of every gradient."""
+    """DistributedDataParallel over all ranks, including context-parallel ones: each has a share of every gradient."""
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
         model = super().wrap(config, model)
-        if config.model.dt_rank == 1:  # of a dimension of one, all strides mean the same memory
+        if config.model.dt_rank == 1:  # in a dimension of size one, all strides mean the same memory
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-        # The complement of each base, its one buffer, never changes: no pass has to wait for it.
+        # The model's only buffer, the complement of each base, never changes: no pass has to wait for it.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         return DistributedDataParallel(
             model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
@@ -29,5 +29,5 @@ class DDP(Strategy):
         return contextlib.nullcontext() if last else self.model.no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
-        # DDP averages over ranks, and the shares of the loss are to be added up.
+        # DDP averages over ranks, but the shares of the loss must be added up.
         (loss * self.ranks.world).backward()

@@ -1,4 +1,6 @@
-"""What a rank sets for the libraries under it before it joins the others; what its user has set stays."""
+"""Environment settings of a rank for the libraries that it uses, made before it joins the others. A user's settings
+stay.
+"""
 
 import fcntl
 import ipaddress
@@ -10,23 +12,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FLIGHT_RECORDS = "2000"
-"""Collectives of which NCCL keeps a record, to be written to the run's logs when one hangs."""
+"""Number of collectives in NCCL's record, which is written to the run's logs when one hangs."""
 FLIGHT_FILES = "nccl-rank"
-"""Beginning of their files' names in the run's logs, which the rank completes; torch's tools want it so."""
+"""Prefix of the records' file names in the run's logs, followed by the rank, as torch's tools expect."""
 _GLOO_GROUPS = 3
-"""Groups that a process keeps over gloo: one for training, one for slow work, and one of the ranks that write."""
+"""Groups over gloo that a process has: one for training, one for slow work, and one of the ranks that write."""
 _OTHER_DESCRIPTORS = 512
-"""Descriptors that a process needs besides: files, shards, pipes of loader workers, libraries."""
+"""Further file descriptors that a process needs: files, shards, pipes of loader workers, libraries."""
 _PCI_DEVICES = Path("/sys/bus/pci/devices")
 _SIOCGIFADDR = 0x8915
 _ELSEWHERE = "192.0.2.1"
-"""An address for documentation, which no network has: the way to it is the way out."""
+"""An address that is reserved for documentation: the route to it is the default route."""
 
 
 def allow_descriptors(world: int) -> None:
-    """Raise this process's limit of open files to what it needs; where it may not, gloo connects lazily.
+    """Raise this process's limit of open files to what it needs; where that is forbidden, let gloo connect lazily.
 
-    A group of gloo over all ranks takes a connection to each of them, and the usual limit is 1,024.
+    A gloo group over all ranks needs a connection to each of them, and the usual limit is 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = descriptors(world)
@@ -40,14 +42,14 @@ def allow_descriptors(world: int) -> None:
 
 
 def descriptors(world: int) -> int:
-    """Open files that a rank of so many may need."""
+    """Open files that a rank of `world` may need."""
     return _GLOO_GROUPS * (world + 3) + _OTHER_DESCRIPTORS
 
 
 def choose_interface(world: int) -> None:
-    """Have gloo use the network interface that leads to MASTER_ADDR, on a run over several nodes.
+    """Let gloo use the network interface that leads to MASTER_ADDR, in a run over several nodes.
 
-    By itself it takes the address of the host's name, which on many systems is one of the host to itself.
+    By default it uses the address of the host's name, which on many systems is a loopback address.
     """
     if world > int(os.environ.get("LOCAL_WORLD_SIZE", world)) and "GLOO_SOCKET_IFNAME" not in os.environ:
         interface = interface_to(os.environ["MASTER_ADDR"]) or interface_to(_ELSEWHERE)
@@ -64,7 +66,7 @@ def interface_to(host: str) -> str | None:
 
 
 def own_address_towards(host: str) -> str | None:
-    """The address that this machine has on its way to a host; nothing is sent."""
+    """The address of this machine on the route to a host; no packet is sent."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -75,12 +77,12 @@ def own_address_towards(host: str) -> str | None:
 
 
 def addresses() -> Iterator[tuple[str, str]]:
-    """(interface, address) of this machine."""
+    """Yield (interface, address) of this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has no address of IPv4
+            except OSError:  # it has no IPv4 address
                 continue
             yield name, socket.inet_ntoa(answer[20:24])
     table = Path("/proc/net/if_inet6")
@@ -90,9 +92,9 @@ def addresses() -> Iterator[tuple[str, str]]:
 
 
 def stay_near(pci_address: str) -> None:
-    """Have this process, and what it starts, run on the processors beside its GPU: others reach it the long way.
+    """Pin this process, and what it starts, to the processors near its GPU, as the others are connected less directly.
 
-    Not where these are too few of those that it was given, as a scheduler may have chosen them otherwise.
+    It does nothing where too few of the processors that the process was given are near.
     """
     table = _PCI_DEVICES / pci_address / "local_cpulist"
     if not table.is_file():
@@ -104,22 +106,22 @@ def stay_near(pci_address: str) -> None:
 
 
 def cpus(text: str) -> set[int]:
-    """The numbers of a list as Linux writes it: 0-3,8."""
+    """The numbers in a list of Linux's form, such as 0-3,8."""
     spans = [span.partition("-") for span in text.strip().split(",") if span]
     return {number for first, _, last in spans for number in range(int(first), int(last or first) + 1)}
 
 
 def set_nccl_defaults(logs: Path) -> None:
-    """A trace of the last collectives is kept, to be left in `logs` where one hangs.
+    """Let NCCL record the last collectives, and write the record to `logs` where one hangs.
 
-    What happens to a lost peer is NCCL's and torch's own choice, which has become better than ours was.
+    NCCL's and torch's own defaults decide what happens when a peer is lost.
     """
     trace = str(logs / FLIGHT_FILES)
     defaults = {
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_BUFFER_SIZE": FLIGHT_RECORDS,
         "TORCH_FR_DUMP_TEMP_FILE": trace,
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": FLIGHT_RECORDS,  # the same two, as torch called them until 2.8
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": FLIGHT_RECORDS,  # the old names of two of these, until torch 2.8
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": trace,
     }
     for name, value in defaults.items():

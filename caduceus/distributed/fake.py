@@ -1,4 +1,6 @@
-"""One rank of many in this process, without the others: torch's fake process group, whose collectives do nothing."""
+"""Acts as one rank of many in this process, without the others, in torch's fake process group, whose collectives do
+nothing.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @dataclass
 class Made:
-    """A group that a rank made: of which ranks, for which backend, and whether its members alone waited for it."""
+    """A group that a rank made: its ranks, its backend, and whether only its members waited for it."""
 
     ranks: list[int]
     backend: str | None
@@ -24,14 +26,14 @@ class Made:
 
 @dataclass
 class FakeWorld:
-    """What a rank asked of torch.distributed."""
+    """The groups that a rank asked torch.distributed for."""
 
     made: list[Made] = field(default_factory=list)
 
 
 @contextlib.contextmanager
 def fake_world(rank: int, world: int, timeout: timedelta = timedelta(minutes=25)) -> Iterator[FakeWorld]:
-    """Be `rank` of `world`; groups of every backend are fake."""
+    """A context in which this process is `rank` of `world`; groups of every backend are fake."""
     seen, new_group = FakeWorld(), dist.new_group
 
     def noted(
@@ -52,6 +54,6 @@ def fake_world(rank: int, world: int, timeout: timedelta = timedelta(minutes=25)
             yield seen
     finally:
         dist.destroy_process_group()
-        # What DTensor has learnt would give the next world's tensors groups of this one.
+        # DTensor's caches would give tensors of the next world groups of this one.
         for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
             getattr(debug, name, lambda: None)()

@@ -1,4 +1,4 @@
-"""What training takes of a rank's memory, by what holds it. Imports no torch."""
+"""The memory that training takes on a rank, by use. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -7,48 +7,49 @@ from caduceus.distributed.held import Held
 from caduceus.model.costs import block_bytes, kept_state_bytes
 
 RESERVE = 0.1
-"""Share of the free memory that is left alone: for fragmentation, and for what libraries take besides torch."""
+"""Share of the free memory that is kept in reserve for fragmentation and for libraries other than torch."""
 SCAN_INPUTS = 0.2
-"""Time that recomputing what feeds the scan takes, in forward passes of a block: by the bytes it moves."""
+"""Time to recompute the inputs of the scan, as a share of a block's forward pass, by the bytes that it moves."""
 GPU_CHUNK, CPU_CHUNK = 256, 16
-"""Tokens for which a scan keeps one state."""
+"""Tokens per state that a scan keeps."""
 REPLAYED, MOST_REPLAYED = 8, 2**31
-"""A GPU's backward pass replays one state of so many, and keeps at most so many bytes of them."""
+"""On a GPU the backward pass keeps one replayed state of this many tokens, and at most this many bytes of them."""
 GPU_SCRATCH, CPU_SCRATCH = 2**28, 2**29
-"""Bytes besides: of libraries, and on a CPU of the whole process."""
+"""Further bytes: of libraries, and on a CPU of the whole process."""
 CPU_HEAP = 1.1
 """Bytes that a process on a CPU holds for each byte of its tensors."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of a rank, as estimated."""
+    """The estimated memory of a rank."""
 
     recomputed: tuple[int, int]
-    """Blocks of which the backward pass computes all again, and others of which what feeds the scan."""
+    """How many blocks the backward pass recomputes whole, and of how many others it recomputes the inputs of the scan.
+    """
     memory: dict[str, int]
-    """Bytes by what they hold."""
+    """Use -> bytes."""
 
     @property
     def total(self) -> int:
         return sum(self.memory.values())
 
     def passes(self, layers: int) -> float:
-        """Of a block, forward, that a micro-batch takes: a backward pass counts as two."""
+        """The time of a micro-batch in forward passes of a block; a backward pass counts as two."""
         whole, inputs = self.recomputed
         return 3 * layers + whole + SCAN_INPUTS * inputs
 
 
 def footprint(config: Config, bases: int, states: Held, gpu: int | None) -> Footprint:
-    """Of a micro-batch with so many bases, of all streams that are here, beside what is held of the model.
+    """The memory for a micro-batch of `bases` bases of all streams on this rank; `states`: bytes that the model takes.
 
-    `gpu`: bytes of the GPU's memory, or None on a CPU, where `auto` is taken to recompute nothing.
+    `gpu`: bytes of the GPU's memory, or None on a CPU, where `auto` is assumed to recompute nothing.
     """
     model, train, layers, on_gpu = config.model, config.train, config.model.n_layer, gpu is not None
     element = {"fp64": 8, "fp32": 4, "bf16": 2 if on_gpu else 4}[train.precision]  # a CPU's scan computes in fp32
     block = block_bytes(model, element, GPU_CHUNK if on_gpu else CPU_CHUNK, fused_norm=on_gpu)
     full, lean, residual = (int(n * bases) for n in (block.full, block.lean, block.residual))
-    if train.precision == "bf16" and not on_gpu:  # its scan keeps copies of its inputs in fp32
+    if train.precision == "bf16" and not on_gpu:  # the scan keeps copies of its inputs in fp32
         lean = full
     memory = {"parameters": states.parameters, "gradients": states.gradients, "optimizer": states.states}
     memory["backward pass of a block"] = int(block.gradients * bases)
@@ -63,7 +64,7 @@ def footprint(config: Config, bases: int, states: Held, gpu: int | None) -> Foot
         counts = blocks_to_recompute(least, lean - residual, full - residual, gpu, layers)
     whole, inputs = counts
     memory["activations"] = whole * residual + inputs * lean + (layers - whole - inputs) * full
-    if layers in counts:  # the backward pass first recomputes the last block, beside what is kept of all
+    if layers in counts:  # the backward pass first recomputes the last block, while the others' activations are kept
         memory["activations"] += full if whole else full - lean
     if on_gpu and train.keep_states == "all" and model.mixer == "mamba" and config.parallel.context <= 1:
         memory["activations"] += (layers - whole) * kept_state_bytes(model, REPLAYED) * bases
@@ -73,11 +74,12 @@ def footprint(config: Config, bases: int, states: Held, gpu: int | None) -> Foot
 
 
 def blocks_to_recompute(least: int, lean: int, full: int, free: int, layers: int) -> tuple[int, int]:
-    """(blocks recomputed whole, others of which the scan's inputs are) so that training fits `free` less the reserve.
+    """(blocks that are recomputed whole, others of which only the scan's inputs are), so that training fits `free`
+    minus the reserve.
 
-    As few as can be, first of the whole ones, then of the others; together at most layers - 1. `least`: bytes with
-    layers - 1 recomputed whole; `lean` and `full`: added by each block that only has the scan's inputs recomputed, or
-    nothing. More ranks than one take the largest of their pairs, which is the one with the fewest bytes.
+    It chooses as few as possible, first of the whole ones, then of the others; together at most layers - 1. `least`:
+    bytes with layers - 1 recomputed whole. `lean` and `full`: bytes that each block adds if only its scan's inputs, or
+    nothing, is recomputed. Several ranks take the largest of their pairs, which is the one with the fewest bytes.
     """
     spare, others = int((1 - RESERVE) * free) - least, layers - 1
     added = min(lean, full)

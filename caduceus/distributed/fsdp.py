@@ -1,7 +1,7 @@
 """Fully sharded data parallelism (FSDP2): every rank holds a part of parameters, gradients and optimizer state.
 
-`parallel.shard` ranks share one copy of the parameters; with fewer than all of them it is hybrid sharding, in which
-copies are kept equal by all-reducing gradients between them.
+`parallel.shard` ranks share one copy of the parameters. With fewer than all ranks it is hybrid sharding, in which
+gradients are all-reduced between the copies to keep these equal.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 
 _UNEVEN = 1.1
-"""Times its share that a rank may hold before a warning."""
+"""A rank that holds more than this many times its fair share causes a warning."""
 
 _log = logging.getLogger(__name__)
 
 
 class FSDP(Strategy):
-    """`fully_shard` of each block and of what is left; gradients stay unreduced until the last pass of a step."""
+    """Applies `fully_shard` to each block and to the rest; gradients are reduced only in the last pass of a step."""
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
         offload = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
@@ -44,7 +44,7 @@ class FSDP(Strategy):
         options: dict[str, Any] = {
             "mesh": mesh,
             "shard_placement_fn": lambda parameter: shard_axis(parameter, holders),
-            # Parameters and gradients stay fp32 (A_log and dt do not bear bf16); autocast computes GEMMs in bf16.
+            # Parameters and gradients stay fp32 (bf16 is too coarse for A_log and dt); autocast computes GEMMs in bf16.
             "mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False),
             "offload_policy": offload if config.parallel.cpu_offload else OffloadPolicy(),
         }
@@ -68,7 +68,7 @@ class FSDP(Strategy):
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        # FSDP averages over ranks, and the shares of the loss are to be added up.
+        # FSDP averages over ranks, but the shares of the loss must be added up.
         (loss * self.ranks.world).backward()
 
     @property
@@ -80,7 +80,7 @@ class FSDP(Strategy):
             return super().clip(clip_norm).full_tensor()
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients).full_tensor().to(self.ranks.device)
-        # Each copy has added it up by itself, perhaps in another order, and all must stay the same bits.
+        # Each copy has added it up by itself, perhaps in another order, but all must have the same bits.
         dist.broadcast(norm, group=self._copies, group_src=0)
         if clip_norm:
             parts = [gradient.to_local() for gradient in gradients]
@@ -91,15 +91,15 @@ class FSDP(Strategy):
 def shard_axis(parameter: torch.Tensor, holders: int) -> Shard:
     """The axis along which `holders` ranks share a parameter: the largest that they can divide evenly.
 
-    Where there is none it is the first, the only one that FSDP2 cuts unevenly. Many parameters begin with an axis of
-    one or two directions, along which one or two ranks would hold all of them.
+    Where there is none it is the first, the only one that FSDP2 divides unevenly. Many parameters begin with an axis of
+    one or two directions; along this axis one or two ranks would hold all of it.
     """
     even = [axis for axis, size in enumerate(parameter.shape) if size % holders == 0]
     return Shard(max(even, key=lambda axis: parameter.shape[axis], default=0))
 
 
 def largest_share(model: nn.Module, holders: int) -> float:
-    """Part of all parameters that the rank which holds most of them has, where `holders` ranks share them."""
+    """The largest share of all parameters that one of `holders` ranks holds."""
     parameters = list(model.parameters())
     held = 0
     for parameter in parameters:
@@ -109,7 +109,9 @@ def largest_share(model: nn.Module, holders: int) -> float:
 
 
 def sharding_mesh(ranks: Ranks, shard: int) -> DeviceMesh:
-    """One axis where all ranks share the parameters, (replicate, shard) otherwise; `shard` neighbours share a copy."""
+    """The device mesh: one axis where all ranks share the parameters, otherwise (replicate, shard); `shard` neighbours
+    share a copy.
+    """
     shard = shard or ranks.world
     if shard == ranks.world:
         return init_device_mesh(ranks.device.type, (shard,), mesh_dim_names=("shard",))
@@ -117,5 +119,5 @@ def sharding_mesh(ranks: Ranks, shard: int) -> DeviceMesh:
     mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
     if ranks.timeout is not None:
         for group in mesh.get_all_groups():
-            _set_pg_timeout(ranks.timeout, group)  # a mesh gives its groups the library's own
+            _set_pg_timeout(ranks.timeout, group)  # a mesh gives its groups the library's default timeout
     return mesh

@@ -1,4 +1,4 @@
-"""Which strategy `auto` takes, and what a rank holds of the model under each. Imports no torch."""
+"""The strategy that `auto` takes, and what a rank holds of the model under each strategy. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,17 @@ from caduceus.config import Config, ParallelConfig
 from caduceus.model.costs import kept_numbers, parameter_count
 
 LARGEST_REPLICATED_MODEL = 300_000_000
-"""Parameters up to which every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two moments.
+"""Up to this number of parameters every rank keeps a whole model: 16 bytes each for weight, gradient and AdamW's two
+moments.
 
-Of larger ones the update of a whole model takes a few hundredths of a step on many nodes, by `launch/step_model.py`."""
+For larger ones, updating a whole model would take a few per cent of a step on many nodes, by `launch/step_model.py`.
+"""
 _FP32 = 4
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a rank, without the buckets in which gradients and gathered parameters pass by."""
+    """Bytes that a rank holds, without temporary buckets of gradients and gathered parameters."""
 
     parameters: int
     gradients: int
@@ -26,9 +28,10 @@ class Held:
 
 
 def chosen_strategy(parallel: ParallelConfig, parameters: int, world: int, node: int) -> tuple[str, int, str]:
-    """(strategy, `parallel.shard`, why) that `parallel.strategy: auto` takes for a model of so many parameters.
+    """(strategy, `parallel.shard`, reason) that `parallel.strategy: auto` takes for a model with `parameters`
+    parameters.
 
-    `node`: how many of the `world` ranks each node has.
+    `node`: the number of ranks on each node.
     """
     if world == 1:
         return "single", parallel.shard, "one process"
@@ -55,7 +58,7 @@ def strategy_of(config: Config, world: int, node: int = 0) -> tuple[str, int]:
 
 
 def held(config: Config, world: int, node: int = 0) -> Held:
-    """What a rank holds between the backward pass and the update."""
+    """The memory that a rank holds of the model between the backward pass and the update."""
     whole = _FP32 * parameter_count(config.model)
     states = _FP32 * kept_numbers(config.model, config.train)
     strategy, holders = strategy_of(config, world, node)
@@ -64,5 +67,5 @@ def held(config: Config, world: int, node: int = 0) -> Held:
     stage = config.parallel.zero_stage
     if stage == 0:
         return Held(whole, whole, states)
-    master = (whole + states) // world  # it keeps a copy of its own, also of parameters in fp32
+    master = (whole + states) // world  # it keeps its own copy, even of fp32 parameters
     return Held(whole // world if stage == 3 else whole, whole if stage == 1 else whole // world, master)

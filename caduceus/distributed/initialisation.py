@@ -1,8 +1,8 @@
-"""First weights of a model made on the meta device, part by part.
+"""Makes the first weights of a model on the meta device, part by part.
 
-Every rank draws all weights from one generator on the CPU, in the order of `init_weights`, and keeps what it is to
-hold of a part before it draws the next. So all strategies start from the same bits, and no rank ever needs memory for
-more than its share of the model and one block. Given weights are the exception: every rank reads them whole.
+Every rank draws all weights from the same generator on the CPU, in the order of `init_weights`, and keeps its share of
+a part before it draws the next. So all strategies start from the same bits, and no rank needs memory for more than its
+share of the model and one block. Given weights are an exception: every rank reads them whole.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from caduceus.errors import UserError
 from caduceus.hub.folders import load
 
 _WITHOUT_EFFECT_ON_WEIGHTS = ("residual_in_fp32",)
-"""Keys of the model in which a run may differ from the weights that it begins from: they change rounding alone."""
+"""Keys of the model in which a run may differ from its first weights, as they only change rounding."""
 
 
 def initialise(
@@ -25,10 +25,10 @@ def initialise(
     device: torch.device,
     shard: Callable[[nn.Module], object] = lambda part: None,
 ) -> None:
-    """Weights of `train.seed` for a model on the meta device, in the precision of the run, on `device`.
+    """Make the weights of `train.seed` for a model on the meta device, in the precision of the run, on `device`.
 
-    `shard` is called with each block, and at last with the whole model, as soon as its weights are there; it may
-    replace parameters by what this rank holds of them. A model that is in memory already has its weights.
+    `shard` is called with each block, and finally with the whole model, as soon as its weights exist; it may replace
+    parameters by this rank's part of them. A model that is already in memory keeps its weights.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         shard(model.to(device))
@@ -56,7 +56,7 @@ def initialise(
 def starting_weights(init_from: str, config: CaduceusConfig) -> dict[str, Tensor]:
     """The weights of `train.init_from` by their names, for a model of `config`.
 
-    Raises `UserError` for what holds no model, and names the first key in which its model is another one.
+    Raises `UserError` where it holds no model, or a model that differs in a key; the message names the first such key.
     """
     try:
         model = load(init_from)
@@ -79,7 +79,7 @@ def _is_unused(key: str, *configs: CaduceusConfig) -> bool:
 
 
 def _take(given: dict[str, Tensor], module: nn.Module, prefix: str) -> None:
-    """Overwrite a module's weights with those that are given for it, if any are."""
+    """Overwrite a module's weights with the given ones, if there are any."""
     if given:
         own = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
         module.load_state_dict(own)

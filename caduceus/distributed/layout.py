@@ -1,4 +1,4 @@
-"""Which arrangements of ranks and memory a run can take. Imports no torch: the launcher asks before it submits."""
+"""The layouts of ranks and memory that a run can have. Imports no torch, as the launcher asks before it submits."""
 
 import copy
 from collections.abc import Iterator
@@ -13,21 +13,21 @@ from caduceus.errors import UserError
 from caduceus.model.costs import streams
 
 SHORTEST_SLICE = 2**14
-"""Bases of a slice, per block, whose computation takes many times as long as what its ranks exchange in a node."""
+"""Bases of a slice, per block, for which computing takes many times as long as the exchanges within a node."""
 
 _CHANGE = "change the number of ranks or train.micro_batch"
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """How ranks share a sample: each has one of `strands` and one of `context` slices of it."""
+    """How ranks share a sample: each has one of its `strands` and one of its `context` slices."""
 
     strands: int
     context: int
 
     @property
     def ranks(self) -> int:
-        """Ranks that share a sample, and count as one data-parallel rank."""
+        """Number of ranks that share a sample and count as one data-parallel rank."""
         return self.strands * self.context
 
     def __str__(self) -> str:
@@ -36,19 +36,18 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Room:
-    """What each rank has: bytes of its GPU's memory, and how many ranks are on its node."""
+    """The resources of a rank: bytes of its GPU's memory, and the number of ranks on its node."""
 
     gpu: int
     node: int
 
 
 def check_layout(config: Config, world: int, room: Room | None = None) -> Sharing:
-    """How `world` ranks share samples, where `parallel.strands` or `parallel.context` may be 0: as it takes.
+    """How `world` ranks share samples; where `parallel.strands` or `parallel.context` is 0, this is decided here.
 
-    As few ranks as can share one, but with `room` as many of a node as it takes to fit a GPU, and where `auto` decides
-    what is recomputed, to recompute less: micro-batches are then more, of shorter slices, and the work is the same.
-
-    Raises `UserError` for an arrangement that they cannot take; the message names the key.
+    It takes as few ranks per sample as possible. With `room` it takes as many ranks of a node as are needed to fit a
+    GPU, and, where `auto` decides about recomputation, to recompute less: there are then more micro-batches, of shorter
+    slices, and the work is the same. Raises `UserError`, which names the key, for an impossible layout.
     """
     parallel, train = config.parallel, config.train
     asked = Sharing(parallel.strands, parallel.context)
@@ -84,7 +83,7 @@ def check_layout(config: Config, world: int, room: Room | None = None) -> Sharin
 
 
 def with_sharing(config: Config, sharing: Sharing) -> Config:
-    """The configuration, in which samples are shared so; all but `parallel` is that of `config` itself."""
+    """A copy of the configuration with this sharing; all sections but `parallel` are those of `config` itself."""
     parallel = replace(config.parallel, strands=sharing.strands, context=sharing.context)
     arranged = copy.copy(config)
     arranged.parallel = parallel
@@ -92,7 +91,7 @@ def with_sharing(config: Config, sharing: Sharing) -> Config:
 
 
 def footprint_of(config: Config, world: int, sharing: Sharing, room: Room | None) -> Footprint:
-    """What a rank's memory holds where samples are shared so; without `room`, on a CPU."""
+    """The memory of a rank with this sharing; without `room` it is that of a process on a CPU."""
     slices = config.train.micro_batch * config.data.seq_len // sharing.context
     bases = slices * (streams(config.model) // sharing.strands)
     states = held(config, world, room.node if room else 0)
@@ -119,7 +118,7 @@ def _chosen_sharing(config: Config, world: int, asked: Sharing, room: Room | Non
 
 
 def _sharings(config: Config, world: int, asked: Sharing) -> Iterator[Sharing]:
-    """Arrangements that give every rank a part, those with the fewest ranks a sample first, as asked (0: any).
+    """Yield the sharings that give every rank a part, as asked (0: any), with the fewest ranks per sample first.
 
     Strands cost less than slices, and come first.
     """

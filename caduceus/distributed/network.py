@@ -1,9 +1,9 @@
-"""How long collectives take on a network, by a small model. Nothing here is measured. Imports no torch.
+"""A small model of the time that collectives take on a network. Nothing here is measured. Imports no torch.
 
-A collective is a number of steps, each with a latency, and bytes that go through the narrowest link. It takes the
-fastest of rings and, to reduce, trees, each by NCCL's protocol for few bytes (LL, at a quarter of the bandwidth) or
-for many (Simple). Latencies and the shares of the bandwidth are those by which NCCL itself chooses
-(NVIDIA/nccl, src/graph/tuning.cc, of 2.10); links are those of data sheets.
+A collective takes a number of steps, each with a latency, and sends bytes through the narrowest link. It uses the
+fastest of rings and (for reductions) trees, each with NCCL's protocol for few bytes (LL, at a quarter of the bandwidth)
+or for many (Simple). Latencies and shares of the bandwidth are those with which NCCL itself chooses (NVIDIA/nccl,
+src/graph/tuning.cc, release 2.10); rates of links are from data sheets.
 """
 
 import math
@@ -14,37 +14,37 @@ from caduceus.distributed.costs import Exchange, Group
 
 @dataclass(frozen=True)
 class Protocol:
-    """Of an algorithm: latencies in seconds, and what share of the links' bandwidth it carries."""
+    """A protocol of an algorithm: latencies in seconds, and the share of the links' bandwidth that it reaches."""
 
     start: float
     step: float
-    """From one rank to the next in a node."""
+    """Latency from one rank to the next within a node."""
     hop: float
-    """From one node to the next."""
+    """Latency from one node to the next."""
     share: float
 
 
 _RINGS = (Protocol(3.6e-6, 0.47e-6, 2.7e-6, 1 / 4), Protocol(8.4e-6, 3.4e-6, 9.6e-6, 1.0))
 _TREES = (Protocol(4.4e-6, 0.52e-6, 5.0e-6, 0.9 / 3.8), Protocol(0.0, 28e-6, 50e-6, 0.9))
 _LL_BETWEEN_NODES = 1.8
-"""Times its latency in a node that a step of the protocol for few bytes takes where ranks are on several."""
+"""Factor of the latency within a node, for the protocol for few bytes, where ranks are on several nodes."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """The links of a rank, in bytes per second and direction."""
+    """The links of a rank, in bytes per second in each direction."""
 
     node: int = 8
     """Ranks of a node."""
     link: float = 450e9
-    """To the others of its node: NVLink of an H100 SXM."""
+    """The link to other ranks of its node: NVLink of an H100 SXM."""
     adapter: float = 50e9
-    """To other nodes: its own InfiniBand NDR adapter, of 400 Gb/s."""
+    """The link to other nodes: its own InfiniBand NDR adapter, 400 Gb/s."""
     carried: float = 0.8
-    """Share of a link's rate that reaches the ranks."""
+    """Share of a link's rate that is usable."""
 
     def seconds(self, exchange: Exchange) -> float:
-        """Of one time; ranks of other groups do the same meanwhile, each over its own links."""
+        """Seconds of one exchange, while ranks of other groups do the same, each over its own links."""
         size, nodes = exchange.group.size, self.nodes(exchange.group)
         if size == 1:
             return 0.0
@@ -64,13 +64,13 @@ class Network:
         return min(times)
 
     def nodes(self, group: Group) -> int:
-        """On how many nodes the ranks of a group are."""
+        """The number of nodes with ranks of a group."""
         if group.stride >= self.node:
             return group.size
         return math.ceil(group.size * group.stride / self.node)
 
     def describe(self) -> str:
-        """Its assumptions, one line."""
+        """The assumptions, in one line."""
         return (
             f"{self.node} ranks to a node; NVLink {self.link / 1e9:.0f} GB/s and InfiniBand {self.adapter / 1e9:.0f} "
             f"GB/s a rank and direction (data sheets), of which {self.carried:.0%} arrives; latencies as NCCL 2.10 has "

@@ -1,9 +1,10 @@
-"""The ranks of a run: how they are arranged, and what they agree on.
+"""The ranks of a run: how they are arranged, and how they agree.
 
-World = data-parallel ranks x strands x context. Ranks with slices of one strand (`parallel.context`) are neighbours, as
-they exchange states in every layer. Next to them are those with the other strand (`parallel.strands`), with which they
-exchange logits once per micro-batch; so all ranks of a sample sit on one node. Ranks that share parameters
-(`parallel.shard`) are neighbours as well. Gradients are summed over the whole world, so it does not matter which.
+World = data-parallel ranks x strands x context. Ranks with slices of the same strand (`parallel.context`) are
+neighbours, as they exchange states in every layer. Next to them are the ranks with the other strand
+(`parallel.strands`), with which they exchange logits once per micro-batch; so all ranks of a sample are on one node.
+Ranks that share parameters (`parallel.shard`) are neighbours too. Gradients are summed over the whole world, so any
+neighbours will do.
 """
 
 import os
@@ -23,9 +24,9 @@ from caduceus.distributed.strands import StrandGroup
 from caduceus.errors import Kind, PeerError, UserError, kind_of, one_line
 
 _WEIGHTS = [Kind.PEER, Kind.RETRY, Kind.CRASH, Kind.NODE, Kind.USER]
-"""Where several ranks fail at once, the last of these kinds is what all end for."""
+"""Where several ranks fail at once, all end with the failure whose kind comes last here."""
 PATIENCE = timedelta(hours=2)
-"""How long ranks wait for one that opens data or writes a checkpoint, which a slow file system may delay."""
+"""Time that ranks wait for one that opens data or writes a checkpoint, which a slow file system may delay."""
 _NO_MORE = object()
 
 T = TypeVar("T")
@@ -34,9 +35,10 @@ T = TypeVar("T")
 class Ranks:
     """This process among the processes of the run.
 
-    rank, world: this process and the number of all; data_rank, data_world: who draws which samples; context_rank,
-    context: which slice of a sample; strand_rank, strands: which strand of it, or with one all that the model has;
-    device: where this process computes; timeout: how long collectives in groups of some ranks may take.
+    rank, world: the number of this process, and of all processes. data_rank, data_world: decide which samples it draws.
+    context_rank, context: decide its slice of a sample. strand_rank, strands: decide its strand; with `strands` 1 it
+    computes all of the model's. device: where this process computes. timeout: how long collectives in groups of some
+    ranks may take.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process writes the files that only one rank writes."""
         return self.rank == 0
 
     def positions(self, seq_len: int) -> tuple[int, int]:
@@ -75,7 +77,7 @@ class Ranks:
         return self.context_rank * width, (self.context_rank + 1) * width
 
     def mirrored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, L, …) of this rank's slices of sequences -> the same of the sequences read backwards."""
+        """(B, L, …) for this rank's slices of sequences -> the same for the sequences read backwards."""
         if self.context_group is None:
             return tensor.flip(1)
         return self.context_group.all_gather(tensor)[self.context - 1 - self.context_rank].flip(1)
@@ -87,7 +89,7 @@ class Ranks:
         return tensor
 
     def maximum(self, value: int) -> int:
-        """Largest value of all ranks: how they agree to stop, save or skip."""
+        """The largest value of all ranks. With this they agree to stop, save or skip."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value, device=self._agrees_on)
@@ -96,9 +98,10 @@ class Ranks:
 
     @contextmanager
     def patiently(self) -> Iterator[None]:
-        """Within, ranks that have nothing to do wait as long as `PATIENCE` for the others, and without the GPU.
+        """A context in which idle ranks wait up to `PATIENCE` for the others, and without using the GPU.
 
-        Around what depends on files. What ranks compute together takes no longer than a collective of training may.
+        It is for work that depends on files. Work that ranks compute together has the shorter limit of training's
+        collectives.
         """
         before, self._agrees_over = self._agrees_over, self._patient_group
         try:
@@ -108,22 +111,22 @@ class Ranks:
 
     @property
     def _agrees_on(self) -> torch.device:
-        """Where what the ranks agree on has to lie."""
+        """The device on which numbers to agree on must be."""
         return self.device if self._agrees_over is None else torch.device("cpu")
 
     @property
     def shares_samples(self) -> bool:
-        """Whether other ranks compute other slices or strands of this rank's samples: its peers."""
+        """Whether other ranks, its peers, compute other slices or strands of this rank's samples."""
         return self._sample_group is not None
 
     def largest_of_peers(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise maximum over this rank and its peers, in place; of tensors on the CPU, without the GPU."""
+        """Elementwise maximum over this rank and its peers, in place; for tensors on the CPU the GPU is not used."""
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._sample_group)
         return values
 
     def gather(self, numbers: list[float] | torch.Tensor) -> torch.Tensor:
-        """(n,) numbers of each rank -> (world, n) float64 on the CPU, the same on all ranks."""
-        if self.world == 1:  # and no GPU is asked
+        """Numbers (n,) of each rank -> (world, n) float64 on the CPU, the same on all ranks."""
+        if self.world == 1:  # no GPU is needed
             return torch.as_tensor(numbers, dtype=torch.float64).cpu()[None]
         mine = torch.as_tensor(numbers, dtype=torch.float64, device=self._agrees_on)
         return gather(mine, self._agrees_over).cpu()
@@ -149,15 +152,17 @@ class Ranks:
         return values[0]
 
     def raise_together(self, error: BaseException | None) -> None:
-        """Raise on every rank if any has an error: the others must not wait for one that is gone.
+        """Raise on every rank if any has an error, as the others must not wait for a rank that is gone.
 
-        A rank raises its own error; one that has none, or only that of a peer, a `PeerError` that says which rank
-        failed, how and why.
+        A rank raises its own error. A rank without one, or with only a peer's, raises a `PeerError` that says which
+        rank failed, how and why.
         """
         self.raise_for(self.maximum(self.weight_of(error)), error)
 
     def raise_for(self, heaviest: int, error: BaseException | None) -> None:
-        """Raise where the heaviest `weight_of` of all ranks is that of an error: for the first rank that has it."""
+        """Raise where the largest `weight_of` of all ranks belongs to an error, on behalf of the first rank
+        that has it.
+        """
         if heaviest == 0:
             return
         culprit = self.world - 1 - (heaviest - 1) % self.world
@@ -168,14 +173,14 @@ class Ranks:
         raise PeerError(f"rank {culprit} on {host} failed: {message}", culprit, kind) from error
 
     def weight_of(self, error: BaseException | None) -> int:
-        """By its kind, then by rank; 0 without an error."""
+        """A number that orders errors by kind, then by rank; 0 without an error."""
         if error is None:
             return 0
         return 1 + _WEIGHTS.index(kind_of(error)) * self.world + self.world - 1 - self.rank
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """Around what each rank does without the others; where it fails on one, all raise, at the end of it."""
+        """A context for work that each rank does alone; where it fails on one, all raise at the end of the block."""
         failure: Exception | None = None
         try:
             yield
@@ -184,7 +189,7 @@ class Ranks:
         self.raise_together(failure)
 
     def together(self, items: Iterable[T]) -> Iterator[T]:
-        """Items, of which every rank makes the same number. Where making them fails on one rank, all raise."""
+        """Yield the items; every rank makes the same number. Where making one fails on a rank, all raise."""
         iterator = iter(items)
         while True:
             with self.agreeing():
@@ -194,7 +199,7 @@ class Ranks:
             yield item
 
     def groups(self) -> dict[str, tuple[dist.ProcessGroup | None, torch.device]]:
-        """The groups of this rank by what its ranks share, with where it lies; None stands for all ranks."""
+        """The groups of this rank, each with what its ranks share and its device; None means all ranks."""
         found: dict[str, tuple[dist.ProcessGroup | None, torch.device]] = {}
         if self.world > 1:
             found["all ranks"] = None, self.device
@@ -230,9 +235,9 @@ class Ranks:
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether torch.distributed itself raised the error, as it does where a peer is gone."""
+    """Whether torch.distributed itself raised the error, which it does where a peer is gone."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    while modules and modules[-1] == "torch._ops":  # by which functional collectives are called
+    while modules and modules[-1] == "torch._ops":  # functional collectives are called through this
         modules.pop()
     raised_in = modules[-1] if modules else ""
     plain = type(error) is RuntimeError or isinstance(error, dist.DistError)
@@ -240,16 +245,18 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 def make_deterministic(deterministic: bool) -> None:
-    """Have torch's operators and cuBLAS give the same bits every time, or as they are fastest."""
+    """Let torch's operators and cuBLAS give the same bits every time, or be as fast as possible."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    # Filling memory that will be overwritten finds faults of operators, and makes no result the same.
+    # Filling memory that will be overwritten only serves to find faulty operators.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of `run.device`; where it sees several GPUs, the one of this local rank."""
+    """The device of `run.device`; where several GPUs are visible, the one of this local rank. Raises `UserError`
+    without a GPU.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":

@@ -1,7 +1,7 @@
-"""How the processes of a run meet, and see before they compute together that they are of one run: `joined`.
+"""Connects the processes of a run, and checks before they compute together that they belong to the same run: `joined`.
 
-What they tell each other goes through the store at which they meet: processes that differ in their layout, or of which
-some have no GPU, would wait for each other without end in the first collective.
+They exchange these facts through the store at which they meet: processes with different layouts, or of which some have
+no GPU, would wait for each other without end in the first collective.
 """
 
 import contextlib
@@ -29,18 +29,20 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.leaving import among_peers
 
 MEETING = timedelta(minutes=15)
-"""Ranks that are started together come within this."""
+"""Time within which ranks that are started together must meet."""
 COLLECTIVE_MARGIN = timedelta(minutes=10)
-"""A collective that takes this much longer than a step may has lost a rank; the watchdog of the steps comes first."""
+"""A collective that exceeds the limit of a step by this has lost a rank; the watchdog of steps acts earlier."""
 NO_TIMEOUT = timedelta(days=365)
-"""Timeout of collectives where a step may take any time; the libraries always want one."""
+"""Timeout of collectives where steps have no limit, as the libraries always need one."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a process tells of itself: `device` is "cpu" or "cuda", and `problem` why it cannot take part, if so."""
+    """The facts that a process reports about itself. `device`: "cpu" or "cuda". `problem`: why it cannot take part, or
+    None.
+    """
 
     host: str
     code: str
@@ -59,12 +61,12 @@ class Member:
 
 
 def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dist.Store, list[Member]]:
-    """Wait for all ranks at MASTER_ADDR, MASTER_PORT; the store there, and what each rank tells of itself.
+    """Wait for all ranks at MASTER_ADDR, MASTER_PORT. Returns the store there, and the facts of each rank.
 
-    Raises `PeerError` where they do not all come, and `UserError` without an address. `timeout` is that of
-    the store from then on.
+    Raises `PeerError` where they do not all come, and `UserError` without an address. `timeout`: that of the store
+    afterwards.
     """
-    if world == 1:  # which may have been started without any address to meet at
+    if world == 1:  # the process may have been started without an address
         return dist.HashStore(), [member]
     try:
         store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=MEETING))
@@ -74,25 +76,25 @@ def meet(member: Member, rank: int, world: int, timeout: timedelta) -> tuple[dis
         members = [Member(**json.loads(text)) for text in store.multi_get(names)]
         done = [f"met/{number}" for number in range(world)]
         store.set(done[rank], "")
-        if rank == 0:  # whose process may hold the store: it must not end before all have read
+        if rank == 0:  # this process may hold the store: it must not end before all have read
             store.wait(done, MEETING)
     except ValueError as error:  # there is no address
-        raise UserError(f"rank {rank} on {member.host}: {one_line(error)}; start all ranks by torchrun") from None
+        raise UserError(f"rank {rank} on {member.host}: {one_line(error)}; start all ranks with torchrun") from None
     except dist.DistError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise PeerError(
             f"rank {rank} on {member.host}: not all {world} ranks met at {place} within {MEETING} "
-            f"({str(error).splitlines()[0]}); see what the others say"
+            f"({str(error).splitlines()[0]}); see the messages of the others"
         ) from None
     store.set_timeout(timeout)
     return store, members
 
 
 def refuse_strangers(members: list[Member], rank: int) -> None:
-    """Raise on every rank if one is not of the run: other code, configuration or kind of device.
+    """Raise on every rank if one has other code, another configuration or another kind of device.
 
     The message names the first such rank and its host. That rank raises a `UserError`, or a `NodeError` where its node
-    lacks the GPU that other nodes have, and the others a `PeerError`. Where code or configuration differ, either side
+    lacks a GPU that other nodes have; the others raise a `PeerError`. Where code or configuration differ, either side
     may be the wrong one, so all raise a `PeerError`.
     """
     with_gpu = any(member.device == "cuda" for member in members)
@@ -102,7 +104,9 @@ def refuse_strangers(members: list[Member], rank: int) -> None:
             raise PeerError(f"{where}: {difference}", number, Kind.USER)
         if with_gpu and member.device != "cuda":
             raise of_rank(
-                NodeError(f"{where}: torch sees no GPU there, but other ranks have one; mend the node or leave it out"),
+                NodeError(
+                    f"{where}: torch sees no GPU there, but other ranks have one; repair the node or leave it out"
+                ),
                 number,
                 rank,
             )
@@ -121,7 +125,7 @@ def code_and_config_hash(config: Config) -> tuple[str, str]:
         code.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     settings = hashlib.sha256(dump_json(config_to_dict(config)))
     if config.parallel.deepspeed_config is not None:
-        with contextlib.suppress(OSError):  # which the layout's check tells
+        with contextlib.suppress(OSError):  # the check of the layout reports it
             settings.update(Path(config.parallel.deepspeed_config).read_bytes())
     return code.hexdigest(), settings.hexdigest()
 
@@ -133,16 +137,17 @@ def _difference(member: Member, first: Member) -> str | None:
     ]
     for name, here, there, remedy in rows:
         if here != there:
-            return f"its {name} ({here[:12]}) is not that of {first.host} ({there[:12]}); {remedy} on all ranks"
+            return f"its {name} ({here[:12]}) differs from that of {first.host} ({there[:12]}); {remedy} on all ranks"
     return None
 
 
 @contextlib.contextmanager
 def joined(config: Config) -> Iterator[Ranks]:
-    """Join the other ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or be alone.
+    """A context with the ranks that torchrun or the launcher started (RANK, WORLD_SIZE, LOCAL_RANK), or this process
+    alone.
 
-    Raises `UserError` on every rank where they are not of one run, or cannot be arranged as `parallel.*` asks. Where
-    the process has joined them already, its group is used, and left as it is.
+    Raises `UserError` on every rank where they do not belong to one run, or cannot be arranged as `parallel.*` asks.
+    Where the process has already joined a group, that group is used and left as it is.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     make_deterministic(config.train.deterministic)
@@ -180,12 +185,12 @@ def joined(config: Config) -> Iterator[Ranks]:
         _start_collectives(config, device, store, rank, world, timeout)
         with _telling_lost_contact(rank):
             yield Ranks(rank, *arranged)
-    if world > 1:  # after a failure it stays: NCCL destroys it on all ranks together
+    if world > 1:  # after a failure it stays, as NCCL destroys it on all ranks together
         dist.destroy_process_group()
 
 
 def _room(members: list[Member]) -> Room | None:
-    """What every rank has at least; None where they compute on CPUs."""
+    """The smallest resources of all ranks; None where they compute on CPUs."""
     memory = [member.memory for member in members if member.memory is not None]
     node = int(os.environ.get("LOCAL_WORLD_SIZE", len(members)))
     return Room(min(memory), node) if memory else None
@@ -232,14 +237,14 @@ def _start_collectives(
 
 
 def _look_at_gpu(device: torch.device, rank: int) -> None:
-    """Stay near it, and say where ranks cannot reach each other's GPUs."""
+    """Pin the process near its GPU, and warn where ranks cannot reach each other's GPUs."""
     facts = torch.cuda.get_device_properties(device)
     stay_near(f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0")
     local_ranks, seen = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if rank == 0 and seen < local_ranks and "MIG" not in facts.name:
         _log.warning(
-            "each rank sees %d of the GPUs of its node, on which there are %d ranks: NCCL may not copy from one to the "
-            "other directly then; let every rank see all of them (SLURM: --gpus-per-node, not --gpus-per-task)",
+            "each rank sees %d of the GPUs of its node, which has %d ranks: NCCL may then not copy directly between "
+            "GPUs; let every rank see all of them (SLURM: --gpus-per-node, not --gpus-per-task)",
             *(seen, local_ranks),
         )
 

@@ -1,7 +1,8 @@
-"""Strand parallelism: two ranks share a sequence of Caduceus-PS, each with one strand of it, exactly.
+"""Strand parallelism: two ranks share a sequence of Caduceus-PS, each with one of its strands; results are exact.
 
-The streams of the strands meet in the logits alone. So all that the ranks exchange is the logits at labelled bases,
-once per micro-batch, and nothing on the way back: from there on both compute the same, and each takes half of the loss.
+The streams of the strands are only combined in the logits. So the ranks exchange only the logits at labelled bases,
+once per micro-batch, and nothing in the backward pass: after the logits both compute the same, and each takes half of
+the loss.
 """
 
 from typing import Any
@@ -19,10 +20,10 @@ class StrandGroup:
         self.size = size
 
     def sum(self, part: Tensor) -> Tensor:
-        """Sum over the ranks, the same bits on all of them.
+        """Sum over the ranks, with the same bits on all of them.
 
-        Differentiable where each goes on to compute an equal share of one loss: the gradients that would have to be
-        added up are then the same on all.
+        It is differentiable where each rank then computes an equal share of the same loss: the gradients that would
+        have to be added up are then equal on all.
         """
         return _Sum.apply(part, self)
 

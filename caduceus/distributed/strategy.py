@@ -1,4 +1,4 @@
-"""What all strategies share: the interface that the trainer drives, as one process does it."""
+"""The interface of strategies for the trainer, with the behaviour of a single process."""
 
 import contextlib
 import functools
@@ -30,15 +30,15 @@ from caduceus.errors import UserError
 from caduceus.files import patiently, system_error
 
 DEEPSPEED_FOLDER = "deepspeed"
-"""Folder in a checkpoint of DeepSpeed that holds its own files."""
+"""The folder of DeepSpeed's own files in its checkpoints."""
 
 
 BuildOptimizer = Callable[[nn.Module, TrainConfig], torch.optim.Optimizer]
-"""Makes the optimizer of a model on the meta device or in memory."""
+"""A function that makes the optimizer of a model, which may be on the meta device."""
 
 
 class Part(NamedTuple):
-    """What a rank holds of a parameter and of its gradient."""
+    """A rank's part of a parameter and of its gradient."""
 
     name: str
     weight: torch.Tensor
@@ -48,14 +48,13 @@ class Part(NamedTuple):
 class Strategy:
     """A model on the ranks of a run, and its optimizer.
 
-    The base class is what one process does. Strategies override how the model is wrapped and how gradients meet.
-
-    `model` is what the loop calls. The loss given to `backward` is this rank's share of the global loss: shares add up
-    over ranks, and so do gradients.
+    The base class does what one process does. Strategies override how the model is wrapped and how gradients are
+    exchanged. The loop calls `model`. The loss given to `backward` is this rank's share of the global loss: shares add
+    up over ranks, and so do gradients.
     """
 
     can_stage = True
-    """Whether `stage` works, so that training goes on while a checkpoint is written."""
+    """Whether `stage` is available, so that training goes on while a checkpoint is written."""
 
     def __init__(self, config: Config, ranks: Ranks, model: nn.Module, build_optimizer: BuildOptimizer) -> None:
         self.ranks = ranks
@@ -63,7 +62,7 @@ class Strategy:
         self.optimizer = build_optimizer(model, config.train)
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
-        """Give the model, made on the meta device, its first weights; returns it as the loop calls it."""
+        """Give the model, made on the meta device, its first weights. Returns the module that the loop calls."""
         initialise(model, config.train, self.ranks.device)
         return model
 
@@ -75,7 +74,7 @@ class Strategy:
         loss.backward()
 
     def clip(self, clip_norm: float) -> torch.Tensor:
-        """Scale the gradients to a global norm of at most `clip_norm` (0: leave them); returns the norm before."""
+        """Scale the gradients to a global norm of at most `clip_norm` (0: leave them). Returns the norm before that."""
         return nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or float("inf"))
 
     def step(self, lr: float) -> None:
@@ -86,46 +85,47 @@ class Strategy:
 
     @property
     def network(self) -> nn.Module:
-        """The model itself, without what wraps it."""
+        """The model itself, without wrappers."""
         return getattr(self.model, "module", self.model)
 
     @property
     def copies(self) -> int:
-        """How many ranks hold the same part of each parameter."""
+        """Number of ranks that hold the same part of each parameter."""
         return self.ranks.world
 
     def parts(self) -> list[Part]:
-        """What this rank holds of each parameter, and of its gradient between the backward pass and the step."""
+        """This rank's part of each parameter, and, between the backward pass and the step, of its gradient."""
         return [
             Part(name, local(parameter.detach()), None if parameter.grad is None else local(parameter.grad))
             for name, parameter in self.network.named_parameters()
         ]
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """A copy of every whole parameter by its name, on every rank's device. All ranks call it together."""
+        """Yield a copy of every whole parameter with its name, on every rank's device. All ranks call it together."""
         return {name: parameter.detach().clone() for name, parameter in self.network.named_parameters()}
 
     def discard_gradients(self) -> None:
-        """Clear the gradients; instead of `step`, the step is skipped."""
+        """Clear the gradients, instead of `step`, where the step is skipped."""
         self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def writers(self) -> int:
-        """How many ranks, from the first on, hold one whole copy of model and optimizer, and write it."""
+        """Number of ranks, from the first on, that together hold one copy of model and optimizer, and write it."""
         return 1
 
     def save(self, directory: Path, group: dist.ProcessGroup | None) -> None:
-        """Write model and optimizer into `directory`. `group` is that of the `writers`, where there are several.
+        """Write model and optimizer into `directory`. `group`: that of the `writers`, where there are several.
 
-        Every rank calls it. It returns on the first rank when all is written, on others when their part is.
+        Every rank calls it. It returns on the first rank when everything is written, on others when their part is.
         """
         if self.ranks.rank < self.writers:
             self._write(self.state_dict(), directory, group)
 
     def stage(self, group: dist.ProcessGroup | None) -> Callable[[Path], None]:
-        """Copy what this rank is to write to host memory; the function returned is as `save`, of the copy.
+        """Copy this rank's part to host memory. Returns a function like `save`, which writes the copy.
 
-        Every rank calls that function, on any thread; the writers talk over `group`, which nothing else uses then.
+        Every rank calls that function, in any thread; the writers communicate over `group`, which nothing else may use
+        meanwhile.
         """
         if self.ranks.rank >= self.writers:
             return lambda directory: None
@@ -133,7 +133,7 @@ class Strategy:
         return lambda directory: self._write(state, directory, group)
 
     def _write(self, state: dict[str, Any], directory: Path, group: dist.ProcessGroup | None) -> None:
-        # A fifth of the time that it takes a processor, and the sha256 of the whole files says more.
+        # torch's own checksums would take a fifth of the CPU time, and the sha256 of the whole files is a better check.
         torch.serialization.set_crc32_options(False)
         patiently(lambda: os.listdir(directory), is_there=True)  # noqa: PTH208 (the first rank has made it)
         writer = _Writer(directory)
@@ -150,7 +150,7 @@ class Strategy:
                 "parallel.strategy=deepspeed"
             )
         state = self.state_dict()
-        with self.ranks.agreeing():  # each reads its own part, and no rank plans for the others
+        with self.ranks.agreeing():  # each rank reads its own part, and none plans for the others
             _read(state, directory)
         self.load_state_dict(state)
 
@@ -167,7 +167,7 @@ class Strategy:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -184,7 +184,7 @@ def _read(state: dict[str, Any], directory: Path) -> None:
     def read() -> None:
         try:
             dcp.load(state, storage_reader=_Reader(directory), no_dist=True)
-        except dcp.CheckpointException as error:  # which is no Exception
+        except dcp.CheckpointException as error:  # it is not an Exception
             causes = [system_error(failure) for failure, _ in error.failures.values()]
             raise next(filter(None, causes), RuntimeError(str(error))) from error
 
@@ -195,15 +195,17 @@ def _read(state: dict[str, Any], directory: Path) -> None:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Has patience with the metadata, of whose reading torch hides how it failed."""
+    """Reads the metadata with `patiently`, as torch hides why reading it failed."""
 
     def read_metadata(self, *arguments: Any, **named: Any) -> Metadata:
         read = functools.partial(super().read_metadata, *arguments, **named)
-        return patiently(read, is_there=not (arguments or named))  # with any, it looks whether a rank wrote its own
+        return patiently(read, is_there=not (arguments or named))  # with arguments, it looks for a file of the rank
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Fails with the system's own error where a disk is full or broken, which torch hides behind one of its format."""
+    """Raises the system's own error where a disk is full or broken; torch would hide it behind an error about its
+    format.
+    """
 
     def prepare_local_plan(self, plan: dcp.SavePlan) -> dcp.SavePlan:
         return patiently(functools.partial(super().prepare_local_plan, plan))  # it looks for what it would replace

@@ -1,1 +1,1 @@
-"""Looks at the machines of a run before it starts: one page with what is wrong, and what to do."""
+"""Examines the machines of a run before it starts: one page says what is wrong, and what to do."""

@@ -1,7 +1,7 @@
 """python -m caduceus.doctor [--folder DIR] [--device auto|cpu|cuda]
 
-Looks at this machine, or under torchrun at all machines of the ranks, and prints one page: what is wrong, what to look
-at, what to do. `launch/slurm.py --check --nodes 2` does it on the nodes of a cluster.
+Examines this machine, or under torchrun all machines of the ranks, and prints one page: what is wrong, what should be
+looked at, and what to do. `launch/slurm.py --check --nodes 2` does it on the nodes of a cluster.
 """
 
 import argparse
@@ -27,7 +27,9 @@ MAX_CLOCK_SKEW = 5.0
 
 
 def main() -> int:
-    """Look at everything; the first rank prints the page. Returns 1 where something is wrong."""
+    """Examine everything; the first rank prints the page. Returns the exit status: 1 where something is
+    wrong, else 0.
+    """
     parser = Parser(
         prog="python -m caduceus.doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -38,7 +40,7 @@ def main() -> int:
 
 
 def examine(folder: Path, device_name: str) -> int:
-    """As the command; the ranks are those of the environment (RANK, WORLD_SIZE)."""
+    """Do what the command does; the environment (RANK, WORLD_SIZE) tells the ranks."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(device_name)
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -69,13 +71,13 @@ def _join(device: torch.device, rank: int, world: int) -> None:
     except (dist.DistError, RuntimeError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise NodeError(
-            f"rank {rank} on {node_name()}: the {world} ranks do not meet at {place} ({one_line(error)[:200]}); is the "
-            "address reached from all nodes, and its port open?"
+            f"rank {rank} on {node_name()}: the {world} ranks do not meet at {place} ({one_line(error)[:200]}); check "
+            "that all nodes reach this address, and that its port is open"
         ) from None
 
 
 def _together(ranks: Ranks, found: list[Finding]) -> list[tuple[str, list[Finding]]]:
-    """What all ranks have found, and what they only find together, which stands with the first."""
+    """The findings of every rank; those that ranks can only make together are added to the first rank's."""
     clocks = ranks.gather_objects((node_name(), time.time()))
     nodes = [name for name, _ in clocks]
     by_rank = list(zip(nodes, ranks.gather_objects(found), strict=True))

@@ -1,4 +1,6 @@
-"""How fast ranks exchange, in a node and between nodes, beside what their cards and adapters should give."""
+"""How fast ranks exchange data, in a node and between nodes, compared with what their cards and adapters
+should give.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,19 +17,21 @@ from caduceus.doctor.findings import Finding, ok_unless
 GPU_BYTES, CPU_BYTES = 256 * 2**20, 4 * 2**20
 _TRIALS = 5
 _LEAST = 0.5
-"""Below this part of the rate that there should be, something is wrong."""
+"""Share of the expected rate below which something is wrong."""
 _LINKS = {"H100": 450e9, "H200": 450e9, "A100": 300e9, "B200": 900e9}
 """Bytes per second in one direction from a card to the others of its node by NVLink, from data sheets (SXM)."""
 _PORTS = Path("/sys/class/infiniband")
 
 
 def rates(ranks: Ranks, nodes: list[str]) -> Iterator[Finding]:
-    """Rates of all-reduce and all-gather over each group. All ranks call it; `nodes` names the node of each."""
+    """Measured rates of all-reduce and all-gather in each group. All ranks call it; `nodes` has the node of
+    each rank.
+    """
     here = nodes[ranks.rank]
     inside = [rank for rank, node in enumerate(nodes) if node == here]
     place = inside.index(ranks.rank)
     across = [rank for rank, node in enumerate(nodes) if nodes[:rank].count(node) == place]
-    # Group counts must be the same on all ranks: nodes with fewer ranks would leave others waiting.
+    # All ranks must make the same number of groups: otherwise nodes with fewer ranks would leave others waiting.
     if len({nodes.count(node) for node in nodes}) == 1:
         for name, members, most in (
             ("in a node", inside, _in_a_node()),
@@ -48,7 +52,7 @@ def _rate(name: str, members: list[int], ranks: Ranks, most: float | None) -> Fi
     reduced = 2 * nbytes / _seconds(lambda: dist.all_reduce(whole, group=group), ranks.device)
     gathered = nbytes / _seconds(lambda: groups.gather(part, group), ranks.device)
     slowest = ranks.gather([reduced, gathered]).min(0).values.tolist()
-    told = "all-reduce {:.1f} GB/s, all-gather {:.1f} GB/s a rank, the slowest".format(
+    told = "all-reduce {:.1f} GB/s, all-gather {:.1f} GB/s per rank, on the slowest".format(
         *(rate / 1e9 for rate in slowest)
     )
     told = f"{name}, {size} ranks: {told}" + (f"; its links give {most / 1e9:.0f}" if most else "")
@@ -57,7 +61,7 @@ def _rate(name: str, members: list[int], ranks: Ranks, most: float | None) -> Fi
 
 
 def _seconds(exchange: Callable[[], Tensor | dist.Work | None], device: torch.device) -> float:
-    """Seconds of the fastest of several exchanges, after one that makes the connections."""
+    """Seconds of the fastest of several exchanges, after a first one that makes the connections."""
     best = float("inf")
     for trial in range(1 + _TRIALS):
         started = time.perf_counter()

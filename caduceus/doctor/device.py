@@ -12,22 +12,22 @@ from caduceus.ops.backends import resolve_backend
 from caduceus.ops.self_check import check_kernels
 
 _TOLERANCE = 1e-3
-"""Largest relative difference of sums in fp32, which kernels add up in another order."""
+"""Largest relative difference that is allowed: kernels add up sums in fp32 in another order."""
 
 
 def kernels(device: torch.device) -> Finding:
-    """The scan of the backend that `auto` takes, forward and backward, beside the definition's; on GPUs every op."""
+    """Compare the scan of the backend that `auto` takes with its definition, forward and backward; on GPUs every op."""
     try:
         backend = resolve_backend("auto", device, torch.float32)
         started = time.perf_counter()
         if backend == "triton" and device.type == "cuda":
-            check_kernels(device)  # all of them, unless that was done
+            check_kernels(device)  # all ops, unless that was done before
         found, expected = (_scan(name, device) for name in (backend, "naive"))
     except Exception as error:  # whatever a broken compiler or driver raises
         remedy = "see the versions above; ops.backend=naive runs without kernels, slowly"
         return Finding("kernels", State.WRONG, f"{device.type}: {one_line(error)[:300]}", remedy)
     difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True))
-    told = f"{backend}: as the definition" if difference <= _TOLERANCE else f"{backend}: {difference:.1e} off"
+    told = f"{backend}: as the definition" if difference <= _TOLERANCE else f"{backend}: differs by {difference:.1e}"
     if difference > _TOLERANCE:
         return Finding(
             "kernels",
@@ -40,7 +40,7 @@ def kernels(device: torch.device) -> Finding:
 
 
 def _scan(backend: str, device: torch.device) -> list[Tensor]:
-    """Outputs and gradients of one small scan."""
+    """Outputs and gradients of a small scan."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"u": (1, 256, 32), "dt": (1, 256, 32), "A": (32, 16), "B": (1, 256, 16), "C": (1, 256, 16)}
     given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

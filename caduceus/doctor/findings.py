@@ -1,4 +1,4 @@
-"""What the doctor finds, and the page that tells it. Imports no torch."""
+"""What the doctor finds, and the page that shows it. Imports no torch."""
 
 import enum
 import os
@@ -20,7 +20,7 @@ class State(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at: what, how it stands, and what to do where that is not well."""
+    """One thing that was examined: what it is, what was found, and what to do where that is not well."""
 
     what: str
     state: State
@@ -29,7 +29,7 @@ class Finding:
 
 
 def ok_unless(problem: bool, what: str, told: str, remedy: str, state: State = State.LOOK) -> Finding:
-    """A finding of `state` and with a remedy where there is a problem."""
+    """A finding: fine without a problem, otherwise of `state` and with a remedy."""
     return Finding(what, state, told, remedy) if problem else Finding(what, State.OK, told)
 
 
@@ -39,7 +39,9 @@ def node_name() -> str:
 
 
 def page(by_rank: list[tuple[str, list[Finding]]]) -> str:
-    """The findings of all ranks, each with its node, as a page: the same finding of several nodes stands once."""
+    """The findings of all ranks, each with its node, as a page of text; the same finding of several nodes is printed
+    once.
+    """
     nodes = list(dict.fromkeys(node for node, _ in by_rank))
     places: dict[Finding, list[str]] = {}
     for node, findings in by_rank:

@@ -1,4 +1,4 @@
-"""What one machine has for training, looked at by one of its ranks."""
+"""What one machine offers for training, examined by one of its ranks."""
 
 import os
 import resource
@@ -19,14 +19,14 @@ from caduceus.files import show_bytes
 
 LEAST_SHARED_MEMORY = 2**30
 SLOW_FILE = 0.1
-"""Seconds that a small file may take to be on the disk under its name."""
+"""Longest time, in seconds, that may pass until a small file is on the disk under its name."""
 _TRIALS, _LARGE = 5, 32 * 2**20
 _SHARED_MEMORY, _INFINIBAND = Path("/dev/shm"), Path("/sys/class/infiniband")
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def findings(world: int, folder: Path) -> Iterator[Finding]:
-    """What is found on this machine for a run of `world` ranks whose directory would be made in `folder`."""
+    """The findings on this machine for a run of `world` ranks whose directory would be made in `folder`."""
     yield gpus()
     yield open_files(world)
     yield locked_memory()
@@ -39,7 +39,7 @@ def findings(world: int, folder: Path) -> Iterator[Finding]:
 
 
 def gpus() -> Finding:
-    """How many, of which kind and with which software; whether others use them."""
+    """How many GPUs there are, of which kind and with which software, and whether others use them."""
     if not torch.cuda.is_available():
         driver = _DRIVER.is_file()
         told = "the machine has NVIDIA's driver, but torch sees no GPU" if driver else "none: ranks compute on the CPU"
@@ -70,7 +70,7 @@ def open_files(world: int) -> Finding:
 
 
 def locked_memory() -> Finding:
-    """InfiniBand registers memory, which must not be limited then."""
+    """Whether memory may be locked without limit, as InfiniBand, which registers it, needs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     adapters = sorted(path.name for path in _INFINIBAND.glob("*")) if _INFINIBAND.is_dir() else []
     limit = "unlimited" if soft == resource.RLIM_INFINITY else f"at most {show_bytes(soft)}"
@@ -80,7 +80,7 @@ def locked_memory() -> Finding:
 
 
 def shared_memory() -> Finding:
-    """By which loader workers hand over batches."""
+    """The space in shared memory, through which loader workers hand over batches."""
     if not _SHARED_MEMORY.is_dir():
         return Finding("shared memory", State.LOOK, f"there is no {_SHARED_MEMORY}", "set data.workers=0")
     free = shutil.disk_usage(_SHARED_MEMORY).free
@@ -89,7 +89,7 @@ def shared_memory() -> Finding:
 
 
 def network() -> Finding:
-    """The interface by which this machine is reached, and whether its own name leads there."""
+    """The interface by which this machine is reached, and whether its own name resolves to it."""
     own = own_address_towards(socket.gethostname())
     first = os.environ.get("MASTER_ADDR")
     way = interface_to(first) if first else None
@@ -104,7 +104,7 @@ def network() -> Finding:
 
 
 def processors() -> Finding:
-    """Those that this process may use, beside the threads that it was told to start."""
+    """The processors that this process may use, compared with the threads that it was told to start."""
     given = len(os.sched_getaffinity(0))
     threads = torch.get_num_threads()
     told = f"{given} of {os.cpu_count()} for this rank, which starts {threads} threads"
@@ -127,14 +127,14 @@ def files(folder: Path) -> Finding:
 
 
 def temporary_files() -> Finding:
-    """The machine's own disk, where compiled kernels are kept."""
+    """Space on the machine's own disk, where compiled kernels are kept."""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     return ok_unless(free < 2**30, "temporary files", f"{folder}: {show_bytes(free)} free", "make room, or set TMPDIR")
 
 
 def compiler() -> Finding:
-    """What Triton needs to make kernels, which only GPUs do."""
+    """The C compiler, which Triton needs on GPUs."""
     found = shutil.which(os.environ.get("CC") or "") or next(
         filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None
     )

@@ -1,1 +1,1 @@
-"""What a trained model is worth."""
+"""Measures trained models and uses them: held-out loss, embeddings, variants, probes, fine-tuning, benchmarks."""

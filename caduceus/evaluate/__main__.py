@@ -24,7 +24,9 @@ Says what a trained model is worth, and uses it. To begin, give it a run:
 
 def main() -> int:
     """Parse the command line and run the verb."""
-    parser = Parser(called="caduceus-evaluate", start=_START, description="Use a trained model; what it is worth.")
+    parser = Parser(
+        called="caduceus-evaluate", start=_START, description="Use a trained model, and measure how good it is."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="VERB")
     add_verbs(commands)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) of the projections of a Caduceus.
 
-A projection is one parameter that stacks the matrices of its directions. The package peft adapts `nn.Linear`, and takes
-such a stack for one of experts, whose modules it wraps under other names; here each direction is a matrix of its own,
-and a model whose adapters are merged is an ordinary one, which every export holds.
+A projection is one parameter that stacks the matrices of its directions. The package peft adapts `nn.Linear`, and would
+treat such a stack as one of experts, whose modules it wraps under other names. Here each direction has its own adapter,
+and a model whose adapters are merged is an ordinary model, which every export can hold.
 """
 
 import math
@@ -31,7 +31,7 @@ class LowRank(nn.Module):
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float | None = None) -> None:
-    """Freeze a model and give each projection of its mixers a `LowRank`, which is trained.
+    """Freeze a model, and give each projection of its mixers a trainable `LowRank`.
 
     alpha: by default twice the rank.
     """
@@ -45,7 +45,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None = None) -> Non
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Make the adapted weights the model's own, and drop the adapters."""
+    """Write the adapted weights into the model, and remove the adapters."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):

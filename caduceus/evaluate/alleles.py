@@ -1,4 +1,4 @@
-"""Variants as files give them, and as they are scored: checked against the genome, left-aligned, told apart by kind.
+"""Variants as files give them, and in the form that is scored: checked against the genome, left-aligned, with a kind.
 
 Imports no torch.
 """
@@ -13,13 +13,13 @@ import numpy as np
 from caduceus.errors import UserError
 
 MISMATCHES = ("refuse", "skip", "swap")
-"""What to do where REF is not what the genome has: end; leave the allele out; where ALT is, score it the other way."""
+"""What to do where REF differs from the genome: refuse; leave the allele out; or, where ALT agrees, swap the two."""
 _BASES = re.compile("[ACGT]+")
 _STEP = 64
 
 
 class BasesOf(Protocol):
-    """What is read of a genome, or of sequences that variants bring along."""
+    """A reader of a genome's bases, or of sequences that come with the variants."""
 
     contigs: dict[str, int]
 
@@ -30,7 +30,7 @@ class BasesOf(Protocol):
 
 @dataclass(frozen=True)
 class Allele:
-    """One alternative as it stands in a file; pos from 1. `place` names it in error messages."""
+    """One alternative allele as in the file; `pos` counts from 1. `place` names it in error messages."""
 
     contig: str
     pos: int
@@ -41,10 +41,10 @@ class Allele:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is scored: `alt` in the place of `ref` at 0-based `start`, without bases that both share at an end.
+    """A variant to score: `alt` replaces `ref` at 0-based `start`, without bases that both share at an end.
 
-    Insertions and deletions stand as far left as they can. swapped: the file has the alleles the other way round, and
-    the score's sign is to be turned. kind: snv, mnv or indel; or None, and `note` says why there is no score.
+    Insertions and deletions are left-aligned. swapped: the file has the alleles the other way round, so the sign of the
+    score must be reversed. kind: snv, mnv or indel; None where there is no score, and `note` says why.
     """
 
     contig: str
@@ -59,7 +59,9 @@ class Variant:
 def prepare(
     alleles: Iterable[Allele], genome: BasesOf, mismatch: str = "refuse", allow_unknown_contigs: bool = False
 ) -> list[Variant]:
-    """The variants of alleles, in their order. A contig that the genome lacks is a `UserError`, unless allowed."""
+    """The variants of alleles, in their order. Raises `UserError` for a contig that the genome lacks, unless
+    allowed.
+    """
     variants, mismatched, checked = [], [], 0
     for allele in alleles:
         contig = genome.find(allele.contig)
@@ -89,7 +91,7 @@ def _describe_mismatches(mismatched: list[Allele], checked: int, genome: BasesOf
         there = f"{contig} has {genome.contigs[contig]:,} bases"
     else:
         there = f"the genome has {genome.read(contig, start, start + len(first.ref)).tobytes().decode()[:20]} there"
-    other = "; is it of another assembly?" if 2 * len(mismatched) > checked else ""
+    other = "; it may be for another assembly" if 2 * len(mismatched) > checked else ""
     return (
         f"{first.place}: REF is {first.ref[:20]} at {first.contig}:{first.pos}, but {there}; {len(mismatched):,} of "
         f"{checked:,} REF alleles differ from the genome{other}; --ref-mismatch skip leaves such out, swap also scores "
@@ -98,7 +100,7 @@ def _describe_mismatches(mismatched: list[Allele], checked: int, genome: BasesOf
 
 
 def _skipped(allele: Allele, contig: str | None) -> Variant | None:
-    """The variant without a score that an allele is by its words alone."""
+    """The variant without a score, for an allele whose text alone shows that it gets none; else None."""
     alt = allele.alt
     if contig is None:
         note = "unknown contig"
@@ -147,7 +149,9 @@ def _of_kind(contig: str, start: int, ref: str, alt: str, swapped: bool) -> Vari
 
 
 def left_aligned(genome: BasesOf, contig: str, start: int, ref: str, alt: str) -> tuple[int, str, str]:
-    """(start, ref, alt) as far left and as short as they can be, neither empty (Tan et al. 2015, as vt normalises)."""
+    """(start, ref, alt), left-aligned and as short as possible, neither empty (Tan et al. 2015: normalised
+    as by vt).
+    """
     before = _backwards(genome, contig, start)
     while ref[-1] == alt[-1] and (start > 0 or (len(ref) > 1 and len(alt) > 1)):
         ref, alt = ref[:-1], alt[:-1]
@@ -160,6 +164,6 @@ def left_aligned(genome: BasesOf, contig: str, start: int, ref: str, alt: str) -
 
 
 def _backwards(genome: BasesOf, contig: str, start: int) -> Iterator[str]:
-    """The bases before `start`, the nearest first."""
+    """Yield the bases before `start`, the nearest first."""
     for end in range(start, 0, -_STEP):
         yield from reversed(genome.read(contig, max(end - _STEP, 0), end).tobytes().decode())

@@ -1,4 +1,4 @@
-"""What a fine-tuned model is compared with on the same split: linear models of k-mers and of embeddings.
+"""Baselines for a fine-tuned model on the same split: linear models of k-mers and of embeddings.
 
 Imports no torch.
 """
@@ -14,14 +14,14 @@ from caduceus.evaluate.labelled import Task
 from caduceus.evaluate.metrics import is_better, measure
 
 _STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
-"""Inverses of the penalty that are tried on validation."""
+"""Inverses of the penalty, of which validation chooses one."""
 _K = 5
 _DIGIT = np.full(256, 4, dtype=np.int64)
 _DIGIT[np.frombuffer(b"ACGT", np.uint8)] = range(4)
 
 
 def kmer_counts(sequences: list[np.ndarray], k: int = _K) -> np.ndarray:
-    """Shares of each word of k bases on both strands, (n, 4 ** k) float32; words with other codes are left out."""
+    """Shares of each k-mer on both strands, (n, 4 ** k) float32; k-mers with other codes than ACGT are left out."""
     rows = np.zeros((len(sequences), 4**k), dtype=np.float32)
     for row, bases in zip(rows, sequences, strict=True):
         for strand in (bases, reverse_complement(bases)):
@@ -36,9 +36,9 @@ def kmer_counts(sequences: list[np.ndarray], k: int = _K) -> np.ndarray:
 def fit_linear(
     task: Task, metric: str, train: tuple[np.ndarray, np.ndarray], valid: tuple[np.ndarray, np.ndarray]
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Logistic or ridge regression on standardised features (n, F), the penalty chosen on validation.
+    """Fit a logistic or ridge regression on standardised features (n, F); validation chooses the penalty.
 
-    Returns what gives probabilities (n, classes), or values (n,), of features.
+    Returns a function: features (n, F) -> probabilities (n, classes), or values (n,).
     """
     linear, pipeline = package("sklearn.linear_model"), package("sklearn.pipeline")
     scale = package("sklearn.preprocessing").StandardScaler

@@ -1,4 +1,4 @@
-"""Networks that give a few numbers for a sequence: a Caduceus with a head, and a small CNN to compare it with.
+"""Networks with a few outputs per sequence: a Caduceus with a head, and a small CNN for comparison.
 
 Shapes: B sequences, L length, D d_model, O outputs.
 """
@@ -30,9 +30,9 @@ _HEAD, _TASK, _MODEL = "head.safetensors", "task.json", "writing"
 class SequenceModel(nn.Module):
     """A Caduceus whose last hidden states are pooled over a sequence and mapped to outputs by one linear layer.
 
-    A Caduceus-PS averages the outputs of both strands, in training too, and so is the same for a sequence and its
-    reverse complement by construction. Other models see one strand in training, and elsewhere the average of their
-    outputs on both ("post-hoc"), as the published protocol has it. By base there is no pooling.
+    A Caduceus-PS averages the outputs of both strands, in training too, and so gives the same outputs for a sequence
+    and its reverse complement by construction. Other models see one strand in training; otherwise their outputs on both
+    strands are averaged ("post-hoc"), as in the published protocol. With outputs per base there is no pooling.
     """
 
     def __init__(self, backbone: CaduceusForMaskedLM, task: Task, pool: str) -> None:
@@ -43,15 +43,18 @@ class SequenceModel(nn.Module):
         self.head = nn.Linear(backbone.config.d_model, task.outputs)
 
     def forward(self, sequences: list[np.ndarray]) -> Tensor:
-        """ASCII sequences of any lengths -> (B, O), or by base (B, L, O), L the longest."""
+        """ASCII sequences of any lengths -> (B, O), or per base (B, L, O), where L is the longest length."""
         outputs = self._strands(sequences).mean(0)
         if self.training or self.backbone.config.rcps:
             return outputs
         reverse = self._strands([reverse_complement(bases) for bases in sequences], reverse=True)[0]
-        return (outputs + (mirrored(reverse, sequences) if self.task.per_base else reverse)) / 2
+        return (outputs + (mirrored(reverse, sequences, self.task.bin) if self.task.per_base else reverse)) / 2
 
     def _strands(self, sequences: list[np.ndarray], reverse: bool = False) -> Tensor:
-        """(S, B, O), or by base (S, B, L, O). reverse: they are reverse complements, in which a centre is mirrored."""
+        """Outputs of S strands, (S, B, O), per base (S, B, L, O), per bin (S, B, L / bin, O).
+
+        reverse: the sequences are reverse complements, in which the centre is mirrored.
+        """
         device = self.head.weight.device
         lengths = torch.tensor([len(bases) for bases in sequences], device=device)
         longest, vocabulary = int(lengths.max()), self.backbone.config.vocabulary
@@ -62,7 +65,9 @@ class SequenceModel(nn.Module):
         some = bool(padding.any())
         held = Backbone.forward(self.backbone, torch.from_numpy(ids).to(device), pad_mask=padding if some else None)
         states = self.backbone.by_strand(held.held).to(self.head.weight.dtype)
-        return self.head(states if self.task.per_base else self._pooled(states, padding, lengths, reverse))
+        if self.task.per_base:
+            return self.head(by_bin(states, self.task.bin))
+        return self.head(self._pooled(states, padding, lengths, reverse))
 
     def _pooled(self, states: Tensor, padding: Tensor, lengths: Tensor, reverse: bool) -> Tensor:
         """(S, B, L, D) -> (S, B, D)"""
@@ -78,7 +83,7 @@ class SequenceModel(nn.Module):
         return states.masked_fill(outside[..., None], 0).sum(2) / (last - first)
 
     def save(self, folder: str | Path, made_from: dict[str, Any]) -> None:
-        """Write the model so that `load` finds it: an import, which `caduceus.hub.load` takes too, head and task."""
+        """Write a folder for `load`: the backbone, which `caduceus.hub.load` reads too, the head and the task."""
         with replacing_directory(folder) as writing:
             save_imported(self.backbone, writing / _MODEL)
             for path in (writing / _MODEL).iterdir():
@@ -90,7 +95,7 @@ class SequenceModel(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "SequenceModel":
-        """The model of a folder that `save` wrote; whatever is not one is a `UserError`."""
+        """The model of a folder that `save` wrote. Raises `UserError` for another folder."""
         folder = Path(folder)
         if not (folder / _TASK).is_file():
             raise UserError(f"{folder}: not a fine-tuned model ({_TASK} is missing); finetune writes one to OUT/model")
@@ -103,43 +108,54 @@ class SequenceModel(nn.Module):
         return model
 
 
-def mirrored(outputs: Tensor, sequences: list[np.ndarray]) -> Tensor:
-    """Outputs (B, L, O) of reverse complements at the places of the sequences themselves."""
+def by_bin(states: Tensor, bin_: int) -> Tensor:
+    """Means (…, L / bin, D) of the bases of each bin, of states (…, L, D)."""
+    if bin_ == 1:
+        return states
+    if states.shape[-2] % bin_:
+        raise UserError(f"a sequence has {states.shape[-2]:,} bases; this model takes multiples of {bin_}, its bin")
+    return states.unflatten(-2, (-1, bin_)).mean(-2)
+
+
+def mirrored(outputs: Tensor, sequences: list[np.ndarray], bin_: int) -> Tensor:
+    """Outputs (B, L / bin, O) of reverse complements, moved to the positions of the sequences themselves."""
     turned = outputs.clone()
     for row, bases in enumerate(sequences):
-        turned[row, : len(bases)] = outputs[row, : len(bases)].flip(0)
+        count = len(bases) // bin_
+        turned[row, :count] = outputs[row, :count].flip(0)
     return turned
 
 
 class HeadOnly(nn.Module):
-    """The head of a `SequenceModel` on embeddings of both strands that were computed once, (2 D,) or (L, 2 D) each."""
+    """The head of a `SequenceModel`, on precomputed embeddings of both strands, (2 D,) or (L, 2 D) each."""
 
     def __init__(self, head: nn.Linear) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, rows: list[np.ndarray]) -> Tensor:
-        """(B, O), the average over strands."""
+        """Outputs (B, O), averaged over strands."""
         tensors = [torch.from_numpy(row).to(self.head.weight) for row in rows]
         features = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
         return self.head(features.unflatten(-1, (2, -1))).mean(-2)
 
 
 class Cnn(nn.Module):
-    """A small convolutional network on one-hot bases, trained from nothing; both strands are averaged."""
+    """A small convolutional network on one-hot bases, without pre-training; it averages both strands."""
 
-    def __init__(self, outputs: int, per_base: bool = False, channels: int = 64) -> None:
+    def __init__(self, task: Task, channels: int = 64) -> None:
         super().__init__()
-        self.per_base = per_base
+        self.task = task
         widths = (4, channels, channels, channels)
         self.layers = nn.ModuleList(nn.Conv1d(a, b, 9, padding=4) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in self.layers)
-        self.head = nn.Linear(channels if per_base else 2 * channels, outputs)
+        self.head = nn.Linear(channels if task.per_base else 2 * channels, task.outputs)
 
     def forward(self, sequences: list[np.ndarray]) -> Tensor:
-        """ASCII sequences of any lengths -> (B, O), or by base (B, L, O)."""
+        """ASCII sequences of any lengths -> (B, O), or per base (B, L, O)."""
         reverse = self._strand([reverse_complement(bases) for bases in sequences])
-        return (self._strand(sequences) + (mirrored(reverse, sequences) if self.per_base else reverse)) / 2
+        turned = mirrored(reverse, sequences, self.task.bin) if self.task.per_base else reverse
+        return (self._strand(sequences) + turned) / 2
 
     def _strand(self, sequences: list[np.ndarray]) -> Tensor:
         longest = max(map(len, sequences))
@@ -152,7 +168,7 @@ class Cnn(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=True):
             y = F.gelu(norm(layer(x).mT)).mT * there
             x = x + y if x.shape == y.shape else y
-        if self.per_base:
-            return self.head(x.mT)
+        if self.task.per_base:
+            return self.head(by_bin(x.mT, self.task.bin))
         mean, largest = x.sum(2) / there.sum(2), x.masked_fill(there == 0, -torch.inf).amax(2)
         return self.head(torch.cat([mean, largest], 1))

@@ -1,4 +1,4 @@
-"""Tables that users give and get: CSV, TSV and parquet as columns, in and out. Imports no torch."""
+"""Reads and writes users' tables as columns: CSV, TSV and parquet. Imports no torch."""
 
 import csv
 import gzip
@@ -17,14 +17,14 @@ from caduceus.files import replacing, write_atomically
 from caduceus.tables import read_table
 
 TEXT_TABLES = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".tab": "\t"}
-"""Endings of text tables, and what parts the fields of those that are written."""
+"""Endings of text tables -> the separator of fields in tables that are written."""
 PARQUET = (".parquet", ".pq")
 _COMPRESSED = (".gz", ".bgz")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """A table by columns. `places` says where each row stands in the file, as error messages name it."""
+    """A table by columns. `places` names each row's place in the file for error messages."""
 
     path: Path
     values: dict[str, list[Any]]
@@ -34,7 +34,7 @@ class Columns:
         return len(self.places)
 
     def find(self, *names: str, what: str) -> str:
-        """The first of the names that is a column, in whatever case; `UserError` where none is."""
+        """The first of the names that is a column, regardless of case. Raises `UserError` where none is."""
         by_lower = {name.lower(): name for name in self.values}
         for name in names:
             if name in self.values or name.lower() in by_lower:
@@ -47,13 +47,15 @@ class Columns:
 
 
 def ending(path: str | Path) -> str:
-    """The ending of a file's name in lower case, without that of a compression."""
+    """The ending of a file's name in lower case, ignoring that of a compression."""
     path = Path(str(path).lower())
     return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
 
 
 def package(name: str) -> ModuleType:
-    """A package of the extra `evaluate`, or one line that says how to install it."""
+    """Import a package of the extra `evaluate`. Raises `UserError`, which says how to install it, where it is
+    missing.
+    """
     try:
         return import_module(name)
     except ImportError:
@@ -62,9 +64,9 @@ def package(name: str) -> ModuleType:
 
 
 def read_columns(path: str | Path) -> Columns:
-    """Read a CSV, TSV or parquet table; what is wrong with it is a `UserError` of one line. Empty tables are refused.
+    """Read a CSV, TSV or parquet table. Raises `UserError` where it is not readable or has no row.
 
-    Values of text tables are text, those of parquet are as they are stored.
+    Values of text tables are text; those of parquet have their stored types.
     """
     path = Path(path)
     if ending(path) in PARQUET:
@@ -93,14 +95,14 @@ def _read_parquet(path: Path) -> Columns:
 
 
 def check_table_name(path: str | Path, *others: str) -> None:
-    """Refuse a name of a table to be written whose ending says no format that it can have."""
+    """Raise `UserError` where the ending of an output's name is not that of a table."""
     known = [*TEXT_TABLES, *PARQUET, *others]
     if ending(path) not in known:
         raise UserError(f"--out: {path} should end in one of {', '.join(known)}, which says its format")
 
 
 def write_columns(path: str | Path, values: Mapping[str, Sequence[Any] | np.ndarray]) -> None:
-    """Write a table as its name's ending says, whole or not at all. NaN and None stand as nothing."""
+    """Write a table in the format of its name's ending, whole or not at all. NaN and None become empty."""
     path = Path(path)
     if ending(path) in PARQUET:
         arrow, parquet = package("pyarrow"), package("pyarrow.parquet")
@@ -119,14 +121,14 @@ def write_columns(path: str | Path, values: Mapping[str, Sequence[Any] | np.ndar
 
 
 def as_text(value: Any) -> str:
-    """A value as text tables and VCF hold it: numbers to seven digits, nothing for NaN and None."""
+    """A value as text for tables and VCF: numbers to seven digits, empty for NaN and None."""
     if value is None or (isinstance(value, (float, np.floating)) and value != value):
         return ""
     return f"{value:.7g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
 def mean_and_spread(found: Mapping[str, Any], digits: int) -> str:
-    """`mean` and, where there is one, `spread`, such as 0.913 ± 0.004; a dash where a metric is not defined."""
+    """`mean` and, where there is one, `spread` as text, such as 0.913 ± 0.004; a dash where a metric is undefined."""
     shown = [f"{value:.{digits}f}" for value in (found["mean"], found.get("spread")) if value is not None]
     return " ± ".join(shown) if found["mean"] is not None else "-"
 

@@ -1,7 +1,6 @@
-"""What a validation tells besides the loss: by region and species, how often it is right, what it takes for what.
+"""The numbers of a validation besides the loss: accuracy by region and species, and confusion of bases.
 
-All of it is ratios of sums over labelled bases, so that it does not matter where ranks that share strands count a base
-twice.
+All are ratios of sums over labelled bases, so that it does not matter that ranks that share strands count a base twice.
 """
 
 import math
@@ -17,17 +16,17 @@ REGIONS = ("nonrepeat", "repeat")
 """Classes of bases: upper case, and lower case (soft-masked)."""
 BASES = "ACGT"
 _OF_REGION = 3
-"""Sums of each region: losses, bases, bases predicted right."""
+"""Sums per region: losses, bases, correctly predicted bases."""
 _CONFUSION = _OF_REGION * len(REGIONS)
 _STRANDS = _CONFUSION + len(BASES) ** 2
 _COLUMNS = _STRANDS + 2
 
 Mirror = Callable[[torch.Tensor], torch.Tensor]
-"""(B, L, …) of sequences, or of this rank's slices of them -> the same of the sequences read backwards."""
+"""A function: (B, L, …) of sequences, or of this rank's slices of them -> the same for the sequences read backwards."""
 
 
 class Details:
-    """Sums over the labelled bases of each species. `sums` (species, columns) float64 add up over ranks."""
+    """Sums over the labelled bases of each species. `sums` (species, columns) float64 may be added up over ranks."""
 
     def __init__(self, species: Sequence[str], vocabulary: Vocabulary, device: torch.device) -> None:
         self._first = vocabulary.bases[0]
@@ -35,7 +34,7 @@ class Details:
         self.sums = torch.zeros(len(species), _COLUMNS, dtype=torch.float64, device=device)
 
     def add(self, species: str, logits: torch.Tensor, batch: Batch) -> None:
-        """Count the labelled bases of a batch, of which these are the logits (B, L, V)."""
+        """Count the labelled bases of a batch with these logits (B, L, V)."""
         labelled = batch.labels != IGNORE_LABEL
         labels, logits = batch.labels[labelled], logits[labelled]
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -49,17 +48,18 @@ class Details:
         sums[_CONFUSION:_STRANDS] += pairs.sum(0)
 
     def add_strands(self, species: str, logits: torch.Tensor, reverse: torch.Tensor, batch: Batch) -> None:
-        """Count how far two predictions of the same bases are apart.
+        """Add how far the predictions for the same bases from both strands are apart.
 
-        logits (B, L, V) of the batch; reverse (B, L, V) of its reverse complement, position by position the same bases.
+        logits (B, L, V): of the batch. reverse (B, L, V): of its reverse complement, with the same bases at the same
+        positions.
         """
         labelled = batch.labels != IGNORE_LABEL
         forward, backward = (self._of_bases(values[labelled]).double().softmax(-1) for values in (logits, reverse))
-        distance = (forward - backward.flip(-1)).abs().sum(-1) / 2  # A C G T backwards are their complements
+        distance = (forward - backward.flip(-1)).abs().sum(-1) / 2  # A C G T in reverse order are their complements
         self.sums[self._rows[species], _STRANDS:] += torch.stack([distance.sum(), labelled.sum()])
 
     def row(self, sums: torch.Tensor) -> dict[str, float]:
-        """The entries of a validation's row from sums over all ranks, (species, columns) float64 on the CPU."""
+        """The entries of a validation's row, from the sums over all ranks, (species, columns) float64 on the CPU."""
         everything = {"": sums.sum(0), **{f"/{name}": sums[row] for name, row in self._rows.items()}}
         row: dict[str, float] = {}
         for suffix, values in everything.items():

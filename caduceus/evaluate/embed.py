@@ -1,7 +1,7 @@
-"""Embeddings of sequences: one vector each, or one for each base, of any layer and both strands.
+"""Embeddings of sequences: one vector each, or one per base, of any layer and both strands.
 
-Sequences of one length are a batch; others are packed into one row, and none sees another. Longer ones than `piece` are
-run in pieces, which gives the same numbers (see `caduceus.model.pieces`).
+Sequences of the same length make a batch; others are packed into one row without seeing each other. Sequences longer
+than `piece` are run in pieces, which gives the same numbers (see `caduceus.model.pieces`).
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ _PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """What to make of each sequence.
+    """Which embedding to compute.
 
-    pool: over its bases by mean or max, at its `centre` (base L // 2), over `middle:BEFORE:AFTER` it, or at a place
-    counted from 0; `base`: a vector for each base. layer: 0 the embedding, k what block k adds, n_layer or -1 the final
-    norm. strands: the average of both in forward coordinates, both one after the other, or the forward strand's alone;
-    Caduceus-PS always computes both, other models are run on the reverse complement too. piece: longest sequence in one
-    pass. batch_bases: bases of a batch; the default suits the device.
+    pool: mean or max over the bases; the vector at the `centre` (base L // 2); the mean over `middle:BEFORE:AFTER`
+    around it; the vector at a position counted from 0; or `base`, a vector per base. layer: 0 is the embedding, k is
+    after block k, n_layer or -1 the final norm. strands: the average of both in forward coordinates, both concatenated,
+    or the forward strand alone; Caduceus-PS always computes both, other models are also run on the reverse complement.
+    piece: longest sequence of one pass. batch_bases: bases of a batch; the default suits the device.
     """
 
     pool: str = "mean"
@@ -59,9 +59,9 @@ class EmbedOptions:
 def embed(
     runner: Runner, sequences: Sequence[str | np.ndarray], options: EmbedOptions | None = None
 ) -> np.ndarray | list[np.ndarray]:
-    """Embeddings of sequences in memory, text or ASCII bytes: (n, D) or, with pool `base`, a list of (L, D).
+    """Embeddings of sequences in memory (text or ASCII bytes): (n, D) or, with pool `base`, a list of (L, D).
 
-    D is twice the model's where strands are concatenated.
+    D is twice the model's d_model where strands are concatenated.
     """
     options = options or EmbedOptions()
     bases = [checked_bases(s, f"sequence {n}") if isinstance(s, str) else s for n, s in enumerate(sequences, 1)]
@@ -77,9 +77,9 @@ def embed(
 def embed_file(
     runner: Runner, source: SequenceSource, out: str | Path, options: EmbedOptions, ranks: Ranks | None = None
 ) -> None:
-    """Embed what `source` holds and write it to `out`, .npz or .parquet; killed, the same call goes on.
+    """Embed the sequences of `source`, and write them to `out`, .npz or .parquet. After a kill the same call goes on.
 
-    ranks: those that share the work; by default all that were started with this process.
+    ranks: the ranks that share the work; by default all that were started with this process.
     """
     check_embeddings_name(out)
     items = source.items()
@@ -111,19 +111,19 @@ def embed_file(
 
 
 def check_places(items: list[Item], source: SequenceSource, options: EmbedOptions) -> None:
-    """Raise `UserError` for the first sequence that lacks the place to be pooled at."""
+    """Raise `UserError` for the first sequence that is too short for the position of `pool`."""
     if options.pool.isdecimal():
         short = next((item for item in items if item.length <= int(options.pool)), None)
         if short is not None:
             raise UserError(
-                f"--pool: {source.input}: {short.name} has {short.length:,} bases and none at place {options.pool}"
+                f"--pool: {source.input}: {short.name} has {short.length:,} bases, so it has no base {options.pool}"
             )
 
 
 def _embed_batch(
     runner: Runner, bases: list[np.ndarray], packed: bool, layer: int, options: EmbedOptions
 ) -> list[np.ndarray]:
-    """The result of each sequence of a batch: (D,), or (L, D) by base."""
+    """The embedding of each sequence of a batch: (D,), or (L, D) per base."""
     pools = [_Pool(options, len(one)) for one in bases]
     _run(runner, bases, packed, layer, options.piece, [pool.take for pool in pools])
     if not runner.config.rcps and options.strands != "forward":
@@ -133,7 +133,7 @@ def _embed_batch(
 
 
 def _run(runner: Runner, bases: list[np.ndarray], packed: bool, layer: int, piece: int, takers: list[Visitor]) -> None:
-    """Hand each sequence's hidden states, (S, l, D) from a first position on, to its taker."""
+    """Pass each sequence's hidden states, (S, l, D) from a first position on, to its taker."""
     if len(bases[0]) > piece:
         ids = runner.ids(bases[0][None])
         run_in_pieces(runner.model, ids, piece, {layer: lambda first, states: takers[0](first, states[:, 0])})
@@ -151,20 +151,22 @@ def _run(runner: Runner, bases: list[np.ndarray], packed: bool, layer: int, piec
 
 
 class _Pool:
-    """What a sequence's hidden states come to, taken piece by piece; strands are pooled apart and then joined."""
+    """Pools a sequence's hidden states, piece by piece; strands are pooled separately and then joined."""
 
     def __init__(self, options: EmbedOptions, length: int) -> None:
         self.options, self.length = options, length
         self.found: dict[int, Tensor] = {}
 
     def take(self, first: int, states: Tensor, strand: int = 0) -> None:
-        """states (S, l, D) of the positions from `first` on, forward coordinates; `strand`: the first of them."""
+        """Take states (S, l, D) of the positions from `first` on, in forward coordinates; `strand`: the number of their
+        first strand.
+        """
         for number, rows in enumerate(states, start=strand):
             if number == 0 or self.options.strands != "forward":
                 self._take_strand(first, rows, number)
 
     def take_reverse(self, first: int, states: Tensor) -> None:
-        """As `take`, of the reverse complement in its own coordinates, by a model with one stream."""
+        """Like `take`, for the reverse complement in its own coordinates, from a model with one stream."""
         self.take(self.length - first - states.shape[1], states.flip(1), strand=1)
 
     def _take_strand(self, first: int, rows: Tensor, strand: int) -> None:

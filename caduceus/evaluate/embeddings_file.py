@@ -1,8 +1,8 @@
-"""Files of embeddings, written as they come: .npz for numpy, .parquet for everything else, .zarr for tracks of bases.
+"""Writes files of embeddings as these come: .npz for numpy, .parquet for other tools, .zarr for tracks of bases.
 
-.npz: `names` (n,) and `embeddings` (n, D); by base also `offsets` (n + 1,), sequence i being rows offsets[i] to
-offsets[i + 1] of `embeddings` (bases, D). .parquet: columns `name` and `embedding`; by base also `position` from 0.
-.zarr: a group of the arrays of .npz, of which readers fetch chunks; `names` is an attribute. Imports no torch.
+.npz: `names` (n,) and `embeddings` (n, D); per base also `offsets` (n + 1,): sequence i has rows offsets[i] to
+offsets[i + 1] of `embeddings` (bases, D). .parquet: columns `name` and `embedding`; per base also `position` from 0.
+.zarr: a group with the arrays of .npz, from which readers fetch chunks; `names` is an attribute. Imports no torch.
 """
 
 import zipfile
@@ -32,7 +32,9 @@ def check_embeddings_name(out: str | Path) -> None:
 def write_embeddings(
     out: str | Path, names: list[str], lengths: list[int] | None, vectors: Iterable[np.ndarray]
 ) -> None:
-    """Write `vectors`, (…, D) one after another, of sequences, or with `lengths` of all bases of each sequence."""
+    """Write `vectors`, an iterable of (…, D): one per sequence, or with `lengths` those of all bases of each
+    sequence.
+    """
     if Path(out).suffix.lower() == ".npz":
         _write_npz(Path(out), names, lengths, iter(vectors))
     elif Path(out).suffix.lower() == _ZARR:

@@ -1,4 +1,4 @@
-"""Labelled examples as the trainer takes them: batches, the order of the samples, and what a network loses on them.
+"""Labelled examples in the form that the trainer takes: batches, the order of samples, and a network with its loss.
 
 Shapes: B examples, L length, O outputs of a network.
 """
@@ -19,10 +19,10 @@ from caduceus.files import fingerprint
 
 @dataclass(frozen=True)
 class Examples:
-    """What a network is given for each example, and its label; `sizes`: bases, which bound what runs at once.
+    """The input of a network for each example, and its label; `sizes`: bases, which limit the size of batches.
 
-    labels: numbers of classes or values (n,); of several (n, classes) of 0 and 1, or (n, values); by base an array (L,)
-    of each example. NaN, and a class below 0, is no label.
+    labels: numbers of classes or values (n,); for several labels (n, classes) of 0 and 1, or (n, values); per base an
+    array (L,), per bin (bins, values), for each example. NaN, and a class below 0, mean that there is no label.
     """
 
     inputs: Sequence[Any]
@@ -35,8 +35,9 @@ class Examples:
 
 @dataclass(frozen=True)
 class ExampleBatch:
-    """A micro-batch: `labels` and `weights` are as the outputs of the network less their last axis, weights 0 where
-    there is no label; `g` the numbers of its samples, for those who ask which these were."""
+    """A micro-batch. `labels` and `weights` have the shape of the network's outputs without the last axis; weights are
+    0 where there is no label. `g`: the numbers of its samples.
+    """
 
     inputs: list[Any]
     labels: Tensor
@@ -44,23 +45,23 @@ class ExampleBatch:
     g: Tensor
 
     def label_weight(self) -> Tensor:
-        """The sum of the weights, float64: what the batch counts for in the loss."""
+        """The sum of the weights, float64: the weight of the batch in the loss."""
         return self.weights.sum(dtype=torch.float64)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a `WithLoss` is called with in a step."""
+        """The arguments with which a step calls a `WithLoss`."""
         return (self.inputs, self.labels, self.weights), {}
 
 
 class Losses(NamedTuple):
-    """The sum of the losses of each example, and of their weights, (B,) both."""
+    """The sums of losses and of weights of each example, (B,) both."""
 
     loss_sum: Tensor
     weight_sum: Tensor
 
 
 class WithLoss(nn.Module):
-    """A network and its loss on a task: cross-entropy, binary cross-entropy of each label, or the squared error."""
+    """A network with its loss on a task: cross-entropy, binary cross-entropy of each label, or squared error."""
 
     def __init__(self, net: nn.Module, task: Task) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class WithLoss(nn.Module):
         return Losses(*(values.reshape(len(inputs), -1).sum(1) for values in (losses, weights)))
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameters that are trained, with weight decay and without: biases, norms, A_log and D."""
+        """Trainable parameters in two groups, with weight decay and without it (biases, norms, A_log and D)."""
         backbone = getattr(self.net, "backbone", None)
         exempt = {f"net.backbone.{name}" for name in backbone.no_weight_decay_parameters()} if backbone else set()
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
@@ -93,9 +94,9 @@ def losses_of(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def label_tensors(task: Task, labels: Sequence[Any], class_weights: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-    """Labels and weights of a batch; sequences of unequal lengths are filled up with weight 0."""
+    """Labels and weights of a batch; shorter sequences are padded with weight 0."""
     if task.per_base:
-        rows = np.full((len(labels), max(map(len, labels))), np.nan)
+        rows = np.full((len(labels), max(map(len, labels)), *np.shape(labels[0])[1:]), np.nan)
         for row, values in zip(rows, labels, strict=True):
             row[: len(values)] = values
     else:
@@ -111,7 +112,9 @@ def label_tensors(task: Task, labels: Sequence[Any], class_weights: np.ndarray |
 
 
 def micro_batches(sizes: Sequence[int], most: int, rows: Sequence[int]) -> list[list[int]]:
-    """Rows in their order, in batches whose longest times their number is at most `most`, or one."""
+    """Batches of rows in their order: the longest size times the number of rows is at most `most`, or the batch is one
+    row.
+    """
     batches: list[list[int]] = []
     longest = 0
     for row in map(int, rows):
@@ -125,9 +128,9 @@ def micro_batches(sizes: Sequence[int], most: int, rows: Sequence[int]) -> list[
 
 @dataclass
 class ExampleLoader:
-    """Batches of examples for the trainer, each epoch in an order of its own: a function of seed and epoch alone.
+    """Batches of examples for the trainer; the order of each epoch is a function of seed and epoch alone.
 
-    A global batch never reaches over the end of an epoch. Rank r of the world takes rows r, r + world, … of it, in
+    A global batch never crosses the end of an epoch. Rank r of the world takes its rows r, r + world, … in
     micro-batches of at most `most` bases. augment: in each epoch a coin decides which strand of a sequence is shown.
     """
 
@@ -148,12 +151,12 @@ class ExampleLoader:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of how many examples there are, and of what is drawn from them."""
+        """A hash of the number of examples, and of the values that decide what is drawn."""
         return fingerprint({"examples": len(self.examples), "batch_size": self.batch_size, "seed": self.seed})
 
     @property
     def global_batch(self) -> int:
-        """Examples of a step, at the end of an epoch fewer."""
+        """Examples of the next step; the last step of an epoch may have fewer."""
         return self.batch_size
 
     @property
@@ -163,7 +166,7 @@ class ExampleLoader:
 
     @property
     def per_step(self) -> int:
-        """Micro-batches of this rank in the step that comes next."""
+        """Micro-batches of this rank in the next step."""
         return len(self._next())
 
     def __iter__(self) -> Iterator[ExampleBatch]:
@@ -186,7 +189,7 @@ class ExampleLoader:
             self._epoch, self._order = epoch, rng.permutation(len(self.examples))
             self._turned = rng.integers(2, size=len(self.examples)) * self.augment
         rows = self._order[first : first + self.batch_size][self.rank :: self.world]
-        # A rank without a row of the batch still takes part in the step.
+        # A rank without a row of the batch must still take part in the step.
         return micro_batches(self.examples.sizes, self.most, rows) or [[]]
 
     def _batch(self, rows: list[int]) -> ExampleBatch:
@@ -209,9 +212,9 @@ class ExampleLoader:
         self.samples_consumed = state["samples_consumed"]
 
     def describe(self, number: int) -> dict[str, Any]:
-        """The row of a sample, for the log of steps that were skipped."""
+        """The row of a sample, for the log of skipped steps."""
         return {"row": number}
 
     def epochs(self) -> dict[str, float]:
-        """How often the examples were seen."""
+        """Epochs so far."""
         return {"examples": self.samples_consumed / len(self.examples)}

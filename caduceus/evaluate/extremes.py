@@ -1,4 +1,4 @@
-"""The worst and the best sequences of a validation: which they are, and what the model takes their bases for."""
+"""The worst and the best sequences of a validation, and the model's predictions for their bases."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from caduceus.model.heads import MaskedLMOutput
 from caduceus.model.precision import autocast
 
 BINS = 200
-"""Parts of a sequence in which its loss is told."""
+"""Number of bins of a sequence for which its loss is recorded."""
 STRETCH = 100
-"""Neighbouring bases that are told one by one: those where the loss of the sequence is greatest, or least."""
+"""Bases of the stretch that is recorded base by base: where the loss of the sequence is greatest, or least."""
 _LEAST_LABELLED = 5
-"""Labelled bases that a stretch must have, where any has."""
+"""Labelled bases that a stretch should have, if any stretch has so many."""
 _OF_BIN = 5
-"""Sums of each bin: losses, labelled bases, those predicted right, soft-masked bases, bases."""
+"""Sums of each bin: losses, labelled bases, correctly predicted ones, soft-masked bases, bases."""
 _OF_BASE = 7
 """Numbers of each base of a stretch: 0 to 3 for A, C, G, T or -1; labelled; soft-masked; likelihood of A, C, G, T."""
 _NUMBERS = _OF_BIN * BINS + _OF_BASE * STRETCH + 2
@@ -34,9 +34,9 @@ Together = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 @dataclass(frozen=True)
 class Chosen:
-    """A sequence: which of its species it is (`Batch.g`), its mean loss, and in what it stands out.
+    """A chosen sequence: its number within the species (`Batch.g`) and its mean loss.
 
-    kind: worst or best; place: 1 of the very worst or best.
+    kind: worst or best. place: its rank, 1 for the very worst or best.
     """
 
     species: str
@@ -47,7 +47,7 @@ class Chosen:
 
 
 class SequenceLosses:
-    """The loss of every sequence of a validation, taken in batch by batch."""
+    """Collects the loss of every sequence of a validation, batch by batch."""
 
     def __init__(self, batches: ValidationLoader) -> None:
         self._sums: dict[str, list[torch.Tensor]] = {species: [] for species in batches.species}
@@ -57,7 +57,9 @@ class SequenceLosses:
         self._sums[species].append(torch.stack([output.loss_sum, output.weight_sum]).double())
 
     def extremes(self, ranks: Ranks, count: int) -> list[Chosen]:
-        """The `count` worst and best of each species, the same on all ranks, which exchange their sums."""
+        """The `count` worst and best sequences of each species; ranks exchange their sums, and all get the
+        same result.
+        """
         mine = [torch.cat(sums, dim=1) for sums in self._sums.values()]
         rows = ranks.gather(torch.cat(mine, dim=1).flatten().tolist())
         sums = rows.view(ranks.data_world, -1, 2, rows.shape[1] // 2).sum(1)
@@ -80,9 +82,10 @@ class SequenceLosses:
 def told_windows(
     chosen: Sequence[Chosen], strategy: Strategy, batches: ValidationLoader, config: Config, together: Together
 ) -> list[dict[str, Any]]:
-    """What `docs/watching.md` says of a window, of each sequence chosen; on the main rank, and nothing on others.
+    """The record of a window (see `docs/watching.md`) for each chosen sequence, on the main rank; empty on others.
 
-    Data-parallel ranks share the sequences, and run equally many batches. `together` is what iterates over these.
+    Data-parallel ranks share the sequences, and run the same number of batches. `together` iterates over these on all
+    ranks.
     """
     if not chosen:
         return []
@@ -134,7 +137,7 @@ def _numbers(
 
 
 def _stretch(losses: np.ndarray, labelled: np.ndarray, kind: str) -> tuple[int, float]:
-    """Where the stretch of a slice begins, and how far its mean loss stands out: greater is farther."""
+    """Where the stretch of a slice begins, and a score of how extreme its mean loss is: greater is more extreme."""
     width = min(STRETCH, len(losses))
     sums = (np.r_[0, values.cumsum()] for values in (losses, labelled))
     total, count = (values[width:] - values[:-width] for values in sums)
@@ -148,7 +151,7 @@ def _stretch(losses: np.ndarray, labelled: np.ndarray, kind: str) -> tuple[int, 
 
 
 def _told(one: Chosen, parts: np.ndarray, batches: ValidationLoader, shift: int) -> dict[str, Any]:
-    """A window's record from the numbers of its slices, (slices, _NUMBERS)."""
+    """A window's record, from the numbers of its slices, (slices, _NUMBERS)."""
     bins = parts[:, : _OF_BIN * BINS].sum(0).reshape(_OF_BIN, BINS)  # where ranks share strands, all twice
     losses, labelled, right, repeat, count = bins
     farthest = parts[parts[:, -1].argmax()]

@@ -1,8 +1,8 @@
-"""Fine-tuning of a model on labelled sequences, beside baselines on the same split.
+"""Fine-tuning of a model on labelled sequences, with baselines on the same split.
 
 OUT/result.json    everything that was measured
 OUT/model/         the fine-tuned model of the seed that is best on validation, which `predict` takes
-OUT/predictions.tsv   that model's on the test
+OUT/predictions.tsv   that model's on the test; .npz for labels of bins
 OUT/runs/full-1/   the run directory of a fit: config.yaml, metrics.jsonl, events.jsonl, logs/
 OUT/unfinished/    what is finished of it, until result.json is there
 """
@@ -10,7 +10,7 @@ OUT/unfinished/    what is finished of it, until result.json is there
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,17 +24,18 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.evaluate.adapters import add_adapters, merge_adapters
 from caduceus.evaluate.baselines import fit_linear, kmer_counts
+from caduceus.evaluate.binned import BinnedTable
 from caduceus.evaluate.classifier import Cnn, HeadOnly, SequenceModel
 from caduceus.evaluate.columns import write_columns
 from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.examples import Examples
 from caduceus.evaluate.fitting import Fit, FitOptions, measured, predicted, ranks_of
-from caduceus.evaluate.labelled import Labelled, LabelledTable, copies, find_task, split_off
+from caduceus.evaluate.labelled import Labelled, LabelledTable, copies, split_off
 from caduceus.evaluate.metrics import check_metric, is_better, measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.pools import check_pool
 from caduceus.evaluate.results import label_columns, output_columns, place_columns, summarised, told
-from caduceus.files import dump_json, sha256_of, write_atomically
+from caduceus.files import dump_json, replacing, sha256_of, write_atomically
 from caduceus.model.heads import CaduceusForMaskedLM
 
 BASELINES, STRANDS = ("random", "cnn", "kmer"), ("auto", "post-hoc", "augment")
@@ -43,12 +44,14 @@ _UNFINISHED, _RESULT, _RUNS = "unfinished", "result.json", "runs"
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """task: auto, classification, regression, multilabel or per-base. pool: mean, max, centre or middle:BEFORE:AFTER.
-    frozen: only the head is trained, on the embeddings of both strands. lora: rank of adapters that are trained beside
-    the head in the place of the weights; 0: none. probe: also a linear model on embeddings. baselines: random (the same
-    network without pre-training), cnn, kmer. seeds: runs, from 1 on, which differ in validation split, head and order.
-    strands: of a model that is not equivariant: post-hoc, which auto takes, shows the forward strand in training;
-    augment either, by a coin.
+    """The options of a fine-tuning.
+
+    task: auto, classification, regression, multilabel or per-base. pool: mean, max, centre or middle:BEFORE:AFTER.
+    frozen: train only the head, on the embeddings of both strands. lora: rank of adapters that are trained with the
+    head, instead of the weights; 0: none. probe: also fit a linear model on embeddings. baselines: random (the same
+    network without pre-training), cnn, kmer. seeds: number of runs, which differ in validation split, head and order.
+    strands, for models that are not equivariant: post-hoc (which auto takes) shows the forward strand in training,
+    augment shows either, by a coin.
     """
 
     task: str = "auto"
@@ -69,9 +72,9 @@ class FinetuneOptions:
             raise UserError(f"--strands: choose one of {', '.join(STRANDS)}, got {self.strands!r}")
         for name in self.baselines:
             if name not in BASELINES:
-                raise UserError(f"--baseline: choose among {', '.join(BASELINES)}, got {name!r}")
+                raise UserError(f"--baseline: choose from {', '.join(BASELINES)}, got {name!r}")
         if self.lora < 0 or (self.lora and self.frozen):
-            raise UserError(f"--lora: a rank of at least 1, and without --frozen; got {self.lora}")
+            raise UserError(f"--lora: must be a rank of at least 1, and does not go with --frozen; got {self.lora}")
         if self.seeds < 1:
             raise UserError(f"--seeds: must be at least 1, got {self.seeds}")
         if not 0 < self.valid_share < 1:
@@ -79,26 +82,26 @@ class FinetuneOptions:
 
     @property
     def main(self) -> str:
-        """The fine-tuning itself: frozen, lora or full."""
+        """The method of the fine-tuning itself: frozen, lora or full."""
         return "frozen" if self.frozen else "lora" if self.lora else "full"
 
     @property
     def methods(self) -> list[str]:
-        """What is trained, the fine-tuning itself first."""
+        """The methods that are trained, the fine-tuning itself first."""
         return [self.main, *(["probe"] if self.probe else []), *self.baselines]
 
 
 def finetune(
     runner: Runner,
-    tables: dict[str, LabelledTable],
+    tables: Mapping[str, LabelledTable | BinnedTable],
     out: str | Path,
     options: FinetuneOptions,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Fine-tune on `tables` ("train", and where there are any "valid" and "test") and write the folder `out`.
+    """Fine-tune on `tables` ("train", and optionally "valid" and "test") and write the folder `out`.
 
-    Returns what stands in result.json: for each method the metrics of each seed on validation and test, and their mean
-    and spread. After a kill, the same call goes on with what is not finished.
+    Returns the content of result.json: for each method the metrics of each seed on validation and test, and their mean
+    and spread. After a kill, the same call goes on with unfinished parts.
     """
     with ranks_of(runner) as ranks:
         study = _Study(runner, tables, Path(out), options, ranks)
@@ -114,17 +117,24 @@ def finetune(
 
 
 class _Study:
-    """One fine-tuning: its data, and what is kept of each method and seed."""
+    """One fine-tuning: its data, and the saved results of each method and seed."""
 
     def __init__(
-        self, runner: Runner, tables: dict[str, LabelledTable], out: Path, options: FinetuneOptions, ranks: Ranks
+        self,
+        runner: Runner,
+        tables: Mapping[str, LabelledTable | BinnedTable],
+        out: Path,
+        options: FinetuneOptions,
+        ranks: Ranks,
     ) -> None:
         self.runner, self.out, self.options, self.ranks = runner, out, options, ranks
         self.folder = out / _UNFINISHED
         self._embeddings: dict[bytes, np.ndarray] = {}
-        self.task = find_task(tables["train"], options.task)
+        self.task = tables["train"].task(options.task)
         if self.task.per_base and (options.probe or "kmer" in options.baselines):
-            raise UserError("--probe, --baseline kmer: are for labels of sequences, not of each base")
+            raise UserError("--probe, --baseline kmer: need labels of sequences, not of single bases")
+        if self.task.bin > 1 and options.frozen:
+            raise UserError("--frozen: keeps the embeddings of every base, which labels of bins are too many for")
         if runner.config.rcps and options.strands != "auto":
             raise UserError(
                 f"--strands: {options.strands} is for models that are not equivariant; a Caduceus-PS conjoins strands"
@@ -132,7 +142,7 @@ class _Study:
         self.metric = check_metric(options.metric, self.task)
         self.data = {name: table.labelled(self.task) for name, table in tables.items()}
         if len(self.data["train"]) < 2:
-            raise UserError(f"{tables['train'].path}: one sequence is too few to learn from")
+            raise UserError(f"{tables['train'].path}: one sequence is not enough to learn from")
         self.origin = {
             "model": runner.origin(),
             "options": asdict(options),
@@ -141,7 +151,7 @@ class _Study:
         }
 
     def finished(self) -> dict[str, Any] | None:
-        """What an earlier call like this one wrote, if it came to its end."""
+        """The result of an earlier equal call, if it finished."""
         return self._by_main(self._finished)
 
     def _finished(self) -> dict[str, Any] | None:
@@ -151,12 +161,12 @@ class _Study:
         return result if {key: result.get(key) for key in self.origin} == json.loads(dump_json(self.origin)) else None
 
     def say(self, say: Callable[[str], None], line: str) -> None:
-        """Say it once."""
+        """Say a line, on the main rank only."""
         if self.ranks.is_main:
             say(line)
 
     def _by_main(self, work: Callable[[], Any]) -> Any:
-        """What the main rank makes of it, on every rank."""
+        """The result of `work` on the main rank, on every rank."""
         found = None
         with self.ranks.agreeing():
             if self.ranks.is_main:
@@ -164,7 +174,7 @@ class _Study:
         return self.ranks.broadcast(found)
 
     def begin(self, say: Callable[[str], None]) -> None:
-        """Make the folder, drop what is there of another command, and say what is going to be done."""
+        """Make the folder, remove the parts of another command, and say what will be done."""
         self._by_main(lambda: self._begin(say))
 
     def _begin(self, say: Callable[[str], None]) -> None:
@@ -182,7 +192,7 @@ class _Study:
         say(f"{told(self.task)}, {counts}; chosen by {self.metric} on validation; strands: {self._told_strands()}")
         for name, (exact, reverse) in self.copies.items():
             if exact or reverse:
-                say(f"note: {exact:,} sequences of {name} also stand in train, {reverse:,} as reverse complement")
+                say(f"note: {exact:,} sequences of {name} also occur in train, {reverse:,} as reverse complement")
 
     def _told_strands(self) -> str:
         if self.runner.config.rcps:
@@ -192,12 +202,12 @@ class _Study:
 
     @cached_property
     def copies(self) -> dict[str, tuple[int, int]]:
-        """How many sequences of valid and test stand in train: as they are, and only as their reverse complement."""
+        """How many sequences of valid and test occur in train: as they are, and only as their reverse complement."""
         others = [name for name in ("valid", "test") if name in self.data]
         return {name: copies(self.data["train"].bases, self.data[name].bases) for name in others}
 
     def run(self, method: str, seed: int) -> None:
-        """Train by one method under one seed and keep what it gives, unless that is there."""
+        """Train with one method and seed and save the results, unless they exist."""
         place = self.folder / f"{method}-{seed}"
         if self._by_main(place.with_suffix(".json").is_file):
             return
@@ -231,7 +241,7 @@ class _Study:
         frozen = method == "frozen"
         inputs = {n: list(self._embedded(d.bases)) if frozen else d.bases for n, d in parts.items()}
         one = frozen and not self.task.per_base
-        sizes = {name: [1 if one else len(bases) for bases in d.bases] for name, d in parts.items()}
+        sizes = {name: [1] * len(d) if one else d.sizes for name, d in parts.items()}
         examples = {name: Examples(inputs[name], data.labels, sizes[name]) for name, data in parts.items()}
         augment = self.options.strands == "augment" and method in ("full", "lora", "random")
         fit = Fit(net, self.task, self.metric, self.options.fit, self.runner, self.ranks, augment)
@@ -249,7 +259,7 @@ class _Study:
         outputs: list[np.ndarray] | None,
         place: Path,
     ) -> None:
-        """Write what a fit has given, the record of it last."""
+        """Write the results of a fit, and its record last."""
         if method == self.options.main:
             self._as_model(net).save(place, {**self.origin, "seed": seed})
         if test is not None and outputs is not None:
@@ -259,7 +269,7 @@ class _Study:
 
     def _net(self, method: str, seed: int) -> nn.Module:
         if method == "cnn":
-            net: nn.Module = Cnn(self.task.outputs, self.task.per_base)
+            net: nn.Module = Cnn(self.task)
         elif method == "frozen":
             net = HeadOnly(nn.Linear(self.runner.config.d_model, self.task.outputs))
         elif method == "random":
@@ -280,7 +290,7 @@ class _Study:
         return model
 
     def _embedded(self, sequences: list[np.ndarray]) -> Any:
-        """Embeddings of both strands, (n, 2 D), or by base a list of (L, 2 D), each sequence computed once."""
+        """Embeddings of both strands, (n, 2 D), or per base a list of (L, 2 D); each sequence is computed once."""
         pool = "base" if self.task.per_base else self.options.pool
         options = EmbedOptions(pool=pool, strands="concatenate")
         new = list({bases.tobytes(): bases for bases in sequences if bases.tobytes() not in self._embeddings}.values())
@@ -294,7 +304,7 @@ class _Study:
         return found if self.task.per_base else np.stack(found)
 
     def finish(self) -> dict[str, Any]:
-        """Write the results and the best seed's model, and drop what is no longer needed."""
+        """Write the results and the best seed's model, and remove what is no longer needed."""
         return self._by_main(self._finish)
 
     def _finish(self) -> dict[str, Any]:
@@ -313,10 +323,7 @@ class _Study:
         shutil.rmtree(self.out / "model", ignore_errors=True)
         shutil.copytree(chosen, self.out / "model")
         if "test" in self.data:
-            data, outputs = self.data["test"], np.load(chosen.with_suffix(".npy"))
-            shown = {**label_columns(self.task, data.labels), **output_columns(self.task, outputs)}
-            columns = {**place_columns(self.task, range(len(data)), [len(bases) for bases in data.bases]), **shown}
-            write_columns(self.out / "predictions.tsv", columns)
+            self._write_predictions(self.data["test"], np.load(chosen.with_suffix(".npy")))
         summary = {method: summarised(self.task, results) for method, results in found.items()}
         result = {
             **self.origin,
@@ -331,3 +338,13 @@ class _Study:
         write_atomically(self.out / _RESULT, dump_json(result))
         shutil.rmtree(self.folder)
         return json.loads(dump_json(result))
+
+    def _write_predictions(self, data: Labelled, outputs: np.ndarray) -> None:
+        if self.task.bin > 1:  # numbers that no text table could hold
+            labels = np.stack(list(data.labels))
+            with replacing(self.out / "predictions.npz") as file:
+                np.savez(file, labels=labels, predictions=outputs.reshape(labels.shape).astype(np.float32))
+            return
+        shown = {**label_columns(self.task, data.labels), **output_columns(self.task, outputs)}
+        columns = {**place_columns(self.task, range(len(data)), data.sizes), **shown}
+        write_columns(self.out / "predictions.tsv", columns)

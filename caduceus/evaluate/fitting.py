@@ -1,8 +1,8 @@
-"""Training of a network on labelled sequences as a run is trained: by the trainer's own loop, optimizer, schedule,
+"""Trains a network on labelled sequences in the way of a run: with the trainer's own loop, optimizer, schedule,
 checkpoints and rows, on one rank or on those of torchrun. The best epoch on validation is kept.
 
-A fit has a run directory: metrics.jsonl, which `python -m caduceus.monitor` shows, and until its end a checkpoint of
-the newest epoch, from which the same call goes on.
+A fit has a run directory with metrics.jsonl, which `python -m caduceus.monitor` shows, and until its end a checkpoint
+of the newest epoch, from which the same call goes on.
 """
 
 import contextlib
@@ -45,10 +45,11 @@ _WARMUP_SHARE, _LAST_SHARE, _CLIP = 0.01, 0.1, 1.0
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How to train, by default as published for the Nucleotide Transformer tasks.
+    """How to train; the defaults are those published for the Nucleotide Transformer tasks.
 
-    The rate rises over 1 % of the steps and falls as a cosine to a tenth. patience: epochs without a better validation
-    before training ends; 0: all. class_weights: the loss weighs classes by one over their share. wandb: mode of W&B.
+    The learning rate rises over 1 % of the steps and falls as a cosine to a tenth. patience: epochs without a better
+    validation after which training ends; 0: never. class_weights: weight the loss of classes by one over their share.
+    wandb: mode of W&B.
     """
 
     epochs: int = 20
@@ -71,7 +72,7 @@ class FitOptions:
 
 @contextmanager
 def ranks_of(runner: Runner) -> Iterator[Ranks]:
-    """The ranks that torchrun or the launcher started, met as a run's meet; or, as within `alone`, one process."""
+    """The ranks that torchrun or the launcher started, connected as those of a run; in `alone`, this process only."""
     if is_alone():
         yield Ranks(0, 1, 1, runner.device)
         return
@@ -106,9 +107,9 @@ def _config(runner: Runner, options: FitOptions, steps: int) -> Config:
 
 @dataclass
 class Fit:
-    """A network in training on a task, chosen by `metric`; `runner`: whose device and precision it has.
+    """Trains a network on a task; `metric` chooses the best epoch, `runner` gives device and precision.
 
-    augment: whether it sees either strand of a sequence, by a coin.
+    augment: whether a coin decides which strand of a sequence it sees.
     """
 
     net: nn.Module
@@ -120,10 +121,11 @@ class Fit:
     augment: bool = False
 
     def run(self, train: Examples, valid: Examples, seed: int, folder: Path) -> dict[str, Any]:
-        """Train, and leave the network as of its best epoch: {"best_epoch", "valid": its metrics, "epochs"}.
+        """Train, and leave the network in the state of its best epoch. Returns {"best_epoch", "valid": its metrics,
+        "epochs"}.
 
-        folder: the run directory, gone on from where it holds a checkpoint. All ranks call it. Raises `SystemExit` with
-        the trainer's status for another start where it was told to stop, after a checkpoint.
+        folder: the run directory; training goes on from a checkpoint in it. All ranks call it. Where it was told to
+        stop, it raises `SystemExit` after a checkpoint, with the trainer's status that asks for another start.
         """
         loader = self._loader(train, seed)
         config = self._run_config(train, loader, seed, folder)
@@ -137,7 +139,7 @@ class Fit:
             run.release()
 
     def _to_the_end(self, config: Config, run: RunDirectory, loader: ExampleLoader, valid: Examples) -> dict[str, Any]:
-        """Goes on from where the run stands."""
+        """Train from the run's newest checkpoint to the end."""
         kind = DDP if self.ranks.world > 1 else Single
         strategy = kind(config, self.ranks, WithLoss(self.net, self.task), build_optimizer)
         checkpoints = Checkpoints(config, run, strategy)
@@ -152,7 +154,7 @@ class Fit:
         loop = _FitLoop(
             config, run, strategy, checkpoints, loader, progress, monitor, stop, watchdog, fit=self, valid=valid
         )
-        # Within a run, whose terminal and signals these are, a fit shows nothing and goes on to its end.
+        # Within a run, which owns the terminal and the signals, a fit shows nothing and goes on to its end.
         listening = contextlib.nullcontext() if is_within_a_run() else stop.listening()
         with listening, monitor, watchdog:
             status = loop.run_to_the_end()
@@ -181,13 +183,13 @@ class Fit:
         if not self.options.class_weights:
             return None
         if self.task.classes is None or self.task.several:
-            raise UserError("--class-weights: weighs the classes of a classification, of which each example has one")
+            raise UserError("--class-weights: needs a classification in which each example has one class")
         numbers = np.concatenate([np.atleast_1d(label) for label in labels])
         counts = np.bincount(numbers[numbers >= 0].astype(np.int64), minlength=len(self.task.classes))
         return counts.sum() / (len(counts) * np.maximum(counts, 1))
 
     def outputs(self, examples: Examples) -> list[np.ndarray]:
-        """What the network gives for each example, float64: (O,), or by base (L, O). Ranks share the work."""
+        """The network's outputs for each example, float64: (O,), or per base (L, O). Ranks share the work."""
         return outputs_of(self.net, self.runner, examples, self.options.batch_bases, self.ranks)
 
 
@@ -202,7 +204,7 @@ class _FitLoop(Loop):
         return super().is_over() or self._has_waited_enough()
 
     def _has_waited_enough(self) -> bool:
-        """Whether the last epochs, as many as `patience`, were no better than one before."""
+        """Whether the last `patience` epochs were not better than an earlier one."""
         per_epoch, patience = self.config.valid.every, self.fit.options.patience
         waited = self.progress.step // per_epoch - (self.best.step or 0) // per_epoch
         return bool(patience) and waited >= patience
@@ -222,9 +224,9 @@ class _FitLoop(Loop):
         return row
 
     def take_best(self) -> dict[str, Any]:
-        """Give the network the weights of its best epoch, which is told; nobody needs the checkpoints any more.
+        """Give the network the weights of its best epoch, return that epoch, and remove the checkpoints.
 
-        Where no epoch has a number to be chosen by, it is the last.
+        Where no epoch has a number to be compared by, it is the last.
         """
         ranks, task = self.strategy.ranks, self.fit.task
         step = self.best.step or self.progress.step
@@ -245,7 +247,7 @@ class _FitLoop(Loop):
 def outputs_of(
     net: nn.Module, runner: Runner, examples: Examples, batch_bases: int | None = None, ranks: Ranks | None = None
 ) -> list[np.ndarray]:
-    """What a network gives for each example, float64: (O,), or by base (L, O); `ranks` share the work."""
+    """A network's outputs for each example, float64: (O,), per base (L, O) or per bin; `ranks` share the work."""
     training = net.training
     net.eval()
     mine = range(len(examples))[ranks.rank :: ranks.world] if ranks else range(len(examples))
@@ -253,8 +255,9 @@ def outputs_of(
     with runner.autocast():
         for rows in micro_batches(examples.sizes, runner.batch_bases(batch_bases), mine):
             outputs = net([examples.inputs[row] for row in rows]).double().cpu().numpy()
+            longest = max(examples.sizes[row] for row in rows)
             for row, output in zip(rows, outputs, strict=True):
-                found[row] = output if output.ndim == 1 else output[: examples.sizes[row]]
+                found[row] = output if output.ndim == 1 else output[: len(output) * examples.sizes[row] // longest]
     net.train(training)
     if ranks is not None and ranks.world > 1:
         found = {row: output for of in ranks.gather_objects(found) for row, output in of.items()}
@@ -262,8 +265,9 @@ def outputs_of(
 
 
 def predicted(task: Task, outputs: Sequence[np.ndarray]) -> np.ndarray:
-    """Outputs as probabilities (n, classes), or values, (n,) or of several (n, values), in the scale of the labels; n
-    bases where it is by base."""
+    """Outputs as probabilities (n, classes), or as values in the scale of the labels, (n,) or for several (n, values).
+    For labels per base, n counts bases.
+    """
     stacked = torch.from_numpy(np.concatenate(outputs) if task.per_base else np.stack(outputs))
     if task.classes is None:
         values = stacked.numpy() if task.values else stacked[:, 0].numpy()
@@ -272,12 +276,12 @@ def predicted(task: Task, outputs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def measured(task: Task, examples: Examples, outputs: Sequence[np.ndarray]) -> dict[str, float]:
-    """All metrics of a task, over the examples or bases that have a label."""
+    """All metrics of a task, over the examples or bases with a label."""
     return measure(task, flat_labels(task, examples.labels), predicted(task, outputs))
 
 
 def mean_loss(task: Task, examples: Examples, outputs: Sequence[np.ndarray]) -> float:
-    """The loss per label, as training has it without class weights."""
+    """The loss per label, as in training, but without class weights."""
     total, weight = 0.0, 0.0
     for label, output in zip(examples.labels, outputs, strict=True):
         labels, weights = label_tensors(task, [label])

@@ -1,4 +1,4 @@
-"""Loss on held-out sequences, per species, and what else a validation tells."""
+"""The loss on held-out sequences, per species, and the other numbers of a validation."""
 
 from collections.abc import Callable, Iterable
 
@@ -26,12 +26,11 @@ def held_out_loss(
 ) -> dict[str, float]:
     """Cross-entropy over all labelled bases (weighted by `loss_weights` where there are any), in nats.
 
-    `add_up` adds a tensor up over the ranks that share the batches, and `each` is what iterates over these. With
-    `mirror`, the first batch of each species is also predicted from its reverse complement. `seen` is called with the
-    species and the output of each batch.
-    Returns {"valid_loss": …, "valid_loss/SPECIES": …}, a species without a labelled base left out; and what
-    `docs/watching.md` says of a validation: perplexity, bits per base, accuracy, by region and species, confusion, how
-    far the strands disagree. Raises `UserError` where no base at all is labelled and counts.
+    `add_up` adds a tensor up over the ranks that share the batches, and `each` iterates over these. With `mirror`, the
+    first batch of each species is also predicted from its reverse complement. `seen` is called with the species and the
+    output of each batch. Returns {"valid_loss": …, "valid_loss/SPECIES": …}, without species that have no labelled
+    base, and the numbers of a validation in `docs/watching.md`: perplexity, bits per base, accuracy by region and
+    species, confusion, and how far the strands disagree. Raises `UserError` where no base is labelled and counts.
     """
     training = model.training
     model.eval()
@@ -48,7 +47,7 @@ def held_out_loss(
         if mirror is not None and species not in mirrored:
             mirrored.add(species)
             with autocast(device, precision):
-                # A packed sequence ends where the next one begins, and its mirror image begins there.
+                # A packed sequence ends where the next one begins, so its mirror image begins there.
                 starts = None if batch.starts is None else mirror(batch.starts.roll(-1, 1))
                 reverse = model(reverse_complement_of(batch, vocabulary, mirror), starts=starts).logits
             details.add_strands(species, output.logits, mirror(reverse), batch)
@@ -57,8 +56,8 @@ def held_out_loss(
     loss, weight = sums.sum(0).tolist()
     if weight == 0:
         raise UserError(
-            "validation: no base is labelled and counts for the loss; raise valid.samples, or see data.mask_prob and "
-            "data.repeat_weight"
+            "validation: no base is labelled and counts for the loss; raise valid.samples, or see data.mask_prob, "
+            "data.repeat_weight and data.weights_bed"
         )
     of_species = zip(batches.species, sums.tolist(), strict=True)
     return {

@@ -1,6 +1,7 @@
-"""`evaluations:` of a run: verbs on the model while it trains, checked at the start, each giving numbers by name.
+"""The `evaluations` of a run: verbs on the model while it trains. They are checked at the start, and each returns
+numbers by name.
 
-What a verb writes lies in RUN/evaluations/NAME, as the newest evaluation wrote it.
+The files of a verb lie in RUN/evaluations/NAME, from its newest evaluation.
 """
 
 import argparse
@@ -34,12 +35,14 @@ from caduceus.evaluate.variant_labels import area_names
 from caduceus.evaluate.variants import prepared, score_file
 
 _OF_THE_RUN = ("model", "run", "export", "config", "out", "device", "precision")
-"""Options of verbs that a run gives by itself."""
+"""Options of verbs that the run itself sets."""
 Numbers = dict[str, float | None]
 
 
 class InLoop(ABC):
-    """One evaluation of a run. `numbers`: what `run` gives, as far as it is known before; set by `check`."""
+    """One evaluation of a run. `numbers`: the names that `run` returns, as far as they are known before; `check` sets
+    it.
+    """
 
     def __init__(self, evaluation: Evaluation, config: Config) -> None:
         self.name, self.every, self.key = evaluation.name, evaluation.every, evaluation.key
@@ -49,23 +52,25 @@ class InLoop(ABC):
         self.numbers: list[str] = []
 
     file = ""
-    """Name of what the verb writes, in a folder of the evaluation's own."""
+    """The name of the verb's output, in the evaluation's own folder."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise `UserError` for whatever can be seen to be wrong before the first evaluation; on the main rank."""
+        """Raise `UserError` for mistakes that can be seen before the first evaluation. Only the main rank calls it."""
 
     @abstractmethod
     def run(self, runner: Runner, ranks: Ranks) -> Numbers:
-        """The numbers of the model, on all ranks together: the same on each, and an error on one is raised on all."""
+        """The numbers of the model, computed by all ranks together: the same on each, and an error on one is raised on
+        all.
+        """
 
     def row(self, numbers: Numbers) -> dict[str, float]:
-        """Numbers under the names that they have in metrics.jsonl; NaN for what is not defined."""
+        """The numbers under their names in metrics.jsonl; NaN for undefined ones."""
         known = {name: math.nan if value is None else value for name, value in numbers.items()}
         return {f"{SPACE}{self.name}/{name}": value for name, value in known.items()}
 
     def ready(self) -> Path:
-        """The place of the output, in a folder that exists."""
+        """The path of the output; its folder is made."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
         return self.out
 
@@ -76,7 +81,7 @@ def evaluations_in(config: Config) -> list[InLoop]:
 
 
 def check_evaluations(found: Iterable[InLoop], best: str | None) -> None:
-    """Raise a `UserError` that names the key for what is wrong with evaluations, or with `checkpoint.best`."""
+    """Raise a `UserError`, which names the key, for mistakes in evaluations or in `checkpoint.best`."""
     for one in found:
         try:
             one.check()
@@ -88,7 +93,7 @@ def check_evaluations(found: Iterable[InLoop], best: str | None) -> None:
 
 
 def _parsed(evaluation: Evaluation, config: Config, out: Path) -> argparse.Namespace:
-    """The verb's options, from the values that the configuration has of them."""
+    """The verb's options, from their values in the configuration."""
     parser = Parser(prog=evaluation.key, add_help=False)
     verbs = parser.add_subparsers(dest="command", parser_class=Parser)
     commands.add_verbs(verbs)
@@ -97,7 +102,7 @@ def _parsed(evaluation: Evaluation, config: Config, out: Path) -> argparse.Names
     positional: list[str] = []
     for name, value in evaluation.options.items():
         if name in _OF_THE_RUN:
-            raise UserError(f"{evaluation.key}.{name}: is given by the run itself; leave it out")
+            raise UserError(f"{evaluation.key}.{name}: the run itself sets this; leave it out")
         if name not in known:
             raise UserError(f"{evaluation.key}: {evaluation.verb} has no option '{name}'; it has {', '.join(known)}")
         if known[name].option_strings:
@@ -124,18 +129,18 @@ def _words(action: argparse.Action, value: Any) -> list[str]:
 
 
 class _HeldOut(InLoop):
-    """The loss on other held-out sequences, as of a validation. Every rank takes its share of the batches."""
+    """The loss on other held-out sequences, computed like a validation. Every rank takes its share of the batches."""
 
     _batches: ValidationLoader | None = None
 
     def _of_share(self, rank: int, world: int, device: Any = "cpu") -> ValidationLoader:
         config = overridden(self.config, self.arguments.overrides)
         if config.model != self.config.model:
-            raise UserError("overrides: the model is the run's, whose keys cannot be others here")
+            raise UserError("overrides: the model is the run's, so its keys cannot be changed here")
         return build_validation(config, self.arguments.split, rank=rank, world=world, device=device)
 
     def check(self) -> None:
-        species = self._of_share(1, 2).species  # of a rank that does not log
+        species = self._of_share(1, 2).species  # the numbers of rank 1, as rank 0 logs
         suffixes = ["", *(f"/{name}" for name in species)]
         self.numbers = [f"{name}{suffix}" for suffix in suffixes for name in ("loss", "accuracy")]
         self.numbers += ["perplexity", "bits_per_base"]
@@ -168,7 +173,9 @@ class _Variants(InLoop):
 
     def check(self) -> None:
         if self.arguments.every_snv is not None or self.arguments.label is None:
-            raise UserError("of variants, numbers come from labels; give a file with input, and their name with label")
+            raise UserError(
+                "numbers about variants need labels; give a file with input, and the name of the labels with label"
+            )
         prepared(commands.picked(self.arguments, VariantSource), commands.labels_asked(self.arguments))
         self.numbers = area_names(commands.picked(self.arguments, ScoreOptions).columns())
 
@@ -193,7 +200,7 @@ class _Probe(InLoop):
 
 
 class _OnMain(InLoop):
-    """What is computed in one process: on the main rank, while the others wait."""
+    """An evaluation in one process: on the main rank, while the others wait."""
 
     @abstractmethod
     def compute(self, runner: Runner, say: Callable[[str], None]) -> Numbers:
@@ -203,7 +210,7 @@ class _OnMain(InLoop):
         numbers: Numbers = {}
         with ranks.agreeing():
             if ranks.is_main:
-                shutil.rmtree(self.out, ignore_errors=True)  # of another step's model
+                shutil.rmtree(self.out, ignore_errors=True)  # the files of an earlier step's model
                 with alone():
                     numbers = self.compute(runner, lambda line: None)
         return ranks.broadcast(numbers)
@@ -230,7 +237,7 @@ class _Finetune(_OnMain):
         }
 
     def _prefixes(self, methods: list[str]) -> list[str]:
-        """No prefix for the fine-tuning itself; the name of its method for what is trained beside it."""
+        """The prefix of each method's numbers: none for the fine-tuning itself, the method's name for the others."""
         return ["", *(f"{method}/" for method in methods[1:])]
 
 

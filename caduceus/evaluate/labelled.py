@@ -1,5 +1,6 @@
-"""Labelled sequences of tables, and what is to be learnt of them. Imports no torch."""
+"""Labelled sequences from tables, and the task that their labels define. Imports no torch."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +17,17 @@ TASKS = ("auto", "classification", "regression", "multilabel", "per-base")
 _NO_LABEL = "."
 _MOST_CLASSES = 100
 _BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-_TASK_VALUES = ("mean", "spread", "several", "per_base", "values")
+_TASK_VALUES = ("mean", "spread", "several", "per_base", "values", "bin")
 
 
 @dataclass(frozen=True)
 class Task:
-    """classes: of a classification, in the order of the outputs; of a regression None, and mean and spread of the
-    labels of training, by which they are scaled. several: a sequence may have any of the classes. per_base: each base
-    has a label. values: the names of a regression's, where a sequence has several; each has its own mean and spread."""
+    """What is learnt from labels.
+
+    classes: those of a classification, in the order of the outputs; None for a regression, whose labels are scaled by
+    `mean` and `spread` of training. several: a sequence may have any of the classes. per_base: each base, or each
+    stretch of `bin` bases, has a label. values: the names of a regression's values, where there are several.
+    """
 
     classes: tuple[str, ...] | None
     mean: float | tuple[float, ...] = 0.0
@@ -31,10 +35,11 @@ class Task:
     several: bool = False
     per_base: bool = False
     values: tuple[str, ...] | None = None
+    bin: int = 1
 
     @property
     def outputs(self) -> int:
-        """Numbers that a model gives for a sequence."""
+        """Number of outputs of a model for a sequence (or base)."""
         return len(self.classes or self.values or ("value",))
 
     def to_json(self) -> dict[str, Any]:
@@ -48,26 +53,33 @@ class Task:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Sequences as upper-case ASCII, and the label of each: the number of its class, or a value; 0 or 1, or a value,
-    for each of several; or by base an array (L,), in which NaN, and -1 for a class, is no label."""
+    """Sequences as upper-case ASCII, and the label of each: the number of its class, or a value; for several labels, 0
+    or 1, or a value, for each; per base an array (L,). NaN, and -1 for a class, mean that there is no label.
+    """
 
-    bases: list[np.ndarray]
+    bases: Sequence[np.ndarray]
     labels: Any
 
     def __len__(self) -> int:
         return len(self.bases)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bases of each sequence."""
+        return [len(bases) for bases in self.bases]
+
     def pick(self, rows: np.ndarray) -> "Labelled":
-        """Some of them."""
+        """The sequences and labels of some rows."""
         picked = self.labels[rows] if isinstance(self.labels, np.ndarray) else [self.labels[row] for row in rows]
         return Labelled([self.bases[row] for row in rows], picked)
 
 
 @dataclass(frozen=True)
 class LabelledTable:
-    """The table of a file with the names of its columns; longest: the most bases that a sequence may have.
+    """The table of a file, with the names of its columns.
 
-    label: a column, or several parted by commas. A column `label` may be called `labels`.
+    label: a column, or several separated by commas; a column `label` may be called `labels`. longest: the most bases
+    that a sequence may have.
     """
 
     path: str | Path
@@ -77,11 +89,17 @@ class LabelledTable:
 
     @property
     def labels(self) -> list[str]:
-        """The columns of labels."""
+        """The names of the columns of labels."""
         return [name.strip() for name in self.label.split(",")]
 
+    def task(self, kind: str) -> Task:
+        """What its labels are, as training learns them."""
+        return find_task(self, kind)
+
     def read(self) -> tuple[list[np.ndarray], list[Any], Columns]:
-        """Sequences and labels as they stand. What is missing or none is a `UserError` that names file and line."""
+        """Sequences and labels as in the file. Raises `UserError`, which names file and line, where one is missing or
+        invalid.
+        """
         columns = read_columns(self.path)
         of_columns = [columns.values[_label_column(columns, name)] for name in self.labels]
         labels = of_columns[0] if len(of_columns) == 1 else list(zip(*of_columns, strict=True))
@@ -93,7 +111,7 @@ class LabelledTable:
         return bases, labels, columns
 
     def labelled(self, task: Task) -> Labelled:
-        """With the labels of a task that is known; one that it does not have is a `UserError`."""
+        """The sequences with labels of a known task. Raises `UserError` for a label that the task does not have."""
         bases, labels, columns = self.read()
         if task.per_base:
             return Labelled(bases, _by_base(task, bases, labels, columns))
@@ -118,11 +136,13 @@ def _label_column(columns: Columns, name: str) -> str:
 
 
 def _unknown(place: str, label: str, task: Task) -> UserError:
-    return UserError(f"{place}: label {label[:40]!r} is none of training: {', '.join(task.classes[:10])}")
+    return UserError(f"{place}: label {label[:40]!r} does not occur in training: {', '.join(task.classes[:10])}")
 
 
 def _several(task: Task, names: list[str], labels: list[Any], columns: Columns) -> np.ndarray:
-    """(n, classes) of 0 and 1: of columns of their own, of a list in one, or of names parted by ; in one."""
+    """(n, classes) of 0 and 1, from a column each, from a column of lists, or from a column of names separated by
+    semicolons.
+    """
     rows = np.zeros((len(labels), len(task.classes)))
     for row, label, place in zip(rows, labels, columns.places, strict=True):
         if _is_list(label):
@@ -150,7 +170,7 @@ def _check_count(label: Sequence[Any], count: int, place: str) -> None:
 
 
 def _several_values(count: int, labels: list[Any], columns: Columns) -> np.ndarray:
-    """(n, count) numbers, of columns of their own or of a list in one."""
+    """(n, count) numbers, from a column each or from a column of lists."""
     rows = []
     for label, place in zip(labels, columns.places, strict=True):
         values = label.replace(",", " ").split() if isinstance(label, str) else label
@@ -162,7 +182,7 @@ def _several_values(count: int, labels: list[Any], columns: Columns) -> np.ndarr
 
 
 def _names_in(label: Any) -> list[str]:
-    """The names in a label such as promoter;enhancer, none in a dot."""
+    """The names in a label such as promoter;enhancer; a dot has none."""
     return [name.strip() for name in str(label).split(";") if name.strip() not in ("", _NO_LABEL)]
 
 
@@ -184,13 +204,13 @@ def _by_base(task: Task, bases: list[np.ndarray], labels: list[Any], columns: Co
 
 
 def _values_in(label: Any, place: str) -> np.ndarray:
-    """A list of numbers, or text of them parted by blanks or commas."""
+    """Numbers, from a list or from a text that separates them by blanks or commas."""
     values = label.replace(",", " ").split() if isinstance(label, str) else label
     try:
         return np.array([np.nan if value is None or value == _NO_LABEL else float(value) for value in values])
     except (TypeError, ValueError):
         raise UserError(
-            f"{place}: labels by base must be numbers, or a letter for each; got {str(label)[:40]!r}"
+            f"{place}: labels per base must be numbers, or one letter per base; got {str(label)[:40]!r}"
         ) from None
 
 
@@ -207,7 +227,7 @@ def read_bases(columns: Columns, column: str, longest: int | None) -> list[np.nd
 
 
 def find_task(table: LabelledTable, kind: str) -> Task:
-    """What the labels of training are: classes, where they are text or whole numbers, or values."""
+    """The task that the labels of training define: classes where they are text or whole numbers, else values."""
     if kind not in TASKS:
         raise UserError(f"--task: choose one of {', '.join(TASKS)}, got {kind!r}")
     bases, labels, columns = table.read()
@@ -223,7 +243,9 @@ def find_task(table: LabelledTable, kind: str) -> Task:
     if kind == "multilabel":
         names = sorted({name for label in labels for name in _names_in(label)})
         if len(names) < 2:
-            raise UserError(f"{table.path}: the labels name fewer than two classes, parted by ;")
+            raise UserError(
+                f"{table.path}: the labels name fewer than two classes; separate the classes of a sequence by ;"
+            )
         return Task(tuple(names), several=True)
     if kind == "per-base":
         return _task_by_base(table, bases, labels, columns)
@@ -247,7 +269,7 @@ def find_task(table: LabelledTable, kind: str) -> Task:
 
 
 def _names_of_several(table: LabelledTable, first: Any, kind: str) -> tuple[str, ...]:
-    """What the labels of a sequence are called, where it has a list of them: their columns, or numbers from 1."""
+    """The names of a sequence's labels, where it has several: those of their columns, or numbers from 1."""
     if len(table.labels) > 1:
         return tuple(table.labels)
     if kind == "regression" and isinstance(first, str) and len(first.replace(",", " ").split()) > 1:
@@ -278,7 +300,7 @@ def _task_by_base(table: LabelledTable, bases: list[np.ndarray], labels: list[An
 
 
 def _are_values(texts: set[str]) -> bool:
-    """Whether all are numbers, and not all are whole ones of a few."""
+    """Whether all are numbers, but not all are whole numbers with few different values."""
     try:
         values = [float(text) for text in texts]
     except ValueError:
@@ -301,15 +323,22 @@ def _number(label: Any, place: str) -> float:
 
 
 def split_off(data: Labelled, share: float, seed: int) -> tuple[Labelled, Labelled]:
-    """(rest, part): a random share, at least one sequence, chosen by the seed."""
+    """(rest, part): `part` is a random share, at least one sequence, chosen by the seed."""
     order = np.random.default_rng(seed).permutation(len(data))
     count = min(max(1, round(share * len(data))), len(data) - 1)
     return data.pick(np.sort(order[count:])), data.pick(np.sort(order[:count]))
 
 
-def copies(train: list[np.ndarray], test: list[np.ndarray]) -> tuple[int, int]:
-    """How many sequences of test stand in train as they are, and how many only as their reverse complement."""
-    known = {bases.tobytes() for bases in train}
-    exact = sum(bases.tobytes() in known for bases in test)
-    either = sum(bases.tobytes() in known or reverse_complement(bases).tobytes() in known for bases in test)
-    return exact, either - exact
+def copies(train: Sequence[np.ndarray], test: Sequence[np.ndarray]) -> tuple[int, int]:
+    """How many sequences of test occur in train as they are, and how many only as their reverse complement."""
+    known, exact, reverse = set(map(_digest, train)), 0, 0
+    for bases in test:
+        if _digest(bases) in known:
+            exact += 1
+        elif _digest(reverse_complement(bases)) in known:
+            reverse += 1
+    return exact, reverse
+
+
+def _digest(bases: np.ndarray) -> bytes:
+    return hashlib.blake2b(bases.tobytes(), digest_size=16).digest()

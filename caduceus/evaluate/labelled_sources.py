@@ -1,4 +1,4 @@
-"""Labelled sequences of other files than tables: FASTA, BED with its genome and a bigWig, folders of benchmarks.
+"""Labelled sequences from files other than tables: FASTA, BED with a genome and a bigWig, folders of benchmarks.
 
 They are written as tables beside the output, OUT.data/SPLIT.parquet, from which a fine-tuning reads. Imports no torch.
 """
@@ -25,10 +25,10 @@ SIGNALS = ("mean", "max")
 
 @dataclass(frozen=True)
 class LabelledSource:
-    """What files of places take: the genome, the bases about the middle of each row, and a bigWig of their values.
+    """What files of places need: the genome, the number of bases around the middle of each row, and a bigWig of values.
 
-    Without a bigWig the label is the fourth column. task: per-base has the value of each base. signal: what else is
-    made of the values of a row: mean or max of those that there are.
+    Without a bigWig the label is the fourth column. task: with per-base each base has its value. signal: otherwise the
+    label is the mean or max of the row's values.
     """
 
     genome: str | Path | None = None
@@ -48,9 +48,9 @@ class LabelledSource:
 def tables_of(
     files: dict[str, str | Path | None], source: LabelledSource, columns: Sequence[Any], out: str | Path
 ) -> dict[str, LabelledTable]:
-    """{split: table} of the files that are given; `columns`: column, label and longest of a `LabelledTable`.
+    """{split: table} of the given files; `columns`: column, label and longest of a `LabelledTable`.
 
-    A folder as train is one of a benchmark, which has its own splits.
+    A folder as train is that of a benchmark, which has its own splits.
     """
     folder = Path(f"{out}.data")
     train = Path(files["train"])
@@ -92,7 +92,7 @@ def _as_table(path: Path, source: LabelledSource, target: Path) -> Path:
 
 
 def _rows_of_bed(path: Path, source: LabelledSource) -> list[tuple[str, Any]]:
-    """Sequence and label of each row; rows without any value in the bigWig are left out, and counted."""
+    """Sequence and label of each row; rows without a value in the bigWig are left out, and counted in a note."""
     if source.genome is None:
         raise UserError(f"{path}: names places of a genome; give its file with --genome")
     windows, signal = Windows(source.genome, source.aliases), None if source.bigwig is None else _Signal(source.bigwig)
@@ -102,7 +102,9 @@ def _rows_of_bed(path: Path, source: LabelledSource) -> list[tuple[str, Any]]:
         contig = windows.require(row.contig, place)
         start, end = row.start, row.end
         if end > windows.contigs[contig]:
-            raise UserError(f"{place}: ends beyond {contig} with {windows.contigs[contig]:,} bases; another assembly?")
+            raise UserError(
+                f"{place}: ends beyond {contig} with {windows.contigs[contig]:,} bases; it may be for another assembly"
+            )
         if source.window is not None:
             start = (start + end) // 2 - source.window // 2
             end = start + source.window
@@ -132,7 +134,7 @@ def _label(row: BedRow, place: str, signal: "_Signal | None", start: int, end: i
 
 
 class _Signal:
-    """The values of a bigWig, NaN where there are none and beyond the ends of contigs."""
+    """The values of a bigWig; NaN where it has none, and beyond the ends of contigs."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
@@ -144,7 +146,7 @@ class _Signal:
         except RuntimeError:
             self.lengths = {}
         if not self.lengths:
-            raise UserError(f"--bigwig: {path} is no bigWig file")
+            raise UserError(f"--bigwig: {path} is not a bigWig file")
 
     def values(self, contig: str, start: int, end: int, place: str) -> np.ndarray:
         """(end - start,) float64."""

@@ -1,4 +1,4 @@
-"""The metrics of the field, by scikit-learn and scipy. Imports no torch."""
+"""The usual metrics, computed with scikit-learn and scipy. Imports no torch."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,12 +15,12 @@ SMALLER_IS_BETTER = ("mse",)
 
 
 def names_of(task: Task) -> tuple[str, ...]:
-    """The metrics of a task, the first of them its own."""
+    """The names of the metrics of a task; the first is its default."""
     return REGRESSION if task.classes is None else CLASSIFICATION
 
 
 def check_metric(metric: str | None, task: Task) -> str:
-    """The metric to choose by, the task's own where none is given."""
+    """The metric for choosing: the given one, or the task's default. Raises `UserError` for an unknown one."""
     names = names_of(task)
     if metric is not None and metric not in names:
         raise UserError(f"--metric: choose one of {', '.join(names)}, got {metric!r}")
@@ -32,9 +32,9 @@ def measure(
 ) -> dict[str, float]:
     """The metrics `names` of a task, or all. outputs: probabilities (n, classes), or values, (n,) or (n, values).
 
-    With several labels or values they are means over these. What has no label counts for nothing.
-    F1 is that of the second class where there are two, else the mean over classes; AUROC and AUPRC are those of the
-    second class, or means over each class against the others. NaN where the labels are too few to define one.
+    With several labels or values they are means over these. Outputs without a label are ignored. F1 is that of the
+    second class where there are two, else the mean over classes. AUROC and AUPRC are those of the second class, or
+    means over each class against the others. NaN where there are too few labels to define a metric.
     """
     if task.several:
         both = [np.stack([1 - p, p], 1) for p in outputs.T]
@@ -50,12 +50,12 @@ def measure(
         labels = labels if task.classes is None else labels.astype(np.int64)
     of = _of_values(labels, outputs) if task.classes is None else _of_classes(len(task.classes), labels, outputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a metric is not defined: the result says so
+        warnings.simplefilter("ignore")  # warnings about undefined metrics, which the result shows as NaN
         return {name: float(of[name]()) for name in names or names_of(task)}
 
 
 def _mean(values: list[float]) -> float:
-    """The mean of the values that are defined; NaN if none is."""
+    """The mean of the defined values; NaN if there is none."""
     there = [value for value in values if not np.isnan(value)]
     return float(np.mean(there)) if there else np.nan
 
@@ -91,7 +91,7 @@ def _of_classes(classes: int, labels: np.ndarray, outputs: np.ndarray) -> dict[s
 def bootstrap_interval(
     task: Task, metric: str, labels: np.ndarray, outputs: np.ndarray, rounds: int = 200
 ) -> tuple[float, float]:
-    """95 % interval of a metric over the examples, drawn with replacement; NaN where it is not defined."""
+    """95 % bootstrap interval of a metric over the examples; NaN where it is not defined."""
     return interval_of(lambda rows: measure(task, labels[rows], outputs[rows], [metric])[metric], len(labels), rounds)
 
 
@@ -107,9 +107,10 @@ RANKINGS = ("auroc", "auprc", "auroc_by_chrom", "auprc_by_chrom")
 
 
 def ranking(metric: str, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """How well scores rank positives (labels true) above the others: one of `RANKINGS`; NaN where there is one class.
+    """How well scores rank positives (labels true) above the others, by one of `RANKINGS`; NaN where there is only one
+    class.
 
-    By chromosome, given as `groups`: the mean over those that have both classes, weighted by their number of variants.
+    Metrics by chromosome (`groups`) are means over those with both classes, weighted by their number of variants.
     """
     of = {"auroc": "roc_auc_score", "auprc": "average_precision_score"}[metric.partition("_")[0]]
     area = getattr(package("sklearn.metrics"), of)
@@ -131,9 +132,9 @@ def _by_group(
 
 
 def is_better(metric: str, new: float | None, old: float | None) -> bool:
-    """Whether a value of a metric is better than an earlier one, None where there is none.
+    """Whether a value of a metric is better than an earlier one; `old` is None where there is no earlier one.
 
-    NaN, which a JSON has as None, never is, and anything is better than NaN.
+    NaN (None in JSON) is never better, and any number is better than NaN.
     """
     if new is None or np.isnan(new):
         return False

@@ -1,6 +1,6 @@
-"""Tables of variants that bring both alleles' sequences, or places of a genome from which these are made.
+"""Tables of variants with the sequences of both alleles, or with places of a genome from which these are made.
 
-Rows are read as they are needed: a benchmark's sequences may be more than memory holds. Imports no torch.
+Rows are read when they are needed, as a benchmark's sequences may exceed the memory. Imports no torch.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _REF_SEQUENCE, _ALT_SEQUENCE = "ref_forward_sequence", "alt_forward_sequence"
 
 @dataclass(frozen=True)
 class Pair:
-    """The sequences with REF and with ALT, upper-case ASCII, and the first place in which they differ."""
+    """The sequences with REF and with ALT, upper-case ASCII, and the first position at which they differ."""
 
     ref: np.ndarray
     alt: np.ndarray
@@ -31,7 +31,8 @@ class Pair:
 class PairTable:
     """A table with columns `ref_forward_sequence` and `alt_forward_sequence`, or with chrom, pos (from 1), ref and alt.
 
-    The sequences for the latter are made of `genome`, with `length` bases; the variant begins at base length // 2.
+    In the latter case the sequences are read from `genome`, with `length` bases; the variant begins at base length //
+    2.
     """
 
     def __init__(self, path: str | Path, genome: str | Path | None = None, length: int = 131_072) -> None:
@@ -55,7 +56,7 @@ class PairTable:
         return len(self.columns)
 
     def read(self, row: int) -> Pair:
-        """The pair of a row; one whose alleles do not differ, or not in the genome's base, is a `UserError`."""
+        """The pair of a row. Raises `UserError` where the alleles do not differ, or REF differs from the genome."""
         place = self.columns.places[row]
         if self._texts is not None:
             ref, alt = (checked_bases(text, place) for text in self._texts.read(row))
@@ -75,13 +76,14 @@ class PairTable:
         there = ref[self.length // 2 :][: len(self._refs[row])].tobytes().decode()
         if there != self._refs[row].upper():
             raise UserError(
-                f"{place}: REF is {self._refs[row][:20]}, but the genome has {there[:20]} there; another assembly?"
+                f"{place}: REF is {self._refs[row][:20]}, but the genome has {there[:20]} there; it may be for another "
+                "assembly"
             )
         alt = alternative_window(self._windows, contig, start, self._refs[row], self._alts[row], self.length)
         return ref, alt
 
     def numbers(self, name: str) -> np.ndarray | None:
-        """A column of numbers, float64; None where the table has none of the name."""
+        """A column of numbers, float64; None where the table has no such column."""
         if not self.columns.has(name):
             return None
         values = self.columns.values[self.columns.find(name, what=name)]
@@ -94,14 +96,16 @@ class PairTable:
         return np.array(found)
 
     def texts(self, name: str) -> list[str] | None:
-        """A column of text; None where the table has none of the name."""
+        """A column of text; None where the table has no such column."""
         if not self.columns.has(name):
             return None
         return [str(value) for value in self.columns.values[self.columns.find(name, what=name)]]
 
 
 def binary_labels(columns: Columns, name: str = "label") -> np.ndarray:
-    """A column of 0 and 1, or false and true, as (n,) bool; anything else is a `UserError` that names its place."""
+    """A column of 0 and 1, or false and true, as (n,) bool. Raises `UserError`, which names the place, for other
+    values.
+    """
     known = {"0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
     found = []
     values = columns.values[columns.find(name, f"{name}s", what="the labels")]
@@ -112,7 +116,7 @@ def binary_labels(columns: Columns, name: str = "label") -> np.ndarray:
         found.append(known[word])
     labels = np.array(found)
     if labels.all() or not labels.any():
-        raise UserError(f"{columns.path}: all labels are {int(labels[0])}; there is nothing to tell apart")
+        raise UserError(f"{columns.path}: all labels are {int(labels[0])}; there are no two classes to compare")
     return labels
 
 
@@ -127,7 +131,7 @@ def _has_sequences(path: Path) -> bool:
 
 
 class _Texts:
-    """The two columns of sequences, a row group of a parquet at a time; a text table is read whole."""
+    """The two columns of sequences; of a parquet it reads one row group at a time, a text table as a whole."""
 
     def __init__(self, path: Path) -> None:
         self.file: Any = None

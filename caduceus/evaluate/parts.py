@@ -1,7 +1,7 @@
-"""Long work in parts that a kill does not undo, shared by the ranks of torchrun.
+"""Divides long work into parts that survive a kill, and that the ranks of torchrun share.
 
-What a command will write to OUT is first kept as OUT.parts/000000.npz, …, each whole or absent, under the fingerprint
-of what it is made from. The same command goes on with the parts that are missing; another one begins anew.
+The results for OUT are first saved as OUT.parts/000000.npz, …, each whole or absent, with a fingerprint of their
+inputs. The same command goes on with the missing parts; another command begins anew.
 """
 
 import functools
@@ -28,7 +28,9 @@ _ORIGIN = "made-from.json"
 
 
 def cut(items: Sequence[Item], size: Callable[[Item], int], most: int, most_items: int) -> list[Sequence[Item]]:
-    """Items in their order, in parts of at most `most_items` whose sizes add up to at most `most` (or one item)."""
+    """Items in their order, in parts of at most `most_items` items with a total size of at most `most` (or of one
+    item).
+    """
     parts, first, total = [], 0, 0
     for place, item in enumerate(items):
         amount = size(item)
@@ -44,7 +46,7 @@ _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within, this process shares work with no other rank, though there are some."""
+    """A context in which this process does not share work with the other ranks."""
     token = _ALONE.set(True)
     try:
         yield
@@ -53,17 +55,17 @@ def alone() -> Iterator[None]:
 
 
 def is_within_a_run() -> bool:
-    """Whether this is `alone` within a run."""
+    """Whether this process is in `alone`, within a run."""
     return _ALONE.get()
 
 
 def is_alone() -> bool:
-    """Whether no other rank shares this process's work."""
+    """Whether this process shares its work with no other rank."""
     return _ALONE.get() or int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 def ranks_here() -> Ranks:
-    """This process among those that torchrun or the launcher started, or alone; they meet at the first call."""
+    """This process among those that torchrun or the launcher started, or alone. The first call connects them."""
     if _ALONE.get():
         return Ranks(0, 1, 1, torch.device("cpu"))
     return _ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
@@ -78,9 +80,9 @@ def _ranks(rank: int, world: int) -> Ranks:
 
 
 class Parts:
-    """The parts of one output. `origin` says all that decides what they hold; `ranks` share the work.
+    """The parts of one output. `origin` holds all values that decide their content; `ranks` share the work.
 
-    What fails on one rank is raised on all of them.
+    A failure on one rank is raised on all.
     """
 
     def __init__(self, out: str | Path, origin: dict[str, Any], ranks: Ranks | None = None) -> None:
@@ -90,7 +92,7 @@ class Parts:
         self.ranks = ranks or ranks_here()
 
     def _begin(self) -> None:
-        """Make room: drop what an earlier command left that was made from something else."""
+        """Remove parts that an earlier command made from other inputs."""
         content = dump_json(self.origin)
         stamp = self.folder / _ORIGIN
         if self.folder.is_dir() and not (stamp.is_file() and stamp.read_bytes() == content):
@@ -109,7 +111,7 @@ class Parts:
         compute: Callable[[Sequence[Item]], dict[str, np.ndarray]],
         unit: str,
     ) -> None:
-        """Compute and keep this rank's share of the parts that are missing. After it, those of all ranks are there."""
+        """Compute and save this rank's share of the missing parts. Afterwards those of all ranks exist."""
         with self.ranks.agreeing():
             if self.ranks.is_main:
                 self._begin()
@@ -127,18 +129,18 @@ class Parts:
 
     @contextmanager
     def writing(self) -> Iterator[bool]:
-        """Around what writes OUT, after `run`: whether this is the rank that does."""
+        """A context for writing OUT, after `run`; yields whether this rank writes it."""
         with self.ranks.agreeing():
             yield self.ranks.is_main
 
     def load(self, count: int) -> Iterator[dict[str, np.ndarray]]:
-        """The results of the parts, in their order."""
+        """Yield the results of the parts, in their order."""
         for number in range(count):
             with np.load(self._path(number), allow_pickle=False) as arrays:
                 yield {name: arrays[name] for name in arrays.files}
 
     def finish(self, **more: Any) -> None:
-        """After OUT is written: say beside it how it was made, and drop the parts."""
+        """After OUT is written: write beside it how it was made, and remove the parts."""
         write_atomically(self.out.with_name(f"{self.out.name}.json"), dump_json({**self.origin, **more}))
         self.drop()
 

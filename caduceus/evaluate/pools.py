@@ -1,4 +1,4 @@
-"""How the vectors of a sequence's bases become one. Imports no torch."""
+"""Ways to pool the vectors of a sequence's bases into one. Imports no torch."""
 
 import re
 
@@ -9,19 +9,20 @@ _MIDDLE = re.compile(r"middle:(\d+):(\d+)")
 
 
 def check_pool(pool: str, *others: str) -> None:
-    """Refuse what is none of `POOLS`, no middle:BEFORE:AFTER and none of `others`."""
+    """Raise `UserError` unless `pool` is one of `POOLS` or `others`, or middle:BEFORE:AFTER."""
     middle = _MIDDLE.fullmatch(pool)
     if middle is not None and int(middle[1]) + int(middle[2]) == 0:
-        raise UserError(f"--pool: {pool} has no base")
+        raise UserError(f"--pool: {pool} contains no base")
     if middle is None and pool not in (*POOLS, *others):
         known = ", ".join([*POOLS, "middle:BEFORE:AFTER", *others])
         raise UserError(f"--pool: choose one of {known}, got {pool!r}")
 
 
 def stretch(pool: str, length: int) -> tuple[int, int]:
-    """Start and end of the bases of a sequence whose vectors are averaged, or of which the largest values are taken.
+    """Start and end of the bases of a sequence whose vectors are pooled.
 
-    The centre is base length // 2; `middle:256:384` begins 256 bases before it, and ends before the base 384 behind it.
+    The centre is base length // 2; `middle:256:384` begins 256 bases before it, and ends 384 bases after it
+    (exclusive).
     """
     middle, centre = _MIDDLE.fullmatch(pool), length // 2
     if middle is not None:

@@ -1,4 +1,4 @@
-"""Predictions of a fine-tuned model for new sequences."""
+"""Predicts with a fine-tuned model for new sequences."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +22,7 @@ _PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
 
 
 class Predictor:
-    """A fine-tuned model of a folder, ready to be run. device: auto, cpu or cuda."""
+    """A fine-tuned model, loaded from a folder. device: auto, cpu or cuda."""
 
     def __init__(self, folder: str | Path, device: str = "auto") -> None:
         self.folder = Path(folder)
@@ -30,14 +30,14 @@ class Predictor:
         self.runner = Runner(self.model.backbone, device)
 
     def predict(self, sequences: Sequence[np.ndarray], batch_bases: int | None = None) -> np.ndarray:
-        """Probabilities (n, classes), or values (n,), of upper-case ASCII sequences; n bases where it is by base."""
+        """Probabilities (n, classes), or values (n,), for upper-case ASCII sequences; per base, n counts bases."""
         sizes = [len(bases) for bases in sequences]
         outputs = outputs_of(self.model, self.runner, Examples(sequences, sizes, sizes), batch_bases)
         return predicted(self.model.task, outputs)
 
 
 def predict_file(predictor: Predictor, source: SequenceSource, out: str | Path, batch_bases: int | None = None) -> None:
-    """Predict for what `source` holds and write a table to `out`; killed, the same call goes on."""
+    """Predict for the sequences of `source` and write a table to `out`. After a kill the same call goes on."""
     check_table_name(out)
     items = source.items()
     origin: dict[str, Any] = {

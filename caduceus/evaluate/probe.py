@@ -1,4 +1,4 @@
-"""A linear probe: logistic or ridge regression on the embeddings of a model that stays as it is."""
+"""A linear probe: logistic or ridge regression on the embeddings of a frozen model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,9 +23,12 @@ _PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """task: auto, classification or regression. pool: mean, max, centre or middle:BEFORE:AFTER. layer: as of
-    embeddings. valid_share: of train, on which the penalty is chosen where no table for it is given. metric: what it is
-    chosen by. batch_bases: of a batch, by default as suits the device."""
+    """The options of a probe.
+
+    task: auto, classification or regression. pool: mean, max, centre or middle:BEFORE:AFTER. layer: as in
+    `EmbedOptions`. valid_share: the share of train on which the penalty is chosen, where there is no table "valid".
+    metric: the metric that chooses the penalty. batch_bases: bases of a batch; the default suits the device.
+    """
 
     task: str = "auto"
     pool: str = "mean"
@@ -41,19 +44,21 @@ class ProbeOptions:
 
     @property
     def embedding(self) -> EmbedOptions:
-        """Both strands, one after the other."""
+        """The options of the embedding: both strands, concatenated."""
         return EmbedOptions(pool=self.pool, layer=self.layer, strands="concatenate", batch_bases=self.batch_bases)
 
 
 def read_tables(tables: dict[str, LabelledTable], options: ProbeOptions) -> tuple[Task, str, dict[str, Labelled]]:
-    """What is to be learnt, the metric that the penalty is chosen by, and the sequences of train, valid and test."""
+    """The task, the metric that chooses the penalty, and the sequences of train, valid and test."""
     task = find_task(tables["train"], options.task)
     if task.per_base:
-        raise UserError("--task: a probe is for labels of sequences, not of each base; finetune --frozen learns these")
+        raise UserError(
+            "--task: a probe needs labels of sequences, not of single bases; use finetune --frozen for these"
+        )
     metric = check_metric(options.metric, task)
     data = {name: table.labelled(task) for name, table in tables.items()}
     if len(data["train"]) < 2:
-        raise UserError(f"{tables['train'].path}: one sequence is too few to learn from")
+        raise UserError(f"{tables['train'].path}: one sequence is not enough to learn from")
     if "valid" not in data:
         data["train"], data["valid"] = split_off(data["train"], options.valid_share, seed=1)
     return task, metric, data
@@ -66,10 +71,10 @@ def probe(
     options: ProbeOptions | None = None,
     ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Fit a linear model on the embeddings of `tables` ("train", and where there are any "valid" and "test").
+    """Fit a linear model on the embeddings of `tables` ("train", and optionally "valid" and "test").
 
-    Returns, and writes to `out` as JSON, its metrics on each. Killed, the same call goes on with the embeddings that
-    are missing. ranks: those that share the work; by default all that were started with this process.
+    Returns its metrics on each table, and writes them to `out` as JSON. After a kill the same call goes on with the
+    missing embeddings. ranks: the ranks that share the work; by default all that were started with this process.
     """
     options = options or ProbeOptions()
     task, metric, data = read_tables(tables, options)

@@ -1,4 +1,4 @@
-"""What a fine-tuning has found, as tables: predictions, metrics and their spread. Imports no torch."""
+"""The results of a fine-tuning as tables: predictions, metrics and their spread. Imports no torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +12,16 @@ from caduceus.evaluate.metrics import names_of
 
 
 def flat_labels(task: Task, labels: Sequence[Any]) -> np.ndarray:
-    """Labels as predictions are: (n,), of several (n, classes) or (n, values); n bases where it is by base."""
+    """Labels in the shape of predictions: (n,), or for several (n, classes) or (n, values); n may count bases
+    or bins.
+    """
     return np.concatenate(list(labels)) if task.per_base else np.asarray(labels)
 
 
 def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and spread (of the sample; 0 for one seed) of each metric on the test, or without one on validation."""
+    """Mean and sample standard deviation (0 for one seed) of each metric on the test, or without a test on
+    validation.
+    """
     part = "test" if "test" in results[0] else "valid"
     values = {name: np.array([result[part][name] for result in results], dtype=float) for name in names_of(task)}
     return {
@@ -27,9 +31,9 @@ def summarised(task: Task, results: list[dict[str, Any]]) -> dict[str, dict[str,
 
 
 def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
-    """Predictions as columns of a table: the value, or those of each name, or the class and the probability of each.
+    """Predictions as columns of a table: the value or values, or the class and the probability of each class.
 
-    With several labels those of at least one half are named, parted by ;.
+    With several labels, those with a probability of at least one half are named, separated by semicolons.
     """
     if task.values:
         return {f"prediction_{name}": outputs[:, n] for n, name in enumerate(task.values)}
@@ -43,7 +47,7 @@ def output_columns(task: Task, outputs: np.ndarray) -> dict[str, Any]:
 
 
 def label_columns(task: Task, labels: Any) -> dict[str, Any]:
-    """Labels as `output_columns` has predictions, a dot where there is none."""
+    """Labels as columns in the form of `output_columns`; a dot where there is no label."""
     flat = flat_labels(task, labels)
     if task.values:
         return {f"label_{name}": flat[:, n] for n, name in enumerate(task.values)}
@@ -55,7 +59,9 @@ def label_columns(task: Task, labels: Any) -> dict[str, Any]:
 
 
 def read_predictions(task: Task, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and outputs of a table of `label_columns` and `output_columns`, as `measure` takes them; not by base."""
+    """Labels and outputs for `measure`, from a table of `label_columns` and `output_columns`; not for labels
+    per base.
+    """
     columns = read_columns(path).values
 
     def stacked(names: Sequence[str]) -> np.ndarray:
@@ -78,24 +84,27 @@ def _joined(task: Task, has: np.ndarray) -> str:
 
 
 def place_columns(task: Task, names: Sequence[Any], lengths: Sequence[int]) -> dict[str, Any]:
-    """For labels by base, the name of each row's sequence and its position from 0; none of other labels."""
+    """For labels per base, columns with the name of each row's sequence and the position from 0; empty for other
+    labels.
+    """
     if not task.per_base:
         return {}
     return {
-        "name": [name for name, length in zip(names, lengths, strict=True) for _ in range(length)],
-        "position": [place for length in lengths for place in range(length)],
+        "name": [name for name, length in zip(names, lengths, strict=True) for _ in range(0, length, task.bin)],
+        "position": [place for length in lengths for place in range(0, length, task.bin)],
     }
 
 
 def told(task: Task) -> str:
-    """What is to be learnt, in words."""
+    """The task in words."""
     of_values = f"regression{f' of {len(task.values)} values' if task.values else ''}"
     kind = of_values if task.classes is None else f"classification ({', '.join(task.classes[:8])})"
-    return f"{kind}{', any of them' * task.several}{', by base' * task.per_base}"
+    by = f", by {f'{task.bin} bases' if task.bin > 1 else 'base'}" if task.per_base else ""
+    return f"{kind}{', any of them' * task.several}{by}"
 
 
 def table_of(result: dict[str, Any]) -> str:
-    """The summary of a fine-tuning as lines to read."""
+    """The summary of a fine-tuning as lines of text."""
     summary = result["summary"]
     names = names_of(Task.from_json(result["task"]))
     rows = [["", *names]]

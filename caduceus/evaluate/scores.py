@@ -1,7 +1,7 @@
 """Scores of variants by a masked language model: log-likelihood ratios, probabilities, distances of embeddings.
 
-A window has the variant's first base at window // 2. Logs are natural; every ratio is ALT against REF, so negative
-means that the model finds the alternative less likely.
+A window has the variant's first base at window // 2. Logarithms are natural; every ratio is ALT over REF, so a negative
+one means that the model finds the alternative less likely.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -23,11 +23,12 @@ BASES = "ACGT"
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """scores: masked (the places of the variant hidden), unmasked, and distances of embeddings.
+    """How to score variants. scores: masked (the places of the variant are hidden), unmasked, and distances of
+    embeddings.
 
-    window: bases that the model sees. strands: scores averaged over both, also each alone, or of the forward strand
-    alone; those of a Caduceus-PS are equal. flank: bases on either side of an insertion or deletion by which it is
-    scored. batch_bases: bases of a batch; the default suits the device.
+    window: bases that the model sees. strands: scores averaged over both strands, also those of each strand, or only
+    those of the forward strand; for a Caduceus-PS both strands give the same. flank: bases on either side of an
+    insertion or deletion by which it is scored. batch_bases: bases of a batch; the default suits the device.
     """
 
     scores: tuple[str, ...] = ("masked",)
@@ -39,7 +40,7 @@ class ScoreOptions:
     def __post_init__(self) -> None:
         for score in self.scores:
             if score not in SCORES:
-                raise UserError(f"--scores: choose among {', '.join(SCORES)}, got {score!r}")
+                raise UserError(f"--scores: choose from {', '.join(SCORES)}, got {score!r}")
         if self.strands not in STRANDS:
             raise UserError(f"--strands: choose one of {', '.join(STRANDS)}, got {self.strands!r}")
         for name, least in (("window", 2), ("flank", 1), ("batch_bases", 1)):
@@ -48,7 +49,7 @@ class ScoreOptions:
                 raise UserError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
 
     def columns(self) -> list[str]:
-        """The names of the results, each a number for an allele."""
+        """The names of the scores, each a number per allele."""
         names = []
         for score, prefix in (("masked", "llr"), ("unmasked", "llr_unmasked")):
             if score in self.scores:
@@ -60,7 +61,7 @@ class ScoreOptions:
 
 @dataclass
 class _Query:
-    """A window to be run, hidden at some places, and what is found: log probabilities (strands, places, 4)."""
+    """A window to run, hidden at some places, and its result: log probabilities (strands, places, 4)."""
 
     bases: np.ndarray
     hidden: tuple[int, ...]
@@ -74,7 +75,7 @@ class _Query:
 
 
 class _Queries:
-    """The windows that variants need, each once."""
+    """The windows that variants need, without duplicates."""
 
     def __init__(self) -> None:
         self.by_key: dict[Hashable, _Query] = {}
@@ -104,7 +105,7 @@ class _Queries:
 def score_variants(
     runner: Runner, genome: BasesOf, variants: Sequence[Variant], options: ScoreOptions
 ) -> dict[str, np.ndarray]:
-    """Each of `options.columns()`, (n,) float64: NaN where it is not defined or the variant has no score."""
+    """{name: (n,) float64} for each of `options.columns()`; NaN where it is undefined or the variant has no score."""
     queries = _Queries()
     scorers = [scorer(genome, options) for score, scorer in _SCORERS.items() if score in options.scores]
     asked = [
@@ -133,19 +134,19 @@ class _Scorer:
         return own(variant.contig) if own else (variant.start - self.options.window // 2, self.options.window)
 
     def fits(self, variant: Variant) -> bool:
-        """Whether the window holds the variant and, of an insertion or deletion, its flanks."""
+        """Whether the window holds the variant, and the flanks of an insertion or deletion."""
         first, length = self.bounds(variant)
         margin = self.options.flank if variant.kind == "indel" else 0
         end = variant.start + max(len(variant.ref), len(variant.alt)) + margin
         return variant.start - margin >= first and end <= first + length
 
     def reference(self, variant: Variant) -> tuple[Hashable, Callable[[], np.ndarray]]:
-        """Name and reader of the window with the genome's bases."""
+        """Key and reader of the window with the genome's bases."""
         first, length = self.bounds(variant)
         return (variant.contig, first), lambda: self.genome.read(variant.contig, first, first + length)
 
     def alternative(self, variant: Variant) -> tuple[Hashable, Callable[[], np.ndarray]]:
-        """Name and reader of the window of the same length with the alternative."""
+        """Key and reader of the window of the same length with the alternative."""
         first, length = self.bounds(variant)
         after = variant.start + len(variant.ref)
 
@@ -160,14 +161,16 @@ class _Scorer:
 class _Likelihood(_Scorer):
     """Substitutions: the sum over their places of log p(ALT) - log p(REF).
 
-    Insertions and deletions: the sum of log p of the bases beside them in the alternative's window, less the same in
-    the reference's.
+    Insertions and deletions: the sum of log p of the bases beside them in the alternative's window, minus the same sum
+    in the reference's.
     """
 
     prefix, hides = "llr", True
 
     def bounds(self, variant: Variant) -> tuple[int, int]:
-        """Unmasked, substitutions share windows that overlap by half: their places lie in the middle half of one."""
+        """Unmasked substitutions share windows that overlap by half: their places lie in the middle half of
+        a window.
+        """
         if self.hides or variant.kind == "indel" or hasattr(self.genome, "bounds"):
             return super().bounds(variant)
         half = max(self.options.window // 2, 1)
@@ -211,7 +214,7 @@ class _Unmasked(_Likelihood):
 
 
 class _Distance(_Scorer):
-    """Between the mean embeddings of the window with either allele."""
+    """The distance between the mean embeddings of the windows with each allele."""
 
     def ask(self, queries: _Queries, variant: Variant) -> tuple[_Query, _Query]:
         return tuple(queries.ask(*window(variant), (), ()) for window in (self.reference, self.alternative))
@@ -226,7 +229,7 @@ _SCORERS = {"masked": _Likelihood, "unmasked": _Unmasked, "embedding": _Distance
 
 
 def _flank_log_p(query: _Query, places: list[int]) -> np.ndarray:
-    """The sum of log p of the bases A, C, G, T at these places, (strands,)."""
+    """The sum of log p of the bases A, C, G and T at these places, (strands,)."""
     known = [(place, BASES.find(chr(query.bases[place]))) for place in places]
     return sum((query.at(place)[:, base] for place, base in known if base >= 0), np.zeros(len(query.log_p)))
 
@@ -240,7 +243,7 @@ def _probabilities(log_p: np.ndarray) -> dict[str, float]:
 
 
 def _run_batch(runner: Runner, queries: Sequence[_Query], options: ScoreOptions) -> None:
-    """Run queries of one length on the strands that there are to be, and keep what each asks for."""
+    """Run queries of the same length on the strands that `options` asks for, and store the result of each."""
     both = not runner.config.rcps and options.strands != "forward"
     length = len(queries[0].bases)
     rows = [(number, place) for number, query in enumerate(queries) for place in query.places]
@@ -281,9 +284,10 @@ def log_p_at(
     hidden: bool,
     options: ScoreOptions,
 ) -> np.ndarray:
-    """log p of A, C, G and T at places of each sequence, hidden or shown, (n, places, 4) float64: the mean of strands.
+    """log p of A, C, G and T at places of each sequence, hidden or shown, (n, places, 4) float64, averaged over
+    strands.
 
-    Every sequence has as many places.
+    Every sequence must have the same number of places.
     """
     queries = _Queries()
     asked = [

@@ -1,4 +1,4 @@
-"""The sequences that are to be run: of a FASTA, a BED or VCF with its genome, a table, or shards. Imports no torch."""
+"""The sequences to run, from a FASTA, a BED or VCF with its genome, a table, or shards. Imports no torch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ _NAME_COLUMNS = ("name", "id")
 
 @dataclass(frozen=True)
 class Item:
-    """A sequence by its name and length, read when it is needed."""
+    """A sequence with its name and length; its bases are read when they are needed."""
 
     name: str
     length: int
@@ -35,11 +35,11 @@ class Item:
 
 @dataclass(frozen=True)
 class SequenceSource:
-    """Where sequences come from: a file, by its ending, or a folder of shards, and what else it takes.
+    """Where sequences come from: a file, whose ending tells its format, or a folder of shards.
 
-    genome: for BED and VCF. window: the bases of each sequence, about the middle of a BED's row or the place of a VCF's
-    variant, or into which windows of shards are cut; without it, rows and windows have their own length. column: of the
-    sequences in a table. split: of shards.
+    genome: for BED and VCF. window: the number of bases around the middle of a BED's row or the place of a VCF's
+    variant, or the length into which windows of shards are cut; None takes rows and windows whole. column: that of the
+    sequences in a table. split: that of shards.
     """
 
     input: str | Path
@@ -50,12 +50,12 @@ class SequenceSource:
     split: str = "valid"
 
     def sha256(self) -> str:
-        """The sha256 of the file, or of the manifest of the shards, which names theirs."""
+        """The sha256 of the file, or of the shards' manifest, which has theirs."""
         path = Path(self.input)
         return sha256_of(path / MANIFEST if path.is_dir() else path)
 
     def items(self) -> list[Item]:
-        """All sequences, in the file's order; none is a `UserError`, as is whatever is wrong with the files."""
+        """All sequences, in the file's order. Raises `UserError` where there is none, or the files are not sound."""
         kind, is_folder = ending(self.input), Path(self.input).is_dir()
         if not Path(self.input).is_file() and not is_folder:
             raise UserError(f"{self.input}: no such file")
@@ -119,8 +119,8 @@ def _of_bed(source: SequenceSource, windows: Windows) -> Iterator[Item]:
         start, end = row.start, row.end
         if end > windows.contigs[contig]:
             raise UserError(
-                f"{place}: ends at {end:,}, beyond {contig} with {windows.contigs[contig]:,} bases; "
-                "is it for another assembly?"
+                f"{place}: ends at {end:,}, beyond {contig} with {windows.contigs[contig]:,} bases; it may be for "
+                "another assembly"
             )
         if source.window is not None:
             start = (start + end) // 2 - source.window // 2
@@ -130,7 +130,9 @@ def _of_bed(source: SequenceSource, windows: Windows) -> Iterator[Item]:
 
 def _of_vcf(source: SequenceSource, windows: Windows) -> Iterator[Item]:
     if source.window is None:
-        raise UserError(f"{source.input}: of a VCF, windows about the variants are run; give their bases with --window")
+        raise UserError(
+            f"{source.input}: a VCF needs windows around its variants; give their number of bases with --window"
+        )
     vcf = read_vcf(source.input)
     for record in vcf.records:
         place = f"{vcf.path}:{record.line}"
@@ -139,7 +141,8 @@ def _of_vcf(source: SequenceSource, windows: Windows) -> Iterator[Item]:
         there = windows.read(contig, record.pos - 1, record.pos - 1 + len(record.ref)).tobytes().decode()
         if there != record.ref.upper():
             raise UserError(
-                f"{place}: REF is {record.ref[:20]}, but the genome has {there[:20]} there; is it of another assembly?"
+                f"{place}: REF is {record.ref[:20]}, but the genome has {there[:20]} there; it may be for another "
+                "assembly"
             )
         name = f"{record.contig}:{record.pos}:{record.ref}"
         yield _region(windows, f"{name}:ref", contig, start, start + source.window)
@@ -167,7 +170,9 @@ def _alternative(windows: Windows, name: str, contig: str, start: int, ref: str,
 
 
 def alternative_window(windows: Windows, contig: str, start: int, ref: str, alt: str, window: int) -> np.ndarray:
-    """The window with `alt` in the place of `ref`, which begins at 0-based `start` and at window // 2 in the window."""
+    """The window in which `alt` replaces `ref`. `ref` begins at 0-based `start` on the contig, and at window // 2 in
+    the window.
+    """
     first = start - window // 2
     left = windows.read(contig, first, start)
     right = windows.read(contig, start + len(ref), start + len(ref) + window)

@@ -1,4 +1,4 @@
-"""A benchmark of many tasks by one command: what is there is run, what is missing is named, beside published numbers.
+"""Runs a benchmark of many tasks with one command; tasks without data are named, and published numbers are shown too.
 
 OUT/TASK/          what each task has computed, from which the same command goes on
 OUT/suite.json     a row for each task        OUT/suite.html   the same to look at
@@ -34,7 +34,7 @@ _OPTIONS = {
     "structural": {"flank"},
     "svm": {"window", "length", "distances", "C", "rows", "seeds"},
 }
-"""What the protocol of a suite, and a task of each kind, can say."""
+"""The keys of a suite's protocol, and of a task of each kind."""
 _METRICS = {
     "finetune": (*CLASSIFICATION, *REGRESSION),
     "masked": (*RANKINGS, "motif_accuracy"),
@@ -45,10 +45,11 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """One task: where it may lie below the data's folder, its metric, and {model: (mean, spread)} as published.
+    """One task: its possible places in the data's folder, its metric, and the published numbers {model: (mean,
+    spread)}.
 
-    kind: finetune; variants, pairs, masked or structural (see `caduceus.evaluate.zero_shot`); or svm. options: what it
-    has of its own beside the suite's protocol. split: the files that are measured, where they are not those of test.
+    kind: finetune; variants, pairs, masked or structural (see `caduceus.evaluate.zero_shot`); or svm. options: its own
+    options, besides the suite's protocol. split: the split that is measured, where it is not test.
     """
 
     name: str
@@ -62,8 +63,9 @@ class SuiteTask:
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark of configs/suite/. `protocol`: options of its tasks; of lists of lr and batch_size, each is tried on
-    validation."""
+    """A benchmark of configs/suite/. `protocol`: options of its tasks; where lr and batch_size are lists, validation
+    chooses a value.
+    """
 
     name: str
     title: str
@@ -75,7 +77,7 @@ class Suite:
 
 
 def load_suite(name: str | Path) -> Suite:
-    """A suite by its name or file; what is wrong with it is a `UserError` that names it."""
+    """A suite, by its name or file. Raises `UserError`, which names the file, where it is not sound."""
     path = preset("suite", name)
     try:
         values: Any = OmegaConf.to_container(patiently(lambda: OmegaConf.load(path)))
@@ -91,7 +93,9 @@ def load_suite(name: str | Path) -> Suite:
         )
         _check(suite)
     except FileNotFoundError:
-        raise UserError(f"--suite: no suite {name!r}; there are\n{preset_list('suite')}".replace("\n", " ")) from None
+        raise UserError(
+            f"--suite: there is no suite {name!r}; there are\n{preset_list('suite')}".replace("\n", " ")
+        ) from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OmegaConfBaseException, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -132,8 +136,11 @@ def _check(suite: Suite) -> None:
 
 @dataclass(frozen=True)
 class SuiteRequest:
-    """data: the folder that has the tasks' folders. tasks: names of those to run, None for all. genome: for tasks that
-    are tables of places. protocol: options that win over the suite's and its tasks'."""
+    """What to run of a suite.
+
+    data: the folder of the tasks' folders. tasks: the names of the tasks to run, None for all. genome: for tasks that
+    are tables of places. protocol: options that override those of the suite and its tasks.
+    """
 
     data: str | Path
     tasks: list[str] | None = None
@@ -144,9 +151,9 @@ class SuiteRequest:
 def run_suite(
     runner: Runner, suite: Suite, request: SuiteRequest, out: str | Path, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
-    """Run the tasks that are there, and write suite.json and suite.html to `out`; killed, the same call goes on.
+    """Run the tasks with data, and write suite.json and suite.html to `out`. After a kill the same call goes on.
 
-    Returns a row for each task, or each bin of one: its result, or `missing`, which says where the data come from.
+    Returns a row for each task, or each bin of one: its result, or `missing`, which says where to get the data.
     """
     tasks = asked_tasks(suite, request)
     with ranks_of(runner) as ranks:
@@ -183,9 +190,9 @@ def _rows_of(
 
 
 def asked_tasks(suite: Suite, request: SuiteRequest) -> list[SuiteTask]:
-    """The tasks that a request names, or all; `UserError` where there is no such task, or no folder of data."""
+    """The tasks that a request names, or all. Raises `UserError` where there is no such task, or no folder of data."""
     if not Path(request.data).is_dir():
-        raise UserError(f"--data: {request.data} is no folder; it should hold {suite.expects}")
+        raise UserError(f"--data: {request.data} is not a folder; it should hold {suite.expects}")
     names = request.tasks
     known = {task.name: task for task in suite.tasks}
     for name in names or ():
@@ -202,7 +209,7 @@ def _run_task(
     out: Path,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """The rows of a task; none where its data are not there."""
+    """The rows of a task; None where its data are missing."""
     data, genome = Path(request.data), None if request.genome is None else Path(request.genome)
     if task.kind == "finetune":
         found = find_task_data(data, task.folders, out / "tables" / task.name, genome)

@@ -1,4 +1,4 @@
-"""Tasks of benchmarks as their users have them: found in a folder, read from each layout. Imports no torch."""
+"""Finds the data of benchmark tasks in a folder, and reads their usual layouts. Imports no torch."""
 
 import re
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from caduceus.alphabet import reverse_complement
 from caduceus.errors import UserError
+from caduceus.evaluate.binned import COORDINATES, BinnedTable
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, package, read_columns, write_columns
 from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.sequences import FASTA
@@ -18,20 +19,23 @@ SPLITS = {"train": ("train",), "valid": ("dev", "valid", "validation"), "test": 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The tables of a task, by split, and what is to be said of them."""
+    """The tables of a task, by split, and notes about them."""
 
-    tables: dict[str, LabelledTable]
+    tables: dict[str, LabelledTable | BinnedTable]
     notes: list[str]
 
 
 def find_task_data(folder: Path, names: list[str], converted: Path, genome: Path | None) -> TaskData | None:
-    """The data of the task that has one of these names below `folder`; None where it is not there.
+    """The data of the task with one of these names below `folder`; None where there are none.
 
-    What is no table of sequence and label is written as one to `converted`-SPLIT.tsv. genome: for tables of places.
+    Data in another form than a table of sequence and label are written as one to `converted`-SPLIT.tsv. genome: for
+    tables of places.
     """
     place = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if place is not None and (place / COORDINATES).is_file():
+        return _binned(place / COORDINATES, genome)
     notes: list[str] = []
-    tables = {}
+    tables: dict[str, LabelledTable | BinnedTable] = {}
     for split, words in SPLITS.items():
         found = next(filter(None, (_split_of(place, word) for word in words)), None) if place else None
         table = _as_table(found, Path(f"{converted}-{split}.tsv"), genome, notes) if found else None
@@ -42,10 +46,18 @@ def find_task_data(folder: Path, names: list[str], converted: Path, genome: Path
     return TaskData(tables, notes) if "train" in tables else None
 
 
-def find_tables(folder: Path, names: list[str], splits: tuple[str, ...]) -> dict[str, Path]:
-    """{split: table} of the task that has one of these names below `folder`, each one file; those that are there.
+def _binned(coordinates: Path, genome: Path | None) -> TaskData:
+    if genome is None:
+        raise UserError(f"{coordinates}: holds places of a genome; give its file with --genome")
+    found = {split: BinnedTable(str(coordinates), split, str(genome)) for split in SPLITS}
+    notes = [note for table in found.values() for note in table.notes]
+    return TaskData({split: table for split, table in found.items() if len(table) or split == "train"}, notes)
 
-    A task is a folder with a table for each split, whose name may say more behind it; or, with one split, a table.
+
+def find_tables(folder: Path, names: list[str], splits: tuple[str, ...]) -> dict[str, Path]:
+    """{split: table} of the task with one of these names below `folder`, one file each, for the splits that exist.
+
+    A task is a folder with a table for each split, whose name begins with the split's; or, with one split, a table.
     """
     for name in names:
         alone = [p for p in sorted(folder.glob(f"{name}.*")) if ending(p) in (*TEXT_TABLES, *PARQUET)]
@@ -56,14 +68,14 @@ def find_tables(folder: Path, names: list[str], splits: tuple[str, ...]) -> dict
             for split, files in found.items():
                 if files and len(files) > 1:
                     raise UserError(
-                        f"{folder / name}: {len(files)} files hold the split {split!r}; join them to one table"
+                        f"{folder / name}: {len(files)} files hold the split {split!r}; join them into one table"
                     )
             return {split: files[0] for split, files in found.items() if files and files[0].is_file()}
     return {}
 
 
 def _split_of(folder: Path, split: str) -> list[Path] | None:
-    """The files of a split: one table or FASTA, shards of parquet, or a folder of classes."""
+    """The files of a split: one table or FASTA, several parquet files, or a folder of classes."""
     known = [*TEXT_TABLES, *PARQUET, *FASTA]
     files = sorted(p for p in folder.iterdir() if p.is_file() and ending(p) in known)
     named = [p for p in files if p.name.split(".")[0] == split or re.match(rf"{split}-\d+-of-\d+\.", p.name)]
@@ -73,7 +85,7 @@ def _split_of(folder: Path, split: str) -> list[Path] | None:
 
 
 def _as_table(files: list[Path], target: Path, genome: Path | None, notes: list[str]) -> Path:
-    """One table of sequence and label, the file itself where it is one."""
+    """A table of sequence and label: the file itself where it is one, otherwise a converted one."""
     if len(files) == 1 and files[0].is_file() and ending(files[0]) not in FASTA:
         return files[0]
     if files[0].is_dir():
@@ -98,7 +110,7 @@ def _of_columns(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _of_joint_table(folder: Path, words: tuple[str, ...], names: list[str], target: Path) -> Path | None:
-    """The rows of one task in a parquet of all, which has a column `task`."""
+    """Write the rows of one task from a parquet of all tasks, which has a column `task`."""
     for path in sorted(p for word in words for p in folder.glob(f"{word}*.parquet")):
         parquet = package("pyarrow.parquet")
         if "task" in parquet.read_schema(path).names:
@@ -109,14 +121,14 @@ def _of_joint_table(folder: Path, words: tuple[str, ...], names: list[str], targ
 
 
 def rows_of_fasta(path: Path) -> Iterator[tuple[str, str]]:
-    """Records whose header ends in `|LABEL`."""
+    """Yield the records of a FASTA whose headers end in `|LABEL`."""
     label, bases = None, []
     for number, line in read_lines(path):
         if line.startswith(">"):
             if label is not None:
                 yield "".join(bases), label
             if "|" not in line:
-                refuse_line(path, number, f"no label behind a | in the header: {line[:60]!r}")
+                refuse_line(path, number, f"the header has no label after a |: {line[:60]!r}")
             label, bases = line.rpartition("|")[2].strip(), []
         else:
             bases.append(line.strip())
@@ -125,7 +137,7 @@ def rows_of_fasta(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _of_classes(folder: Path, genome: Path | None, notes: list[str]) -> Iterator[tuple[str, str]]:
-    """Genomic Benchmarks: a table of places for each class, or a folder of text files."""
+    """Yield the rows of Genomic Benchmarks: a table of places, or a folder of text files, for each class."""
     tables = sorted(path for path in folder.iterdir() if ending(path) == ".csv")
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         for file in sorted(path.glob("*.txt")):
@@ -148,7 +160,8 @@ def _of_classes(folder: Path, genome: Path | None, notes: list[str]) -> Iterator
                 continue
             if int(end[row]) > windows.contigs[contig]:
                 raise UserError(
-                    f"{place}: ends beyond {contig} with {windows.contigs[contig]:,} bases; another assembly?"
+                    f"{place}: ends beyond {contig} with {windows.contigs[contig]:,} bases; it may be for another "
+                    "assembly"
                 )
             bases = windows.read(contig, int(start[row]), int(end[row]))
             bases = reverse_complement(bases) if strand[row] == "-" else bases

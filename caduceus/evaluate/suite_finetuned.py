@@ -1,4 +1,4 @@
-"""Tasks of suites that a model is fine-tuned for: each learning rate and batch of the protocol tried on validation."""
+"""Runs tasks of suites for which a model is fine-tuned; validation chooses learning rate and batch size."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,7 @@ import numpy as np
 from caduceus.evaluate.finetune import FinetuneOptions, finetune
 from caduceus.evaluate.fitting import FitOptions
 from caduceus.evaluate.labelled import Task
-from caduceus.evaluate.metrics import bootstrap_interval, is_better
+from caduceus.evaluate.metrics import bootstrap_interval, interval_of, is_better, measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.results import read_predictions
 from caduceus.evaluate.suite_data import TaskData
@@ -20,7 +20,7 @@ from caduceus.evaluate.suite_data import TaskData
 def finetuned(
     runner: Runner, metric: str, data: TaskData, protocol: dict[str, Any], out: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The row of a task: what is best on validation, and where that lies under `out`."""
+    """The row of a task: the result that is best on validation, and its folder under `out`."""
     best, best_value, best_place = None, None, None
     base = FitOptions(epochs=protocol["epochs"], weight_decay=protocol["weight_decay"])
     for lr, batch in product(_listed(protocol["lr"]), _listed(protocol["batch_size"])):
@@ -47,7 +47,7 @@ def finetuned(
         "copies": best["result"]["copies"],
     }
     if "test" in data.tables:
-        row["interval"] = _interval(best_place / "predictions.tsv", best["result"], metric)
+        row["interval"] = _interval(best_place, best["result"], metric)
     return row
 
 
@@ -55,10 +55,19 @@ def _mean(values: list[float | None]) -> float:
     return float(np.mean([np.nan if value is None else value for value in values]))
 
 
-def _interval(predictions: Path, result: dict[str, Any], metric: str) -> list[float]:
-    """95 % bootstrap interval over the test's sequences, of the model that was kept."""
+def _interval(place: Path, result: dict[str, Any], metric: str) -> list[float]:
+    """95 % bootstrap interval over the test's sequences, for the model that was kept."""
     task = Task.from_json(result["task"])
-    return list(bootstrap_interval(task, metric, *read_predictions(task, predictions)))
+    if task.bin == 1:
+        return list(bootstrap_interval(task, metric, *read_predictions(task, place / "predictions.tsv")))
+    with np.load(place / "predictions.npz") as arrays:
+        labels, outputs = arrays["labels"], arrays["predictions"]
+
+    def of(rows: np.ndarray) -> float:
+        picked, predicted = (array[rows].reshape(-1, array.shape[-1]) for array in (labels, outputs))
+        return measure(task, picked, predicted, [metric])[metric]
+
+    return list(interval_of(of, len(labels)))
 
 
 def _listed(value: Any) -> list[Any]:

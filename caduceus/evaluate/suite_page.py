@@ -1,4 +1,4 @@
-"""The results of a suite as a table to read and a page to look at. Imports no torch."""
+"""The results of a suite as a table of text and as a page with a figure. Imports no torch."""
 
 import io
 from collections.abc import Sequence
@@ -24,11 +24,13 @@ _WIDE = (
     "body { max-width: 1600px; } figure { max-width: 900px; } table { font-size: 12.5px; } "
     "th { white-space: normal; } td, th { padding-left: 6px; padding-right: 6px; }"
 )
-"""The style of a page whose table has published models: all columns stand beside each other on 1,280 pixels."""
+"""The style of a page whose table has published models: all columns fit a width of 1,280 pixels."""
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: task, metric, ours, its interval, each published model, what was tried, and how many rows."""
+    """Headings and rows: task, metric, our model, its interval, each published model, the chosen options, and the
+    number of rows.
+    """
     models = list(dict.fromkeys(model for row in rows for model in row.get("published", ())))
     done = [row for row in rows if "missing" not in row]
     extra = {
@@ -69,14 +71,14 @@ def _copies(row: dict[str, Any]) -> str:
 
 
 def _rows(row: dict[str, Any]) -> str:
-    """How many rows were scored, and how many could not be."""
+    """How many rows were scored, and how many could not be scored."""
     if "rows" not in row:
         return ""
     return f"{row['rows']:,}" + (f" ({row['without_score']:,} without a score)" if row.get("without_score") else "")
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The same for a terminal."""
+    """The results as a table for a terminal."""
     headings, lines = cells(rows)
     widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
     return "\n".join(
@@ -89,11 +91,11 @@ def write_page(target: Path, title: str, published: str | None, rows: Sequence[d
     """One page of figure and table, whole or not at all."""
     headings, lines = cells(rows)
     words = (
-        "Mean and, where a task is trained, spread over seeds. The interval is a bootstrap over the rows of the test, "
-        "of one seed: that whose model was kept, or the first."
+        "The mean and, where a task is trained, the spread over seeds. The interval is a bootstrap over the rows of "
+        "the test, for one seed: the one whose model was kept, or the first."
     )
     copies = (
-        "Copies of train: sequences of the test that also stand in train, as they are + as their reverse complement."
+        "Copies of train: sequences of the test that also occur in train, as they are + as their reverse complement."
     )
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{words}</p>", _figure(rows), table(headings, lines)]
     if "copies of train" in headings:
@@ -101,13 +103,13 @@ def write_page(target: Path, title: str, published: str | None, rows: Sequence[d
     if published:
         parts.append(f"<p>Published: {escape(published)}</p>")
     parts += [f"<p>{escape(row['task'])} is missing: {escape(row['missing'])}</p>" for row in rows if "missing" in row]
-    wide = any(row.get("published") for row in rows)  # six more columns
+    wide = any(row.get("published") for row in rows)  # six further columns
     style = _WIDE if wide else ""
     write_atomically(target, page(title, parts, style))
 
 
 def _bar(row: dict[str, Any]) -> tuple[float, float]:
-    """How far the bar of a row reaches to the left and right: its spread, or where there is none its interval."""
+    """How far the error bar of a row reaches to the left and right: its spread, or where there is none its interval."""
     if row.get("spread") is not None:
         return row["spread"], row["spread"]
     low, high = row.get("interval", (None, None))
@@ -115,7 +117,7 @@ def _bar(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _figure(rows: Sequence[dict[str, Any]]) -> str:
-    """A row for each task: ours with its spread, the published models beside it."""
+    """A figure with a row for each task: our model with its spread, and the published models."""
     done = [row for row in rows if row.get("mean") is not None]
     models = list(dict.fromkeys(model for row in done for model in row["published"]))
     with rc_context(_STYLE):
@@ -138,5 +140,5 @@ def _figure(rows: Sequence[dict[str, Any]]) -> str:
     drawing = drawing[drawing.index("<svg") :]
     for name in ("ink", "faint", *(f"series{n}" for n in range(8))):
         drawing = drawing.replace(COLOURS[name][0], f"var(--{name})")
-    words = "Each task's metric. The bar is the spread over seeds; where nothing is trained, the interval."
+    words = "The metric of each task. The bar is the spread over seeds; where nothing is trained, the interval."
     return f'<figure class="scroll">{drawing}<figcaption>{words}</figcaption></figure>'

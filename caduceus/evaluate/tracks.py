@@ -1,4 +1,4 @@
-"""Scores of all substitutions of places as bigWig tracks, for genome browsers. Imports no torch."""
+"""Writes the scores of all substitutions of places as bigWig tracks, for genome browsers. Imports no torch."""
 
 from pathlib import Path
 
@@ -13,18 +13,19 @@ _ALTERNATIVES = 3
 
 
 def check_tracks(prefix: str | Path, columns: list[str]) -> None:
-    """Raise `UserError` where tracks of these scores cannot be written with names that begin so."""
+    """Raise `UserError` where tracks of these scores, with names that begin with `prefix`, cannot be written."""
     package("pyBigWig")
     if not Path(prefix).absolute().parent.is_dir():
-        raise UserError(f"--tracks: {Path(prefix).parent}: no such folder")
+        raise UserError(f"--tracks: {Path(prefix).parent}: there is no such folder")
     if not any(_is_track(name) for name in columns):
-        raise UserError("--tracks: of masked and unmasked scores; add one to --scores")
+        raise UserError("--tracks: needs masked or unmasked scores; add one of them to --scores")
 
 
 def write_tracks(prefix: str | Path, contigs: dict[str, int], columns: dict[str, np.ndarray]) -> list[Path]:
     """Write PREFIX.entropy.bw, and PREFIX.llr.bw and the like: the mean over the three alternatives of each place.
 
-    columns: of the table of all substitutions, three rows a place. contigs: lengths, by name, in the genome's order.
+    columns: those of the table of all substitutions, with three rows per place. contigs: name -> length, in the
+    genome's order.
     """
     numbers = {name: number for number, name in enumerate(contigs)}
     contig = np.array([numbers[name] for name in columns["chrom"][::_ALTERNATIVES]], dtype=np.int64)

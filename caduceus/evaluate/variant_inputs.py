@@ -1,4 +1,4 @@
-"""Variants of files: VCF, or tables of places and alleles, which may bring their own sequences. Imports no torch."""
+"""Reads variants from files: VCF, or tables of places and alleles, which may contain sequences. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ _SEQUENCES = ("sequence", "sequences")
 class VariantSource:
     """Where variants come from: a VCF, or a CSV, TSV or parquet of chrom, pos (from 1), ref and alt.
 
-    genome: what they are about. A table without it has a column `sequence`, the window of each, and `start`, the place
-    of its first base from 0. mismatch: one of `alleles.MISMATCHES`.
+    genome: the genome of the variants. A table without it has a column `sequence`, the window of each variant, and
+    `start`, the position of its first base, from 0. mismatch: one of `alleles.MISMATCHES`.
     """
 
     input: str | Path
@@ -35,7 +35,9 @@ class VariantSource:
     allow_unknown_contigs: bool = False
 
     def read(self) -> "VariantFile":
-        """All alleles and what they are about; none is a `UserError`, as is whatever is wrong with the files."""
+        """All alleles, and the genome or sequences. Raises `UserError` where there is no allele, or the files are not
+        sound.
+        """
         if not Path(self.input).is_file():
             raise UserError(f"{self.input}: no such file")
         kind = ending(self.input)
@@ -67,7 +69,7 @@ class VariantSource:
 
 @dataclass(frozen=True)
 class VariantFile:
-    """`alleles` of a file in its order, the number of the row of each, and the file itself."""
+    """The `alleles` of a file in its order, the row number of each, and the file itself."""
 
     alleles: list[Allele]
     rows: list[int]
@@ -82,7 +84,7 @@ class VariantFile:
 
 
 class OwnSequences:
-    """The windows that the rows of a table bring along; a contig is a row's number."""
+    """The windows that the rows of a table contain; the number of a row takes the place of a contig."""
 
     def __init__(self, sequences: list[np.ndarray], starts: list[int]) -> None:
         self.sequences, self.starts = sequences, starts
@@ -111,7 +113,7 @@ class OwnSequences:
         return self.starts[int(contig)], len(self.sequences[int(contig)])
 
     def read(self, contig: str, start: int, end: int) -> np.ndarray:
-        """As `Windows` does: N stands beyond the window."""
+        """Read like `Windows`: beyond the window there is N."""
         bases, first = self.sequences[int(contig)], self.starts[int(contig)]
         read = np.full(end - start, ord("N"), np.uint8)
         inside = slice(max(start - first, 0), max(end - first, 0))
@@ -122,7 +124,7 @@ class OwnSequences:
 
 
 def _alleles(columns: Columns, genome: BasesOf) -> tuple[list[Allele], list[int]]:
-    """The alleles of a table, several where ALT lists them with commas, and the row of each."""
+    """The alleles of a table and the row of each; a row has several where ALT lists them with commas."""
     refs, alts = (columns.values[columns.find(*names, what=what)] for names, what in ((REF, "REF"), (ALT, "ALT")))
     positions = whole_numbers(columns, POS, "the place, from 1")
     if isinstance(genome, OwnSequences):
@@ -142,7 +144,7 @@ def _allele(value: Any) -> str:
 
 
 def whole_numbers(columns: Columns, names: tuple[str, ...], what: str) -> list[int]:
-    """The column that has one of the names, as whole numbers of at least 0; anything else is a `UserError`."""
+    """The column with one of the names, as whole numbers of at least 0. Raises `UserError` for other values."""
     name = columns.find(*names, what=what)
     numbers = []
     for value, place in zip(columns.values[name], columns.places, strict=True):

@@ -1,4 +1,4 @@
-"""Variants whose effect is known: which are positive, and how well each score finds them. Imports no torch."""
+"""Labels of variants whose effect is known, and how well each score finds the positive ones. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -15,23 +15,28 @@ _AREAS = ("auprc", "auroc")
 
 @dataclass(frozen=True)
 class Labels:
-    """name: an entry of a VCF's INFO, or a column of a table. positive: its values that are; by default 1, true or yes,
-    against 0, false or no. Variants without a value are left out. An entry of INFO that has no values (a flag) is
-    positive where it stands, and negative elsewhere."""
+    """Where labels come from.
+
+    name: an entry of a VCF's INFO, or a column of a table. positive: the values that are positive; by default 1, true
+    or yes are positive, and 0, false or no negative. Variants without a value are left out. Where an entry of INFO has
+    no values (a flag), records with it are positive, and the others negative.
+    """
 
     name: str
     positive: tuple[str, ...] = ()
 
     def of(self, file: VariantFile) -> np.ndarray:
-        """The label of each allele: 1, 0, or NaN where it is left out, (n,) float64; `UserError` without both."""
+        """The label of each allele, (n,) float64: 1, 0, or NaN where it is left out. Raises `UserError` unless both
+        occur.
+        """
         texts = _entries(file, self.name) if file.vcf is not None else _values(file, self.name)
         found = np.array([self._one(text, allele.place) for text, allele in zip(texts, file.alleles, strict=True)])
         if not (found == 1).any() or not (found == 0).any():
             values = ", ".join(sorted({text for text in texts if text is not None})[:8])
             missing = "negative" if (found == 1).any() else "positive"
             raise UserError(
-                f"--label: {file.source}: no variant is {missing} by {self.name}, which has {values}; --positive takes "
-                "the values that are positive"
+                f"--label: {file.source}: no variant is {missing} by {self.name}, which has {values}; give the "
+                "positive values with --positive"
             )
         return found
 
@@ -41,19 +46,19 @@ class Labels:
         if self.positive:
             return float(text in self.positive)
         if text.lower() not in (*_YES, *_NO):
-            raise UserError(f"{place}: {self.name} is {text[:40]!r}; --positive takes the values that are positive")
+            raise UserError(f"{place}: {self.name} is {text[:40]!r}; give the positive values with --positive")
         return float(text.lower() in _YES)
 
 
 def _values(file: VariantFile, name: str) -> list[str | None]:
-    """The values of a column, None where there is none."""
+    """The values of a column; None for a row without one."""
     column = file.columns.values[file.columns.find(name, what="the labels (--label)")]
     texts = [column[row] for row in file.rows]
     return [None if text is None or is_missing(str(text)) else str(text).strip() for text in texts]
 
 
 def _entries(file: VariantFile, name: str) -> list[str | None]:
-    """The values of an entry of INFO: one for each ALT where it has as many, else that of the record."""
+    """The values of an entry of INFO: one for each ALT where there are as many, otherwise that of the record."""
     of_records = [record.info() for record in file.vcf.records]
     if not any(name in info for info in of_records):
         known = ", ".join(sorted({key for info in of_records for key in info})[:12]) or "none"
@@ -72,15 +77,15 @@ def _entries(file: VariantFile, name: str) -> list[str | None]:
 
 
 def area_names(columns: list[str]) -> list[str]:
-    """The names of the areas under curves of these scores."""
+    """The names of the areas under curves for these scores."""
     return [f"{area}_{name}" for name in _directed({name: np.zeros(0) for name in columns}) for area in _AREAS]
 
 
 def areas(labels: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, float]:
-    """AUPRC and AUROC of each score over the variants that have a label and the score, and how many these are.
+    """AUPRC and AUROC of each score over the variants with a label and this score, and their number.
 
-    `…_llr` takes a variant for positive the less likely its ALT is, `…_abs_llr` the more the likelihoods of ALT and REF
-    differ, `…_embedding_…` the farther the embeddings are apart. NaN where one class is missing.
+    `…_llr` ranks a variant as more positive the less likely its ALT is, `…_abs_llr` the more the likelihoods of ALT and
+    REF differ, `…_embedding_…` the farther apart the embeddings are. NaN where one class is missing.
     """
     found: dict[str, float] = {}
     for name, values in _directed(scores).items():
@@ -90,7 +95,7 @@ def areas(labels: np.ndarray, scores: dict[str, np.ndarray]) -> dict[str, float]
 
 
 def _directed(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The scores that tell of an effect, so that more of one is more of an effect."""
+    """The scores turned so that a larger one means a larger effect."""
     found = {}
     for name, values in scores.items():
         if name.startswith("llr"):

@@ -1,4 +1,4 @@
-"""Files of variants, or all substitutions of regions, to files of scores. See `caduceus.evaluate.scores`."""
+"""Scores files of variants, or all substitutions of regions, and writes files. See `caduceus.evaluate.scores`."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -41,8 +41,9 @@ _INFO = {
 
 @dataclass(frozen=True)
 class Scored:
-    """What scoring a file came to. counts: variants with a score by kind, and those without by reason. areas: of
-    labelled variants, see `caduceus.evaluate.variant_labels`."""
+    """The summary of scoring a file. counts: variants with a score, by kind, and those without one, by reason. areas:
+    for labelled variants, see `caduceus.evaluate.variant_labels`.
+    """
 
     counts: dict[str, int]
     areas: dict[str, float]
@@ -56,13 +57,14 @@ def score_file(
     labels: Labels | None = None,
     ranks: Ranks | None = None,
 ) -> Scored:
-    """Score the variants of a file and write them to `out`: a VCF as it came with scores in INFO, or a table.
+    """Score the variants of a file and write them to `out`: the VCF with scores added to INFO, or a table.
 
-    Killed, the same call goes on. ranks: those that share the work; by default all that were started with this process.
+    After a kill the same call goes on. ranks: the ranks that share the work; by default all that were started with this
+    process.
     """
     is_vcf = ending(out) == ".vcf"
     if is_vcf and ending(source.input) != ".vcf":
-        raise UserError(f"--out: {out} is a VCF, but {source.input} is none; choose .tsv, .csv or .parquet")
+        raise UserError(f"--out: {out} is a VCF, but {source.input} is not; choose .tsv, .csv or .parquet")
     check_table_name(out, ".vcf")
     file, variants, known = prepared(source, labels)
     given = {key: value and str(value) for key, value in asdict(source).items()}
@@ -92,7 +94,7 @@ def score_file(
 
 
 def prepared(source: VariantSource, labels: Labels | None) -> tuple[VariantFile, list[Variant], np.ndarray | None]:
-    """A file's alleles, the variant that each is, and of `labels` 1, 0 or NaN for each."""
+    """A file's alleles, the variant of each, and with `labels` 1, 0 or NaN for each."""
     if source.ref_mismatch not in MISMATCHES:
         raise UserError(f"--ref-mismatch: choose one of {', '.join(MISMATCHES)}, got {source.ref_mismatch!r}")
     file = source.read()
@@ -101,7 +103,7 @@ def prepared(source: VariantSource, labels: Labels | None) -> tuple[VariantFile,
 
 
 def _counts(variants: list[Variant], notes: list[str]) -> dict[str, int]:
-    """How many have a score, by kind, and how many do not, by reason."""
+    """How many variants have a score, by kind, and how many do not, by reason."""
     pairs = zip(variants, notes, strict=True)
     return dict(sorted(Counter(note if not v.kind or note == _TOO_LONG else v.kind for v, note in pairs).items()))
 
@@ -130,10 +132,11 @@ def score_every_snv(
     aliases: str | Path | None = None,
     tracks: str | Path | None = None,
 ) -> dict[str, int]:
-    """Score all three substitutions of every place in a BED's rows and write a table of chrom, pos (from 1), ref, alt.
+    """Score all three substitutions at every place in a BED's rows; write a table of chrom, pos (from 1), ref, alt,
+    scores.
 
-    Places without A, C, G or T have none. Killed, the same call goes on. tracks: what the names of bigWig files begin
-    with (see `caduceus.evaluate.tracks`); none are written without it.
+    Places without A, C, G or T have no rows. After a kill the same call goes on. tracks: the prefix of the names of
+    bigWig files (see `caduceus.evaluate.tracks`); None writes none.
     """
     check_table_name(out)
     if tracks is not None:
@@ -203,7 +206,7 @@ def _joined(store: Parts, count: int, options: ScoreOptions) -> dict[str, np.nda
 
 
 def _given(file: VariantFile) -> dict[str, Sequence[Any]]:
-    """The columns that the rows of a table begin with."""
+    """The first columns of the output's rows: those of the input table."""
     if file.columns is not None:
         given = {name: [column[row] for row in file.rows] for name, column in file.columns.values.items()}
         return {**given, file.columns.find(*ALT, what="ALT"): [allele.alt for allele in file.alleles]}
@@ -236,7 +239,7 @@ def _write_vcf(out: str | Path, file: VariantFile, scores: dict[str, np.ndarray]
 
 
 def _pairs(scores: dict[str, np.ndarray], notes: list[str], numbers: list[int]) -> list[tuple[str, str]]:
-    """The entries of INFO of a record whose alleles these are; none that say nothing."""
+    """The entries of INFO for a record with these alleles, without empty ones."""
     pairs = []
     for name, (key, number, _) in _INFO.items():
         if name in scores:

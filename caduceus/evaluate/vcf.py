@@ -1,4 +1,4 @@
-"""VCF in and out, as text: what a file holds beside what is read of it stays as it is. Imports no torch."""
+"""Reads and writes VCF as text: the parts of a file that are not read are kept unchanged. Imports no torch."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ _COLUMNS = ("#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO")
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a VCF: where it stands, its fields, and of these the place (1-based) and the alleles."""
+    """A record of a VCF: the number of its line, its fields, and from these the position (from 1) and the alleles."""
 
     line: int
     fields: list[str]
@@ -27,7 +27,7 @@ class Record:
     alts: list[str]
 
     def info(self) -> dict[str, str]:
-        """The entries of INFO; of those without a value it is empty."""
+        """The entries of INFO, name -> value; an entry without a value has an empty one."""
         pairs = (entry.partition("=") for entry in self.fields[_INFO].split(";"))
         return {key: value for key, _, value in pairs if key not in ("", ".")}
 
@@ -43,9 +43,9 @@ class Vcf:
 
 
 def read_vcf(path: str | Path) -> Vcf:
-    """Read a VCF, plain, gzip or bgzip; a line that is none is a `UserError` that names it.
+    """Read a VCF (plain, gzip or bgzip). Raises `UserError`, which names the line, for a line that is not one of a VCF.
 
-    Lines whose fields are parted by blanks are read too. Genotypes and INFO are not looked into.
+    Fields may also be separated by blanks. Genotypes and INFO are not parsed.
     """
     path = Path(path)
     header, columns, records = [], None, []
@@ -57,7 +57,7 @@ def read_vcf(path: str | Path) -> Vcf:
             if columns[:5] != list(_COLUMNS[:5]):
                 refuse_line(path, number, f"not the headings of a VCF: {line[:60]!r}; they are {' '.join(_COLUMNS)}")
         elif columns is None:
-            refuse_line(path, number, f"not a VCF: a line beginning with #CHROM should stand before {line[:40]!r}")
+            refuse_line(path, number, f"not a VCF: a line that begins with #CHROM must come before {line[:40]!r}")
         else:
             records.append(_record(path, number, line))
     if columns is None:
@@ -78,9 +78,10 @@ def _record(path: Path, number: int, line: str) -> Record:
 def write_vcf(
     path: str | Path, vcf: Vcf, info_lines: Iterable[str], values: Sequence[Sequence[tuple[str, str]]]
 ) -> None:
-    """Write the VCF with `values`, (key, value) pairs for each record, added to INFO; earlier ones of these keys go.
+    """Write the VCF with `values`, (key, value) pairs for each record, added to INFO; old entries of these keys are
+    removed.
 
-    A name that ends in .gz or .bgz gives bgzip, and where the records are sorted, a tabix index beside it.
+    A name that ends in .gz or .bgz gives bgzip, and, where the records are sorted, a tabix index beside it.
     """
     path, info_lines = Path(path), list(info_lines)
     ids = {re.match(r"##INFO=<ID=([^,]+)", line)[1] for line in info_lines}
@@ -107,10 +108,10 @@ def _write_bgzip(path: Path, content: bytes) -> None:
     try:
         with pysam.BGZFile(str(temporary), "wb") as file:
             file.write(content)
-        index.unlink(missing_ok=True)  # never one of other bytes
+        index.unlink(missing_ok=True)  # never leave an index of other bytes
         verbosity = pysam.set_verbosity(0)
         new_index = temporary.with_name(f"{temporary.name}.tbi")
-        with suppress(OSError):  # records in no order have no index
+        with suppress(OSError):  # unsorted records cannot have an index
             pysam.tabix_index(str(temporary), preset="vcf", force=True)
         pysam.set_verbosity(verbosity)
         temporary.replace(path)

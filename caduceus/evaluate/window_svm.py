@@ -1,7 +1,7 @@
-"""Variants told apart by an SVM on embeddings, as the Caduceus paper does it for the causal eQTLs of GTEx.
+"""Classifies variants by an SVM on embeddings, as the Caduceus paper does for the causal eQTLs of GTEx.
 
-Features: the mean hidden states of the bases about the variant, with REF and with ALT, of both strands averaged, and
-the tissue. The window lies at the same bases on both strands.
+Features: the mean hidden states of the bases around the variant, with REF and with ALT, averaged over both strands, and
+the tissue. The window covers the same bases on both strands.
 """
 
 import hashlib
@@ -25,14 +25,17 @@ from data_prep.progress import Progress
 
 _PART_BASES, _PART_ROWS = 1 << 23, 1024
 _MOST_N = 0.005
-"""Sequences in which a larger share of bases is N are left out, as in the paper."""
+"""Sequences with a larger share of N are left out, as in the paper."""
 
 
 @dataclass(frozen=True)
 class SvmTask:
-    """tables: "train" and "test". options: window (bases about the variant), length (of sequences made of a genome),
-    distances (where bins of the distance to a TSS begin), C (values tried by cross-validation inside train), rows (of
-    train, drawn by each seed) and seeds."""
+    """A task of this kind.
+
+    tables: "train" and "test". options: window (bases around the variant), length (of sequences that are read from a
+    genome), distances (where the bins of the distance to a TSS begin), C (values of which cross-validation in train
+    chooses one), rows (of train, drawn by each seed) and seeds.
+    """
 
     tables: dict[str, Path]
     out: Path
@@ -54,9 +57,9 @@ class _Data:
 
 
 def window_svm(runner: Runner, task: SvmTask) -> list[dict[str, Any]]:
-    """AUROC on the test for each bin of distances, mean and spread over seeds; killed, the same call goes on.
+    """AUROC on the test for each bin of distances, with mean and spread over seeds. After a kill the same call goes on.
 
-    Scores are distances to the SVM's border, so that all of the ranking counts.
+    Scores are distances to the SVM's decision boundary, so that the whole ranking counts.
     """
     tables = {name: PairTable(path, task.genome, task.options["length"]) for name, path in task.tables.items()}
     tissues = _tissue_codes(tables)
@@ -94,7 +97,13 @@ def _row(
     for name, part in parts.items():
         if min(part.labels.sum(), (~part.labels).sum()) < (10 if name == "train" else 1):
             progress.add(len(seeds))
-            return {"mean": np.nan, "spread": np.nan, "on": "test", "note": f"{name} has too few of a class", **counts}
+            return {
+                "mean": np.nan,
+                "spread": np.nan,
+                "on": "test",
+                "note": f"{name} has too few examples of a class",
+                **counts,
+            }
     fits = []
     for seed in seeds:
         fits.append(_fitted(task, parts, ends, seed))
@@ -113,7 +122,7 @@ def _row(
 
 
 def _fitted(task: SvmTask, parts: dict[str, _Data], ends: tuple[float, float], seed: int) -> dict[str, Any]:
-    """An SVM on rows of train that the seed draws, C chosen among them; kept on disk as soon as it is there."""
+    """An SVM on rows of train that the seed draws; cross-validation in them chooses C. Its scores are saved at once."""
     train, test = parts["train"], parts["test"]
     digest = hashlib.sha256()
     for array in (train.features, train.labels, test.features, test.labels):
@@ -147,7 +156,7 @@ def _fitted(task: SvmTask, parts: dict[str, _Data], ends: tuple[float, float], s
 
 
 def _window_means(runner: Runner, task: SvmTask, name: str, table: PairTable) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 2 D) means with REF and with ALT, and the share of N of each row; kept in parts."""
+    """Mean hidden states with REF and with ALT, (n, 2 D), and the share of N in each row; computed in `Parts`."""
     half = task.options["window"] // 2
 
     def compute(rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -170,7 +179,7 @@ def _window_means(runner: Runner, task: SvmTask, name: str, table: PairTable) ->
 
 
 def _tissue_codes(tables: dict[str, PairTable]) -> dict[str, np.ndarray] | None:
-    """The number of each row's tissue among those of both tables, in their order; None where a table has none."""
+    """The number of each row's tissue among the sorted tissues of both tables; None where a table has no tissues."""
     words = {name: table.texts("tissue") for name, table in tables.items()}
     if any(of is None for of in words.values()):
         return None

@@ -1,4 +1,4 @@
-"""Bases to be fed to a model: checked sequences, and windows of a genome that may reach beyond a contig's ends.
+"""Bases for a model: checked sequences, and windows of a genome that may reach beyond a contig's ends.
 
 Imports no torch.
 """
@@ -17,7 +17,9 @@ _UPPER_DNA = bytes.maketrans(b"acgturyswkmbdhvnU", b"ACGTTRYSWKMBDHVNT")
 
 
 def checked_bases(text: str, place: str) -> np.ndarray:
-    """The bases of a sequence as upper-case ASCII, (L,) uint8; U is read as T. `place` is named where it is none."""
+    """The bases of a sequence as upper-case ASCII, (L,) uint8; U is read as T. Raises `UserError`, which names `place`,
+    for other text.
+    """
     text = text.strip()
     if not text:
         raise UserError(f"{place}: the sequence is empty")
@@ -27,7 +29,7 @@ def checked_bases(text: str, place: str) -> np.ndarray:
         first = int(wrong.argmax())
         shown = text[first] if text.isascii() else "a character that is not ASCII"
         raise UserError(
-            f"{place}: {shown!r} at base {first + 1:,} of the sequence is none; it takes A, C, G, T, N and IUPAC codes"
+            f"{place}: {shown!r} at base {first + 1:,} of the sequence is not a base; use A, C, G, T, N or IUPAC codes"
         )
     return bases
 
@@ -38,7 +40,7 @@ def upper_case(bases: np.ndarray) -> np.ndarray:
 
 
 class Windows:
-    """A genome whose contigs are found by any of their names, read in windows."""
+    """A genome that is read in windows, and whose contigs are found by any of their names."""
 
     def __init__(self, genome: str | Path, aliases: str | Path | None = None) -> None:
         self.genome: Genome = open_genome(genome)
@@ -51,13 +53,15 @@ class Windows:
         return self.genome.contigs
 
     def find(self, name: str) -> str | None:
-        """The contig that a name means: itself, by the table of aliases, or with `chr` added or taken away."""
+        """The contig that a name means: of the same name, by the table of aliases, or with `chr` added or removed. None
+        if none.
+        """
         if name not in self._found:
             self._found[name] = self._names.find(name)
         return self._found[name]
 
     def require(self, name: str, place: str) -> str:
-        """As `find`; a name that means no contig is a `UserError`."""
+        """Like `find`, but raises `UserError` where a name means no contig."""
         found = self.find(name)
         if found is None:
             known = ", ".join(list(self.contigs)[:5]) + (", …" if len(self.contigs) > 5 else "")
@@ -67,7 +71,7 @@ class Windows:
         return found
 
     def read(self, contig: str, start: int, end: int) -> np.ndarray:
-        """Upper-case ASCII of 0-based [start, end), (end - start,) uint8; N stands beyond the contig's ends."""
+        """Upper-case ASCII of 0-based [start, end), (end - start,) uint8, with N beyond the contig's ends."""
         inside = max(start, 0), max(min(end, self.contigs[contig]), max(start, 0))
         read = self.genome.read(contig, *inside).translate(_UPPER_DNA) if inside[0] < inside[1] else b""
         left = min(max(-start, 0), end - start)

@@ -1,6 +1,6 @@
-"""Tasks of suites that a model answers without being trained for them: how well its scores rank what is labelled.
+"""Tasks of suites that a model solves without training for them: how well its scores rank labelled rows.
 
-A score is larger where the label is to be 1.
+A score is larger where the label should be 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,13 +30,17 @@ _SCORES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "embedding_l2": ("embedding", lambda found: found),
     "embedding_cosine": ("embedding", lambda found: found),
 }
-"""{score of a task: (what it is computed from, how)}; its column is the name without what stands before `llr`."""
+"""{score of a task: (the score that it is computed from, the function)}; its column is the name without the prefix
+before `llr`.
+"""
 _PART_BASES, _PART_ROWS = 1 << 22, 1024
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """A task that is measured by ranking: its files, where results of parts go, and what the suite says of it."""
+    """A task that is measured by ranking: its files, the folder for results of parts, and the suite's
+    options for it.
+    """
 
     path: Path
     out: Path
@@ -46,7 +50,9 @@ class ZeroShot:
 
 
 def variants(runner: Runner, task: ZeroShot) -> dict[str, Any]:
-    """A labelled table of variants, of a genome or with sequences of their own, scored as the verb `variants` does."""
+    """Measure a labelled table of variants, with a genome or with their own sequences, scored like in the verb
+    `variants`.
+    """
     kind, column, turn = _score(task)
     options = ScoreOptions((kind,), window=task.options["window"])
     scored = task.out / "scores.parquet"
@@ -59,7 +65,7 @@ def variants(runner: Runner, task: ZeroShot) -> dict[str, Any]:
 
 
 def pairs(runner: Runner, task: ZeroShot) -> dict[str, Any]:
-    """Rows that bring the sequences of REF and ALT, which differ in one run of bases."""
+    """Measure rows with the sequences of REF and ALT, which differ in one run of bases."""
     kind, column, turn = _score(task)
     table = PairTable(task.path, task.genome, task.options["length"])
     options = ScoreOptions((kind,))
@@ -74,15 +80,15 @@ def pairs(runner: Runner, task: ZeroShot) -> dict[str, Any]:
 
 
 def masked(runner: Runner, task: ZeroShot) -> dict[str, Any]:
-    """Sequences with hidden bases: the mean probability of the true ones, or whether each is the likeliest.
+    """Measure sequences with hidden bases: the mean probability of the true bases, or whether each is the likeliest.
 
-    `places` are those bases, from 0; with `window` the model sees so many bases about the first of them.
+    `places`: the positions of these bases, from 0; with `window` the model sees so many bases around the first of them.
     """
     columns, places = read_columns(task.path), list(task.options["places"])
     sequences = _sequences(columns, "sequence")
     for bases, place in zip(sequences, columns.places, strict=True):
         if len(bases) <= max(places):
-            raise UserError(f"{place}: the sequence has {len(bases):,} bases and none at place {max(places):,}")
+            raise UserError(f"{place}: the sequence has {len(bases):,} bases, so it has no base {max(places):,}")
     first = max(places[0] - task.options["window"] // 2, 0) if task.options.get("window") else 0
     end = first + task.options["window"] if task.options.get("window") else None
 
@@ -101,9 +107,10 @@ def masked(runner: Runner, task: ZeroShot) -> dict[str, Any]:
 
 
 def structural(runner: Runner, task: ZeroShot) -> dict[str, Any]:
-    """Structural variants as RefSeq and MutSeq: how much less likely the bases on both sides of the break have become.
+    """Measure structural variants, given as RefSeq and MutSeq: how much less likely the bases on both sides of the
+    break become.
 
-    `left` and `right` are the first and last base of what is missing, in RefSeq, from 1; MutSeq breaks at its middle.
+    `left` and `right`: the first and last deleted base in RefSeq, from 1; the break in MutSeq is at its middle.
     """
     columns, flank = read_columns(task.path), task.options["flank"]
     sides = {name: _sequences(columns, name) for name in ("RefSeq", "MutSeq")}
@@ -147,7 +154,7 @@ KINDS: dict[str, Callable[[Runner, ZeroShot], dict[str, Any]]] = {
 
 
 def check_score(name: str) -> None:
-    """Refuse a score that a task cannot have."""
+    """Raise `UserError` for a score that a task cannot have."""
     if name not in _SCORES:
         raise UserError(f"score: choose one of {', '.join(_SCORES)}, got {name!r}")
 
@@ -159,7 +166,7 @@ def _score(task: ZeroShot) -> tuple[str, str, Callable[[np.ndarray], np.ndarray]
 
 
 def _is_made_of(scored: Path, runner: Runner, task: ZeroShot) -> bool:
-    """Whether an earlier call has written these scores: by the record beside them."""
+    """Whether an earlier call has written these scores, by the record beside them."""
     record = scored.with_name(f"{scored.name}.json")
     if not (scored.is_file() and record.is_file()):
         return False
@@ -170,7 +177,7 @@ def _is_made_of(scored: Path, runner: Runner, task: ZeroShot) -> bool:
 def _by_rows(
     runner: Runner, task: ZeroShot, count: int, length: int, compute: Callable[[Sequence[int]], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """What `compute` gives for each row, kept in parts, so that a kill costs one of them."""
+    """The results of `compute` for all rows, computed in `Parts`, so that a kill loses at most one part."""
     origin = {"model": runner.origin(), "options": task.options, "input_sha256": sha256_of(task.path)}
     task.out.mkdir(parents=True, exist_ok=True)
     store = Parts(task.out / "scores", origin)
@@ -189,7 +196,7 @@ def _sequences(columns: Columns, name: str) -> list[np.ndarray]:
 
 
 def _difference(number: int, pair: Pair) -> Variant:
-    """The run of bases in which a pair's sequences differ, as a variant of the contig `number`."""
+    """The run of bases in which a pair's sequences differ, as a variant on the contig `number`."""
     ref, alt = pair.ref.tobytes().decode(), pair.alt.tobytes().decode()
     if len(ref) != len(alt):
         return Variant(str(number), pair.place, "", "", None, note="lengths differ")
@@ -210,7 +217,7 @@ def _chromosomes(columns: Columns, task: ZeroShot) -> np.ndarray | None:
 
 
 def _ranked(task: ZeroShot, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
-    """The row of a task: its metric over the rows that have a score, and its interval."""
+    """The row of a task: its metric over the rows with a score, and its interval."""
     there = np.isfinite(scores)
     labels, scores = labels[there], scores[there]
     groups = groups[there] if groups is not None else np.zeros(len(labels), dtype=np.int64)

@@ -1,6 +1,7 @@
-"""Models in and out: the published layout, folders that hold a model, and `transformers`' Auto classes.
+"""Loads and saves models: the published layout, folders with a model, and `transformers`' Auto classes.
 
-Importing this package makes `transformers`, where it is installed, know Caduceus: see `caduceus.hub.auto.registration`.
+Importing this package registers Caduceus with `transformers`, where that is installed: see
+`caduceus.hub.auto.registration`.
 """
 
 from caduceus.hub.auto.registration import register

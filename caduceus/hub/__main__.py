@@ -1,4 +1,4 @@
-"""Published Caduceus checkpoints, in and out of our own runs.
+"""Converts published Caduceus checkpoints to models of this package, and back.
 
     python -m caduceus.hub export --run RUN_DIR_OR_CHECKPOINT --out DIR
     python -m caduceus.hub import --from FOLDER_OR_FILE --out DIR
@@ -31,16 +31,18 @@ def main(arguments: list[str] | None = None) -> None:
     export = commands.add_parser("export", help="write a trained model as a published checkpoint")
     export.add_argument("--run", required=True, metavar="RUN_DIR_OR_CHECKPOINT", dest="source")
     export.add_argument(
-        "--published-code", action="store_true", help="name the published repository's code instead of bringing our own"
+        "--published-code",
+        action="store_true",
+        help="refer to the published repository's code instead of including this package's",
     )
     export.add_argument(
         "--published-tokens",
         action="store_true",
-        help="for weights of the published training: the tokenizer ends sequences with [SEP], and N is a token",
+        help="for weights of the published training: the tokenizer appends [SEP], and N is a token of its own",
     )
-    import_ = commands.add_parser("import", help="read a published checkpoint into our own layout")
+    import_ = commands.add_parser("import", help="convert a published checkpoint to this package's layout")
     import_.add_argument("--from", required=True, metavar="FOLDER_OR_FILE", dest="source")
-    show = commands.add_parser("show", help="say what a folder or a file of weights holds")
+    show = commands.add_parser("show", help="describe the model in a folder or a file of weights")
     show.add_argument("source", metavar="FOLDER_OR_FILE")
     for command in (export, import_):
         command.add_argument("--out", required=True, metavar="DIR")

@@ -42,7 +42,7 @@ Zeros of an `attention_mask` are padding, on either side, and change nothing.
 
 
 def model_card(config: CaduceusConfig, run: RunDirectory | None = None, step: int | None = None) -> str:
-    """The card, in Markdown. With a `run` it tells its data, its fingerprint and its losses up to `step`."""
+    """The card, in Markdown. With a `run` it includes its data, its fingerprint and its losses up to `step`."""
     title, training = describe(config), ""
     if run is not None:
         title, training = f"{run.config().run.name}: {title}", _training(run, step)
@@ -57,7 +57,7 @@ def describe(config: CaduceusConfig) -> str:
 
 
 def facts(config: CaduceusConfig) -> dict[str, Any]:
-    """What there is to say of a model, by its name."""
+    """Facts about a model: {name: value}."""
     form = "streams swap in every block (fused_add_norm)" if config.fused_add_norm else "streams keep their places"
     vocabulary = config.vocabulary
     bases = ", ".join(f"{base} {token}" for base, token in zip("ACGT", vocabulary.bases, strict=True))
@@ -74,7 +74,7 @@ def facts(config: CaduceusConfig) -> dict[str, Any]:
 
 
 def _tie(config: CaduceusConfig) -> str:
-    return "shared by the directions" if config.bidirectional_weight_tie else "of each direction its own"
+    return "shared by the directions" if config.bidirectional_weight_tie else "separate for each direction"
 
 
 def _training(run: RunDirectory, step: int | None) -> str:

@@ -1,4 +1,4 @@
-"""A published checkpoint: where its configuration and its weights are, and the model that they make."""
+"""A published checkpoint: its configuration, its weights, and the model that they make."""
 
 import logging
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from caduceus.model.heads import CaduceusForMaskedLM
 
 PUBLISHED_CONFIG = "config.json"
 _CONFIGS = (PUBLISHED_CONFIG, "model_config.json")
-"""Names of the configuration: of transformers' folders, and of what the published training writes."""
+"""File names of the configuration: in transformers' folders, and of the published training."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class PublishedCheckpoint:
-    """What was read of a folder, or of one file of weights with its configuration beside it or inside."""
+    """The content of a folder, or of one file of weights with its configuration beside it or inside."""
 
     config_path: Path
     config: dict[str, Any]
@@ -30,7 +30,7 @@ class PublishedCheckpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> "PublishedCheckpoint":
-        """Read the files of `path`; `UserError` naming the one that is missing or cannot be read."""
+        """Read the files of `path`. Raises `UserError`, which names the file that is missing or cannot be read."""
         path = Path(path)
         if path.is_file():
             folders, file = (path.parent, path.parent.parent), path
@@ -43,19 +43,19 @@ class PublishedCheckpoint:
             raise UserError(f"{path}: neither a run nor a published checkpoint ({missing})")
         config = None if config_path is None else _without_wrapping(read_json(config_path))
         if file is None:
-            raise UserError(f"{path}: not a published checkpoint (no weights are there, such as {WEIGHTS})")
+            raise UserError(f"{path}: not a published checkpoint (it has no weights, such as {WEIGHTS})")
         weights = read_weights(file)
         if config is None:
             config = _config_within(weights.hyper_parameters)
             if config is None:
                 raise UserError(
-                    f"{path}: neither tells its configuration nor has a {PUBLISHED_CONFIG} beside it; the published "
-                    "training writes model_config.json"
+                    f"{path}: has no configuration inside and no {PUBLISHED_CONFIG} beside it; the published training "
+                    "writes model_config.json"
                 )
         return cls(config_path or file, {"mixer": mixer_of(weights.tensors), **config}, weights)
 
     def model(self) -> CaduceusForMaskedLM:
-        """The model, every tensor accounted for. Keys and tensors that it has no use for are named in the log."""
+        """The model, with every tensor accounted for. The log names keys and tensors that it does not use."""
         try:
             layout = PublishedLayout(config_from_published(self.config))
         except UserError as error:
@@ -63,7 +63,7 @@ class PublishedCheckpoint:
         left_out = sorted(self.weights.left_out)
         for path, names in ((self.config_path, keys_without_effect(self.config)), (self.path, left_out)):
             if names:
-                _log.info("%s: no part of the model, and left out: %s", path, ", ".join(names))
+                _log.info("%s: not part of the model, and left out: %s", path, ", ".join(names))
         try:
             # transformers writes a tied weight under one of its names only.
             return from_published(self.config, layout.completed(self.weights.tensors))
@@ -77,23 +77,24 @@ class PublishedCheckpoint:
 
 
 def load_published(path: str | Path) -> CaduceusForMaskedLM:
-    """Our model from a published checkpoint, a folder or one file of weights.
+    """This package's model from a published checkpoint: a folder, or one file of weights.
 
-    Folders of transformers, also sharded or pickled, those of the published training with model_config.json and
-    Lightning's .ckpt, and such a .ckpt alone. Raises `UserError` naming file or key for whatever does not fit.
+    It reads folders of transformers (also sharded or pickled), folders of the published training with model_config.json
+    and Lightning's .ckpt, and such a .ckpt alone. Raises `UserError`, which names the file or key, for anything that
+    does not fit.
     """
     return PublishedCheckpoint.open(path).model()
 
 
 def _without_wrapping(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration itself: hydra's has it under `config`, and says what class it is for."""
+    """The configuration itself; hydra's has it under `config`, beside the name of its class."""
     inner = config.get("config")
     config = inner if isinstance(inner, dict) else config
     return {key: value for key, value in config.items() if key != "_target_"}
 
 
 def _config_within(values: Any) -> dict[str, Any] | None:
-    """The model's configuration, wherever it is in what Lightning keeps of a training's."""
+    """The model's configuration, wherever it is in the values that Lightning keeps."""
     values = OmegaConf.to_container(values) if OmegaConf.is_config(values) else values
     if not isinstance(values, dict):
         return None

@@ -1,8 +1,8 @@
 """Folders that hold a model: runs and their checkpoints, imports, and published checkpoints.
 
-A published checkpoint is a directory with `config.json` and `model.safetensors`, in the key layout of the repository
-kuleshov-group/caduceus; an export has tokenizer, card and code beside them, with which `transformers` loads it. An
-import holds `config.yaml` (the `model:` section) and `model.safetensors` (our own names).
+A published checkpoint is a directory with `config.json` and `model.safetensors`, with the names of the repository
+kuleshov-group/caduceus; an export also has tokenizer, card and code, with which `transformers` loads it. An import has
+`config.yaml` (the `model:` section) and `model.safetensors` (this package's names).
 """
 
 import json
@@ -43,13 +43,14 @@ PUBLISHED_CODE = "kuleshov-group/caduceus-ps_seqlen-131k_d_model-256_n_layer-16"
 
 def load(path: str | Path) -> CaduceusForMaskedLM:
     """The model of a run directory (its newest valid checkpoint), of one of its checkpoints, of an export or another
-    published checkpoint (see `load_published`), or of an import. Raises `UserError` naming file or key for whatever
-    does not fit."""
+    published checkpoint (see `load_published`), or of an import. Raises `UserError`, which names the file or key, for
+    anything that does not fit.
+    """
     return _load_own(Path(path)) if is_own(path) else load_published(path)
 
 
 def is_own(path: str | Path) -> bool:
-    """Whether `path` is a run, a checkpoint of one, or an import; published checkpoints are the other folders."""
+    """Whether `path` is a run, a checkpoint of one, or an import; other folders are published checkpoints."""
     return any((Path(path) / name).exists() for name in (MARKER, OWN_CONFIG))
 
 
@@ -63,10 +64,10 @@ def save_published(
 ) -> None:
     """Write a published checkpoint with tokenizer, code and model card; `directory` appears when complete.
 
-    An earlier one in `directory` is replaced; a directory that holds other files is refused. `source`: the run or
-    checkpoint that the model is of, whose data and losses the card then tells. With `published_code` no code is
-    written, and that of the published repository is named. With `published_tokens` the tokenizer shows N and ends
-    sequences as the published training does, which is not what models see that are trained here.
+    An earlier one in `directory` is replaced. Raises `UserError` for a directory with other files. `source`: the run or
+    checkpoint of the model, whose data and losses the card then shows. With `published_code` no code is written, and
+    the configuration refers to that of the published repository. With `published_tokens` the tokenizer encodes N and
+    ends sequences as in the published training, which differs from what models trained here see.
     """
     config, state_dict = to_published(model)
     code = {} if published_code else remote_code()
@@ -77,7 +78,7 @@ def save_published(
     mode = "published" if published_tokens else "plain"
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     about = {"architectures": ["CaduceusForMaskedLM"], "auto_map": auto_map, "torch_dtype": dtype}
-    # Not sorted throughout: published code takes the values of complement_map in the order in which they stand.
+    # Keys are not sorted: published code takes the values of complement_map in the order of the file.
     values = dict(sorted({"model_type": "caduceus", **about, **config}.items()))
     texts = {
         **code,
@@ -92,7 +93,7 @@ def save_published(
 
 
 def _card(model: CaduceusForMaskedLM, source: str | Path | None) -> str:
-    """The model card; `source` adds what its run tells."""
+    """The model card, with facts about the run of `source`."""
     if source is None or not is_own(source):
         return model_card(model.config)
     run, checkpoints = run_of(source), []
@@ -102,7 +103,7 @@ def _card(model: CaduceusForMaskedLM, source: str | Path | None) -> str:
 
 
 def run_of(path: str | Path) -> RunDirectory:
-    """The run that `path` is, or that the checkpoint `path` belongs to."""
+    """The run `path`, or the run that the checkpoint `path` belongs to."""
     path = Path(path)
     return RunDirectory.open(path.resolve().parents[1] if (path / MARKER).is_file() else path)
 
@@ -133,19 +134,19 @@ def _load_own(path: Path) -> CaduceusForMaskedLM:
 
 
 def _read_checkpoint(path: Path, state: dict[str, Tensor]) -> None:
-    """Fill `state` with the weights of a checkpoint: with their average over steps, where the run kept one."""
+    """Fill `state` with the weights of a checkpoint, or with their average over steps where the run kept one."""
     held = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     averages = {name: {AVERAGE: state[name]} for name in state if f"optimizer.state.{name}.{AVERAGE}" in held}
     if averages:
-        _log.info("%s: the weights are those averaged over steps (train.ema)", path)
+        _log.info("%s: these weights are the averages over steps (train.ema)", path)
     wanted = {"model": {name: tensor for name, tensor in state.items() if name not in averages}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a single process
+        warnings.simplefilter("ignore")  # a warning that this is a single process
         dcp.load({**wanted, "optimizer": {"state": averages}}, checkpoint_id=path, no_dist=True)
 
 
 def save_imported(model: CaduceusForMaskedLM, directory: str | Path) -> None:
-    """Write a model in our own layout: `config.yaml` (its `model:` section) and `model.safetensors`."""
+    """Write a model in this package's layout: `config.yaml` (the `model:` section) and `model.safetensors`."""
     with _new_directory(directory, {OWN_CONFIG, WEIGHTS}) as writing:
         save_file(model.state_dict(), writing / WEIGHTS)
         OmegaConf.save(OmegaConf.create({"model": asdict(model.config)}), writing / OWN_CONFIG)
@@ -153,7 +154,7 @@ def save_imported(model: CaduceusForMaskedLM, directory: str | Path) -> None:
 
 @contextmanager
 def _new_directory(directory: str | Path, files: set[str]) -> Iterator[Path]:
-    """A temporary directory that becomes `directory` at the end, in place of one that holds nothing but `files`."""
+    """A temporary directory that becomes `directory` at the end, and may replace one that holds only `files`."""
     directory = Path(directory)
     if directory.is_file():
         raise UserError(f"{directory}: is a file; choose a directory")

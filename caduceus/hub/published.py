@@ -1,4 +1,6 @@
-"""State dict of the published Caduceus code (repository kuleshov-group/caduceus) <-> our model."""
+"""Converts between state dicts of the published Caduceus code (repository kuleshov-group/caduceus) and this package's
+model.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -35,10 +37,10 @@ _MAMBA2_NAMES = {
 
 
 def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> CaduceusForMaskedLM:
-    """Our model from a published configuration and state dict, every key accounted for.
+    """This package's model from a published configuration and state dict, with every key accounted for.
 
-    Raises `UserError` naming the key for a configuration value that is unknown or unsupported, for a tensor that is
-    missing, too many, not floating point or of the wrong shape, and for tied weights that differ.
+    Raises `UserError`, which names the key, for an unknown or unsupported configuration value, for a tensor that is
+    missing, unexpected, not floating point or of the wrong shape, and for tied weights that differ.
     """
     ours = config_from_published({"mixer": mixer_of(state_dict), **config})
     model = CaduceusForMaskedLM(ours)
@@ -48,29 +50,29 @@ def from_published(config: dict[str, Any], state_dict: dict[str, Tensor]) -> Cad
 
 
 def mixer_of(state_dict: Iterable[str]) -> str:
-    """The mixer of a published state dict, which published configurations do not name."""
+    """The mixer of a published state dict; published configurations do not name it."""
     return "mamba2" if any(name.endswith("mamba_fwd.dt_bias") for name in state_dict) else "mamba"
 
 
 def to_published(model: CaduceusForMaskedLM) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(configuration, state dict) of the published code. A tied weight stands under each of its names."""
+    """(configuration, state dict) of the published code. A tied weight is under each of its names."""
     return config_to_published(model.config), PublishedLayout(model.config).to_published(model.state_dict())
 
 
 def hidden_states_to_published(hidden_states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Hidden states (S, B, L, D) as published code gives them: (B, L, S·D), the second strand channel-flipped."""
+    """Hidden states (S, B, L, D) in the published form: (B, L, S·D), the second strand channel-flipped."""
     return tuple(torch.cat([states[0], *(strand.flip(-1) for strand in states[1:])], -1) for states in hidden_states)
 
 
 class _Entry(NamedTuple):
     ours: str
     index: int | None
-    """Row of our tensor that stands under the published name; None for all of it."""
+    """Row of our tensor that has the published name; None for the whole tensor."""
     published: str
 
 
 class PublishedLayout:
-    """Names of the published state dict for one configuration, and where our stacked tensors stand in it."""
+    """The names of the published state dict for a configuration, and the rows of our stacked tensors for each."""
 
     def __init__(self, config: CaduceusConfig) -> None:
         self.config = config
@@ -80,7 +82,7 @@ class PublishedLayout:
         self.complement_maps = [f"{module}.complement_map" for module in (embedding, head)] if config.rcps else []
 
     def to_published(self, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Our tensors, of the parameters or of their gradients, under published names; no two share memory."""
+        """Our tensors (parameters or gradients) under published names; no two share memory."""
         published = {}
         for entry in self._entries():
             tensor = ours[entry.ours] if entry.index is None else ours[entry.ours][entry.index]
@@ -104,9 +106,9 @@ class PublishedLayout:
         return {name: torch.stack(value) if isinstance(value, list) else value for name, value in ours.items()}
 
     def checked(self, ours: dict[str, Tensor], published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`from_published`, once every tensor is accounted for: `ours` has the names and shapes that it is to give.
+        """`from_published`, after checking every tensor; `ours`: the names and shapes of the result.
 
-        Raises `UserError` for a tensor that is missing, too many, not floating point or of the wrong shape, and for
+        Raises `UserError` for a tensor that is missing, unexpected, not floating point or of the wrong shape, and for
         tied weights that differ.
         """
         expected = self.to_published(ours)
@@ -127,8 +129,9 @@ class PublishedLayout:
         return self.from_published(published)
 
     def completed(self, published: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same with every tied weight that stands under one of its names put under the other one too, and the
-        complement of the alphabet where it is left out."""
+        """The tensors, with tied weights added under their missing names, and the complement of the alphabet added
+        where it is absent.
+        """
         filled = {name: torch.tensor(complement(self.config)) for name in self.complement_maps} | published
         for names in self.tied():
             for present, absent in (names, names[::-1]):
@@ -137,7 +140,7 @@ class PublishedLayout:
         return filled
 
     def tied(self) -> Iterator[tuple[str, str]]:
-        """Pairs of published names of one weight."""
+        """Yield the pairs of published names of tied weights."""
         yield self.embedding, self.head
         if self._projections_are_tied():
             for layer in range(self.config.n_layer):

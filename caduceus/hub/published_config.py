@@ -1,4 +1,4 @@
-"""Configuration of the published Caduceus code (its `config.json`) <-> ours."""
+"""Converts between the configuration of the published Caduceus code (its `config.json`) and this package's."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
 
 _REQUIRED = object()
-# Keys that are ours too, with the defaults of the published code.
+# Keys that this package has too, with the defaults of the published code.
 _SHARED_KEYS = {
     "d_model": _REQUIRED,
     "n_layer": _REQUIRED,
@@ -23,21 +23,21 @@ _SHARED_KEYS = {
     "rcps": False,
 }
 _VOCAB_SIZES = {12: 12, 16: 12, 8: 8}
-"""Ours for each published `vocab_size`: published checkpoints of Caduceus count the rows that pad its table."""
+"""Published `vocab_size` -> ours: published checkpoints of Caduceus include the rows that pad the table."""
 _PAD_TOKEN_IDS = {CADUCEUS: CADUCEUS.pad, PLANTCAD: IGNORE_LABEL}
 """`pad_token_id` of published configurations, which is the label that published code ignores."""
 _SSM_SIZES = {
     "mamba": {"d_state": 16, "d_conv": 4, "expand": 2},
     "mamba2": {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64},
 }
-"""Keys of `ssm_cfg` that are ours too, by mixer."""
+"""Keys of `ssm_cfg` that this package has too, by mixer."""
 FUNCTION_KEYS = {
     *(*_SHARED_KEYS, "vocab_size", "vocab_size_padded", "complement_map", "ssm_cfg"),
-    "mixer",  # ours: the code of PlantCAD2 has one mixer, and its configuration does not name it
+    "mixer",  # our own key: the code of PlantCAD2 has one mixer, so its configuration does not name it
     "d_intermediate",
 }
-"""Keys of a published configuration that say which function the model is."""
-# Keys that say how a model was initialised, saved or is called, not which function it is.
+"""Keys of a published configuration that decide which function the model computes."""
+# Keys about how a model was initialised, saved or is called, which do not change the function.
 _SSM_KEYS_WITHOUT_EFFECT = {
     *("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path"),
     *("A_init_range", "chunk_size", "use_mem_eff_path"),
@@ -46,7 +46,7 @@ _SSM_REQUIRED = {
     "mamba2": {"ngroups": 1, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None},
     "mamba": {},
 }
-"""What other keys of `ssm_cfg` must be, by mixer, where they are given."""
+"""The required values of other keys of `ssm_cfg`, by mixer, where they are given."""
 _KEYS_WITHOUT_EFFECT = {
     "_name_or_path",
     "_commit_hash",
@@ -60,15 +60,15 @@ _KEYS_WITHOUT_EFFECT = {
     "return_dict",
     "torch_dtype",
     "transformers_version",
-    *("conjoin_eval", "conjoin_train", "pooling_strategy"),  # of heads that classify
-    # What transformers' PretrainedConfig has had over its versions.
+    *("conjoin_eval", "conjoin_train", "pooling_strategy"),  # keys of classification heads
+    # Keys of transformers' PretrainedConfig in all its versions.
     *("_attn_implementation", "_attn_implementation_autoset", "add_cross_attention", "chunk_size_feed_forward"),
     *("cross_attention_hidden_size", "experts_implementation", "finetuning_task", "id2label", "is_decoder"),
     *("is_encoder_decoder", "label2id", "num_labels", "output_attentions", "prefix", "problem_type", "pruned_heads"),
     *("sep_token_id", "task_specific_params", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class"),
     *("bos_token_id", "cls_token_id", "decoder_start_token_id", "eos_token_id", "mask_token_id", "unk_token_id"),
     *("torchscript", "use_bfloat16", "use_cache", "tf_legacy_loss"),
-    # What it has had of generation, which no model here does.
+    # Its keys for generation, which no model here does.
     *("bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping"),
     *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id"),
     *("forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size"),
@@ -79,7 +79,7 @@ _KEYS_WITHOUT_EFFECT = {
 
 
 def config_from_published(published: dict[str, Any]) -> CaduceusConfig:
-    """Our configuration from a published one (`config.json`); `UserError` for what we cannot honour."""
+    """This package's configuration from a published one (`config.json`). Raises `UserError` for unsupported values."""
     ssm = published.get("ssm_cfg") or {}
     known = FUNCTION_KEYS | _KEYS_WITHOUT_EFFECT | {"model_type"}
     refuse(published.keys() - known, "unknown key in the configuration")
@@ -116,13 +116,13 @@ def config_from_published(published: dict[str, Any]) -> CaduceusConfig:
 
 
 def keys_without_effect(published: dict[str, Any]) -> list[str]:
-    """Keys of a published configuration that do not change which function the model is."""
+    """Keys of a published configuration that do not change the function that the model computes."""
     ssm = (published.get("ssm_cfg") or {}).keys() & _SSM_KEYS_WITHOUT_EFFECT
     return sorted(published.keys() & _KEYS_WITHOUT_EFFECT) + sorted(f"ssm_cfg.{key}" for key in ssm)
 
 
 def config_to_published(config: CaduceusConfig) -> dict[str, Any]:
-    """The published configuration of the same function; `config_from_published` gives `config` back."""
+    """The published configuration of the same function; `config_from_published` converts it back to `config`."""
     sizes = {key: getattr(config, key) for key in _SSM_SIZES[config.mixer]}
     if sizes.get("headdim") == _SSM_SIZES["mamba2"]["headdim"]:
         del sizes["headdim"]  # as in published configurations
@@ -144,7 +144,7 @@ def complement(config: CaduceusConfig) -> list[int]:
 
 
 def refuse(names: set[str], problem: str) -> None:
-    """A `UserError` that names the first two of `names`, where there are any."""
+    """Raise a `UserError` that names the first two of `names`, if there are any."""
     if names:
         first, *rest = sorted(names)
         raise UserError(f"{first}: {problem}" + (f" (and {len(rest)} more, such as {rest[0]})" if rest else ""))

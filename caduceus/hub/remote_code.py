@@ -1,7 +1,7 @@
-"""The code that an export brings along, so that `trust_remote_code` works where this package is not installed.
+"""Makes the code in an export, with which `trust_remote_code` works where this package is not installed.
 
-It is this package's own: the modules of `caduceus.hub.auto` and what they import, as flat files in which `import`s of
-`caduceus.…` are relative. In place of the kernels of `caduceus.ops` stand the ops by torch alone.
+It is this package's own code: the modules of `caduceus.hub.auto` and those that they import, as flat files with
+relative `import`s. Ops in plain torch replace the kernels of `caduceus.ops`.
 """
 
 import ast
@@ -13,7 +13,7 @@ TOKENIZER = "tokenization_caduceus.CaduceusTokenizer"
 _ROOTS = tuple(f"caduceus.hub.auto.{name}_caduceus" for name in ("configuration", "modeling", "tokenization"))
 _INSTEAD = dict.fromkeys(("caduceus.ops", "caduceus.ops.backends"), "caduceus.ops.portable")
 _INSTEAD["caduceus.config"] = "caduceus.config.model"
-"""Modules in the place of others, which import more than the model needs."""
+"""Modules that replace others, which import more than the model needs."""
 _IMPORT = re.compile(r"^(\s*)from (caduceus[\w.]*) import", re.MULTILINE)
 
 
@@ -35,8 +35,9 @@ def remote_code() -> dict[str, str]:
 
 
 def _naming_all_that_is_needed(files: dict[str, str], name: str) -> str:
-    """Lines for the end of a file: old versions of `transformers` copy the files that it names, and not those that they
-    name in turn."""
+    """Lines for the end of a file that import further ones: old versions of `transformers` copy only the files that a
+    file imports directly.
+    """
     needed: set[str] = set()
     waiting = [name]
     while waiting:
@@ -51,7 +52,7 @@ def _file_name(module: str) -> str:
 
 
 def _flat(module: str) -> str:
-    """The name of a module's file without its ending: a root keeps its own name, others have their whole path."""
+    """The name of a module's file without its ending: roots keep their own names, others have their whole path."""
     module = _INSTEAD.get(module, module)
     return module.rpartition(".")[2] if module in _ROOTS else module.replace(".", "_")
 

@@ -1,4 +1,4 @@
-"""What a folder holds, in words: `python -m caduceus.hub show`."""
+"""Describes a folder with a model: `python -m caduceus.hub show`."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from caduceus.run.checkpoints import MARKER
 
 
 def contents(path: str | Path) -> dict[str, Any]:
-    """Facts about a run, a checkpoint, an import or a published checkpoint, by their names; loads it as `load` does.
+    """Facts {name: value} about a run, a checkpoint, an import or a published checkpoint; it loads it like `load`.
 
-    Raises `UserError` for whatever is no model, or does not fit.
+    Raises `UserError` where it is not a model, or does not fit.
     """
     if not is_own(path):
         checkpoint = PublishedCheckpoint.open(path)
@@ -55,8 +55,8 @@ def _of_published(checkpoint: PublishedCheckpoint, model: CaduceusForMaskedLM) -
 def _ties(layout: PublishedLayout, tensors: dict[str, Tensor]) -> str:
     both = [all(name in tensors for name in names) for names in layout.tied()]
     if all(both):
-        return "stand under both of their names, and are equal"
-    return "stand under one of their names" if not any(both) else "some stand under one of their names"
+        return "are stored under both names, and are equal"
+    return "stand under one of their names" if not any(both) else "some are stored under one of their names"
 
 
 def _is_real(tensor: Tensor) -> bool:

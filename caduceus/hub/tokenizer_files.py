@@ -1,4 +1,4 @@
-"""The files from which `AutoTokenizer` makes the tokenizer of an export. Written without `transformers`."""
+"""Makes the files from which `AutoTokenizer` makes the tokenizer of an export; it does not need `transformers`."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def tokenizer_files(vocabulary: Vocabulary, mode: str, published_repository: str | None) -> dict[str, str]:
-    """Contents by file name: for this package's tokenizer in `mode`, or for that of a repository of the hub."""
+    """{file name: content} for this package's tokenizer in `mode`, or for that of a repository of the hub."""
     named = {f"{name}_token": f"[{name.upper()}]" for name in ("bos", "cls", "mask", "pad", "sep", "unk")}
     config: dict[str, Any] = {name: token for name, token in named.items() if token in vocabulary.tokens}
     config["padding_side"] = "right" if vocabulary is PLANTCAD else "left"

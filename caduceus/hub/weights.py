@@ -1,4 +1,4 @@
-"""Files of weights, of whatever form: safetensors or pickled, whole or in shards, published or of Lightning."""
+"""Reads files of weights in every usual form: safetensors or pickled, whole or in shards, published or of Lightning."""
 
 import json
 import pickle
@@ -19,21 +19,21 @@ WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
 _NAMES = (WEIGHTS, f"{WEIGHTS}.index.json", PICKLED_WEIGHTS, f"{PICKLED_WEIGHTS}.index.json", "last.ckpt")
 _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
-"""Under which trainers keep the state dict in a checkpoint: Lightning, most loops, and DeepSpeed."""
+"""Keys under which trainers keep the state dict in a checkpoint: Lightning, most loops, and DeepSpeed."""
 _ANCHOR = "backbone.embeddings.word_embeddings"
-"""In the name of the embedding, whichever module holds the model."""
+"""A part of the embedding's name, whatever module contains the model."""
 
 
 @dataclass
 class Weights:
-    """Tensors under the published names, and what else the file tells."""
+    """Tensors under the published names, and other content of the file."""
 
     path: Path
     tensors: dict[str, Tensor]
     left_out: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors beside the language model's, such as those of a trainer's metrics or of another head."""
+    """Tensors that do not belong to the language model, such as those of a trainer's metrics or of another head."""
     hyper_parameters: Any = None
-    """What Lightning keeps of the configuration; None in other files."""
+    """The configuration that Lightning keeps; None in other files."""
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -49,7 +49,9 @@ def find_weights(folder: Path) -> Path | None:
 
 
 def read_weights(path: Path) -> Weights:
-    """The tensors of a file, or of the shards that an index names. `UserError` for what cannot be read safely."""
+    """The tensors of a file, or of the shards that an index names. Raises `UserError` where they cannot be
+    read safely.
+    """
     if path.name.endswith(".index.json"):
         checkpoint = _read_shards(path)
     elif path.suffix == ".safetensors":
@@ -63,7 +65,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file of one JSON object."""
+    """The content of a file with one JSON object. Raises `UserError` for another file."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -90,12 +92,12 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         path = index.parent / Path(name).name
         tensors |= read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
     if missing := sorted(placed.keys() - tensors.keys()):
-        raise UserError(f"{index}: {missing[0]} is in none of its files")
+        raise UserError(f"{index}: none of its files has {missing[0]}")
     return tensors
 
 
 def _read_pickled(path: Path) -> dict[str, Any]:
-    """What torch.save wrote, without running any code of the file: numbers of numpy and omegaconf are read as well."""
+    """The content of a file of torch.save, without running code from it; values of numpy and omegaconf are read too."""
     numbers = [np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU")]
     safe = [*numbers, *_types_of_configurations(), Any, defaultdict, dict, list, int, float, str, bool]
     try:
@@ -110,10 +112,10 @@ def _read_pickled(path: Path) -> dict[str, Any]:
 
 
 def _types_of_configurations() -> list[type]:
-    """Those of omegaconf, in which hydra and Lightning keep what a training was asked for."""
+    """The types of omegaconf, in which hydra and Lightning keep configurations."""
     try:
         from omegaconf import base, dictconfig, listconfig, nodes
-    except ImportError:  # where an export's own code reads weights
+    except ImportError:  # absent where an export's own code reads weights
         return []
     values = [value for module in (nodes, base, dictconfig, listconfig) for value in vars(module).values()]
     return [value for value in values if isinstance(value, type) and value.__module__.startswith("omegaconf.")]
@@ -131,9 +133,10 @@ def _state_dict_in(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _with_published_prefix(state: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The language model's tensors as the published code names them, and the others.
+    """The language model's tensors under the names of the published code, and the others.
 
-    Trainers and wrappers put `model.`, `module.` or `_orig_mod.` in front; a backbone saved alone lacks `caduceus.`.
+    Trainers and wrappers add prefixes such as `model.`, `module.` or `_orig_mod.`; a backbone that was saved alone
+    lacks `caduceus.`.
     """
     prefixes = {name.partition(_ANCHOR)[0] for name in state if _ANCHOR in name}
     if len(prefixes) != 1:

@@ -1,1 +1,1 @@
-"""The model as plain `nn.Module`s: nothing here knows of ranks, and no tensor is flipped."""
+"""The model as plain `nn.Module`s: nothing here knows about ranks, and no tensor is flipped."""

@@ -25,14 +25,14 @@ from caduceus.model.block import Block, Norm, residual_dtype
 from caduceus.model.observer import Observer
 from caduceus.ops import Context, Strands
 
-_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # no block draws a random number
+_recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # no block draws random numbers
 
 
 class BackboneOutput(NamedTuple):
-    """What `Backbone` returns. A tuple, because wrappers of modules look for tensors in tuples only."""
+    """The output of `Backbone`. It is a tuple because wrappers of modules look for tensors only in tuples."""
 
     held: Tensor
-    """(S, B, L, D), the final norm of the streams as the blocks hold them: `Backbone.by_strand` puts them in order."""
+    """(S, B, L, D), the final norm of the streams as the blocks hold them; `Backbone.by_strand` puts them in order."""
     hidden_states: tuple[Tensor, ...] | None = None
     """(S, B, L, D) each: the forward strand and, for Caduceus-PS, the other one, both in forward coordinates of
     positions and channels. The embedding, then each block's output before its residual is added; in place of the last
@@ -42,12 +42,12 @@ class BackboneOutput(NamedTuple):
 class Backbone(nn.Module):
     """Embedding, blocks and final norm of Caduceus-Ph, Caduceus-PS or uni-directional Mamba.
 
-    `backend` names the implementation of the ops (see `caduceus.ops`). The backward pass recomputes the activations of
-    the first `recomputed_blocks` blocks instead of keeping them. In the `recomputed_scan_inputs` blocks after them it
-    recomputes only what feeds the scan. (It is the first blocks because the backward pass comes to them last, when the
-    activations of all others are freed.)
+    `backend` names the implementation of the ops (see `caduceus.ops`).
 
-    With `strands`, this rank has one of the two streams of a Caduceus-PS, S = 1. Hidden states are then refused.
+    The backward pass recomputes the activations of the first `recomputed_blocks` blocks instead of keeping them. In the
+    `recomputed_scan_inputs` blocks after them it recomputes only the inputs of the scan. (It is the first blocks
+    because the backward pass reaches them last, when the activations of all others are freed.) With `strands`, this
+    rank has one of the two streams of a Caduceus-PS, S = 1, and refuses to return hidden states.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         self.recomputed_blocks = recomputed_blocks
         self.recomputed_scan_inputs = recomputed_scan_inputs
         swaps_strands = config.rcps and config.fused_add_norm
-        # Counted from the first stream that is here.
+        # Counted from the first stream on this rank.
         mirrored = [((layer if swaps_strands else 1) - self.streams[0]) % 2 for layer in range(config.n_layer)]
         table = torch.empty(config.padded_vocab_size, config.d_model)
         self.embedding = nn.Embedding.from_pretrained(table, freeze=False)
@@ -77,7 +77,9 @@ class Backbone(nn.Module):
         self.init_weights()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Published initialisation of every parameter; also after construction on the meta device and `to_empty`."""
+        """Initialise every parameter as published; also for use after construction on the meta device and
+        `to_empty`.
+        """
         self.init_ends(generator)
         for block in self.blocks:
             block.init_weights(generator)
@@ -101,12 +103,11 @@ class Backbone(nn.Module):
 
         input_ids (B, L) int64. pad_mask (B, L) bool is true at positions that are only padding of the batch: results at
         all other positions are those of the unpadded sequences. (A [PAD] token stands for N and is an ordinary input.)
-        starts (B, L) bool is true at the first positions of sequences that are packed into a row: results are those of
-        each by itself. Pre-training passes none, as its crops fill their rows: it is for callers that pack short
-        sequences.
+        starts (B, L) bool is true at the first positions of sequences that are packed into a row: each sequence gets
+        the results that it would have alone.
 
-        Packed sequences may not be shared between ranks: a `ValueError`. All backends but triton run them one after
-        another and read `starts` for that, which breaks a compiled graph.
+        Raises `ValueError` where packed sequences are shared between ranks. All backends but triton run packed
+        sequences one after another and read `starts` for that, which breaks a compiled graph.
         """
         if output_hidden_states and self.strands is not None:
             raise ValueError("output_hidden_states: this rank has one of the two strands alone")
@@ -131,19 +132,20 @@ class Backbone(nn.Module):
         return BackboneOutput(normed, hidden_states)
 
     def share_sequences(self, context: Context | None) -> None:
-        """Make every sequence from now on a slice of one that the ranks of `context` share."""
+        """From now on every sequence is a slice of one that the ranks of `context` share."""
         for block in self.blocks:
             block.mixer.context = context
 
     def keep_states(self, blocks: int) -> None:
-        """Have the scans of the last so many blocks keep states for the backward pass, instead of computing them again:
-        no bit changes. Only the backend triton has such a choice."""
+        """Let the scans of the last `blocks` blocks keep states for the backward pass, instead of recomputing them;
+        results keep their bits. Only the backend triton has this choice.
+        """
         for number, block in enumerate(self.blocks):
             block.mixer.keeps_states = number >= len(self.blocks) - blocks
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[Observer]:
-        """Within, one forward pass tells the observer what it looks like from within."""
+        """A context in which one forward pass reports its inner numbers to the observer."""
         observer = Observer()
         observed = [module for block in self.blocks for module in (block, block.mixer)]
         for module in observed:
@@ -180,21 +182,25 @@ class Backbone(nn.Module):
         return embedded.to(residual_dtype(self.config, embedded))
 
     def _for_complement(self, table: Tensor) -> Tensor:
-        """Rows of the complementary tokens, channel-flipped where the block form holds the second strand so."""
+        """The table's rows of the complementary tokens, channel-flipped where the block form holds the second strand
+        flipped.
+        """
         table = table[self.complement]
         return table.flip(-1) if self.config.fused_add_norm else table
 
     def hidden_state(self, number: int, hidden: Tensor) -> Tensor:
-        """Entry `number` of `BackboneOutput.hidden_states` from what the embedding (0) or block `number` gave."""
+        """Entry `number` of `BackboneOutput.hidden_states`, from the output of the embedding (0) or of block
+        `number`.
+        """
         swapped = number > 0 and self.config.fused_add_norm
         return self._by_strand(hidden, 1 - self.blocks[number - 1].mixer.mirrored_stream if swapped else 0)
 
     def by_strand(self, held: Tensor) -> Tensor:
-        """The final norm (S, B, L, D): the forward strand in front, the other one after it, no channels flipped."""
+        """The final norm (S, B, L, D), the forward strand first, without flipped channels."""
         return self._by_strand(held, 1 - self.norm_f.mirrored_stream if self.config.fused_add_norm else 0)
 
     def _by_strand(self, streams: Tensor, first: int) -> Tensor:
-        """(S, B, L, D) with the forward strand, stream `first`, in front, and no channels flipped."""
+        """(S, B, L, D) with the forward strand, stream `first`, first, and without flipped channels."""
         if not self.config.rcps:
             return streams
         second = streams[1 - first]

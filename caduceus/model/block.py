@@ -13,14 +13,16 @@ from caduceus.ops import add_norm
 
 
 def residual_dtype(config: CaduceusConfig, weight: Tensor) -> torch.dtype:
-    """The residual's type in a model with such weights: at least fp32, or the products' without `residual_in_fp32`."""
+    """The residual's type in a model with these weights: at least fp32, or without `residual_in_fp32` that of
+    products.
+    """
     return torch.promote_types(weight.dtype, torch.float32) if config.residual_in_fp32 else product_dtype(weight)
 
 
 class Norm(nn.Module):
     """RMSNorm or LayerNorm over D of residual + x, (S, B, L, D), in at least fp32. Mirrored channels as in `Mixer`.
 
-    Returns the norm, in the type that products are computed in, and the sum, in the residual's type.
+    Returns the norm, in the type of products, and the sum, in the residual's type.
     """
 
     def __init__(self, config: CaduceusConfig, *, mirrored_stream: int, mirror_channels: bool, backend: str) -> None:

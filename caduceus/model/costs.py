@@ -9,7 +9,7 @@ from caduceus.config import CaduceusConfig, TrainConfig
 from caduceus.config.model import CHUNK, MOST_IN_KERNELS
 
 MOMENTS = 2
-"""Tensors that AdamW keeps of each parameter, each of the parameter's size."""
+"""Number of tensors that AdamW keeps for each parameter, each of the parameter's size."""
 _FP32 = 4
 
 
@@ -19,7 +19,7 @@ def parameter_count(model: CaduceusConfig) -> int:
 
 
 def block_parameters(model: CaduceusConfig) -> int:
-    """Those of one block."""
+    """Parameters of one block."""
     e, n, r, h = model.d_inner, model.d_state, model.dt_rank, model.heads
     if model.mixer == "mamba2":
         direction = (e + 2 * n) * (model.d_conv + 1) + 3 * h + e
@@ -29,7 +29,9 @@ def block_parameters(model: CaduceusConfig) -> int:
 
 
 def kept_numbers(model: CaduceusConfig, train: TrainConfig) -> int:
-    """Numbers that the optimizer keeps: AdamW's moments, one momentum of what Muon updates, and the average's."""
+    """Numbers that the optimizer keeps: AdamW's moments, one momentum for parameters of Muon, and the average of the
+    weights.
+    """
     parameters = parameter_count(model)
     kept = MOMENTS * parameters
     if train.optimizer == "muon":
@@ -38,12 +40,12 @@ def kept_numbers(model: CaduceusConfig, train: TrainConfig) -> int:
 
 
 def checkpoint_bytes(model: CaduceusConfig, train: TrainConfig) -> int:
-    """Bytes of a checkpoint in fp32: the parameters, and what the optimizer keeps."""
+    """Bytes of a checkpoint in fp32: the parameters, and the numbers of the optimizer."""
     return _FP32 * (parameter_count(model) + kept_numbers(model, train))
 
 
 def flops_per_base(model: CaduceusConfig) -> int:
-    """Floating-point operations in matrix products, forward and backward (twice the forward), for a base."""
+    """Floating-point operations per base in matrix products, forward and backward (twice the forward)."""
     d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
     if model.mixer == "mamba2":
         scan = n * CHUNK + e * CHUNK + 2 * e * n  # B with C, weights with x, and states in and out
@@ -54,11 +56,11 @@ def flops_per_base(model: CaduceusConfig) -> int:
 
 
 def exponentials_per_base(model: CaduceusConfig) -> int:
-    """Exponentials of the scans, in each direction.
+    """Exponentials per base in the scans of each direction.
 
-    Mamba takes the decay of E x N states in each of four passes: two forward, for the states of chunks and for the
-    outputs, and two backward, for the replayed states and for the gradients. Mamba-2 takes, for each head, the decay
-    from a base to every other base of its chunk: forward, and on the way back once by torch and twice in kernels.
+    Mamba computes the decay of E x N states in each of four passes: two forward, for the states of chunks and for the
+    outputs, and two backward, for the replayed states and for the gradients. Mamba-2 computes, for each head, the decay
+    from a base to every other base of its chunk: once forward, and backward once by torch or twice in kernels.
     """
     of_mamba = 4 * model.d_inner * model.d_state
     passes = 3 if _scans_in_kernels(model) else 2
@@ -68,23 +70,26 @@ def exponentials_per_base(model: CaduceusConfig) -> int:
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Bytes for a base of one stream in one block of the model, in training."""
+    """Bytes per base of one stream in one block of the model, in training."""
 
     full: float
     """Kept for the backward pass when nothing is recomputed."""
     lean: float
-    """The same when the backward pass recomputes what feeds the scan."""
+    """The same when the backward pass recomputes the inputs of the scan."""
     residual: float
-    """The same when it recomputes the whole block: the residual stream alone."""
+    """The same when it recomputes the whole block: only the residual stream."""
     gradients: float
-    """Gradients of the block that the backward pass is in."""
+    """Gradients of the block that the backward pass is working on."""
     states: float
-    """Every state of the scan, in fp32: what a backward pass that replays every n-th one needs, times n."""
+    """Every state of the scan, in fp32: n times what a backward pass needs that keeps every n-th replayed state."""
 
 
 def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: bool) -> BlockBytes:
-    """`element`: bytes of an activation. `chunk`: tokens for which the scan keeps one state in fp32. `fused_norm`: one
-    kernel computes the norm; otherwise what comes before its weight is kept too."""
+    """The bytes of a block.
+
+    `element`: bytes of an activation. `chunk`: tokens per fp32 state that the scan keeps. `fused_norm`: one kernel
+    computes the norm; otherwise the values before its weight are kept too.
+    """
     d, e, directions, projections = model.d_model, model.d_inner, _directions(model), _projections(model)
     residual = d * (max(element, _FP32) if model.residual_in_fp32 else element)
     if model.mixer == "mamba2":
@@ -98,14 +103,14 @@ def block_bytes(model: CaduceusConfig, element: int, chunk: int, fused_norm: boo
 
 
 def kept_state_bytes(model: CaduceusConfig, every: int) -> int:
-    """Bytes for a base of one stream in a block whose scan keeps one state of `every`, and its outputs in fp32."""
+    """Bytes per base of one stream in a block whose scan keeps every `every`-th state, and its outputs in fp32."""
     directions = _directions(model)
     scans = 1 if model.bidirectional_weight_tie and model.bidirectional_strategy == "add" else directions
     return (directions * model.d_state // every + scans) * model.d_inner * _FP32
 
 
 def _block_bytes_of_mamba2(model: CaduceusConfig, element: int, residual: int, fused_norm: bool) -> BlockBytes:
-    """The scan keeps its operands and its output, and makes all else again, for the block that it is in."""
+    """The scan keeps its operands and its output, and recomputes everything else."""
     d, e, n, h = model.d_model, model.d_inner, model.d_state, model.heads
     directions, projections = _directions(model), _projections(model)
     convolved = directions * (e + 2 * n) * element
@@ -123,31 +128,32 @@ def launches(
 ) -> int:
     """Kernels and operators that a micro-batch launches on a GPU, forward and backward, without torch.compile.
 
-    `streams`: that are here. `chunks`: of `CHUNK` bases, of one of its sequences. `shared`: other ranks have slices of
-    them. `recomputed`: blocks of which the backward pass computes all again, and others of which what feeds the scan.
+    `streams`: the number on this rank. `chunks`: of `CHUNK` bases, in one of its sequences. `shared`: whether other
+    ranks have slices of the sequences. `recomputed`: how many blocks the backward pass recomputes whole, and of how
+    many others the inputs of the scan.
     """
     whole, inputs = recomputed
     block = 80 + 16 * (streams - 1) + (37 if shared else 0)
     if _scans_in_kernels(model):
         block -= 12
-    elif model.mixer == "mamba2":  # carries states from chunk to chunk by operators of their own
+    elif model.mixer == "mamba2":  # passes states from chunk to chunk by separate operators
         block += 188 + 8 * chunks * streams * _directions(model)
     again = whole * (block / 4) + 6 * inputs
     return round(model.n_layer * block + again + 43 + 17 * (streams - 1))
 
 
 def streams(model: CaduceusConfig) -> int:
-    """Strands that the model follows."""
+    """Number of strands that the model follows."""
     return 2 if model.rcps else 1
 
 
 def _scans_in_kernels(model: CaduceusConfig) -> bool:
-    """Whether it is a Mamba-2 whose scan has kernels on a GPU like the H100, in half precision."""
+    """Whether it is a Mamba-2 whose scan has kernels in half precision on a GPU such as the H100."""
     return model.mixer == "mamba2" and max(model.headdim, model.d_state) <= MOST_IN_KERNELS
 
 
 def _block_matrices(model: CaduceusConfig) -> int:
-    """Parameters of a block in in_proj, x_proj and out_proj."""
+    """Number of a block's parameters in in_proj, x_proj and out_proj."""
     d, e, n, r = model.d_model, model.d_inner, model.d_state, model.dt_rank
     if model.mixer == "mamba2":
         return _projections(model) * d * (3 * e + 2 * n + model.heads)

@@ -1,4 +1,4 @@
-"""Heads on the backbone, and the model that is trained: `CaduceusForMaskedLM`.
+"""The head on the backbone, and the model that is trained: `CaduceusForMaskedLM`.
 
 Shapes: B batch, L length, D d_model, V padded vocabulary, S streams.
 """
@@ -16,27 +16,28 @@ from caduceus.ops import Strands, head_cross_entropy
 
 
 class MaskedLMOutput(NamedTuple):
-    """What `CaduceusForMaskedLM` returns. Losses are in nats, in at least fp32, and None without labels.
+    """The output of `CaduceusForMaskedLM`. Losses are in nats, in at least fp32, and None without labels.
 
-    A tuple, because wrappers of modules (FSDP2, DeepSpeed) look for tensors in tuples only.
+    It is a tuple because wrappers of modules (FSDP2, DeepSpeed) look for tensors only in tuples.
     """
 
     loss: Tensor | None = None
-    """The sum of `loss_sum` over the sum of `weight_sum`; 0, with zero gradients, where no base is labelled."""
+    """The sum of `loss_sum` divided by the sum of `weight_sum`; 0, with zero gradients, where no base is labelled."""
     logits: Tensor | None = None
     """(B, L, V)"""
     hidden_states: tuple[Tensor, ...] | None = None
-    """Those of `BackboneOutput`: (S, B, L, D) each, in forward coordinates."""
+    """The hidden states of `BackboneOutput`: (S, B, L, D) each, in forward coordinates."""
     loss_sum: Tensor | None = None
-    """(B,) of each sequence, the sum over its labelled bases of weight times cross-entropy."""
+    """(B,) for each sequence, the sum over its labelled bases of weight times cross-entropy."""
     weight_sum: Tensor | None = None
-    """(B,) of each sequence, the sum of the weights of its labelled bases; their number where no weights are given."""
+    """(B,) for each sequence, the sum of the weights of its labelled bases; their number where no weights are given."""
 
 
 class MaskedLMHead(nn.Module):
     """Predicts the bases of the forward strand from the final norms of the streams, S of them on this rank.
 
-    It has no parameters of its own: its rows, (S, V, D), are those of the embedding's table and come with every call.
+    It has no parameters of its own: its rows, (S, V, D), are those of the embedding's table, and are given in every
+    call.
     """
 
     def __init__(self, config: CaduceusConfig, strands: Strands | None, backend: str) -> None:
@@ -46,13 +47,15 @@ class MaskedLMHead(nn.Module):
         self.backend = backend
 
     def forward(self, held: Tensor, rows: Tensor) -> Tensor:
-        """held (S, B, L, D) -> logits (B, L, V), in at least fp32, summed over both strands wherever they are."""
+        """held (S, B, L, D) -> logits (B, L, V), in at least fp32, summed over both strands, on whichever ranks they
+        are.
+        """
         logits = project(held, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).sum(0)
         return logits if self.strands is None else self.strands.sum(logits)
 
     def sums(self, held: Tensor, rows: Tensor, labels: Tensor, loss_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`loss_sum` and `weight_sum` of `MaskedLMOutput`; logits exist at labelled positions only."""
+        """`loss_sum` and `weight_sum` of `MaskedLMOutput`; logits are computed only at labelled positions."""
         labels = labels.masked_fill(labels == self.pad, IGNORE_LABEL)
         return head_cross_entropy(
             held, rows, labels, loss_weights, ignore_label=IGNORE_LABEL, strands=self.strands, backend=self.backend
@@ -60,11 +63,11 @@ class MaskedLMHead(nn.Module):
 
 
 class CaduceusForMaskedLM(Backbone):
-    """The backbone and a `MaskedLMHead` that is tied to its embedding.
+    """The backbone with a `MaskedLMHead` that is tied to its embedding.
 
-    It is a backbone, and does not hold one, so that its parameters have the same names in every checkpoint. With
-    `strands`, the two streams of a Caduceus-PS meet in the logits: `.logits` and `.loss` are those of both,
-    `.loss_sum`, from which gradients are to be taken, and `.weight_sum` this rank's half.
+    It is a subclass of the backbone, so that its parameters have the same names in every checkpoint. With `strands`,
+    the two streams of a Caduceus-PS are combined in the logits: `.logits` and `.loss` are those of both ranks;
+    `.loss_sum`, which gives the gradients, and `.weight_sum` are this rank's half.
     """
 
     def __init__(
@@ -88,18 +91,17 @@ class CaduceusForMaskedLM(Backbone):
         return_logits: bool = True,
         starts: Tensor | None = None,
     ) -> MaskedLMOutput:
-        """Predict every base, and the loss of the labelled ones where `labels` are given.
+        """Predict every base, and where `labels` are given, the loss of the labelled ones.
 
         input_ids (B, L) int64; labels (B, L) int64, `IGNORE_LABEL` or, as in published code, [PAD] where nothing is to
         be predicted (others outside the vocabulary: see `head_cross_entropy`); loss_weights (B, L) of the labelled
-        bases. pad_mask (B, L) bool is true
-        at positions that are only padding of the batch: results at all other positions are those of the unpadded
-        sequences. (A [PAD] token stands for N and is an ordinary input.) starts (B, L) bool is true at the first
-        positions of sequences that are packed into a row: results are those of each by itself. With `return_logits`
-        false the head runs at labelled positions only and `.logits` is None.
+        bases. pad_mask (B, L) bool is true at positions that are only padding of the batch: results at all other
+        positions are those of the unpadded sequences. (A [PAD] token stands for N and is an ordinary input.) starts (B,
+        L) bool is true at the first positions of sequences that are packed into a row: each gets the results that it
+        would have alone. With `return_logits` false the head runs only at labelled positions, and `.logits` is None.
 
-        Packed sequences may not be shared between ranks: a `ValueError`. All backends but triton run them one after
-        another and read `starts` for that, which breaks a compiled graph.
+        Raises `ValueError` where packed sequences are shared between ranks. All backends but triton run packed
+        sequences one after another and read `starts` for that, which breaks a compiled graph.
         """
         held, hidden_states = super().forward(input_ids, output_hidden_states, pad_mask, starts)
         rows = self.head_rows()
@@ -112,7 +114,7 @@ class CaduceusForMaskedLM(Backbone):
         return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum)
 
     def head_rows(self) -> Tensor:
-        """The head's rows for each stream, (S, V, D): what it predicts is a base of the forward strand."""
+        """The head's rows for each stream, (S, V, D), with which it predicts the base of the forward strand."""
         table, mirrored = self.embedding.weight, self.norm_f.mirrored_stream
         streams = range(len(self.streams))
         return torch.stack([self._for_complement(table) if stream == mirrored else table for stream in streams])

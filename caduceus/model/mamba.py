@@ -25,7 +25,7 @@ from caduceus.ops.backends import kernels_of_gpu
 
 
 class BiMamba(Mixer):
-    """A mixer whose states decay each at a rate of its own."""
+    """The mixer of Mamba, in which every state has its own decay rate."""
 
     def __init__(
         self, config: CaduceusConfig, *, mirrored_stream: int = 1, mirror_channels: bool = False, backend: str = "auto"
@@ -45,7 +45,7 @@ class BiMamba(Mixer):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Published initialisation: S4D-real A, log-uniform step sizes, out projection scaled down with depth."""
+        """Initialise as published: S4D-real A, log-uniform step sizes, out projection scaled down with depth."""
         config, uniform = self.config, partial(init_uniform, generator=generator)
         uniform(self.in_proj, config.d_model**-0.5)
         uniform(self.conv_weight, config.d_conv**-0.5)
@@ -60,7 +60,7 @@ class BiMamba(Mixer):
     @torch.compiler.disable
     @torch.no_grad()
     def _show_steps(self, observer: Observer, hidden: Tensor) -> None:
-        """Tell step sizes and decays in the middle of the first sequence, as its first stream meets them."""
+        """Report step sizes and decays in the middle of the first sequence, for its first stream."""
         config, middle = self.config, hidden.shape[2] // 2
         some = hidden[:, 0, max(0, middle - POSITIONS // 2) : middle + POSITIONS // 2]
         inside = slice(config.d_conv - 1, 1 - config.d_conv) if some.shape[1] > 2 * config.d_conv else slice(None)
@@ -80,7 +80,9 @@ class BiMamba(Mixer):
     def _mix_directions_jointly(
         self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
     ) -> Tensor:
-        """Both directions share x, z and the out projection: projections and pointwise maps commute with flips."""
+        """Mix with x, z and the out projection shared by both directions: projections and pointwise maps commute with
+        flips.
+        """
         x, z = self._project_in(hidden, 0, pad_mask)
         parameters = self.conv_weight, self.conv_bias, self.x_proj, self.dt_proj, self.dt_bias, self.A_log, self.D
         conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D = self._parameters_by_role(hidden, *parameters)
@@ -135,7 +137,7 @@ class BiMamba(Mixer):
     def _mix_run(
         self, rows: Tensor, stream: int, direction: int, backwards: bool, carried: Carried | None
     ) -> tuple[Tensor, Carried]:
-        """One stream of a piece in one direction: rows (B, l, D) -> (B, l, D)."""
+        """Mix one stream of a piece in one direction: rows (B, l, D) -> (B, l, D)."""
         projection, where = direction % self.in_proj.shape[0], {"reverse": backwards, "backend": self.backend}
         in_proj = self._for_streams(self.in_proj[projection], -1, stream + 1)[-1]
         out_proj = self._for_streams(self.out_proj[projection], 0, stream + 1)[-1]
@@ -173,5 +175,5 @@ class BiMamba(Mixer):
         return u, dt, B, C
 
     def _sums_in_products(self, x: Tensor) -> bool:
-        """Whether projections of x take the backward passes that suit a GPU (`caduceus.model.projections`)."""
+        """Whether projections of x use the backward passes for GPUs (`caduceus.model.projections`)."""
         return kernels_of_gpu(self.backend, x) is not None and x.dtype == product_dtype(x)

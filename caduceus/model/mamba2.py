@@ -1,8 +1,8 @@
-"""Mamba-2 (Dao and Gu 2024, arXiv:2405.21060) in both directions and on one or two strands, as PlantCAD2 has it.
+"""Mamba-2 (Dao and Gu 2024, arXiv:2405.21060) in both directions and on one or two strands, as in PlantCAD2.
 
-Step sizes, B and C come out of the in projection, so directions that share it share them too; convolution, dt_bias, A,
-D and the gated norm are a direction's own. Shapes as in `caduceus.model.mixer`; H heads of W channels (headdim),
-E = H W, and F = E + 2 N channels of the convolution.
+The in projection gives step sizes, B and C, so directions that share it share these too; each direction has its own
+convolution, dt_bias, A, D and gated norm. Shapes as in `caduceus.model.mixer`; H heads of W channels (headdim), E = H
+W, and F = E + 2 N channels of the convolution.
 """
 
 from functools import partial
@@ -18,11 +18,11 @@ from caduceus.ops import PAD_DT, bidirectional_conv1d, causal_conv1d
 from caduceus.ops.mamba2 import bidirectional_ssd_scan, gated_norm, ssd_scan
 
 A_RANGE = (1, 16)
-"""Least and greatest -A at initialisation."""
+"""Smallest and largest -A at initialisation."""
 
 
 class BiMamba2(Mixer):
-    """A mixer in which all states of a head decay alike."""
+    """The mixer of Mamba-2, in which all states of a head have the same decay."""
 
     def __init__(
         self, config: CaduceusConfig, *, mirrored_stream: int = 1, mirror_channels: bool = False, backend: str = "auto"
@@ -42,7 +42,7 @@ class BiMamba2(Mixer):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Published initialisation: uniform A, log-uniform step sizes, out projection scaled down with depth."""
+        """Initialise as published: uniform A, log-uniform step sizes, out projection scaled down with depth."""
         config, uniform = self.config, partial(init_uniform, generator=generator)
         uniform(self.in_proj, config.d_model**-0.5)
         uniform(self.conv_weight, config.d_conv**-0.5)
@@ -125,7 +125,7 @@ class BiMamba2(Mixer):
         return F.linear(gated[0], out_proj), (taps, state)
 
     def _sizes(self) -> list[int]:
-        """Sizes of the parts of the in projection, in order: z, what is convolved (x, B and C), and the step sizes."""
+        """Sizes of the parts of the in projection, in order: z; x, B and C, which are convolved; and the step sizes."""
         config = self.config
         return [config.d_inner, config.d_inner + 2 * config.d_state, config.heads]
 
@@ -139,7 +139,7 @@ class BiMamba2(Mixer):
         return z, fed, dt
 
     def _split(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (…, H, W), B and C (…, N) of what the convolution gives."""
+        """x (…, H, W), B and C (…, N), from the output of the convolution."""
         states = self.config.d_state
         x, B, C = u.split([self.config.d_inner, states, states], dim=-1)
         return x.unflatten(-1, (self.config.heads, self.config.headdim)), B, C

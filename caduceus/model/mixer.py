@@ -1,4 +1,4 @@
-"""What all mixers share: which stream is mirrored, how directions join, and how a sequence is mixed piece by piece.
+"""The common part of all mixers: the mirrored stream, how directions are joined, and mixing a sequence piece by piece.
 
 Shapes: B batch, L length, D d_model, E inner channels, N states, K convolution width, S streams (1, or 2 where the
 model follows both strands), P directions (2, or 1 for a uni-directional model), Q sets of in and out projections (P
@@ -22,14 +22,16 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 """Range of the step sizes at initialisation, and the smallest allowed (Gu and Dao 2023, arXiv:2312.00752)."""
 
 Apply = Callable[..., Tensor]
-"""Calls a scan with its inputs: `apply_scan`, or with these made again on the way back."""
+"""A function that calls a scan with its inputs: `apply_scan`, or one that recomputes the inputs in the backward pass.
+"""
 Carried = tuple[Tensor, Tensor]
-"""What a run carries from one piece of a sequence into the next: the inputs that the convolution's taps still see,
-(B, at most K - 1, channels), and the state of the scan, (B, …)."""
+"""What one direction passes from one piece of a sequence to the next: the last inputs that the convolution still sees,
+(B, at most K - 1, channels), and the state of the scan, (B, …).
+"""
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """Linear maps without bias, x (G, …, in) by weight (G, out, in), or (1, out, in) for all of x -> (G, …, out)."""
+    """Linear maps without bias: x (G, …, in) and weight (G, out, in), or (1, out, in) for all of x -> (G, …, out)."""
     if weight.shape[0] == 1:
         return F.linear(x, weight[0])
     return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
@@ -49,14 +51,14 @@ def negative_exp(A_log: Tensor) -> Tensor:
 
 
 def init_uniform(parameter: Tensor, bound: float, generator: torch.Generator | None) -> None:
-    """Draw from -bound … bound."""
+    """Fill a parameter uniformly from [-bound, bound]."""
     parameter.uniform_(-bound, bound, generator=generator)
 
 
 def init_step_sizes(dt_bias: Tensor, generator: torch.Generator | None) -> None:
-    """Draw step sizes log-uniformly, and keep what softplus makes them of."""
+    """Draw step sizes log-uniformly, and store the values that softplus maps to them."""
     dt_bias.uniform_(math.log(DT_MIN), math.log(DT_MAX), generator=generator).exp_().clamp_(min=DT_FLOOR)
-    dt_bias.add_(torch.log(-torch.expm1(-dt_bias)))  # inverse of softplus
+    dt_bias.add_(torch.log(-torch.expm1(-dt_bias)))  # the inverse of softplus
 
 
 class Mixer(nn.Module, ABC):
@@ -89,7 +91,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Published initialisation."""
+        """Initialise the parameters as published."""
 
     def forward(
         self,
@@ -106,7 +108,7 @@ class Mixer(nn.Module, ABC):
             self._show_steps(self.observer, hidden)
         if config.bidirectional:
             jointly = config.bidirectional_weight_tie and config.bidirectional_strategy == "add"
-        else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange it with
+        else:  # the joint ops run stream 1 right-to-left, and there is no second direction to exchange
             jointly = self.mirrored_stream == 1 and not self._has_strand_apart(hidden)
         mix = self._mix_directions_jointly if jointly else self._mix_directions_apart
         if recompute_scan_inputs:
@@ -115,38 +117,38 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def _show_steps(self, observer: Observer, hidden: Tensor) -> None:
-        """Tell step sizes and decays in the middle of the first sequence, as its first stream meets them."""
+        """Report step sizes and decays in the middle of the first sequence, for its first stream."""
 
     @abstractmethod
     def _mix_directions_jointly(
         self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
     ) -> Tensor:
-        """Both directions share the projections, which like pointwise maps commute with flips."""
+        """Mix with projections that both directions share; like pointwise maps, they commute with flips."""
 
     @abstractmethod
     def _mix_direction(
         self, hidden: Tensor, direction: int, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
     ) -> Tensor:
-        """One direction with an out projection of its own."""
+        """Mix in one direction, with its own out projection."""
 
     @abstractmethod
     def _mix_run(
         self, rows: Tensor, stream: int, direction: int, backwards: bool, carried: Carried | None
     ) -> tuple[Tensor, Carried]:
-        """One stream of a piece in one direction: rows (B, l, D) -> (B, l, D)."""
+        """Mix one stream of a piece in one direction: rows (B, l, D) -> (B, l, D)."""
 
     def _has_strand_apart(self, hidden: Tensor) -> bool:
         """Whether the other strand is on another rank.
 
-        Gradients must then be ready in the same order on both, as DeepSpeed adds them up in the order in which they
-        come: so both take the same operators, whatever their role.
+        Gradients must then be ready in the same order on both ranks, as DeepSpeed adds them up in the order in which
+        they come: so both use the same operators, whatever their role.
         """
         return self.config.rcps and hidden.shape[0] == 1
 
     def _mix_directions_apart(
         self, hidden: Tensor, pad_mask: Tensor | None, starts: Tensor | None, apply: Apply
     ) -> Tensor:
-        """Directions with projections of their own, or joined by multiplication."""
+        """Mix with separate projections for each direction, or with directions joined by multiplication."""
         directions = range(2 if self.config.bidirectional else 1)
         outputs = [self._mix_direction(hidden, direction, pad_mask, starts, apply) for direction in directions]
         if len(outputs) == 1:
@@ -155,10 +157,12 @@ class Mixer(nn.Module, ABC):
         return forward + backward if self.config.bidirectional_strategy == "add" else forward * backward
 
     def mix_piece(self, hidden: Tensor, backwards: bool, carried: list[Carried | None]) -> tuple[Tensor, list]:
-        """What the runs that go one way make of a piece of longer sequences, and what they carry into the next piece.
+        """Mix a piece of longer sequences from left to right, or `backwards`. Returns the output, and what to carry to
+        the next piece.
 
-        hidden (S, B, l, D); `carried` by stream, None before the first piece. Zeros for a stream without such a run.
-        With `bidirectional_strategy: add` both ways add up to the mixer's output, else they are to be multiplied.
+        hidden (S, B, l, D); `carried`: by stream, None before the first piece. A stream that does not go this way gets
+        zeros. With `bidirectional_strategy: add` the outputs of both ways add up to the mixer's output, otherwise they
+        must be multiplied.
         """
         mixed, handed_on = torch.zeros_like(hidden), list(carried)
         for stream, rows in enumerate(hidden):
@@ -179,13 +183,13 @@ class Mixer(nn.Module, ABC):
         return list(parameters)
 
     def _runs_backwards(self, hidden: Tensor, direction: int) -> list[bool]:
-        """Whether each stream takes a direction's parameters right-to-left."""
+        """For each stream, whether it uses a direction's parameters right-to-left."""
         return [(direction == 1) != (stream == self.mirrored_stream) for stream in range(hidden.shape[0])]
 
     def _convolved_piece(
         self, x: Tensor, backwards: bool, taps: Tensor | None, convolve: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The convolution of a piece x (B, l, channels) after `taps`, and what the taps of the next piece see."""
+        """The convolution of a piece x (B, l, channels) after the inputs `taps`, and the `taps` for the next piece."""
         taps = x[:, :0] if taps is None else taps
         seen = torch.cat([x, taps] if backwards else [taps, x], 1)
         u = convolve(seen).narrow(1, 0 if backwards else taps.shape[1], x.shape[1])
@@ -202,10 +206,10 @@ class Mixer(nn.Module, ABC):
 
 
 def apply_scan(scan_inputs: Callable[[], tuple[Tensor, ...]], scan: Apply) -> Tensor:
-    """The scan of its inputs, all of which autograd keeps."""
+    """Call the scan with its inputs, all of which autograd keeps."""
     return scan(*scan_inputs())
 
 
-@torch.compiler.disable  # hooks on saved tensors are not for a compiled graph
+@torch.compiler.disable  # hooks on saved tensors cannot be in a compiled graph
 def _uncompiled(mix: Apply, *arguments: Tensor | Apply | None) -> Tensor:
     return mix(*arguments)

@@ -1,19 +1,20 @@
-"""What a forward pass looks like from within: step sizes, decays and the scale of activations of each layer.
+"""Observes a forward pass: step sizes, decays and the scale of activations of each layer.
 
-It looks at few positions of one sequence, so that it costs next to nothing, and changes no tensor.
+It looks at a few positions of one sequence, so that it costs almost nothing, and changes no tensor.
 """
 
 import torch
 from torch import Tensor
 
 STATISTICS = ("dt_p05", "dt_p50", "dt_p95", "decay_p05", "decay_p50", "decay_p95", "residual_rms", "mixer_rms")
-"""What is told of each layer: quantiles of the step sizes, and of the factors by which states shrink from one base to
-the next; root mean squares of the residual stream that enters the layer and of what its mixer adds to it."""
+"""The numbers of each layer: quantiles of the step sizes, and of the factors by which states shrink from one base to
+the next; root mean squares of the residual stream that enters the layer, and of the output that its mixer adds.
+"""
 POSITIONS = 64
-"""Neighbouring positions in the middle of the sequence from which step sizes are taken."""
+"""Number of neighbouring positions, in the middle of the sequence, from which step sizes are taken."""
 _STREAM_POSITIONS = 256
 _VALUES = 1 << 16
-"""Most values of which quantiles are taken."""
+"""Largest number of values of which quantiles are taken."""
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -31,7 +32,7 @@ class Observer:
         dt = dt.float()
         few = max(1, _VALUES // A.numel())
         decays = (_thinned(dt, few)[..., None] * A.float()[:, None]).exp()
-        at = torch.stack([dt.new_full((), quantile) for quantile in _QUANTILES])  # nothing is sent from the host
+        at = torch.stack([dt.new_full((), quantile) for quantile in _QUANTILES])  # nothing is copied from the host
         most = max(1, _VALUES // (dt.shape[0] * dt.shape[2]))
         self._quantiles.append(
             torch.cat([values.quantile(at) for values in (_thinned(dt, most).flatten(), decays.flatten())])
@@ -40,17 +41,17 @@ class Observer:
     @torch.compiler.disable
     @torch.no_grad()
     def streams(self, residual: Tensor, mixed: Tensor) -> None:
-        """Take in the residual stream at a layer and what its mixer adds, (S, B, L, D) each."""
+        """Take in the residual stream at a layer and its mixer's output, (S, B, L, D) each."""
         scales = [
             _thinned(values[:, 0], _STREAM_POSITIONS).float().square().mean().sqrt() for values in (residual, mixed)
         ]
         self._scales.append(torch.stack(scales))
 
     def told(self) -> Tensor:
-        """(layers, statistics), float32."""
+        """The statistics, (layers, statistics) float32."""
         return torch.cat([torch.stack(self._quantiles), torch.stack(self._scales)], dim=1)
 
 
 def _thinned(values: Tensor, most: int) -> Tensor:
-    """(P, n, E) -> at most about `most` of the n."""
+    """(P, n, E) -> the same with fewer of the n, so that about `most` values remain."""
     return values[:, :: max(1, values.shape[1] // most)]

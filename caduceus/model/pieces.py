@@ -1,8 +1,8 @@
-"""Sequences that are too long for one pass, run in pieces: the same numbers, whatever the piece.
+"""Runs sequences that are too long for one pass in pieces; the numbers do not depend on the length of a piece.
 
-The streams of a layer are kept whole, two tensors (S, B, L, D). All that a mixer makes of them, which is many times
-as much, exists for one piece at a time. The runs that go left-to-right take the pieces in order and hand on the state
-of the scan and the taps of the convolution; those that go right-to-left take them in reverse.
+The streams of a layer are kept whole, in two tensors (S, B, L, D). A mixer's intermediate tensors, many times as large,
+exist for one piece at a time. From left to right, the pieces are taken in order, and each passes the state of the scan
+and the last inputs of the convolution to the next; from right to left they are taken in reverse.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from caduceus.model.block import Block
 from caduceus.model.precision import product_dtype
 
 Visitor = Callable[[int, Tensor], None]
-"""Takes the first position of a piece, and what stands there: a tensor that is written over after the call."""
+"""A function of the first position of a piece and its tensor, which is overwritten after the call."""
 
 
 @torch.no_grad()
@@ -26,11 +26,11 @@ def run_in_pieces(
     layers: Mapping[int, Visitor],
     logits: Visitor | None = None,
 ) -> None:
-    """Run sequences, input_ids (B, L), in pieces of `piece` bases, and hand results to visitors, piece by piece.
+    """Run sequences, input_ids (B, L), in pieces of `piece` bases, and pass results to visitors, piece by piece.
 
-    layers: by number, who gets that hidden state, (S, B, l, D) in forward coordinates: 0 the embedding, then each
-    block's output before its residual is added, and as the last, n_layer, the final norm. logits: who gets (B, l, V);
-    the model then is a `CaduceusForMaskedLM`. No gradients.
+    layers: {number: visitor} for hidden states, (S, B, l, D) in forward coordinates: 0 is the embedding, then each
+    block's output before its residual is added, and n_layer the final norm. logits: the visitor for (B, l, V); the
+    model must then be a `CaduceusForMaskedLM`. There are no gradients.
     """
     if piece < 1:
         raise ValueError(f"piece: must be at least 1, got {piece}")
@@ -59,7 +59,7 @@ def run_in_pieces(
 
 
 def _mix(block: Block, streams: Tensor, mixed: Tensor, bounds: list[tuple[int, int]]) -> None:
-    """Write what a block makes of the streams to `mixed`, (S, B, L, D) each."""
+    """Write a block's output for the streams to `mixed`, (S, B, L, D) each."""
     config = block.mixer.config
     multiply = config.bidirectional and config.bidirectional_strategy == "ew_multiply"
     for backwards in (False, True):

@@ -1,5 +1,5 @@
-"""Linear maps whose backward passes suit a GPU: sums of gradients happen inside of products, and the gradient of a
-weight, which is small beside the number of rows, is several products.
+"""Linear maps with backward passes that suit a GPU: sums of gradients are computed inside products, and the gradient of
+a weight, which is small compared with the number of rows, is divided into several products.
 
 Shapes: G weights, each for its own rows, or 1 for all; x (G, …, in), weight (G, out, in).
 """
@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 PARTS = 16
-"""Into so many the rows are divided, where it divides them, for the gradient of a weight: a product of 512 x 48 or 256
-alone occupies few multiprocessors, however many rows it sums over."""
+"""Number of parts into which the rows are divided (where possible) for the gradient of a weight: a single product of
+512 x 48 or 256 would occupy few multiprocessors, however many rows it sums over.
+"""
 
 
 def project_beside(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """x for another use, and its projection (G, …, out); the gradient of x is both uses' in one product."""
+    """x for another use, and its projection (G, …, out); one product computes the gradient of x for both uses."""
     return _Beside.apply(x, weight)
 
 
 def project_twice(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two projections of x; the gradient of x is the sum of theirs in two products."""
+    """Two projections of x; two products compute the sum of both gradients of x."""
     return _Twice.apply(x, first, second)
 
 
@@ -78,17 +79,17 @@ class _Alone(torch.autograd.Function):
 
 
 def _rows(x: Tensor, weight: Tensor) -> Tensor:
-    """(G, rows, channels)."""
+    """x as (G, rows, channels)."""
     return x.reshape(len(weight), -1, x.shape[-1])
 
 
 def _cast(weight: Tensor, x: Tensor) -> Tensor:
-    """The weight in the type of x, which is autocast's where that is on."""
+    """The weight in the type of x, which is autocast's type where that is on."""
     return weight.to(x.dtype)
 
 
 def _weight_gradient(d: Tensor, rows: Tensor) -> Tensor:
-    """d^T · rows, (G, out, in), whose parts are added up in fp32 at least."""
+    """d^T · rows, (G, out, in); its parts are added up in at least fp32."""
     parts = 1 if rows.shape[1] % PARTS else PARTS
     d, rows = (tensor.unflatten(1, (parts, -1)).flatten(0, 1) for tensor in (d, rows))
     products = torch.bmm(d.mT, rows).unflatten(0, (-1, parts))

@@ -1,4 +1,6 @@
-"""Operands of a function that the backward pass makes again instead of keeping them, while the function runs once."""
+"""Recomputes the operands of a function in the backward pass instead of keeping them, without running the function
+again.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -9,11 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def with_operands_made_again(make: Callable[[], tuple[Tensor, ...]], use: Callable[..., Tensor]) -> Tensor:
-    """`use(*make())`, for which autograd keeps nothing that `make` computes: the backward pass calls `make` again.
+    """`use(*make())`, where autograd keeps nothing that `make` computes, and the backward pass calls `make` again.
 
-    `use` is not called again, and what autograd keeps of it besides its operands stays. Gradients are the same bits, so
-    long as `make` gives the same bits again: it draws no random numbers. Where it exchanges tensors with other ranks,
-    it does so once more in the backward pass, whose order is the same on all of them. Not for a compiled graph.
+    `use` is not called again, and what autograd keeps of it besides its operands stays. Gradients have the same bits if
+    `make` gives the same bits again, so it must not draw random numbers. Where it exchanges tensors with other ranks,
+    it does so once more in the backward pass, in the same order on all ranks. It cannot be in a compiled graph.
     """
     operands = _OperandsMadeAgain(make)
     with saved_tensors_hooks(operands.pack_inside, operands.unpack):
@@ -24,7 +26,9 @@ def with_operands_made_again(make: Callable[[], tuple[Tensor, ...]], use: Callab
 
 
 class _OperandsMadeAgain:
-    """What autograd saves of `make`, and of its results, as numbers until the backward pass first asks for one."""
+    """Replaces the tensors that autograd saves of `make`, and of its results, by numbers, until the backward pass asks
+    for one.
+    """
 
     def __init__(self, make: Callable[[], tuple[Tensor, ...]]) -> None:
         self.make = make
@@ -32,7 +36,7 @@ class _OperandsMadeAgain:
         self.inside: list[int] = []
         """Numbers of the tensors that `make` saves, in the order in which it saves them."""
         self.outside: dict[int, tuple[int, tuple[int, ...], tuple[int, ...], int]] = {}
-        """For each saved tensor that is one of its results: which result, and the view of its storage."""
+        """For each saved tensor that is one of its results: the number of the result, and the view of its storage."""
         self.results: dict[int, int] = {}
         self.values: dict[int, Tensor] = {}
 
@@ -69,10 +73,10 @@ class _OperandsMadeAgain:
         saved: list[Tensor] = []
 
         def unusable(_packed: None) -> Tensor:
-            raise RuntimeError("operands that are made again have no backward pass of their own")
+            raise RuntimeError("recomputed operands have no backward pass of their own")
 
         with (
-            torch.enable_grad(),  # without which nothing is saved
+            torch.enable_grad(),  # without it nothing is saved
             self.autocast,
             saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), unusable),
         ):

@@ -1,1 +1,1 @@
-"""Where people watch a run: metrics.jsonl, the terminal, Weights & Biases."""
+"""Ways to watch a run: metrics.jsonl, the terminal, reports, Weights & Biases."""

@@ -1,7 +1,7 @@
-"""python -m caduceus.monitor RUN [RUN …]: how runs stand that train elsewhere, from their directories alone.
+"""python -m caduceus.monitor RUN [RUN …]: the state of runs that train elsewhere, from their directories alone.
 
-In a terminal a panel per run, which follows them until Ctrl-C; elsewhere a line per run. With --report FILE one HTML
-page of them instead. `dashboard` in the place of runs makes a workspace of W&B.
+In a terminal it shows a panel per run and follows the runs until Ctrl-C; elsewhere it prints a line per run. With
+--report FILE it writes one HTML page instead. `dashboard` instead of runs makes a workspace in W&B.
 """
 
 import contextlib
@@ -32,30 +32,30 @@ Shows how runs stand, from their directories, also while they train on another m
 
 
 class Followed:
-    """A run that trains elsewhere."""
+    """A run that another process trains, perhaps on another machine."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `UserError` where there is no run."""
+        """Open the run. Raises `UserError` where there is none."""
         run = RunDirectory.open(path)
         config = run.config()
         self.view = View.of(run, path.resolve().name, config)
         self._follower = Follower(run.metrics_path, self.view.recall)
 
     def poll(self) -> None:
-        """Take in what was added since the last time."""
+        """Take in the rows that were added since the last call."""
         for row in self._follower.poll():
             self.view.take(row)
         self.view.look()
 
 
 def main() -> int:
-    """Show the runs; returns the exit status."""
+    """Show the runs. Returns the exit status."""
     if sys.argv[1:2] == ["dashboard"]:
         return dashboard.main(sys.argv[2:])
-    about = "Watch runs from their directories. `dashboard --help` tells of workspaces in W&B."
+    about = "Watch runs from their directories. `dashboard --help` explains workspaces in W&B."
     parser = Parser(called="caduceus-monitor", start=_START, description=about)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write a page (HTML) with curves and differences")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page with curves and differences")
     arguments = parser.parse_args()
     if arguments.report is not None:
         write_report(arguments.runs, arguments.report)

@@ -1,4 +1,4 @@
-"""Follow a run's metrics.jsonl from outside the process that writes it."""
+"""Follows a run's metrics.jsonl from another process than the one that writes it."""
 
 import json
 import os
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _CHECKED = 256
-"""Bytes before the place up to which a file was read that tell whether it was cut off and written on meanwhile."""
+"""Number of the last bytes read that are compared, to see whether the file was cut off and continued meanwhile."""
 
 
 class Follower:
-    """Reads the rows that are added to a file of JSON lines, also when it is cut off and written on, or replaced.
+    """Reads the rows that are added to a JSON-lines file, also after it was cut off and continued, or replaced.
 
-    begin: the byte, at the start of a line, where reading begins, asked when the file is first there and whenever its
-    rows change; by default its start.
+    begin: a function that returns the byte, at the start of a line, where reading begins. It is called when the file
+    first exists, and whenever earlier rows change; by default reading begins at the start.
     """
 
     def __init__(self, path: Path, begin: Callable[[], int] = lambda: 0) -> None:
@@ -24,10 +24,10 @@ class Follower:
         self._offset = 0
         self._before = b""
         self.restarted = False
-        """Whether the last poll began anew: rows told before may have been dropped or come again."""
+        """Whether the last poll began anew: earlier rows may have been dropped, or come again."""
 
     def poll(self) -> list[dict[str, Any]]:
-        """The rows since the last poll. A last line that is not whole yet waits for its end."""
+        """The rows since the last poll. An incomplete last line is read once it is complete."""
         self.restarted = False
         try:
             with self._path.open("rb") as file:
@@ -43,7 +43,7 @@ class Follower:
         return [row for row in map(_parsed, whole.split(b"\n")) if row is not None]
 
     def _tail(self, file: BinaryIO) -> bytes:
-        """What stands before the place up to which the file was read."""
+        """The bytes before the position up to which the file was read."""
         begin = max(0, self._offset - _CHECKED)
         file.seek(begin)
         return file.read(self._offset - begin)

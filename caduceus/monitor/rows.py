@@ -1,4 +1,4 @@
-"""Where people watch a run: rows go to metrics.jsonl, and from there to the terminal and to Weights & Biases."""
+"""The rows of a run: they go to metrics.jsonl, and from there to the terminal and to Weights & Biases."""
 
 import json
 import logging
@@ -23,20 +23,22 @@ from caduceus.run.events import record_event
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 1.0
-"""Time between two looks at the run's lock: no other process takes it over from one that was frozen for less."""
+"""Seconds between two checks of the run's lock: no other process takes over the lock of one that was frozen for less.
+"""
 
 
 class Monitor:
-    """Writes every row to metrics.jsonl, shows it, and has W&B brought up to it.
+    """Writes every row to metrics.jsonl, shows it, and lets W&B be sent to it.
 
-    Use as a context manager. Only one rank is `active`; the others' monitors do nothing. shown: also in the terminal.
+    Use it as a context manager. Only one rank is `active`; the monitors of others do nothing. shown: whether it also
+    shows the run in the terminal.
     """
 
     def __init__(self, config: Config, run: RunDirectory, active: bool, shown: bool = True) -> None:
         self._config = config
         self._active = active
         self.stopped = False
-        """Whether the run ends before its last step, to be started again."""
+        """Whether the run stops before its last step, to be started again."""
         if not active:
             return
         self._run = run
@@ -72,11 +74,10 @@ class Monitor:
             self._summarise(report)
 
     def log_training(self, row: dict[str, Any]) -> None:
-        """Record a training row and show progress now and then."""
+        """Record a training row, and show progress from time to time."""
         if not self._active:
             return
-        left = self._view.seconds_left
-        self._record(row if left is None else {**row, "seconds_left": round(left)})
+        self._record(row)
         if row.get("skipped_steps", 0) > self._skipped:
             self._skipped = row["skipped_steps"]
             record_event(self._run.path, "skipped", row["step"], loss=str(row["loss"]), grad_norm=str(row["grad_norm"]))
@@ -94,17 +95,17 @@ class Monitor:
         self._terminal.tell_validation(f"step {row['step']:,}  valid loss {row['valid_loss']:.4f}{detail}")
 
     def tell_best(self, step: int, facts: dict[str, Any]) -> None:
-        """Show that a step is the best so far by `checkpoint.best`."""
+        """Show a line: this step is the best so far by `checkpoint.best`."""
         if self._active:
             self._terminal.tell_validation(f"step {step:,}  {facts['metric']} {facts['value']:.6g} is the best so far")
 
     def log_machines(self, row: dict[str, Any]) -> None:
-        """Record what nodes and GPUs do."""
+        """Record a row about nodes and GPUs."""
         if self._active:
             self._record(row)
 
     def begin_stage(self, stage: Stage) -> None:
-        """A stage of `train.stages` follows on the one before."""
+        """Note that a further stage of `train.stages` begins."""
         if not self._active:
             return
         record_event(self._run.path, "stage", self._view.step, number=stage.number, seq_len=stage.config.data.seq_len)
@@ -122,7 +123,7 @@ class Monitor:
         self._terminal.tell_validation(f"step {row['step']:,}  {row['evaluated']}: {shown or 'done'} ({seconds:.1f} s)")
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after `step` from metrics.jsonl: they are about to be made again."""
+        """Drop the rows after `step` from metrics.jsonl, which are about to be made again."""
         if not self._active:
             return
         self._file.close()
@@ -132,12 +133,12 @@ class Monitor:
         self._recall()
 
     def _recall(self) -> None:
-        """Show again what earlier starts had come to."""
+        """Show the state that earlier starts had reached."""
         self._view.recall()
         self._view.begin_start()
 
     def _best(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The best validation up to and with this one, which the next start finds without reading all rows."""
+        """Entries with the best validation up to this one, so that the next start finds it without reading all rows."""
         before, loss = self._view.best_valid, row["valid_loss"]
         best = (row["step"], loss) if math.isfinite(loss) and (before is None or loss < before[1]) else before
         return {} if best is None else {"best_step": best[0], BEST: best[1]}
@@ -145,18 +146,20 @@ class Monitor:
     def _record(self, row: dict[str, Any]) -> None:
         if self._has_lost_its_run():
             return
-        # JSON knows no NaN.
+        # JSON has no NaN.
         finite = {key: value if isinstance(value, str) or math.isfinite(value) else None for key, value in row.items()}
+        self._view.take(finite, time.monotonic())
+        if "loss" in row and (left := self._view.seconds_left) is not None:
+            finite["seconds_left"] = round(left)
         self._unwritten += (json.dumps(finite) + "\n").encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:  # a full disk: the next checkpoint ends the run, unless there is room again by then
             _log.warning("%s: %s; its last rows wait in memory", self._file.name, error.strerror)
-        self._view.take(finite, time.monotonic())
 
     def _has_lost_its_run(self) -> bool:
-        """Whether another process has the run since this one was frozen: the rows are that one's to make."""
+        """Whether another process took over the run while this one was frozen: then that process writes the rows."""
         now = time.monotonic()
         if not self._is_lost and now - self._looked >= _LOOK_SECONDS:
             self._looked = now
@@ -164,7 +167,7 @@ class Monitor:
         return self._is_lost
 
     def _summarise(self, report: Path | None) -> None:
-        """Say how the run stands and where everything of it is."""
+        """Print the state of the run, and where its files are."""
         view, path = self._view, self._run.path
         done = "stopped" if self.stopped else "finished"
         _log.info("%s at step %s of %s after %s", done, f"{view.step:,}", f"{view.steps:,}", self._clock())

@@ -1,4 +1,4 @@
-"""A run in the terminal: a live panel of four lines where there is a terminal, a plain line now and then elsewhere."""
+"""Shows a run: a live panel of four lines in a terminal, occasional plain lines elsewhere."""
 
 import contextlib
 import logging
@@ -15,7 +15,7 @@ from rich.text import Text
 from caduceus.monitor.view import View, clock
 
 QUIET_SECONDS = 30.0
-"""Pause between progress lines when nobody watches a terminal."""
+"""Seconds between progress lines where there is no terminal."""
 _WIDEST = 110
 _TERMINAL_SECONDS = 0.2
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class Terminal:
-    """Shows one run while it trains here, or is silent. Messages of the log appear above the panel."""
+    """Shows one run while it trains in this process, unless `shown` is False. Log messages appear above the panel."""
 
     def __init__(self, view: View, shown: bool = True) -> None:
         self._view, self._is_shown = view, shown
@@ -44,7 +44,7 @@ class Terminal:
             self._ending.close()
 
     def refresh(self, last: bool = False) -> None:
-        """Show a new training row, unless one was shown a moment ago."""
+        """Show the state after a new training row, unless one was shown a moment ago."""
         now = time.monotonic()
         if not self._is_shown or (
             not last and now - self._shown < (_TERMINAL_SECONDS if self._live else QUIET_SECONDS)
@@ -57,7 +57,7 @@ class Terminal:
             _log.info("%s", plain_line(self._view))
 
     def _draw(self) -> None:
-        """Show the panel. No fault of it ends the run: a terminal may go away while the run trains for weeks."""
+        """Show the panel. Its failure does not end the run: a terminal may be closed while the run trains for weeks."""
         try:
             self._view.look()
             self._live.update(panel([self._view], self._console.width), refresh=True)
@@ -65,7 +65,7 @@ class Terminal:
             self._live = None
             with contextlib.suppress(OSError):
                 self._ending.close()
-            _log.warning("the panel is not shown any more (%s: %s); plain lines follow", type(error).__name__, error)
+            _log.warning("the panel cannot be shown any more (%s: %s); plain lines follow", type(error).__name__, error)
 
     def tell_validation(self, line: str) -> None:
         """Show a line that stays."""
@@ -74,7 +74,7 @@ class Terminal:
 
 
 def panel(views: Sequence[View], width: int) -> RenderableType:
-    """Four lines per run, none wider than the terminal."""
+    """Four lines per run, none wider than `width`."""
     width = min(width, _WIDEST)
     lines: list[RenderableType] = []
     for view in views:
@@ -83,7 +83,7 @@ def panel(views: Sequence[View], width: int) -> RenderableType:
 
 
 def plain_line(view: View) -> str:
-    """How a run stands, in one line."""
+    """The state of a run in one line."""
     row = view.row
     parts = [_count(view), f"loss {_number(row.get('loss'))}"]
     if "lr" in row:
@@ -167,7 +167,9 @@ def _ago(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _log_above_the_panel() -> Iterator[None]:
-    """Have the log's handlers print to sys.stderr as it is while a panel is live: above it, not into it."""
+    """Let the log's handlers print to the current sys.stderr, which a live panel replaces: above the panel, not into
+    it.
+    """
     moved = [
         (handler, handler.setStream(sys.stderr))
         for handler in logging.getLogger().handlers

@@ -1,8 +1,9 @@
-"""What is shown of a run while it trains, worked out from its rows and its directory."""
+"""The numbers that are shown about a run while it trains, computed from its rows and its directory."""
 
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from statistics import fmean, median
 from typing import Any
 
@@ -11,20 +12,20 @@ from caduceus.run.directory import RunDirectory
 from caduceus.run.rows import lines_from_end
 
 RECENT_STEPS = 50
-"""Steps over which rates, and the trend of the loss, are taken."""
+"""Number of steps over which rates, and the trend of the loss, are computed."""
 WARM_UP_STEPS = 2
-"""First steps of a start, which compile and warm up: rates leave them out as soon as there are others."""
+"""Number of first steps of a start, which compile and warm up: rates ignore them as soon as there are others."""
 _LOOK_SECONDS = 5.0
 BEST = "best_valid_loss"
-"""In a row of a validation: the least loss of a validation so far, of step `best_step`."""
+"""In a row of a validation: the smallest validation loss so far, that of step `best_step`."""
 
 
 class View:
-    """How a run stands. Rows of metrics.jsonl go in, in their order."""
+    """The state of a run, from rows of metrics.jsonl in their order."""
 
     @classmethod
     def of(cls, run: RunDirectory, name: str, config: Config) -> "View":
-        """The view of a run by its configuration."""
+        """The view of a run with this configuration."""
         stages = [(stage.config.train.steps, stage.bases_of_a_step) for stage in stages_of(config)]
         return cls(run, name, config.train.steps, config.valid.every, stages)
 
@@ -33,7 +34,7 @@ class View:
     ) -> None:
         self.name = name
         self._stages = stages
-        """(steps, bases of a step) of each stage of the run."""
+        """(steps, bases per step) of each stage of the run."""
         self.steps = steps
         self._run = run
         self._valid_every = valid_every
@@ -42,6 +43,7 @@ class View:
         """Step of the newest checkpoint; 0 is none."""
         self.checkpoint_time = 0.0
         self.starts = 0
+        self._trains_here = False
         self.reset()
 
     def reset(self) -> None:
@@ -53,11 +55,12 @@ class View:
         self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._rates: deque[float] = deque(maxlen=RECENT_STEPS)
         self._validation_seconds: deque[float] = deque(maxlen=5)
+        self._validated = 0
         self._before: float | None = None
         self._steps_seen = 0
 
     def recall(self) -> int:
-        """Show what metrics.jsonl has, from its last rows alone; returns the byte up to which it was read."""
+        """Take in the last rows of metrics.jsonl. Returns the byte up to which it was read."""
         self.reset()
         newest = next(lines_from_end(self._run.metrics_path), None)
         if newest is None:
@@ -70,15 +73,16 @@ class View:
         return newest.end
 
     def begin_start(self) -> None:
-        """A start begins: its first steps are slow."""
-        self._steps_seen, self._before = 0, None
+        """Note that a start begins in this process: its first steps are slow."""
+        self._steps_seen, self._before, self._trains_here = 0, None, True
 
     def take(self, row: dict[str, Any], now: float | None = None) -> None:
-        """Take in a row; `now` is the monotonic time at which it was made, None where that is not known."""
+        """Take in a row; `now`: the monotonic time at which this process made it, None where another one did."""
+        self._trains_here |= now is not None
         if "valid_loss" in row:
             self._take_validation(row, now)
         if "evaluated" in row and now is not None and self._before is not None:
-            self._before = now  # evaluations count for no step, and no time left
+            self._before = now  # rows of evaluations change neither the step nor the time left
         if "loss" not in row:
             return
         self.row = row
@@ -94,6 +98,7 @@ class View:
         self._rates.append(row["tokens_per_second"])
 
     def _take_validation(self, row: dict[str, Any], now: float | None) -> None:
+        self._validated = row["step"]
         if row["valid_loss"] is not None:
             self.valid = (row["step"], row["valid_loss"])
             if self.best_valid is None or row["valid_loss"] < self.best_valid[1]:
@@ -105,7 +110,7 @@ class View:
             self._before = now
 
     def look(self) -> None:
-        """Look at the run directory, now and then."""
+        """Read the run directory, at most from time to time."""
         if time.monotonic() - self._looked < _LOOK_SECONDS and self._looked:
             return
         self._looked = time.monotonic()
@@ -124,13 +129,13 @@ class View:
 
     @property
     def loss(self) -> float | None:
-        """Mean over the recent steps."""
+        """Mean loss over the recent steps."""
         recent = list(self._losses)[-RECENT_STEPS:]
         return fmean(recent) if recent else None
 
     @property
     def trend(self) -> float | None:
-        """How far the mean loss of the recent steps is from that of as many before; None where there are too few."""
+        """The mean loss of the recent steps minus that of as many before them; None where there are too few."""
         losses = list(self._losses)
         half = len(losses) // 2
         return fmean(losses[half:]) - fmean(losses[:half]) if half >= 5 else None
@@ -141,23 +146,34 @@ class View:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Median of the recent steps; None during the first ones of a start, which compile and fill caches."""
+        """Median of the recent steps; None during the first steps of a start, which compile and fill caches."""
         return median(self._seconds) if self._steps_seen > WARM_UP_STEPS else None
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last step, with the validations to come; None until it can be told."""
+        """Estimated seconds until the last step, with the validations to come; None where there is no estimate yet.
+
+        Only the process that trains can tell steps from compilation and validations. Other processes read its rows.
+        """
+        if not self._trains_here:
+            return self.row.get("seconds_left")
         if self.seconds_per_step is None:
             return None
         left = self._steps_left * self.seconds_per_step
-        if self._validation_seconds and self._valid_every:
-            validations = self.steps // self._valid_every - self.step // self._valid_every
-            left += validations * fmean(self._validation_seconds)
+        if self._validation_seconds:
+            left += self._validations_left * fmean(self._validation_seconds)
         return left
 
     @property
+    def _validations_left(self) -> int:
+        """Those to come: after the newest step, if it is due, every so often, and at the end of each stage."""
+        first, every = self.step + (self._validated == self.step), self._valid_every
+        ends = accumulate(steps for steps, _ in self._stages) if self._stages else [self.steps]
+        return self.steps // every - (first - 1) // every + sum(end >= first and end % every > 0 for end in ends)
+
+    @property
     def _steps_left(self) -> float:
-        """Steps to come, those of later stages as steps of this one: by their bases."""
+        """Remaining steps; steps of later stages are converted to steps of this one by their bases."""
         left, bases_now, end = 0, None, 0
         for steps, bases in self._stages:
             end += steps
@@ -169,7 +185,7 @@ class View:
 
 
 def clock(seconds: float) -> str:
-    """Such as 3 d 04:05 or 0:12:34."""
+    """Seconds as text, such as 3 d 04:05 or 0:12:34."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

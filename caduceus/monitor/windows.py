@@ -1,6 +1,6 @@
-"""The worst and best windows of validations: kept in RUN/windows/step-00001000/windows.json, and drawn beside it.
+"""The worst and best windows of validations: saved in RUN/windows/step-00001000/windows.json, and drawn beside it.
 
-A process of its own draws them, so that matplotlib takes no time of the trainer's.
+A separate process draws them, so that matplotlib does not delay the trainer.
 """
 
 import json
@@ -20,12 +20,12 @@ _log = logging.getLogger(__name__)
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the windows of a validation are kept."""
+    """The folder of the windows of a validation."""
     return run / "windows" / f"step-{step:08d}"
 
 
 def windows_of(run: Path, step: int) -> list[dict[str, Any]]:
-    """The records of a validation's windows; none where there are none, or they cannot be read."""
+    """The records of a validation's windows; empty where there are none, or they cannot be read."""
     try:
         return json.loads((folder_of(run, step) / RECORD).read_text())
     except (OSError, ValueError):
@@ -33,20 +33,20 @@ def windows_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 def picture_name(window: dict[str, Any]) -> str:
-    """Name of a window's drawing: species, kind and which one of that kind it is."""
+    """The file name of a window's drawing: species, kind, and rank within the kind."""
     species = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in window["species"])
     return f"{species}-{window['kind']}-{window['place']}.png"
 
 
 class Drawing:
-    """Keeps the windows of validations and has them drawn in the background. No fault of it ends the run."""
+    """Saves the windows of validations and draws them in the background. A failure of it does not end the run."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
         self._process: subprocess.Popen[bytes] | None = None
 
     def keep(self, step: int, windows: list[dict[str, Any]]) -> None:
-        """Keep the records of a validation, and begin to draw them."""
+        """Save the records of a validation, and start drawing them."""
         folder = folder_of(self._run, step)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,10 +62,10 @@ class Drawing:
                 stderr=subprocess.PIPE,
             )
         except OSError as error:
-            _log.warning("%s: the windows of the validation are not drawn (%s)", folder, error.strerror)
+            _log.warning("%s: the windows of the validation could not be drawn (%s)", folder, error.strerror)
 
     def end(self, wait: bool) -> None:
-        """Leave with the last drawings made, or given up."""
+        """Wait for the last drawings, or give them up."""
         if self._process is None or not wait:
             self._give_up()
             return
@@ -80,7 +80,7 @@ class Drawing:
             _log.warning("%s: not drawn: %s", self._run / "windows", last[-1])
 
     def _give_up(self) -> None:
-        """End a process that still draws: what it draws is old, or nobody waits for it."""
+        """End a process that still draws: its drawings are outdated or no longer needed."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()

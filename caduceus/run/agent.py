@@ -1,6 +1,6 @@
 """The torchrun that started this process as a rank, and whether it is still there.
 
-Its ranks have sessions of their own: what kills torchrun with its terminal or process group does not reach them.
+Ranks run in sessions of their own: a signal that kills torchrun with its terminal or process group does not reach them.
 """
 
 import os
@@ -10,5 +10,5 @@ AGENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def agent_is_gone() -> bool:
-    """Whether the torchrun that started this rank has ended, so that nobody waits for this process any more."""
+    """Whether the torchrun that started this rank has ended, so that no process waits for this one any more."""
     return AGENT is not None and os.getppid() != AGENT

@@ -13,7 +13,7 @@ from caduceus.files import dump_json, patient, patiently, sha256_of, sync, write
 
 MARKER = "COMPLETE"
 AVERAGE = "average"
-"""Name of the averaged weights (`train.ema`) in what a checkpoint holds of the optimizer's state of a parameter."""
+"""Name of the averaged weights (`train.ema`) in the optimizer's state of a parameter, as checkpoints hold it."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Checkpoint:
     step: int
 
     def damage(self, contents: bool = True) -> str | None:
-        """What is wrong with the files, by size and, of their `contents`, by sha256; None where they are whole.
+        """What is wrong with the files, by their sizes and, with `contents`, by their sha256; None where they are
+        whole.
 
-        With their contents, a file that is not there is waited for a moment: it was before the marker, perhaps written
+        With `contents`, it waits a moment for a file that is missing: the file was written before the marker, perhaps
         by another node.
         """
         try:
@@ -47,7 +48,9 @@ class Checkpoint:
         return None
 
     def config(self) -> Config | None:
-        """The configuration that it was made with; None where its marker does not tell in this version's keys."""
+        """The configuration that it was made with; None where the marker does not hold one that this version
+        can read.
+        """
         try:
             return config_from_dict(self._marker()["config"])
         except (OSError, ValueError, KeyError, UserError):
@@ -60,20 +63,20 @@ class Checkpoint:
         return content
 
     def _files(self) -> dict[str, tuple[int, str]]:
-        """{name: (bytes, sha256)}; `ValueError` where the marker does not tell of all files."""
+        """{name: (bytes, sha256)} of the marker. Raises `ValueError` where the marker lacks these facts for a file."""
         files = self._marker().get("files")
         if not isinstance(files, dict) or not files:
             raise ValueError("it names no files")
         for name, facts in files.items():
             parts = PurePosixPath(name).parts
             if not isinstance(facts, dict) or not facts.keys() >= {"bytes", "sha256"} or {"/", ".."} & set(parts):
-                raise ValueError(f"it does not tell what {name} is")
+                raise ValueError(f"it does not give the size and sha256 of {name}")
         return {name: (facts["bytes"], facts["sha256"]) for name, facts in files.items()}
 
 
 @patient
 def write_marker(written: Path, step: int, facts: dict[str, Any]) -> None:
-    """Mark a fully written directory as the checkpoint of `step`, once all that it holds is on the disk."""
+    """Mark a fully written directory as the checkpoint of `step`, once all its files are on the disk."""
     found = sorted(path for path in written.rglob("*") if path.is_file())
     if not found:
         raise OSError(f"{written}: holds no files")

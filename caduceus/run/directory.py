@@ -32,7 +32,7 @@ from caduceus.run.rows import cut_after, newest_rows
 _STEPS = re.compile(r"^train:\n(?:  .*\n)*?  steps: (\d+)\n", re.MULTILINE)
 _BEST = "best.json"
 OPTIMIZER_STATE = ("train.optimizer", "train.lr_scale", "train.ema")
-"""Keys that fix what a checkpoint holds of the optimizer."""
+"""Keys that decide what a checkpoint holds of the optimizer's state."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunDirectory":
-        """An existing run; `UserError` where there is none."""
+        """An existing run. Raises `UserError` where there is none."""
         run = cls(path)
         if not is_file(run.config_path):
             raise UserError(f"{path}: not a run directory (config.yaml is missing)")
@@ -64,8 +64,8 @@ class RunDirectory:
     def create_or_resume(cls, config: Config) -> "RunDirectory":
         """The run directory of `config`, locked for this process.
 
-        Refuses one that another process trains in, and one whose configuration differs in a key that decides the
-        run's numbers, unless `run.allow_change` names that key.
+        Raises `RetryError` where another process trains in it, and `UserError` where its configuration differs in a key
+        that decides the run's numbers, unless `run.allow_change` names that key.
         """
         assert config.run.dir is not None, "load_config gives a run its directory"
         run = cls(config.run.dir)
@@ -85,14 +85,16 @@ class RunDirectory:
 
     @patient
     def _holds_something_else(self) -> bool:
-        """Whether the directory holds files, and neither a run's nor a wish of the user's that came before them."""
+        """Whether the directory holds files that are neither a run's nor a user's request that was left before the run
+        began.
+        """
         if not self.path.is_dir() or self._lock.path.exists():
             return False
         return any(path not in (self.stop_path, self.save_path) for path in self.path.iterdir())
 
     @contextlib.contextmanager
     def telling_of_disks(self) -> Iterator[None]:
-        """Turns a disk that fails or is full into the user's error."""
+        """A context in which the `OSError` of a disk that fails or is full becomes a `UserError`."""
         try:
             yield
         except OSError as error:
@@ -102,7 +104,9 @@ class RunDirectory:
             ) from None
 
     def keep_config(self, config: Config) -> None:
-        """Make `config` the run's own: by the process that trains, once it has loaded its checkpoint, and for a job."""
+        """Write `config` as the run's own. The process that trains calls this once it has loaded its checkpoint; the
+        launcher calls it for a job.
+        """
         save_config(config, self.config_path)
 
     @patient
@@ -111,7 +115,7 @@ class RunDirectory:
 
     @patient
     def steps(self) -> int:
-        """`train.steps` of the run's configuration, of which nothing else is read where a run wrote it."""
+        """`train.steps` of the run's configuration. Where a run wrote the file, nothing else of it is parsed."""
         found = _STEPS.search(self.config_path.read_text())
         return int(found[1]) if found else self.config().train.steps
 
@@ -125,15 +129,17 @@ class RunDirectory:
 
     @property
     def file_clock_lead(self) -> float:
-        """Seconds by which the times of files here are ahead of this machine's clock; 0 before it trains here."""
+        """Seconds by which the times of files here are ahead of this machine's clock; 0 before this process trains
+        here.
+        """
         return self._lock.file_clock_lead
 
     def holder(self) -> Holder | None:
-        """Who trains in this directory or was the last to do so; None where that is not known."""
+        """The process that trains in this directory, or trained in it last; None where that is not known."""
         return self._lock.holder()
 
     def shut_out_holder(self) -> None:
-        """Make way for the next process, though the holder may live on where it cannot be reached.
+        """Free the directory for the next process, although the holder may still run where it cannot be reached.
 
         The holder completes no further checkpoint, and ends when it next asks whether it `is_taken_over`.
         """
@@ -158,7 +164,9 @@ class RunDirectory:
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest_valid_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are whole. Damaged ones are named in the log and passed over."""
+        """The newest checkpoint whose files are whole; None where there is none. Damaged ones are logged and passed
+        over.
+        """
         for checkpoint in reversed(self.checkpoints()):
             damage = checkpoint.damage()
             if damage is None:
@@ -168,9 +176,10 @@ class RunDirectory:
 
     @patient
     def set_aside_damaged_checkpoints(self) -> Checkpoint | None:
-        """Rename the damaged checkpoints after the newest valid one, which is returned: the run goes on from there.
+        """Rename the damaged checkpoints that are newer than the newest valid one, and return that: the run goes on
+        from it.
 
-        Under their own names they would count as the newest, and valid ones would be removed for them.
+        Under their own names they would count as the newest ones to keep, and valid ones would be removed instead.
         """
         newest, found = self.newest_valid_checkpoint(), self.checkpoints()
         if found and newest is None:
@@ -190,7 +199,7 @@ class RunDirectory:
     def complete_checkpoint(self, written: Path, step: int, facts: dict[str, Any]) -> Checkpoint:
         """Turn a fully written directory into the checkpoint of `step`: marker, rename, `latest`.
 
-        Raises `UserError` where another process has taken the run directory over.
+        Raises `UserError` where another process has taken over the run directory.
         """
         write_marker(written, step, facts)
         if self.is_taken_over():
@@ -212,7 +221,9 @@ class RunDirectory:
             return None
 
     def keep_best(self, step: int, facts: dict[str, Any]) -> None:
-        """Make the complete checkpoint of `step` the best one; `facts`: as `best` tells them."""
+        """Make the complete checkpoint of `step` the best one; `facts`: `metric`, `is` and `value`, as `best` returns
+        them.
+        """
         write_atomically(self.checkpoints_path / _BEST, dump_json({"step": step, **facts}))
         self._link("best", self.checkpoint_path(step))
 
@@ -220,8 +231,8 @@ class RunDirectory:
     def remove_old_checkpoints(self, keep: int, keep_every: int = 0, keep_steps: Collection[int] = ()) -> None:
         """Remove all but the newest `keep` checkpoints (0 keeps all), and what killed saves left behind.
 
-        Those whose step `keep_every` divides are never removed (0: none), nor are those of `keep_steps` and the best.
-        As many of the damaged ones that were set aside are kept.
+        Checkpoints whose step is a multiple of `keep_every` (0: no such rule), those of `keep_steps` and the best one
+        are never removed. Of the damaged ones that were set aside, the newest `keep` stay.
         """
         kept = {*keep_steps, (self.best() or {}).get("step")}
         for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
@@ -241,7 +252,7 @@ class RunDirectory:
         link.replace(self.checkpoints_path / name)
 
     def _remove(self, checkpoint: Path) -> None:
-        # Under its own name, a kill would leave a checkpoint that is there in part.
+        # It is renamed first: otherwise a kill would leave a part of a checkpoint under its own name.
         doomed = checkpoint.with_name(f".old-{checkpoint.name}")
         checkpoint.rename(doomed)
         shutil.rmtree(doomed)
@@ -252,7 +263,7 @@ class RunDirectory:
 
     @patient
     def newest_metrics(self, key: str, count: int = 1, end: int | None = None) -> list[dict[str, Any]]:
-        """The newest rows of metrics.jsonl that have `key`, oldest first, as far as they are near its end.
+        """The newest rows of metrics.jsonl that have `key`, oldest first; only the end of the file is searched.
 
         With `end`, only rows that end at this byte or before it count.
         """
@@ -260,27 +271,27 @@ class RunDirectory:
 
     @patient
     def truncate_metrics(self, step: int) -> None:
-        """Drop rows after `step`: they are about to be made again."""
+        """Drop the rows after `step`, which the run is about to make again."""
         cut_after(self.metrics_path, step)
 
     def write_provenance(self, facts: dict[str, Any]) -> None:
-        """Add this start to provenance.json: code, packages, host and the given facts."""
+        """Append this start to provenance.json: code, packages, host and the given facts."""
         found = self._provenance()
         starts = [*found.get("starts", []), {**provenance(), **facts}]
         write_atomically(self.provenance_path, dump_json({**found, "starts": starts}))
 
     def note_stage(self, number: int, facts: dict[str, Any]) -> None:
-        """Have provenance.json tell of a stage of `train.stages` that begins or goes on."""
+        """Record in provenance.json that a stage of `train.stages` begins or goes on."""
         found = self._provenance()
         stages = {**found.get("stages", {}), str(number): facts}
         write_atomically(self.provenance_path, dump_json({**found, "stages": stages}))
 
     def starts(self) -> list[dict[str, Any]]:
-        """What provenance.json tells of each time that training began."""
+        """The entries of provenance.json, one for each start of training."""
         return self._provenance().get("starts", [])
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """What provenance.json tells of each stage that has begun, by its number."""
+        """The facts of provenance.json about each stage that has begun, by its number."""
         return self._provenance().get("stages", {})
 
     def _provenance(self) -> dict[str, Any]:
@@ -288,9 +299,10 @@ class RunDirectory:
         return found if isinstance(found, dict) else {}
 
     def former_config(self) -> Config:
-        """The configuration that the run's numbers so far were made with.
+        """The configuration that made the run's numbers so far.
 
-        The newest whole checkpoint tells, as config.yaml may have been edited since; before the first one, config.yaml.
+        It is that of the newest whole checkpoint, as config.yaml may have been edited since; before the first
+        checkpoint it is config.yaml.
         """
         for checkpoint in reversed(self.checkpoints()):
             if not checkpoint.damage(contents=False) and (found := checkpoint.config()) is not None:
@@ -315,7 +327,7 @@ class RunDirectory:
             raise UserError(f"run.dir: {self.path} holds a run with {values}{way_on}{self._newest_if_damaged()}")
 
     def _newest_if_damaged(self) -> str:
-        """What to add to a refusal where the newest checkpoint cannot tell with which values it was made."""
+        """What a refusal adds where the newest checkpoint is damaged and an older one was compared."""
         newest = self.checkpoints()[-1:]
         damage = newest[0].damage(contents=False) if newest else None
         return f" (compared with an older one, as {newest[0].path.name} is damaged: {damage})" if damage else ""

@@ -16,15 +16,15 @@ from caduceus.errors import Kind, PeerError, kind_of, one_line
 from caduceus.files import dump_json, patient, write_atomically
 
 _recording: tuple[Path, int] | None = None
-"""Where `recording_end` will leave the end of this process."""
+"""The folder and rank of the `recording_end` block that this process is in."""
 
 
 @dataclass(frozen=True)
 class End:
-    """The end of one rank; `kind` is None where it ended by itself, complete or stopped.
+    """The end of one rank; `kind` is None where it did not fail: its training was complete or was stopped.
 
     time: seconds since the epoch, by the clock of the rank's own host. peer, peer_kind: the rank whose failure ended
-    this one (`Kind.PEER`), as far as known.
+    this one (`Kind.PEER`), where known.
     """
 
     rank: int
@@ -37,13 +37,13 @@ class End:
 
 
 def ends_folder(run: Path, job: str, restart: int) -> Path:
-    """The folder of the ends of one attempt, which is a job after so many restarts."""
+    """The folder of the ends of one attempt: the job `job` after `restart` restarts."""
     return run / "logs" / "ends" / f"{job}-{restart}"
 
 
 @contextlib.contextmanager
 def recording_end(folder: Path, rank: int) -> Iterator[None]:
-    """Around all that a rank does: leaves its end in `folder`, and lets its exception pass."""
+    """A context for the whole work of a rank: it writes the rank's end into `folder`, and lets an exception pass."""
     global _recording
     _recording = folder, rank
     try:
@@ -58,13 +58,15 @@ def recording_end(folder: Path, rank: int) -> Iterator[None]:
 
 
 def record_end_here(error: BaseException) -> None:
-    """Leave the end of this rank where nothing will pass through `recording_end`; nothing outside of that."""
+    """Record the end of this rank now, for a process that will not leave its `recording_end` block; outside of one, do
+    nothing.
+    """
     if _recording is not None:
         record_end(*_recording, error)
 
 
 def record_end(folder: Path, rank: int, error: BaseException | None = None) -> None:
-    """Write down how this rank ends. A disk that takes no file takes no end either: what ends it is told anyway."""
+    """Record how this rank ends. A failing disk is ignored, as the error that ends the rank is reported anyway."""
     facts: dict[str, Any] = {} if error is None else {"kind": kind_of(error), "message": one_line(error)}
     if isinstance(error, PeerError):
         facts |= {"peer": error.rank, "peer_kind": error.peer_kind}
@@ -76,13 +78,15 @@ def record_end(folder: Path, rank: int, error: BaseException | None = None) -> N
 
 @patient
 def read_ends(folder: Path) -> dict[int, End]:
-    """The ends that the ranks of an attempt left, by rank."""
+    """The recorded ends of the ranks of an attempt, by rank."""
     ends = [_end(json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
     return {end.rank: end for end in sorted(ends, key=lambda end: end.rank)}
 
 
 def first_cause(ends: dict[int, End]) -> End | None:
-    """The end that the others follow from: a mistake, then a bad node, then the earliest crash; None if none failed."""
+    """The end that caused the others: first a user's mistake, then a bad node, then the earliest crash; None if no rank
+    failed.
+    """
     order = [Kind.USER, Kind.NODE, Kind.CRASH, Kind.RETRY, Kind.PEER]
     failed = [(order.index(end.kind), end.time, end) for end in ends.values() if end.kind is not None]
     return min(failed, key=lambda found: found[:2], default=(0, 0.0, None))[2]

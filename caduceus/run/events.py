@@ -1,6 +1,6 @@
-"""What happened to a run besides its steps: RUN/events.jsonl, a line each, of all starts. Imports no torch.
+"""RUN/events.jsonl: what happened to a run besides its steps, one line per event, of all starts. Imports no torch.
 
-Unlike rows of metrics.jsonl, which are made again after a kill, lines are never removed.
+Rows of metrics.jsonl are removed and made again after a kill; these lines are never removed.
 """
 
 import time
@@ -21,7 +21,7 @@ def events_path(run: Path) -> Path:
 
 
 def record_event(run: Path, event: str, step: int | None, **facts: Any) -> None:
-    """Write down that something happened after a step. A disk that takes nothing more loses it."""
+    """Append an event that happened after a step. Where the disk fails or is full, the event is lost."""
     row = {"time": round(time.time(), 3), "step": step, "event": event, **facts}
     try:
         append_json_line(events_path(run), row)

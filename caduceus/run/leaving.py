@@ -1,9 +1,9 @@
-"""How a rank of several ends after a failure: heard, recorded, and within seconds. Imports no torch.
+"""How one of several ranks ends after a failure: recorded, reported, and within seconds. Imports no torch.
 
-A process that ends as Python processes do first waits for the other ranks: a group of NCCL is destroyed by all of them
-together, and those that still compute come to that after many minutes, if ever. So a rank that fails leaves its end
-where the launcher looks, says why, and exits at once. Whoever started the ranks ends the others (torchrun, srun's
---kill-on-bad-exit, launch/local.py); a rank that only follows another one waits until that one was heard.
+A Python process that ends normally first waits for the other ranks: they destroy an NCCL group together, and those that
+still compute come to that after many minutes, or never. So a rank that fails records its end for the launcher, prints
+why, and exits at once. The parent of the ranks (torchrun, srun's --kill-on-bad-exit, launch/local.py) ends the others.
+A rank that fails because of another one waits until that one has reported its failure.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from caduceus.errors import Kind, kind_of, tell
 from caduceus.run.ends import record_end_here
 
 END_SECONDS = 6.0
-"""From a failure to the exit, whatever else of the process still wants to end in its own time."""
+"""Seconds from a failure to the exit, whatever else in the process has not finished."""
 FOLLOW_SECONDS = 2.0
-"""How long a rank that fails because of another one leaves that one to be the first that exits."""
+"""Seconds that a rank waits before it exits after another rank's failure, so that the other one exits first."""
 
 _has_peers = False
 _failure: BaseException | None = None
@@ -30,7 +30,7 @@ _failure: BaseException | None = None
 
 @contextlib.contextmanager
 def among_peers() -> Iterator[None]:
-    """Around what this process does while other ranks may wait for it; a failure is heard, and passes."""
+    """A context for work during which other ranks may wait for this one. A failure is reported, and then passes."""
     global _has_peers
     _has_peers = True
     with heard():
@@ -40,7 +40,9 @@ def among_peers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Within `among_peers`: a failure is recorded before anything outside of this ends, and the exit is near."""
+    """A context within `among_peers`: a failure is recorded before any outer context ends, and the exit
+    follows soon.
+    """
     try:
         yield
     except BaseException as error:
@@ -50,9 +52,9 @@ def heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leaving(interrupted: str = "interrupted") -> Iterator[None]:
-    """Around all that a process does: after a failure `among_peers` it says why, and exits at once.
+    """A context for all the work of a process: after a failure `among_peers` it prints why, and exits at once.
 
-    `interrupted` is said after Ctrl-C.
+    After Ctrl-C it prints `interrupted`.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Who trains in a run directory: one process at a time, told by a lock that ends with the process."""
+"""Who trains in a run directory: one process at a time, by a lock that ends with the process."""
 
 import json
 import logging
@@ -15,17 +15,18 @@ from caduceus.files import is_locked, locked, patiently, read_json, take_lock, w
 from caduceus.run.agent import AGENT
 
 ENDING_SECONDS = 10.0
-"""How long a start waits for the process before it, which may be ending: a killed one first gives its memory back."""
+"""Seconds that a start waits for the process before it, which may be ending: a killed one first gives back its memory.
+"""
 _PAUSE_SECONDS = 0.05
 _QUIET_SECONDS = 1.0
-"""A start that waits for longer says so."""
+"""Seconds of waiting after which a start logs that it waits."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that trains in a run directory, or was the last to do so."""
+    """The process that trains in a run directory, or trained in it last."""
 
     host: str
     pid: int
@@ -33,9 +34,11 @@ class Holder:
     since: float
     """Seconds since the epoch."""
     machine: str | None = None
-    """Where `pid` means this process: the boot and the PID namespace. None where the system does not tell."""
+    """The boot and the PID namespace in which `pid` is valid. None where the system does not tell."""
     started: str | None = None
-    """When the process began, in ticks of that boot: tells it from a later one of the same number."""
+    """When the process began, in ticks since that boot: this distinguishes it from a later process with the same
+    number.
+    """
     agent: int | None = None
     """The torchrun that started the process, if one did."""
 
@@ -46,7 +49,7 @@ class Holder:
         return cls(socket.gethostname(), pid, job, time.time(), _this_machine(), _start_of(pid), AGENT)
 
     def is_dead(self) -> bool:
-        """Whether it has certainly ended: it ran on this machine and no longer does."""
+        """Whether it has certainly ended: it ran on this machine, and runs no more."""
         if self.machine is None or self.machine != _this_machine():
             return False
         return _start_of(self.pid) != self.started
@@ -72,12 +75,12 @@ class RunLock:
         self._file: IO[bytes] | None = None
         self._claim: str | None = None
         self.file_clock_lead = 0.0
-        """Seconds by which the clock of the file system, which may be a server's, was ahead when this took the lock."""
+        """Seconds by which the clock of the file system (it may be a server's) was ahead when the lock was taken."""
 
     def take(self) -> None:
         """Lock the directory for this process. Raises `RetryError` where another one trains in it and does not end.
 
-        One that is stopping, as its torchrun is gone, is waited for however long its step takes.
+        A process that is stopping because its torchrun is gone is waited for, however long its step takes.
         """
         began, told = time.monotonic(), False
         while self._file is None:
@@ -85,7 +88,7 @@ class RunLock:
                 self._file = patiently(lambda: take_lock(self.path, wait=False))
                 break
             holder = self.holder()
-            if holder is not None and holder.is_dead():  # something that it started lives on, and keeps its lock
+            if holder is not None and holder.is_dead():  # a process that it started still runs, and keeps its lock
                 self._take_from_the_dead(holder)
                 continue
             waited = time.monotonic() - began
@@ -120,14 +123,14 @@ class RunLock:
         return holder is None or not holder.is_dead()
 
     def holder(self) -> Holder | None:
-        """Who holds the lock or was the last to do so; None where that is not known."""
+        """The process that holds the lock, or held it last; None where that is not known."""
         try:
             return Holder(**(read_json(self.path) or {}))
         except (OSError, TypeError):
             return None
 
     def shut_out_holder(self) -> None:
-        """Make way for the next process, though the holder may live on where it cannot be reached."""
+        """Free the lock for the next process, although the holder may still run where it cannot be reached."""
         write_atomically(self.path, b"")
 
     def is_lost(self) -> bool:
@@ -136,11 +139,11 @@ class RunLock:
             return False
         try:
             return patiently(self.path.read_text) != self._claim
-        except OSError:  # a file system out of order tells nothing
+        except OSError:  # a failing file system tells nothing
             return False
 
     def _take_from_the_dead(self, holder: Holder) -> None:
-        with locked(self._directory / ".lock.guard"):  # of several starts, one makes way, and for all
+        with locked(self._directory / ".lock.guard"):  # of several starts, only one frees the lock, for all of them
             if self.holder() == holder:
                 self.shut_out_holder()
 
@@ -160,7 +163,7 @@ def _start_of(pid: int) -> str | None:
 
 
 def _stat_of(pid: int) -> list[str] | None:
-    """What Linux tells of a process behind its name: state, parent, …; None where there is none."""
+    """The fields of /proc/PID/stat after the process's name: state, parent, …; None where there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the node of this process does, whoever causes it: processors, memory, disk, network. Imports no torch."""
+"""The load of this process's node, whatever causes it: processors, memory, disk, network. Imports no torch."""
 
 import contextlib
 import math
@@ -9,7 +9,7 @@ import psutil
 
 _INTERFACES, _ADAPTERS = Path("/sys/class/net"), Path("/sys/class/infiniband")
 _WORD = 4
-"""Bytes that an adapter of InfiniBand counts as one."""
+"""Bytes per unit of an InfiniBand adapter's counters."""
 OF_NODES = (
     "cpu_percent",
     "memory_percent",
@@ -20,15 +20,17 @@ OF_NODES = (
     "network_sent_bytes_per_second",
 )
 OF_GPUS = ("gpu_percent", "gpu_memory_percent", "gpu_watts", "gpu_celsius")
-"""What a row tells of each node, and of each GPU."""
+"""The numbers of a row for each node, and for each GPU."""
 
 
 class Machine:
-    """Reads the machine; what is a rate is one since the last reading. `disk`: a folder on the disk to tell of."""
+    """Reads the machine's load; rates are averages since the last reading. `disk`: a folder on the disk whose space is
+    read.
+    """
 
     def __init__(self, disk: Path) -> None:
         self._disk = next(folder for folder in (disk, *disk.absolute().parents) if folder.exists())
-        psutil.cpu_percent()  # the first call knows nothing to compare with
+        psutil.cpu_percent()  # the first call has nothing to compare with
         self._time, self._bytes = time.monotonic(), _counters()
 
     def read(self) -> list[float]:
@@ -48,14 +50,14 @@ class Machine:
 
 
 def _counters() -> list[float]:
-    """Bytes that disks read and wrote, and that the network brought and took, since the machine came up."""
+    """Bytes that disks read and wrote, and that the network received and sent, since the machine started."""
     disk, network = [math.nan] * 2, [math.nan] * 2
     with contextlib.suppress(OSError, RuntimeError, psutil.Error):
         if (disks := psutil.disk_io_counters()) is not None:
             disk = [disks.read_bytes, disks.write_bytes]
     with contextlib.suppress(OSError, psutil.Error):
         found = psutil.net_io_counters(pernic=True)
-        # Of bridges, bonds and the like the bytes are those of their cards once more.
+        # Bridges, bonds and the like count the bytes of their cards a second time.
         cards = [name for name in found if (_INTERFACES / name / "device").exists()]
         told = [found[name] for name in cards or found.keys() - {"lo"}]
         remote = _adapters()
@@ -64,7 +66,7 @@ def _counters() -> list[float]:
 
 
 def _adapters() -> list[int]:
-    """Bytes that adapters for remote memory access received and sent, which the counters of networks leave out."""
+    """Bytes that adapters for remote memory access (RDMA) received and sent, which the network counters leave out."""
     totals = [0, 0]
     for place, name in enumerate(("port_rcv_data", "port_xmit_data")):
         for counter in _ADAPTERS.glob(f"*/ports/*/counters/{name}"):

@@ -1,4 +1,4 @@
-"""What runs: commit and uncommitted changes of the code, packages, host, and by which command."""
+"""What is running: commit and uncommitted changes of the code, packages, host and command."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 CODE_VERSION = "code_version.json"
-"""Beside the packages of a copy of the code: the git commit and uncommitted changes that it was copied from."""
+"""A file in a copy of the code: the git commit and uncommitted changes of the original."""
 COMMAND = "CADUCEUS_COMMAND"
-"""The environment variable by which a launcher tells the processes of its jobs what its user typed."""
+"""The environment variable by which a launcher passes on the user's command to the processes of its jobs."""
 
 
 def provenance() -> dict[str, Any]:
@@ -32,7 +32,9 @@ def provenance() -> dict[str, Any]:
 
 
 def users_command() -> str:
-    """What the user typed to start this process, such as `python -m caduceus.train --config demo`, or its launcher."""
+    """The command that the user typed to start this process or its launcher, such as `python -m caduceus.train --config
+    demo`.
+    """
     spec, script = getattr(sys.modules["__main__"], "__spec__", None), sys.argv[0]
     if spec is not None:
         program = ["python", "-m", spec.name.removesuffix(".__main__")]
@@ -46,7 +48,7 @@ def code_version() -> dict[str, str | None]:
     recorded = Path(__file__).resolve().parents[2] / CODE_VERSION
     if recorded.exists():
         return json.loads(recorded.read_text())
-    if _git("ls-files", "--error-unmatch", __file__) is None:  # installed, perhaps inside of another repository
+    if _git("ls-files", "--error-unmatch", __file__) is None:  # installed, perhaps inside another repository
         return {"git_commit": None, "git_diff": None}
     return {"git_commit": _git("rev-parse", "HEAD"), "git_diff": _git("diff", "HEAD")}
 

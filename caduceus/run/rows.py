@@ -1,6 +1,6 @@
-"""Files of JSON lines that grow for millions of rows, read from their end, so that a start costs what is new.
+"""JSON-lines files that grow to millions of rows, read from their end, so that a start reads only what is new.
 
-A row tells its `step`, and no row stands before one of an earlier step: what is made again is cut off first.
+Every row has a `step`, and the steps never decrease: rows that are to be made again are cut off first.
 """
 
 import json
@@ -15,12 +15,12 @@ from caduceus.files import is_file, patient, patiently
 
 _BLOCK = 1 << 16
 REACH = 64 << 20
-"""How far back from its end a file is searched for rows of a kind, in bytes."""
+"""How far back from its end a file is searched for rows with a key, in bytes."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row, and where its line begins and ends in the file, in bytes."""
+    """A row, and the bytes of the file at which its line begins and ends."""
 
     begin: int
     end: int
@@ -30,10 +30,10 @@ class Line:
 def lines_from_end(
     path: Path, key: str | None = None, end: int | None = None, reach: int | None = None
 ) -> Iterator[Line]:
-    """The rows of a file of JSON lines, the newest first; none where it is absent.
+    """The rows of a JSON-lines file, newest first; none where the file is absent.
 
-    Only those with `key`, where one is given; only lines that end at byte `end` or before; none that begins more than
-    `reach` bytes before that. What is no row, such as a line that a kill cut short, is left out.
+    key: only rows that have it. end: only lines that end at this byte or before. reach: only lines that begin at most
+    so many bytes before `end`. A line that is not a row, such as one that a kill cut short, is left out.
     """
     mark = None if key is None else f'"{key}":'.encode()
     try:
@@ -43,11 +43,11 @@ def lines_from_end(
     with file:
         place = os.fstat(file.fileno()).st_size if end is None else end
         least = 0 if reach is None else max(0, place - reach)
-        rest = b""  # from `place` up to the end of the newest line not told yet
+        rest = b""  # the bytes from `place` to the end of the newest line that was not yielded yet
         while place > 0:
             begin = max(0, place - _BLOCK)
             rest, at = _read(file, begin, place) + rest, begin
-            newline = rest.find(b"\n")  # up to it, a line that begins further back
+            newline = rest.find(b"\n")  # the bytes up to it belong to a line that begins further back
             first = 0 if begin == 0 else newline + 1 if newline >= 0 else len(rest)
             whole, place = rest[first:], begin
             rest = rest[:first]
@@ -64,7 +64,7 @@ def _read(file: IO[bytes], begin: int, end: int) -> bytes:
 
 
 def _newest_first(text: bytes, offset: int, mark: bytes | None, least: int) -> Iterator[Line]:
-    """The rows in whole lines that stand at `offset` of their file, the newest first."""
+    """The rows in `text`, which holds whole lines and begins at byte `offset` of the file, newest first."""
     end = text.rfind(b"\n") + 1
     while end > 0:
         begin = text.rfind(b"\n", 0, end - 1) + 1
@@ -89,7 +89,7 @@ def newest_rows(path: Path, key: str, count: int, end: int | None = None) -> lis
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drop the rows after `step`, in place: what stays is not written again."""
+    """Drop the rows after `step` in place: the rows that stay are not written again."""
     if not is_file(path):
         return
     keep = next((line.end for line in lines_from_end(path) if line.row["step"] <= step), 0)

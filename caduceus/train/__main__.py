@@ -14,7 +14,7 @@ from caduceus.presets import preset_list
 from caduceus.run.leaving import leaving
 from caduceus.run.node import compiler_caches
 
-_INTERRUPTED = "interrupted before a checkpoint was made; the same command goes on from the newest one"
+_INTERRUPTED = "interrupted before a new checkpoint was made; the same command goes on from the newest one"
 
 _START = """
 Pre-trains a Caduceus on shards of genomes. To begin, make shards, then train on them:
@@ -51,13 +51,13 @@ def main() -> int:
 
 
 def set_up_logging(quiet: bool = False) -> None:
-    """Messages of the run as plain lines on stderr; `quiet` leaves warnings alone."""
+    """Print the messages of the run as plain lines on stderr; with `quiet` only warnings and errors."""
     logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s")
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
 
 
 def _table_of_dial(config: Config, arguments: argparse.Namespace) -> str:
-    """Lines of what a dial decided and of the time and memory that it takes; nothing without a dial."""
+    """Lines with the keys that a dial decided, and the time and memory of such a run; empty without a dial."""
     if not has_dial(arguments.config, arguments.overrides):
         return ""
     from caduceus.train.dial import dial_table
@@ -89,7 +89,9 @@ def _parser() -> Parser:
         help="a preset, or a YAML file; list shows the presets",
     )
     parser.add_argument("--show", action="store_true", help="print the configuration that results, and train nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that win over the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override those of the file"
+    )
     return parser
 
 

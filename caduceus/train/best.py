@@ -1,4 +1,4 @@
-"""Which step of a run is the best by `checkpoint.best`."""
+"""Which step of a run is the best one by `checkpoint.best`."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 
 class Best:
-    """Which `step` is the best so far, None before there is one. All ranks come to the same."""
+    """Attribute `step`: the best step so far, None before there is one; the same on all ranks."""
 
     def __init__(self, config: CheckpointConfig, strategy: Strategy, run: RunDirectory) -> None:
         self._asked = {"metric": config.best, "is": config.best_is}
@@ -21,7 +21,9 @@ class Best:
         self.step: int | None = before["step"] if same else None
 
     def take(self, step: int, told: Row) -> Row | None:
-        """Facts of the step, for `RunDirectory.keep_best`, where its number is the best; None otherwise."""
+        """Compare the numbers `told` of a step. Returns facts for `RunDirectory.keep_best` where it is the best,
+        otherwise None.
+        """
         value = told.get(self._asked["metric"])
         if value is None or not math.isfinite(value):
             return None

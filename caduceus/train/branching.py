@@ -1,4 +1,6 @@
-"""A run that begins where another one stood: from its checkpoint, with its samples, to let the learning rate fall."""
+"""A run that branches off another one: it begins at its checkpoint and goes on with its samples, and the learning rate
+falls.
+"""
 
 import json
 from pathlib import Path
@@ -15,19 +17,21 @@ FREE = ("train.steps", "train.schedule", "train.decay_steps", "train.decay_from"
 def branch_point(config: Config) -> Checkpoint:
     """The checkpoint that `train.decay_from` names.
 
-    Raises `UserError` where it is none, is damaged, where the learning rate does not stand at its height in it, or
-    where its run saw other samples or computed other numbers than this configuration would.
+    Raises `UserError` where it is not a checkpoint or is damaged, where the learning rate is not at its highest value
+    there, or where its run saw other samples or computed other numbers than this configuration would.
     """
     path = Path(str(config.train.decay_from))
     step = path.name.removeprefix("step-")
-    if path.is_symlink() or not step.isdigit():  # `latest` leads elsewhere by the time of the next start
-        raise _refusal(path, "is no checkpoint by its own name; give one as RUN/checkpoints/step-00001000")
+    if path.is_symlink() or not step.isdigit():  # at the next start `latest` may be another checkpoint
+        raise _refusal(path, "is not the name of a checkpoint; give one such as RUN/checkpoints/step-00001000")
     if not (path / MARKER).is_file():
-        raise _refusal(path, "is not a complete checkpoint; give one as RUN/checkpoints/step-00001000")
+        raise _refusal(path, "is not a complete checkpoint; give one such as RUN/checkpoints/step-00001000")
     checkpoint = Checkpoint(path, int(step))
     former = checkpoint.config()
     if former is None:
-        raise _refusal(path, "does not tell its configuration in this version's keys; give one of this version")
+        raise _refusal(
+            path, "does not hold a configuration that this version can read; give a checkpoint of this version"
+        )
     if damage := checkpoint.damage():
         raise _refusal(path, f"is damaged: {damage}; give another checkpoint")
     _refuse_other_run(config, former, path)
@@ -44,7 +48,7 @@ def _refuse_other_run(config: Config, former: Config, path: Path) -> None:
         way_on = "give the same"
         if may_change:
             way_on += f", or go on with the change by run.allow_change=[{change.key.name}]"
-        raise _refusal(path, f"is of a run with {change.key.name}={change.before}, not {change.now}; {way_on}")
+        raise _refusal(path, f"belongs to a run with {change.key.name}={change.before}, not {change.now}; {way_on}")
 
 
 def _refuse_other_height(config: Config, former: Config, checkpoint: Checkpoint) -> None:
@@ -53,8 +57,8 @@ def _refuse_other_height(config: Config, former: Config, checkpoint: Checkpoint)
     if former.train.schedule not in ("wsd", "constant"):
         raise _refusal(
             checkpoint.path,
-            f"is of a run with train.schedule={former.train.schedule}, whose learning rate falls all the time; give "
-            "one of a run under wsd or constant",
+            f"belongs to a run with train.schedule={former.train.schedule}, whose learning rate falls all the time; "
+            "give one of a run under wsd or constant",
         )
     if step < (progress["warmup_steps"] or 0):
         raise _refusal(checkpoint.path, f"is within the warm-up of {progress['warmup_steps']} steps; give a later one")

@@ -1,6 +1,6 @@
-"""Checkpoints: model and optimizer as the strategy writes them, the rest as JSON and RNG states.
+"""Checkpoints: the strategy writes model and optimizer; progress is JSON, and each rank writes its RNG states.
 
-The sharded files carry names that do not depend on the layout, so a checkpoint resumes on any number of ranks.
+The names in the sharded files do not depend on the layout, so a run can be resumed on any number of ranks.
 """
 
 import copy
@@ -45,10 +45,12 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """Saves the checkpoints of a run and goes back to them, on all ranks together.
 
-    With `checkpoint.async` the state is copied to host memory, and a thread writes it while training goes on. One save
-    at a time: the next one waits for it. A checkpoint counts only once the files of all ranks are on disk. `group`: of
-    the ranks that hold one copy, where these are several. `stage`: of the run, which the strategy is built for; a run
-    without stages is one.
+    With `checkpoint.async` the state is copied to host memory, and a thread writes it while training goes on. There is
+    one save at a time: the next one waits for it. A checkpoint is complete only once the files of all ranks are on
+    disk.
+
+    stage: the stage that the strategy is built for; a run without stages is a single one. Attribute `group`: the ranks
+    that hold one copy of the model together, where there are several.
     """
 
     def __init__(self, config: Config, run: RunDirectory, strategy: Strategy, stage: Stage | None = None) -> None:
@@ -58,7 +60,7 @@ class Checkpoints:
         self._strategy = strategy
         self._ranks = strategy.ranks
         self._behind = config.checkpoint.async_ and strategy.can_stage
-        # Of its own, so that the thread's messages do not mix with those of training.
+        # A group of its own, so that the thread's messages do not mix with those of training.
         self.group: dist.ProcessGroup | None = None
         if strategy.writers > 1:
             first = self._ranks.rank // strategy.writers * strategy.writers
@@ -70,11 +72,13 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed on this rank; `wait` raises its error. To be agreed on between ranks first."""
+        """Whether a save has failed on this rank. The ranks must agree on this first; then `wait` raises the error."""
         return self._failure is not None
 
     def are_due(self, progress: Progress) -> bool:
-        """Whether the run writes one after this step: every so often, and where the learning rate begins to fall."""
+        """Whether the run writes a checkpoint after this step: every `checkpoint.every` steps, and where the learning
+        rate begins to fall.
+        """
         due = progress.step % self._config.checkpoint.every == 0 or progress.step_of_stage == progress.decay_start
         return due or self._exports(progress.step)
 
@@ -85,12 +89,12 @@ class Checkpoints:
     def save(self, progress: Progress, best: dict[str, Any] | None = None) -> None:
         """Begin to write checkpoints/step-…; without `checkpoint.async`, finish as well.
 
-        best: what makes it the best one of the run, as of `RunDirectory.keep_best`; None where it is not.
+        best: facts for `RunDirectory.keep_best` where this step is the best of the run; None where it is not.
         """
         self.wait()
         self._began = time.monotonic()
         progress.health.rewinds = 0
-        # A name never used before: ranks of an earlier start may live on where nobody can reach them.
+        # A name never used before: ranks of an earlier start may still run on a node that cannot be reached.
         writing = self._run.checkpoints_path / f".writing-{progress.step:08d}-{secrets.token_hex(4)}"
         with self._ranks.agreeing():
             if self._ranks.is_main:
@@ -110,20 +114,21 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until the save under way is complete on all ranks. Raises on every rank if it failed on any."""
+        """Wait until the save under way is complete on all ranks. Raises on every rank if it failed on any."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._export is not None:  # it reads the checkpoint, which the next one may have removed
+        if self._export is not None:  # an export reads the checkpoint, which the next save may remove
             self._export.join()
             self._export = None
         failure, self._failure = self._failure, None
         self._ranks.raise_together(failure)
 
     def resume(self, loader: TrainLoader) -> Progress | None:
-        """Restore the newest valid checkpoint, the loader's position included; None where there is none.
+        """Restore the newest valid checkpoint, with the loader's position, and return its progress; None where there is
+        none.
 
-        One that was written at the end of the stage before is the beginning of this one.
+        A checkpoint from the end of the stage before is the beginning of this stage.
         """
         checkpoint = former = None
         with self._ranks.agreeing(), self._run.telling_of_disks():
@@ -142,7 +147,7 @@ class Checkpoints:
         return progress
 
     def branch(self, loader: TrainLoader) -> Progress:
-        """Begin where the run of `train.decay_from` stood at that checkpoint, its position in the samples included."""
+        """Restore the checkpoint of `train.decay_from`, with the loader's position, and return its progress."""
         checkpoint = None
         with self._ranks.agreeing(), self._run.telling_of_disks():
             if self._ranks.is_main:
@@ -168,14 +173,14 @@ class Checkpoints:
             )
 
     def rewind(self, progress: Progress, loader: TrainLoader) -> Progress | None:
-        """Back to the newest valid checkpoint, but on with the samples that follow; None where there is none.
+        """Restore the newest valid checkpoint, but go on with the samples after `progress`; None where there is none.
 
-        Raises `UserError` where it went back to that checkpoint too often already.
+        Raises `UserError` where the run went back to that checkpoint too often already.
         """
         self.wait()
         if progress.health.rewinds == MAX_REWINDS:
             raise UserError(
-                f"train.spike_factor: after {MAX_REWINDS} rewinds to one checkpoint the loss still leaps at step "
+                f"train.spike_factor: after {MAX_REWINDS} rewinds to one checkpoint the loss still jumps at step "
                 f"{progress.step}; lower train.lr or raise the factor"
             )
         position = loader.state()
@@ -184,7 +189,7 @@ class Checkpoints:
             return None
         loader.load_state(position)
         _log.warning(
-            "the loss leapt at step %d: back to step %d, and on with the samples after %d",
+            "the loss jumped at step %d: back to step %d, and on with the samples after %d",
             progress.step,
             before.step,
             position["samples_consumed"],
@@ -203,7 +208,7 @@ class Checkpoints:
         best: dict[str, Any] | None,
     ) -> None:
         try:
-            if self._ranks.device.type == "cuda":  # a new thread begins on the first GPU, of which it would take a part
+            if self._ranks.device.type == "cuda":  # a new thread begins on the first GPU, and would take memory of it
                 torch.cuda.set_device(self._ranks.device)
             write(writing)
             if self._ranks.is_main:
@@ -220,14 +225,14 @@ class Checkpoints:
                 self._remove_old(progress)
                 if self._exports(progress.step):
                     self._begin_export(progress.step)
-        except (Exception, dcp.CheckpointException) as error:  # or a thread's would be lost
+        except (Exception, dcp.CheckpointException) as error:  # otherwise an exception of the thread would be lost
             if self._ranks.is_main:
                 shutil.rmtree(writing, ignore_errors=True)
             of_disk = isinstance(error, (OSError, RuntimeError, dcp.CheckpointException)) and not is_lost_contact(error)
             self._failure = self._not_written(progress.step, error) if of_disk else error
 
     def _begin_export(self, step: int) -> None:
-        """Write RUN/export/step-… of the complete checkpoint on a thread of its own. A failure costs the export."""
+        """Write RUN/export/step-… from the complete checkpoint in a thread. If that fails, only the export is lost."""
 
         def export() -> None:
             checkpoint, folder = self._run.checkpoint_path(step), self._run.path / "export" / f"step-{step:08d}"
@@ -242,12 +247,12 @@ class Checkpoints:
 
     def _remove_old(self, progress: Progress) -> None:
         keep, stages = self._config.checkpoint, stages_of(self._config)
-        kept = {*accumulate(stage.config.train.steps for stage in stages)}  # others may begin where a stage ended
+        kept = {*accumulate(stage.config.train.steps for stage in stages)}  # other runs may begin where a stage ended
         if progress.decay_start is not None:
             kept.add(progress.steps_before + progress.decay_start)
         try:
             self._run.remove_old_checkpoints(keep.keep, keep.keep_every, kept)
-        except OSError as error:  # costs room alone, and the next save tries again
+        except OSError as error:  # this only takes disk space, and the next save tries again
             _log.warning("%s: old checkpoints could not be removed (%s)", self._run.checkpoints_path, error)
 
     def _not_written(self, step: int, error: Exception) -> UserError:
@@ -270,12 +275,12 @@ def load_checkpoint(checkpoint: Checkpoint, strategy: Strategy) -> Progress:
         rng, progress = checkpoint.path / "rng.pt", checkpoint.path / "progress.json"
         set_rng_state(patiently(lambda: torch.load(rng, weights_only=False), is_there=True))
         values = json.loads(patiently(progress.read_bytes, is_there=True))
-        values.pop("wandb_id", None)  # stood here once; the run directory keeps it
+        values.pop("wandb_id", None)  # older checkpoints have it here; now the run directory keeps it
     return Progress(**{**values, "health": Health(**values["health"])})
 
 
 def rng_state() -> dict[str, Any]:
-    """Where this process's generators of random numbers stand."""
+    """The states of this process's random number generators."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -283,7 +288,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the generators of random numbers where `rng_state` found them."""
+    """Restore the random number generators to a `rng_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -292,7 +297,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why a save failed; the system's own error where there is one, of whichever rank met it."""
+    """Why a save failed: the system's error of the rank that failed, where there is one."""
     if isinstance(error, dcp.CheckpointException):
         error, _ = next(iter(error.failures.values()))
     return str(system_error(error) or _last_line(error))

@@ -1,4 +1,4 @@
-"""What a dial (size=…, compute=…) makes of a run, as a table before it starts: keys, and time and memory by GPU."""
+"""What a dial (size=…, compute=…) decides, as a table before the run starts: keys, and time and memory by GPU."""
 
 from caduceus.config import Config
 from caduceus.model.costs import flops_per_base, parameter_count
@@ -6,14 +6,14 @@ from caduceus.train.estimate import estimate
 from caduceus.train.roofline import PEAKS
 
 GPUS = {"A100": (80, 2.04), "H100": (80, 3.35), "H200": (141, 4.8), "L40S": (48, 0.864)}
-"""GB of memory and TB per second of a GPU, by its maker's data sheet."""
+"""GB of memory, and its rate in TB per second, of each GPU, from its maker's data sheet."""
 
 
 def dial_table(config: Config, world: int) -> str:
-    """Lines of the keys that a dial decides, and estimates for `world` GPUs of each kind.
+    """Lines with the keys that a dial decides, and estimates for `world` GPUs of each kind.
 
-    Memory is what a GPU needs. Time is scaled from an H100's by the rate of exponentials, which bound the scan, or of
-    memory, whichever is further behind.
+    Memory is that of one GPU. The time is an H100's, scaled by the rate of exponentials (which bound the scan) or of
+    memory, whichever is lower in comparison.
     """
     model, train, bases = config.model, config.train, config.train.global_batch * config.data.seq_len
     flops = flops_per_base(model) * float(bases) * train.steps

@@ -1,8 +1,8 @@
-"""How long a step takes and how much memory it needs, before anything runs.
+"""How long a step takes and how much memory it needs, estimated before anything runs.
 
-An estimate for each rank: of one H100, or of one process on a CPU. Throughput of the flip-free model on an H100 scales
-with width and depth from 0.65 microseconds per base for 256 channels and 16 layers, twice that for both strands. Memory
-is what autograd keeps of each block and what the backward pass of one needs besides, plus weights, gradients and Adam.
+The estimate is for each rank: an H100, or a process on a CPU. The time on an H100 scales with width and depth from 0.65
+microseconds per base for 256 channels and 16 layers, and doubles for both strands. Memory is the sum of what autograd
+keeps of each block, what the backward pass of a block needs in addition, weights, gradients and Adam's moments.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from caduceus.model.costs import parameter_count
 
 SECONDS_PER_BASE = 0.65e-6 / (256 * 16)
 GPU_BYTES = 80_000_000_000
-"""Memory of an H100."""
+"""Memory of an H100, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,21 @@ class Estimate:
     world: int
     shared_by: Sharing
     sequences: int
-    """Sequences of a global batch that a rank (with those that share them) computes, in micro-batches."""
+    """Sequences of a global batch that a rank computes, alone or with the ranks that share them, in micro-batches."""
     bases: int
-    """Bases in memory at a time."""
+    """Bases of a micro-batch on a rank, which are in memory at a time."""
     parameters: int
     footprint: Footprint
     step_seconds: float
     sent_bytes: int
-    """That a rank gives to collectives in a step."""
+    """Bytes that a rank sends in the collectives of a step."""
 
     @property
     def memory_bytes(self) -> int:
         return self.footprint.total
 
     def describe(self, gpus: bool) -> str:
-        """One line; without `gpus` it leaves out the time, which is for GPUs."""
+        """The estimate in one line; without `gpus` it leaves out the time, which is only known for GPUs."""
         ranks = f"{self.world} rank{'s' * (self.world > 1)}"
         if self.shared_by.ranks > 1:
             ranks += f", {self.shared_by.ranks} to a sequence ({self.shared_by}),"
@@ -54,9 +54,9 @@ class Estimate:
 
 
 def estimate(config: Config, world: int, gpus: bool = True, node: int = 0) -> Estimate:
-    """Estimate a run on `world` ranks, each with a GPU or else on CPUs, where `auto` is taken to recompute nothing.
+    """Estimate a run on `world` ranks, with a GPU each or on CPUs; `auto` counts as recomputing nothing.
 
-    `node`: ranks of a node (0: all). Raises `UserError` for a layout that the ranks cannot take.
+    `node`: ranks of a node (0: all ranks). Raises `UserError` for a layout that is impossible on so many ranks.
     """
     model, train = config.model, config.train
     room = Room(GPU_BYTES, node or world) if gpus else None

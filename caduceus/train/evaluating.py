@@ -1,9 +1,9 @@
-"""`evaluations:` while a run trains.
+"""Runs the section `evaluations` while a run trains.
 
-The verbs run on a copy of the weights, on the same ranks, and generators of random numbers are put back after: what
-training computes is the same bits with them and without. One that fails costs its numbers: a warning, an event, and the
-run goes on; but contact lost to another rank ends the run. One during which the run is told to stop is left, and made
-at the next start.
+The verbs run on a copy of the weights, on the same ranks, and the random number generators are restored after them:
+training computes the same bits with and without them. Where an evaluation fails, its numbers are missing: there is a
+warning and an event, and the run goes on. Only the loss of contact to another rank ends the run. If the run is told to
+stop, an evaluation is broken off and repeated at the next start.
 """
 
 import contextlib
@@ -54,13 +54,16 @@ class Evaluations:
         return any(step % one.every == 0 for one in self.found)
 
     def after(self, strategy: Strategy, step: int) -> Row:
-        """Run those that are due after a step; their numbers as metrics.jsonl names them, the same on all ranks."""
+        """Run the evaluations that are due after a step. Returns their numbers by their names in metrics.jsonl, the
+        same on all ranks.
+        """
         due = [one for one in self.found if step % one.every == 0]
         return self._run(strategy, step, due)
 
     def at_start(self, strategy: Strategy, step: int) -> Row:
-        """The numbers of the step that a start goes on from: what stands in metrics.jsonl, and of those evaluations
-        that an earlier start left, as `after`."""
+        """The numbers of the step that a start goes on from: those in metrics.jsonl, and those of evaluations that an
+        earlier start broke off, which run now, as in `after`.
+        """
         if step == 0:
             return {}
         rows: list[Row] = []
@@ -110,13 +113,13 @@ class Evaluations:
     def _tell_failure(self, one: "InLoop", step: int, failure: Exception) -> None:
         reason = one_line(failure)
         if isinstance(failure, _StoppingError) or (isinstance(failure, PeerError) and _StoppingError.words in reason):
-            _log.warning("%s: left after step %d as the run stops; the next start makes it", one.key, step)
+            _log.warning("%s: broken off after step %d, as the run stops; the next start repeats it", one.key, step)
             return
         _log.warning("%s: failed after step %d, and the run goes on without its numbers: %s", one.key, step, reason)
         record_event(self.run.path, "evaluation failed", step, name=one.name, reason=reason)
 
     def _runner(self, strategy: Strategy) -> Runner:
-        """A model of its own, with the weights of now, or their average over steps where the run keeps one."""
+        """A copy of the model, with the current weights, or their average over steps where the run keeps one."""
         average = averaged_weights(strategy) if self.config.train.ema else contextlib.nullcontext()
         with average:
             weights = strategy.whole_weights()
@@ -153,7 +156,7 @@ class _Interruptible(Runner):
 
 @contextlib.contextmanager
 def _same_random_numbers() -> Iterator[None]:
-    """Within, whatever draws random numbers; after it, the generators stand where they stood."""
+    """A context that may draw random numbers; after it, the generators have their former states."""
     state = rng_state()
     try:
         yield

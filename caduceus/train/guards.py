@@ -1,6 +1,6 @@
-"""What keeps a long run healthy: steps that must not count, losses that leap, garbage that must not wait.
+"""What keeps a long run healthy: it skips bad steps, notices jumps of the loss, and schedules garbage collection.
 
-All of it is decided from numbers that are the same on every rank, so that no rank decides alone.
+Every decision follows from numbers that are the same on all ranks, so that no rank decides alone.
 """
 
 import contextlib
@@ -17,26 +17,26 @@ from caduceus.errors import UserError
 from caduceus.files import append_json_line
 
 LOSS_MEMORY = 50
-"""Steps over which the running mean of the loss forgets, and of which it needs as many to call anything a spike."""
+"""Time constant of the running mean of the loss, in steps; before so many steps nothing counts as a spike."""
 MAX_REWINDS = 3
-"""Rewinds to one checkpoint after which other samples do not help."""
+"""Rewinds to one checkpoint; after so many the run ends, as other samples did not help."""
 COLLECTION_STEPS = 200
-"""Steps between garbage collections. At other times a collection on any one rank would hold up all."""
+"""Steps between garbage collections. A collection on one rank at another time would delay all ranks."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class Health:
-    """What the guards remember of a run; part of its checkpoints."""
+    """What the guards remember about a run; part of its checkpoints."""
 
     skipped_steps: int = 0
     consecutive_skips: int = 0
     """Steps in a row whose loss or gradient was not finite."""
     spiked: bool = False
-    """Whether the last step was skipped because its loss leapt."""
+    """Whether the last step was skipped because its loss jumped."""
     rewinds: int = 0
-    """Since the last checkpoint."""
+    """Rewinds since the last checkpoint."""
     mean_loss: float = 0.0
     counted_losses: int = 0
 
@@ -57,7 +57,7 @@ class Health:
         if self.consecutive_skips > config.max_skipped_steps:
             raise UserError(
                 f"train.max_skipped_steps: loss or gradient were not finite in {self.consecutive_skips} steps in a "
-                f"row; {logs}/skipped-rank*.jsonl name the samples; look at them, or lower train.lr"
+                f"row; {logs}/skipped-rank*.jsonl name the samples: look at these, or lower train.lr"
             )
 
     def _is_spike(self, loss: float, factor: float) -> bool:
@@ -69,9 +69,9 @@ class Health:
 
 
 def report_skipped_step(logs: Path, rank: int, loader: TrainLoader, step: int, reason: str, numbers: list[int]) -> None:
-    """Write down the samples of this rank that a skipped step may be due to, as a line of logs/skipped-rank0.jsonl.
+    """Write a line to logs/skipped-rank0.jsonl: the samples of this rank that may be the cause of a skipped step.
 
-    Where that cannot be written, or where they lie cannot be read, their numbers go to the log.
+    Where this file cannot be written, or the samples' places cannot be read, their numbers go to the log.
     """
     path = logs / f"skipped-rank{rank}.jsonl"
     try:
@@ -85,7 +85,7 @@ def report_skipped_step(logs: Path, rank: int, loader: TrainLoader, step: int, r
 
 @contextlib.contextmanager
 def scheduled_garbage_collection() -> Iterator[None]:
-    """Within, Python collects garbage only where `collect_garbage` says so, at the same step on all ranks."""
+    """A context in which Python collects garbage only in `collect_garbage`, at the same steps on all ranks."""
     gc.collect()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
-"""The steps of a run, to their end or a stop: those of a stage of `train`, and those of a fine-tuning.
+"""The steps of a run, until the last one or a stop: for a stage of training, and for a fine-tuning.
 
-What one of them has of its own, such as its validation, is a method that it overrides.
+Each of the two overrides the methods in which it differs, such as its validation.
 """
 
 import contextlib
@@ -49,17 +49,17 @@ class Loop:
         self.handover = Handover(self._wishes)
 
     def is_over(self) -> bool:
-        """Whether no step follows; the same on all ranks."""
+        """Whether the last step has been taken; the same on all ranks."""
         return self.progress.step_of_stage >= self.config.train.steps
 
     @property
     def ends_the_run(self) -> bool:
-        """Whether nothing follows the last step."""
+        """Whether the run ends with the last step, as it has no further stage."""
         return True
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:
-        """Around the next step."""
+        """A context for the next step."""
         with self.watchdog.over(f"step {self.progress.step + 1}"):
             yield
 
@@ -68,7 +68,7 @@ class Loop:
         return {}
 
     def validated(self) -> Row:
-        """Validate, and log it; its numbers, the same on all ranks."""
+        """Validate and log the result. Returns its numbers, the same on all ranks."""
         return {}
 
     @property
@@ -77,19 +77,19 @@ class Loop:
         return False
 
     def evaluated(self) -> Row:
-        """Run what else is due after a step; its numbers, the same on all ranks."""
+        """Run the evaluations that are due after a step. Returns their numbers, the same on all ranks."""
         return {}
 
     @property
     def has_more_to_tell(self) -> bool:
-        """Whether this rank wishes `tell_more`, which all ranks then call."""
+        """Whether this rank asks for `tell_more`, which all ranks then call."""
         return False
 
     def tell_more(self) -> None:
-        """Log what takes all ranks together."""
+        """Log what only all ranks together can tell."""
 
     def run_to_the_end(self) -> int:
-        """Steps until the last one or a stop; returns the exit status, 0 or `EXIT_REQUEUE`."""
+        """Take steps until the last one or a stop. Returns the exit status, 0 or `EXIT_REQUEUE`."""
         self._keep_if_best(self.told_at_start())
         batches = iter(self.loader)
         while not self.is_over():
@@ -174,7 +174,9 @@ class Loop:
         return True
 
     def _stopped_after_saving(self, is_best: Row | None) -> bool:
-        """Agree on what the ranks wish after a step, and write the checkpoint where one is due; whether to stop."""
+        """Let the ranks agree on what follows a step, and write a checkpoint where one is due. Returns whether
+        to stop.
+        """
         step, over = self.progress.step, self.is_over()
         complete = over and self.ends_the_run
         self._settle()

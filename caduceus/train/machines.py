@@ -1,7 +1,7 @@
-"""What the nodes and GPUs of a run do, of all ranks, in a row of the main rank's.
+"""The load of all nodes and GPUs of a run, in a row that the main rank writes.
 
-Only the main rank writes rows and has W&B brought up to them, so that what other nodes see comes to it. W&B's own way,
-a client on each node in its mode `shared`, needs the server from all of them, and there is no such mode offline.
+Only the main rank writes rows and feeds W&B, so the other nodes send their numbers to it. W&B's own way, a client on
+each node in its mode `shared`, would need access to the server from all nodes, and does not work offline.
 """
 
 import math
@@ -19,7 +19,9 @@ from caduceus.run.node import node_folder
 
 
 class Machines:
-    """The machines of a run. All ranks make it together, and call `row` together when the main rank `are_due`."""
+    """The machines of a run. All ranks construct it together, and call `row` together when `are_due` is true on the
+    main rank.
+    """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self._ranks, self._seconds = ranks, config.monitor.machine_seconds
@@ -34,11 +36,11 @@ class Machines:
 
     @property
     def are_due(self) -> bool:
-        """Whether it is time to tell of them; asked of the main rank."""
+        """Whether it is time for a row; only the main rank is asked."""
         return self._ranks.is_main and 0 < self._seconds <= time.monotonic() - self._told
 
     def row(self, step: int) -> dict[str, float]:
-        """The row after a step: NAME/NODE of each node, NAME/NODE-gpuN of each GPU; what is not known is left out."""
+        """The row after a step: NAME/NODE for each node, NAME/NODE-gpuN for each GPU; unknown numbers are left out."""
         self._told = time.monotonic()
         of_node = [math.nan] * len(OF_NODES) if self._machine is None else self._machine.read()
         table = self._ranks.gather([*of_node, *_gpu(self._ranks.device)]).tolist()
@@ -51,9 +53,9 @@ class Machines:
 
 
 def _nodes(seats: list[tuple[str, int]]) -> list[str]:
-    """The node of each rank, which has the host's name and, where nodes have the same, a number.
+    """The name of each rank's node: the host's name, and a number where several nodes have the same name.
 
-    seats: (host, local rank) of each rank; the ranks of a node follow each other, from its local rank 0 on.
+    seats: (host, local rank) of each rank; the ranks of a node are consecutive, and begin with local rank 0.
     """
     numbers = [sum(local == 0 for _, local in seats[: place + 1]) - 1 for place in range(len(seats))]
     hosts = {number: host for number, (host, _) in reversed(list(zip(numbers, seats, strict=True)))}
@@ -62,7 +64,7 @@ def _nodes(seats: list[tuple[str, int]]) -> list[str]:
 
 
 def _gpu(device: torch.device) -> list[float]:
-    """This rank's `OF_GPUS`, NaN where they are unknown."""
+    """The `OF_GPUS` numbers of this rank's GPU, NaN where they are unknown."""
     found = [math.nan] * len(OF_GPUS)
     if device.type != "cuda":
         return found
@@ -75,7 +77,7 @@ def _gpu(device: torch.device) -> list[float]:
     for place, read in enumerate(readings):
         try:
             found[place] = float(read())
-        except Exception:  # of the maker's library, which may be absent, forbidden or know no such thing of this card
+        except Exception:  # the maker's library may be absent or forbidden, or may not know this number for this card
             continue
     return found
 

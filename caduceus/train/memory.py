@@ -1,4 +1,4 @@
-"""What memory there is for training, and what parts of it take."""
+"""The memory that is free for training, and the memory that parts of it take."""
 
 import os
 import weakref
@@ -27,7 +27,7 @@ def keep_freed_memory_for(config: Config) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take from its GPU, or from its share of the host's memory."""
+    """Bytes that this rank may still allocate on its GPU, or in its share of the host's memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -35,9 +35,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
-    """Most bytes of tensors that `run` holds at a time, beyond those that were there before.
+    """The peak of the bytes of tensors while `run()` runs, beyond those before it.
 
-    On CPU, where torch's allocator keeps no such count, scratch memory inside an operator does not show.
+    On a CPU, where torch's allocator keeps no such count, temporary memory inside an operator is not counted.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -50,18 +50,18 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
 
 
 def kept_storages(block: nn.Module, *inputs: Any) -> list[torch.UntypedStorage]:
-    """What lives on of what block(*inputs) makes, for its backward pass, when its outputs are gone."""
+    """The storages that block(*inputs) keeps for its backward pass, without its outputs."""
     with TensorBytes() as count:
         outputs = block(*inputs)
     graph = [output.grad_fn for output in outputs]
     del outputs
     kept = count.living()
-    del graph  # which held it
+    del graph  # the outputs held it
     return kept
 
 
 def moment_bytes_to_come(config: Config, strategy: Strategy) -> int:
-    """Bytes on the ranks' device that the first update adds: what the optimizer keeps of this rank's parameters."""
+    """Bytes that the first update adds on this rank's device: the state that the optimizer keeps for its parameters."""
     if strategy.optimizer.state:
         return 0
     parts = (p.to_local() if isinstance(p, DTensor) else p for p in strategy.model.parameters())
@@ -70,12 +70,12 @@ def moment_bytes_to_come(config: Config, strategy: Strategy) -> int:
 
 
 class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operators make within; `peak` is the most that lived at a time."""
+    """A context that counts the bytes of tensors that operators make in it; `peak` is the largest sum at a time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        # By address, which another storage may take over later.
+        # Keyed by address, which another storage may have later.
         self._given: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
         self._made: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
 
@@ -87,12 +87,12 @@ class TensorBytes(TorchDispatchMode):
         for storage in _storages(result):
             if storage._cdata not in self._given:
                 self._made[storage._cdata] = storage
-        # Summed anew each time, because FSDP empties and refills storages in place.
+        # The sum is computed each time, because FSDP empties and refills storages in place.
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.living()))
         return result
 
     def living(self) -> list[torch.UntypedStorage]:
-        """Storages that were made within and live now, in the order in which they were made."""
+        """Storages that were made in the context and still exist, in the order in which they were made."""
         return list(self._made.values())
 
 
@@ -102,7 +102,7 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 
 def _free_host_memory() -> int:
-    """Bytes that the kernel can give, within the limits of this process's control groups (version 2)."""
+    """Bytes that the system can provide, within the limits of this process's control groups (version 2)."""
     if not _MEMINFO.is_file():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = 1024 * _values(_MEMINFO)["MemAvailable:"]
@@ -118,5 +118,5 @@ def _free_host_memory() -> int:
 
 
 def _values(path: Path) -> dict[str, int]:
-    """The names and numbers of a file of the kernel's."""
+    """The names and numbers in a file of the kernel, such as memory.stat."""
     return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}

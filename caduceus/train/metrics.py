@@ -1,4 +1,4 @@
-"""What a training row tells besides the loss: where the time goes, what the machine gives, how the ranks differ."""
+"""The numbers of a training row besides the loss: where the time goes, the machine's speed, how ranks differ."""
 
 import contextlib
 import resource
@@ -31,29 +31,32 @@ CLOCK_KEYS = frozenset(
         "seconds_left",
     }
 )
-"""Keys whose values depend on the machine and its load; all others are the same whenever a run is repeated."""
+"""Keys whose values depend on the machine and its load; all others are the same when a run is repeated."""
 
 _LAPS = ("data", "communication", "forward", "backward", "exchange", "optimizer")
 _ALONE = [_LAPS.index(name) for name in ("data", "forward", "backward")]
-"""Laps in which a rank waits for no other, unless they share parameters or sequences."""
+"""Laps in which a rank does not wait for others, unless they share parameters or sequences."""
 
 
 class StepClock:
-    """Sums up the laps of one step. On a GPU it reads the GPU's own clock, at the end: reading it waits for the GPU."""
+    """Sums up the laps of one step. On a GPU it reads the GPU's clock, and only at the end, as reading waits for the
+    GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._marks = [("start", self._now())]
 
     def lap(self, name: str) -> None:
-        """Count the time since the last lap as one of `_LAPS`."""
+        """Count the time since the last lap for `name`, one of `_LAPS`."""
         self._marks.append((name, self._now()))
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within, a lap of backward ends with the last gradient that this rank computes: what follows is the exchange.
+        """A context in which a backward lap ends with the last gradient that this rank computes; what follows is the
+        exchange.
 
-        Not where ranks share the parameters, whose gradients come only after the exchange.
+        It does nothing where ranks share the parameters, as gradients are then ready only after the exchange.
         """
         first = next(model.parameters())
         if isinstance(first, DTensor) or not first.requires_grad:
@@ -83,13 +86,14 @@ class StepClock:
 
 
 class Measured:
-    """What the ranks saw of a step over so many `bases`: `numbers` of each, from which all of them make the `row`.
+    """The measurements of all ranks in a step of `bases` bases: `numbers` of each rank, and the `row` made of them.
 
-    The parts of the step's time are means over ranks. `communication_seconds` is what the loop itself waits for others;
-    transfers inside the backward pass (and, when sharded, the forward pass) count there. `straggler_seconds` is the
-    slowest less the fastest rank's time for data, forward pass and the backward pass up to its own last gradient: all
-    before they wait for each other. Ranks that share a sequence also wait within the passes, so that less of a
-    difference shows; where ranks share parameters, the backward pass is left out for that reason.
+    The parts of the step's time are means over ranks. `communication_seconds` is the time that the loop itself waits
+    for other ranks; transfers inside the backward pass (and, when sharded, the forward pass) count to those passes.
+    `straggler_seconds` is the difference between the slowest and the fastest rank in the time for data, forward pass,
+    and backward pass up to the rank's own last gradient: all that comes before ranks wait for each other. Ranks that
+    share a sequence also wait within the passes, so that the difference appears smaller; where ranks share parameters,
+    the backward pass is left out for that reason.
     """
 
     def __init__(
@@ -131,7 +135,9 @@ class Measured:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Most bytes that torch held on this rank's GPU since the start, or that this process held in memory."""
+    """Peak of the bytes that torch has held on this rank's GPU since the start, or on a CPU that this process
+    has held.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

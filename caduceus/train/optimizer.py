@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW as published, Muon for matrices, and an average of the weights beside them."""
+"""The optimizer of a run: AdamW as published, Muon for matrices, and a moving average of the weights."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,9 +20,10 @@ _MOMENTUM = 0.95
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """The optimizer of `config`: no weight decay on biases, norms, A_log and D. On GPUs AdamW is torch's fused one.
+    """The optimizer of `config`, without weight decay on biases, norms, A_log and D. On GPUs it uses torch's fused
+    AdamW.
 
-    Raises `UserError` for a kind in `train.lr_scale` that the model has no parameters of.
+    Raises `UserError` for a kind in `train.lr_scale` of which the model has no parameters.
     """
     groups = _groups(model, config)
     devices = {parameter.device.type for parameter in model.parameters()}
@@ -33,7 +34,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def is_fused(devices: set[str]) -> bool | None:
-    """Whether torch's fused AdamW runs where the parameters are. On a CPU its last bits are others; None is torch's."""
+    """Whether to use torch's fused AdamW for parameters on `devices`; None lets torch choose. On a CPU it has other
+    last bits.
+    """
     return True if devices == {"cuda"} else None
 
 
@@ -52,17 +55,18 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
             scale, by_muon = scales.get(kind, 1.0), config.optimizer == "muon" and kind in MATRICES
             found = groups.setdefault((group["weight_decay"], scale, by_muon), {**group, "params": []})
             found["params"].append(parameter)
-            # Keys beyond AdamW's own stand in no checkpoint of the published recipe.
+            # Keys beyond AdamW's own are set only where needed, so checkpoints of the published recipe hold none.
             found.update({"lr_scale": scale} if scale != 1 else {}, **({"muon": True} if by_muon else {}))
     return list(groups.values())
 
 
 class RecipeOptimizer(torch.optim.AdamW):
-    """AdamW that leaves groups with `muon` to torch's Muon, one matrix per direction, and averages the weights.
+    """AdamW, with torch's Muon for the groups with `muon` (one matrix per direction), and a moving average of the
+    weights.
 
     Muon's updates are scaled to the size of AdamW's, so that one learning rate and weight decay serve both (Liu et al.
-    2025, "Muon is Scalable for LLM Training"). The average decays by `decay` from step to step, and by less at first:
-    min(decay, (1 + step) / (10 + step)); 0 keeps none.
+    2025, "Muon is Scalable for LLM Training"). The decay of the average is min(decay, (1 + step) / (10 + step)), which
+    is smaller at first; with `decay` 0 there is no average.
     """
 
     def __init__(self, groups: list[dict[str, Any]], decay: float, **options: Any) -> None:
@@ -123,7 +127,9 @@ class RecipeOptimizer(torch.optim.AdamW):
 
 @contextlib.contextmanager
 def averaged_weights(strategy: Strategy) -> Iterator[None]:
-    """Within, the model has its averaged weights; after that, bit for bit, its own. On all ranks together."""
+    """A context in which the model has its averaged weights; after it, its own again, bit for bit. All ranks enter it
+    together.
+    """
     _exchange(strategy)
     try:
         yield
@@ -146,7 +152,9 @@ def _exchange(strategy: Strategy) -> None:
 
 
 def _forget_gathered(strategy: Strategy) -> None:
-    """Let FSDP gather the weights anew: those of the ends stay gathered after a forward pass without a backward one."""
+    """Let FSDP gather the weights anew: the outer modules' weights stay gathered after a forward pass without a
+    backward one.
+    """
     for module in strategy.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""Checks before the first step, so that what is wrong with a node shows in a line now, and not in hours as a hang."""
+"""Checks before the first step, so that a faulty node is reported in one line now, instead of hanging hours later."""
 
 import os
 import shutil
@@ -24,9 +24,9 @@ from caduceus.train import memory
 from caduceus.train.recomputation import run_micro_batch, too_large
 
 MAX_CLOCK_SKEW = 60.0
-"""Seconds. More, and times in logs, file systems and budgets of time are not to be trusted."""
+"""Largest difference of clocks, in seconds. With more, times in logs, file times and time limits mislead."""
 _BATCHES_AHEAD = 2
-"""Batches that torch's DataLoader keeps ready for each worker."""
+"""Batches that torch's DataLoader keeps ready per worker."""
 _BYTES_PER_BASE = 8
 """Bytes that a base takes on its way from a worker: token, label and weight, rounded up."""
 _SHARED_MEMORY = Path("/dev/shm")
@@ -34,7 +34,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank finds about itself; of `disk` and `shared_memory` what is wrong with them."""
+    """What a rank finds out about itself. `disk` and `shared_memory`: what is wrong with them, or None."""
 
     host: str
     clock: float
@@ -43,16 +43,16 @@ class RankFacts:
 
 
 def check_model(config: Config, device: torch.device) -> None:
-    """Raises `UserError` where `ops.backend` cannot run the model here; comes before shards are opened."""
+    """Raise `UserError` where `ops.backend` cannot run the model here. It runs before shards are opened."""
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     check_backend(config.ops.backend, device, dtype, config.model)
 
 
 def refuse_other_data(loader: TrainLoader, ranks: Ranks) -> None:
-    """Raise `PeerError` on every rank where `data.path` holds something else on one of them than on the first."""
+    """Raise `PeerError` on every rank where `data.path` holds other data on one rank than on the first."""
     (first_host, first), *_ = found = ranks.gather_objects((socket.gethostname(), loader.fingerprint))
     for rank, (host, fingerprint) in enumerate(found):
-        if fingerprint != first:  # either of them may have the wrong ones
+        if fingerprint != first:  # either rank may have the wrong ones
             raise PeerError(
                 f"rank {rank} on {host}: data.path leads to other shards ({fingerprint[:12]}) than on {first_host} "
                 f"({first[:12]}); give all ranks the same",
@@ -66,9 +66,9 @@ def check_before_start(
 ) -> None:
     """Check disk, shared memory, clocks and collectives, on all ranks together.
 
-    `saving`: the group of those that write a checkpoint. Raises on every rank, with a line that names the first
-    rank that fails, its host and what to do: there a `UserError`, or `NodeError` where its node is at fault, and a
-    `PeerError` on the others.
+    `saving`: the group of the ranks that write a checkpoint. After a failure it raises on every rank, with a line that
+    names the first rank that failed, its host and what to do: on that rank a `UserError`, or a `NodeError` where its
+    node is at fault, and on the others a `PeerError`.
     """
     ranks = strategy.ranks
     with ranks.agreeing(), run.telling_of_disks():
@@ -116,11 +116,11 @@ def _clock_problem(facts: RankFacts, first: RankFacts) -> str | None:
     skew = facts.clock - first.clock
     if abs(skew) <= MAX_CLOCK_SKEW:
         return None
-    return f"its clock is {skew:+.0f} s from that of {first.host}; set the clocks (NTP)"
+    return f"its clock differs by {skew:+.0f} s from that of {first.host}; set the clocks (NTP)"
 
 
 def _try_collectives(strategy: Strategy, saving: dist.ProcessGroup | None) -> None:
-    """One all-reduce over every group of ranks that training uses."""
+    """Try one all-reduce in every group of ranks that training uses. Raises `NodeError` where it gives a wrong sum."""
     ranks = strategy.ranks
     groups = ranks.groups()
     for mesh in {parameter.device_mesh for parameter in strategy.model.parameters() if isinstance(parameter, DTensor)}:
@@ -140,13 +140,15 @@ def _try_collectives(strategy: Strategy, saving: dist.ProcessGroup | None) -> No
 
 
 def check_gpu_memory(config: Config, strategy: Strategy) -> None:
-    """Run a micro-batch on the GPU, to see that memory suffices with the optimizer's. Nothing to do on CPU."""
+    """Run a micro-batch on the GPU, to check that memory suffices for it and the optimizer. On a CPU it does
+    nothing.
+    """
     ranks = strategy.ranks
     if ranks.device.type != "cuda":
         return
     run_micro_batch(config, strategy)
     peak = torch.cuda.max_memory_allocated(ranks.device) + memory.moment_bytes_to_come(config, strategy)
-    # Not all that there is: the driver, NCCL and other processes have taken their parts.
+    # This is not all memory of the GPU: the driver, NCCL and other processes have taken some.
     available = memory.free_memory(ranks.device) + torch.cuda.memory_allocated(ranks.device)
     with ranks.agreeing():
         if peak > available:

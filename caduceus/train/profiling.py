@@ -1,4 +1,4 @@
-"""A profile of a few steps: where the time of processor and GPU goes, and on GPUs what holds memory."""
+"""A profile of a few steps: where the time of CPU and GPU goes, and on GPUs what takes memory."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from caduceus.errors import UserError
 _ROWS = 20
 _NAME_WIDTH = 60
 _MOST_EVENTS = 100_000
-"""Allocations that a memory snapshot goes back."""
+"""Number of the latest allocations that a memory snapshot holds."""
 
 _log = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ class Profile:
     """Profiles the steps of `monitor.profile` on the ranks of `monitor.profile_ranks`, once in a start.
 
     Traces go to RUN/profile/steps-10-13-rank0.json.gz, for chrome://tracing or ui.perfetto.dev, snapshots of GPU memory
-    to …-memory.pickle, for pytorch.org/memory_viz. No fault of it ends the run. Raises `UserError` for a rank that
-    there is not.
+    to …-memory.pickle, for pytorch.org/memory_viz. A failure of the profiler does not end the run. Raises `UserError`
+    for a rank that does not exist.
     """
 
     def __init__(self, config: Config, run: Path, ranks: Ranks) -> None:
@@ -48,13 +48,13 @@ class Profile:
 
     @contextlib.contextmanager
     def of(self, step: int) -> Iterator[None]:
-        """Around a step, or none of those that are profiled."""
+        """A context for step number `step`, whether it is profiled or not."""
         if self._steps is None:
             yield
             return
         if self._profiler is None and step > self._steps[0]:
             self._steps = None
-            _log.warning("monitor.profile: the run has passed these steps; name some after step %d", step - 1)
+            _log.warning("monitor.profile: the run has already passed these steps; give steps after %d", step - 1)
         elif self._profiler is None and step == self._steps[0]:
             self._begin()
         yield

@@ -1,5 +1,6 @@
-"""What the free memory decides: `train.activation_checkpointing: auto` recomputes as few activations as it demands, and
-`train.keep_states: auto` keeps states in as many blocks as it allows."""
+"""Decisions by the free memory: `train.activation_checkpointing: auto` recomputes as few activations as the memory
+requires, and `train.keep_states: auto` keeps states in as many blocks as it allows.
+"""
 
 import contextlib
 import dataclasses
@@ -25,10 +26,12 @@ _log = logging.getLogger(__name__)
 
 
 def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
-    """Set and return how many blocks of the model recompute their activations, and how many their scans' inputs.
+    """Set and return how many blocks of the model recompute their activations, and how many only the inputs of their
+    scans.
 
-    All ranks take the same. Measured are a micro-batch with all blocks but the last recomputed whole, and what a block
-    adds that keeps more. The last block keeps all: the backward pass would recompute it before it can free anything.
+    All ranks take the same numbers. It measures a micro-batch in which all blocks but the last are recomputed, and the
+    memory that a block adds if it keeps more. The last block always keeps its activations: the backward pass would
+    recompute it before it can free anything.
     """
     ranks, layers = strategy.ranks, config.model.n_layer
     model: CaduceusForMaskedLM = getattr(strategy.model, "module", strategy.model)
@@ -48,19 +51,22 @@ def recompute_to_fit(config: Config, strategy: Strategy) -> tuple[int, int]:
     sizes = [f"{count / 2**20:,.0f} MiB" for count in (needed, free, lean, full)]
     _log.info(
         "train.activation_checkpointing: auto recomputes %d of %d blocks, and of %d others what feeds the scan: a "
-        "micro-batch and the optimizer then take %s of the %s that are free; a block of which only the latter is "
-        "recomputed takes %s, and one that keeps all %s more than a recomputed one; %d %% stay in reserve",
+        "micro-batch and the optimizer then take %s of the %s that are free; a block that recomputes only the latter "
+        "takes %s, and one that keeps all %s more than a recomputed one; %d %% stay in reserve",
         *(whole, layers, inputs, *sizes, round(100 * RESERVE)),
     )
     if needed > free:
-        _log.warning("this is more than there is; lower train.micro_batch or share sequences by parallel.context")
+        _log.warning(
+            "this is more than the free memory; lower train.micro_batch or share sequences by parallel.context"
+        )
     return whole, inputs
 
 
 def keep_states_to_fit(config: Config, strategy: Strategy) -> int:
-    """Set and return how many blocks of the model keep states of their scans, on all ranks the same: the last ones.
+    """Set and return how many blocks of the model (the last ones) keep states of their scans; the same on all ranks.
 
-    For `auto` a micro-batch is measured, as it is recomputed, and blocks get what it leaves of the free memory.
+    For `auto` it measures a micro-batch with the recomputation that was decided, and the blocks get the memory that is
+    left.
     """
     ranks, model = strategy.ranks, strategy.network
     can_keep = config.ops.backend == "triton" and config.model.mixer == "mamba" and ranks.context == 1
@@ -77,7 +83,7 @@ def keep_states_to_fit(config: Config, strategy: Strategy) -> int:
 
 
 def bytes_added_by_a_block(config: Config, ranks: Ranks) -> tuple[int, int]:
-    """Bytes that a block keeps of a micro-batch beyond the input that recomputing it takes.
+    """Bytes that a block keeps of a micro-batch, beyond its input, which recomputing needs.
 
     The first number is for a block that recomputes what feeds the scan, the second for one that recomputes nothing.
     """
@@ -103,9 +109,9 @@ def bytes_added_by_a_block(config: Config, ranks: Ranks) -> tuple[int, int]:
 
 
 def run_micro_batch(config: Config, strategy: Strategy) -> None:
-    """Forward and backward passes of a micro-batch whose bases are all labelled, and which trains nothing.
+    """Run forward and backward passes of a micro-batch in which all bases are labelled, without training anything.
 
-    Where a step accumulates gradients it is two, since the second one finds gradients in memory.
+    Where a step accumulates gradients, it runs two, since from the second one on gradients are in memory.
     """
     ranks, train = strategy.ranks, config.train
     tokens = torch.full(micro_batch_shape(config, ranks), config.model.vocabulary.bases[0], device=ranks.device)
@@ -126,7 +132,7 @@ def micro_batch_shape(config: Config, ranks: Ranks) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def refusing_what_is_too_large(config: Config, ranks: Ranks) -> Iterator[None]:
-    """Turns a lack of GPU memory into the user's error."""
+    """A context in which a lack of GPU memory becomes a `UserError`."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -1,7 +1,7 @@
-"""How much of a GPU a model uses: its matrix products and its scans against the GPU's peaks.
+"""Which shares of a GPU's peak rates a model reaches, in its matrix products and in its scans.
 
-The scan is bound by exponentials, not by products: a Caduceus reaches only a few per cent of the products' peak, so
-both shares are told. What the model needs is counted, without recomputation.
+The scan is bound by exponentials, not by products: a Caduceus reaches only a few per cent of the peak of products, so
+both shares are reported. They count what the model needs, without recomputation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Peaks:
     bf16_flops: float
     fp32_flops: float
     exponentials: float
-    """Per second: 16 per clock and multiprocessor."""
+    """Exponentials per second: 16 per clock and multiprocessor."""
 
 
 PEAKS = {
@@ -38,7 +38,7 @@ PEAKS = {
     "L4": Peaks(121e12, 30.3e12, 16 * 58 * 2.04e9),
     "RTX 4090": Peaks(165.2e12, 82.6e12, 16 * 128 * 2.52e9),
 }
-"""By a part of the name that torch reports; the first that fits counts."""
+"""Peaks by a part of the name that torch reports; the first that fits is used."""
 _log = logging.getLogger(__name__)
 
 
@@ -58,10 +58,10 @@ def utilization(config: Config, bases_per_second: float, device: torch.device) -
 def _peaks(device: torch.device) -> Peaks | None:
     if device.type != "cuda":
         return None
-    import torch  # which whoever reads the peaks alone does not wait for
+    import torch  # imported here, as readers of the peaks alone do not need it
 
     name = torch.cuda.get_device_name(device)
     peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
     if peaks is None:
-        _log.warning("perf: the peak rates of '%s' are not known here: rows have no mfu and no scan_roofline", name)
+        _log.warning("perf: the peak rates of '%s' are unknown, so rows have no mfu and no scan_roofline", name)
     return peaks

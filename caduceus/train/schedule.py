@@ -1,4 +1,4 @@
-"""The learning rate of every step: four schedules, and what of them stays when a run is made longer."""
+"""The learning rate of every step: four schedules, and which parts of them stay when a run is made longer."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ WARMUP_START_LR = 1e-6
 
 
 def in_steps(config: Config) -> TrainConfig:
-    """The optimization of a run with its warm-up in steps, where it is given in bases."""
+    """The keys `train` of a run, with a warm-up that is given in bases converted to steps."""
     train = config.train
     if train.warmup_tokens is None:
         return train
@@ -25,7 +25,7 @@ def default_warmup(config: TrainConfig) -> int:
 
 
 def default_decay_start(config: TrainConfig, branched_at: int | None = None) -> int | None:
-    """The step after which the rate of `wsd` falls, None under other schedules.
+    """The step after which the rate of `wsd` falls; None under other schedules.
 
     `branched_at`: the step of the checkpoint that `train.decay_from` names.
     """
@@ -39,8 +39,8 @@ def default_decay_start(config: TrainConfig, branched_at: int | None = None) -> 
 def kept_warmup(config: TrainConfig, former: TrainConfig, warmup: int, step: int) -> int:
     """Steps of warm-up of a run that goes on after `step` under `config`, and had `warmup` of them under `former`.
 
-    A run keeps its warm-up when `steps` changes: a tenth of more steps would take the rate back into it. Raises
-    `UserError` where another `warmup_steps` would do so.
+    A run keeps its warm-up when `steps` changes: a tenth of more steps could take the rate back into the warm-up.
+    Raises `UserError` where another `warmup_steps` would do so.
     """
     if config.warmup_steps is None or config.warmup_steps == former.warmup_steps:
         return warmup
@@ -53,9 +53,9 @@ def kept_warmup(config: TrainConfig, former: TrainConfig, warmup: int, step: int
 
 
 def kept_decay_start(config: TrainConfig, former: TrainConfig, start: int | None, step: int) -> int | None:
-    """The step after which the rate falls, of a run that goes on after `step`, and had `start` under `former`.
+    """The step after which the rate falls, in a run that goes on after `step`, and had `start` under `former`.
 
-    Before its decay a run may become longer or shorter. Raises `UserError` for another end once the rate falls.
+    Before its decay a run may become longer or shorter. Raises `UserError` where the end changes once the rate falls.
     """
     if config.schedule != "wsd":
         return None
@@ -66,9 +66,8 @@ def kept_decay_start(config: TrainConfig, former: TrainConfig, start: int | None
         return start
     if step > start:
         raise UserError(
-            f"train.steps: the learning rate falls since step {start}, to its end at step {former.steps}, and would be "
-            f"thrown back; start another run from where it was whole, by train.decay_from=RUN/checkpoints/"
-            f"step-{start:08d}"
+            f"train.steps: the learning rate falls from step {start} to the end at step {former.steps}, and would rise "
+            f"again; start another run from before the decay, by train.decay_from=RUN/checkpoints/step-{start:08d}"
         )
     branched_at = start if config.decay_from is not None else None
     return max(step, default_decay_start(config, branched_at) or 0)
@@ -87,7 +86,7 @@ def learning_rate(step: int, config: TrainConfig, warmup: int, decay_start: int 
     if config.schedule == "inverse_sqrt":
         return max(config.min_lr, config.lr * math.sqrt(max(warmup, 1) / max(done, 1)))
     if config.schedule == "wsd":
-        assert decay_start is not None, "a run under wsd has a decay"
+        assert decay_start is not None, "a run under wsd must have a decay"
         progress = max(done - decay_start, 0) / max(config.steps - decay_start, 1)
         return config.min_lr + (config.lr - config.min_lr) * (1 - math.sqrt(progress))
     progress = (done - warmup) / max(config.steps - warmup, 1)

@@ -1,9 +1,10 @@
-"""What happens once at a start: open the run and its data, decide every `auto`, build the model, resume, check."""
+"""The work of a start: open the run and its data, decide every `auto`, build the model, resume, check."""
 
 import copy
 import logging
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,9 @@ import torch
 from omegaconf import OmegaConf
 
 from caduceus.config import Config, Stage, refuse_cuda_graphs, stages_of, within
-from caduceus.data.dataset import open_dataset, read_manifests, using_manifests
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
+from caduceus.data.split_sources import open_sources, read_manifests, using_manifests
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
 from caduceus.distributed.initialisation import starting_weights
 from caduceus.distributed.layout import Sharing, check_layout, with_sharing
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decision:
-    """What a key of the configuration stands for in this start."""
+    """The value that a key of the configuration takes in this start."""
 
     key: str
     asked: Any
@@ -54,11 +55,11 @@ class Resolved:
     decisions: list[Decision] = field(default_factory=list)
 
     def decide(self, key: str, asked: Any, takes: Any, because: str) -> None:
-        """Note what a key takes, for the table and resolved.yaml."""
+        """Record the value that a key takes, for the table and resolved.yaml."""
         self.decisions.append(Decision(key, asked, takes, because))
 
     def table(self) -> str:
-        """The decisions, one a line, in columns."""
+        """The decisions, one per line, in columns."""
         rows = [("key", "asked", "takes", "because")]
         rows += [(row.key, _word(row.asked), _word(row.takes), row.because) for row in self.decisions]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -77,7 +78,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Opened:
-    """The run directory, which the main rank holds, this rank's part of the data, and the evaluations to come."""
+    """The run directory, which the main rank holds; this rank's part of the data; and the evaluations to run."""
 
     run: RunDirectory
     loader: TrainLoader
@@ -87,7 +88,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a start has built, ready for the first step. `config` has every `auto` decided."""
+    """What a start has built, ready for the first step. In `config` every `auto` is decided."""
 
     config: Config
     strategy: Strategy
@@ -96,9 +97,10 @@ class Setup:
 
 
 def open_run(stage: Stage, ranks: Ranks) -> Opened:
-    """Open data and run directory on all ranks together; refuses what cannot be trained, before anything is written.
+    """Open data and run directory on all ranks together.
 
-    `stage`: the one of the run that begins or goes on; those after it are looked at as well.
+    `stage`: the stage that begins or goes on; the stages after it are checked as well. Raises `UserError`, before
+    anything is written, for what cannot be trained.
     """
     config = stage.run
     run = RunDirectory(config.run.dir)
@@ -125,7 +127,7 @@ def open_run(stage: Stage, ranks: Ranks) -> Opened:
 def _evaluations(config: Config) -> "list[InLoop]":
     if not config.evaluations:
         return []
-    from caduceus.evaluate.in_loop import evaluations_in  # and with it every verb, of which most runs have none
+    from caduceus.evaluate.in_loop import evaluations_in  # it imports every verb, and most runs have no evaluations
 
     return evaluations_in(config)
 
@@ -138,7 +140,7 @@ def _check_evaluations(evaluations: "list[InLoop]", config: Config) -> None:
 
 
 def open_stage(opened: Opened, stage: Stage, ranks: Ranks) -> Opened:
-    """The same run with its data as a further stage draws from it."""
+    """The same run, with the data opened for a further stage."""
     manifests = _manifests(stage.config, ranks)
     with ranks.agreeing(), using_manifests(manifests):
         loader, validation = _build_loaders(stage.config, ranks)
@@ -146,7 +148,7 @@ def open_stage(opened: Opened, stage: Stage, ranks: Ranks) -> Opened:
 
 
 def _manifests(config: Config, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """What the main rank reads for all of them."""
+    """The manifests, which the main rank reads for all ranks."""
     found: dict[str, dict[str, Any]] = {}
     with ranks.agreeing():
         if ranks.is_main and config.data.mode == "shards":
@@ -167,24 +169,24 @@ def _build_loaders(config: Config, ranks: Ranks) -> tuple[TrainLoader, Validatio
 
 
 def _refuse_graphs(config: Config, ranks: Ranks, sharing: Sharing) -> None:
-    """Raise `UserError` where samples are shared so, or the device is one, that no CUDA graph goes with."""
+    """Raise `UserError` where CUDA graphs are asked for, but do not go with the device or the sharing of samples."""
     arranged = with_sharing(config, sharing)
     arranged.run = replace(config.run, device=ranks.device.type)
     refuse_cuda_graphs(arranged)
 
 
 def _refuse_stage(stage: Stage, ranks: Ranks) -> None:
-    """Raise `UserError` now for what a stage would be refused for when it begins."""
+    """Raise `UserError` now where a later stage would be refused when it begins."""
     with within(stage):
         _refuse_graphs(stage.config, ranks, check_layout(stage.config, ranks.world))
         if stage.config.data.mode == "shards":
-            open_dataset(stage.config.data, "train")
+            open_sources(stage.config.data, "train")
             if stage.config.valid.every:
-                open_dataset(stage.config.data, "valid")
+                open_sources(stage.config.data, "valid")
 
 
 def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = None) -> Setup:
-    """Decide every `auto` of a stage, once and the same on all ranks; build, resume and check what follows.
+    """Decide every `auto` of a stage, in the same way on all ranks; build the strategy, resume, and check.
 
     The decisions are logged as one table and written to RUN/resolved.yaml. `started`: monotonic time of the start; None
     where the process goes on from the stage before.
@@ -199,13 +201,14 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
     if config.train.activation_checkpointing == "auto":
         whole, inputs = recompute_to_fit(resolved.config, strategy)
         words = f"{whole} of {config.model.n_layer} blocks whole, and what feeds the scan of {inputs} others"
-        resolved.decide("train.activation_checkpointing", "auto", words, "as few as the free memory demands")
+        resolved.decide("train.activation_checkpointing", "auto", words, "as few as the free memory requires")
     if config.train.keep_states != "none":
         words = f"{keep_states_to_fit(resolved.config, strategy)} of {config.model.n_layer} blocks"
         because = "what the free memory allows" if config.train.keep_states == "auto" else "where the backend can"
         resolved.decide("train.keep_states", config.train.keep_states, words, because)
     _tell_schedule(resolved, config, progress)
     check_gpu_memory(resolved.config, strategy)
+    gpus = _gpus(ranks)
     with ranks.agreeing(), run.telling_of_disks():
         if ranks.is_main:
             if config.train.stages:
@@ -214,7 +217,7 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
             run.keep_config(stage.run)
             write_atomically(run.resolved_path, resolved.to_yaml().encode())
             run.truncate_metrics(progress.step)
-            facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **_layout(config, ranks)}
+            facts = {"step": progress.step, "data_fingerprint": loader.fingerprint, **_layout(config, ranks, gpus)}
             if config.train.stages:
                 run.note_stage(stage.number, {**facts, "step": progress.steps_before})
             if started is not None:
@@ -222,14 +225,19 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
     return Setup(resolved.config, strategy, checkpoints, progress)
 
 
-def _layout(config: Config, ranks: Ranks) -> dict[str, Any]:
-    """How large the model is, and what it is trained on, as the main rank sees it. in_job: by the launcher."""
-    on_gpu = ranks.device.type == "cuda"
+def _gpus(ranks: Ranks) -> dict[str, int]:
+    """The names of all ranks' GPUs, and how many ranks compute on one of that name."""
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+    return dict(Counter(filter(None, ranks.gather_objects(name))))
+
+
+def _layout(config: Config, ranks: Ranks, gpus: dict[str, int]) -> dict[str, Any]:
+    """The size of the model and the machines of the run. in_job: the launcher started it."""
     return {
         "parameters": parameter_count(config.model),
         "ranks": ranks.world,
         "nodes": ranks.world // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world)),
-        "gpu": torch.cuda.get_device_name(ranks.device) if on_gpu else None,
+        "gpus": gpus,
         "in_job": "SUBMITIT_EXECUTOR" in os.environ,
         "strands": ranks.strands,
         "context": ranks.context,
@@ -237,7 +245,7 @@ def _layout(config: Config, ranks: Ranks) -> dict[str, Any]:
 
 
 def _forget_first_weights(config: Config, run: RunDirectory, ranks: Ranks) -> None:
-    """Where the run goes on from a checkpoint, nobody needs what it began from, which may be gone by now."""
+    """Clear `train.init_from` where the run goes on from a checkpoint: these weights may be gone by now."""
     if config.train.init_from is None:
         return
     resumes = None
@@ -249,7 +257,7 @@ def _forget_first_weights(config: Config, run: RunDirectory, ranks: Ranks) -> No
 
 
 def _resolve(config: Config, ranks: Ranks) -> Resolved:
-    """Every `auto`, null or 0 that follows from the configuration and the ranks alone."""
+    """Decide every `auto`, null or 0 that follows from the configuration and the ranks alone."""
     resolved = Resolved(copy.deepcopy(config))
     now, device = resolved.config, ranks.device.type
     if config.run.device == "auto":
@@ -261,8 +269,8 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
         resolved.decide("ops.backend", "auto", now.ops.backend, f"the fastest on {device}")
     if config.train.cuda_graphs == "auto":
         now.train.cuda_graphs = "none"
-        if device == "cuda":  # elsewhere there is nothing to decide
-            resolved.decide("train.cuda_graphs", "auto", "none", "no GPU has shown what is gained")
+        if device == "cuda":  # on a CPU there is nothing to decide
+            resolved.decide("train.cuda_graphs", "auto", "none", "the gain has not been measured on a GPU")
     if config.data.strands == "auto":
         now.data.strands = resolve_strands(config)
         seen = "both strands by itself" if config.model.rcps else "one strand at a time"

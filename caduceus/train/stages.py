@@ -1,4 +1,4 @@
-"""Which stage of its configuration a run is in."""
+"""Which stage of its configuration a run has reached."""
 
 import json
 
@@ -8,15 +8,16 @@ from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 
 _MAY_CHANGE = ("train.micro_batch",)
-"""What a stage may have another of at any start."""
+"""Keys whose values in a stage may change at any start."""
 _STAY = ("data.seq_len", "train.global_batch", "train.steps")
-"""What a stage that has begun keeps, whatever `run.allow_change` names."""
+"""Keys that a stage keeps once it has begun, whatever `run.allow_change` names."""
 
 
 def stage_to_run(config: Config, ranks: Ranks) -> Stage:
-    """The stage that the run goes on with: the first, or by its newest whole checkpoint, on all ranks together.
+    """The stage that the run goes on with: that of its newest whole checkpoint, or the first. All ranks call it
+    together.
 
-    Raises `UserError` where the configuration has another stage now in place of one that has begun.
+    Raises `UserError` where the configuration of a stage that has begun was changed.
     """
     stages, number = stages_of(config), 1
     if config.train.stages:

@@ -31,13 +31,13 @@ def training_step(
 ) -> dict[str, Any]:
     """Take the next global batch and update the parameters; advances `progress` and returns the metrics row.
 
-    With a `handover`, that of the step before, what was measured comes into the row by the exchange of the next step.
+    With the `handover` of the step before, the measurements come into the row with the exchange of the next step.
 
-    Every base has the same say however the global batch is cut into ranks and micro-batches: the loss is the sum over
-    them divided by the number of labelled bases (or sum of weights) of the whole global batch. A step whose loss or
-    gradient is not finite, or whose loss leapt, consumes its samples and updates nothing: loss and norm are global, so
-    all ranks see the same. Besides what passes and clipping exchange, ranks add up the labels' weights, for which no
-    host waits, and meet once, before the update.
+    Every base has the same weight, however the global batch is divided into ranks and micro-batches: the loss is a sum
+    over all of them, divided by the number of labelled bases (or the sum of weights) of the whole global batch. A step
+    whose loss or gradient is not finite, or whose loss jumped, consumes its samples and updates nothing. Loss and norm
+    are global, so all ranks decide the same. Besides the exchanges of passes and clipping, the ranks add up
+    the weights of the labels, which no host waits for, and meet once, before the update.
     """
     alone, handover = handover is None, handover or Handover()
     ranks, vitals = strategy.ranks, Vitals(config, strategy, progress.step + 1)
@@ -64,7 +64,7 @@ def training_step(
     progress.tokens += bases
     progress.loader = loader.state()
     if not updating and (suspects := _suspects(micro_batches, sums, loss)):
-        reason = "the loss leapt" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
+        reason = "the loss jumped" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
         logs = RunDirectory(config.run.dir).logs_path
         report_skipped_step(logs, ranks.rank, loader, progress.step, reason, suspects)
     row = {
@@ -85,17 +85,17 @@ def training_step(
 
 
 def of_stage(config: Config, progress: Progress) -> dict[str, int]:
-    """What a row tells of the stage, where the run has some."""
+    """The entry of a row that names the stage; empty for a run without stages."""
     return {"stage": progress.stage} if config.train.stages else {}
 
 
 def _take(
     ranks: Ranks, loader: TrainLoader, batches: Iterator[Batch], clock: StepClock, handover: Handover
 ) -> tuple[list[Batch], torch.Tensor, Exception | None]:
-    """This rank's micro-batches, the weight of the labels of all ranks, and why they are not what they should be.
+    """This rank's micro-batches, the sum of the weights of the labels of all ranks, and the error if reading failed.
 
-    A rank that cannot read goes through the passes with what it has, for the others would wait for it there: all end
-    when they meet. In the first step, when it has nothing, they meet at once.
+    A rank that cannot read repeats a micro-batch of the step before, as the others would wait for it in the passes. All
+    ranks raise when they meet. In the first step there is no such batch, and the ranks meet at once.
     """
     micro_batches, failure = [], None
     weight = torch.zeros((), dtype=torch.float64)
@@ -123,7 +123,7 @@ def _pass_through(
     clock: StepClock,
     vitals: Vitals,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Forward and backward passes; of each micro-batch its share of the loss, and (2, B) losses and weights."""
+    """Run forward and backward passes. Returns each micro-batch's share of the loss, and (2, B) losses and weights."""
     shares, sums = [], []
     for number, batch in enumerate(micro_batches, start=1):
         if isinstance(strategy, Captured):
@@ -151,10 +151,10 @@ def _pass_through(
 
 
 def sums_by_species(loader: TrainLoader, batches: list[Batch], sums: list[torch.Tensor]) -> torch.Tensor:
-    """Add up sums (2, B) of each batch's sequences, of losses and of weights, by species: (species, 2) float64.
+    """Add up the sums (2, B) of losses and of weights of each batch's sequences by species: (species, 2) float64.
 
-    Without rows where there is but one species, whose loss is the whole. (On a GPU, index_add_ would add in an order
-    that differs from run to run.)
+    The result has no rows where there is only one species, whose loss is that of the step. (On a GPU, index_add_ would
+    add in an order that differs from run to run.)
     """
     if len(loader.species) == 1:
         return sums[0].new_zeros(0, 2)
@@ -165,13 +165,13 @@ def sums_by_species(loader: TrainLoader, batches: list[Batch], sums: list[torch.
 
 
 def _losses_by_species(species: tuple[str, ...], sums: list[float]) -> dict[str, float]:
-    """Mean loss of each species that this step has labelled bases of."""
+    """Mean loss of each species with labelled bases in this step."""
     pairs = zip(species, sums[0::2], sums[1::2], strict=True) if sums else ()
     return {f"loss/{name}": loss / weight for name, loss, weight in pairs if weight}
 
 
 def _suspects(micro_batches: list[Batch], sums: list[torch.Tensor], total: float) -> list[int]:
-    """This rank's samples whose own loss is not finite; all of them where the total of all ranks is finite."""
+    """This rank's samples with a loss that is not finite; all its samples where the total of all ranks is finite."""
     numbers = torch.cat([batch.g for batch in micro_batches])
     if math.isfinite(total):
         return numbers.tolist()

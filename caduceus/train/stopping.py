@@ -17,9 +17,11 @@ EXIT_REQUEUE = 75
 """Exit status of a run that stopped early with a checkpoint (EX_TEMPFAIL): start the same command again."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 _LOOK_SECONDS = 1.0
-"""Time between looks at the files of the run, which on a shared file system take longer than a short step should."""
+"""Seconds between looks at the files of the run, which on a shared file system can take longer than a short step."""
 _SAME_SECONDS = 1.0
-"""Ctrl-C again within this is the same wish: torchrun passes on what the terminal has sent already."""
+"""Seconds in which a second Ctrl-C counts as the first: torchrun passes on the signal that the terminal has already
+sent.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +29,8 @@ _log = logging.getLogger(__name__)
 class StopRequest:
     """Collects requests to stop or save on one rank; the training loop asks at every step boundary.
 
-    A signal reaches one rank or all, and so does the end of their torchrun; only the main rank `watches` the files and
-    the clock, `budget` seconds of it from the beginning of the monotonic time `started` (0: no limit).
+    A signal, or the end of torchrun, may reach one rank or all. Only the main rank `watches` the files and the time
+    limit: `budget` seconds (0: no limit) from the monotonic time `started`.
     """
 
     def __init__(self, run: RunDirectory, watches: bool, started: float, budget: float) -> None:
@@ -48,7 +50,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a stop signal came, torchrun is gone, someone touched the file STOP, or the time is up."""
+        """Whether a stop signal came, torchrun is gone, the user touched the file STOP, or the time is up."""
         if not self._is_orphan and agent_is_gone():
             self._is_orphan = True
             _log.warning("torchrun, which started this rank, is gone: stopping after this step with a checkpoint")
@@ -59,7 +61,7 @@ class StopRequest:
         )
 
     def save_requested(self) -> bool:
-        """Whether someone touched the file SAVE since the last time asked."""
+        """Whether the user touched the file SAVE since the last call."""
         if not self._sees("save"):
             return False
         self._seen["save"] = False
@@ -67,11 +69,11 @@ class StopRequest:
         return True
 
     def taken_over(self) -> bool:
-        """Whether another process has taken the run directory from this rank, which took it."""
+        """Whether another process has taken the run directory from this rank, which held it."""
         return self._sees("lost")
 
     def _sees(self, what: str) -> bool:
-        """What the last look at the files found: "stop" and "save", if they are there, and if the lock is "lost"."""
+        """Whether the last look at the files found `what`: the file "stop" or "save", or that the lock is "lost"."""
         now = time.monotonic()
         if self._watches and now - self._looked >= _LOOK_SECONDS:
             self._looked = now
@@ -80,15 +82,15 @@ class StopRequest:
         return self._seen[what]
 
     def is_saved(self) -> None:
-        """Tell that the last checkpoint is complete: from now on no signal ends this process before its own end."""
+        """Note that the last checkpoint is complete: from now on no signal ends this process early."""
         self._ending = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Turn the stop signals into requests; a second Ctrl-C, after a moment, interrupts at once.
 
-        Where a signal came, the process is about to end, and ignores further ones from here on: they would change its
-        exit status, which tells whether there is a checkpoint.
+        After the block, a process that received a signal is about to end, and ignores further ones: they would change
+        its exit status, which tells whether there is a checkpoint.
         """
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
@@ -110,18 +112,20 @@ class StopRequest:
             _log.warning("%s: stopping after this step with a checkpoint%s", self._signal, again)
 
     def _remove_old_stop_file(self, clock_lead: float) -> None:
-        """Remove a STOP that is older than this command, and stopped an earlier one; the clock of files has a lead."""
+        """Remove a file STOP that is older than this command, and was for an earlier one.
+
+        clock_lead: seconds by which the file system's clock is ahead.
+        """
         with contextlib.suppress(FileNotFoundError):
             if patiently(self._stop_file.stat).st_mtime < _command_began() + clock_lead:
                 self._stop_file.unlink()
-                _log.info("%s: of an earlier start, removed", self._stop_file)
+                _log.info("%s: removed, as it was for an earlier start", self._stop_file)
 
 
 def _command_began() -> float:
-    """When the user gave the command that this process is of, in seconds since the epoch.
+    """When the user gave the command that this process belongs to, in seconds since the epoch.
 
-    For a job's processes it is the beginning of time, as the launcher removes the STOP of an earlier start when it
-    submits.
+    For a process of a job it is 0, as the launcher removes the STOP of an earlier start when it submits.
     """
     if "SUBMITIT_EXECUTOR" in os.environ:
         return float("-inf")

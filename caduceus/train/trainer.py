@@ -1,4 +1,4 @@
-"""A run from its start through its stages to its end, the same on one process or many."""
+"""A run from its start through its stages to its end, in the same way on one process or many."""
 
 import contextlib
 import gc
@@ -43,9 +43,9 @@ _log = logging.getLogger(__name__)
 def train(config: Config) -> int:
     """Train until `train.steps`, from the newest valid checkpoint of the run directory if there is one.
 
-    Runs on every rank. Returns the exit status: 0 when the run is complete, `EXIT_REQUEUE` when it stopped early with a
-    checkpoint. A further stage of `train.stages` begins as a start does, from the checkpoint at the end of the one
-    before, so that a run which is stopped there goes on to the same bits.
+    Every rank calls it. Returns the exit status: 0 when the run is complete, `EXIT_REQUEUE` when it stopped early with
+    a checkpoint. A further stage of `train.stages` begins like a start, from the checkpoint at the end of the stage
+    before, so that a run that was stopped there computes the same bits.
     """
     started = time.monotonic()
     show_stacks_when_asked()
@@ -70,14 +70,14 @@ def train(config: Config) -> int:
                     opened, setup = _go_on(stage, its_ranks, opened, watch)
                 loop = _loop_of(stage, setup, opened, watch)
                 status = loop.run_to_the_end()
-                del loop, setup  # or the next stage would be built beside this one's model
+                del loop, setup  # otherwise this stage's model would stay in memory beside the next one
             if status or stage.is_last:
                 return status
 
 
 @contextlib.contextmanager
 def _arranged(stage: Stage, ranks: Ranks) -> Iterator[Ranks]:
-    """The ranks as a stage shares its sequences between them; `ranks`: as the first one does."""
+    """The ranks, with the sharing of sequences that a stage uses; `ranks`: with that of the first stage."""
     if stage.number == 1:
         yield ranks
         return
@@ -87,7 +87,7 @@ def _arranged(stage: Stage, ranks: Ranks) -> Iterator[Ranks]:
 
 @dataclass(frozen=True)
 class Watch:
-    """What goes with a start of a run through all its stages."""
+    """What a start of a run keeps through all its stages."""
 
     monitor: Monitor
     stop: StopRequest
@@ -97,10 +97,10 @@ class Watch:
 
 
 def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, started: float) -> tuple[Setup, Watch]:
-    """The stage that a start begins with, and what goes with all that it comes to."""
+    """Set up the stage that a start begins with, and what the start keeps through all stages."""
     run, config = opened.run, stage.run
     with slowly(watchdog, ranks, "the start"):
-        machines = Machines(config, ranks)  # first: it tells ranks apart by LOCAL_RANK, which DeepSpeed wants otherwise
+        machines = Machines(config, ranks)  # before DeepSpeed, which changes LOCAL_RANK
         setup = set_up(stage, ranks, opened, started)
         with ranks.agreeing(), run.telling_of_disks():
             profile = Profile(config, run.path, ranks)
@@ -110,10 +110,10 @@ def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, start
 
 
 def _go_on(stage: Stage, ranks: Ranks, opened: Opened, watch: Watch) -> tuple[Opened, Setup]:
-    """A further stage, from the checkpoint at the end of the one before."""
+    """Set up a further stage, from the checkpoint at the end of the one before."""
     gc.collect()
     if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()  # of tensors of other sizes
+        torch.cuda.empty_cache()  # the next stage has tensors of other sizes
     with slowly(watch.watchdog, ranks, f"the beginning of stage {stage.number}"):
         opened = open_stage(opened, stage, ranks)
         setup = set_up(stage, ranks, opened)

@@ -1,7 +1,7 @@
-"""What every `monitor.every`-th step tells of the network: by kind of parameter, and by layer.
+"""Numbers about the network that every `monitor.every`-th step reports, by kind of parameter and by layer.
 
-It reads and changes nothing: losses and updates are the same bits with it and without. Ranks put their numbers together
-in the exchange that a step ends with anyway.
+They only read: losses and updates have the same bits with and without them. Ranks collect their numbers in the exchange
+with which a step ends anyway.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from caduceus.model.observer import STATISTICS
 
 
 class Vitals:
-    """The vitals of one step, if it is one of those that have some; else it is not `on`, and costs nothing."""
+    """The vitals of one step. In steps that report none, `on` is False and nothing is computed."""
 
     def __init__(self, config: Config, strategy: Strategy, step: int) -> None:
         every = config.monitor.every
@@ -29,7 +29,7 @@ class Vitals:
 
     @contextlib.contextmanager
     def observing(self, micro_batch: int) -> Iterator[None]:
-        """Around the forward pass of micro-batch 1, 2, … of the step: it looks at the first."""
+        """A context for the forward pass of micro-batch 1, 2, … of the step, of which the first is observed."""
         if not self.observes(micro_batch):
             yield
             return
@@ -38,11 +38,11 @@ class Vitals:
         self.take(observer.told())
 
     def observes(self, micro_batch: int) -> bool:
-        """Whether the forward pass of micro-batch 1, 2, … is looked at."""
+        """Whether the forward pass of micro-batch 1, 2, … is observed."""
         return self.on and micro_batch == 1
 
     def take(self, told: torch.Tensor | None) -> None:
-        """Take what an `Observer` told of a forward pass, if one looked at it."""
+        """Take the numbers of an `Observer` of a forward pass, if there was one."""
         self._told = self._told if told is None else told
 
     def before_update(self) -> None:
@@ -58,7 +58,7 @@ class Vitals:
             self._squares["gradient"] = self._by_kind(gradients)
 
     def after_update(self) -> None:
-        """Take how far the weights have moved; not to be called where the step is skipped."""
+        """Measure how far the weights have moved. Do not call it where the step is skipped."""
         if not self.on or not self._before:
             return
         moved = torch._foreach_sub([part.weight for part in self._strategy.parts()], self._before)
@@ -66,7 +66,7 @@ class Vitals:
         self._before = []
 
     def numbers(self) -> torch.Tensor:
-        """What this rank has seen, (n,) float64, to be gathered from all."""
+        """The numbers of this rank, (n,) float64, to be gathered from all."""
         self._before = []
         if not self.on:
             return torch.zeros(0, dtype=torch.float64)
@@ -100,6 +100,6 @@ class Vitals:
 
 
 def kind_of(parameter: str) -> str:
-    """The kind of a parameter by its name: A_log of blocks.3.mixer.A_log, norm of any norm's, embedding."""
+    """The kind of a parameter, from its name: A_log for blocks.3.mixer.A_log, norm for any norm, embedding."""
     *path, last = parameter.split(".")
     return path[-1].removesuffix("_f") if last in ("weight", "bias") else last

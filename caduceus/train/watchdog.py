@@ -1,4 +1,4 @@
-"""Ends a process that hangs, and leaves behind what all its threads were doing; SIGUSR1 shows that at any time."""
+"""Ends a process that hangs, and writes down what all its threads were doing; SIGUSR1 prints that at any time."""
 
 import contextlib
 import faulthandler
@@ -19,7 +19,7 @@ from caduceus.run.ends import record_end_here
 from caduceus.run.events import record_event
 
 _GRACE_SECONDS = 15.0
-"""Time between the dump and the end, in which the other ranks, which hang too, write what they know."""
+"""Seconds between the dump and the end, in which the other ranks, which hang too, write their dumps."""
 
 _NO_MORE = object()
 
@@ -29,13 +29,13 @@ _log = logging.getLogger(__name__)
 
 
 def show_stacks_when_asked() -> None:
-    """On SIGUSR1 this process writes the stacks of all threads to stderr and goes on, even from within a hang."""
+    """Make SIGUSR1 write the stacks of all threads to stderr, even while the process hangs; it then goes on."""
     if sys.__stderr__ is not None:
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
 
 
 class Watchdog:
-    """Watches one rank: what it does may take `minutes` (0: any time).
+    """Watches one rank: each of its actions may take `minutes` (0: no limit).
 
     Stacks go to logs/stacks-rank0.txt, on GPUs NCCL's record of the last collectives to logs/nccl-rank0, and the
     process ends with status 1, as it would by any other failure.
@@ -54,12 +54,14 @@ class Watchdog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Watch no longer: for a process that goes on to something else."""
+        """Stop watching: the process goes on to something else."""
         self._over.set()
 
     @contextlib.contextmanager
     def over(self, what: str, at_least: float = 0.0) -> Iterator[None]:
-        """Around what has to end in time; `at_least`: seconds that it may take, if more than others."""
+        """A context for an action that has to end in time; `at_least`: seconds that it may take, if that is more than
+        the limit.
+        """
         self._watched = (what, time.monotonic(), max(self._limit, at_least))
         try:
             yield
@@ -67,7 +69,7 @@ class Watchdog:
             self._watched = None
 
     def over_each(self, what: str, items: Iterable[T]) -> Iterator[T]:
-        """The items; making and using each has to end in time."""
+        """Yield the items; making and using each has to end in time."""
         iterator = iter(items)
         while True:
             with self.over(what):
@@ -85,7 +87,7 @@ class Watchdog:
                 return
 
     def _end(self, what: str, minutes: float) -> None:
-        # First of all, as what hangs may be the disk that the stacks go to.
+        # This comes first, as the disk to which the stacks go may be what hangs.
         threading.Timer(_GRACE_SECONDS, os._exit, (1,)).start()
         try:
             with self._path.open("a") as file:
@@ -107,9 +109,9 @@ class Watchdog:
 
 
 def write_flight_records(logs: Path, rank: int) -> None:
-    """Leave what NCCL knows of this rank's last collectives, which it would write itself only minutes later.
+    """Write NCCL's record of this rank's last collectives, which NCCL itself would write only minutes later.
 
-    `torchfrtrace --prefix nccl-rank LOGS` finds the first in which ranks differ.
+    `torchfrtrace --prefix nccl-rank LOGS` finds the first collective in which ranks differ.
     """
     if dist.is_initialized() and "nccl" in dist.get_backend_config():
         from torch._C._distributed_c10d import _dump_nccl_trace

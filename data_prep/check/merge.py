@@ -1,4 +1,4 @@
-"""Datasets of different species -> one, by hard links where the file system allows, else by copies."""
+"""Merges datasets of different species into one, by hard links where the file system has them, else by copies."""
 
 import os
 import shutil
@@ -15,7 +15,9 @@ from data_prep.write.directory import (
     damaged_shards,
     locked,
     part_identity,
+    parts_of,
     read_part,
+    refuse_unseen_copies,
     shard_rows,
     write_manifest,
 )
@@ -23,19 +25,23 @@ from data_prep.write.directory import (
 
 @patient
 def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
-    """Bring the species of complete datasets together in `out`; returns its manifest.
+    """Merge the species of complete datasets into `out`, and return its manifest.
 
-    Equals making them in one run. With `add`, other species that `out` holds already stay beside them; a species that
-    is there in another form is refused.
+    The result equals a dataset that was made in one run. With `add`, other species that `out` already holds stay.
+    Raises `UserError` for a species that `out` holds in another version.
     """
     origins: dict[str, Path] = {}
-    for source in sources:
-        for part in load_manifest(source)["species"]:
+    datasets = [load_manifest(source)["species"] for source in sources]
+    for source, parts in zip(sources, datasets, strict=True):
+        for part in parts:
             folder = source / part["name"]
             other = origins.setdefault(part["name"], folder)
             _require_equal(part, other)
             _require_whole(part, folder)
     check_species(out, list(origins), add)
+    beside = [part for part in parts_of(out) if part["name"] not in origins]
+    for parts in (*datasets, beside):
+        refuse_unseen_copies(parts, [*origins, *(part["name"] for part in beside)])
     for name in origins:
         if (out / name / "species.json").exists():
             _require_equal(read_part(origins[name] / "species.json"), out / name)
@@ -49,9 +55,9 @@ def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
 
 @patient
 def take_in(folder: Path, out: Path, names: list[str]) -> None:
-    """Move species that are finished in `folder`, on the same file system, into `out`, whose manifest is not written.
+    """Move finished species from `folder`, on the same file system, into `out`, whose manifest is not written.
 
-    A species that `out` holds whole already stays; one of another genome or other options is refused.
+    A species that `out` already holds whole stays. Raises `UserError` where it is of another genome or other options.
     """
     check_species(out, names, add=True)
     replaced = []
@@ -82,8 +88,8 @@ def _require_whole(part: dict[str, Any], folder: Path) -> None:
     if damaged:
         more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
         raise UserError(
-            f"{folder / damaged[0]}{more}: missing or not whole, tar or index; run the command that made it again, "
-            "which restores it, then merge"
+            f"{folder / damaged[0]}{more}: the tar or its index is missing or damaged; run the command that made the "
+            "dataset again, which restores it, then merge"
         )
 
 
@@ -91,7 +97,7 @@ def _bring(source: Path, target: Path) -> None:
     part = read_part(source / "species.json")
     names = [row["name"] for row in shard_rows(part)]
     try:
-        with replacing_directory(target) as staging:  # what a run that was killed began there is not needed
+        with replacing_directory(target) as staging:  # what a killed run began there is not needed
             for name in names:
                 for path in (source / name, index_path(source / name)):
                     _link_or_copy(path, staging / path.name)

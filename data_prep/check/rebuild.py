@@ -1,4 +1,4 @@
-"""Tars alone -> their indexes, and the manifest where that is lost too."""
+"""Makes the indexes anew from the tars alone, and the manifest where that is lost too."""
 
 import hashlib
 from collections import defaultdict
@@ -16,9 +16,9 @@ from data_prep.write.directory import locked, read_part, write_manifest
 
 
 def rebuild_index(directory: Path) -> dict[str, Any]:
-    """Write the index of every tar of a dataset anew, and its tables; returns the manifest.
+    """Write the index of every tar of a dataset anew, and its tables; return the manifest.
 
-    A species that has lost its part of the manifest gets one that says what its tars hold: the genome file and the
+    A species that has lost its part of the manifest gets one that describes what its tars hold; the genome file and the
     plan stay unknown.
     """
     if not directory.is_dir():
@@ -38,7 +38,7 @@ def rebuild_species(folder: Path) -> None:
     part = read_part(part_path) if part_path.exists() else None
     contig_rows: defaultdict[str, int] = defaultdict()
     if part is None:
-        contig_rows.default_factory = contig_rows.__len__  # numbered as they come
+        contig_rows.default_factory = contig_rows.__len__  # numbered in the order of their first samples
     else:
         contig_rows.update((contig["name"], row) for row, contig in enumerate(part["contigs"]))
     tars = sorted(folder.glob("*.tar"))
@@ -77,7 +77,9 @@ def _part_of_tars(species: str, contig_rows: dict[str, int], contents: dict[Path
     for tar, content in contents.items():
         for text in content.descriptions:
             if (text["species"], text["split"]) != (species, tar.name.split("-")[0]):
-                raise UserError(f"{tar}: holds samples of {text['species']}, {text['split']}; restore its place")
+                raise UserError(
+                    f"{tar}: holds samples of {text['species']}, {text['split']}; move it back to its place"
+                )
         row = {
             "name": tar.name,
             "bytes": tar.stat().st_size,

@@ -1,4 +1,4 @@
-"""A tar alone -> its index: walks the members, checks their form, and measures the bases."""
+"""Makes the index of a tar from the tar alone: walks the members, checks their form, and measures the bases."""
 
 import json
 import zlib
@@ -21,7 +21,7 @@ NO_WINDOWS = np.empty(0, dtype=STORED_DTYPE)
 
 @dataclass(frozen=True)
 class TarContent:
-    """What a shard's tar holds: its index, and the key and description of each sample."""
+    """The content of a shard's tar: its index, and the key and description of each sample."""
 
     index: ShardIndex
     windows: np.ndarray  # STORED_DTYPE
@@ -30,7 +30,7 @@ class TarContent:
 
 
 def read_tar(path: Path, contig_rows: Mapping[str, int]) -> TarContent:
-    """Read a whole tar. Anything but samples of this format is a `UserError` that says at which byte."""
+    """Read a whole tar. Raises `UserError`, which names the byte, for anything but samples of this format."""
     keys, descriptions, windows, samples, runs = [], [], [], [], []
     with path.open("rb") as file:
         while (member := _read_member(file, path)) is not None:
@@ -64,12 +64,12 @@ def read_tar(path: Path, contig_rows: Mapping[str, int]) -> TarContent:
 
 
 def _read_member(file: BinaryIO, path: Path) -> tuple[str, bytes] | None:
-    """Name and content of the next member; None at the tar's end."""
+    """Name and content of the next member; None at the end of the tar."""
     position = file.tell()
     header = file.read(BLOCK)
     if header == END[:BLOCK]:
         if file.read() != END[BLOCK:]:
-            raise UserError(f"{path}: at byte {position}: the tar's end is damaged")
+            raise UserError(f"{path}: at byte {position}: the end of the tar is damaged")
         return None
     try:
         name = header[:100].rstrip(b"\0").decode("ascii")
@@ -78,10 +78,10 @@ def _read_member(file: BinaryIO, path: Path) -> tuple[str, bytes] | None:
     except ValueError:
         sound = False
     if not sound:
-        raise UserError(f"{path}: at byte {position}: no member header of a shard")
+        raise UserError(f"{path}: at byte {position}: there is no member header of a shard")
     content = file.read(_padded(content_size))
     if len(content) < _padded(content_size):
-        raise UserError(f"{path}: ends within {name}")
+        raise UserError(f"{path}: the file ends within {name}")
     return name, content[:content_size]
 
 

@@ -22,7 +22,7 @@ from data_prep.write.window_tables import table_problems
 
 @dataclass(frozen=True)
 class CheckTask:
-    """One shard to be checked: its species' directory and contigs, its split, its row of the manifest."""
+    """A shard to check: its species' directory and contigs, its split, and its row of the manifest."""
 
     directory: Path
     contigs: list[str]
@@ -32,7 +32,7 @@ class CheckTask:
 
 
 def verify(directory: Path, workers: int) -> int:
-    """Check all of a dataset and print each problem; returns the exit status, 0 where it is sound, else 1."""
+    """Check a whole dataset and print each problem. Returns the exit status: 0 where it is sound, else 1."""
     manifest = load_manifest(directory)
     problems = list(misplaced_files(directory, manifest))
     if not (directory / "report.html").is_file():
@@ -77,7 +77,7 @@ def misplaced_files(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def check_shard(task: CheckTask) -> tuple[list[str], np.ndarray]:
-    """Problems of one shard, and the windows in its tar (none where it cannot be read)."""
+    """The problems of a shard, and the windows in its tar (none where it cannot be read)."""
     tar, index = task.directory / task.shard["name"], index_path(task.directory / task.shard["name"])
     missing = [f"{path}: is missing" for path in (tar, index) if not path.is_file()]
     if missing:
@@ -88,7 +88,7 @@ def check_shard(task: CheckTask) -> tuple[list[str], np.ndarray]:
     elif sha256_of(tar) != task.shard["sha256"]:
         problems.append(f"{tar}: its bytes were changed (sha256)")
     if sha256_of(index) != task.shard["index_sha256"]:
-        problems.append(f"{index}: its bytes were changed, or it belongs to another tar (sha256)")
+        problems.append(f"{index}: its bytes were changed, or it is the index of another tar (sha256)")
     try:
         content = read_tar(tar, {name: row for row, name in enumerate(task.contigs)})
         problems += list(content_problems(task, tar, content, ShardIndex.load(index)))
@@ -98,7 +98,7 @@ def check_shard(task: CheckTask) -> tuple[list[str], np.ndarray]:
 
 
 def content_problems(task: CheckTask, tar: Path, content: TarContent, index: ShardIndex) -> Iterator[str]:
-    """Where a tar and its index disagree, sample by sample, and where either disagrees with the manifest's counts."""
+    """The differences between a tar and its index, sample by sample, and between either and the manifest's counts."""
     found, listed = content.index.samples, index.samples
     totals = {"samples": len(found), "bases": int(found["length"].sum())}
     for key, value in totals.items():
@@ -115,7 +115,7 @@ def content_problems(task: CheckTask, tar: Path, content: TarContent, index: Sha
     if not np.array_equal(content.index.runs, index.runs):
         yield f"{index_path(tar)}: its runs of other codes than ACGT differ from the tar's"
     if len(set(content.keys)) < len(content.keys):
-        yield f"{tar}: a key stands twice"
+        yield f"{tar}: a key occurs twice"
     for key, text in zip(content.keys, content.descriptions, strict=True):
         if (text["species"], text["split"]) != (task.species, task.split):
             yield f"{tar}: {key}: belongs to {text['species']}, {text['split']}"
@@ -123,9 +123,9 @@ def content_problems(task: CheckTask, tar: Path, content: TarContent, index: Sha
 
 
 def coverage_problems(manifest: dict[str, Any], tasks: list[CheckTask], tables: list[np.ndarray]) -> Iterator[str]:
-    """Where the stored windows are not those that the plan counted: per split, windows and bases of the genome."""
+    """The splits whose stored windows, or their bases of the genome, are not as many as the plan counted."""
     for part in manifest["species"]:
-        if part["report"] is None:  # rebuilt from tars alone
+        if part["report"] is None:  # a part that was rebuilt from tars has no such counts
             continue
         lengths = np.array([contig["length"] for contig in part["contigs"]], dtype=np.int64)
         for split in SPLITS:
@@ -144,7 +144,7 @@ def coverage_problems(manifest: dict[str, Any], tasks: list[CheckTask], tables: 
             if len(windows) != planned["windows"]:
                 yield f"{where}: {len(windows):,} windows instead of the {planned['windows']:,} planned"
             if len(np.unique(stored)) != len(stored):
-                yield f"{where}: a window stands twice"
+                yield f"{where}: a window occurs twice"
             if part["plan"]["strands"] == "both" and len(stored) != 2 * len(windows):
                 yield f"{where}: a window lacks a strand"
             bases = covered_bases(windows, lengths)
@@ -153,7 +153,7 @@ def coverage_problems(manifest: dict[str, Any], tasks: list[CheckTask], tables: 
 
 
 def covered_bases(windows: np.ndarray, lengths: np.ndarray) -> int:
-    """Bases of the genome, with contigs of these lengths, that lie in at least one window."""
+    """The number of bases, on contigs of these lengths, that lie in at least one window."""
     offsets = GenomeLine(lengths).starts[windows["contig"]]
     bounds = np.stack([windows["start"], windows["end"]], axis=1).astype(np.int64)
     return size(union(bounds + offsets[:, None]))

@@ -1,4 +1,4 @@
-"""Blocked gzip (bgzip): checks every block of a file and makes the table of blocks that random access goes by.
+"""Blocked gzip (bgzip): checks every block of a file and makes the table of blocks for random access.
 
 Format: SAM specification, section 4.1, https://samtools.github.io/hts-specs/SAMv1.pdf
 """
@@ -16,7 +16,7 @@ from data_prep.genome.pinned import SequentialReader
 _FIXED_HEADER = struct.Struct("<4BI2BH")
 _TRAILER_SIZE = 8
 _READ_BLOCKS = 256
-"""Blocks that one `pread` fetches at most while streaming; a block is at most 64 KiB."""
+"""Most blocks that one `pread` fetches while streaming; a block has at most 64 KiB."""
 
 
 def is_bgzf(beginning: bytes) -> bool:
@@ -25,7 +25,7 @@ def is_bgzf(beginning: bytes) -> bool:
 
 
 def _block_size(header: bytes) -> int | None:
-    """Bytes of the block that begins here; None where no bgzip block does."""
+    """Bytes of the block that begins with `header`; None where that is not the header of a bgzip block."""
     if len(header) < 18 or header[:3] != b"\x1f\x8b\x08" or not header[3] & 4:
         return None
     *_, extra_size = _FIXED_HEADER.unpack_from(header)
@@ -41,7 +41,7 @@ def _block_size(header: bytes) -> int | None:
 class BlockTable:
     """Where each block begins: `compressed` and `decompressed` offsets, (blocks,) int64.
 
-    The last block is the empty one that ends a file. As bytes it is a .gzi index.
+    The last block is the empty one that ends a file. `to_bytes` gives a .gzi index.
     """
 
     def __init__(self, compressed: np.ndarray, decompressed: np.ndarray) -> None:
@@ -64,7 +64,7 @@ class BlockScanner:
 
     def __init__(self, path: object) -> None:
         self.passed_over = 0
-        """Bytes behind the end marker that are no gzip."""
+        """Bytes after the end marker that are not gzip."""
         self._path = path
         self._compressed, self._decompressed = [0], [0]
 
@@ -72,7 +72,7 @@ class BlockScanner:
         """The decompressed data, block by block."""
         buffer, at, offset, last_size = b"", 0, 0, -1
         while True:
-            if len(buffer) - at < 1 << 16:  # no block is longer
+            if len(buffer) - at < 1 << 16:  # the size of the longest block
                 buffer, at = buffer[at:] + reader.read(_READ_BLOCKS << 16), 0
                 if not buffer:
                     break
@@ -98,7 +98,9 @@ class BlockScanner:
 
 
 def _inflate(block: memoryview, path: object, offset: int) -> bytes:
-    """Data of one block; the crc and the size that the block states are checked."""
+    """Data of one block. Its crc and size are checked against those in the block; raises `UserError` where
+    they differ.
+    """
     inflater = isal_zlib.decompressobj(wbits=31)
     try:
         data = inflater.decompress(block)

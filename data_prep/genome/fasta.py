@@ -1,10 +1,10 @@
-"""FASTA genomes, plain, gzip or bgzip, read at random through a .fai table that has been checked against the file.
+"""FASTA genomes (plain, gzip or bgzip) with random access, through a .fai table that was checked against the file.
 
-The first opening of a file reads it once, checks every byte, and writes FILE.fai (and FILE.gzi) beside it, or into the
-cache directory where its folder is read-only or holds a table that does not fit. A record in the cache directory says
-which file a table was made from (size, time of change, sha256) and what the table's bytes are, so that a table from
-elsewhere is never trusted unseen.
-Files without random access (plain gzip, lines of unequal length) are kept there as bare bases.
+When a file is opened for the first time, it is read once, every byte is checked, and FILE.fai (and FILE.gzi) is written
+beside it, or into the cache directory where its folder is read-only or holds a table that does not fit. A record in the
+cache directory says which file a table was made from (size, time of change, sha256), and has the sha256 of the table,
+so that a table from elsewhere is never trusted unchecked. For files that allow no random access (plain gzip, lines of
+unequal length), the bare bases are kept there.
 """
 
 import hashlib
@@ -26,23 +26,25 @@ from data_prep.genome.regions import FastaRegions
 from data_prep.progress import Progress, note
 
 RACY_NS = 2_000_000_000
-"""A file that changed so shortly before it was scanned may change again unseen within its time stamp's grain."""
+"""Seconds. A file that changed so shortly before the scan may change again within the resolution of its time stamp,
+unnoticed.
+"""
 _DNA_OF_RNA = bytes.maketrans(b"Uu", b"Tt")
 
 
 @dataclass(frozen=True)
 class Tables:
-    """All that reading needs to know of a FASTA: where its bases lie, and what was checked."""
+    """What reading needs to know about a FASTA: where its bases lie, and what was checked."""
 
     contigs: dict[str, Contig]
-    sha256: str  # of the input file
-    blocks: BlockTable | None = None  # of a bgzip file
+    sha256: str  # sha256 of the input file
+    blocks: BlockTable | None = None  # the block table of a bgzip file
     has_uracil: bool = False
     notes: tuple[str, ...] = ()
 
 
 class FastaReader:
-    """Contigs of a FASTA, read with case and IUPAC codes as stored, but U as T."""
+    """Contigs of a FASTA. Case and IUPAC codes are read as stored, but U is read as T."""
 
     def __init__(self, file: PinnedFile, tables: Tables) -> None:
         gzi = tables.blocks.to_bytes() if tables.blocks is not None else None
@@ -62,7 +64,9 @@ class FastaReader:
 
 
 def open_fasta(path: Path, cache_dir: Path) -> FastaReader:
-    """Open a FASTA, plain, gzip or bgzip; what is wrong with it is a `UserError` that names file, contig and line."""
+    """Open a FASTA (plain, gzip or bgzip). Raises `UserError`, which names file, contig and line, where it is not
+    sound.
+    """
     file = PinnedFile(path)
     beginning = file.pread(0, min(64 << 10, file.size))
     seekable = not beginning.startswith(GZIP_MAGIC) or is_bgzf(beginning)
@@ -80,7 +84,7 @@ def open_fasta(path: Path, cache_dir: Path) -> FastaReader:
 
 
 def _scan(file: PinnedFile, bases: BinaryIO | None = None, label: str = "checking") -> Tables:
-    """Read the whole file once; `bases` receives the bases alone."""
+    """Read the whole file once; the bases alone are written to `bases`."""
     scanner = FastaScanner(file.path, bases)
     blocks = gunzip = None
     with Progress(f"{label} {file.path.name}", file.size) as progress:
@@ -120,7 +124,9 @@ class _Store:
         self._scan_began = time.time_ns()
 
     def load(self) -> tuple[Tables | None, Path | None]:
-        """Tables of an earlier scan and the file of bare bases, if there is one; None where they do not fit."""
+        """The tables of an earlier scan, and the file of bare bases if there is one; None where they do not fit the
+        file.
+        """
         try:
             record = json.loads(self._record_path().read_bytes())
             if record["scanned_ns"] - record["mtime_ns"] < RACY_NS:
@@ -139,7 +145,7 @@ class _Store:
             return None, None
 
     def save(self, tables: Tables) -> None:
-        """Keep the tables of a file that can be read in place."""
+        """Save the tables of a file that can be read in place."""
         content = {".fai": _format_fai(tables.contigs)}
         if tables.blocks is not None:
             content[".gzi"] = tables.blocks.to_bytes()
@@ -148,7 +154,7 @@ class _Store:
         self._save_record(tables, content, bare_bases=False)
 
     def extract_bases(self) -> tuple[Tables, Path]:
-        """Scan the file and keep its bases, contig after contig without line ends, in the cache directory."""
+        """Scan the file and save its bases, contig after contig without line ends, in the cache directory."""
         temporary = temporary_name(self._cached_table(".bases"))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +200,9 @@ class _Store:
         raise KeyError(suffix)
 
     def _place_table(self, suffix: str, content: bytes) -> None:
-        """Beside the file, else in the cache directory; the genome can be read without either."""
+        """Write a table beside the file, or else into the cache directory. If both fail, the genome can still
+        be read.
+        """
         neighbour = self._neighbour_table(suffix)
         if neighbour.is_file():
             with suppress(OSError):
@@ -228,12 +236,12 @@ class _Store:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether files may be put here; a folder without write bits is read-only for the superuser as well."""
+    """Whether files may be written here. A folder without write bits counts as read-only, for the superuser as well."""
     return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 def _bare_table(contigs: dict[str, Contig]) -> dict[str, Contig]:
-    """The table of the same contigs as bare bases, one after another."""
+    """The table of the same contigs for a file of bare bases, one after another."""
     bare, offset = {}, 0
     for name, contig in contigs.items():
         bare[name] = Contig(name, contig.description, offset, contig.length, contig.length, contig.length)

@@ -29,10 +29,10 @@ _BLANK = b" \t\r\n"
 
 @dataclass
 class Contig:
-    """A row of a .fai table, and the header that the name came from.
+    """A row of a .fai table, and the header that its name is from.
 
-    `line_bases` and `line_width` are bases and bytes of a full line; `regular` says that these two numbers are enough
-    to find every base (each line but the last is full).
+    `line_bases` and `line_width` are the bases and bytes of a full line. `regular`: each line but the last is full, so
+    that these two numbers are enough to find every base.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Contig:
 class FastaScanner:
     """Takes the text of a FASTA in pieces of any size; `contigs` is complete after `finish`.
 
-    `notes` says what was passed over: a byte order mark and blank lines before the first record, all titles but the
-    first in headers of several. `has_uracil`: whether a base is U, as in RNA.
-    `bases`, if given, receives the bases alone, contig after contig, without headers and line ends.
-    Anything that is not FASTA with IUPAC bases is a `UserError` that names file, contig and line.
+    `notes` says what was passed over: a byte order mark and blank lines before the first record, and in headers of
+    several titles all but the first. `has_uracil`: whether a base is U, as in RNA. The bases alone, contig after
+    contig, without headers and line ends, are written to `bases` if it is given. Raises `UserError`, which names file,
+    contig and line, for anything that is not FASTA with IUPAC bases.
     """
 
     def __init__(self, path: object, bases: BinaryIO | None = None) -> None:
@@ -61,12 +61,12 @@ class FastaScanner:
         self._position = 0  # bytes of text taken so far
         self._line = 1  # number of the line that the next byte belongs to
         self._at_line_start = True
-        self._header: bytearray | None = None  # of a header whose end has not come yet
+        self._header: bytearray | None = None  # a header whose end has not come yet
         self._contig: Contig | None = None
         self._open_width = 0  # bytes of the unfinished sequence line
-        self._ended = False  # the contig has had a line that is not full: only blank ones may follow
-        self._held = b""  # a carriage return at the end of a piece, until its line feed comes
-        self._several_titles = 0  # headers with more than one
+        self._ended = False  # the contig has had a line that is not full: only blank lines may follow
+        self._held = b""  # a carriage return at the end of a piece, kept until its line feed comes
+        self._several_titles = 0  # headers with more than one title
 
     def feed(self, piece: bytes) -> None:
         """Take the next piece of the text."""
@@ -81,13 +81,13 @@ class FastaScanner:
         self._take(piece)
 
     def finish(self) -> None:
-        """The text is at its end."""
+        """Note that the text is at its end, and check the whole."""
         held, self._held = self._held, b""
         if self._position == 0:
             if held.removeprefix(_BYTE_ORDER_MARK).strip(_BLANK):
                 self._refuse_beginning(held, 1)
             raise UserError(f"{self._path}: is empty; a FASTA with at least one contig is needed")
-        if held:  # a carriage return with no line feed after it ends the last line
+        if held:  # a carriage return without a line feed ends the last line
             self._take(b"\r\n")
         if self._header is not None:
             self._begin_contig()
@@ -98,7 +98,9 @@ class FastaScanner:
             self.notes.append(f"{self._several_titles} headers hold several titles by Ctrl-A: the first was read")
 
     def _skip_beginning(self, piece: bytes) -> bytes:
-        """What follows a byte order mark and blank lines; nothing, and `piece` held, until the first record comes."""
+        """The part of `piece` after a byte order mark and blank lines. Until the first record comes it is empty, and
+        `piece` is held.
+        """
         text = piece.removeprefix(_BYTE_ORDER_MARK)
         record = text.lstrip(_BLANK)
         if not record or _BYTE_ORDER_MARK.startswith(record):
@@ -153,7 +155,7 @@ class FastaScanner:
         header = self._header.removesuffix(b"\r").decode("utf-8", "replace").strip()
         self._header = None
         self._at_line_start = True
-        first_title, *others = header.split("\x01")  # NCBI joins the titles of sequences that are equal
+        first_title, *others = header.split("\x01")  # NCBI joins the titles of equal sequences
         if others and first_title.strip():
             header = first_title.strip()
             self._several_titles += 1
@@ -171,7 +173,7 @@ class FastaScanner:
         self.contigs[name] = self._contig
 
     def _take_sequence(self, text: bytes) -> None:
-        """The next sequence lines of the current contig, or parts of lines; CR LF pairs are never parted."""
+        """Take the next sequence lines, or parts of lines, of the current contig; CR LF pairs are never split."""
         has_cr = b"\r" in text
         if text.translate(None, _ALLOWED + _LINE_ENDS) or (has_cr and text.count(b"\r") != text.count(b"\r\n")):
             self._refuse_text(text)
@@ -198,7 +200,9 @@ class FastaScanner:
         self._measure_lines(widths, widths - ends)
 
     def _measure_lines(self, widths: np.ndarray, bases: np.ndarray) -> None:
-        """Check that the contig's next lines, of so many bytes and bases, are as long as those before."""
+        """Check that the contig's next lines are as long as those before; `widths` and `bases`: bytes and bases of
+        each.
+        """
         contig = self._contig
         if not contig.line_width:
             contig.line_bases, contig.line_width = int(bases[0]), int(widths[0])
@@ -213,7 +217,7 @@ class FastaScanner:
             contig.regular = False
 
     def _end_contig(self) -> None:
-        """Account for a last line without a line end."""
+        """Count a last line without a line end."""
         contig = self._contig
         if contig is None:
             return
@@ -231,8 +235,8 @@ class FastaScanner:
         line = self._line + text.count(b"\n", 0, wrong)
         character = chr(text[wrong]) if 32 <= text[wrong] < 127 else f"\\x{text[wrong]:02x}"
         raise UserError(
-            f"{self._path}: line {line}: contig {self._contig.name!r} holds '{character}', "
-            "which is no IUPAC base; remove or replace it"
+            f"{self._path}: line {line}: contig {self._contig.name!r} holds '{character}', which is not an IUPAC base; "
+            "remove or replace it"
         )
 
 

@@ -1,4 +1,4 @@
-"""One genome over all formats: contigs, lengths and `read(contig, start, end)`."""
+"""A genome of any format: contigs, lengths and `read(contig, start, end)`."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,8 @@ from data_prep.genome.twobit import MAGIC, TwoBitReader
 class Genome:
     """Random access to the bases of a genome file. Can be pickled and used in several processes at once.
 
-    `contigs`: name (first word of the header) -> length in bases, in the file's order.
-    `descriptions`: name -> the whole header. `sha256`: that of the input file's bytes.
+    `contigs`: name (first word of the header) -> length in bases, in the file's order. `descriptions`: name -> the
+    whole header. `sha256`: of the input file's bytes.
     """
 
     def __init__(self, path: Path, reader: Reader) -> None:
@@ -26,7 +26,7 @@ class Genome:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was passed over in the file, or read as something else."""
+        """Lines about what was passed over in the file, or read as something else."""
         return self._reader.notes
 
     @property
@@ -36,7 +36,7 @@ class Genome:
     def read(self, contig: str, start: int, end: int) -> bytes:
         """The `end - start` bases of 0-based half-open [start, end), ASCII with case and IUPAC codes as stored.
 
-        A contig that is not there or a range outside it is a `ValueError`.
+        Raises `ValueError` for an unknown contig, or a range outside of it.
         """
         if contig not in self.contigs:
             raise ValueError(f"{self.path}: no contig {contig!r}")
@@ -46,24 +46,24 @@ class Genome:
 
 
 def default_cache_dir() -> Path:
-    """Where tables and unpacked genomes are kept when no folder is named: $XDG_CACHE_HOME/caduceus/genomes."""
+    """The default folder for tables and unpacked genomes: $XDG_CACHE_HOME/caduceus/genomes."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "caduceus" / "genomes"
 
 
 @patient
 def estimated_bases(path: Path) -> int:
-    """About how many bases a genome file holds, by its size: four to a byte where it is .2bit or compressed."""
+    """Roughly how many bases a genome file holds, by its size: four per byte where it is .2bit or compressed."""
     with path.open("rb") as file:
         beginning = file.read(4)
     return path.stat().st_size * (4 if beginning in MAGIC or beginning.startswith(GZIP_MAGIC) else 1)
 
 
 def open_genome(path: str | Path, cache_dir: str | Path | None = None) -> Genome:
-    """Open a genome file; its format is told by its content, not by its name.
+    """Open a genome file; its content, not its name, tells the format.
 
-    `cache_dir` keeps what must be unpacked (plain gzip, lines of unequal length) and the tables of files in read-only
-    folders; default: `default_cache_dir()`. What is wrong with the file is a `UserError` of one line.
+    `cache_dir` is for bases that must be unpacked (plain gzip, lines of unequal length) and for the tables of files in
+    read-only folders; default: `default_cache_dir()`. Raises `UserError` where the file is not sound.
     """
     path = Path(path)
     if not path.exists():

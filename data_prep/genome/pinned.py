@@ -10,7 +10,7 @@ from data_prep.progress import Progress
 
 
 class PinnedFile:
-    """`pread` on a file as it was when this object was made; a file that has changed since is a `UserError`.
+    """`pread` on a file as it was when this object was made. Raises `UserError` where the file has changed since.
 
     Safe across fork and pickle: nothing depends on a file offset, and a descriptor never travels to another process.
     """
@@ -35,12 +35,12 @@ class PinnedFile:
         return piece
 
     def check_unchanged(self) -> None:
-        """Raise a `UserError` where the file's size or time of change is another than at the start."""
+        """Raise `UserError` where the file's size or time of change differs from that at the start."""
         descriptor = self._descriptor if self._descriptor is not None else self._open()
         self._require(os.fstat(descriptor))
 
     def require_same(self, path: Path) -> None:
-        """Raise a `UserError` where what stands at `path` is another file than this one, or has changed since."""
+        """Raise `UserError` where `path` is another file than this one, or has changed since."""
         self._require(path.stat())
 
     def _require(self, status: os.stat_result) -> None:
@@ -68,14 +68,14 @@ class PinnedFile:
 
 
 class SequentialReader:
-    """Reads a pinned file from its beginning, keeps the sha256 of what was read and reports it to `progress`."""
+    """Reads a pinned file from its beginning, keeps the sha256 of what was read, and reports bytes to `progress`."""
 
     def __init__(self, file: PinnedFile, progress: Progress) -> None:
         self._file, self._progress, self._hash = file, progress, hashlib.sha256()
         self.position = 0
 
     def read(self, count: int = -1) -> bytes:
-        """At most `count` bytes, the rest of the file where it is negative; empty at the end."""
+        """At most `count` bytes, or the rest of the file where `count` is negative; empty at the end."""
         left = self._file.size - self.position
         piece = self._file.pread(self.position, left if count < 0 else min(count, left))
         self.position += len(piece)
@@ -84,13 +84,15 @@ class SequentialReader:
         return piece
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill `buffer` as far as the file goes; the number of bytes."""
+        """Fill `buffer` as far as the file goes, and return the number of bytes."""
         piece = self.read(len(buffer))
         buffer[: len(piece)] = piece
         return len(piece)
 
     def sha256(self) -> str:
-        """sha256 of the whole file, which must have been read to its end and not have changed meanwhile."""
+        """sha256 of the whole file, which must have been read to its end. Raises `UserError` where it changed
+        meanwhile.
+        """
         while self.read(CHUNK):
             pass
         self._file.check_unchanged()

@@ -1,4 +1,4 @@
-"""Regions of a FASTA that has been checked, plain or bgzip, read by pyfaidx."""
+"""Reads regions of a checked FASTA, plain or bgzip, with pyfaidx."""
 
 import os
 import struct
@@ -17,9 +17,9 @@ _PIECE = 1 << 20
 
 
 class _Block(BgzfBlock):
-    """A block that pyfaidx finds for its first byte too.
+    """A block that pyfaidx also finds for the block's first byte.
 
-    As it is, pyfaidx reads from the end of the block before, which fails where that is of 65,536 bytes.
+    Unchanged, pyfaidx reads from the end of the block before, which fails where that has 65,536 bytes.
     """
 
     def __lt__(self, position: float) -> bool:
@@ -29,9 +29,9 @@ class _Block(BgzfBlock):
 class FastaRegions:
     """Random access through the bytes of a .fai table and, for bgzip, of a .gzi.
 
-    pyfaidx takes its tables from files beside the FASTA and tells bgzip by the name's end. Here it gets those that were
-    checked against the file, whatever stands beside it, through a link of a fitting name. Safe across fork and pickle:
-    each process opens the file for itself.
+    pyfaidx takes its tables from files beside the FASTA, and recognises bgzip by the file's name. Here it gets the
+    tables that were checked against the file, through a link with a fitting name, whatever lies beside the file. Safe
+    across fork and pickle: each process opens the file for itself.
     """
 
     def __init__(self, file: PinnedFile, fai: bytes, gzi: bytes | None) -> None:

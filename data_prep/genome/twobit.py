@@ -25,7 +25,7 @@ _LOWER_CASE_BIT = 0x20
 
 @dataclass(frozen=True)
 class _Record:
-    """Where one contig's parts lie in the file, in bytes."""
+    """Where the parts of a contig lie in the file, in bytes."""
 
     length: int  # bases
     n_blocks: int
@@ -86,7 +86,7 @@ class TwoBitReader:
     def _read_index(self, version: int, count: int) -> dict[str, int]:
         offset_format = f"{self._order}{'IQ'[version]}"
         offset_size = struct.calcsize(offset_format)
-        # The index has no size field: 256 + 8 bytes is the most that one entry takes.
+        # The index has no size field: an entry takes at most 256 + 8 bytes.
         index = self._file.pread(16, min(count * (256 + offset_size), self._file.size - 16))
         offsets: dict[str, int] = {}
         at = 0
@@ -121,7 +121,7 @@ class TwoBitReader:
         return record
 
     def _blocks(self, contig: str) -> tuple[np.ndarray, np.ndarray]:
-        """N blocks and mask blocks of a contig; the last contig's are kept."""
+        """N blocks and mask blocks of a contig; those of the last contig are cached."""
         if self._loaded is None or self._loaded[0] != contig:
             record = self._records[contig]
             self._loaded = (
@@ -132,7 +132,7 @@ class TwoBitReader:
         return self._loaded[1:]
 
     def _read_blocks(self, contig: str, offset: int, count: int, length: int) -> np.ndarray:
-        """(2, count) int64: starts and ends of blocks, ordered and apart."""
+        """(2, count) int64: starts and ends of blocks. Raises `UserError` unless these are sorted and disjoint."""
         raw = np.frombuffer(self._pread(offset, 8 * count, contig), f"{self._order}u4").astype(np.int64)
         starts, sizes = raw.reshape(2, count)
         blocks = np.stack([starts, starts + sizes])
@@ -150,7 +150,7 @@ class TwoBitReader:
 
 
 def _inside(blocks: np.ndarray, start: int, end: int) -> np.ndarray | None:
-    """(end - start,) bool: which positions lie in one of the ordered blocks; None where none does."""
+    """(end - start,) bool: which positions lie in one of the sorted blocks; None where none does."""
     starts, ends = blocks
     first, last = np.searchsorted(ends, start, "right"), np.searchsorted(starts, end, "left")
     if first >= last:

@@ -1,4 +1,4 @@
-"""Tables that say which names mean the same contig, and what kind of sequence it is."""
+"""Tables of the names that mean the same contig, and of its kind of sequence."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from pathlib import Path
 from caduceus.errors import UserError
 from caduceus.tables import is_missing, read_lines, refuse_line, split_fields
 
-# Headings as NCBI's assembly reports and its `datasets` tables write them, without case, blanks and dashes.
+# Headings of NCBI's assembly reports and its `datasets` tables, without case, blanks and dashes.
 _REPORT_NAMES = {
     "sequencename",
     "genbankaccn",
@@ -33,13 +33,18 @@ _LOCATION_KINDS = {
     "apicoplast": "plastid",
 }
 _SCHEMES = {"ucsc", "ensembl", "refseq", "genbank", "ncbi", "assembly", "insdc", "flybase", "wormbase", "tair", "sgd"}
-"""Words that head a column of names, or that UCSC's tables of alias, chrom and source have in their third column."""
+"""Words that are headings of a column of names, or stand in the third column of UCSC's tables of alias, chrom and
+source.
+"""
 
 
 @dataclass
 class AliasTable:
-    """`groups`: a name -> all names of the same contig. `kinds`: a name -> why such a contig is left out by default,
-    None for an assembled chromosome; names of which the table says nothing are absent. `lines`: a name -> its line."""
+    """The names of contigs, and their kinds.
+
+    `groups`: a name -> all names of the same contig. `kinds`: a name -> why such a contig is left out by default, None
+    for an assembled chromosome; a name without a kind in the table is absent. `lines`: a name -> its line in the file.
+    """
 
     path: Path | None = None
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -54,7 +59,9 @@ class AliasTable:
 
 def read_aliases(path: Path) -> AliasTable:
     """Read an NCBI assembly report or `datasets` table, UCSC's chromAlias in each of its forms, or any other table with
-    one contig a row and one naming scheme a column, plain or gzip. Headings may stand behind a `#` or not."""
+    one contig per row and one naming scheme per column, plain or gzip. Headings may follow a `#`. Raises `UserError`
+    for other files.
+    """
     lines = read_lines(path)
     headings, rows = _split_headings(lines)
     if headings is not None and _is_report(headings):
@@ -62,12 +69,13 @@ def read_aliases(path: Path) -> AliasTable:
     else:
         table = _read_names(path, headings, rows)
     if not table.groups:
-        raise UserError(f"{path}: holds no row; give a table with one contig a row, its names separated by tabs")
+        raise UserError(f"{path}: holds no row; give a table with one contig per row, its names separated by tabs")
     if not table.kinds and all(len(names) < 2 for names in table.groups.values()):
         refuse_line(
             path,
             min(table.lines.values()),
-            f"no row of the table has two names, as {next(iter(table.groups))!r}; part the names of a contig by tabs",
+            f"no row of the table has two names, as {next(iter(table.groups))!r}; separate the names of a contig by "
+            "tabs",
         )
     return table
 
@@ -102,7 +110,7 @@ def _read_report(path: Path, headings: list[str], rows: list[tuple[int, str]]) -
         fields = [value.strip() for value in line.rstrip().split("\t")]
         if len(fields) > len(headings) or len(fields) < 2:
             refuse_line(
-                path, number, f"has {len(fields)} columns parted by tabs, but there are {len(headings)} headings"
+                path, number, f"has {len(fields)} columns separated by tabs, but there are {len(headings)} headings"
             )
         row = dict(zip(headings, fields, strict=False))
         names = _distinct(value for key, value in row.items() if key in _REPORT_NAMES)
@@ -129,7 +137,7 @@ def _read_names(path: Path, headings: list[str] | None, rows: list[tuple[int, st
 
 
 def _is_alias_chrom_source(headings: list[str] | None, rows: list[tuple[int, list[str]]]) -> bool:
-    """Whether this is UCSC's database table: alias, chrom, and the sources of the alias, parted by commas."""
+    """Whether this is UCSC's database table: alias, chrom, and the sources of the alias, separated by commas."""
     if headings is not None and headings[:2] == ["alias", "chrom"]:
         return all(len(values) >= 2 for _, values in rows)
     return bool(rows) and all(len(values) == 3 and set(values[2].lower().split(",")) <= _SCHEMES for _, values in rows)
@@ -138,7 +146,7 @@ def _is_alias_chrom_source(headings: list[str] | None, rows: list[tuple[int, lis
 def _add(table: AliasTable, line: int, names: tuple[str, ...]) -> None:
     for name in names:
         if name in table.groups:
-            refuse_line(table.path, line, f"'{name}' stands in two rows; each row must name another contig")
+            refuse_line(table.path, line, f"'{name}' occurs in two rows; each row must name another contig")
         table.groups[name] = names
         table.lines[name] = line
 

@@ -12,7 +12,7 @@ from data_prep.plan.aliases import AliasTable
 from data_prep.plan.options import PlanOptions
 from data_prep.plan.organelles import OrganelleFinder
 
-# The first rule that matches the whole name decides. What is an organelle is told by more than the name.
+# The first rule that matches the whole name decides. Organelles need more than the name: plan/organelles.py.
 _RULES = {
     "EBV": r"(chr)?ebv|NC_007605(\.\d+)?",
     "decoy": r"hs37d5|hs38d1|.*_decoy",
@@ -35,20 +35,25 @@ WHY = {
 }
 """Why contigs of a kind are left out by default."""
 SMALLEST_SHARE = 0.5
-"""Share of the bases not excluded by the user that `--contigs auto` must keep."""
+"""Share of the bases (without those excluded by the user) that `--contigs auto` must keep."""
 _NAMES_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Selection:
-    """`used`: the contigs to shard, in the file's order. `left_out`: kind -> contigs; both name -> length."""
+    """The chosen contigs.
+
+    `used`: those to shard, name -> length, in the file's order. `left_out`: kind -> {name: length}.
+    """
 
     used: dict[str, int]
     left_out: dict[str, dict[str, int]]
     aliases: AliasTable
 
     def find(self, name: str) -> str | None:
-        """The used contig that `name` means, by itself, by the alias table, or with `chr` added or taken away."""
+        """The used contig that `name` means: of the same name, by the alias table, or with `chr` added or removed. None
+        if none.
+        """
         return self._find(name, self.used)
 
     def kind_of_left_out(self, name: str) -> str | None:
@@ -72,10 +77,11 @@ def names_of(name: str, aliases: AliasTable) -> tuple[str, ...]:
 def select_contigs(
     contigs: Mapping[str, int], titles: Mapping[str, str], options: PlanOptions, aliases: AliasTable
 ) -> Selection:
-    """Apply `--include` and `--exclude`, which match whole names, and for what they leave open `--contigs`.
+    """Apply `--include` and `--exclude`, which match whole names, and `--contigs` to the rest.
 
-    `contigs`: name -> length. `titles`: name -> header. Where contigs that are on no chromosome hold most of the bases,
-    the assembly is one of scaffolds, and `--contigs auto` uses these too. No contig to use is a `UserError`.
+    `contigs`: name -> length. `titles`: name -> header. Where contigs that are not on a chromosome hold most of the
+    bases, the assembly consists of scaffolds, and `--contigs auto` uses these too. Raises `UserError` where no contig
+    is left to use.
     """
     kinds = _kinds(contigs, titles, options, aliases)
     placed, unplaced = (sum(contigs[name] for name in contigs if kinds[name] == kind) for kind in (None, "unplaced"))
@@ -99,14 +105,14 @@ def select_contigs(
 
 
 def share_kept(selection: Selection) -> float:
-    """The share of the used contigs in the bases that the user's patterns did not leave out."""
+    """The used contigs' share of the bases that the user's patterns did not leave out."""
     used = sum(selection.used.values())
     by_rule = sum(sum(contigs.values()) for kind, contigs in selection.left_out.items() if kind != BY_PATTERN)
     return used / (used + by_rule)
 
 
 def describe_left_out(selection: Selection) -> dict[str, dict[str, Any]]:
-    """The contigs that are left out, by kind: how many, how many bases, the first names and why."""
+    """The contigs that are left out, by kind: their number, their bases, the first names and why."""
     return {
         kind: {
             "contigs": len(contigs),
@@ -119,7 +125,9 @@ def describe_left_out(selection: Selection) -> dict[str, dict[str, Any]]:
 
 
 def alias_notes(aliases: AliasTable, selection: Selection, options: PlanOptions) -> list[str]:
-    """What is to be said of rows of the alias table without a contig of the genome: they are refused, or counted."""
+    """Notes on rows of the alias table without a contig of the genome, which are counted. Raises `UserError` unless
+    such rows are allowed.
+    """
     unknown = [(line, names) for line, names in aliases.rows() if not any(map(selection.knows, names))]
     if not unknown:
         return []
@@ -128,14 +136,16 @@ def alias_notes(aliases: AliasTable, selection: Selection, options: PlanOptions)
         refuse_line(
             aliases.path,
             line,
-            f"the genome has no contig {' or '.join(names[:4])}; is the table of another assembly? "
+            f"the genome has no contig {' or '.join(names[:4])}; the table may be for another assembly; "
             "--allow-unknown-contigs passes over such rows",
         )
     return [f"--aliases: {len(unknown)} of {len(list(aliases.rows()))} rows are about contigs that the genome lacks"]
 
 
 def refuse_small_share(selection: Selection, options: PlanOptions) -> None:
-    """Refuse a default choice of contigs that leaves out most of the genome, after a table of what it leaves out."""
+    """Raise `UserError` for a default choice of contigs that leaves out most of the genome, after printing what it
+    leaves out.
+    """
     share = share_kept(selection)
     if options.contigs != "auto" or options.include is not None or share >= SMALLEST_SHARE:
         return
@@ -154,7 +164,7 @@ def _print_left_out(selection: Selection) -> None:
 
 
 def left_out_table(left_out: Mapping[str, Mapping[str, Any]], total: int) -> list[str]:
-    """The lines of a table of the contigs that are left out, by kind; `total`: bases of the genome."""
+    """The lines of a table of left-out contigs, by kind; `total`: bases of the genome."""
     rows = [("left out", "contigs", "bases", "share", "why", "names")]
     for kind, group in left_out.items():
         names = ", ".join(group["names"][:4]) + (", …" if group["contigs"] > 4 else "")
@@ -173,7 +183,7 @@ def left_out_table(left_out: Mapping[str, Mapping[str, Any]], total: int) -> lis
 def _kinds(
     contigs: Mapping[str, int], titles: Mapping[str, str], options: PlanOptions, aliases: AliasTable
 ) -> dict[str, str | None]:
-    """Why each contig is left out by the patterns or by its kind; None where neither does."""
+    """Why each contig is left out, by the patterns or by its kind; None where it is not."""
     organelles = OrganelleFinder(contigs)
     kinds: dict[str, str | None] = {}
     for name in contigs:
@@ -192,7 +202,7 @@ def _kinds(
 
 
 def kind_by_name(name: str) -> str | None:
-    """What the name says a contig is beside a part of a chromosome or of an organelle; None where it says nothing."""
+    """The kind that a contig's name tells (not for organelles); None where it tells nothing, as for chromosomes."""
     return next((kind for kind, pattern in _COMPILED.items() if pattern.fullmatch(name)), None)
 
 

@@ -6,7 +6,7 @@ EMPTY = np.empty((0, 2), dtype=np.int64)
 
 
 def union(intervals: np.ndarray) -> np.ndarray:
-    """Any (n, 2) intervals, in any order, as a set; intervals that touch become one and empty ones vanish."""
+    """The set of any (n, 2) intervals, in any order; intervals that touch become one, and empty ones vanish."""
     intervals = intervals[intervals[:, 0] < intervals[:, 1]]
     if len(intervals) == 0:
         return EMPTY

@@ -1,4 +1,4 @@
-"""All contigs of a genome on one line, so that a set of bases over any number of contigs is one table."""
+"""Puts all contigs of a genome on one line, so that a set of bases over any number of contigs is one table."""
 
 from collections.abc import Sequence
 

@@ -23,7 +23,7 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kMGT]i?)?B?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """How a genome is cut into windows, splits and shards. Each field is the command-line option of the same name."""
+    """How a genome is cut into windows, splits and shards. Each field is a command-line option of the same name."""
 
     window: int = 1 << 20
     stride: int | None = None
@@ -35,39 +35,43 @@ class PlanOptions:
     min_window: int = 1024
     """Shortest window."""
     cut_gaps: int = 10_000
-    """Runs of N from this length on separate segments; 0 cuts at none."""
+    """Runs of N of at least this length separate segments; with 0 none does."""
     min_acgt: float = 0.5
-    """Smallest share of ACGT among a window's bases."""
+    """Smallest share of ACGT in a window."""
     contigs: str = "auto"
-    """auto: contigs that are no organelles, viruses, decoys, other versions or unplaced, and refused where that leaves
-    less than half of the bases; unplaced ones are used where they hold most of the bases. primary: the same, without
-    unplaced ones in any case, and never refused. all: every contig."""
+    """auto: all contigs except organelles, viruses, decoys, other versions and unplaced ones; an error where that
+    leaves less than half of the bases. Unplaced ones are used where they hold most of the bases. primary: the same, but
+    never unplaced ones, and never an error. all: every contig.
+    """
     include: str | None = None
-    """A pattern of whole names: these contigs are used, instead of what `contigs` says."""
+    """A pattern of whole names: these contigs are used, whatever `contigs` says."""
     exclude: str | None = None
     aliases: str | None = None
     """A table of contig names, or an NCBI assembly report."""
     intervals: str | None = None
     """A BED file of the regions to use; its fourth column, if any, names the split."""
     interval_mode: str = "tile"
-    """tile: rows are cut into windows; exact: a row is a window; extend: a row's end is moved to start + window, and
-    the whole inward at its contig's end (with the default window, the rule of the published training sets, which crop
-    these windows later). No row may be longer than the window in the last two."""
+    """tile: rows are cut into windows. exact: a row is a window. extend: a row's end is moved to start + window, and at
+    the end of the contig the whole row is moved inward (with the default window this is the rule of the published
+    training sets, which crop these windows later). With exact and extend no row may be longer than the window.
+    """
     around: str | None = None
     """An annotation (GTF, GFF3): its genes and `flank` bases on either side of each are used."""
     flank: int = 2000
     exclude_bed: tuple[str, ...] = ()
     """BED files of regions to leave out."""
     allow_unknown_contigs: bool = False
-    """Pass over rows of tables that are about contigs, or places on them, that the genome does not hold."""
+    """Pass over rows of tables about contigs, or places on them, that the genome does not have."""
     split_block: int | None = None
-    """Contigs are split by blocks of this many bases, which a hash deals out."""
+    """Contigs are cut into blocks of this many bases, and a hash decides the split of each block."""
     valid_fraction: float = 0.0
     test_fraction: float = 0.0
     forbid_leakage: bool | None = None
-    """Cut out of train what valid or test hold; None: except with interval_mode extend."""
+    """Remove from train the bases that valid or test hold; None: except with interval_mode extend."""
     homology: float | None = None
-    """Leave out of train what has at least this share of its k-mers in valid or test, of any species made with it."""
+    """Leave out of train stretches with at least this share of their k-mers in valid or test, of any species of the
+    same command.
+    """
     shard_bytes: int = 256_000_000
     seed: int = 0
 
@@ -87,7 +91,9 @@ class PlanOptions:
         )
         _require(self, "contigs", self.contigs in CONTIGS, " or ".join(CONTIGS))
         if self.include is not None and self.contigs != "auto":
-            raise UserError(f"--contigs {self.contigs}: --include says which contigs are used; leave one out")
+            raise UserError(
+                f"--contigs {self.contigs}: --include decides which contigs are used; leave one of the two out"
+            )
         _require(self, "interval_mode", self.interval_mode in INTERVAL_MODES, " or ".join(INTERVAL_MODES))
         if self.intervals is None and self.interval_mode != "tile":
             raise UserError(f"--interval-mode {self.interval_mode}: needs --intervals, a BED file")
@@ -96,7 +102,7 @@ class PlanOptions:
         _require(self, "flank", self.flank >= 0, "0 or more")
         _require(self, "homology", self.homology is None or 0 < self.homology <= 1, "above 0 and at most 1")
         if self.around is not None and self.intervals is not None:
-            raise UserError("--around: --intervals says which regions are used; leave one out")
+            raise UserError("--around: --intervals decides which regions are used; leave one of the two out")
         self._check_blocks()
         for key in ("include", "exclude"):
             try:
@@ -113,28 +119,28 @@ class PlanOptions:
         held_out = self.valid_fraction + self.test_fraction
         if self.split_block is None:
             if held_out > 0:
-                raise UserError("--valid-fraction and --test-fraction deal out blocks; give --split-block too")
+                raise UserError("--valid-fraction and --test-fraction are shares of blocks; give --split-block too")
             return
         _require(self, "split_block", self.split_block >= self.min_window, f"at least {self.min_window:,}")
         if not 0 < held_out <= 1:
             raise UserError("--split-block: give --valid-fraction or --test-fraction, together at most 1")
         if self.valid_contigs or self.test_contigs:
-            raise UserError("--split-block: splits are either by block or by contig; leave one out")
+            raise UserError("--split-block: splits are made either by block or by contig; leave one of the two out")
         if self.interval_mode != "tile":
-            raise UserError("--split-block: cuts rows at its borders; use --interval-mode tile")
+            raise UserError("--split-block: cuts rows at the borders of blocks; use --interval-mode tile")
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "PlanOptions":
-        """Options from a command line or a YAML file; those that are absent keep their defaults.
+        """Options from a command line or a YAML file; an absent option, or one of None, has its default.
 
-        None stands for the default. A window below the default shortest window lowers that. Sizes may be written as
-        `256MB`.
+        A window below the default shortest window lowers that. Sizes may be written as `256MB`. Raises `UserError` for
+        impossible values.
         """
         known = {field.name: field for field in fields(cls)}
         converted: dict[str, Any] = {}
         for key, value in values.items():
             if key not in known:
-                raise UserError(f"'{key}' is not an option; choose among {', '.join(known)}")
+                raise UserError(f"'{key}' is not an option; choose from {', '.join(known)}")
             if value is not None:
                 converted[key] = _convert(key, value, known[key].default)
         if "min_window" not in converted:
@@ -148,16 +154,16 @@ class PlanOptions:
 
     @property
     def leakage_forbidden(self) -> bool:
-        """Whether train loses what valid or test hold."""
+        """Whether bases that valid or test hold are removed from train."""
         return self.interval_mode != "extend" if self.forbid_leakage is None else self.forbid_leakage
 
     def as_plan(self) -> dict[str, Any]:
-        """Plain values for the manifest. Files stand with name and sha256, so that their folder plays no part."""
+        """Plain values for the manifest. Files are given by name and sha256, so that their folder does not matter."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        del values["allow_unknown_contigs"]  # a permission, on which no byte depends
+        del values["allow_unknown_contigs"]  # a permission, which changes no byte
         values["forbid_leakage"] = self.leakage_forbidden
         values["exclude_bed"] = [_describe_file("exclude_bed", path) for path in self.exclude_bed]
-        if self.homology is None:  # older datasets know none of these
+        if self.homology is None:  # older datasets have none of these
             del values["homology"]
         if self.around is None:
             del values["around"], values["flank"]
@@ -170,8 +176,9 @@ class PlanOptions:
 def override(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The options of `own` over those of `base`, as plain values.
 
-    What `base` says beside an option that `own` switches off or replaces by another way goes with it: fractions of
-    blocks without blocks, blocks where `own` splits by contigs and the other way round, the mode of intervals.
+    Where `own` switches an option off, or replaces it by another way, the options of `base` that go with it are dropped
+    too: fractions of blocks without blocks, blocks where `own` splits by contigs (and vice versa), and the mode of
+    intervals.
     """
     base = dict(base)
 
@@ -202,7 +209,7 @@ def option_name(key: str) -> str:
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes of an option's `256MB` (decimal), `64KiB` (binary) or a plain number."""
+    """Bytes in an option's text: `256MB` (decimal), `64KiB` (binary) or a plain number."""
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise UserError(f"{option}: '{text}' is not a size; write it like 256MB, 64KiB or 1000000")

@@ -1,15 +1,17 @@
-"""Which contigs are genomes of mitochondria and plastids: told by name, title, length and the contigs beside them."""
+"""Finds the genomes of mitochondria and plastids among contigs, by name, title, length and the other contigs."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 _SHARE_OF_LONGEST = 0.25
-"""Largest share of the longest contig that an organelle named by a single letter has, where its length is rare."""
+"""Largest length of an organelle that is named by a single letter and has an unusual length, as a share of the longest
+contig.
+"""
 _SHARE_OF_BASES = 0.5
-"""Largest share of all bases that an organelle named by a single letter has, where its length is usual."""
+"""Largest length of an organelle that is named by a single letter and has a usual length, as a share of all bases."""
 _NOT_OF_A_SERIES = frozenset("mcpuwxyziv")
-"""Letters that name an organelle, a sex chromosome, what is unplaced, or a Roman number."""
+"""Letters that can mean an organelle, a sex chromosome, an unplaced contig or a Roman number."""
 # Sequences of the nucleus, or of unknown origin, that are about organelles.
 _ABOUT = re.compile(
     r"similar to|resembl|-like\b|\blike\b|-derived|derived from|-related|related to|homolog|nuclear|\bnu[mp]ts?\b"
@@ -17,17 +19,17 @@ _ABOUT = re.compile(
     r"|chromosome \w+[,:]? .*(contain|with) ",
     re.IGNORECASE,
 )
-# How a title goes on where its words say what the sequence is.
+# How a title may go on after words that say what the sequence is.
 _NEXT_WORDS = "complete|partial|circular|genome|isolate|strain|cultivar|breed|contig|scaffold|dna"
 _END = rf"\b(?=\W*$|\s*[,;:|\])]|\s+({_NEXT_WORDS})\b)"
 
 
 @dataclass(frozen=True)
 class _Organelle:
-    names: re.Pattern[str]  # that no chromosome has
-    letter: str  # that a chromosome may have as well
+    names: re.Pattern[str]  # names that no chromosome has
+    letter: str  # names that a chromosome may have as well
     shortest: int  # bases of the shortest known genome of the kind, rounded down
-    usual: range  # lengths of nearly all of them, in bases
+    usual: range  # lengths of nearly all genomes of the kind, in bases
     title: re.Pattern[str]
     longest: int  # bases of the longest known genome of the kind, rounded up
 
@@ -40,7 +42,7 @@ _ORGANELLES = {
     "mitochondrion": _Organelle(
         _pattern(
             r"chrm|(chr)?(mt|mito|mitochondrion)([_-]?(genome|dna))?|mitochondrion_genome"
-            r"|(NC_012920|NC_001807"  # RefSeq's names do not say what they are: human, of GRCh38 and hg19
+            r"|(NC_012920|NC_001807"  # RefSeq's names do not tell: human, of GRCh38 and hg19
             r"|NC_005089|NC_001665|NC_024511|NC_001328|NC_001224"  # mouse, rat, D. melanogaster, C. elegans, yeast
             r"|NC_037304|NC_001284|NC_002333|NC_040902|NC_053523)(\.\d+)?"  # A. thaliana (2), zebrafish, chicken (2)
         ),
@@ -71,7 +73,7 @@ _ORGANELLES = {
 
 
 class OrganelleFinder:
-    """Tells the organelles among the `contigs` (name -> length) of a genome."""
+    """Recognises the organelles among the `contigs` (name -> length) of a genome."""
 
     def __init__(self, contigs: Mapping[str, int]) -> None:
         self._contigs = contigs
@@ -80,11 +82,11 @@ class OrganelleFinder:
         self._letters = {bare for name in contigs if len(bare := _bare(name)) == 1 and bare.isalpha()}
 
     def kind(self, name: str, title: str) -> str | None:
-        """The organelle that a contig is the genome of; None for anything else. `title`: its whole header.
+        """The organelle whose genome a contig is; None for other contigs. `title`: the whole header.
 
-        A title that says so, or a name that no chromosome has, is enough for a sequence of a fitting length. A name of
-        one letter is, where neither the letters of other contigs nor the title make it a chromosome, and its length is
-        usual for the organelle, or possible and far below that of the longest contig.
+        For a sequence of a fitting length, a title that says so, or a name that no chromosome has, is enough. A name of
+        one letter is enough if neither the letters of other contigs nor the title make it a chromosome, and its length
+        is usual for the organelle, or possible and far below that of the longest contig.
         """
         length, bare = self._contigs[name], _bare(name)
         for kind, organelle in _ORGANELLES.items():
@@ -102,13 +104,15 @@ class OrganelleFinder:
         return None
 
     def _fits(self, length: int, organelle: _Organelle) -> bool:
-        """Whether the length, and its share of the genome, are those of the organelle."""
+        """Whether the length, and its share of the genome, fit the organelle."""
         if length in organelle.usual and length <= _SHARE_OF_BASES * self._bases:
             return True
         return organelle.shortest <= length <= _SHARE_OF_LONGEST * self._longest
 
     def _has_lettered_chromosomes(self, letter: str) -> bool:
-        """Whether chromosomes have letters, as A to F: one beside this letter, or two that stand for nothing else."""
+        """Whether chromosomes are named by letters, such as A to F: the neighbour of this letter is one, or two letters
+        that mean nothing else.
+        """
         neighbours = {chr(ord(letter) + step) for step in (-1, 1)}
         return bool(self._letters & neighbours) or len(self._letters - _NOT_OF_A_SERIES) > 1
 

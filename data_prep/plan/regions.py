@@ -1,4 +1,4 @@
-"""Which bases of each contig belong to which split, before they are cut into windows."""
+"""Decides which bases of each contig belong to which split, before they are cut into windows."""
 
 import zlib
 from collections.abc import Mapping
@@ -19,14 +19,15 @@ from data_prep.plan.intervals import EMPTY, difference, intersection, size, unio
 from data_prep.plan.options import PlanOptions, option_name
 from data_prep.plan.windows import hash_rows
 
-_BLOCK = 3  # what the hash is for
+_BLOCK = 3  # the purpose of a hash
 
 
 @dataclass
 class Regions:
-    """Per used contig: `splits`, each split's intervals as given (rows may overlap), and the `excluded` set.
+    """The regions of each used contig.
 
-    `notes` count what was given but cannot be used.
+    `splits`: each split's intervals as given (rows may overlap); `excluded`: a set. `notes` count what was given but
+    cannot be used.
     """
 
     splits: dict[str, dict[str, np.ndarray]]
@@ -34,9 +35,10 @@ class Regions:
     notes: list[str] = field(default_factory=list)
 
     def leave_out(self, near: Mapping[str, np.ndarray], share: float) -> dict[str, int]:
-        """Take out of train the stretches, by contig (`NEAR_DTYPE`), that share so many k-mers with what is held out.
+        """Remove stretches from train, by contig (`NEAR_DTYPE`), with at least the share `share` of their k-mers in
+        held-out sequence.
 
-        Tells how much that is in a note; returns the bases that are near at each of `LEVELS`, by name of the level.
+        A note says how many bases that is. Returns the number of near bases at each of `LEVELS`, by the level's name.
         """
         bases, at_level = 0, dict.fromkeys(map(str, LEVELS), 0)
         for name, stretches in near.items():
@@ -52,7 +54,7 @@ class Regions:
 
 
 def build_regions(selection: Selection, options: PlanOptions) -> Regions:
-    """The regions that the options ask for: whole contigs or the rows of `--intervals`, split as they say."""
+    """The regions that the options ask for: whole contigs, genes, or the rows of `--intervals`, divided into splits."""
     notes: list[str] = []
     whole = {name: np.array([[0, length]], dtype=np.int64) for name, length in selection.used.items()}
     if options.around is not None:
@@ -69,7 +71,7 @@ def build_regions(selection: Selection, options: PlanOptions) -> Regions:
 
 
 def excluded_bases(path: Path, selection: Selection, options: PlanOptions, notes: list[str]) -> dict[str, np.ndarray]:
-    """The rows of a BED file by used contig, (n, 2), cut off at the contigs' ends."""
+    """The rows of a BED file of excluded regions, by used contig, (n, 2), cut off at the contigs' ends."""
     bed = read_bed(path)
     if not bed.rows:
         notes.append(f"--exclude-bed: {path.name} holds no interval: nothing is excluded by it")
@@ -84,8 +86,8 @@ def excluded_bases(path: Path, selection: Selection, options: PlanOptions, notes
 
 
 def regions_around_genes(selection: Selection, options: PlanOptions, notes: list[str]) -> dict[str, np.ndarray]:
-    """The genes of `--around` with their flanks by used contig, (n, 2), as a set."""
-    bed = read_genes(Path(str(options.around)))
+    """The genes of `--around` with their flanks, by used contig, as a set (n, 2)."""
+    bed, kind = read_genes(Path(str(options.around)))
     by_contig = _rows_by_contig(bed, selection, options, "--around", notes)
     if not by_contig:
         raise _none_used("--around", bed, selection)
@@ -97,10 +99,10 @@ def regions_around_genes(selection: Selection, options: PlanOptions, notes: list
                 refuse_line(
                     bed.path,
                     row.line,
-                    f"ends at {row.end:,}, beyond {name} with {length:,} bases; is it for another assembly?",
+                    f"ends at {row.end:,}, beyond {name} with {length:,} bases; it may be for another assembly",
                 )
         regions[name] = union(np.clip(_bounds(rows) + [-options.flank, options.flank], 0, length))
-    notes.append(f"--around: {sum(map(len, by_contig.values())):,} genes of {bed.path.name}")
+    notes.append(f"--around: {sum(map(len, by_contig.values())):,} {kind} of {bed.path.name}")
     return regions
 
 
@@ -144,7 +146,7 @@ def interval_regions(
             if row.end > selection.used[name]:
                 raise UserError(
                     f"{path}:{row.line}: ends at {row.end:,}, beyond {name} with {selection.used[name]:,} bases; "
-                    "is it for another assembly?"
+                    "it may be for another assembly"
                 )
             if options.interval_mode != "tile" and row.end - row.start > options.window:
                 raise UserError(
@@ -162,7 +164,7 @@ def interval_regions(
         if row.name not in SPLITS:
             raise UserError(f"{path}:{row.line}: column 4 must be train, valid or test, got '{row.name}'")
     if options.valid_contigs or options.test_contigs or options.split_block is not None:
-        raise UserError(f"{path} names splits in column 4; leave out the other options that make splits")
+        raise UserError(f"{path} names splits in column 4; leave out the options that make splits")
     return {
         name: {
             split: _bounds([row for row in by_contig.get(name, []) if row.name == split])
@@ -183,7 +185,7 @@ def _none_used(option: str, bed: Bed, selection: Selection) -> UserError:
 def _rows_by_contig(
     bed: Bed, selection: Selection, options: PlanOptions, option: str, notes: list[str]
 ) -> dict[str, list[BedRow]]:
-    """The rows on each used contig. A row on no contig of the genome, or beyond the end of one, is a `UserError`."""
+    """The rows on each used contig. Raises `UserError` for a row on an unknown contig, or beyond the end of one."""
     found: dict[str, list[BedRow]] = {}
     unused: dict[str, int] = {}
     unknown: dict[str, int] = {}
@@ -227,7 +229,7 @@ def _bounds(rows: list[BedRow]) -> np.ndarray:
 
 
 def _split_by_blocks(name: str, length: int, rows: np.ndarray, options: PlanOptions) -> dict[str, np.ndarray]:
-    """Blocks of `--split-block` bases from the contig's start; a hash of name and number says each one's split."""
+    """Blocks of `--split-block` bases from the contig's start; a hash of name and number decides each block's split."""
     starts = np.arange(0, length, options.split_block, dtype=np.int64)
     blocks = np.stack([starts, np.minimum(starts + options.split_block, length)], axis=1)
     contig = np.full(len(starts), zlib.crc32(name.encode()), dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""One species: genome and options -> which windows stand in which shard, in which order."""
+"""Plans a species: from genome and options to the windows of each shard, in order."""
 
 import re
 from collections.abc import Mapping
@@ -20,21 +20,21 @@ from data_prep.plan.windows import GenomeWindows, cut_windows, hash_rows
 from data_prep.tar_format import END, SampleJson, json_sizes, member_size
 
 _KEY_NAME_CHARACTERS = 24
-_SHUFFLE, _STRAND = 1, 2  # what a hash is for
+_SHUFFLE, _STRAND = 1, 2  # the purpose of a hash
 
 
 @dataclass(frozen=True)
 class SpeciesRequest:
-    """What the user asks for: one species and where its genome is."""
+    """What the user asks for: a species, and where its genome is."""
 
     name: str
     fasta: Path
     assembly: str
     options: PlanOptions
     weight: float = 1.0
-    """Share in the mixture, relative to the other species'."""
+    """Share in the mixture, relative to the other species."""
     weight_exponent: float | None = None
-    """With an exponent a, the weight is multiplied by (train bases)^a."""
+    """With an exponent a, the weight is multiplied by (bases of train)^a."""
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class SpeciesRequest:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One tar to be written: the rows of the plan's windows in stored order, and the tar's size in bytes."""
+    """A tar to write: the rows of the plan's windows in stored order, and the tar's size in bytes."""
 
     split: str
     name: str
@@ -54,7 +54,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class SpeciesPlan:
-    """Everything about a species but its bytes. `strands` (windows, 2) bool: is + stored, is - stored."""
+    """Everything about a species except its bytes. `strands` (windows, 2) bool: whether + and - are stored."""
 
     request: SpeciesRequest
     contigs: dict[str, int]
@@ -66,7 +66,7 @@ class SpeciesPlan:
 
 
 def identity(request: SpeciesRequest, genome: Genome) -> dict[str, Any]:
-    """What decides the bytes of a species, as plain values: another identity is another dataset."""
+    """The plain values that decide the bytes of a species: with other values it is another dataset."""
     return {
         "species": request.name,
         "assembly": request.assembly,
@@ -83,9 +83,10 @@ def identity(request: SpeciesRequest, genome: Genome) -> dict[str, Any]:
 def plan_species(
     request: SpeciesRequest, genome: Genome, scans: Mapping[str, Scan], near: Mapping[str, np.ndarray] | None = None
 ) -> SpeciesPlan:
-    """Plan the shards of a species; `scans` holds every contig of the genome.
+    """Plan the shards of a species; `scans`: the scan of every contig of the genome.
 
-    `near`: by contig, stretches of train that are near to what is held out, rows of `NEAR_DTYPE`.
+    `near`: by contig, the stretches of train that are near copies of held-out sequence, rows of `NEAR_DTYPE`. Raises
+    `UserError` where there is no window.
     """
     options = request.options
     aliases = read_aliases(Path(options.aliases)) if options.aliases else AliasTable()
@@ -140,10 +141,10 @@ def choose_strands(windows: np.ndarray, options: PlanOptions) -> np.ndarray:
 def cut_shards(
     request: SpeciesRequest, contigs: list[str], windows: np.ndarray, strands: np.ndarray
 ) -> list[ShardPlan]:
-    """Shuffle each split's windows by the seed and cut them into tars of at most `--shard-bytes`.
+    """Shuffle each split's windows with the seed, and divide them into tars of at most `--shard-bytes`.
 
-    A window's strands stay together, so that one reading of the genome serves both; a window larger than a shard
-    has one to itself.
+    A window's strands stay together, so that the genome is read once for both; a window larger than a shard gets a
+    shard of its own.
     """
     options = request.options
     order = hash_rows(options.seed, _SHUFFLE, windows["contig"], windows["start"], windows["end"], windows["split"])
@@ -173,7 +174,7 @@ def _tar_bytes(request: SpeciesRequest, split: str, contigs: list[str], windows:
 
 
 def contig_keys(contigs: Mapping[str, int]) -> list[str]:
-    """A short name for keys per contig, unique within the species: letters, digits and '_' only."""
+    """A short name of each contig for keys, unique within the species, of letters, digits and '_' only."""
     taken: set[str] = set()
     copies: dict[str, int] = {}
     keys = []
@@ -194,7 +195,7 @@ def account(
     planned: GenomeWindows,
     notes: list[str],
 ) -> dict[str, Any]:
-    """Where every base of the genome file went: `kept` and all of `dropped` add up to `bases`."""
+    """What became of every base of the genome file: `kept` and all of `dropped` add up to `bases`."""
     total = sum((scan.composition for scan in scans.values()), Composition())
     dropped = dict(planned.dropped)
     dropped["left_out_contigs"] = sum(sum(contigs.values()) for contigs in selection.left_out.values())
@@ -226,8 +227,8 @@ def _require_windows(selection: Selection, regions: Regions, planned: GenomeWind
             raise UserError(f"all {poor:,} windows have less than {options.min_acgt:.0%} ACGT; lower --min-acgt")
         longest = max(selection.used.values())
         raise UserError(
-            f"no window: no segment is as long as the shortest window, {options.min_window:,} bases "
-            f"(the longest contig has {longest:,}); lower --min-window"
+            f"no window: every segment is shorter than the shortest window, {options.min_window:,} bases (the longest "
+            f"contig has {longest:,}); lower --min-window"
         )
     for number, split in enumerate(SPLITS):
         fraction = {"valid": options.valid_fraction, "test": options.test_fraction}.get(split, 0)

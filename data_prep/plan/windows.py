@@ -1,4 +1,4 @@
-"""Regions of the contigs -> windows: which stretches become samples, and why the rest does not."""
+"""Cuts regions of the contigs into windows: which stretches become samples, and why the rest does not."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ PLANNED_DTYPE = np.dtype(
     ]
 )
 DROPPED = ("excluded", "gap", "outside_intervals", "leakage", "low_acgt", "between_windows", "tail", "short")
-"""Why bases of a used contig are in no window, in the order in which the reasons are tried."""
+"""Reasons why bases of a used contig are not in a window; the first that holds counts."""
 
 
 @dataclass(frozen=True)
 class GenomeWindows:
-    """The windows of the used contigs (PLANNED_DTYPE, sorted), and where the bases of these contigs went.
+    """The windows of the used contigs (PLANNED_DTYPE, sorted), and what became of all bases of these contigs.
 
-    `kept` and each of `dropped` (keys DROPPED) count bases once; together they are the contigs. `split_bases` counts
-    the bases of each split once. `low_acgt_windows` counts the windows that `--min-acgt` left out. `leaked`: bases of
-    train windows that lie in valid or test windows, by split and in `either`.
+    `kept` and each of `dropped` (keys DROPPED) count every base once; they add up to the contigs. `split_bases` counts
+    each base of a split once. `low_acgt_windows` counts the windows that `--min-acgt` left out. `leaked`: bases of
+    train windows that also lie in valid or test windows, by split and in `either`.
     """
 
     windows: np.ndarray
@@ -43,10 +43,12 @@ class GenomeWindows:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Windows before their ACGT is known: split -> (n, 3) start, end, pad; and what was cut away on the way."""
+    """Windows before their ACGT is known, split -> (n, 3) start, end, pad; and the bases that were cut away
+    until then.
+    """
 
     windows: dict[str, np.ndarray]
-    asked_for: np.ndarray  # the set of bases that some split asks for
+    asked_for: np.ndarray  # the set of bases that at least one split asks for
     gaps: np.ndarray
     leakage: np.ndarray
     segment_ends: np.ndarray
@@ -59,9 +61,10 @@ def cut_windows(
     scans: Sequence[Scan],
     options: PlanOptions,
 ) -> GenomeWindows:
-    """Windows of contigs, each with its length, its splits' intervals (n, 2), its excluded set and its scan.
+    """Cut the windows of contigs; for each contig: its length, its splits' intervals (n, 2), its excluded set and its
+    scan.
 
-    All contigs are cut at once: a draft assembly has too many of them to go one by one.
+    All contigs are cut at once: a draft assembly has too many of them for a loop.
     """
     usable = [row for row, length in enumerate(lengths) if length >= options.min_window]
     line = GenomeLine([lengths[row] for row in usable])
@@ -103,7 +106,8 @@ def cut_windows(
 
 
 def tile(segments: np.ndarray, options: PlanOptions) -> np.ndarray:
-    """Cut each segment (n, 2) into windows of `--window` at `--stride`, its end by `--tail`: (m, 3) start, end, pad.
+    """Cut each segment (n, 2) into windows of `--window` at `--stride`, and its end by `--tail`: (m, 3) start, end,
+    pad.
 
     A segment shorter than the window gives one window of its own length (padded with `pad`, none with `drop`).
     Windows below `--min-window` are left out.
@@ -120,28 +124,28 @@ def tile(segments: np.ndarray, options: PlanOptions) -> np.ndarray:
 
 
 def extend(rows: np.ndarray, contigs: np.ndarray, window: int) -> np.ndarray:
-    """Move each row's end to start + window, and the whole inward where that is beyond its contig, (n, 2).
+    """Move each row's end to start + window, and the whole row inward where that is beyond its contig, (n, 2).
 
-    The rule of the published training sets (Avsec et al. 2021; Nguyen et al. 2023, arXiv:2306.15794), with 2^20 as
-    window. A contig shorter than the window gives all of itself.
+    This is the rule of the published training sets (Avsec et al. 2021; Nguyen et al. 2023, arXiv:2306.15794), with a
+    window of 2^20. A contig shorter than the window becomes one window.
     """
     start = np.maximum(np.minimum(rows[:, 0], contigs[:, 1] - window), contigs[:, 0])
     return np.stack([start, np.minimum(start + window, contigs[:, 1])], axis=1)
 
 
 def enough_acgt(windows: np.ndarray, non_acgt: np.ndarray, min_acgt: float) -> np.ndarray:
-    """Which windows have at least this share of ACGT among their own bases (padding aside), (n,) bool."""
+    """(n,) bool: which windows have at least the share `min_acgt` of ACGT among their bases, without padding."""
     start, end = windows["start"].astype(np.int64), windows["end"].astype(np.int64)
     return (end - start) - covered(start, end, non_acgt) >= min_acgt * (end - start)
 
 
 def footprint(windows: np.ndarray) -> np.ndarray:
-    """The set of bases that lie in at least one of the windows (PLANNED_DTYPE), all on one line."""
+    """The set of bases that lie in at least one of the windows (PLANNED_DTYPE), which are on the line of contigs."""
     return union(np.stack([windows["start"], windows["end"]], axis=1).astype(np.int64))
 
 
 def leaked_bases(bases_of: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Bases of train that also lie in valid, test, or either; `bases_of` holds each split's set."""
+    """How many bases of train also lie in valid, in test, and in either; `bases_of`: each split's set."""
     valid, test = bases_of["valid"], bases_of["test"]
     held_out = {"valid": valid, "test": test, "either": union(np.concatenate([valid, test]))}
     return {name: size(intersection(bases_of["train"], bases)) for name, bases in held_out.items()}
@@ -169,7 +173,7 @@ def _tile_regions(
 def _windows_of_rows(
     line: GenomeLine, regions: Mapping[str, np.ndarray], excluded: np.ndarray, options: PlanOptions
 ) -> _Candidates:
-    """Each row, as it is or extended, is a window; what is excluded or leaks is cut out of it."""
+    """Make a window of each row, as it is or extended; excluded and leaking bases are cut out of it."""
     rows = dict(regions)
     if options.interval_mode == "extend":
         contigs = line.contigs
@@ -200,7 +204,7 @@ def _table(windows: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _on_contigs(windows: np.ndarray, line: GenomeLine, rows: np.ndarray) -> np.ndarray:
-    """The windows with rows of the contig table, and with places on their contigs instead of the line."""
+    """The windows with rows of the contig table, and with positions on their contigs instead of on the line."""
     number = line.contig_of(windows["start"].astype(np.int64))
     placed = windows.copy()
     placed["contig"] = rows[number]
@@ -221,7 +225,7 @@ def _tails(start: np.ndarray, end: np.ndarray, full: np.ndarray, options: PlanOp
 
 
 def hash_rows(seed: int, purpose: int, *columns: np.ndarray) -> np.ndarray:
-    """A well-mixed 64-bit number per row of integer columns, (n,) uint64; the same on any machine (splitmix64)."""
+    """A hash of each row of integer columns, (n,) uint64; the same on any machine (splitmix64)."""
     state = mix(np.full(len(columns[0]), seed, dtype=np.uint64) + np.uint64(purpose))
     for column in columns:
         state = mix(state ^ column.astype(np.uint64))

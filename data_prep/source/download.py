@@ -1,4 +1,4 @@
-"""Downloads a file or a genome of the registry, with resume, checksums and progress."""
+"""Downloads a file or a genome of the registry, with resuming, checksums and progress."""
 
 import hashlib
 import json
@@ -17,20 +17,20 @@ from data_prep.progress import Progress, note
 from data_prep.source.registry import GenomeSpec
 
 CHUNK = 16 << 20
-"""Bytes asked for at once; also the most that is held in memory."""
+"""Bytes that are requested at once, and the most that is held in memory."""
 ATTEMPTS = 5
-"""Failures in a row, without a byte between them, after which a download is given up."""
+"""Failures in a row without any data after which a download is given up."""
 FIRST_WAIT = 1.0
-"""Seconds before the second attempt; doubled for each further one."""
+"""Seconds before the second attempt; doubled before each further one."""
 _VERSION_KEYS = ("size", "ETag", "Last-Modified", "LastModified", "modify", "mtime")
 
 
 def fetch(url: str, directory: str | Path, sha256: str | None = None, md5: str | None = None) -> Path:
-    """The file behind a local path or an http, https, ftp or s3 URL, downloaded into `directory` unless it is there.
+    """The file at a local path or an http, https, ftp or s3 URL, downloaded into `directory` unless it is there.
 
-    A partial download is kept as `.NAME.part` and continued by the next call; the final name appears only when all
-    bytes have come and the checksums hold. A local path is checked and returned as it is. What goes wrong is a
-    `UserError` of one line.
+    A partial download is kept as `.NAME.part`, and the next call continues it; the final name appears only when all
+    bytes have come and the checksums are right. A local path is checked and returned. Raises `UserError` for every
+    failure.
     """
     if urlsplit(url).scheme in ("", "file"):
         path = Path(unquote(urlsplit(url).path) if url.startswith("file:") else url)
@@ -59,14 +59,16 @@ def fetch(url: str, directory: str | Path, sha256: str | None = None, md5: str |
 def fetch_cached(url: str, cache_dir: Path) -> Path:
     """The file behind a URL, downloaded once into the cache directory.
 
-    Each address has a folder of its own there: other addresses may end in the same name.
+    Each address has its own folder there, as other addresses may end in the same name.
     """
     return fetch(url, cache_dir / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16])
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The partial file, opened to append, for this process alone; a second process waits. Removed where empty."""
+    """The partial file, opened to append and locked; a second process waits. Afterwards it is removed if it
+    is empty.
+    """
     with locked(path) as partial:
         try:
             yield partial
@@ -78,7 +80,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def fetch_genome(genome: GenomeSpec, directory: str | Path) -> Path:
-    """The file of a registry entry: its local file, or the first of its URLs that can be had."""
+    """The file of a registry entry: its local file, or a download from the first of its URLs that works."""
     if genome.fasta is not None:
         return fetch(str(genome.fasta), directory, genome.sha256, genome.md5)
     for url in genome.urls[:-1]:
@@ -90,11 +92,11 @@ def fetch_genome(genome: GenomeSpec, directory: str | Path) -> Path:
 
 
 def _download(url: str, partial: BinaryIO) -> None:
-    """Append what is missing to `partial`, with retries; its beginning is dropped if the remote file has changed."""
+    """Append the missing bytes to `partial`, with retries; it begins anew if the remote file has changed."""
     filesystem, path = _open_filesystem(url)
     try:
         info = filesystem.info(path)
-    except Exception as error:  # each file system of fsspec raises classes of its own
+    except Exception as error:  # each file system of fsspec raises its own classes
         raise UserError(f"{url}: {failure_reason(error)}") from None
     size = info.get("size")
     version = {"url": url} | {key: str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None}
@@ -129,7 +131,7 @@ def _download(url: str, partial: BinaryIO) -> None:
 
 
 class _WriteError(Exception):
-    """The local disk failed, not the network; the cause is the `OSError`."""
+    """The local disk failed, not the network; `__cause__` is the `OSError`."""
 
 
 class _NoRanges(Exception):
@@ -169,7 +171,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
         if scheme in ("http", "https"):
             import aiohttp
 
-            # No limit on the whole transfer, which takes as long as it takes; a silent line is given up.
+            # The whole transfer has no time limit; a connection without data is given up.
             options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
@@ -183,7 +185,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def _continues(partial: BinaryIO, version: dict[str, str]) -> bool:
-    """Whether what `partial` holds is the beginning of the very file that the server has now."""
+    """Whether `partial` is the beginning of the file that the server has now."""
     try:
         return json.loads(_version_path(partial).read_bytes()) == version
     except (OSError, ValueError):
@@ -195,7 +197,9 @@ def _version_path(partial: BinaryIO) -> Path:
 
 
 def verify_file(path: Path, sha256: str | None, md5: str | None, *, arrives_as: Path | None = None) -> None:
-    """Check a file; a download that is to become `arrives_as` is removed where it is wrong."""
+    """Check a file's checksums. Raises `UserError` where one is wrong, and then removes a download that would become
+    `arrives_as`.
+    """
     for algorithm, expected in (("sha256", sha256), ("md5", md5)):
         if expected is None:
             continue

@@ -35,9 +35,9 @@ class GenomeSpec:
     organism: str = ""
     assembly: str = ""
     fasta: Path | None = None
-    """A local file; a relative path starts at the YAML file's folder. Wins over `urls`."""
+    """A local file, which is used instead of `urls`; a relative path starts at the YAML file's folder."""
     urls: tuple[str, ...] = ()
-    """Where to download the file from; each is tried in turn."""
+    """Where to download the file from; they are tried in turn."""
     md5: str | None = None
     sha256: str | None = None
     contigs: tuple[str, ...] = ()
@@ -46,20 +46,22 @@ class GenomeSpec:
     valid_contigs: tuple[str, ...] = ()
     test_contigs: tuple[str, ...] = ()
     aliases: Path | None = None
-    """Tab-separated table, one contig a row, one naming scheme a column, named by the first line after `#`."""
+    """A tab-separated table with one contig per row and one naming scheme per column; the first line, after `#`, has
+    the headings.
+    """
     blacklist: str | None = None
     """Path or URL of a BED file of regions to leave out."""
     intervals: str | None = None
     """Path or URL of a BED file (contig, start, end, split) that publications train on."""
 
     def alias_groups(self) -> list[tuple[str, ...]]:
-        """Names of the same contig, group by group; empty where there is no table."""
+        """Groups of names that mean the same contig; empty where there is no table."""
         if self.aliases is None:
             return []
         return [names for _, names in read_aliases(self.aliases).rows()]
 
     def include_pattern(self) -> str | None:
-        """The pattern of contigs to use: `include`, or the main contigs under any of their names."""
+        """The pattern of contigs to use: `include`, or else the main contigs under any of their names."""
         if self.include is not None or not self.contigs:
             return self.include
         names = dict.fromkeys(self.contigs)
@@ -93,7 +95,9 @@ def resolve_genome(name: str) -> GenomeSpec:
 
 def _find(name: str) -> Path:
     if is_url(name):
-        raise UserError(f"{name}: is an address; a genome is named, or described by a YAML file on this computer")
+        raise UserError(
+            f"{name}: is an address; give the name of a genome, or a YAML file on this computer that describes one"
+        )
     if name.endswith((".yaml", ".yml")):
         return Path(name)
     if "/" in name or Path(name).is_file():
@@ -103,7 +107,7 @@ def _find(name: str) -> Path:
         )
     path = REGISTRY / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"'{name}' is no genome of the registry; known are {', '.join(registry_names())}")
+        raise UserError(f"'{name}' is not a genome of the registry; known are {', '.join(registry_names())}")
     return path
 
 
@@ -131,7 +135,7 @@ def _convert(key: str, value: Any, kind: Any, path: Path) -> Any:
         return path.parent / Path(value).expanduser()
     if kind in (str, str | None) and scalar:
         return str(value)
-    raise UserError(f"{path}: key '{key}' cannot be {value!r}")
+    raise UserError(f"{path}: key '{key}' cannot have the value {value!r}")
 
 
 def _check(spec: GenomeSpec, path: Path) -> None:
@@ -143,7 +147,7 @@ def _check(spec: GenomeSpec, path: Path) -> None:
         try:
             re.compile(getattr(spec, key) or "")
         except re.error as error:
-            raise UserError(f"{path}: key '{key}' is no regular expression ({error})") from None
+            raise UserError(f"{path}: key '{key}' is not a regular expression ({error})") from None
     both = sorted(set(spec.valid_contigs) & set(spec.test_contigs))
     if both:
         raise UserError(f"{path}: '{spec.name}' has {both[0]} in valid_contigs and in test_contigs; choose one")

@@ -1,4 +1,4 @@
-"""A YAML file of several species -> one request per species.
+"""Reads a YAML file of several species, and makes one request per species.
 
 weights: bases^0.5          # given (the default), bases, or a power of the train bases
 defaults: {window: 131072}  # options of the plan, for every species
@@ -31,13 +31,13 @@ from data_prep.source.download import fetch_cached, fetch_genome
 from data_prep.source.registry import GenomeSpec, resolve_genome
 
 REGISTRY_FILE = "registry"
-"""As --intervals or --exclude-bed: the file that the registry names for the genome."""
+"""The value of --intervals or --exclude-bed that means the registry's file for the genome."""
 _KEYS = {"genome", "name", "assembly", "fasta", "weight"}
 _WEIGHTS = re.compile(r"bases(?:\^([0-9]*\.?[0-9]+))?")
 
 
 def read_species_file(path: Path, overrides: Mapping[str, Any], cache_dir: Path | None) -> list[SpeciesRequest]:
-    """The species of a YAML file; `overrides`, the command line's options, win over the file's."""
+    """The requests of a YAML file; `overrides`, the options of the command line, override those of the file."""
     values = _load(path)
     unknown = sorted(values.keys() - {"species", "defaults", "weights"})
     if unknown:
@@ -70,7 +70,9 @@ def request_for_genome(
     weight_exponent: float | None = None,
     cache_dir: Path | None = None,
 ) -> SpeciesRequest:
-    """The request for a genome of the registry, downloaded if need be; what is `given` wins over the entry."""
+    """The request for a genome of the registry, which is downloaded if needed; the options `given` override the
+    entry's.
+    """
     own = {
         "include": spec.include_pattern(),
         "exclude": spec.exclude,
@@ -91,7 +93,7 @@ def request_for_genome(
 
 
 def fetch_files(options: PlanOptions, cache_dir: Path | None) -> PlanOptions:
-    """The same options with local files in place of addresses."""
+    """The same options, with addresses replaced by local files, which are downloaded."""
     return replace(
         options,
         aliases=_local(options.aliases, cache_dir),
@@ -154,7 +156,7 @@ def _request(
 
 
 def _from_folder(options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Paths of files among the options start at the YAML file's folder."""
+    """The options with relative paths of files resolved from the YAML file's folder."""
     values = dict(options)
     for key in ("aliases", "intervals", "around", "exclude_bed"):
         paths = values.get(key)

@@ -1,6 +1,6 @@
-"""Species made apart from each other, each in a folder of its own: by tasks that run at once, perhaps on several nodes.
+"""Makes species separately, each in its own folder, in tasks that may run at the same time and on several nodes.
 
-Which tasks make which species, and which shards of one, decides no byte, and may be another when a command goes on.
+Which task makes which species or shards changes no byte, and may differ when a command goes on.
 """
 
 from contextlib import ExitStack
@@ -16,22 +16,22 @@ from data_prep.write.shard_writer import shard_tasks, write_shard
 from data_prep.write.sharding import SpeciesWork, open_species, plan_species_of, require_space, write_species
 
 _AT_ONCE = 64
-"""Species whose plans are held, and whose folders are locked, at a time."""
+"""Number of species whose plans are in memory, and whose folders are locked, at a time."""
 
 
 def make_species(requests: list[SpeciesRequest], folder: Path, workers: int) -> None:
-    """Shard species into `folder`, without a manifest of them; what earlier tasks finished is kept as it is."""
+    """Shard species into `folder`, without a manifest; what earlier tasks finished is kept."""
     with Workers(workers) as pool:
         for first in range(0, len(requests), _AT_ONCE):
             unfinished = _planned(requests[first : first + _AT_ONCE], folder, pool)
-            with ExitStack() as locks, pool.aborted_on_error():  # the processes end before the locks are gone
+            with ExitStack() as locks, pool.aborted_on_error():  # the processes end before the locks are released
                 for work in unfinished:
                     locks.enter_context(locked(work.directory.path))
                 write_species(unfinished, pool)
 
 
 def plan_shares(request: SpeciesRequest, folder: Path, workers: int) -> None:
-    """Check a genome, plan its species and keep the plan, for tasks that write a share of the shards each."""
+    """Check a genome, plan its species and save the plan, for tasks that each write a share of the shards."""
     with Workers(workers) as pool:
         for work in _planned([request], folder, pool):
             assert work.plan is not None, "it has just been planned"
@@ -41,9 +41,9 @@ def plan_shares(request: SpeciesRequest, folder: Path, workers: int) -> None:
 
 
 def write_share(request: SpeciesRequest, folder: Path, share: int, shares: int, workers: int) -> None:
-    """Write every `shares`-th of a planned species' shards, from number `share` on, but those that are there.
+    """Write every `shares`-th shard of a planned species, from number `share` on, except those that exist.
 
-    `make_species` makes the species whole when all shares are done, and writes what should be missing.
+    When all shares are done, `make_species` completes the species, and writes shards that are missing.
     """
     with Workers(workers) as pool, pool.aborted_on_error():
         (work,) = open_species([request], folder, pool)
@@ -53,7 +53,7 @@ def write_share(request: SpeciesRequest, folder: Path, share: int, shares: int, 
         plan = kept_plan(directory.path, request, directory.identity, is_there=True)
         if plan is None:
             raise UserError(
-                f"{directory.path}: has no plan of these options; run the command that submitted this again"
+                f"{directory.path}: has no plan with these options; run the command that submitted this job again"
             )
         mine = {task.path.name: task for task in shard_tasks(plan, directory.path)[share::shares]}
         done = {row["name"] for row in directory.begun() if row["name"] in mine and is_whole(directory.path, row)}
@@ -66,7 +66,7 @@ def write_share(request: SpeciesRequest, folder: Path, share: int, shares: int, 
 
 
 def _planned(requests: list[SpeciesRequest], folder: Path, pool: Workers) -> list[SpeciesWork]:
-    """Those of the species that are not finished, each with its plan; there is room for them."""
+    """The species that are not finished, each with its plan. Raises `UserError` where the disk lacks room for them."""
     species = open_species(requests, folder, pool)
     unfinished = [work for work in species if not work.directory.finished()]
     for work in unfinished:

@@ -1,8 +1,9 @@
-"""Reads windows for `--homology`: the k-mers of what is held out, and what of train is near to it."""
+"""Reads windows for `--homology`: the k-mers of held-out windows, and the stretches of train that are near copies of
+them.
+"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -15,62 +16,85 @@ from data_prep.write.shard_writer import reopen_genome
 
 _TRAIN = SPLITS.index("train")
 _BASES_OF_A_TASK = 1 << 24
+Window = tuple[str, int, int]
+"""Contig, start and end."""
 
 
 @dataclass(frozen=True)
 class KmerTask:
-    """Windows (contig, start, end) of one genome that a worker reads; without `held_out`, for their k-mers."""
+    """Windows (contig, start, end) of a genome for a worker to read; without `held_out`, it returns their k-mers."""
 
     species: int
     genome: Path
     cache_dir: Path | None
-    windows: list[tuple[str, int, int]]
+    windows: list[Window]
     held_out: Path | None = None
-    """A file of sorted hashes: they are too many to travel with each task."""
+    """A file of sorted hashes, which are too many to be sent with each task."""
     least: float = LEVELS[0]
-    """The share of k-mers from which a stretch is told."""
+    """The smallest share of k-mers for which a stretch is returned."""
 
 
-def near_copies(species: list[tuple[SpeciesRequest, SpeciesPlan]], pool: Workers) -> list[dict[str, np.ndarray] | None]:
-    """By species and contig the stretches of train (`NEAR_DTYPE`) near to what is held out; None if not asked for."""
-    tasks = [task for number, one in enumerate(species) for task in _tasks(number, *one, train=False)]
-    with Progress("sketching what is held out", len(tasks), "parts") as progress:
+@dataclass
+class Found:
+    """What is known of a species' train."""
+
+    near: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """By contig, the stretches near to what is held out, parts of `NEAR_DTYPE`."""
+    looked_at: set[Window] = field(default_factory=set)
+    """Windows that were looked at."""
+
+    def by_contig(self) -> dict[str, np.ndarray]:
+        return {contig: np.concatenate(parts) for contig, parts in self.near.items()}
+
+
+def sketch_held_out(species: list[tuple[SpeciesRequest, SpeciesPlan]], path: Path, pool: Workers) -> None:
+    """Write the hashes of the sampled k-mers of all species' held-out windows, sorted, to a .npy file."""
+    tasks: list[KmerTask] = []
+    for number, (request, plan) in enumerate(species):
+        tasks += _tasks(number, request, _windows(plan, train=False))
+    with Progress("sketching held-out windows", len(tasks), "parts") as progress:
         sketches = [np.zeros(0, np.uint64)]
         for _, hashes in pool.run(_sketch, tasks):
             sketches.append(hashes)
             progress.add(1)
-    asked = [(number, one) for number, one in enumerate(species) if one[0].options.homology is not None]
-    found: list[dict[str, list[np.ndarray]] | None] = [None] * len(species)
-    for number, _ in asked:
-        found[number] = {}
-    with TemporaryDirectory() as folder:
-        held_out = Path(folder) / "held-out.npy"
-        np.save(held_out, np.unique(np.concatenate(sketches)))
-        tasks = [task for number, one in asked for task in _tasks(number, *one, train=True, held_out=held_out)]
-        _look(tasks, found, pool)
-    return [None if one is None else {contig: np.concatenate(parts) for contig, parts in one.items()} for one in found]
+    np.save(path, np.unique(np.concatenate(sketches)))
 
 
-def _look(tasks: list[KmerTask], found: list[dict[str, list[np.ndarray]] | None], pool: Workers) -> None:
-    """Add what tasks find to the parts of their species."""
+def look_for_copies(
+    species: list[tuple[SpeciesRequest, SpeciesPlan]], found: list[Found | None], held_out: Path, pool: Workers
+) -> bool:
+    """Look at the windows of train that were not looked at before; tells whether there were any.
+
+    `found`: of each species, to be added to; None for those that do not ask. `held_out`: by `sketch_held_out`.
+    """
+    tasks: list[KmerTask] = []
+    for number, ((request, plan), of_species) in enumerate(zip(species, found, strict=True)):
+        if of_species is not None:
+            windows = [window for window in _windows(plan, train=True) if window not in of_species.looked_at]
+            of_species.looked_at.update(windows)
+            tasks += _tasks(number, request, windows, held_out)
     with Progress("looking for near copies", len(tasks), "parts") as progress:
         for task, near in pool.run(_near, tasks):
             of_species = found[tasks[task].species]
-            assert of_species is not None, "tasks are of species that ask"
-            for contig, parts in near:
-                of_species.setdefault(contig, []).append(parts)
+            assert of_species is not None, "only species with --homology have tasks"
+            for contig, stretches in near:
+                of_species.near.setdefault(contig, []).append(stretches)
             progress.add(1)
+    return bool(tasks)
 
 
-def _tasks(
-    number: int, request: SpeciesRequest, plan: SpeciesPlan, train: bool, held_out: Path | None = None
-) -> list[KmerTask]:
-    """Tasks over the windows of train, or of the other splits."""
-    names, least = list(plan.contigs), min(LEVELS[0], request.options.homology or 1.0)
+def _windows(plan: SpeciesPlan, train: bool) -> list[Window]:
+    """The windows of train, or of the other splits."""
+    names = list(plan.contigs)
     rows = plan.windows[(plan.windows["split"] == _TRAIN) == train]
-    windows = [(names[row["contig"]], int(row["start"]), int(row["end"])) for row in rows]
+    return [(names[row["contig"]], int(row["start"]), int(row["end"])) for row in rows]
+
+
+def _tasks(number: int, request: SpeciesRequest, windows: list[Window], held_out: Path | None = None) -> list[KmerTask]:
+    """Tasks of about as many bases over windows of a species."""
+    least = min(LEVELS[0], request.options.homology or 1.0)
     tasks: list[KmerTask] = []
-    part: list[tuple[str, int, int]] = []
+    part: list[Window] = []
     for window in windows:
         part.append(window)
         if sum(end - start for _, start, end in part) >= _BASES_OF_A_TASK:
@@ -87,7 +111,7 @@ def _sketch(task: KmerTask) -> np.ndarray:
 
 def _near(task: KmerTask) -> list[tuple[str, np.ndarray]]:
     genome = reopen_genome(task.genome, task.cache_dir)
-    assert task.held_out is not None, "a task of train has what is held out"
+    assert task.held_out is not None, "a task on train has held-out hashes"
     held_out, found = np.load(task.held_out, mmap_mode="r"), []
     for contig, start, end in task.windows:
         stretches = near_stretches(np.frombuffer(genome.read(contig, start, end), np.uint8), held_out, task.least)

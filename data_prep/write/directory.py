@@ -1,9 +1,9 @@
-"""A dataset's directory while it is made: lock, unfinished species, finished parts, manifest."""
+"""A dataset's directory while the dataset is made: lock, unfinished species, finished parts, manifest."""
 
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,13 @@ PLAN = ".plan.npz"
 """The plan of a species whose shards several tasks write: data_prep/write/kept_plan.py."""
 _JOURNALS_OF_SHARES = ".unfinished-*.jsonl"
 _NEWER_OPTIONS = {"contigs": PlanOptions.contigs}
-"""What datasets of earlier versions, which do not name these options, were made with."""
+"""The values of newer options with which datasets of earlier versions were made."""
 _WEIGHTS = ("weight", "weight_exponent")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a failure of the disk while `path` is written into a `UserError`."""
+    """A context in which a failure of the disk while `path` is written becomes a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -52,7 +52,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Make the directory where it is absent, and keep other runs out of it; a killed run's lock is gone with it."""
+    """A context that makes the directory where it is absent, and locks it against other runs; a killed run's lock ends
+    with it.
+    """
     made = not patiently(directory.exists)
     try:
         patiently(lambda: directory.mkdir(parents=True, exist_ok=True))
@@ -73,7 +75,7 @@ def locked(directory: Path) -> Iterator[None]:
         except BaseException:
             with suppress(OSError):
                 _remove_leftovers(directory)
-            if made and [path.name for path in directory.iterdir()] == [LOCK]:  # nothing has come of it
+            if made and [path.name for path in directory.iterdir()] == [LOCK]:  # nothing was written into it
                 (directory / LOCK).unlink()
                 directory.rmdir()
             raise
@@ -81,7 +83,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 @patient
 def refuse_if_locked(directory: Path) -> None:
-    """Fail early, before long work, where another run holds the lock."""
+    """Raise `UserError` where another run holds the lock, to fail before long work."""
     if (directory / LOCK).exists():
         with locked(directory):
             pass
@@ -90,9 +92,9 @@ def refuse_if_locked(directory: Path) -> None:
 class SpeciesDirectory:
     """OUT/SPECIES, from its first shard to its `species.json`.
 
-    While unfinished it holds a journal: what is being made (the identity), then one line per finished shard, so that
-    a run that was killed goes on with what is missing. Tasks that share the work have a journal each, as no two nodes
-    can add to one file. A species that has lost shards is unfinished again.
+    While unfinished it holds a journal: the identity of what is being made, then one line per finished shard, so that
+    after a kill the next run writes only the missing shards. Tasks that share the work have a journal each, as two
+    nodes cannot append to the same file. A species that has lost shards is unfinished again.
     """
 
     def __init__(self, dataset: Path, identity: dict[str, Any]) -> None:
@@ -102,7 +104,7 @@ class SpeciesDirectory:
 
     @patient
     def finished(self) -> bool:
-        """Whether the species is complete; one of another genome or other options is a `UserError`."""
+        """Whether the species is complete. Raises `UserError` where it is of another genome or other options."""
         if self._part.exists():
             part = read_part(self._part)
             self._require_same(part_identity(part), "holds")
@@ -113,11 +115,11 @@ class SpeciesDirectory:
 
     @patient
     def begin(self) -> dict[str, dict[str, Any]]:
-        """Make the directory ready for writing; returns the finished shards of an earlier run, by name."""
+        """Prepare the directory for writing, and return the finished shards of an earlier run, by name."""
         self.path.mkdir(exist_ok=True)
         rows = shard_rows(read_part(self._part)) if self._part.exists() else self.begun()
         finished = {row["name"]: row for row in rows if is_whole(self.path, row)}
-        # Written anew: a line that a kill cut short must not spoil the next one.
+        # It is written anew: a line that a kill cut short must not spoil the next line.
         lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
         write_atomically(self._journal, "".join(lines).encode())
         if self._part.exists():
@@ -130,15 +132,15 @@ class SpeciesDirectory:
 
     @patient
     def begun(self) -> list[dict[str, Any]]:
-        """What the journals say of the shards that are written so far, which may have been lost since."""
+        """The journals' rows of the shards that were written so far; shards may have been lost since."""
         own = _read_journal(self._journal)[1:] if self._journal.exists() else []
         return own + [row for path in sorted(self.path.glob(_JOURNALS_OF_SHARES)) for row in read_json_lines(path)]
 
     @patient
     def update_weight(self, weight: Callable[[dict[str, Any]], float]) -> None:
-        """Bring a finished species to the weights asked for now, on which its shards do not depend.
+        """Give a finished species the weight that is asked for now; its shards do not depend on it.
 
-        `weight` gives its share in the mixture from its report.
+        `weight`: its report -> its share in the mixture.
         """
         part = read_part(self._part)
         plan = {**part["plan"], **{key: self.identity["plan"][key] for key in _WEIGHTS}}
@@ -147,7 +149,7 @@ class SpeciesDirectory:
 
     @patient
     def record(self, shard: dict[str, Any], share: int | None = None) -> None:
-        """Note a shard as finished; `share`: by the task that writes this share of them."""
+        """Record a shard as finished; `share`: the number of the task's share, for tasks that share the work."""
         append_json_line(self._journal if share is None else self.path / f".unfinished-{share:06d}.jsonl", shard)
 
     @patient
@@ -170,13 +172,13 @@ class SpeciesDirectory:
 
 
 def shard_rows(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a part of a manifest says of each of its shards."""
+    """The rows of all shards in a species' part of a manifest."""
     return [shard for split in part["splits"].values() for shard in split["shards"]]
 
 
 @patient
 def is_whole(folder: Path, row: dict[str, Any]) -> bool:
-    """Whether a shard is there, by its tar's size and its index's sha256: to hash all tars is --verify's work."""
+    """Whether a shard is whole, by its tar's size and its index's sha256; only --verify hashes all tars."""
     tar = folder / row["name"]
     index = index_path(tar)
     if not tar.is_file() or tar.stat().st_size != row["bytes"] or not index.is_file():
@@ -206,7 +208,7 @@ def read_part(path: Path) -> dict[str, Any]:
 
 @patient
 def check_species(directory: Path, names: list[str], add: bool) -> None:
-    """Refuse a directory that holds anything else than (some of) these species, unless they are to be added to it."""
+    """Raise `UserError` for a directory that holds anything but (some of) these species, unless with `add`."""
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -228,14 +230,30 @@ def check_species(directory: Path, names: list[str], add: bool) -> None:
         )
 
 
+def refuse_unseen_copies(parts: list[dict[str, Any]], names: Iterable[str]) -> None:
+    """Refuse species beside those of a dataset that `--homology` made: it looked for near copies among those."""
+    others = sorted(set(names) - {part["name"] for part in parts})
+    made = [part["name"] for part in parts if "homology_over" in part.get("plan", {})]
+    if others and made:
+        raise UserError(
+            f"species {made[0]}: --homology looked for near copies among the species of its command, of which "
+            f"{others[0]} is none; make all of them in one command"
+        )
+
+
+def parts_of(directory: Path) -> list[dict[str, Any]]:
+    """The finished species of a directory."""
+    return [read_part(part) for part in sorted(directory.glob("*/species.json"))]
+
+
 @patient
 def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
     """Write tables, `report.html` and, last, `manifest.json` over all finished species of a directory.
 
-    Tables that are there are kept, unless `anew`.
+    Existing tables that fit are kept, unless `anew`.
     """
     path = directory / "manifest.json"
-    parts = [read_part(part) for part in sorted(directory.glob("*/species.json"))]
+    parts = parts_of(directory)
     manifest = build_manifest(parts)
     before: dict[str, Any] = {}
     with suppress(OSError, ValueError):
@@ -253,7 +271,7 @@ def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
 
 @patient
 def _remove_leftovers(directory: Path) -> None:
-    """Remove what killed runs left: files in writing, and beside finished species what was for making them."""
+    """Remove what killed runs left: partly written files, and the journals and plans of finished species."""
     leftovers = [*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")]
     unfinished = [path for name in (JOURNAL, PLAN, _JOURNALS_OF_SHARES) for path in directory.glob(f"*/{name}")]
     leftovers += [path for path in unfinished if (path.parent / "species.json").exists()]
@@ -272,6 +290,6 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_shards(identity: dict[str, Any]) -> dict[str, Any]:
-    """What of an identity decides the bytes of the shards, without nesting."""
+    """The values of an identity that decide the bytes of the shards, without nesting."""
     flat = {**_NEWER_OPTIONS, **identity, **identity["plan"]}
     return {key: value for key, value in flat.items() if key not in ("plan", *_WEIGHTS)}

@@ -1,4 +1,4 @@
-"""The runs of non-ACGT bases that an index lists."""
+"""Makes an index's rows for the runs of non-ACGT bases."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ def reverse_runs(runs: np.ndarray, length: int) -> np.ndarray:
 
 
 def run_table(sample: int, runs: np.ndarray) -> np.ndarray:
-    """An index's rows for the runs of one sample, RUN_DTYPE."""
+    """Rows of an index (RUN_DTYPE) for the runs of one sample."""
     rows = np.empty(len(runs), dtype=RUN_DTYPE)
     rows["sample"], rows["start"], rows["length"] = sample, runs[:, 0], runs[:, 1] - runs[:, 0]
     return rows

@@ -1,4 +1,4 @@
-"""A species' plan, kept in its folder for the tasks that write its shards, and for a command that goes on."""
+"""Saves a species' plan in its folder, for the tasks that write its shards, and for a command that goes on."""
 
 import io
 import json
@@ -13,11 +13,11 @@ from data_prep.plan.windows import PLANNED_DTYPE
 from data_prep.write.directory import PLAN
 
 _VERSION = 1
-"""Of the rule by which options make a plan: where that changes, kept ones are made anew."""
+"""Version of the rules by which options make a plan. Raise it when these change: saved plans are then made anew."""
 
 
 def keep_plan(folder: Path, plan: SpeciesPlan, identity: dict[str, Any]) -> None:
-    """Write what a plan is made of, its windows, contigs and report, into the species' folder."""
+    """Write a plan's windows, contigs and report into the species' folder."""
     facts = {"of": _made_of(identity), "contigs": list(plan.contigs.items()), "report": plan.report}
     buffer = io.BytesIO()
     np.savez(buffer, windows=plan.windows, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8))
@@ -27,9 +27,9 @@ def keep_plan(folder: Path, plan: SpeciesPlan, identity: dict[str, Any]) -> None
 def kept_plan(
     folder: Path, request: SpeciesRequest, identity: dict[str, Any], is_there: bool = False
 ) -> SpeciesPlan | None:
-    """The plan of this species in its folder; None where there is none, or one of other options or another version.
+    """The saved plan of this species; None where there is none, or only one with other options or of another version.
 
-    `is_there`: another node has written one.
+    `is_there`: another node has written one, so wait for it to appear.
     """
     try:
         content = patiently((folder / PLAN).read_bytes, is_there)
@@ -43,6 +43,6 @@ def kept_plan(
 
 
 def _made_of(identity: dict[str, Any]) -> dict[str, Any]:
-    """What a plan depends on, as it comes back from JSON; the weights are no part of it."""
+    """The values that a plan depends on, as they come back from JSON; weights are not among them."""
     plan = {key: value for key, value in identity["plan"].items() if key not in ("weight", "weight_exponent")}
     return json.loads(json.dumps({**identity, "plan": plan, "version": _VERSION}))

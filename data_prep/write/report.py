@@ -1,4 +1,4 @@
-"""report.html: what a dataset holds, as tables and pictures in one file that needs no other."""
+"""Writes report.html: the content of a dataset as tables and pictures, in one file that needs no other."""
 
 from collections.abc import Iterator
 from html import escape
@@ -120,7 +120,9 @@ def _leakage_table(species: list[dict[str, Any]]) -> str:
 
 
 def _near_copies_table(species: list[dict[str, Any]]) -> list[str]:
-    """Bases of train, before any were left out, by the share of their k-mers that is held out; of `--homology`."""
+    """The table of `--homology`: bases of train, before any were left out, by the share of their k-mers in held-out
+    sequence.
+    """
     if not species:
         return []
     headings = [
@@ -128,7 +130,9 @@ def _near_copies_table(species: list[dict[str, Any]]) -> list[str]:
         *(f"{float(level):.0%} alike" for level in species[0]["report"]["near_copies"]),
     ]
     rows = [[part["name"], *(f"{bases:,}" for bases in part["report"]["near_copies"].values())] for part in species]
-    words = "Of train, before near copies were left out: bases of stretches with at least so many k-mers in common."
+    words = (
+        "Bases of train, before near copies were left out, in stretches with at least this share of k-mers in common."
+    )
     return [f"<h2>Near copies</h2><p>{words}</p>", table(headings, rows)]
 
 
@@ -137,7 +141,7 @@ def _fate_bar(part: dict[str, Any]) -> str:
     kept = [(split, report["splits"][split]["bases"]) for split in SPLITS]
     shares = [(name, bases) for name, bases in (*kept, ("dropped", sum(report["dropped"].values()))) if bases]
     total = report["bases"]
-    one_row = sum(bases for _, bases in shares) == total  # splits that overlap stand one below the other
+    one_row = sum(bases for _, bases in shares) == total  # splits that overlap are drawn one below the other
     left, top, boxes = 0.0, 2, []
     for name, bases in shares:
         width = (_WIDTH - _LABEL) * bases / total
@@ -165,12 +169,12 @@ def _ideogram(folder: Path, part: dict[str, Any], *, opened: bool) -> str:
             rows += _pieces(covered[split].get(number), scale, top, split)
     more = f"<p>and {len(contigs) - len(shown)} shorter contigs</p>" if len(contigs) > len(shown) else ""
     height = len(shown) * (_ROW + 4) + 4
-    svg = _picture(f"Where the splits lie along the contigs of {part['name']}", height, rows)
+    svg = _picture(f"Places of the splits along the contigs of {part['name']}", height, rows)
     return f"<details{' open' if opened else ''}><summary>{escape(part['name'])}</summary>{svg}{more}</details>"
 
 
 def split_coverage(folder: Path, part: dict[str, Any], split: str, contigs: list[int]) -> dict[int, np.ndarray]:
-    """Contig number -> the bases of the split's windows, as a set, for some of the contigs."""
+    """Contig number -> the set of bases in the split's windows, for the given contigs."""
     shards = part["splits"].get(split, {}).get("shards", [])
     tables = []
     for shard in shards:
@@ -185,7 +189,9 @@ def split_coverage(folder: Path, part: dict[str, Any], split: str, contigs: list
 
 
 def _padding(index: ShardIndex) -> np.ndarray:
-    """Length of the run of non-ACGT bases that ends each window, (n,): the padding where it is long enough to see."""
+    """Length (n,) of the run of non-ACGT bases at the end of each window: its padding, where long enough for
+    the index.
+    """
     samples, runs = index.samples, index.runs
     owner = samples[runs["sample"]]
     ends = np.where(owner["strand"] == 0, runs["start"] + runs["length"] == owner["length"], runs["start"] == 0)
@@ -195,7 +201,7 @@ def _padding(index: ShardIndex) -> np.ndarray:
 
 
 def _pieces(intervals: np.ndarray | None, scale: float, top: int, split: str) -> Iterator[str]:
-    """Boxes of one split on one contig; what is nearer than half a pixel is drawn as one."""
+    """Boxes of a split on a contig; intervals less than half a pixel apart are drawn as one."""
     if intervals is None:
         return
     pixels = union(np.rint(intervals * scale * 2).astype(np.int64) + [0, 1])
@@ -210,7 +216,7 @@ def _legend() -> str:
 
 
 def _picture(words: str, height: int, shapes: list[str]) -> str:
-    """An SVG that scrolls inside the page where the page is too narrow for its letters."""
+    """An SVG in a box with a scroll bar, for pages that are too narrow for its text."""
     head = f'viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(words)}"'
     return f'<div class="scroll" tabindex="0"><svg class="wide" {head}>{"".join(shapes)}</svg></div>'
 

@@ -1,4 +1,4 @@
-"""A shard's plan -> its tar and index, written in one pass, each under a temporary name until it is complete."""
+"""Writes a shard's tar and index from its plan in one pass, each under a temporary name until it is complete."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from isal import isal_zlib  # its crc32 is several times as fast as zlib's
+from isal import isal_zlib  # its crc32 is several times faster than zlib's
 
 from caduceus.alphabet import COMPLEMENT_BYTE
 from caduceus.data.format import INDEX_DTYPE, RUN_DTYPE, STRAND_SYMBOLS, ShardIndex, index_path
@@ -26,7 +26,7 @@ _STRAND_WORDS = ("fwd", "rev")
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that a worker needs to write one shard. Small: it travels between processes."""
+    """All that a worker needs to write a shard. It is small, as it is sent between processes."""
 
     path: Path
     size: int
@@ -37,7 +37,7 @@ class ShardTask:
     split: str
     windows: np.ndarray
     strands: np.ndarray
-    contigs: dict[int, tuple[str, str]]  # row of the contig table -> its name, and its name in keys
+    contigs: dict[int, tuple[str, str]]  # row of the contig table -> the contig's name, and its name in keys
 
 
 def shard_tasks(plan: SpeciesPlan, directory: Path) -> list[ShardTask]:
@@ -62,15 +62,15 @@ def shard_tasks(plan: SpeciesPlan, directory: Path) -> list[ShardTask]:
 
 
 def write_shard(task: ShardTask) -> dict[str, Any]:
-    """Write a tar and its index; returns the shard's row of the manifest: {name, bytes, sha256, …}.
+    """Write a tar and its index, and return the shard's row of the manifest: {name, bytes, sha256, …}.
 
-    Anything but success leaves neither a tar nor an index under its final name.
+    After a failure there is neither a tar nor an index under its final name.
     """
     with writing(task.path), replacing(task.path, buffering=0) as file:
         tar = _TarStream(file)
         index = _write_samples(task, reopen_genome(task.genome, task.cache_dir), tar)
         tar.finish()
-        assert tar.position == task.size, "the plan knows the size of a tar before it is written"
+        assert tar.position == task.size, "a tar has the size that the plan computed"
         index_bytes = index.to_bytes()
         write_atomically(index_path(task.path), index_bytes)
     return {
@@ -85,7 +85,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def reopen_genome(path: Path, cache_dir: Path | None) -> Genome:
-    """A genome that stays open from one task of a process to the next."""
+    """Open a genome; it stays open for the next tasks of this process."""
     return open_genome(path, cache_dir)
 
 
@@ -94,7 +94,7 @@ class _TarStream:
 
     def __init__(self, file: Any) -> None:
         self.sha256 = hashlib.sha256()
-        self.position = 0  # bytes given so far
+        self.position = 0  # bytes added so far
         self._file = file
         self._pieces: list[bytes] = []
         self._pending = 0

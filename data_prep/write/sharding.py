@@ -1,13 +1,15 @@
-"""Does the work of `shard_genome.py`: open and scan the genomes, plan every species, write what is missing, seal it.
+"""The work of `shard_genome.py`: open and scan the genomes, plan every species, write missing shards, finish with the
+manifest.
 
-Nothing is written, not even the directory, before all genomes have been read and planned without an error.
+Nothing is written, and no directory is made, before all genomes have been read and planned without an error.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,16 @@ from data_prep.plan.composition import Scan, join_scans, scan
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_species
 from data_prep.progress import Progress
 from data_prep.workers import Workers
-from data_prep.write.copies import near_copies
-from data_prep.write.directory import SpeciesDirectory, check_species, locked, refuse_if_locked, write_manifest
+from data_prep.write.copies import Found, look_for_copies, sketch_held_out
+from data_prep.write.directory import (
+    SpeciesDirectory,
+    check_species,
+    locked,
+    parts_of,
+    refuse_if_locked,
+    refuse_unseen_copies,
+    write_manifest,
+)
 from data_prep.write.shard_writer import ShardTask, reopen_genome, shard_tasks, write_shard
 
 _SCAN_BASES = 1 << 24
@@ -30,7 +40,7 @@ _SPARE_BYTES = 1 << 20
 
 @dataclass
 class SpeciesWork:
-    """One species on its way from its genome to its shards; `plan` is there once the genome has been scanned."""
+    """A species on its way from genome to shards; `plan` is None until the genome has been scanned."""
 
     request: SpeciesRequest
     genome: Genome
@@ -39,21 +49,25 @@ class SpeciesWork:
 
 
 def make_dataset(requests: list[SpeciesRequest], out: Path, workers: int, add: bool = False) -> dict[str, Any]:
-    """Shard species into `out` and return the dataset's manifest. What an earlier run finished is kept as it is.
+    """Shard species into `out` and return the dataset's manifest. What an earlier run finished is kept.
 
-    With `add`, species that `out` holds already stay beside the new ones.
+    With `add`, other species that `out` already holds stay.
     """
     names = [request.name for request in requests]
     if add and any(request.options.homology is not None for request in requests):
-        raise UserError("--homology: with --add, copies in the species that are there would be missed; make all anew")
+        raise UserError(
+            "--homology: with --add, copies in the existing species would be missed; make all species in one command"
+        )
     check_species(out, names, add)
+    if add:
+        refuse_unseen_copies(parts_of(out), names)
     refuse_if_locked(out)
     with Workers(workers) as pool:
         species = open_species(requests, out, pool)
         unfinished = [work for work in species if not work.directory.finished()]
         plan_species_of(unfinished, species, pool)
         require_space(out, unfinished)
-        with locked(out), pool.aborted_on_error():  # the processes end before the lock is gone
+        with locked(out), pool.aborted_on_error():  # the processes end before the lock is released
             check_species(out, names, add)
             write_species(unfinished, pool)
             for work in species:
@@ -71,7 +85,7 @@ def open_species(requests: list[SpeciesRequest], out: Path, pool: Workers) -> li
     identities = [identity(request, genomes[number]) for number, request in enumerate(requests)]
     together = fingerprint({"species": sorted(map(fingerprint, identities))})
     for request, one in zip(requests, identities, strict=True):
-        if request.options.homology is not None:  # what the others hold out decides what this one leaves out
+        if request.options.homology is not None:  # held-out windows of other species decide what this one leaves out
             one["plan"]["homology_over"] = together
     return [
         SpeciesWork(request, genomes[number], SpeciesDirectory(out, identities[number]))
@@ -80,21 +94,38 @@ def open_species(requests: list[SpeciesRequest], out: Path, pool: Workers) -> li
 
 
 def plan_species_of(species: list[SpeciesWork], all_species: list[SpeciesWork], pool: Workers) -> None:
-    """Scan the genomes and give every species its plan; of `all_species`, those made already are planned anew.
+    """Scan the genomes and give every species its plan.
 
-    A plan without near copies needs the held-out windows of all species, and so a first plan of each.
+    A plan without near copies needs the held-out windows of all species, and so a first plan of each; therefore those
+    of `all_species` that are finished are planned again as well.
     """
     by_homology = [work for work in species if work.request.options.homology is not None]
     wanted = all_species if by_homology else species
     scans = scan_genomes(wanted, pool)
     _plan(wanted, scans, [None] * len(wanted))
     if by_homology:
-        found = near_copies([(work.request, work.plan) for work in wanted], pool)
-        places = [place for place, near in enumerate(found) if near is not None]
-        _plan([wanted[place] for place in places], [scans[place] for place in places], [found[p] for p in places])
+        _leave_out_copies(wanted, scans, pool)
 
 
-def _plan(species: list[SpeciesWork], scans: list[dict[str, Scan]], near: list[dict[str, np.ndarray] | None]) -> None:
+def _leave_out_copies(species: list[SpeciesWork], scans: list[dict[str, Scan]], pool: Workers) -> None:
+    """Plan species anew until all windows of train were looked at as they are: what is left out moves others."""
+    if not any((work.plan.windows["split"] != SPLITS.index("train")).any() for work in species):
+        raise UserError("--homology: nothing is held out, so nothing is near to it; give --valid-contigs or the like")
+    found = [None if work.request.options.homology is None else Found() for work in species]
+    asked = [(work, of_contigs, one) for work, of_contigs, one in zip(species, scans, found, strict=True) if one]
+    planned = False
+    with TemporaryDirectory() as folder:
+        held_out = Path(folder) / "held-out.npy"
+        sketch_held_out([(work.request, work.plan) for work in species], held_out, pool)
+        while look_for_copies([(work.request, work.plan) for work in species], found, held_out, pool) or not planned:
+            works, of_contigs, looked = zip(*asked, strict=True)
+            _plan(works, of_contigs, [one.by_contig() for one in looked])
+            planned = True
+
+
+def _plan(
+    species: Sequence[SpeciesWork], scans: Sequence[dict[str, Scan]], near: Sequence[dict[str, np.ndarray] | None]
+) -> None:
     with Progress("planning", sum(len(work.genome.contigs) for work in species), "contigs") as progress:
         for work, of_contigs, of_species in zip(species, scans, near, strict=True):
             try:
@@ -137,7 +168,7 @@ def require_space(out: Path, species: list[SpeciesWork]) -> None:
 
 
 def write_species(species: list[SpeciesWork], pool: Workers) -> None:
-    """Write the missing shards of every species; a species is sealed when its last shard is done."""
+    """Write the missing shards of every species; a species is finished when its last shard is done."""
     tasks: list[ShardTask] = []
     owners: list[int] = []
     finished: list[dict[str, dict[str, Any]]] = []
@@ -181,7 +212,7 @@ def species_part(work: SpeciesWork, shards: dict[str, dict[str, Any]]) -> dict[s
 
 
 def weight(request: SpeciesRequest, report: dict[str, Any]) -> float:
-    """The species' share in the mixture; a species without a train split counts by all it keeps."""
+    """The species' share in the mixture. For a species without a train split, all its kept bases count."""
     exponent = request.weight_exponent
     bases = report["splits"]["train"]["bases"] or report["kept"]
     return request.weight * (1.0 if exponent is None else float(bases) ** exponent)
@@ -189,7 +220,7 @@ def weight(request: SpeciesRequest, report: dict[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class ScanTask:
-    """Pieces (contig, start, end) of one genome that one worker scans in one go."""
+    """Pieces (contig, start, end) of a genome that a worker scans in one task."""
 
     species: int
     genome: Path
@@ -202,7 +233,7 @@ class ScanTask:
 
 
 def scan_tasks(species: int, request: SpeciesRequest, genome: Genome) -> Iterator[ScanTask]:
-    """Cut a genome into tasks of equal size: long contigs into pieces, short ones together."""
+    """Divide a genome into tasks of equal size: long contigs are cut into pieces, short ones are put together."""
     batch: list[tuple[str, int, int]] = []
     room = _SCAN_BASES
     for contig, length in genome.contigs.items():

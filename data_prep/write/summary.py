@@ -1,4 +1,4 @@
-"""What a dataset holds, as a table for the terminal."""
+"""Prints the content of a dataset as a table for the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from data_prep.progress import format_amount
 
 
 def print_summary(manifest: dict[str, Any], directory: Path) -> None:
-    """Print one row per species, with the windows of each split, the table of
-    contigs that are left out, and a line for each reason that other bases are."""
+    """Print a row per species with the windows of each split, the table of left-out contigs, and a line for each reason
+    why other bases are left out.
+    """
     rows: list[tuple[str, ...]] = [("species", "genome", "N", "lower", "GC", "kept", *SPLITS, "shards", "size")]
     rows += [_row(part) for part in manifest["species"]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -27,19 +28,19 @@ def print_summary(manifest: dict[str, Any], directory: Path) -> None:
 
 
 def left_out_lines(report: dict[str, Any] | None) -> list[str]:
-    """What of the used contigs is in no window and why, one line per reason, after what is to be said of the input."""
+    """Notes on the input, then for each reason a line with the bases of used contigs that are not in a window."""
     if report is None:
         return ["rebuilt from its tars; what was left out of the genome is not known"]
     lines = []
     words = {
-        "excluded": "in regions of --exclude-bed, or near copies of what is held out",
+        "excluded": "in regions of --exclude-bed, or near copies of held-out sequence",
         "gap": "in runs of N that cut segments",
-        "outside_intervals": "outside --intervals",
-        "leakage": "of train that valid or test hold",
+        "outside_intervals": "outside --intervals or --around",
+        "leakage": "of train that valid or test hold too",
         "low_acgt": f"in {report['low_acgt_windows']} windows below --min-acgt",
         "between_windows": "between windows, as the stride is longer",
-        "tail": "in segments' ends, by --tail drop",
-        "short": "in segments' ends shorter than --min-window",
+        "tail": "at the ends of segments, by --tail drop",
+        "short": "at the ends of segments, shorter than --min-window",
     }
     for reason, text in words.items():
         if report["dropped"][reason]:
@@ -71,5 +72,5 @@ def _row(part: dict[str, Any]) -> tuple[str, ...]:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share as text; '-' where there is nothing to share."""
+    """A share in per cent as text; '-' where `whole` is 0."""
     return f"{100 * part / whole:.1f} %" if whole else "-"

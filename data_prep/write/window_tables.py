@@ -1,4 +1,6 @@
-"""The tables of a dataset: for each split, windows and runs of all species, in two files to map into memory."""
+"""Makes the tables of a dataset: for each split, the windows and the runs of all species, in two files to map into
+memory.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,10 @@ _ROWS = 1 << 16
 
 
 def window_tables(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's part on tables, {split: {windows, runs, counts}}; writes their files.
+    """Write the tables' files, and return the manifest's part on them, {split: {windows, runs, counts}}.
 
-    Their names hold the fingerprint of the shards, so that those of the manifest before stay until it is replaced.
+    The files' names contain the fingerprint of the shards, so that the tables of the old manifest stay until it is
+    replaced.
     """
     return {
         split: _table(directory, manifest, split)
@@ -27,7 +30,9 @@ def window_tables(directory: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def known_tables(directory: Path, before: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
-    """The tables of an earlier manifest, if they are those of the shards of this fingerprint, with all their files."""
+    """The tables of an earlier manifest, if it has the same fingerprint of shards and all files are whole;
+    else None.
+    """
     tables = before.get("tables")
     if before.get("fingerprint") != fingerprint or not tables:
         return None
@@ -46,7 +51,7 @@ def remove_other_tables(directory: Path, tables: dict[str, Any]) -> None:
 
 
 def table_problems(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """Where tables are not the manifest's, or say other than the indexes of the shards."""
+    """The tables that differ from the manifest, or from the indexes of the shards."""
     for split, table in manifest.get("tables", {}).items():
         paths = [directory / table[kind]["name"] for kind in _KINDS]
         bad = [path for path, kind in zip(paths, _KINDS, strict=True) if not _is_whole(path, table[kind])]
@@ -54,7 +59,7 @@ def table_problems(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
         if not bad:
             for path, rows in zip(paths, _rows(directory, manifest, split)[:2], strict=True):
                 if not np.array_equal(np.load(path), rows):
-                    yield f"{path}: says other than the indexes of the shards; --rebuild-index makes it again"
+                    yield f"{path}: differs from the indexes of the shards; --rebuild-index makes it again"
 
 
 def _is_whole(path: Path, file: dict[str, Any]) -> bool:
@@ -71,7 +76,9 @@ def _table(directory: Path, manifest: dict[str, Any], split: str) -> dict[str, A
 
 
 def _rows(directory: Path, manifest: dict[str, Any], split: str) -> tuple[np.ndarray, np.ndarray, dict[str, list[int]]]:
-    """Windows and runs of all species, shards and windows numbered through, and how many of each a species has."""
+    """Windows and runs of all species, with shards and windows numbered over all species, and their numbers per
+    species.
+    """
     windows, runs = [np.zeros(0, WINDOW_DTYPE)], [np.zeros(0, WINDOW_RUN_DTYPE)]
     counts: dict[str, list[int]] = {"windows": [], "runs": [], "bases": []}
     shards, before = 0, 0
@@ -104,7 +111,7 @@ def _indexes(folder: Path, part: dict[str, Any], entries: list[dict[str, Any]]) 
 
 
 def _write(path: Path, rows: np.ndarray) -> dict[str, Any]:
-    """Write rows as .npy; returns the file's name, size and sha256."""
+    """Write rows as .npy, and return the file's name, size and sha256."""
     with replacing(path) as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
         for first in range(0, len(rows), _ROWS):

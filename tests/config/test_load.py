@@ -101,8 +101,8 @@ def test_stages_are_changed_by_number_and_have_the_steps_of_the_run(preset: Path
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("train.stages.3.steps=1", "of which there are 1 to 2, as train.stages.1.steps=1000"),
-        ("train.stages.x.steps=1", "of which there are 1 to 2"),
+        ("train.stages.3.steps=1", "change a stage by its number (1 to 2), such as train.stages.1.steps=1000"),
+        ("train.stages.x.steps=1", "change a stage by its number (1 to 2)"),
         ("train.stages.1.setps=1", "unknown key 'train.stages.1.setps'; known here: seq_len, "),
         ("train.stages.1.lr=fast", "could not be converted"),
         ("train.stages.2.seq_len=0", "train.stages: stage 2: data.seq_len: must be at least 1"),
@@ -111,7 +111,7 @@ def test_stages_are_changed_by_number_and_have_the_steps_of_the_run(preset: Path
         ("train.stages=[{steps: 1}, {lr: 1}]", "train.stages: stage 2 has no steps"),
         ("train.stages=3", "train.stages"),
         ("train.steps=8", "train.steps: 8, but the stages of train.stages have 7"),
-        ("train.decay_from=x", "train.decay_from: goes with train.schedule=wsd, not with train.stages"),
+        ("train.decay_from=x", "train.decay_from: does not go with train.stages"),
     ],
 )
 def test_a_mistake_in_a_stage_is_one_line_that_names_it(preset: Path, override: str, named: str) -> None:
@@ -138,7 +138,7 @@ def test_a_bad_file_is_refused_by_name(preset: Path, text: str, named: str) -> N
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such configuration"):
+    with pytest.raises(UserError, match="there is no configuration file"):
         load_config(tmp_path / "absent.yaml")
 
 
@@ -189,7 +189,7 @@ def test_a_file_of_the_name_of_a_preset_wins(tmp_path: Path, monkeypatch: pytest
     assert (load_config("ps-1k").run.name, load_config("ps-1k").run.dir) == ("ps-1k", "runs/ps-1k")
     (tmp_path / "ps-1k").write_text("model: {d_model: 32}\n")
     assert load_config("ps-1k").model.d_model == 32
-    with pytest.raises(UserError, match=r"^ps-2k: no such configuration file, nor a preset .* --config list"):
+    with pytest.raises(UserError, match=r"^ps-2k: there is no configuration file and no preset .* --config list"):
         load_config("ps-2k")
 
 

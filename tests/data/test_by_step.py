@@ -13,10 +13,10 @@ from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config, config_from_dict, stages_of
 from caduceus.config.by_step import BatchRamp
 from caduceus.data.batch import RankSchedule
-from caduceus.data.dataset import open_dataset
 from caduceus.data.loader import build_loader, build_validation
 from caduceus.data.order import MIXTURE_BLOCK, Mixture, StagedMixture
 from caduceus.data.samples import TrainingOrder, mask_rates
+from caduceus.data.split_sources import open_sources
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 from caduceus.train.schedule import default_warmup, in_steps
@@ -87,7 +87,7 @@ def test_a_loader_on_a_ramp_resumes_where_it_stopped(shards: Path) -> None:
     again.load_state({**state, "samples_consumed": 8})
     assert (again.per_step, again.global_batch) == (3, 12)
     assert_same(batches[2:], take(again, 7))
-    with pytest.raises(ValueError, match="no whole steps"):
+    with pytest.raises(ValueError, match="do not make whole steps"):
         again.seek(12)
 
 
@@ -123,13 +123,13 @@ def test_species_weights_change_at_their_steps(shards: Path, caplog: pytest.LogC
         loader = build_loader(config)
     assert "in every 65536 in stage 1 of 3 of data.species_weights: s 65536, t 0" in caplog.text
     assert "stage 2 of 3 of data.species_weights: s 49152, t 16384" in caplog.text
-    order = TrainingOrder(open_dataset(config.data, "train"), config)
+    order = TrainingOrder(open_sources(config.data, "train"), config)
     source, _ = order.mixture.locate(np.arange(200_000))
     assert not source[:600].any() and source[600:].any()
     assert source[600:1400].mean() == pytest.approx(0.25, abs=0.06)
     assert source[1400:].mean() == pytest.approx(0.5, abs=0.01)
     fixed = config_of(shards, data={"species_weights": {"s": 3}})
-    assert TrainingOrder(open_dataset(fixed.data, "train"), fixed).mixture.counts.tolist() == [[49152, 16384]]
+    assert TrainingOrder(open_sources(fixed.data, "train"), fixed).mixture.counts.tolist() == [[49152, 16384]]
     assert len({loader.fingerprint, build_loader(fixed).fingerprint, build_loader(config_of(shards)).fingerprint}) == 3
 
 
@@ -158,19 +158,19 @@ def test_regions_weigh_what_their_file_says(shards: Path, tmp_path: Path, pack: 
     expected = {name: np.full(length, 0.25, np.float32) for name, length in CONTIGS.items()}
     for contig, start, end, weight in regions[:-1]:
         expected[contig][start:end] = weight
-    loader, dataset = build_loader(config), open_dataset(config.data, "train")
+    loader, split_sources = build_loader(config), open_sources(config.data, "train")
     parts = [build_loader(config, positions=(first, first + 32)) for first in (0, 32)] if not pack else []
-    order = TrainingOrder(dataset, config)
+    order = TrainingOrder(split_sources, config)
     seen = set()
     for batch, *slices in zip(take(loader, 60), *(take(part, 60) for part in parts), strict=True):
         for sample, weights in zip(order.locate(batch.g.numpy()), batch.loss_weights.numpy(), strict=True):
             forward = np.full(65, np.nan, np.float32)
-            pieces = dataset.crops.pieces(int(sample["window"]), int(sample["begin"]))
+            pieces = split_sources.crops.pieces(int(sample["window"]), int(sample["begin"]))
             for window, begin, offset, length in zip(*pieces, strict=True):
-                row = dataset.crops.windows[window]
+                row = split_sources.crops.windows[window]
                 start = int(row["start"]) + int(begin)
-                contig = dataset.sources[0].table.contigs[row["contig"]]
-                of_species = expected[contig] if dataset.crops.source_of(window) == 0 else np.ones(999)
+                contig = split_sources.sources[0].table.contigs[row["contig"]]
+                of_species = expected[contig] if split_sources.crops.source_of(window) == 0 else np.ones(999)
                 forward[offset : offset + length] = of_species[start : start + length]
             shown = forward[:64][::-1] if sample["strand"] == 1 else forward[:64]
             if objective == "next_base":
@@ -204,8 +204,9 @@ REFUSED = {
         "data": {"mask_span": 2, "objective": "next_base"},
         "model": {"bidirectional": False},
     },
+    "data.mask_span: 65 bases are more than a sequence has .data.seq_len 64.": {"data": {"mask_span": 65}},
     "data.species_weights: a stream does not know": {"data": {"species_weights": {}, "mode": "stream"}},
-    "data.weights_elsewhere: without use": {"data": {"weights_elsewhere": 0.5}},
+    "data.weights_elsewhere: has no effect": {"data": {"weights_elsewhere": 0.5}},
     "train.warmup_tokens: says the same": {"train": {"warmup_tokens": 5, "warmup_steps": 1}},
     "data.weights_bed: one file, but 2 species": {"data": {"weights_bed": "a.bed"}},
     "data.weights_bed: no species 'x'": {"data": {"weights_bed": {"x": "a.bed"}}},
@@ -226,6 +227,14 @@ def test_what_cannot_be_is_refused_in_a_line(shards: Path, message: str) -> None
         ("c0 1 5", "column 4 must be a weight"),
         ("c0 1 5 1\nc0 4 9 1", r"weights\.bed:2: overlaps line 1"),
         ("chr0 1 5 1", r"names no contig of s, which has c0, c1, c2"),
+        (
+            "c0 1 5 1\nc1 1 999 2",
+            r"weights\.bed:2: ends at 999, beyond c1 with \d+ bases; it may be for another assembly",
+        ),
+        (
+            "".join(f"{contig} 0 {length} 0\n" for contig, length in CONTIGS.items()),
+            "all bases of species 's' in the split 'train' have weight 0, so that none counts",
+        ),
     ],
 )
 def test_a_file_of_weights_that_cannot_be_meant_is_refused(
@@ -234,6 +243,19 @@ def test_a_file_of_weights_that_cannot_be_meant_is_refused(
     (tmp_path / "weights.bed").write_text(text)
     with pytest.raises(UserError, match=message):
         build_loader(config_of(shards, data={"weights_bed": {"s": str(tmp_path / "weights.bed")}}))
+
+
+def test_a_file_of_weights_is_looked_at_before_training(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bed = tmp_path / "weights.bed"
+    bed.write_text("c0 1 5 2\nchr0 1 5 1\nchr9 1 5 1\n")
+    config = config_of(shards, data={"weights_bed": {"s": str(bed)}, "weights_elsewhere": 0.0})
+    with pytest.raises(UserError, match="all bases of species 's' in the split 'valid' have weight 0"):
+        build_validation(config)
+    assert "lacks" not in caplog.text
+    build_loader(config)
+    assert f"data.weights_bed: 2 of 3 rows of {bed} are on contigs that s lacks: chr0, chr9" in caplog.text
 
 
 def test_a_warm_up_in_bases_is_as_many_steps_as_take_them(shards: Path) -> None:
@@ -249,7 +271,7 @@ def test_stages_have_mixtures_and_ramps_of_their_own(shards: Path) -> None:
         {"steps": 4, "global_batch": 16, "batch_ramp": [[0, 8], [2, 16]]},
     ]
     first, second = (stage.config for stage in stages_of(config_of(shards, train={"steps": 8, "stages": stages})))
-    counts = [TrainingOrder(open_dataset(one.data, "train"), one).mixture.counts.tolist() for one in (first, second)]
+    counts = [TrainingOrder(open_sources(one.data, "train"), one).mixture.counts.tolist() for one in (first, second)]
     assert counts == [[[65536, 0]], [[32768, 32768]]]
     assert (first.data.mask_prob, second.data.mask_prob) == (0.3, 0.15)
     assert BatchRamp.of(second.train) == BatchRamp((0, 2), (8, 16)) and BatchRamp.of(first.train).sizes == (8,)

@@ -164,7 +164,7 @@ def test_what_never_matches_the_manifest_never_appears(server: Server, shards: P
     for name, sha256 in wrong.items():
         claimed = {"other": size, "long": size - 1, "short": size + 1}[name]
         bad = Shard(shard.path.with_name(f"{name}.tar"), claimed, sha256, shard.origin)
-        with pytest.raises(OSError, match="not the manifest's shard"):
+        with pytest.raises(OSError, match="are not the shard of the manifest"):
             ShardCache(tmp_path).open(bad)
         assert not bad.path.exists() and not leftovers(tmp_path)
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from caduceus.config import Config, config_from_dict
 from caduceus.data.crops import CropTable
-from caduceus.data.dataset import open_dataset
 from caduceus.data.epochs import ShiftedEpochs
 from caduceus.data.genome import ShardedGenome
 from caduceus.data.loader import build_loader, build_validation
 from caduceus.data.samples import TrainingOrder
+from caduceus.data.split_sources import open_sources
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species, random_bases, tile, write_dataset
 from tests.data.test_crops import pieces
@@ -133,17 +133,17 @@ def config_of(shards: Path, **data: object) -> Config:
 @pytest.mark.parametrize("pack", [False, True])
 def test_samples_are_a_function_of_seed_and_number_alone(shards: Path, pack: bool) -> None:
     config, other = config_of(shards, pack=pack), config_of(shards, pack=pack)
-    dataset, other.train.seed = open_dataset(config.data, "train"), 6
+    split_sources, other.train.seed = open_sources(config.data, "train"), 6
     g = np.arange(3000)
-    at_once = TrainingOrder(dataset, config).locate(g)
-    again = TrainingOrder(open_dataset(config.data, "train"), config)
+    at_once = TrainingOrder(split_sources, config).locate(g)
+    again = TrainingOrder(open_sources(config.data, "train"), config)
     backwards = np.concatenate([again.locate(g[first : first + 100]) for first in range(2900, -1, -100)][::-1])
     assert np.array_equal(at_once, backwards)
-    assert not np.array_equal(at_once["begin"], TrainingOrder(dataset, other).locate(g)["begin"])
+    assert not np.array_equal(at_once["begin"], TrainingOrder(split_sources, other).locate(g)["begin"])
     borders = {int(begin) % 64 for begin in at_once["begin"] if begin >= 0}
     assert len(borders) > 20, "each epoch begins elsewhere"
-    seen = {place for one in at_once for place in places_of(dataset.crops, int(one["window"]), int(one["begin"]))}
-    assert len(seen) == int(dataset.crops.windows["length"].sum(dtype=np.int64)), "the ends have their turn"
+    seen = {place for one in at_once for place in places_of(split_sources.crops, int(one["window"]), int(one["begin"]))}
+    assert len(seen) == int(split_sources.crops.windows["length"].sum(dtype=np.int64)), "the ends have their turn"
 
 
 def test_validation_and_the_order_of_fixed_tilings_stay(shards: Path) -> None:
@@ -161,7 +161,7 @@ def test_epochs_and_the_share_of_the_first_are_told(shards: Path, caplog: pytest
     caplog.clear()
     with caplog.at_level("INFO"):
         build_loader(config_of(shards))
-    crops, epochs = open_dataset(config_of(shards).data, "train").crops, loader.epochs()
+    crops, epochs = open_sources(config_of(shards).data, "train").crops, loader.epochs()
     share = 1 - ShiftedEpochs(crops, 0, 0).bases_seen[0] / 1095
     assert 0 < share < 0.4 and f"s {share:.2%}" in caplog.text
     assert epochs == {"s": 0.0, "t": 0.0}

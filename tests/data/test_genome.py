@@ -162,6 +162,19 @@ def test_an_index_of_another_tar_is_refused_even_where_the_manifest_agrees(damag
         open_all(damaged)
 
 
+@pytest.mark.parametrize("name", ["..", ".", "", "../worm/train-000000.tar", "/etc/passwd", "fly\0.tar"])
+@pytest.mark.parametrize("of", ["species", "shard"])
+def test_a_name_that_leaves_the_directory_is_refused_even_where_the_fingerprint_agrees(
+    damaged: Path, of: str, name: str
+) -> None:
+    manifest = json.loads((damaged / "manifest.json").read_text())
+    part = next(part for part in manifest["species"] if part["name"] == "fly")
+    (part if of == "species" else part["splits"]["train"]["shards"][0])["name"] = name
+    (damaged / "manifest.json").write_bytes(dump_json(build_manifest(manifest["species"])))
+    with pytest.raises(UserError, match=r"manifest\.json: parts of the manifest are missing or of the wrong type"):
+        ShardedGenome(damaged)
+
+
 def test_a_missing_or_truncated_tar_is_refused(damaged: Path) -> None:
     tar = damaged / "fly" / "train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])

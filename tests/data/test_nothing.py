@@ -55,7 +55,7 @@ def test_a_genome_that_is_all_lower_case(over: Callable[..., Config], bases: str
     for opened, split in ((build_loader, "train"), (build_validation, "valid")):
         assert refusal(config, opened) == (
             f"data.repeat_weight: 0, but all bases of species 'soft' in the split '{split}' are lower case "
-            "(soft-masked), so that none counts; choose a weight above 0"
+            "(soft-masked), so no base counts; choose a weight above 0"
         )
     config.data.repeat_weight = 0.01
     build_loader(config)
@@ -87,7 +87,7 @@ def test_a_species_without_a_sequence_is_refused_or_left_out_as_asked(
     config = over(species("good", UPPER), useless, **settings)
     for opened in (build_loader, build_validation):
         line = refusal(config, opened)
-        assert line.startswith(problem) and line.endswith("allow that by data.allow_unused_species=true")
+        assert line.startswith(problem) and line.endswith("allow this with data.allow_unused_species=true")
     config.data.allow_unused_species = True
     loader = build_loader(config)
     assert {loader.describe(g)["species"] for g in range(50)} == {"good"}

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import CaduceusConfig, Config, config_from_dict
 from caduceus.data.crops import CropTable
-from caduceus.data.dataset import open_dataset
 from caduceus.data.genome import ShardedGenome
 from caduceus.data.loader import build_loader, build_validation
 from caduceus.data.order import EpochOrder
+from caduceus.data.split_sources import open_sources
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 from caduceus.train.trainer import train
@@ -90,7 +90,7 @@ def test_a_packed_row_predicts_what_each_of_its_sequences_predicts_alone(
     one_way = {"rcps": False, "bidirectional": False} if objective == "next_base" else {}
     config = config_of(short, data={"strands": strands, "objective": objective}, model=one_way)
     config.model.rcps = config.model.rcps and strands == "forward"
-    loader, crops = build_loader(config), open_dataset(config.data, "train").crops
+    loader, crops = build_loader(config), open_sources(config.data, "train").crops
     torch.manual_seed(0)
     model = CaduceusForMaskedLM(CaduceusConfig(**vars(config.model)), "cpu").eval()
     rows = iter(loader)
@@ -114,7 +114,7 @@ def test_a_packed_row_predicts_what_each_of_its_sequences_predicts_alone(
 
 def test_bases_of_a_row_are_those_of_the_genome(short: Path) -> None:
     config = config_of(short, data={"mask_prob": 1e-9, "strands": "both"}, model={"rcps": False})
-    loader, crops = build_loader(config), open_dataset(config.data, "train").crops
+    loader, crops = build_loader(config), open_sources(config.data, "train").crops
     letters = dict(zip(config.model.vocabulary.bases, "ACGT", strict=True))
     rows, strands = iter(loader), set()
     for _ in range(4):

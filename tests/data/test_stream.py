@@ -150,8 +150,8 @@ def test_each_damaged_tar_is_told_and_counted_once(
     told = [record.getMessage() for record in caplog.records if "dna" in record.message or "header" in record.message]
     assert sorted(line.rpartition("/")[2] for line in told) == [
         "2.tar: ends inside a header, at byte 1,800",
-        "3.tar: members with bytes that are no bases are left out (a.dna)",
-        "4.tar: members of a name that was there before are left out (s24.dna and 29 more)",
+        "3.tar: members with bytes that are not bases are left out (a.dna)",
+        "4.tar: members with the name of an earlier one are left out (s24.dna and 29 more)",
     ]
     with pytest.raises(UserError, match=r"data\.max_substituted: 3 tars are damaged; the last: .*tar: "):
         take(build_loader(stream(max_substituted=2, workers=workers)), 600)
@@ -235,7 +235,11 @@ def test_validation_takes_the_first_crops_of_its_own_tars(
 
 
 def test_validation_refuses_damage(stream: Callable[..., Config], damaged: str, tmp_path: Path) -> None:
-    for name, problem in ((2, "ends inside a header"), (3, "bytes that are no bases"), (4, "a name that was there")):
+    for name, problem in (
+        (2, "ends inside a header"),
+        (3, "bytes that are not bases"),
+        (4, "the name of an earlier one"),
+    ):
         with pytest.raises(UserError, match=rf"data\.valid_path: .*/{name}\.tar: .*{problem}"):
             build_validation(stream(valid_path=f"{tmp_path}/{name}.tar", valid={"samples": 9}))
 
@@ -247,7 +251,7 @@ def test_bytes_behind_a_compressed_tar_are_told_once_and_are_no_damage(
     tar = write_tar(tmp_path / "a.tar", {"a.dna": "ACGT" * 16})
     url = str(tmp_path / "a.tar.gz")
     Path(url).write_bytes(gzip.compress(tar.read_bytes()) + b"an index\n" * 100)
-    line = f"{url}: 900 bytes stand behind the end of its compressed data: passed over"
+    line = f"{url}: 900 bytes after the end of its compressed data are passed over"
     loader = build_loader(stream(path=url, workers=workers, max_substituted=0))
     take(loader, 200)
     assert [record.getMessage() for record in caplog.records if "behind" in record.getMessage()] == [f"data: {line}"]

@@ -77,7 +77,7 @@ def test_joined_streams_are_one_file(read: Callable, compress: Callable[[bytes],
     assert read(b"".join(map(compress, parts))) == (named(*BASES), None)
 
 
-PASSED_OVER = "{:,} bytes stand behind the end of its compressed data: passed over"
+PASSED_OVER = "{:,} bytes after the end of its compressed data are passed over"
 
 
 @pytest.mark.parametrize("compress", COMPRESS)
@@ -140,7 +140,7 @@ def test_another_compression_is_named_and_read_by_a_pipe(read: Callable, name: s
         pytest.skip(f"{name} is not installed")
     compressed = subprocess.run([name, "-c"], input=SOUND, capture_output=True, check=True).stdout
     found, line = read(compressed)
-    assert found == {} and line == f"is compressed by {name}, which is not read; data.path='pipe:{name} -dc FILE' is"
+    assert found == {} and line == f"is compressed with {name}, which is not read; data.path='pipe:{name} -dc FILE' is"
     (tmp_path / "FILE").write_bytes(compressed)
     report = TarFindings(f"pipe:cd {tmp_path} && {name} -dc FILE")
     assert dict(read_members(report, "seq")) == named(*BASES) and report.line() is None
@@ -168,7 +168,7 @@ def test_a_name_that_comes_again_is_left_out_and_told_once(read: Callable) -> No
     copies = b"".join(tar_of(named("s1"))[: 3 * BLOCK] for _ in range(8113))
     assert read(copies + tar_of(named("s2"))) == (
         named("s1", "s2"),
-        "members of a name that was there before are left out (s1.seq and 8,111 more)",
+        "members with the name of an earlier one are left out (s1.seq and 8,111 more)",
     )
 
 
@@ -181,12 +181,12 @@ def test_links_are_told(read: Callable) -> None:
             tar.addfile(member)
     assert read(buffer.getvalue()) == (
         named("s1"),
-        "members that are links or no files are left out (2.seq and 1 more)",
+        "members that are links or not files are left out (2.seq and 1 more)",
     )
 
 
 CUT = "has no end marker, so what follows may have been cut off"
-HEADER = "damaged where a header is due; read on from the next one"
+HEADER = "damaged where a header is expected; reading goes on at the next header"
 
 
 @pytest.mark.parametrize(
@@ -197,13 +197,17 @@ HEADER = "damaged where a header is due; read on from the next one"
         (SOUND[: 6 * STORED + BLOCK], tuple(BASES), CUT),  # half of the end marker
         (SOUND[: 3 * STORED + 100], ("s1", "s2", "s3"), f"ends inside a header, at byte {3 * STORED + 100:,}"),
         (SOUND[:100], (), "ends inside a header, at byte 100"),
-        (SOUND[: 3 * STORED + BLOCK + 600], ("s1", "s2", "s3"), "ends inside s4.seq, of which nothing is used"),
-        (SOUND[: 3 * STORED + 4 * BLOCK + 1], ("s1", "s2", "s3", "s4"), "ends inside s4.json, of which nothing"),
+        (SOUND[: 3 * STORED + BLOCK + 600], ("s1", "s2", "s3"), "ends inside s4.seq, which is left out"),
+        (SOUND[: 3 * STORED + 4 * BLOCK + 1], ("s1", "s2", "s3", "s4"), "ends inside s4.json, which is left out"),
         (with_bytes(SOUND, 2 * STORED + 20, b"x"), ("s1", "s2", "s4", "s5", "s6"), f"{HEADER} (byte {2 * STORED:,})"),
         (with_bytes(SOUND, 2 * STORED + 3 * BLOCK, b"x"), tuple(BASES), HEADER),  # the header of a member not wanted
-        (with_bytes(SOUND, 20, b"x"), ("s2", "s3", "s4", "s5", "s6"), "damaged where its first header is due"),
+        (with_bytes(SOUND, 20, b"x"), ("s2", "s3", "s4", "s5", "s6"), "damaged where its first header is expected"),
         (with_bytes(SOUND, STORED, b"\xff" * 3 * STORED), ("s1", "s5", "s6"), HEADER),
-        (with_bytes(SOUND, STORED, bytes(3 * STORED)), ("s1", "s5", "s6"), f"lost; read on (byte {4 * STORED:,})"),
+        (
+            with_bytes(SOUND, STORED, bytes(3 * STORED)),
+            ("s1", "s5", "s6"),
+            f"members; reading goes on (byte {4 * STORED:,})",
+        ),
         (SOUND[: 6 * STORED] + b"\x07" * 4 * BLOCK, tuple(BASES), HEADER),
         (SOUND[:STORED] + SOUND[STORED + BLOCK :], ("s1", "s3", "s4", "s5", "s6"), HEADER),  # a block is missing
         (b"", (), "holds nothing"),

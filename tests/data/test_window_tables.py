@@ -14,9 +14,9 @@ import torch
 
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader, genome
-from caduceus.data.dataset import open_dataset
 from caduceus.data.format import load_manifest
 from caduceus.data.loader import build_validation
+from caduceus.data.split_sources import open_sources
 from caduceus.errors import UserError
 from caduceus.files import dump_json, sha256_of
 from data_prep.shard_genome import main as shard_genome
@@ -81,7 +81,7 @@ def test_samples_are_the_same_bit_for_bit_in_the_same_order(
     more = [one_more] if others else []
     loaders = [build_loader(config_of(path, *more)) for path in (dataset, former)]
     assert loaders[0].fingerprint == loaders[1].fingerprint
-    mapped = open_dataset(config_of(dataset, *more).data, "train").crops.windows
+    mapped = open_sources(config_of(dataset, *more).data, "train").crops.windows
     assert isinstance(mapped, np.memmap) != others
     for number, (a, b) in enumerate(zip(*loaders, strict=False)):
         assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
@@ -105,14 +105,14 @@ def one_more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COUNT = """
 import sys
 from caduceus.config import DataConfig
-from caduceus.data.dataset import open_dataset
+from caduceus.data.split_sources import open_sources
 opens = 0
 def count(event, arguments):
     global opens
     opens += event == "open"
 data = DataConfig(path=sys.argv[1], seq_len=512)
 sys.addaudithook(count)
-open_dataset(data, "train")
+open_sources(data, "train")
 print(opens)
 """
 
@@ -140,12 +140,12 @@ def test_tables_are_hashed_once_on_a_node_as_long_as_a_rank_has_them_open(
 
     monkeypatch.setattr(genome, "sha256_of", counted)
     data = config_of(dataset).data
-    first = open_dataset(data, "train")
+    first = open_sources(data, "train")
     assert len(hashed) == 2
-    open_dataset(data, "train")
+    open_sources(data, "train")
     assert len(hashed) == 2
     del first
-    open_dataset(data, "train")
+    open_sources(data, "train")
     assert len(hashed) == 4, "a new start looks anew"
 
 
@@ -164,7 +164,7 @@ def test_one_rank_of_a_node_looks_at_the_tars_and_the_others_at_their_folders(
     ranks, shards = [], sum(len(part["splits"]["train"]["shards"]) for part in load_manifest(dataset)["species"])
     for expected in ({1: shards}, {}):
         looked.clear()
-        ranks.append(open_dataset(config_of(dataset).data, "train"))
+        ranks.append(open_sources(config_of(dataset).data, "train"))
         ranks[-1].identity()
         assert Counter(times for path, times in looked.items() if path.endswith(".tar")) == expected
         assert len([path for path in looked if Path(path).parent == dataset and "." not in Path(path).name]) == 3
@@ -173,19 +173,19 @@ def test_one_rank_of_a_node_looks_at_the_tars_and_the_others_at_their_folders(
 def test_a_dataset_is_another_one_where_a_tar_has_been_put_in_a_tar_s_place(former: Path) -> None:
     """Else verdicts on its bases would be taken for those on the other."""
     data = config_of(former).data
-    before = open_dataset(data, "train").identity()
-    assert open_dataset(data, "train").identity() == before
+    before = open_sources(data, "train").identity()
+    assert open_sources(data, "train").identity() == before
     tar = next((former / "bee").glob("train-*.tar"))
     Path(shutil.copy(tar, former / "copy")).replace(tar)
-    assert open_dataset(data, "train").identity() != before
+    assert open_sources(data, "train").identity() != before
 
 
 def test_tables_of_shards_elsewhere_are_fetched_once_and_checked(dataset: Path, tmp_path: Path) -> None:
     config, there = config_of(dataset), Path(shutil.copytree(dataset, tmp_path / "there"))
-    here = [open_dataset(config.data, split) for split in ("train", "valid")]
+    here = [open_sources(config.data, split) for split in ("train", "valid")]
     config.data.path, config.data.cache_dir = str(there), str(tmp_path / "cache")
     for expected in here:
-        found = open_dataset(config.data, expected.split)
+        found = open_sources(config.data, expected.split)
         for ours, theirs in zip(found.sources, expected.sources, strict=True):
             assert np.array_equal(ours.table.windows, theirs.table.windows)
             assert np.array_equal(ours.table.runs, theirs.table.runs)
@@ -193,10 +193,10 @@ def test_tables_of_shards_elsewhere_are_fetched_once_and_checked(dataset: Path, 
     assert fetched == sorted(path.name for path in dataset.glob("*.npy"))
     for table in there.glob("*.npy"):
         table.write_bytes(b"something else")
-    open_dataset(config.data, "train")
+    open_sources(config.data, "train")
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(UserError, match="restore it or shard again"):
-        open_dataset(config.data, "train")
+        open_sources(config.data, "train")
 
 
 @pytest.mark.parametrize("damage", ["a byte", "a row", "no file", "a tar is cut", "a tar is gone"])
@@ -214,7 +214,7 @@ def test_what_is_not_the_manifest_s_is_refused(dataset: Path, tmp_path: Path, da
         (table if damage == "no file" else tar).unlink()
     advice = "restore it" if "tar" in damage else "--rebuild-index makes it again"
     with pytest.raises(UserError, match=advice):
-        open_dataset(config_of(copy).data, "train")
+        open_sources(config_of(copy).data, "train")
     if "tar" not in damage:
         assert shard_genome(["--verify", str(copy)]) == 1
         assert not shard_genome(["--rebuild-index", str(copy)])

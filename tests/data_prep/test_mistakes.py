@@ -126,7 +126,7 @@ BAD_YAML = {
     "species: [{name: a, fasta: a.fa}, {name: a, fasta: b.fa}]": "two species are named 'a'",
     "species: [{name: a, fasta: a.fa}]": "no such file",
     "weights: heavy\nspecies: [{name: a, fasta: a.fa}]": "'weights' must be",
-    "species: [{genome: hg99}]": "no genome of the registry",
+    "species: [{genome: hg99}]": "not a genome of the registry",
     "a: [": "cannot be read",
 }
 

@@ -67,12 +67,12 @@ class Observed:
 
     gradients: dict[str, Tensor] = field(default_factory=dict)
     samples: list[int] = field(default_factory=list)
-    """Of this rank, in the order in which it took them."""
+    """The samples of this rank, in the order in which it took them."""
     seconds_to_first_step: float = 0.0
     refusal: str | None = None
     """The message of the error that ended it, if it was one that a line explains."""
     bytes_held: int = 0
-    """Of parameters, buffers and optimizer state, after the second step."""
+    """Bytes of parameters, buffers and optimizer state, after the second step."""
     bytes_sent: int = 0
     """Given to collectives in the second step."""
 

@@ -127,4 +127,4 @@ def test_keys_without_effect_are_named(parallel: dict, named: list[str], caplog:
     build_strategy(config(parallel=parallel), Ranks(0, 1, 1, CPU), build_optimizer)
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     keys = ", ".join(f"parallel.{name}" for name in named)
-    assert warnings == ([f"{keys}: without effect under parallel.strategy=single"] if named else [])
+    assert warnings == ([f"{keys}: has no effect under parallel.strategy=single"] if named else [])

@@ -84,7 +84,7 @@ def nbytes(tensors: list[Tensor]) -> int:
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", KEYS)
 def test_a_rank_holds_and_sends_what_the_formula_says(name: str, accumulation: int) -> None:
-    """Of 16 ranks, one at a time in this process; every parameter divides by 16, so that nothing is padded."""
+    """There are 16 ranks, one at a time in this process; every parameter divides by 16, so that nothing is padded."""
     config = config_of(KEYS[name], 16, accumulation)
     for rank in (0, 9):
         with fake_world(rank, 16):

@@ -132,4 +132,4 @@ def test_ranks_that_cannot_reach_each_other_s_gpus_are_told_of(monkeypatch, capl
     for rank in (0, 1):
         rendezvous._look_at_gpu(torch.device("cuda", 0), rank)
     assert near == ["0000:1b:00.0"] * 2
-    assert sum("NCCL may not copy" in record.message for record in caplog.records) == warned
+    assert sum("NCCL may then not copy" in record.message for record in caplog.records) == warned

@@ -49,7 +49,7 @@ def trainings(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> T
 
 @pytest.fixture(scope="module")
 def gradients(trainings: Trainings) -> dict[str, dict[str, Tensor]]:
-    """Of the first step under each layout, once all trainings of this file are made, in few sets of processes."""
+    """Gradients of the first step under each layout; all trainings of this file run in few sets of processes."""
     found = {}
     for world in (1, 2, 4):
         names = [layout.name for layout in LAYOUTS if layout.world == world and layout.name in NAMES]

@@ -62,7 +62,7 @@ def places_of(rank: int, configs: list[Config]) -> list[tuple[int, int, int]]:
 
 
 def timeouts_of_groups(rank: int, config: Config) -> tuple[list[timedelta], int]:
-    """Of the groups of training and the one for slow work; and the descriptors that one more of all ranks takes."""
+    """The time-outs of the groups of training and of slow work; and the descriptors that one more group takes."""
     with joined(config) as ranks:
         shared = [ranks.context_group.group, ranks.strand_group.group]
         found = [*shared, *sharding_mesh(ranks, config.parallel.shard).get_all_groups(), ranks._patient_group]

@@ -42,7 +42,7 @@ def test_the_rank_that_differs_is_named_on_all(field: str, told: str) -> None:
     other = replace(HERE, host="node2", device="cpu", **{field: "d" * 64})
     for refusal in refusals(HERE, HERE, other):
         assert (type(refusal), refusal.rank, refusal.status) == (PeerError, 2, 2), "either may be the wrong one"
-        assert str(refusal).startswith(f"rank 2 on node2: its {told} (dddddddddddd) is not that of node1 (")
+        assert str(refusal).startswith(f"rank 2 on node2: its {told} (dddddddddddd) differs from that of node1 (")
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ from tests.distributed.layouts import LAYOUTS, Layout, Observed, config_of, trai
 pytestmark = pytest.mark.slow
 
 STEPS = 10
-"""Of which the first warms up, and the rate falls over the others: every part of a step has been at work by then."""
+"""The first step warms up, and the rate falls over the others: every part of a step has worked by then."""
 IN_FP64 = {(1, "fp32"): 3, (2, "fp32"): 3, (1, "fp64"): STEPS, (2, "fp64"): STEPS}
 """Steps trained, by accumulation and precision, where fp64 shows that all steps agree far below what fp32 rounds."""
 IN_FP32 = {(1, "fp32"): STEPS, (2, "fp32"): STEPS}
 LEARNING = {(1, "fp64"): 30, (2, "fp64"): 30}
-"""Of one process."""
+"""Steps of the trainings in one process, by micro-batches and precision."""
 Run = tuple[list[float], list[float], Observed]
 """Losses and gradient norms of all steps, and what the main rank observed."""
 

@@ -14,7 +14,7 @@ from tests.train.test_vitals import without_vitals
 
 SHARED = ("DDP 2", "FSDP 2", "ZeRO 2, 2 ranks", "ZeRO 3, 2 ranks", "context 2", "strands 2")
 BY_SAMPLE = ("dt_", "decay_", "residual_rms", "mixer_rms")
-"""Of the samples that a rank happens to look at."""
+"""Entries that depend on the samples that a rank happens to look at."""
 
 
 def watched(layout: Layout, shards: Path, directory: Path, every: int, **model: bool) -> Config:

@@ -104,9 +104,3 @@ def test_programs_and_files_that_commands_name_are_there(page: Path) -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://)([^)#]*)", page.read_text()):
         assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-def test_files_that_the_architecture_names_are_there() -> None:
-    text = (REPOSITORY / "docs" / "architecture.md").read_text()
-    named = re.findall(r"`((?:caduceus|data_prep|launch|tests|configs)/[\w./-]*)`", text)
-    assert named and [path for path in named if not (REPOSITORY / path).exists()] == []

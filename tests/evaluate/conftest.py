@@ -12,7 +12,9 @@ from caduceus.errors import UserError
 from caduceus.evaluate.__main__ import main
 from caduceus.hub import save_imported
 from tests.conftest import write_random_fasta
-from tests.model.packed import KINDS
+from tests.model.packed import KINDS as OF_MODELS
+
+KINDS = OF_MODELS | {"plantcad2": {"rcps": True, "vocab_size": 8, "mixer": "mamba2", "headdim": 4}}
 
 
 def made(kind: str, dtype: torch.dtype = torch.float64) -> CaduceusForMaskedLM:

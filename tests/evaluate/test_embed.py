@@ -58,6 +58,7 @@ POOLED = {
         ("ph", {"piece": 40, "batch_bases": 1}),
         ("ph", {"batch_bases": 60}),
         ("mamba", {}),
+        ("plantcad2", {"batch_bases": 60}),
     ],
 )
 def test_each_sequence_is_embedded_as_by_itself(kind: str, options: dict[str, int]) -> None:
@@ -231,7 +232,10 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, small_shards: Pa
         "column.csv": ("name,dna\na,ACGT\n", "no column 'sequence' for the sequences (--column); it has name, dna"),
         "gap.csv": ("sequence\nACGT\nAC-GT\n", "gap.csv:3: '-' at base 3 of the sequence is none"),
         "hole.csv": ("id,sequence\n1,\n", "hole.csv:2: the sequence is empty"),
-        "uneven.csv": ("id,sequence\n1,A,C\n", "uneven.csv:2: has 3 fields parted by commas, but 2 headings"),
+        "uneven.csv": (
+            "id,sequence\n1,A,C\n",
+            "uneven.csv:2: has 3 fields separated by commas, but the table has 2 headings",
+        ),
         "twice.csv": ("a,a\n1,2\n", "two columns are named 'a'"),
         "t.xlsx": ("", "known are .fa, .fasta, .fna, .ffn, .2bit, .bed,"),
         "contig.bed": ("chr9\t1\t5\n", "the genome has no contig 'chr9', but chr1, chr2"),
@@ -259,8 +263,8 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, small_shards: Pa
     good = ["embed", "--model", model, "--input", tmp_path / "good.csv", "--out", tmp_path / "out.npz"]
     for words, message in {
         ("--pool", "median"): "--pool: choose one of mean, max, centre, middle:BEFORE:AFTER, base, a place",
-        ("--pool", "middle:0:0"): "--pool: middle:0:0 has no base",
-        ("--pool", "4"): "0 has 4 bases and none at place 4",
+        ("--pool", "middle:0:0"): "--pool: middle:0:0 contains no base",
+        ("--pool", "4"): "0 has 4 bases, so it has no base 4",
         ("--layer", "3"): "--layer: the model has 0 (embedding) to 2 (final norm), got 3",
         ("--strands", "both"): "--strands: choose one of",
         ("--piece", "0"): "--piece: must be at least 1",

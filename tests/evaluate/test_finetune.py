@@ -171,7 +171,7 @@ def test_a_sequence_gives_the_same_whatever_is_beside_it(kind: str, pool: str) -
         features = torch.from_numpy(embed(runner, sequences, EmbedOptions(pool=pool, strands="concatenate")))
         expected = model.head(features.unflatten(1, (2, -1))).mean(1)
         assert together.numpy() == pytest.approx(expected.numpy(), abs=1e-12)
-        cnn = Cnn(2).double().eval()
+        cnn = Cnn(TWO).double().eval()
         alone = torch.cat([cnn([bases]) for bases in sequences])
         assert cnn(sequences).numpy() == pytest.approx(alone.numpy(), abs=1e-12)
 
@@ -313,8 +313,8 @@ def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None
     (tmp_path / "full" / "file").touch()
     command = ["finetune", "--model", model_folder("ps"), "--train", good, "--out", tmp_path / "out"]
     for words, message in {
-        ("--test", tmp_path / "new.csv"): "new.csv:2: label '2' is none of training: 0, 1",
-        ("--baseline", "svm"): "--baseline: choose among random, cnn, kmer, got 'svm'",
+        ("--test", tmp_path / "new.csv"): "new.csv:2: label '2' does not occur in training: 0, 1",
+        ("--baseline", "svm"): "--baseline: choose from random, cnn, kmer, got 'svm'",
         ("--metric", "r2"): "--metric: choose one of mcc",
         ("--pool", "base"): "--pool: choose one of mean, max, centre",
         ("--task", "both"): "--task: choose one of auto",

@@ -104,7 +104,7 @@ def test_a_base_gives_the_same_whatever_is_beside_its_sequence(kind: str) -> Non
     rng, task = np.random.default_rng(0), Task(("a", "b"), per_base=True)
     sequences = [bases_of(gc_rich(rng, 0.5)[:n]) for n in (5, 30, 12)]
     runner = Runner(made(kind))
-    model, cnn = SequenceModel(runner.model, task, "mean").double().eval(), Cnn(2, per_base=True).double().eval()
+    model, cnn = SequenceModel(runner.model, task, "mean").double().eval(), Cnn(task).double().eval()
     with torch.no_grad():
         for net in (model, cnn):
             together = net(sequences)
@@ -183,7 +183,7 @@ def test_places_of_a_genome_are_labelled_by_their_names_or_a_bigwig(tmp_path: Pa
     (tmp_path / "s.bw").write_bytes(b"no bigwig")
     for given, message in (
         ({"genome": None}, "names places of a genome; give its file with --genome"),
-        ({"bigwig": tmp_path / "s.bw"}, "s.bw is no bigWig file"),
+        ({"bigwig": tmp_path / "s.bw"}, "s.bw is not a bigWig file"),
         ({"bigwig": tmp_path / "none.bw"}, "none.bw: no such file"),
         ({"signal": "sum"}, "--signal: choose one of mean, max"),
     ):
@@ -213,7 +213,7 @@ def test_fasta_and_folders_of_benchmarks_are_taken_as_they_are(tmp_path: Path) -
 def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None:
     files = {
         "a.csv": ("sequence,x,y\nAC,1,2\nAC,0,1\n", ["--label", "x,y"], "a.csv:2: y must be 0 or 1, got '2'"),
-        "b.csv": ("sequence,label\nACG,ab\nACG,abb\n", ["--task", "per-base"], "b.csv:2: labels by base must be num"),
+        "b.csv": ("sequence,label\nACG,ab\nACG,abb\n", ["--task", "per-base"], "b.csv:2: labels per base must be num"),
         "c.csv": ("sequence,label\nACG,aba\nACG,ab\n", ["--task", "per-base"], "c.csv:3: 2 labels for a sequence of 3"),
         "d.csv": ("sequence,label\nACG,aaa\nACG,aaa\n", ["--task", "per-base"], "all labels are 'a'"),
         "e.csv": ("sequence,label\nACG,x\nACG,x\n", ["--task", "multilabel"], "name fewer than two classes"),
@@ -221,7 +221,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None
         "g.txt.zip": ("", [], "its ending does not say what it holds"),
         "g.2bit": ("", [], "known are .csv, .tsv, .txt, .tab, .parquet, .pq, .fa, .fasta, .fna, .ffn, .bed,"),
         "h.bed": ("chr1\t0\t3\n", [], "names places of a genome; give its file with --genome"),
-        "i.fa": (">a\nACG\n", [], "no label behind a | in the header"),
+        "i.fa": (">a\nACG\n", [], "the header has no label after a |"),
     }
     for name, (content, more, message) in files.items():
         (tmp_path / name).write_text(content)
@@ -231,7 +231,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None
     words = ["finetune", "--model", model_folder("ps"), "--train", tmp_path / "good.csv", "--out", tmp_path / "out"]
     assert "a Caduceus-PS conjoins strands" in refused(*words, "--strands", "augment")
     assert "--strands: choose one of auto" in refused(*words, "--strands", "both")
-    assert "--lora: a rank of at least 1" in refused(*words, "--lora", -1)
+    assert "--lora: must be a rank of at least 1" in refused(*words, "--lora", -1)
     assert not (tmp_path / "out").exists()
 
 

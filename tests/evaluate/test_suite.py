@@ -117,7 +117,7 @@ def test_a_suite_runs_what_is_there_and_names_what_is_missing(
     assert missing["task"] == "H4" and "huggingface.co" in missing["missing"]
     assert row["copies"] == {"test": [1, 1]} and row["published"]["Caduceus-PS"] == [0.799, 0.029]
     assert row["interval"][0] <= row["mean"] <= row["interval"][1] and row["on"] == "test"
-    assert "1 sequences of test also stand in train, 1 as reverse complement" in said
+    assert "1 sequences of test also occur in train, 1 as reverse complement" in said
     html = (tmp_path / "out" / "suite.html").read_text()
     assert "<svg" in html and "0.799 ± 0.029" in html and "H4 is missing" in html
     evaluate(*words)
@@ -181,12 +181,17 @@ def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None
     write_random_fasta(tmp_path / "genome.fa", 0, {"chr1": 50})
     words = ["suite", "--model", model_folder("ps"), "--out", tmp_path / "out", "--data", tmp_path / "data"]
     for more, message in {
-        ("--suite", "none"): "--suite: no suite 'none'; there are",
+        ("--suite", "none"): "--suite: there is no suite 'none'; there are",
         ("--suite", tmp_path / "bad.yaml"): "bad.yaml: not a suite",
         ("--suite", "nt"): "has none of the tasks; it should hold a folder for each task",
         ("--suite", "nt", "--tasks", "H9"): "--tasks: nt has no task 'H9', but H3",
-        ("--suite", "nt", "--data", tmp_path / "no"): "is no folder",
+        ("--suite", "nt", "--data", tmp_path / "no"): "is not a folder",
         ("--suite", "gb"): "holds places of a genome; give its file with --genome",
-        ("--suite", "gb", "--genome", tmp_path / "genome.fa"): "ends beyond chr1 with 50 bases; another assembly?",
+        (
+            "--suite",
+            "gb",
+            "--genome",
+            tmp_path / "genome.fa",
+        ): "ends beyond chr1 with 50 bases; it may be for another assembly",
     }.items():
         assert message in refused(*words, *more), more

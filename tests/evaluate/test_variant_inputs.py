@@ -47,7 +47,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
         "in.csv": (f"{table}chr1,x,{ref},{wrong}\n", "in.csv:2: pos must be a whole number in plain digits, got 'x'"),
         "other.csv": (
             f"{table}chr1,100,{wrong},{ref}\n",
-            "1 of 1 REF alleles differ from the genome; is it of another",
+            "1 of 1 REF alleles differ from the genome; it may be for another",
         ),
         "contig.csv": (f"{table}chr7,100,A,C\n", "the genome has no contig 'chr7', but chr1, chr2"),
         "column.csv": ("chrom,pos,ref\nchr1,1,A\n", "no column 'alt' or 'alternate' or 'allele2' for ALT"),
@@ -70,7 +70,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
     for words, message in {
         ("--out", "out.vcf"): "is a VCF, but",
         ("--out", "out.xls"): "should end in one of",
-        ("--scores", "best"): "--scores: choose among masked, unmasked, embedding",
+        ("--scores", "best"): "--scores: choose from masked, unmasked, embedding",
         ("--ref-mismatch", "fix"): "--ref-mismatch: choose one of refuse, skip, swap",
         ("--window", "1"): "--window: must be at least 2",
         ("--genome", "none.fa"): "none.fa: no such file",

@@ -70,8 +70,8 @@ def test_labels_that_say_nothing_end_in_one_line(tmp_path: Path, genome: Path, m
     for more, message in {
         ("--input", vcf, "--label", "AF"): "labelled.vcf: no record has 'AF' in INFO; they have CLASS, DP",
         ("--input", table, "--label", "AF"): "no column 'AF' for the labels (--label); it has chrom",
-        ("--input", vcf, "--label", "CLASS"): "labelled.vcf:3: CLASS is 'bad'; --positive takes the values",
-        ("--input", vcf, "--label", "DP"): "no variant is negative by DP, which has 1; --positive takes",
+        ("--input", vcf, "--label", "CLASS"): "labelled.vcf:3: CLASS is 'bad'; give the positive values",
+        ("--input", vcf, "--label", "DP"): "no variant is negative by DP, which has 1; give the positive values",
         ("--input", vcf, "--positive", "bad"): "--positive: names values of --label, which is missing",
     }.items():
         assert message in refused(*words, *more), more

@@ -85,7 +85,7 @@ def some_alleles(text: str) -> list[Allele]:
     return [Allele("chr1", *row, "test") for row in found]
 
 
-@pytest.mark.parametrize("kind", ["ps", "ph"])
+@pytest.mark.parametrize("kind", ["ps", "ph", "plantcad2"])
 def test_scores_equal_a_slow_computation(kind: str, genome: Path) -> None:
     model, windows = made(kind), Windows(genome)
     slow = Slow(model, text_of(genome)["chr1"])
@@ -233,9 +233,9 @@ def test_tracks_tell_of_each_place(tmp_path: Path, genome: Path, model_folder, e
                     rows = [n for n, row in enumerate(rows_of_places) if row == (contig, place + 1)]
                     assert value == pytest.approx(np.mean([found[name][n] for n in rows]), rel=1e-6)
             assert np.isnan(file.values("chr1", 99, 100)).all() and np.isnan(file.values("chr1", 106, 107)).all()
-    assert not list(tmp_path.glob(".*")) and "only --every-snv gives" in refused(*words, "--input", "no.vcf")
+    assert not list(tmp_path.glob(".*")) and "so it goes only with --every-snv" in refused(*words, "--input", "no.vcf")
     message = refused(*words, "--every-snv", tmp_path / "places.bed", "--scores", "embedding")
-    assert "--tracks: of masked and unmasked scores" in message
+    assert "--tracks: needs masked or unmasked scores" in message
 
 
 def test_rows_may_bring_their_own_windows(tmp_path: Path, genome: Path) -> None:

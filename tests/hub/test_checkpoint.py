@@ -103,7 +103,7 @@ def test_keys_that_transformers_adds_are_named_once(golden, tmp_path, caplog):
         assert hub.load(tmp_path).config.vocab_size == 8
     configuration, tensors = caplog.messages
     assert all(key in configuration for key in ADDED_BY_TRANSFORMERS) and "ssm_cfg.dt_scale" in configuration
-    assert tensors.endswith("no part of the model, and left out: score.weight")
+    assert tensors.endswith("not part of the model, and left out: score.weight")
 
 
 def test_what_is_no_caduceus_is_refused_in_a_line(golden, tmp_path):
@@ -121,7 +121,7 @@ def test_what_is_no_caduceus_is_refused_in_a_line(golden, tmp_path):
         assert "\n" not in str(refused.value) and name in str(refused.value)
     torch.save(golden.part("state"), tmp_path / "alone.pt")
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"neither tells its configuration nor has a config.json beside it"):
+    with pytest.raises(UserError, match=r"has no configuration inside and no config.json beside it"):
         hub.load(tmp_path / "alone.pt")
 
 
@@ -130,7 +130,7 @@ def test_a_shard_that_is_missing_is_named(golden, tmp_path):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     index["weight_map"]["more"] = "model-00001-of-00002.safetensors"
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"index.json: more is in none of its files"):
+    with pytest.raises(UserError, match=r"index.json: none of its files has more"):
         hub.load(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors: not readable"):
@@ -145,7 +145,7 @@ def test_show_says_what_a_folder_holds(golden, tmp_path, capsys):
     assert status == 0 and told["holds"] == "a published checkpoint" and told["parameters"] == "27,648"
     assert told["kind"] == "Caduceus-PS, equivariant to the reverse complement"
     assert told["vocabulary"] == "plantcad: A 3, C 4, G 5, T 6; [MASK] 1, [PAD] 0"
-    assert told["tied weights"] == "stand under both of their names, and are equal"
+    assert told["tied weights"] == "are stored under both names, and are equal"
 
     run = make_run(tmp_path / "run", small_model())
     for path, holds in ((run.path, "a run"), (run.checkpoint_path(1), "a checkpoint of a run")):

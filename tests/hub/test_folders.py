@@ -148,7 +148,7 @@ def test_wrong_directories_are_refused_in_one_line(tmp_path, capsys):
             "import",
             "--from",
             directory("a", None, json.dumps(config)),
-        ): "no weights are there",
+        ): "it has no weights",
         ("import", "--from", directory("b", whole[:-100], json.dumps(config))): "not readable as safetensors",
         ("import", "--from", directory("c", whole, "{")): "config.json: not readable as JSON",
         ("import", "--from", directory("d", whole, "[]")): "config.json: expected a JSON object",

@@ -24,7 +24,7 @@ TESTS_FAIL = f'case "$*" in *--test-only*) {REFUSAL};; esac; echo "Submitted bat
         ({"time": "2-0", "partition": "main,long"}, None),
         ({"time": "45", "partition": "short"}, "time: 45 asked for, but the partition's limit is 30:00"),
         ({"time": "2-0", "qos": "week"}, None),
-        ({"partition": "gpu"}, "partition: no partition 'gpu' here; choose one of long, main, short"),
+        ({"partition": "gpu"}, "partition: there is no partition 'gpu' here; choose one of long, main, short"),
         ({"nodes": 2}, None),
         ({"nodes": 3}, "nodes: 3 asked for, but a partition has at most 2"),
         ({"nodes": 2, "partition": "long,short"}, "nodes: 2 asked for, but a partition has at most 1"),
@@ -69,7 +69,7 @@ AWAY = ("drained", "down*", "draining", "maint", "idle*", "reserved")
 def test_a_request_that_waits_for_nodes_is_told_from_one_that_can_never_run(fake_slurm, rows, options, waits_for):
     fake_slurm.answer("sinfo", "\n".join(f"echo '{row}'" for row in rows))
     note = waiting_note(load_request("cpu", options))
-    assert note == (waits_for and f"the job will wait: nodes that it needs are {waits_for} at present")
+    assert note == (waits_for and f"the job will wait, as nodes that it needs are {waits_for} at present")
 
 
 @pytest.mark.parametrize("state", ["drained", "down"])
@@ -77,7 +77,7 @@ def test_where_all_nodes_are_away_the_job_is_queued_with_a_note(launch, fake_slu
     fake_slurm.answer("sinfo", f"echo 'main*|up|{state}|4|64|250000|(null)|infinite'")
     fake_slurm.answer("sbatch", TESTS_FAIL)
     assert launch("--config", small_config, "--cluster", "cpu", "run.dir=run") == 0
-    assert f"note:          the job will wait: nodes that it needs are {state} at present" in capsys.readouterr().out
+    assert f"note:          the job will wait, as nodes that it needs are {state} at present" in capsys.readouterr().out
     assert submissions(RunDirectory("run"))[0].jobs == ["7"]
 
 

@@ -23,7 +23,7 @@ def test_without_slurm_it_says_so(launch) -> None:
 
 def test_a_task_started_by_hand_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["check.py"])
-    with pytest.raises(check.UserError, match="is started by"):
+    with pytest.raises(check.UserError, match="starts this"):
         check.main()
 
 

@@ -1,4 +1,4 @@
-"""docs/clusters.md: its commands are taken as they stand, and its tables name what there is."""
+"""docs/clusters.md: its commands are taken as they are, and its tables name what exists."""
 
 import re
 import shlex

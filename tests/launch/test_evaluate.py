@@ -44,9 +44,9 @@ def test_a_local_job_shares_the_work_and_gives_what_one_process_gives(tmp_path: 
         ([], "VERB: say what to run"),
         (["embed"], r"the following arguments are required: --model"),
         (["embed", "--model", ".", "--out", "o.npz", "--input", "no.fa"], r"--input: no\.fa: no such file"),
-        (["embed", "--model", ".", "--out", "no/o.npz", "--input", "in.csv"], r"--out: .*/no: no such folder"),
+        (["embed", "--model", ".", "--out", "no/o.npz", "--input", "in.csv"], r"--out: .*/no: there is no such folder"),
         (["embed", "--model", ".", "--out", "o.npz", "--input", "in.csv", "--chain", "2"], "chain: is for training"),
-        (["heldout", "--run", ".", "--nodes", "2"], "heldout runs in one process"),
+        (["heldout", "--run", "no", "--nodes", "2"], "--run: no: no such file"),
         (
             ["embed", "--model", ".", "--out", "o.npz", "--input", "in.csv", "--partition", "x"],
             "no SLURM on this machine",

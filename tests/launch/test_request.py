@@ -74,10 +74,10 @@ def test_options_win_over_the_preset_and_mappings_add_up(tmp_path):
         ("gpus_per_node: 2\ntasks_per_node: 3", "3 processes cannot share a node's 2 GPUs"),
         ("executor: local\nnodes: 2", "use --tasks-per-node"),
         ("spare: -1", "spare: must be at least 0, got -1"),
-        ("executor: local\nspare: 1", "spare: only a job of SLURM can hold further nodes, and the executor is local"),
+        ("executor: local\nspare: 1", "spare: only a SLURM job can have spare nodes, but the executor is local"),
         ("sbatch: {no-kill: true}", "sbatch: no-kill: is set by --spare"),
-        ("executor: debug\ntasks_per_node: 2", "debug runs in this one process"),
-        ("time: '2'\nsignal_seconds: 120", "nothing is left"),
+        ("executor: debug\ntasks_per_node: 2", "debug runs in this process alone"),
+        ("time: '2'\nsignal_seconds: 120", "leave no time"),
     ],
 )
 def test_a_wrong_preset_is_one_clear_line(tmp_path, text, message):
@@ -164,8 +164,8 @@ def test_an_option_of_the_command_line_wins_over_the_other_form_in_the_preset(tm
         ({"sbatch": {"ntasks_per_node": "4"}}, "ntasks-per-node: is set by --nodes and --tasks-per-node"),
         ({"sbatch": {"output": "x"}}, "sbatch: output: is set by run.dir"),
         ({"sbatch": {"clusters": "green"}}, "SLURM_CLUSTERS"),
-        ({"sbatch": {"gpus": "4"}}, "sbatch: gpus: GPUs are asked for by gpus_per_node"),
-        ({"sbatch": {"gres": "gpu:4"}}, "sbatch: gres: GPUs are asked for by gpus_per_node"),
+        ({"sbatch": {"gpus": "4"}}, "sbatch: gpus: request GPUs by gpus_per_node"),
+        ({"sbatch": {"gres": "gpu:4"}}, "sbatch: gres: request GPUs by gpus_per_node"),
         ({"chain": 2, "sbatch": {"dependency": "afterok:1"}}, "submit without --chain"),
     ],
 )

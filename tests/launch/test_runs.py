@@ -31,12 +31,14 @@ def run(tmp_path) -> RunDirectory:
     return run
 
 
-def test_the_table_of_runs_has_their_addresses_in_wandb(run):
+def test_the_address_of_a_run_in_wandb_is_told(run, steer, capsys):
     assert list_runs(run.path.parent).splitlines()[-1].endswith(" -")
     keep_identity(run.path, Identity("abc"))  # makes the folder
     keep_status(run.path, Status("online", 2, url="https://wandb.example/lab/genomes/runs/abc"))
     heads, *_, row = list_runs(run.path.parent).splitlines()
     assert heads.endswith("W&B") and row.endswith("https://wandb.example/lab/genomes/runs/abc")
+    steer("status", str(run.path))
+    assert "online, has step 2   https://wandb.example/lab/genomes/runs/abc" in capsys.readouterr().out
 
 
 def test_starts_by_hand_and_of_jobs_are_counted_and_told(run, steer, capsys):
@@ -87,7 +89,7 @@ def test_a_run_whose_job_is_gone_is_lost(run, steer, fake_slurm, monkeypatch, ca
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1e9))
     state = f"state       lost: job 12 {ended}; last sign of life: {last}"
     if holder:
-        state += f"; process {os.getpid()} of SLURM job 12 on {socket.gethostname()} lives on: end it, or resume"
+        state += f"; process {os.getpid()} of SLURM job 12 on {socket.gethostname()} still runs: end it, or resume"
         holder.release()
     assert f"{state}\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="neither runs nor waits; it is lost"):
@@ -166,7 +168,7 @@ def test_a_followed_log_of_a_run_that_never_starts_ends(run, steer, fake_slurm, 
     submitted(run)
     fake_slurm.answer("squeue", "echo '12|12_N/A|PENDING|Resources'")
     threading.Timer(1, lambda: fake_slurm.answer("squeue", NO_JOB)).start()
-    with pytest.raises(UserError, match="no such log; the run is new"):
+    with pytest.raises(UserError, match="there is no such log; the run is new"):
         steer("logs", "-f", str(run.path))
 
 

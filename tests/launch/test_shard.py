@@ -87,7 +87,7 @@ def test_species_that_jobs_are_at_are_not_submitted_again_and_others_are(fake_sl
     assert "2 for 2 species, jobs 1_0 … 1_1; merged by job 2" in capsys.readouterr().out
     for live, job in (("1|1_1|RUNNING|None", "1_1"), ("2|2_N/A|PENDING|Dependency", "2")):
         fake_slurm.answer("squeue", f"echo '{live}'")
-        with pytest.raises(UserError, match=f"out is being made by job {job}; wait for it, or: scancel {job[0]}"):
+        with pytest.raises(UserError, match=f"out is being written by job {job}; wait for it, or: scancel {job[0]}"):
             shard.main()
     assert len(fake_slurm.asked("sbatch")) == 2
     write_random_fasta(tmp_path / "c.fa", 3, {"chr1": 4000})

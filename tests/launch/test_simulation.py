@@ -11,9 +11,9 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from caduceus.config import CaduceusConfig, Config, config_from_dict, load_config
-from caduceus.data.dataset import open_dataset
 from caduceus.data.loader import build_loader
 from caduceus.data.samples import TrainingOrder
+from caduceus.data.split_sources import open_sources
 from caduceus.distributed.build import build_model
 from caduceus.distributed.fake import fake_world
 from caduceus.distributed.fsdp import shard_axis, sharding_mesh
@@ -47,7 +47,7 @@ def config_of(shards: Path, batch: int, **parallel: object) -> Config:
 def test_512_ranks_draw_what_one_process_draws_also_when_504_go_on(small_shards: Path) -> None:
     """A node of 64 is lost after three steps; the batch divides by the data-parallel ranks of both, 64 and 63."""
     config = config_of(small_shards, batch=64 * 63)
-    order = TrainingOrder(open_dataset(config.data, "train"), config)
+    order = TrainingOrder(open_sources(config.data, "train"), config)
     found, consumed = [], 0
     for world, steps in ((512, 3), (504, 2)):
         ranks = simulated_ranks(config, world, EIGHT, node=8)
@@ -145,7 +145,7 @@ def test_auto_shares_a_sequence_further_where_it_would_not_fit() -> None:
 
 
 def test_auto_shares_a_sequence_further_where_it_would_be_computed_again() -> None:
-    """Of no more ranks than a node has, of no short slices, and only where nobody asked for less."""
+    """It takes no more ranks than a node has and no short slices, and only where nobody asked for less."""
     room = Room(80 * 10**9, 8)
     config = load_config("ph-1m", ["train.global_batch=8"])
     assert check_layout(config, 8, room) == Sharing(1, 4)
@@ -185,8 +185,8 @@ def test_the_command_prints_all_of_it_and_leaves_nothing(launch, capsys, tmp_pat
     assert "Unmeasured, by a model" in printed
     assert set(tmp_path.rglob("*")) == before
     for wrong, told in (
-        ((*request, "--simulate"), "--simulate: submits nothing; give it with --dry-run"),
-        ((*request, "--dry-run", "--simulate", "--gpus-per-node", "0"), "--simulate: its times are of GPUs"),
+        ((*request, "--simulate"), "--simulate: give it with --dry-run, as it submits nothing"),
+        ((*request, "--dry-run", "--simulate", "--gpus-per-node", "0"), "--simulate: computes times of GPUs only"),
         ((*request, "--dry-run", "--simulate", "--sweep", "train.lr=1,2"), "--simulate: shows one run"),
     ):
         with pytest.raises(UserError, match=told):

@@ -85,7 +85,7 @@ def test_ranks_without_a_part_are_refused_with_a_way_on(launch, arguments, way_o
         (["--cluster", "local", "--tasks-per-node", "3", "parallel.strands=2"], "strands: 2 x .* divide .*, 3$"),
         (["parallel.strands=2", "model.rcps=false"], "parallel.strands: 2 needs model.rcps=true"),
         (["parallel.strands=3"], "parallel.strands: choose one of 0, 1, 2; got '3'"),
-        (["--cluster", "local", "--setup", "module load cuda"], "a local job runs in this shell's environment"),
+        (["--cluster", "local", "--setup", "module load cuda"], "a local job has this shell's environment"),
         (["--cluster", "cpu", "run.device=cuda"], "the job asks for no GPUs"),
         (["--cluster", "cpu", "--env", "NAME"], "--env NAME: expected NAME=VALUE"),
         (["train.steps"], "expected an override of the form"),

@@ -65,7 +65,7 @@ def test_a_refused_new_run_leaves_no_directory(launch, fake_slurm, small_config,
         (["--nodes", "-1"], "nodes: must be at least 1, got -1"),
         (["--nodes", "0"], "nodes: must be at least 1, got 0"),
         (["--nodes", "2", "train.micro_batch=8", "parallel.context=1", "parallel.strands=1"], "is not a multiple of"),
-        (["run.dir=other"], "run.dir: a run is resumed where it is"),
+        (["run.dir=other"], "run.dir: a run is resumed in its own directory"),
     ],
 )
 def test_a_run_is_not_resumed_by_a_request_that_cannot_be_meant(run, steer, fake_slurm, arguments, message):
@@ -78,7 +78,7 @@ def test_a_run_of_this_machine_is_not_resumed_on_several_nodes(run, steer, fake_
     fake_slurm.answer("ps", "exit 1")
     path = run.path / "submissions.json"
     path.write_text(path.read_text().replace('"slurm"', '"local"'))
-    with pytest.raises(UserError, match="nodes: this machine is one, not 2"):
+    with pytest.raises(UserError, match="nodes: this machine is one node, not 2"):
         steer("resume", "run", "--nodes", "2")
 
 

@@ -39,9 +39,9 @@ def test_one_value_is_the_same_for_all_runs(config):
         (["train.lr"], "expected KEY=VALUE"),
         (["train.lr=1e-3,"], "expected KEY=VALUE"),
         (["train.lr=1e-3,1e-3"], "the same name"),
-        (["run.dir=a,b"], r"--sweep run\.dir=a,b: runs are named after their other settings; give run\.dir one value"),
-        (["run.name=a,b"], "give run.name one value"),
-        (["train.lr=1e-3"], "no setting has several values"),
+        (["run.dir=a,b"], r"--sweep run\.dir=a,b: runs are named after their other keys; give run\.dir only one value"),
+        (["run.name=a,b"], "give run.name only one value"),
+        (["train.lr=1e-3"], "no key has several values"),
         (["train.rate=1,2"], "unknown key 'train.rate'"),
     ],
 )

@@ -50,7 +50,7 @@ class Golden:
         return model
 
     def gradient_errors(self, model: CaduceusForMaskedLM) -> dict[str, float]:
-        """Of every parameter, by its published name."""
+        """The error of every parameter's gradient, by the parameter's published name."""
         gradients = PublishedLayout(model.config).to_published({name: p.grad for name, p in model.named_parameters()})
         return {name: relative_error(gradients[name], expected) for name, expected in self.part("grad").items()}
 

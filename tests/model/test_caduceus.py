@@ -31,6 +31,11 @@ configs = st.builds(
     bidirectional_weight_tie=st.booleans(),
     rms_norm=st.booleans(),
 )
+lengths = st.integers(1, 8)
+
+
+def with_mamba2(config: CaduceusConfig) -> CaduceusConfig:
+    return CaduceusConfig(**{**vars(config), "mixer": "mamba2", "headdim": 2})
 
 
 def build(config: CaduceusConfig, dtype: torch.dtype = torch.float64, **options) -> CaduceusForMaskedLM:
@@ -83,8 +88,8 @@ def test_reverse_complement_gives_the_reverse_complement(config, length):
     torch.testing.assert_close(final[1], final[0].flip(0, 2), rtol=1e-11, atol=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
-@given(config=configs, length=st.integers(1, 8), before=st.integers(0, 5), after=st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+@given(config=configs | configs.map(with_mamba2), length=lengths, before=st.integers(0, 5), after=st.integers(0, 5))
 def test_padding_changes_nothing_at_real_positions(config, length, before, after):
     model = build(config)
     input_ids = tokens(batch=1, length=length)

@@ -13,7 +13,7 @@ SHAPES = [
     ((1, 1, 3, 16, 4), (1, 9, 4)),
     ((2, 3, 8, 4), (1, 9, 4)),
 ]
-"""Of x (G, …, in) and weight; numbers of rows that the parts of a weight's gradient divide, and that they do not."""
+"""Shapes of x (G, …, in) and weight. The parts of a weight's gradient divide some numbers of rows, but not all."""
 
 
 def leaves(shape: tuple[int, ...], weight: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,7 +99,7 @@ def test_the_scan_runs_again_only_in_whole_blocks(whole: int, scan_inputs: int) 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_that_feeds_the_scan_is_kept(form: str) -> None:
-    """Of u, dt, B, C and the low rank that dt comes from, by direction and position, not a byte."""
+    """Not a byte is kept of u, dt, B, C and the low rank that dt comes from, by direction and position."""
     model, _ = build(form)
     config, shape = model.config, (len(model.streams), 2, 50, 8)
     hidden, residual = (torch.randn(shape, requires_grad=True) for _ in range(2))

@@ -104,5 +104,5 @@ def test_only_complete_runs_wait_for_files(tmp_path: Path) -> None:
 
 def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     known = "dataset, checkpoints, exports, report"
-    with pytest.raises(UserError, match=f"wandb.artifacts: choose of {known}; got 'weights'"):
+    with pytest.raises(UserError, match=f"wandb.artifacts: choose from {known}; got 'weights'"):
         Watched(tmp_path / "other", artifacts=["weights"])

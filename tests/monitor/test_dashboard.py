@@ -83,7 +83,7 @@ def test_the_command_saves_it(
 
 
 def test_what_goes_wrong_is_one_line(server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"dashboard: strangers/genomes: W&B makes no workspace \(.*permission denied"):
+    with pytest.raises(UserError, match=r"dashboard: strangers/genomes: W&B made no workspace \(.*permission denied"):
         make_dashboard("strangers", "genomes")
     server.fail(401)
     with pytest.raises(UserError, match=r"dashboard: .* refuses the API key"):

@@ -1,6 +1,7 @@
 """What W&B is told of a run besides its rows, read back by its own protobuf from a start as a user makes it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,14 @@ from caduceus.hub import load
 from caduceus.monitor.wandb.facts import decisions, users_command
 from caduceus.monitor.wandb.offline import read_records
 from caduceus.run.directory import RunDirectory
+from caduceus.run.events import read_events
 from caduceus.run.provenance import COMMAND
 from tests.conftest import REPOSITORY
 from tests.train.conftest import SmallRun
+
+JOB = {"job_id": "4711", "array_job_id": "4700", "array_task_id": "3", "restart_count": "2"}
+JOB |= {"job_nodelist": "n[1-2]", "nnodes": "2", "job_partition": "long"}
+"""What SLURM tells the processes of a job that was requeued twice."""
 
 
 @pytest.mark.slow
@@ -23,7 +29,8 @@ def test_wandb_is_told_of_the_command_the_model_and_every_auto(small_run: SmallR
     config = small_run.config("run", train={"steps": 2}, valid={"every": 1}, wandb={"mode": "offline"})
     save_config(config, tmp_path / "given.yaml")
     command = ["-m", "caduceus.train", "--config", str(tmp_path / "given.yaml"), "wandb.notes=two words"]
-    subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=REPOSITORY)
+    environment = os.environ | {f"SLURM_{name.upper()}": value for name, value in JOB.items()}
+    subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=REPOSITORY, env=environment)
     run = RunDirectory.open(config.run.dir)
     (folder,) = (run.path / "wandb").glob("offline-run-*")
     records = list(read_records(next(folder.glob("*.wandb"))))
@@ -33,12 +40,15 @@ def test_wandb_is_told_of_the_command_the_model_and_every_auto(small_run: SmallR
     (told,) = [record.run.config.update for record in records if record.WhichOneof("record_type") == "run"]
     facts = json.loads(next(item.value_json for item in told if item.key == "start"))
     (start,) = run.starts()
-    assert facts.items() >= start.items() and facts["starts"] == 1 and facts["auto"]["ops.backend"] == "cpu"
+    whole = facts | {"git_diff": start["git_diff"]}  # which is cut where much is uncommitted
+    assert whole.items() >= start.items() and facts["starts"] == 1 and facts["auto"]["ops.backend"] == "cpu"
     assert start["command"] == f"python -m caduceus.train --config {command[3]} 'wandb.notes=two words'"
     assert start["parameters"] == sum(p.numel() for p in load(run.path).parameters())
-    assert (start["ranks"], start["nodes"], start["gpu"]) == (1, 1, None)
+    assert (start["ranks"], start["nodes"], start["gpus"]) == (1, 1, {})
+    assert facts["slurm"] == JOB
     assert len(start["git_commit"]) == 40 and start["data_fingerprint"]
     summaries = {r.metric.name: r.metric.summary for r in of_kind["metric"]}
+    assert next(event for event in read_events(run.path) if event["event"] == "start")["requeues"] == 2
     assert summaries["valid/loss"].min and summaries["valid/loss"].last and summaries["train/loss"].last
 
 

@@ -112,9 +112,9 @@ FAULTS = [
     Fault("hang", answering("hang"), r"does not answer within 5 s"),
     Fault("refused", answering("refuse"), r"cannot be reached \(.*Connection refused"),
     Fault("reset", answering("reset"), r"breaks off its answer|[Cc]onnection reset"),
-    Fault("killed client", kill_clients, r"client was killed as it began|wandb-core exited"),
+    Fault("killed client", kill_clients, r"client was killed while it started|wandb-core exited"),
     Fault("full disk", full_disk, r"No space left"),
-    Fault("short key", short_key, r"the API key cannot be right", heals=False),
+    Fault("short key", short_key, r"the API key is not valid", heals=False),
     Fault("no key", no_key, r"not logged in", heals=False),
     Fault("oversized configuration", oversized, r"wandb\.notes.*: too long for W&B", heals=False),
 ]
@@ -194,6 +194,7 @@ def test_trouble_at_both_starts_and_in_mid_run_costs_no_loss_and_no_row(
         assert trouble_told(caplog, fault), warnings_of(caplog)
         warnings = warnings_of(caplog)
         assert all("\n" not in warning for warning in warnings)
+        assert fault.brings is no_key or not any("not logged in" in warning for warning in warnings)
         assert fault.brings is oversized or all("launch/runs.py sync" in warning for warning in warnings)
         assert "wandb" not in capfd.readouterr().err  # what the client prints is not for the user
         fault.brings(world, False)

@@ -11,10 +11,14 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from caduceus.config import save_config
 from caduceus.monitor.__main__ import Followed, main
 from caduceus.monitor.terminal import panel, plain_line
 from caduceus.monitor.view import View
+from caduceus.run.directory import RunDirectory
+from tests.conftest import REPOSITORY
 from tests.monitor.conftest import STEPS, Watched, make_step
+from tests.train.conftest import SmallRun
 
 
 def view_of(watched: Watched, steps: int = 1000, valid_every: int = 100) -> View:
@@ -44,13 +48,6 @@ def test_time_left_leaves_out_compilation_and_knows_validations(disabled: Watche
     view.take({"step": 100, "valid_loss": 1.2}, now + 60.0)
     view.take(row(101), now + 60.5)
     assert view.seconds_left == pytest.approx(0.5 * 899 + 9 * 60.0, rel=0.01)
-
-
-def test_time_left_of_a_run_that_trains_elsewhere(disabled: Watched) -> None:
-    view = view_of(disabled)
-    for step in range(1, 21):
-        view.take(row(step, 300.0 if step == 1 else 0.5))
-    assert view.seconds_left == pytest.approx(0.5 * 980, rel=0.2)
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
@@ -101,21 +98,54 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(
 
     disabled.go_on(1, STEPS, between=hang_up)
     assert disabled.run.metrics()[-2]["step"] == STEPS
-    assert sum("the panel is not shown any more" in message for message in caplog.messages) == 1
+    assert sum("the panel cannot be shown any more" in message for message in caplog.messages) == 1
 
 
 def test_progress_elsewhere_is_plain_lines_and_quiet_is_quiet(
-    disabled: Watched, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+    disabled: Watched,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO)
+    disabled.config.monitor.report = True
+    monkeypatch.setattr("caduceus.monitor.rows.report_of_finished", lambda run: run / "report" / "report.html")
     disabled.go_on(1, STEPS)
     assert f"step {STEPS}/{STEPS}" in caplog.text and "valid loss" in caplog.text
-    assert str(disabled.run.metrics_path) in caplog.text  # the summary
+    assert f"  rows         {disabled.run.metrics_path}" in caplog.messages  # the summary
+    assert f"  report       {disabled.path}/report/report.html" in caplog.messages
     assert "\x1b" not in caplog.text
     caplog.clear()
     caplog.set_level(logging.WARNING)
     disabled.go_on(1, STEPS)
     assert caplog.text == "" and capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_start_ends_with_where_everything_is_and_a_quiet_one_says_what_is_wrong_alone(small_run: SmallRun) -> None:
+    config = small_run.config("run", train={"steps": 2}, wandb={"mode": "offline"})
+    path, given = Path(config.run.dir), small_run.directory / "given.yaml"
+    save_config(config, given)
+
+    def start(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "caduceus.train", "--config", str(given), *options]
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY)
+
+    loud = start()
+    summary = loud.stderr[loud.stderr.index("finished at step 2 of 2 after 0:") :].splitlines()
+    told = {line[2:14].strip(): line[15:] for line in summary[1:]}
+    assert list(told) == ["valid loss", "rows", "checkpoint", "W&B"] and loud.stdout == ""
+    (validation,) = RunDirectory(path).newest_metrics("valid_loss")
+    assert told["valid loss"] == "{0:.4f} (best {0:.4f} at step 2)".format(validation["valid_loss"])
+    assert told["rows"] == str(path / "metrics.jsonl")
+    assert told["checkpoint"] == str(path / "checkpoints" / "step-00000002")
+    assert all(Path(told[what]).exists() for what in ("rows", "checkpoint"))
+    assert told["W&B"] == f"offline; `python launch/runs.py sync {path}` sends it"
+
+    quiet = start("--quiet", "train.steps=3", "run.allow_change=[train.steps]", "monitor.profile=1:1")
+    (warning,) = quiet.stderr.splitlines()  # the profile's steps are over
+    assert warning.startswith("monitor.profile: ") and quiet.stdout == ""
+    assert RunDirectory(path).newest_metrics("loss")[-1]["step"] == 3
 
 
 def test_a_run_is_followed_from_its_directory_through_a_rewind(disabled: Watched) -> None:

@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") is None:
             self._respond(401, {"errors": [{"message": "user is not logged in"}]})
         elif stream:
-            self._stream(stream.group(3), json.loads(body))
+            self._stream(state.key({"entity": stream.group(1)}, stream.group(3)), json.loads(body))
         else:
             request = json.loads(body)
             name = (request.get("variables") or {}).get("name")

@@ -25,7 +25,7 @@ class ServerRun:
     lines: dict[str, dict[int, str]] = field(default_factory=dict)
     """{file: {offset: line}} of the file stream."""
     written_twice: int = 0
-    """Lines of the history at an offset that had one already."""
+    """Lines of the history, the system's metrics or the console at an offset that had one already."""
     config: dict[str, Any] = field(default_factory=dict)
     summary: str = "{}"
     properties: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class ServerRun:
     def take(self, file: str, offset: int, content: list[str]) -> None:
         stored = self.lines.setdefault(file, {})
         for number, line in enumerate(content, start=offset):
-            self.written_twice += file == "wandb-history.jsonl" and number in stored
+            self.written_twice += number in stored
             stored[number] = line
 
     def count(self, file: str) -> int:
@@ -133,6 +133,11 @@ class WandbServer(Artifacts):
             self.unknown.append(query)
             return {}
 
+    def key(self, variables: dict[str, Any], name: str) -> str:
+        """A run's in `runs`: its name, and in front of it an entity that is not the user's own."""
+        entity = variables.get("entity") or ENTITY
+        return name if entity == ENTITY else f"{entity}:{name}"
+
     def _Viewer(self, variables: dict[str, Any]) -> dict[str, Any]:
         viewer = {"id": "1", "entity": ENTITY, "username": ENTITY, "email": "", "flags": "{}", "teams": {"edges": []}}
         return {"viewer": viewer}
@@ -144,7 +149,7 @@ class WandbServer(Artifacts):
         return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
 
     def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
-        run = self.runs.get(variables["name"])
+        run = self.runs.get(self.key(variables, variables["name"]))
         entity = variables.get("entity") or ENTITY
         bucket = None if run is None else self._bucket(run)
         project = variables.get("project")
@@ -152,8 +157,9 @@ class WandbServer(Artifacts):
 
     def _UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["name"]
-        inserted = name not in self.runs
-        run = self.runs.setdefault(name, ServerRun(name, variables.get("project") or "uncategorized"))
+        key = self.key(variables, name)
+        inserted = key not in self.runs
+        run = self.runs.setdefault(key, ServerRun(name, variables.get("project") or "uncategorized"))
         run.properties.update({key: value for key, value in variables.items() if value is not None})
         if variables.get("config"):
             run.config = json.loads(variables["config"])
@@ -179,9 +185,8 @@ class WandbServer(Artifacts):
         return {"upsertView": {"view": {"id": "Vmlldzox", "name": variables["name"]}, "inserted": True}}
 
     def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
-        files = [
-            {"name": name, "uploadUrl": f"{self.url}/storage/{variables['run']}/{name}"} for name in variables["files"]
-        ]
+        key = self.key(variables, variables["run"])
+        files = [{"name": name, "uploadUrl": f"{self.url}/storage/{key}/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
 
     def _MarkRunFilesUploaded(self, variables: dict[str, Any]) -> dict[str, Any]:

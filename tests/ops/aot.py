@@ -66,7 +66,7 @@ class Pointer:
 
 
 class Instruction(NamedTuple):
-    """Of the machine code."""
+    """An instruction of the machine code."""
 
     address: int
     name: str
@@ -204,7 +204,7 @@ def _instructions(text: str) -> list[Instruction]:
 
 
 def published_models() -> dict[str, CaduceusConfig]:
-    """Of configs/model, by name, with two layers: a first block and one like all others."""
+    """The models of configs/model, by name, with two layers: a first block and one like all others."""
     files = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
     return {f.stem: CaduceusConfig(**yaml.safe_load(f.read_text())["model"] | {"n_layer": 2}) for f in files}
 

@@ -23,7 +23,7 @@ RECORD = Path(__file__).with_name("resources.json")
 
 @dataclass(frozen=True)
 class OnRecord:
-    """In the place of a compiled kernel: the record has it under this key."""
+    """Takes the place of a compiled kernel: the record has it under this key."""
 
     key: str
 

@@ -88,7 +88,7 @@ def test_an_evaluation_is_a_job_whose_ranks_share_it(slurm_cluster, tmp_path, mo
     assert command("evaluate", tmp_path, *words, "--out", "one.npz", "--cluster", "debug").returncode == 0
     request = [*words, "--out", "two.npz", *REQUEST, "--nodes", "2"]
     first, again = command("evaluate", tmp_path, *request), command("evaluate", tmp_path, *request)
-    assert again.returncode == 2 and f"two.npz is being made by job {job_of(first)}; wait" in again.stderr
+    assert again.returncode == 2 and f"two.npz is being written by job {job_of(first)}; wait" in again.stderr
     assert wait_for_end(slurm_cluster, job_of(first)) == "COMPLETED"
     with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
         assert np.array_equal(one["embeddings"], two["embeddings"])

@@ -9,6 +9,7 @@ from caduceus.run.directory import RunDirectory
 from launch import history
 from launch.history import attempts, submissions
 from launch.status import overview
+from tests.conftest import write_random_fasta
 from tests.launch.test_shard import contents, shard_apart, shard_together, write_species
 from tests.slurm.small_runs import (
     REQUEST,
@@ -125,14 +126,21 @@ def a_sweep_of_four_and_its_table(on: Setting) -> None:
     ]
 
 
-def sharding_as_an_array_gives_the_bytes_of_one_machine(on: Setting) -> None:
+def sharding_as_arrays_gives_the_bytes_of_one_machine(on: Setting) -> None:
     directory = on.directory
     species = write_species(directory)
     together, apart = directory / "together" / "data", directory / "apart" / "data"
     apart.parent.mkdir()
+    write_random_fasta(directory / "c.fa", 3, {"chr1": 30_000})
+    species.write_text(species.read_text() + "- {name: third, fasta: c.fa}\n")
     shard_together(species, together)
-    printed = shard_apart(species, apart, *REQUEST)
-    merging = printed.split("merged by job ")[1].split()[0]
+    request = [*REQUEST, "--task-bases", "10k"]
+    printed = shard_apart(species, apart, *request)
+    _, shares, merging = printed.split("squeue -j ")[1].split()[0].split(",")
+    on.cluster.run("scancel", shares)
+    assert wait_for_end(on.cluster, merging) == "CANCELLED", "it waits for shares that never come"
+    assert not (apart / "manifest.json").exists()
+    merging = shard_apart(species, apart, *request).split("merged by job ")[1].split()[0]
     assert wait_for_end(on.cluster, merging) == "COMPLETED"
     assert contents(apart) == contents(together)
 
@@ -141,7 +149,7 @@ SCENARIOS = [
     a_run_is_steered_through_all_its_states,
     a_chain_goes_on_without_requeueing,
     a_sweep_of_four_and_its_table,
-    sharding_as_an_array_gives_the_bytes_of_one_machine,
+    sharding_as_arrays_gives_the_bytes_of_one_machine,
 ]
 
 

@@ -73,7 +73,7 @@ FAULTS = {
         third_is_unreadable(ValidationLoader.__iter__),
         "shard.tar: cannot be read",
     ),
-    "every read": (1, ShardFiles, "read_into", no_space, "neither could 10 other crops be read"),
+    "every read": (1, ShardFiles, "read_into", no_space, "10 other crops could not be read either"),
     "the model's check": (1, setup, "check_model", no_space, "No space left"),
     "other shards": (1, ShardSamples, "what_decides_the_order", other_order, "rank 1 on .*: data.path leads to other"),
     "a worker": (1, SampleReader, "read", lost_worker, "a worker was killed"),
@@ -87,7 +87,7 @@ FAULTS = {
 }
 """Rank, owner and name of what fails there, what takes its place, and the message of that rank."""
 KINDS = {"the model's check": Kind.CRASH, "a worker": Kind.CRASH}
-"""Where that rank's failure is not its user's to mend."""
+"""The kinds of failures that the user cannot correct."""
 
 
 SAVED = "none"

@@ -55,10 +55,10 @@ def test_a_longer_branch_stays_at_its_rate_first(small_run: SmallRun, trunk: Con
 @pytest.mark.parametrize(
     ("step", "keys", "words"),
     [
-        (7, {}, "step-00000007 is not a complete checkpoint; give one as RUN/checkpoints/step-00001000"),
+        (7, {}, "step-00000007 is not a complete checkpoint; give one such as RUN/checkpoints/step-00001000"),
         (12, {"steps": 20}, "is within the decay, which began after step 8; give an earlier one"),
-        (8, {"lr": 1e-3}, r"is of a run with train\.lr=0\.008, not 0\.001; .* run\.allow_change=\[train\.lr\]"),
-        (8, {"seed": 7}, r"is of a run with train\.seed=0, not 7; give the same$"),
+        (8, {"lr": 1e-3}, r"belongs to a run with train\.lr=0\.008, not 0\.001; .* run\.allow_change=\[train\.lr\]"),
+        (8, {"seed": 7}, r"belongs to a run with train\.seed=0, not 7; give the same$"),
         (8, {"steps": 8}, r"train\.steps: the decay would begin after step 7, but .* has made 8; give more steps"),
     ],
 )
@@ -74,7 +74,7 @@ def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(
 def test_a_link_that_moves_on_and_a_damaged_checkpoint_are_refused(small_run: SmallRun, trunk: Config) -> None:
     config = branch(small_run, trunk)
     config.train.decay_from = str(RunDirectory(trunk.run.dir).checkpoints_path / "latest")
-    with pytest.raises(UserError, match="latest is no checkpoint by its own name"):
+    with pytest.raises(UserError, match="latest is not the name of a checkpoint"):
         train(config)
     config = branch(small_run, trunk)
     weights = Path(config.train.decay_from) / "rng.pt"
@@ -89,11 +89,11 @@ def test_once_the_rate_falls_the_end_stays(small_run: SmallRun, trunk: Config) -
     config = branch(small_run, trunk)
     assert train(config) == 0
     config.train.steps, config.run.allow_change = 20, ["train.steps"]
-    with pytest.raises(UserError, match="falls since step 8, to its end at step 12, and would be thrown back"):
+    with pytest.raises(UserError, match="falls from step 8 to the end at step 12, and would rise again"):
         train(config)
 
 
 @pytest.mark.parametrize("key", ["decay_steps", "decay_from"])
 def test_a_decay_without_wsd_is_refused(small_run: SmallRun, key: str) -> None:
-    with pytest.raises(UserError, match=rf"train\.{key}: without use under train\.schedule=cosine"):
+    with pytest.raises(UserError, match=rf"train\.{key}: has no effect under train\.schedule=cosine"):
         small_run.config("run", train={key: 2 if key == "decay_steps" else "elsewhere"})

@@ -104,7 +104,7 @@ def _train(rank: int, configs: list[Config]) -> list[int]:
 
 @pytest.mark.slow
 def test_ranks_that_exchange_gradients_at_once_train_the_bits_of_ddp(small_run: SmallRun) -> None:
-    """Of two ranks sums have but one order, and their means are exact."""
+    """Sums over two ranks have only one order, and their means are exact."""
     configs = [config_of(small_run, name, name, micro_batch=2) for name in ("none", "passes")]
     assert on_ranks(2, _train, configs) == [[0, 2], [0, 2]]
     rows, expected = (numbers(config.run.dir) for config in reversed(configs))

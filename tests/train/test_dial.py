@@ -55,7 +55,7 @@ def test_what_is_typed_wins_over_the_dial_and_the_dial_over_the_file(tmp_path: P
     for given, message in (
         (["size=9M"], "size: choose one of 8M, 30M, 90M, 300M; got '9M'"),
         (["compute=-1"], "compute: FLOP of a run, a number above 0"),
-        (["size=8M", "compute=1e19"], "compute: says which size is taken"),
+        (["size=8M", "compute=1e19"], "compute: decides the size"),
     ):
         with pytest.raises(UserError, match=message):
             load_config("auto", given)

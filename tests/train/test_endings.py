@@ -144,7 +144,7 @@ def test_a_failure_is_heard_recorded_and_ends_the_job(small_run: SmallRun, name:
     print(f"| {name} | {ending.statuses} | {ending.seconds:.1f} | {ending.messages[1].splitlines()[-1]} |")
     assert ending.seconds < LIMIT
     assert ending.statuses[1] == fault.status and ending.statuses[0] != 0
-    said = "interrupted before a checkpoint" if name == "Ctrl-C" else fault.told
+    said = "interrupted before a new checkpoint" if name == "Ctrl-C" else fault.told
     assert said in ending.messages[1].splitlines()[-1], ending.messages[1]
     assert ending.ends[1].kind is fault.kind and fault.told in ending.ends[1].message
     if name != "exception in a save":  # of which all ranks are told the reason as their own

@@ -54,7 +54,7 @@ def test_memory_at_the_published_sizes():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("keys", [{}, {"rcps": True}, {"bidirectional_weight_tie": False}, {"bidirectional": False}])
 def test_memory_on_a_cpu_grows_by_what_a_block_keeps_there(keys, precision):
-    """Of a block that recomputes nothing, or what feeds the scan, as that of the real model is counted."""
+    """The block recomputes nothing, or what feeds the scan; the real model's memory is counted in the same way."""
 
     def config(layers: int, mode: str = "none"):
         train = {"activation_checkpointing": mode, "precision": precision, "global_batch": 2, "micro_batch": 2}

@@ -220,7 +220,7 @@ def test_a_stop_leaves_an_evaluation_for_the_next_start(
 
     monkeypatch.setattr(in_loop._Variants, "run", stopped)
     assert train(config) == EXIT_REQUEUE
-    assert not evaluated(config) and "evaluations.clinvar: left after step 2" in caplog.text
+    assert not evaluated(config) and "evaluations.clinvar: broken off after step 2" in caplog.text
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     monkeypatch.undo()
     assert train(config) == 0
@@ -231,18 +231,18 @@ def test_mistakes_refuse_the_start_in_one_line(small_run: SmallRun, inputs: dict
     clinvar, lines = inputs["clinvar"], inputs["lines"]
     for one, message in [
         ({**clinvar, "verb": "variant"}, r"evaluations\.x\.verb: choose one of heldout, .*; got variant"),
-        ({**clinvar, "every": 0}, r"evaluations\.x\.every: steps between two evaluations, at least 1; got 0"),
+        ({**clinvar, "every": 0}, r"evaluations\.x\.every: give the steps between two evaluations, at least 1; got 0"),
         ({**clinvar, "windows": 9}, r"evaluations\.x: variants has no option 'windows'; it has input"),
-        ({**clinvar, "out": "o"}, r"evaluations\.x\.out: is given by the run itself"),
+        ({**clinvar, "out": "o"}, r"evaluations\.x\.out: the run itself sets this"),
         ({**clinvar, "window": "wide"}, r"evaluations\.x: --window: must be a whole number, got 'wide'"),
         ({**clinvar, "window": 1}, r"evaluations\.x: --window: must be at least 2"),
-        ({**clinvar, "label": None}, r"evaluations\.x: of variants, numbers come from labels"),
+        ({**clinvar, "label": None}, r"evaluations\.x: numbers about variants need labels"),
         ({**clinvar, "label": "AF"}, r"evaluations\.x: .*no column 'AF' for the labels"),
         ({**clinvar, "input": "no.vcf"}, r"evaluations\.x: no\.vcf: no such file"),
         ({**lines, "layer": 7}, r"evaluations\.x: --layer: the model has 0"),
         ({"verb": "probe", "every": 1}, r"evaluations\.x: .*required: --train"),
         ({"verb": "heldout", "every": 1, "overrides": ["model.n_layer=1"]}, r"evaluations\.x: overrides: the model is"),
-        ({"verb": "suite", "every": 1, "suite": "gue", "data": "no"}, r"evaluations\.x: --data: no is no folder"),
+        ({"verb": "suite", "every": 1, "suite": "gue", "data": "no"}, r"evaluations\.x: --data: no is not a folder"),
         (None, r"evaluations\.x: expected a mapping"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
@@ -252,9 +252,12 @@ def test_mistakes_refuse_the_start_in_one_line(small_run: SmallRun, inputs: dict
         config_of(small_run, "bad", {"-x": clinvar})
     for best, message in [
         ({"best": "valid_loss"}, r"checkpoint\.best: say with checkpoint\.best_is=max or min"),
-        ({"best_is": "max"}, r"checkpoint\.best_is: says of which kind"),
+        ({"best_is": "max"}, r"checkpoint\.best_is: has no effect"),
         ({"best": "loss", "best_is": "min"}, r"checkpoint\.best: a number of validations .* got 'loss'"),
-        ({"best": "eval/y/mcc", "best_is": "max"}, r"checkpoint\.best: 'eval/y/mcc' is of no evaluation; .* has x"),
+        (
+            {"best": "eval/y/mcc", "best_is": "max"},
+            r"checkpoint\.best: 'eval/y/mcc' belongs to no evaluation; .* has x",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             config_of(small_run, "bad", {"x": lines}, checkpoint=best)

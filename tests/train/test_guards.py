@@ -74,7 +74,7 @@ def test_a_spike_rewinds_to_the_checkpoint_and_goes_on_with_later_samples(small_
     assert [row["samples"] for row in rows] == [8, 16, 24, 32, 40, 48, 64, 72]
     assert [row["skipped_steps"] for row in rows] == [0] * 6 + [1] * 2
     (report,) = (Path(config.run.dir) / "logs" / "skipped-rank0.jsonl").read_text().splitlines()
-    assert json.loads(report)["reason"] == "the loss leapt"
+    assert json.loads(report)["reason"] == "the loss jumped"
 
 
 def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, monkeypatch) -> None:
@@ -105,7 +105,7 @@ def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, m
     assert sample["g"] == 11 and sample["end"] - sample["start"] == 128
 
 
-def test_a_loss_that_always_leaps_ends_the_run(small_run: SmallRun, monkeypatch) -> None:
+def test_a_loss_that_always_jumps_ends_the_run(small_run: SmallRun, monkeypatch) -> None:
     monkeypatch.setattr(guards, "LOSS_MEMORY", 3)
     train = {"steps": 8, "spike_factor": 3.0}
     config = small_run.config("leaping", train=train, valid={"every": 0}, checkpoint={"every": 4})

@@ -12,7 +12,7 @@ from caduceus.data import build_loader
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
 from caduceus.train.trainer import train
-from tests.distributed.layouts import Layout, config_of, train_all
+from tests.distributed.layouts import LAYOUTS, config_of, train_all
 from tests.model.golden import Golden, load_golden
 from tests.train.conftest import SmallRun, numbers
 
@@ -111,25 +111,31 @@ def test_an_export_that_fails_costs_no_more_than_itself(small_run: SmallRun, cap
 
 
 @pytest.mark.slow
-def test_sharded_runs_begin_from_weights_and_export_as_one_process_does(small_shards: Path, tmp_path: Path) -> None:
-    layouts = [
-        Layout("FSDP 2", 2, {"strategy": "fsdp"}),
-        Layout("ZeRO 3", 2, {"strategy": "deepspeed", "zero_stage": 3}),
-    ]
-    begun = config_of(Layout("single", 1, {"strategy": "single"}), small_shards, tmp_path / "begun", steps=2)
+def test_under_every_strategy_runs_begin_from_weights_and_export_as_one_process_does(
+    small_shards: Path, tmp_path: Path
+) -> None:
+    """The export has the state after two steps, while the third step is taken."""
+    single, *shared = [layout for layout in LAYOUTS if layout.world <= 2]
+    begun = config_of(single, small_shards, tmp_path / "begun", steps=2)
     assert train(begun) == 0
     configs = []
-    for number, layout in enumerate([Layout("single", 1, {"strategy": "single"}), *layouts]):
-        config = config_of(layout, small_shards, tmp_path / str(number), steps=2, init_from=begun.run.dir)
+    for layout in (single, *shared):
+        config = config_of(layout, small_shards, tmp_path / layout.name, steps=3, init_from=begun.run.dir)
         config.checkpoint.export_every = 2
         configs.append(config)
-    assert train(configs[0]) == 0
-    train_all(2, configs[1:])
-    expected = hub.load(Path(configs[0].run.dir) / "export" / "step-00000002").state_dict()
-    for config in configs[1:]:
-        assert [row["loss"] for row in numbers(config.run.dir)] == pytest.approx(
-            [row["loss"] for row in numbers(configs[0].run.dir)], rel=1e-5
-        )
-        found = hub.load(Path(config.run.dir) / "export" / "step-00000002").state_dict()
+    alone, *configs = configs
+    assert train(alone) == 0
+    assert all(observed.refusal is None for of_ranks in train_all(2, configs) for observed in of_ranks)
+    losses, expected = [row["loss"] for row in numbers(alone.run.dir)], exported(alone)
+    assert {config.parallel.strategy for config in configs} == {"ddp", "fsdp", "deepspeed"} and len(losses) == 3
+    for config in configs:
+        assert [row["loss"] for row in numbers(config.run.dir)] == pytest.approx(losses, rel=1e-5), config.run.name
+        found = exported(config)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=name)
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5, msg=f"{config.run.name}, {name}")
+
+
+def exported(config: Config) -> dict[str, torch.Tensor]:
+    folder = Path(config.run.dir) / "export"
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"], config.run.name
+    return hub.load(folder / "step-00000002").state_dict()

@@ -53,7 +53,7 @@ def test_a_rank_whose_clock_is_wrong_is_named_on_all_ranks(small_run: SmallRun) 
     ends = on_ranks(2, train_beside_one_whose_clock_is_wrong, small_run.config("run", **sections))
     assert [kind for kind, _ in ends] == [Kind.PEER, Kind.NODE]
     for _, message in ends:
-        assert message.startswith(f"rank 1 on {HOST}: its clock is +3600 s"), message
+        assert message.startswith(f"rank 1 on {HOST}: its clock differs by +3600 s"), message
 
 
 def train_beside_one_whose_clock_is_wrong(rank: int, config: Config) -> tuple[Kind, str]:
@@ -66,7 +66,7 @@ def train_beside_one_whose_clock_is_wrong(rank: int, config: Config) -> tuple[Ki
 
 @pytest.mark.parametrize(("peak", "refused"), [(50, False), (70, True)])
 def test_memory_is_compared_with_what_a_rank_can_have_of_its_gpu(monkeypatch, peak: int, refused: bool) -> None:
-    """Of 80 GiB, 20 belong to others: to NCCL, the driver, another process."""
+    """The GPU has 80 GiB, of which 20 belong to others: NCCL, the driver, another process."""
     gib = 2**30
     stubs = {
         "mem_get_info": lambda device: (30 * gib, 80 * gib),

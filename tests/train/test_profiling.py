@@ -6,11 +6,14 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 from caduceus.config import load_config
 from caduceus.config.run import profiled_steps
+from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
+from caduceus.train.profiling import Profile
 from caduceus.train.trainer import train
 from tests.train.conftest import SmallRun, numbers
 
@@ -33,6 +36,29 @@ def test_steps_are_profiled_and_the_run_is_the_same(small_run: SmallRun, caplog:
     assert str(trace) in told and 15 <= len(rows) <= 20
 
 
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_on_a_gpu_a_snapshot_of_its_memory_lies_beside_the_trace(
+    small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The GPU, which may be absent here, is made up; what torch does without one is the same."""
+    caplog.set_level(logging.INFO)
+    recorded: list[dict[str, object]] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: recorded.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"what held memory"))
+    ranks = Ranks(0, 1, 1, torch.device("cpu"))
+    ranks.device = torch.device("cuda")
+    profile = Profile(small_run.config("run", monitor={"profile": "2:3"}), tmp_path, ranks)
+    for step in range(1, 5):
+        with profile.of(step):
+            torch.ones(64).cumsum(0)
+    kept = {path.name: path for path in (tmp_path / "profile").iterdir()}
+    assert set(kept) == {"steps-2-3-rank0.json.gz", "steps-2-3-rank0-memory.pickle"}
+    assert kept["steps-2-3-rank0-memory.pickle"].read_bytes() == b"what held memory"
+    assert [set(options) for options in recorded] == [{"max_entries"}, {"enabled"}] and recorded[1]["enabled"] is None
+    (told,) = [message for message in caplog.messages if message.startswith("profile of the steps 2 to 3")]
+    assert "-memory.pickle" in told and "aten::cumsum" in told
+
+
 def test_a_profile_that_cannot_be_kept_is_one_warning(small_run: SmallRun, caplog: pytest.LogCaptureFixture) -> None:
     config = small_run.config("run", train={"steps": 2}, valid={"every": 0}, monitor={"profile": "1:1"})
     RunDirectory.create_or_resume(config).release()
@@ -41,7 +67,7 @@ def test_a_profile_that_cannot_be_kept_is_one_warning(small_run: SmallRun, caplo
     config.train.steps, config.run.allow_change = 3, ["train.steps"]
     assert train(config) == 0
     warnings = [record.message for record in caplog.records if record.message.startswith("monitor.profile")]
-    assert len(warnings) == 2 and "no profile was made" in warnings[0] and "name some after step 2" in warnings[1]
+    assert len(warnings) == 2 and "no profile was made" in warnings[0] and "give steps after 2" in warnings[1]
 
 
 def test_mistakes_are_told(small_run: SmallRun) -> None:

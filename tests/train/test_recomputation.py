@@ -61,7 +61,7 @@ def test_the_bytes_foretold_are_those_of_a_micro_batch(small_run, rcps: bool, mi
 
 @pytest.mark.parametrize(("lean", "full"), [(100, 200), (150, 200), (50, 200), (200, 200), (250, 200), (1, 200)])
 def test_no_more_is_recomputed_than_must_be(lean: int, full: int) -> None:
-    """Of all ways that fit, the one with the fewest whole blocks, and then the fewest others; where none, the least."""
+    """The way that fits with the fewest whole blocks, and then the fewest others; if none fits, the smallest."""
     for spendable in range(990, 1810, 5):
         free = math.ceil(spendable / (1 - RESERVE))
         fitting = [way for way in WAYS if foretold(way, 1000, lean, full) <= int((1 - RESERVE) * free)]
@@ -108,7 +108,7 @@ def test_it_says_so_where_even_recomputing_does_not_fit(small_run, monkeypatch, 
     with caplog.at_level(logging.INFO):
         assert trainer.train(automatic(small_run)) == 0
     assert f"auto recomputes {LAYERS - 1} of {LAYERS} blocks" in caplog.text
-    assert "more than there is; lower train.micro_batch" in caplog.text
+    assert "more than the free memory; lower train.micro_batch" in caplog.text
 
 
 PARALLEL = {

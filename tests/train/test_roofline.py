@@ -53,5 +53,5 @@ def test_a_card_of_unknown_peaks_is_told_once(monkeypatch, caplog) -> None:
     for _ in range(2):
         assert utilization(Config(), 1e6, torch.device("cuda")) == {}
     assert [record.getMessage() for record in caplog.records] == [
-        "perf: the peak rates of 'NVIDIA Unheard Of' are not known here: rows have no mfu and no scan_roofline"
+        "perf: the peak rates of 'NVIDIA Unheard Of' are unknown, so rows have no mfu and no scan_roofline"
     ]

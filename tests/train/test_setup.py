@@ -92,3 +92,17 @@ def test_ranks_decide_the_same(small_run: SmallRun) -> None:
 def decide(rank: int, config) -> dict:
     resolved = setup._resolve(config, Ranks(rank, 2, 1, torch.device("cpu"), strands=2))
     return {row.key: row.takes for row in resolved.decisions}
+
+
+def cards_of(rank: int, names: list[str | None]) -> dict[str, int]:
+    ranks = Ranks(rank, len(names), 1, torch.device("cpu"))
+    ranks.device = torch.device("cpu" if names[rank] is None else "cuda")  # it meets the others over gloo all the same
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_name", lambda device: names[rank])
+        return setup._gpus(ranks)
+
+
+def test_the_cards_of_all_ranks_are_told() -> None:
+    told = on_ranks(3, cards_of, ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"])
+    assert told == [{"NVIDIA A100-SXM4-80GB": 2, "NVIDIA H100 80GB HBM3": 1}] * 3
+    assert on_ranks(2, cards_of, [None, None]) == [{}, {}]

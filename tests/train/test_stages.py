@@ -3,7 +3,10 @@
 import gc
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from caduceus import hub
-from caduceus.config import Config, config_from_dict, config_to_dict, stages_of
+from caduceus.config import Config, config_from_dict, config_to_dict, save_config, stages_of
 from caduceus.data import build_loader
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.ranks import Ranks
@@ -28,11 +31,13 @@ from caduceus.train.trainer import train
 from launch.refusals import complaints
 from launch.request import JobRequest
 from launch.slurm import described_estimates
+from tests.conftest import REPOSITORY
 from tests.distributed.layouts import LAYOUTS, train_all
 from tests.train.conftest import SmallRun, numbers
 
 SHORT = {"seq_len": 64, "global_batch": 8, "micro_batch": 4, "steps": 4, "lr": 4e-3}
 LONG = {"seq_len": 256, "global_batch": 2, "micro_batch": 1, "steps": 3, "lr": 2e-3, "warmup_steps": 1}
+DDP = {"strategy": "ddp"}
 
 
 def staged(small_run: SmallRun, name: str, *stages: dict[str, Any], **sections: dict[str, Any]) -> Config:
@@ -227,7 +232,8 @@ def test_time_left_counts_the_bases_of_later_stages(whole: Config) -> None:
     values["train"] |= {"stages": [SHORT, long], "steps": 7}
     view = View.of(run, "run", config_from_dict(values))
     for step in range(1, 4):
-        view.take({"step": step, "stage": 1, "loss": 1.0, "seconds": 2.0, "tokens_per_second": 256.0})
+        row = {"step": step, "stage": 1, "loss": 1.0, "seconds": 2.0, "tokens_per_second": 256.0}
+        view.take(row, now=2.0 * step)
     assert view.seconds_left == pytest.approx((1 + 3 * 4) * 2.0)  # a step of the second has four times the bases
 
 
@@ -251,6 +257,28 @@ def test_ranks_share_each_stage_as_its_batch_demands_and_stop_at_the_border(
     train_all(2, killed)
     for config in killed:
         assert_same_run(config, whole)
+
+
+@pytest.mark.slow
+def test_torchrun_killed_at_either_border_goes_on_to_the_same_bits(small_shards: Path, tmp_path: Path) -> None:
+    """Its ranks are killed as the second stage begins, and again while the last checkpoint of it is written."""
+    third = {**LONG, "seq_len": 512, "global_batch": 1, "steps": 2}
+    whole, broken = (
+        staged(SmallRun(small_shards, tmp_path), name, SHORT, LONG, third, checkpoint={"every": 100}, parallel=DDP)
+        for name in ("whole", "broken")
+    )
+    train_all(2, [whole])
+    save_config(broken, tmp_path / "broken.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "tests.train.killed_at_border", str(tmp_path / "broken.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for moment, steps in (("saved", [4]), ("saving", [4]), ("never", [4, 7, 9])):
+        started = subprocess.run([*command, moment], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert (started.returncode == 0) == (moment == "never"), started.stderr
+        assert moment == "never" or "SIGKILL" in started.stderr
+        assert [checkpoint.step for checkpoint in RunDirectory(broken.run.dir).checkpoints()] == steps
+    assert_same_run(broken, whole)
+    assert len(RunDirectory(broken.run.dir).starts()) == 3
 
 
 @pytest.mark.slow

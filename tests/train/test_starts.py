@@ -56,7 +56,7 @@ def config_of(shards: Path, directory: Path, steps: int, **keys: Any) -> Config:
 
 
 def opens_of_a_resume(rank: int, shards: Path, directory: Path) -> dict[str, int]:
-    """Of a rank, of the files of shards and checkpoints, by name, from the start of a second job to its last step."""
+    """A rank's opens of shards' and checkpoints' files, by name, from the start of a second job to its last step."""
     assert trainer.train(config_of(shards, directory, steps=1)) == 0
     before = directory / "checkpoints" / "step-00000001"
     with counted_opens() as found:

@@ -75,7 +75,7 @@ def test_a_stop_of_an_earlier_start_is_removed_and_told(small_run: SmallRun, lon
     step_of(process, run, 4)
     assert not run.stop_path.exists()
     process.send_signal(signal.SIGTERM)
-    assert "STOP: of an earlier start, removed" in process.communicate(timeout=300)[1]
+    assert "STOP: removed, as it was for an earlier start" in process.communicate(timeout=300)[1]
     assert process.returncode == EXIT_REQUEUE
 
 

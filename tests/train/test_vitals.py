@@ -69,7 +69,7 @@ def test_norms_ratios_and_epochs_are_those_of_the_first_update(small_run: SmallR
 
 
 def test_layers_tell_step_sizes_and_scales(small_run: SmallRun) -> None:
-    """Of a model whose step sizes are known: a constant, as their projections are zero."""
+    """The step sizes of the model are known: they are constant, as their projections are zero."""
     config = small_run.config("run", model={"d_model": 16, "n_layer": 2, "d_state": 4, "rcps": True})
     strategy = build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")), build_optimizer)
     model, batch = strategy.model, next(iter(build_loader(config)))

@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO: `strategy.py` drives its engine, `settings.py` says what it is told, `package.py` imports it."""
+"""DeepSpeed ZeRO: `strategy.py` drives its engine, `settings.py` makes its settings, `package.py` imports it."""

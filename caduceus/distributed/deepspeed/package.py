@@ -1,4 +1,4 @@
-"""The package `deepspeed`, imported where it is used only. Imports no torch."""
+"""Imports the package `deepspeed`, only where it is used. Imports no torch."""
 
 import os
 import warnings
@@ -10,7 +10,7 @@ from caduceus.errors import ONE_LINE, UserError, one_line
 
 
 def import_deepspeed(device_type: str) -> ModuleType:
-    """The package, told which device to use, quiet, and with no kernel of its own to be compiled.
+    """The package, set to a device, quiet, and without compiling kernels of its own.
 
     Raises `ImportError` where it is not installed.
     """
@@ -19,14 +19,14 @@ def import_deepspeed(device_type: str) -> ModuleType:
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of names that it calls
-    # On CPU it would compile collectives of its own at the first start, which needs a compiler; gloo has them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # about names that it calls
+    # On a CPU it would compile its own collectives at the first start, which needs a compiler; gloo has them already.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def need_deepspeed(device_type: str) -> ModuleType:
-    """The package; raises `UserError` where it is not installed."""
+    """The package. Raises `UserError` where it is not installed."""
     try:
         return import_deepspeed(device_type)
     except ImportError:
@@ -37,12 +37,12 @@ def need_deepspeed(device_type: str) -> ModuleType:
 
 @contextmanager
 def naming_its_file(path: str | None) -> Iterator[None]:
-    """Turns what DeepSpeed complains about into a `UserError` that names the user's file, if there is one."""
+    """A context in which errors of DeepSpeed become a `UserError` that names the user's file, if there is one."""
     try:
         yield
     except (*ONE_LINE, RuntimeError, OSError, MemoryError):  # memory, devices and networks have other causes
         raise
-    except Exception as error:  # of many kinds, assertions among them
+    except Exception as error:  # it raises many kinds, including assertions
         if path is None:
             raise
         raise UserError(

@@ -1,4 +1,6 @@
-"""What DeepSpeed is told: what the run's configuration decides, and what a user's JSON adds. Imports no torch."""
+"""The settings for DeepSpeed: those that the run's configuration decides, and those of a user's JSON. Imports
+no torch.
+"""
 
 import logging
 from typing import Any
@@ -11,11 +13,11 @@ _log = logging.getLogger(__name__)
 
 
 def engine_settings(config: Config, data_world: int, parameters: int, block: int) -> dict[str, Any]:
-    """Settings for `deepspeed.initialize` with so many parameters, `block` of them in the largest block of the model.
+    """Settings for `deepspeed.initialize`; `parameters`: of the model, `block`: of its largest block.
 
-    Sizes that no file sets follow the model: DeepSpeed's own suit models of many billions of parameters, and with them
-    every rank would keep all gradients of a smaller one in a bucket, and under stage 3 all parameters as well. Raises
-    `UserError` as `user_settings` does.
+    Sizes that the file does not set follow the model: DeepSpeed's defaults suit models of many billions of parameters,
+    and with them every rank would keep all gradients of a smaller model in a bucket, and under stage 3 all parameters
+    as well. Raises `UserError` as `user_settings` does.
     """
     parallel, bf16 = config.parallel, config.train.precision == "bf16"
     settings = user_settings(config, data_world)
@@ -40,16 +42,16 @@ def engine_settings(config: Config, data_world: int, parameters: int, block: int
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": _decided(config, data_world)["gradient_accumulation_steps"][0],
-        # The strategy clips: the loop wants the norm before it decides on the step.
+        # The strategy clips, as the loop needs the norm before it decides about the step.
         "gradient_clipping": 0.0,
-        # DeepSpeed switches autocast off unless it is its own. Gradients of no module travel in bf16.
+        # DeepSpeed switches off autocast unless it is its own. No module's gradients are exchanged in bf16.
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
 def user_settings(config: Config, data_world: int) -> dict[str, Any]:
-    """What the user's file sets beyond the run's configuration, nothing without a file.
+    """The settings of the user's file beyond the run's configuration; empty without a file.
 
     Raises `UserError` for what DeepSpeed cannot do, and as `read_settings` does.
     """

@@ -1,6 +1,7 @@
-"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) divided over all ranks; stage 0 does not.
+"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) are divided over all ranks; stage 0
+divides nothing.
 
-DeepSpeed stores, reduces and offloads. What decides the numbers of a run stays the project's: the optimizer, the
+DeepSpeed stores, reduces and offloads. This project keeps what decides the numbers of a run: the optimizer, the
 learning rate, clipping, precision and batches.
 """
 
@@ -45,7 +46,7 @@ class DeepSpeed(Strategy):
         block = max(_count(block) for block in model.blocks)
         settings = engine_settings(config, ranks.data_world, _count(model), block)
         deepspeed = need_deepspeed(ranks.device.type)
-        # For which it takes LOCAL_RANK, also where a rank sees but its own GPU, and in steps of stage 3 again.
+        # It uses LOCAL_RANK as the device, even where a rank sees only its own GPU, and again in steps of stage 3.
         if ranks.device.index is not None:
             os.environ["LOCAL_RANK"] = str(ranks.device.index)
         self.ranks = ranks
@@ -70,7 +71,7 @@ class DeepSpeed(Strategy):
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over ranks, and the shares of the loss are to be added up.
+        # DeepSpeed averages over ranks, but the shares of the loss must be added up.
         self.model.backward(loss * self.ranks.world, scale_wrt_gas=False)
 
     def clip(self, clip_norm: float) -> torch.Tensor:
@@ -87,14 +88,16 @@ class DeepSpeed(Strategy):
         self.model.step()
 
     def parts(self) -> list[Part]:
-        """In stage 3 nothing, and in 1 and 2 no gradients: DeepSpeed cuts those without regard to parameters."""
+        """Empty in stage 3, and without gradients in 1 and 2: DeepSpeed divides these without regard to the borders of
+        parameters.
+        """
         if self.zero_stage == 3:
             return []
         parts = super().parts()
         return parts if self.zero_stage == 0 else [part._replace(gradient=None) for part in parts]
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Of a sharded model gathered one at a time."""
+        """Whole weights; those of a sharded model are gathered one at a time."""
         weights = {}
         for name, parameter in self.model.module.named_parameters():
             with self._whole(parameter):
@@ -105,9 +108,9 @@ class DeepSpeed(Strategy):
         if self.zero_stage == 0:
             self.model.zero_grad()
             return
-        # ZeRO drops a step whose norm is not finite, and with it all that it keeps of the gradients.
+        # ZeRO drops a step whose norm is not finite, together with all that it keeps of the gradients.
         gradients = self._local_gradients()
-        # Of gradients in host memory it took the norms in the backward pass, and looks at nothing else.
+        # For gradients in host memory it computed the norms in the backward pass, and looks only at these.
         for tensor in [*gradients, *getattr(self.optimizer, "norm_for_param_grads", {}).values()]:
             tensor.fill_(float("nan"))
         if gradients:
@@ -123,9 +126,9 @@ class DeepSpeed(Strategy):
 
     @contextlib.contextmanager
     def _agreeing_on_files(self) -> Iterator[None]:
-        """Around a save of DeepSpeed's, which ends in barriers: a rank whose file fails must reach them as well.
+        """A context for a save of DeepSpeed, which ends in barriers: a rank whose file fails must reach them as well.
 
-        They become those of `Ranks`, which wait for slow files longer than a collective of training may take.
+        The barriers become those of `Ranks`, which wait for slow files longer than a collective of training may take.
         """
         from deepspeed import comm
 
@@ -148,7 +151,8 @@ class DeepSpeed(Strategy):
     def load(self, directory: Path) -> None:
         if not (directory / FOLDER / _LAYOUT).is_file():
             raise UserError(
-                f"{directory}: a checkpoint of single, ddp or fsdp, which deepspeed cannot read; go on with one of them"
+                f"{directory}: a checkpoint of single, ddp or fsdp, which deepspeed cannot read; go on with one of "
+                "these strategies"
             )
         layout = json.loads((directory / FOLDER / _LAYOUT).read_text())
         before, now = layout["stage"], self.zero_stage
@@ -163,8 +167,10 @@ class DeepSpeed(Strategy):
             )
 
     def _load_universal(self, directory: Path) -> None:
-        """Load a checkpoint of another number of ranks, or of stage 1 as 2, by DeepSpeed's universal checkpoint."""
-        universal = directory.with_name(f".writing-universal-{directory.name}")  # swept away if a kill leaves it
+        """Load a checkpoint of another number of ranks, or of stage 1 as stage 2, through DeepSpeed's universal
+        checkpoint.
+        """
+        universal = directory.with_name(f".writing-universal-{directory.name}")  # removed later if a kill leaves it
         self._convert(directory / FOLDER, universal / FOLDER)
         self.model._config.load_universal_checkpoint = True
         try:
@@ -176,8 +182,8 @@ class DeepSpeed(Strategy):
             shutil.rmtree(universal)
 
     def _load_folder(self, directory: Path) -> None:
-        # From a universal checkpoint, stage 3 gives all groups the settings of the first, weight decay among them, and
-        # all parameters one and the same count of steps, which each of them would then advance.
+        # From a universal checkpoint, stage 3 gives all groups the settings of the first one, including weight decay,
+        # and all parameters the same object as their count of steps, which each of them would then increase.
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
         ]
@@ -190,7 +196,9 @@ class DeepSpeed(Strategy):
             state["step"] = state["step"].clone()
 
     def _convert(self, source: Path, target: Path) -> None:
-        """DeepSpeed's own conversion, in a process of its own; the others keep in touch, so that no wait times out."""
+        """Run DeepSpeed's own conversion in a separate process; the other ranks exchange messages meanwhile, so that no
+        wait times out.
+        """
         process = None
         if self.ranks.is_main:
             shutil.rmtree(target.parent, ignore_errors=True)
@@ -206,7 +214,9 @@ class DeepSpeed(Strategy):
         self.ranks.raise_together(failure)
 
     def _local_gradients(self) -> list[torch.Tensor]:
-        """This rank's part of the reduced gradients, where `DeepSpeed` keeps it until its step; may be changed."""
+        """This rank's part of the reduced gradients, in the tensors that DeepSpeed keeps until its step; they may be
+        changed.
+        """
         optimizer = self.optimizer
         if self.zero_stage == 0:
             return [parameter.grad for parameter in self.model.module.parameters() if parameter.grad is not None]
@@ -218,7 +228,7 @@ class DeepSpeed(Strategy):
         return [gradient for group in optimizer.averaged_gradients.values() for gradient in group or ()]
 
     def _gather_weights(self) -> dict[str, torch.Tensor]:
-        """All weights on the main rank, none on the others; of a sharded model one at a time."""
+        """All weights on the main rank, none on the others; those of a sharded model are gathered one at a time."""
         weights = {}
         for name, parameter in self.model.module.named_parameters():
             with self._whole(parameter):

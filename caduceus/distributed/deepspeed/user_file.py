@@ -1,6 +1,7 @@
-"""A DeepSpeed JSON of the user's: keys that change no number of a run are taken, every other is refused by name.
+"""Reads a user's DeepSpeed JSON: it takes keys that do not change the numbers of a run, and refuses every other by
+name.
 
-What is off, says what the run decides anyway, or is left to the trainer by "auto", is passed over. Imports no torch.
+Settings that are off, that repeat what the run decides, or that are "auto", are passed over. Imports no torch.
 """
 
 import difflib
@@ -39,23 +40,24 @@ ALLOWED: dict[str, Any] = {
     **dict.fromkeys((*_REPORTS, *REPLACED), _OBJECT),
     **{precision: {} for precision in _PRECISIONS},
 }
-"""Keys that a file may set -> what they take, or the keys of their objects."""
+"""Keys that a file may set -> the kind of their values, or the keys of their objects."""
 _REMARKS = ("_", "//", "#", "comment")
-"""Beginnings of keys that say something to people."""
+"""Beginnings of keys that are remarks for people."""
 
 
 def read_settings(path: str, decided: dict[str, tuple[Any, str]]) -> dict[str, Any]:
-    """What a file sets beyond `decided`: {DeepSpeed's dotted key: (value in this run, the key that decides it)}.
+    """The settings of a file.
 
-    Raises `UserError` for a file that is no JSON object, for a key that contradicts the run, and for every key that is
-    not in `ALLOWED` or not of its kind.
+    decided: {DeepSpeed's dotted key: (value in this run, the key that decides it)}; such keys are checked and left out.
+    Raises `UserError` for a file that is not a JSON object, a key that contradicts the run, and a key that is not in
+    `ALLOWED` or whose value is of another kind.
     """
     settings = _read(path)
     for section in _PRECISIONS:
         values = settings.get(section)
         enabled = values.get("enabled") if isinstance(values, dict) else None
         _take_out(settings, f"{section}.enabled", decided, path)
-        if enabled in (False, "auto"):  # then the rest of the section does not count
+        if enabled in (False, "auto"):  # the rest of the section then has no effect
             del settings[section]
     settings = _stated(settings)
     for key in decided:
@@ -82,13 +84,13 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _stated(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without remarks and without what is null or left to the trainer by "auto"."""
+    """Settings without remarks, and without those that are null or "auto"."""
     stated = {key: _stated(value) if isinstance(value, dict) else value for key, value in settings.items()}
     return {key: value for key, value in stated.items() if value not in (None, "auto") and not key.startswith(_REMARKS)}
 
 
 def _take_out(settings: dict[str, Any], key: str, decided: dict[str, tuple[Any, str]], path: str) -> None:
-    """Remove a dotted key that the run decides; refuse another value than the run's."""
+    """Remove a dotted key that the run decides. Raises `UserError` where its value differs from the run's."""
     *place, name = key.split(".")
     for part in place:
         settings = settings.get(part) if isinstance(settings, dict) else None
@@ -97,13 +99,13 @@ def _take_out(settings: dict[str, Any], key: str, decided: dict[str, tuple[Any, 
     if given not in (None, "auto") and (given.lower() if isinstance(given, str) else given) != value:
         _refuse(
             path,
-            f"{key} to {json.dumps(given)}, but {deciding} makes it {json.dumps(value)}; leave {key} out, or change "
+            f"{key} to {json.dumps(given)}, but {deciding} sets it to {json.dumps(value)}; leave {key} out, or change "
             f"{deciding}",
         )
 
 
 def _allowed(settings: dict[str, Any], allowed: dict[str, Any], place: str, path: str) -> dict[str, Any]:
-    """The settings that a file may set; those that are off are left out, and others refused."""
+    """The allowed settings, without those that are off. Raises `UserError` for others."""
     kept = {}
     for key, value in settings.items():
         name, kind = f"{place}{key}", allowed.get(key)

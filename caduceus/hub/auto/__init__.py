@@ -1,1 +1,3 @@
-"""The model as `transformers` knows models. These modules also go, with what they import, into every export."""
+"""The model as classes of `transformers`. These modules, and those that they import, are also copied into
+every export.
+"""

@@ -10,11 +10,11 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_caduceus.CaduceusForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_caduceus.CaduceusForTokenClassification",
 }
-"""Where `transformers` finds each Auto class in it."""
+"""`transformers`' Auto classes -> the modules and classes of this code."""
 
 
 def code_files() -> dict[str, str]:
-    """The files by name, made from this package; a copy of this module in an export gives the files beside it."""
+    """The files of the code, by name, made from this package; in an export they are the files beside this module."""
     if __name__ == "caduceus.hub.auto.code":
         return import_module("caduceus.hub.remote_code").remote_code()
     beside = (path for path in Path(__file__).parent.glob("*.py") if path.name != "__init__.py")

@@ -1,4 +1,6 @@
-"""Where a model is to be loaded from, as what, and onto what: arguments of `from_pretrained` in the field's forms."""
+"""Handles the usual arguments of `from_pretrained`: where to load a model from, in which type, and onto
+which device.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ _WITHOUT_EFFECT = (
 
 
 def folder_of(name: str | Path, options: dict[str, Any]) -> Path:
-    """The folder that `name` is, or that a model of the Hugging Face hub is fetched into; takes what it needs, and what
-    has no effect here, from `options`."""
+    """The folder `name`, or the folder into which a model of the Hugging Face hub is downloaded. It removes the options
+    that it uses, and those without effect here, from `options`.
+    """
     of_the_hub = {key: options.pop(key) for key in _OF_THE_HUB if key in options}
     subfolder = options.pop("subfolder", "") or ""
     for key in _WITHOUT_EFFECT:
@@ -30,19 +33,21 @@ def folder_of(name: str | Path, options: dict[str, Any]) -> Path:
             patterns = ["*.json", "*.safetensors", "*.bin"]
             name = snapshot_download(str(name), allow_patterns=patterns, **of_the_hub)
         except HFValidationError:
-            raise UserError(f"{name}: there is no such folder, nor can a model of the hub have this name") from None
+            raise UserError(
+                f"{name}: there is no such folder, and this cannot be the name of a model of the hub"
+            ) from None
     return Path(name) / subfolder
 
 
 def dtype_of(asked: torch.dtype | str | None, stored: torch.dtype) -> torch.dtype:
-    """The type that `dtype` asks for: `auto` and None are that of the file."""
+    """The type that `dtype` asks for; `auto` and None mean that of the file."""
     if isinstance(asked, torch.dtype):
         return asked
     return stored if asked in (None, "auto") else getattr(torch, asked)
 
 
 def place_of(device_map: Any) -> torch.device | None:
-    """The one device that a `device_map` names; None leaves the model where it is."""
+    """The single device that a `device_map` names; None leaves the model where it is."""
     if isinstance(device_map, dict):
         places = list(dict.fromkeys(device_map.values()))
         if len(places) != 1:

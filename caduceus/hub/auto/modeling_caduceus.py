@@ -1,7 +1,7 @@
 """Published Caduceus models for `transformers`: `AutoModel`, and heads for masked bases, sequences and tokens.
 
-The modules within are those of `caduceus.model`. Files on disk have the published names, which are translated at their
-border, so a tied weight is one parameter whatever the version of `transformers` makes of ties.
+They contain the modules of `caduceus.model`. Files on disk have the published names, which are translated when reading
+and writing, so a tied weight is one parameter, however the version of `transformers` handles ties.
 
 Shapes: B batch, L length, D d_model, S streams (2 where the model follows both strands), V padded vocabulary.
 """
@@ -31,26 +31,26 @@ from caduceus.model.backbone import Backbone
 from caduceus.model.heads import CaduceusForMaskedLM as Model
 
 POOLING = ("mean", "max", "first", "last")
-"""How sequence classification makes one vector of a sequence's states."""
+"""Ways in which sequence classification pools a sequence's states into one vector."""
 
 _log = logging.getLogger(__name__)
 
 
 class CaduceusPreTrainedModel(PreTrainedModel):
-    """Loading and saving under the published names."""
+    """Loads and saves weights under the published names."""
 
     config_class = CaduceusConfig
     base_model_prefix = "caduceus"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]  # noqa: RUF012 (as of transformers)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (as in transformers)
     _prefix = "caduceus.backbone."
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: modules have their first weights when they are made."""
+        """Do nothing: modules initialise their weights when they are made."""
 
     @property
     def backbone_model(self) -> Model:
-        """The model within, whatever the head."""
+        """The backbone, whatever the head."""
         return self.get_submodule(self._prefix.removesuffix("."))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -58,7 +58,7 @@ class CaduceusPreTrainedModel(PreTrainedModel):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether the backward pass computes every block again."""
+        """Whether the backward pass recomputes every block."""
         return self.backbone_model.recomputed_blocks > 0
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -78,20 +78,20 @@ class CaduceusPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **options: Any,
     ) -> Any:
-        """Load as `transformers` does. The weights may be in any form that `caduceus.hub` reads, but quantized.
+        """Load like `transformers`. The weights may have any form that `caduceus.hub` reads, except quantized ones.
 
-        `dtype` (or `torch_dtype`) defaults to that of the file; `device_map` names one device for all. What a head has
-        and the file has not keeps its first weights, which the log tells.
+        `dtype` (or `torch_dtype`) defaults to that of the file; `device_map` names one device for everything.
+        Parameters of a head that the file lacks keep their random weights, and the log names them.
         """
         dtype = options.pop("torch_dtype", None) if dtype is None else dtype
         if options.pop("quantization_config", None) is not None:
             raise UserError("quantization_config: Caduceus is not quantized; load it in bfloat16 instead")
         folder = folder_of(pretrained_model_name_or_path, options)
-        if not isinstance(config, PretrainedConfig):  # code of an export is imported more than once
+        if not isinstance(config, PretrainedConfig):  # an export's code may be imported more than once
             config, options = CaduceusConfig.from_pretrained(config or folder, return_unused_kwargs=True, **options)
         file = find_weights(folder)
         if file is None:
-            raise UserError(f"{folder}: no weights are there, such as model.safetensors")
+            raise UserError(f"{folder}: there are no weights in it, such as model.safetensors")
         weights = read_weights(file)
         if not hasattr(config, "mixer"):
             config.mixer = mixer_of(weights.tensors)
@@ -106,28 +106,30 @@ class CaduceusPreTrainedModel(PreTrainedModel):
         return model, {"missing_keys": missing, "unexpected_keys": unused, "mismatched_keys": [], "error_msgs": []}
 
     def _load_published(self, tensors: dict[str, Tensor], file: Path) -> list[str]:
-        """Take tensors under published names; returns those of the head that there were none for."""
+        """Load tensors with published names. Returns the names of the head's parameters without a tensor."""
         try:
             own = self._to_own(tensors)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         missing = sorted(self.state_dict().keys() - own.keys())
         if missing:
-            _log.warning("%s: has no %s, which starts untrained", file, ", ".join(missing))
+            _log.warning("%s: has no %s, which starts with random weights", file, ", ".join(missing))
         nn.Module.load_state_dict(self, own, strict=False)
         return missing
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, **options: Any) -> Any:
-        """Names may be this module's or the published ones, in which `save_pretrained` and so `Trainer` write."""
+        """Load a state dict with this module's names, or the published ones, which `save_pretrained` (and so `Trainer`)
+        writes.
+        """
         is_published = any("backbone.embeddings.word_embeddings" in name for name in state_dict)
         return super().load_state_dict(self._to_own(state_dict) if is_published else state_dict, strict, **options)
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **options: Any
     ) -> None:
-        """Save as `transformers` does, and add the code that loads it again.
+        """Save like `transformers`, and add the code that loads it again.
 
-        A tied weight is written under each of its names, as published code needs it.
+        A tied weight is written under each of its names, as published code needs.
         """
         own = self.state_dict() if state_dict is None else state_dict
         self.config.auto_map = dict(AUTO_MAP)
@@ -159,7 +161,7 @@ class CaduceusPreTrainedModel(PreTrainedModel):
 
 
 class Caduceus(CaduceusPreTrainedModel):
-    """The hidden states: `AutoModel`."""
+    """Returns hidden states: the class of `AutoModel`."""
 
     _prefix = "backbone."
 
@@ -171,7 +173,7 @@ class Caduceus(CaduceusPreTrainedModel):
     def strands(
         self, input_ids: Tensor, attention_mask: Tensor | None, output_hidden_states: bool | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """The final norm (S, B, L, D) of each strand in the forward strand's coordinates, and the hidden states."""
+        """The final norm (S, B, L, D) of each strand, in the forward strand's coordinates, and the hidden states."""
         pad_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask == 0
         held, hidden_states = Backbone.forward(self.backbone, input_ids, bool(output_hidden_states), pad_mask)
         return self.backbone.by_strand(held), hidden_states
@@ -183,9 +185,9 @@ class Caduceus(CaduceusPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple:
-        """Hidden states as published code gives them, (B, L, S·D): the second strand's with its channels flipped.
+        """Hidden states in the published form, (B, L, S·D): those of the second strand have flipped channels.
 
-        input_ids (B, L); attention_mask (B, L), 0 at padding, which may be on either side and changes nothing.
+        input_ids (B, L); attention_mask (B, L), 0 at padding, which may be on either side and does not change results.
         """
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         last, hidden_states = self.strands(input_ids, attention_mask, wanted)
@@ -226,7 +228,9 @@ class CaduceusForMaskedLM(CaduceusPreTrainedModel):
 
 
 class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
-    """A label of each sequence, or a number: the head reads each strand's pooled states, and the mean is the result."""
+    """Predicts a label or a number for each sequence: the head reads each strand's pooled states, and the results are
+    averaged.
+    """
 
     def __init__(self, config: CaduceusConfig, **_: Any) -> None:
         super().__init__(config)
@@ -258,7 +262,7 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def _pooled(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(S, B, L, D) -> (S, B, D) over the bases that are no padding; the other strand is read from its own end."""
+        """(S, B, L, D) -> (S, B, D) over the bases that are not padding; the other strand is read from its own end."""
         shape = states.shape[1:3]
         real = states.new_ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask > 0
         strategy = self.config.pooling_strategy
@@ -287,7 +291,7 @@ class CaduceusForSequenceClassification(CaduceusPreTrainedModel):
 
 
 class CaduceusForTokenClassification(CaduceusPreTrainedModel):
-    """A label of each base: the head reads each strand's states, and the mean is the result."""
+    """Predicts a label for each base: the head reads each strand's states, and the results are averaged."""
 
     def __init__(self, config: CaduceusConfig, **_: Any) -> None:
         super().__init__(config)

@@ -1,7 +1,7 @@
-"""Makes `transformers` know Caduceus: its Auto classes find these models, configurations and tokenizers.
+"""Registers Caduceus with `transformers`: its Auto classes then find these models, configurations and tokenizers.
 
-`transformers` takes seconds to import, which a training need not wait for. So where it is not there yet, each part is
-registered when the module that keeps its Auto class is imported.
+Importing `transformers` takes seconds, which training should not wait for. So where it is not imported yet, each part
+is registered when the module of its Auto class is imported.
 """
 
 import importlib.abc
@@ -45,7 +45,7 @@ _REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader, and a registration once it has run the module."""
+    """Wraps another loader, and registers a part once that has run the module."""
 
     def __init__(self, loader: Any, register: Callable[[ModuleType], None]) -> None:
         self._loader, self._register = loader, register
@@ -59,7 +59,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the modules of `_REGISTRATIONS` as usual, each once, and has their loading end in a registration."""
+    """Finds the modules of `_REGISTRATIONS` as usual, each once, and lets their loading end with a registration."""
 
     def __init__(self) -> None:
         self._waiting = dict(_REGISTRATIONS)
@@ -76,7 +76,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def register() -> None:
-    """Register now what can be, and the rest when `transformers` imports it; where it is missing, nothing happens."""
+    """Register parts whose modules are imported, and the others when `transformers` imports them. Without
+    `transformers` it does nothing.
+    """
     for name, one in _REGISTRATIONS.items():
         if name in sys.modules:
             one(sys.modules[name])

@@ -1,8 +1,8 @@
-"""Bases -> token ids for `transformers`, as fast as memory: a table of bytes instead of a search for words.
+"""The tokenizer for `transformers`: a table of bytes instead of a search for words, so that it is as fast as memory.
 
-Any letter is one token, upper or lower case; U is T. `mode="plain"` shows a sequence as pre-training does: N and other
-IUPAC codes by the rule of the vocabulary, nothing appended. `mode="published"` is the published Caduceus tokenizer: N
-has the token N, and a sequence ends with [SEP]. Special tokens may stand in a string, as in `ACG[MASK]T`.
+Every letter is one token, in upper or lower case; U counts as T. `mode="plain"` encodes a sequence as in pre-training:
+N and other IUPAC codes by the rule of the vocabulary, nothing appended. `mode="published"` is the published Caduceus
+tokenizer: N has the token N, and a sequence ends with [SEP]. A string may contain special tokens, as in `ACG[MASK]T`.
 """
 
 import re
@@ -20,9 +20,11 @@ MODES = ("plain", "published")
 
 
 class CaduceusTokenizer(PreTrainedTokenizer):
-    """Tokens of a published vocabulary: `caduceus` or `plantcad`. Pads as published: left, and right for PlantCAD."""
+    """The tokenizer of a published vocabulary: `caduceus` or `plantcad`. It pads as published: on the left, for
+    PlantCAD on the right.
+    """
 
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (as of transformers)
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (as in transformers)
 
     def __init__(self, vocabulary: str = CADUCEUS.name, mode: str = "plain", **options: Any) -> None:
         if vocabulary not in _BY_NAME:
@@ -49,15 +51,15 @@ class CaduceusTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that have a name."""
+        """Number of tokens that have a name."""
         return len(self.alphabet.tokens)
 
     def get_vocab(self) -> dict[str, int]:
-        """Ids by token."""
+        """{token: id}."""
         return dict(self._ids)
 
     def token_ids(self, text: str) -> np.ndarray:
-        """Ids (L,) uint8 of a string's bases and special tokens, with nothing appended."""
+        """Ids (L,) uint8 of a string's bases and special tokens, without appended ones."""
         if "[" not in text:
             return np.frombuffer(text.encode("ascii", "replace").translate(self._table), np.uint8)
         parts = [
@@ -79,7 +81,7 @@ class CaduceusTokenizer(PreTrainedTokenizer):
         return_tensors: str | None = None,
         **options: Any,
     ) -> BatchEncoding:
-        """Tokens of a string or several, as in `transformers`; a sequence is never cut into overlapping pieces."""
+        """Tokenize a string or several, as in `transformers`; overlapping pieces are not supported."""
         if text_pair is not None or options.get("return_overflowing_tokens"):
             raise ValueError("text_pair, return_overflowing_tokens: a sequence of DNA has no second part")
         is_batch = not isinstance(text, str)
@@ -110,7 +112,7 @@ class CaduceusTokenizer(PreTrainedTokenizer):
     def _padded_length(
         self, lengths: list[int], padding: bool | str, max_length: int | None, multiple: int | None
     ) -> int:
-        """Positions of a padded row; 0 where nothing is to be padded."""
+        """Positions of a padded row; 0 without padding."""
         if padding is False or str(padding) == "do_not_pad" or not lengths:
             return 0
         if str(getattr(padding, "value", padding)) == "max_length":
@@ -144,7 +146,7 @@ class CaduceusTokenizer(PreTrainedTokenizer):
         return self._ids.get(token, self.alphabet.unk)
 
     def _convert_id_to_token(self, index: int) -> str:
-        """Rows that only pad the table have no name of their own."""
+        """The token of an id; rows that only pad the table have no name."""
         return self.alphabet.tokens[index] if index < self.vocab_size else "[UNK]"
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -169,17 +171,19 @@ class CaduceusTokenizer(PreTrainedTokenizer):
         return len(self._end)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple:
-        """Nothing: the vocabulary is fixed, and its name stands in tokenizer_config.json."""
+        """Write nothing: the vocabulary is fixed, and its name is in tokenizer_config.json."""
         return ()
 
 
 @dataclass
 class _Column:
-    """What stands in a batch under a name: of each row its `values`, an array or a number for all, and `pad` beside."""
+    """A column of a batch: the `values` of each row (an array, or one number for all), and the value of
+    padding, `pad`.
+    """
 
     values: Sequence[np.ndarray | int]
     places: Sequence[slice]
-    """Of the values in each row."""
+    """Number of values in each row."""
     pad: int
 
     def rows(self, widths: Sequence[int]) -> list[np.ndarray]:
@@ -188,7 +192,7 @@ class _Column:
         return rows
 
     def matrix(self, widths: Sequence[int]) -> np.ndarray:
-        """(B, L) int64 of rows of one width."""
+        """(B, L) int64, for rows of the same width."""
         matrix = np.empty((len(widths), widths[0] if widths else 0), np.int64)
         self._fill(matrix)
         return matrix

@@ -1,15 +1,15 @@
-"""Columns of millions of rows as a few hundred bins, put together while they are read."""
+"""Reduces columns of millions of rows to a few hundred bins, while they are read."""
 
 import numpy as np
 
 BINS = 512
-"""Most bins; there are more than half as many where there are more rows."""
+"""Largest number of bins; where there are more rows, there are more than half as many bins."""
 
 
 class Bins:
-    """The rows of some columns by bins of `stride` neighbours, 1 up to `BINS` rows and doubled as often as it takes.
+    """The rows of some columns in bins of `stride` neighbours: 1 for up to `BINS` rows, and doubled as often as needed.
 
-    A value that is not known is NaN, and counts in no mean; so do least and greatest values of a bin leave it out.
+    An unknown value is NaN, which means, minima and maxima ignore.
     """
 
     def __init__(self, columns: int) -> None:
@@ -38,7 +38,7 @@ class Bins:
         self.rows += len(block)
 
     def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean, least and greatest values (bins, columns); NaN where a bin knows none."""
+        """Means, minima and maxima, (bins, columns) each; NaN where a bin has no known value."""
         used = -(-self.rows // self.stride)
         known = self._known[:used]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -59,14 +59,14 @@ class Bins:
 
 
 class Jumps:
-    """Where the count of samples leapt: rewinds, which go on with the samples that follow those passed over.
+    """Where the count of samples jumps: at rewinds, which go on with the samples that follow those passed over.
 
-    Then one step alone is further from the step before it than its neighbours are.
+    There a single step is further from the step before it than its neighbours are.
     """
 
     def __init__(self) -> None:
         self.found: list[tuple[int, int]] = []
-        """(step, samples): the step that the run went back to, and how many samples it passed over."""
+        """(step, samples): the step that the run went back to, and the number of samples that it passed over."""
         self._last = (0.0, 0.0)
         self._pending, self._begun = np.empty((0, 3)), False
 
@@ -76,13 +76,13 @@ class Jumps:
         self._last = steps[-1], samples[-1]
         told = np.column_stack([steps[:-1], np.diff(samples), np.diff(steps) == 1])
         self._pending = np.concatenate([self._pending, told])
-        if not self._begun and len(self._pending) > 1:  # the first step has but one neighbour
+        if not self._begun and len(self._pending) > 1:  # the first step has only one neighbour
             self._begun = True
             self._pending = np.concatenate([[[-1, self._pending[1, 1], 0]], self._pending])
         self._look()
 
     def end(self) -> list[tuple[int, int]]:
-        """All that were found, once the last rows are in."""
+        """All jumps. Call it after the last rows."""
         if len(self._pending) > 1:
             self._pending = np.concatenate([self._pending, [[-1, self._pending[-2, 1], 0]]])
             self._look()
@@ -97,9 +97,10 @@ class Jumps:
 
 
 def binned(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean x, and mean, least and greatest y, of at most `bins` runs of neighbours; NaN where all of a bin's y are.
+    """Mean x, and mean, minimum and maximum of y, in at most `bins` runs of neighbours; NaN where all y of a bin are
+    NaN.
 
-    x, y: (points,). With no more points than bins they come as they are.
+    x, y: (points,). If there are not more points than bins, each bin has one point.
     """
     if len(x) <= bins:
         return x, y, y, y
@@ -117,7 +118,9 @@ def binned(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndar
 
 
 def outlined(x: np.ndarray, y: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """The points of a line; of more than 2 · `bins` the least and greatest of each bin, so that no spike is lost."""
+    """The points of a line; if there are more than 2 · `bins`, the minimum and maximum of each bin, so that no spike is
+    lost.
+    """
     if len(x) <= 2 * bins:
         return x, y
     middle, _, least, most = binned(np.asarray(x, float), y, bins)

@@ -1,4 +1,4 @@
-"""Figures of what rows tell besides losses and rates: regions, strands, kinds of parameters, layers, epochs."""
+"""Figures of the numbers in rows besides losses and rates: regions, strands, kinds of parameters, layers, epochs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,9 +29,11 @@ _MOST_LINES = 12
 
 @dataclass(frozen=True)
 class Detail:
-    """A figure: name (of its files), title, words for its caption; `draw` gives None where there is nothing to show.
+    """A figure: name (of its files), title, and words for its caption; `draw` returns None where there is nothing to
+    show.
 
-    by_layer: whether it shows layers of the newest row that tells of them, so that no other axis makes sense.
+    by_layer: whether it shows the layers, from the newest row with numbers about them, so that no other axis makes
+    sense.
     """
 
     name: str
@@ -41,7 +43,7 @@ class Detail:
 
 
 def _of_validations(title: str, columns: dict[str, str]) -> Callable[[Sequence[Reported], str], Figure | None]:
-    """Draws these columns of the validations, {label: column}."""
+    """A function that draws these columns of the validations, {label: column}."""
 
     def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
         known = [run.history.valid.columns for run in runs]
@@ -52,7 +54,7 @@ def _of_validations(title: str, columns: dict[str, str]) -> Callable[[Sequence[R
 
 
 def _of_vitals(title: str, prefix: str, logarithmic: bool) -> Callable[[Sequence[Reported], str], Figure | None]:
-    """Draws each column `prefix`/NAME of the steps that tell of the network."""
+    """A function that draws each column `prefix`/NAME of the steps with numbers about the network."""
 
     def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
         series = [
@@ -68,7 +70,7 @@ def _of_vitals(title: str, prefix: str, logarithmic: bool) -> Callable[[Sequence
 
 
 def _of_machines(title: str, column: str) -> Callable[[Sequence[Reported], str], Figure | None]:
-    """Draws a column of each node or GPU; of many those that are furthest from the middle one."""
+    """A function that draws a column of each node or GPU; if there are many, those furthest from the median."""
 
     def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
         series = []
@@ -84,7 +86,7 @@ def _of_machines(title: str, column: str) -> Callable[[Sequence[Reported], str],
 
 
 def _of_evaluations(runs: Sequence[Reported], axis: str) -> Figure | None:
-    """Draws the numbers of evaluations, each of which has steps of its own."""
+    """Draw the numbers of evaluations, each at its own steps."""
     series = [list(run.history.evaluations.columns.items()) for run in runs]
     return _lines("Evaluations", runs, axis, series, [run.history.evaluations.steps for run in runs])
 
@@ -97,7 +99,7 @@ def _lines(
     series: Sequence[Sequence[tuple[str, np.ndarray]]],
     steps: Sequence[np.ndarray],
 ) -> Figure | None:
-    """A colour for each label, and dashes for each run. series: the (label, values) of each run."""
+    """Draw lines with a colour for each label, and dashes for each run. series: the (label, values) of each run."""
     labels = list(dict.fromkeys(label for lines in series for label, _ in lines))[:_MOST_LINES]
     if not labels:
         return None
@@ -118,7 +120,9 @@ def _lines(
 
 
 def _by_layer(title: str, names: Sequence[str], of: Callable = np.asarray) -> Callable:
-    """Draws statistics over the layers, as the newest row tells them: the first of them as a line, others thin."""
+    """A function that draws statistics over the layers, from the newest row with them: the first as a line, others
+    thin.
+    """
 
     @rc_context(STYLE)
     def draw(runs: Sequence[Reported], axis: str) -> Figure | None:
@@ -182,8 +186,8 @@ DETAILS = (
     ),
     Detail(
         "strands",
-        "How far the predictions from both strands are apart, as total variation distance (0 to 1); 0, but for "
-        "rounding, of a model that is equivariant.",
+        "How far the predictions from both strands are apart, as total variation distance (0 to 1); 0, except for "
+        "rounding, for an equivariant model.",
         _of_validations("Disagreement of the strands", {"": "valid_rc_disagreement"}),
     ),
     Detail(
@@ -198,7 +202,7 @@ DETAILS = (
     ),
     Detail(
         "steps",
-        "Step sizes dt of each layer, in the newest row that tells of them.",
+        "Step sizes dt of each layer, in the newest row with numbers about layers.",
         _by_layer("Step sizes by layer", ("dt_p50", "dt_p05", "dt_p95")),
         by_layer=True,
     ),
@@ -210,18 +214,18 @@ DETAILS = (
     ),
     Detail(
         "scales",
-        "Root mean square of the residual stream before each layer, and of what its mixer adds.",
+        "Root mean square of the residual stream before each layer, and of the output that its mixer adds.",
         _by_layer("Scale of activations by layer", ("residual_rms", "mixer_rms")),
         by_layer=True,
     ),
     *(
-        Detail(name, f"{words} Of more than {_MOST_LINES}, those that are furthest from the middle.", draw)
+        Detail(name, f"{words} If there are more than {_MOST_LINES}, those furthest from the median.", draw)
         for name, words, draw in (
             ("processors", "Use of each node's processors.", _of_machines("Processors by node, %", "cpu_percent")),
             ("node_memory", "Use of each node's memory.", _of_machines("Memory by node, %", "memory_percent")),
             (
                 "network",
-                "Bytes per second that the network brought to each node.",
+                "Bytes per second that each node received from the network.",
                 _of_machines("Network, received by node, bytes/s", "network_received_bytes_per_second"),
             ),
             ("gpus", "Use of each GPU.", _of_machines("Utilization by GPU, %", "gpu_percent")),

@@ -1,6 +1,6 @@
-"""python -m caduceus.monitor.report.drawing RUN STEP: draw the worst and best windows of a validation.
+"""python -m caduceus.monitor.report.drawing RUN STEP: draws the worst and best windows of a validation.
 
-The drawings of older validations are removed; their records stay.
+It removes the drawings of older validations; their records stay.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from caduceus.files import write_atomically
 from caduceus.monitor.windows import DRAWN, folder_of, picture_name, windows_of
 
 _KEPT = 3
-"""Newest validations whose drawings are kept."""
+"""Number of newest validations whose drawings are kept."""
 
 
 def draw(run: Path, step: int) -> None:
@@ -34,12 +34,12 @@ def draw(run: Path, step: int) -> None:
 
 
 def main() -> int:
-    """Draw; returns the exit status."""
+    """Draw the windows. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m caduceus.monitor.report.drawing")
     parser.add_argument("run", type=Path)
     parser.add_argument("step", type=int)
     arguments = parser.parse_args()
-    os.nice(10)  # the trainer goes first
+    os.nice(10)  # lower priority than the trainer's
     draw(arguments.run, arguments.step)
     return 0
 

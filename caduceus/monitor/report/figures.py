@@ -1,4 +1,6 @@
-"""The report's figures, by matplotlib: inline SVG whose colours follow the page's, and PNG for slides."""
+"""The report's figures, drawn with matplotlib: inline SVG whose colours follow those of the page, and PNG
+for slides.
+"""
 
 import io
 import re
@@ -19,16 +21,16 @@ from caduceus.monitor.report.reported import Reported
 from caduceus.page import COLOURS
 
 AXES = {"tokens": "tokens", "step": "steps", "hours": "hours of training steps"}
-"""What curves are drawn against: {name: label}."""
+"""The x axes of curves: {name: label}."""
 LINE_BINS = 150
-"""Bins of a line that has no band, of which the least and greatest value are drawn."""
+"""Number of bins of a line without a band; the minimum and maximum of each bin are drawn."""
 _SERIES = [name for name in COLOURS if name.startswith("series")]
 _MARKS = {"start": ("^", "series2"), "rewind": ("D", "series3"), "checkpoint": ("o", "series0")}
 _MOST_SPECIES = 8
 _MOST_MARKERS = 40
-"""Points of a line up to which each has its mark; longer lines have up to twice as many marks."""
+"""Lines with at most so many points have a mark at each point; longer lines have up to twice as many marks."""
 _SIZE = (5.0, 3.4)
-"""Inches: so wide that its letters keep their size on a page of 400 pixels."""
+"""Inches; at this width letters have the right size in a column of 400 pixels."""
 _INK, _FAINT, _LINE = (COLOURS[name][0] for name in ("ink", "faint", "line"))
 STYLE = {
     "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 9, "legend.fontsize": 8, "path.simplify": False,
@@ -42,7 +44,7 @@ STYLE = {
 class Curves:
     """A figure of one quantity: name (of its files), title, unit, and the column of training rows that it shows.
 
-    of: what is drawn of the column's values, which keeps their order. valid: whether validations are drawn too.
+    of: a monotonic function of the column's values that is drawn. valid: whether validations are drawn too.
     """
 
     name: str
@@ -72,7 +74,7 @@ CURVES = (
 
 @rc_context(STYLE)
 def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
-    """One quantity of all runs: a mean with the band of least and greatest values, validations as dots."""
+    """Draw one quantity of all runs: the mean with a band from minimum to maximum, and validations as dots."""
     figure, axes = new_figure(curves.title + (f", {curves.unit}" if curves.unit else ""), axis)
     shown = []
     for number, run in enumerate(runs):
@@ -104,7 +106,9 @@ def draw_curves(curves: Curves, runs: Sequence[Reported], axis: str) -> Figure:
 
 @rc_context(STYLE)
 def draw_species(runs: Sequence[Reported], axis: str) -> Figure | None:
-    """Validation loss of each species; None where there is at most one. A run's lines share their style."""
+    """Draw the validation loss of each species; None where there is at most one. The lines of a run have the same
+    style.
+    """
     names = sorted({name for run in runs for name in run.history.valid.columns if name.startswith("valid_loss/")})
     names = names[:_MOST_SPECIES]
     if len(names) < 2:
@@ -124,7 +128,7 @@ def draw_species(runs: Sequence[Reported], axis: str) -> Figure | None:
 
 @rc_context(STYLE)
 def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
-    """A lane per run with its starts, rewinds and the checkpoints that are on the disk."""
+    """Draw a lane per run with its starts, rewinds, and the checkpoints that are on the disk."""
     figure, axes = new_figure("Starts, rewinds and checkpoints", axis, (_SIZE[0], 1.4 + 0.3 * len(runs)))
     for lane, run in enumerate(runs):
         history: History = run.history
@@ -142,9 +146,10 @@ def draw_events(runs: Sequence[Reported], axis: str) -> Figure:
 
 
 def markers(points: int, marker: str = "o") -> dict[str, Any]:
-    """How matplotlib marks the points of a line: every one, of long lines some, which tell lines apart.
+    """Arguments of matplotlib for the marks of a line, which distinguish lines: at every point, or at some points of
+    long lines.
 
-    Then at an odd distance, as the least and greatest values of an outline take turns.
+    The distance of marks is then odd, as minima and maxima alternate in an outline.
     """
     return {"marker": marker, "markersize": 3, "markevery": points // _MOST_MARKERS | 1}
 
@@ -154,15 +159,15 @@ def colour_of(number: int) -> str:
 
 
 def to_svg(figure: Figure, name: str, words: str) -> str:
-    """SVG for a page: its colours are the page's variables, its ids its own, and it names no other file.
+    """SVG for a page: its colours are the page's variables, its ids are unique, and it needs no other file.
 
-    words: what a reader who does not see the figure is told.
+    words: the text for readers who cannot see the figure.
     """
     with rc_context({**STYLE, "svg.hashsalt": name}):
         written = io.StringIO()
         if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
             figure.draw_without_rendering()
-            figure.set_layout_engine("none")  # it is laid out now, once for all that is drawn of it
+            figure.set_layout_engine("none")  # it is laid out now, once for both SVG and PNG
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = written.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -195,14 +200,18 @@ def new_figure(title: str, axis: str, size: tuple[float, float] = _SIZE) -> tupl
 
 
 def lay_out_like(figure: Figure, other: Figure) -> None:
-    """Give a figure the layout of one that differs in its x axis alone: to find it takes as long as to draw."""
+    """Give a figure the layout of one that differs only in the x axis, as computing a layout takes as long as
+    drawing.
+    """
     figure.set_layout_engine("none")
     for axes, same in zip(figure.axes, other.axes, strict=True):
         axes.set_position(same.get_position())
 
 
 def in_decades(axes: Axes) -> None:
-    """Make the y axis logarithmic, with plain numbers: formulas take as long to set as all the rest of a figure."""
+    """Make the y axis logarithmic, with plain numbers: typesetting formulas takes as long as drawing the rest of a
+    figure.
+    """
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(_Plain())
     axes.yaxis.set_minor_formatter(_Plain(minor_thresholds=(1, 0.4)))
@@ -220,7 +229,9 @@ def with_legend(figure: Figure, axes: Axes, columns: int = 2) -> Figure:
 
 
 def _leave_out_first_steps(axes: Axes, shown: Sequence[np.ndarray]) -> None:
-    """Let the first steps, before even the base composition is learnt, not flatten everything that follows."""
+    """Limit the y axis, so that the first steps, before the model has learnt the base composition, do not flatten the
+    curves.
+    """
     later = np.concatenate([values[len(values) // 20 :] if len(values) > 40 else values for values in shown])
     later = later[np.isfinite(later)]
     if len(later) and later.max() > later.min():
@@ -229,6 +240,6 @@ def _leave_out_first_steps(axes: Axes, shown: Sequence[np.ndarray]) -> None:
 
 
 def shortened(text: str, longest: int = 20) -> str:
-    text = text.lstrip("_").replace("$", r"\$")  # matplotlib hides the labels that begin so, and sets $ as formulas
-    half = longest // 2  # paths differ at either end
+    text = text.lstrip("_").replace("$", r"\$")  # matplotlib hides labels that begin with _, and typesets $ as formulas
+    half = longest // 2  # paths may differ at either end
     return text if len(text) <= longest else f"{text[:half]}…{text[half + 1 - longest :]}"

@@ -1,4 +1,4 @@
-"""The rows of a run as a report shows them: read in one pass, each step once, and decimated on the way."""
+"""The rows of a run for a report: read in one pass, each step once, and reduced to bins on the way."""
 
 import json
 import math
@@ -16,14 +16,14 @@ from caduceus.monitor.report.bins import Bins, Jumps
 from caduceus.run.machine import OF_GPUS, OF_NODES
 
 _BLOCK = 1 << 22
-"""Bytes that are read at a time."""
+"""Bytes per read."""
 _TAIL = 50
 _EVALUATED, _SPACE = "evaluated", "eval/"
 _MACHINES = frozenset({*OF_NODES, *OF_GPUS})
 
 
 class _Row(msgspec.Struct, gc=False):
-    """What the report shows of a training row."""
+    """The parts of a training row that the report shows."""
 
     step: int
     loss: float | None
@@ -44,7 +44,7 @@ _pack = struct.Struct(f"{len(_COLUMNS)}d").pack
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are fewer than steps. steps: (rows,); columns: {name: (rows,)}, NaN where a row lacks it."""
+    """Rows that only some steps have. steps: (rows,); columns: {name: (rows,)}, NaN where a row lacks the value."""
 
     steps: np.ndarray
     columns: dict[str, np.ndarray]
@@ -54,12 +54,12 @@ class Table:
 class History:
     """The rows of a metrics.jsonl. A value that a row lacks, or that was not finite, is NaN.
 
-    train, least, most: mean, least and greatest values of each column of the training rows, by bins of `stride` steps,
-    each (bins,); `hours` is one of them: of training steps up to the end of each step, without validations,
-    checkpoints and starts. first, last: (step, value) of the first and last row that know a column; tail: its last 50
-    values. end: the last row's values. valid: the validations' values, which begin with `valid_`; vitals: of the steps
-    that tell of kinds of parameters and of layers, `grad_norm/KIND` and so on; machines: of nodes and GPUs;
-    evaluations: `NAME/NUMBER`. jumps: (step, samples) of each rewind. unreadable: whole lines that are no rows.
+    train, least, most: means, minima and maxima of each column of the training rows, in bins of `stride` steps, each
+    (bins,); the column `hours` is the time in training steps up to the end of each step, without validations,
+    checkpoints and starts. first, last: (step, value) of the first and last row with a column; tail: its last 50
+    values. end: the last row's values. valid: the validations' values, which begin with `valid_`; vitals: numbers about
+    kinds of parameters and layers, such as `grad_norm/KIND`; machines: of nodes and GPUs; evaluations: `NAME/NUMBER`.
+    jumps: (step, samples) of each rewind. unreadable: the number of complete lines that are not rows.
     """
 
     train: dict[str, np.ndarray]
@@ -84,7 +84,7 @@ class History:
         return int(self.end["step"])
 
     def at(self, steps: np.ndarray, axis: str) -> np.ndarray:
-        """Where steps stand on an axis: `step`, `tokens` or `hours`."""
+        """The positions of steps on an axis: `step`, `tokens` or `hours`."""
         if axis == "step":
             return np.asarray(steps, float)
         known = np.r_[0, self.train["step"], self.end["step"]]
@@ -92,23 +92,23 @@ class History:
 
 
 class _MadeAgainError(Exception):
-    """A step stands after one that is no earlier."""
+    """A step follows one that is not earlier."""
 
 
 def read_history(path: Path) -> History:
-    """Read a metrics.jsonl. Where a step was made again, its last row counts.
+    """Read a metrics.jsonl.
 
-    Rows that followed the earlier one no longer count. A last line without its end is still being written and is left
-    out.
+    Where a step was made again, only its last row counts, and rows between the two do not count. A last line without
+    its end is still being written, and is left out.
     """
     try:
         return _Reader(path).read()
-    except _MadeAgainError:  # in files of earlier versions; else what is made again is cut off first
+    except _MadeAgainError:  # in files of earlier versions; now rows that are made again are cut off first
         return _Reader(path, _that_count(path)).read()
 
 
 def _that_count(path: Path) -> np.ndarray:
-    """Whether each row counts: where no step of training that follows is as early."""
+    """Whether each row counts: no later row of training has the same or an earlier step."""
     steps, training = array("d"), array("d")
     for row in _rows(path):
         if row is not None:
@@ -120,7 +120,7 @@ def _that_count(path: Path) -> np.ndarray:
 
 
 class _Reader:
-    """Takes in the rows of a file; `count`: which of them do, where not all are known to."""
+    """Reads the rows of a file; `count`: whether each row counts, None where all do."""
 
     def __init__(self, path: Path, count: np.ndarray | None = None) -> None:
         self._path, self._count = path, count
@@ -134,7 +134,7 @@ class _Reader:
         self._last: dict[str, tuple[int, float]] = {}
 
     def read(self) -> History:
-        """Raises `_MadeAgainError` where it needs to be told which rows count."""
+        """The history. Raises `_MadeAgainError` where it needs `count`."""
         block, place = bytearray(), -1
         for row in _rows(self._path):
             if row is None:
@@ -155,7 +155,7 @@ class _Reader:
         return self._history()
 
     def _take(self, row: dict[str, Any]) -> _Row | None:
-        """Take in what a row tells besides a step's own numbers, which are returned."""
+        """Store the further numbers of a row, and return the step's own numbers."""
         step, names = row["step"], [name for name in row if "/" in name]
         if "valid_loss" in row:
             self._valid.add(step, {name: value for name, value in row.items() if name.startswith("valid_")})
@@ -212,7 +212,7 @@ class _Reader:
 
 
 class _Growing:
-    """Columns that grow by rows of which each may have other names."""
+    """Columns that grow by rows, each of which may have other names."""
 
     def __init__(self) -> None:
         self._steps = array("q")
@@ -230,7 +230,7 @@ class _Growing:
             column.append(_number(values.get(name)))
 
     def table(self) -> Table:
-        """The rows by their steps; of those of one step the last."""
+        """The rows by their steps; where a step has several, the last."""
         steps = np.array(self._steps, np.int64)
         order = np.argsort(steps, kind="stable")
         order = order[np.r_[np.diff(steps[order]) > 0, True]] if len(order) else order
@@ -238,7 +238,9 @@ class _Growing:
 
 
 def _rows(path: Path) -> Iterator["_Row | dict[str, Any] | None"]:
-    """What stands in each whole line: a `_Row` of one that tells no more, all of others, None of one that is no row."""
+    """Yield the content of each complete line: a `_Row` if it has nothing else, a dict of other rows, None for a line
+    that is not a row.
+    """
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             lines = (block + file.readline()).split(b"\n")
@@ -258,7 +260,7 @@ def _rows(path: Path) -> Iterator["_Row | dict[str, Any] | None"]:
 def _packed(row: _Row) -> bytes:
     try:
         return _pack(*_astuple(row))
-    except struct.error:  # null, of what was not finite, or absent
+    except struct.error:  # null for a value that was not finite, or absent
         return _pack(*map(_number, _astuple(row)))
 
 
@@ -267,7 +269,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         row = msgspec.json.decode(line)
     except msgspec.MsgspecError:
         try:
-            row = json.loads(line)  # which knows NaN, as earlier versions wrote it
+            row = json.loads(line)  # this parser accepts NaN, which earlier versions wrote
         except ValueError:
             return None
     is_row = isinstance(row, dict) and type(row.get("step")) is int

@@ -1,4 +1,4 @@
-"""What a report tells of a run besides its rows: state, events, configuration."""
+"""The facts of a report about a run besides its rows: state, events, configuration."""
 
 import contextlib
 import time
@@ -23,7 +23,7 @@ _SAME_SECONDS = 60
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a run. step: where, None where that is not known. time: seconds since the epoch."""
+    """Something that happened to a run. step: the step, None where it is unknown. time: seconds since the epoch."""
 
     kind: str
     step: int | None
@@ -33,7 +33,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Reported:
-    """A run as the report shows it. config: {key: value}, with what every `auto` became at the last start."""
+    """A run for a report. config: {key: value}, with the value of every `auto` at the last start."""
 
     name: str
     path: Path
@@ -45,7 +45,7 @@ class Reported:
 
 
 def read_run(path: Path) -> Reported:
-    """Read a run directory; `UserError` where it is none or has no rows."""
+    """Read a run directory. Raises `UserError` where it is not one, or has no rows."""
     run = RunDirectory.open(path)
     config = run.config()
     try:
@@ -63,7 +63,7 @@ def read_run(path: Path) -> Reported:
 
 
 def differences(runs: list[Reported]) -> list[tuple[str, list[str]]]:
-    """(key, value in each run) of every key in which the runs' configurations are not the same."""
+    """(key, value in each run) for every key in which the runs' configurations differ."""
     keys = sorted({key for run in runs for key in run.config})
     rows = [(key, [run.config.get(key, "–") for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
@@ -71,7 +71,7 @@ def differences(runs: list[Reported]) -> list[tuple[str, list[str]]]:
 
 def _settings(config: dict[str, Any], resolved_path: Path) -> dict[str, str]:
     settings = {f"{section}.{key}": _shown(value) for section, keys in config.items() for key, value in keys.items()}
-    with contextlib.suppress(Exception):  # a file that an interrupted disk left: what was asked for is known
+    with contextlib.suppress(Exception):  # the file is damaged; the configuration as asked for is still known
         resolved: Any = OmegaConf.to_container(patiently(lambda: OmegaConf.load(resolved_path)))
         for section, keys in resolved.items():
             for key, told in keys.items():
@@ -100,7 +100,9 @@ def _events(run: RunDirectory, history: History) -> list[Event]:
 
 
 def _checkpoints(run: RunDirectory, recorded: list[dict[str, Any]]) -> list[Event]:
-    """Those that were written down with their seconds, and those on the disk of a version that did not do so."""
+    """Events of the checkpoints: the recorded ones with their seconds, and those on the disk of versions that did not
+    record them.
+    """
     found = {}
     for checkpoint in run.checkpoints():
         with contextlib.suppress(OSError):  # it has just been removed
@@ -121,14 +123,15 @@ def _time_of_rewind(recorded: list[dict[str, Any]], step: int) -> float | None:
 
 
 def _recorded(event: dict[str, Any]) -> Event | None:
-    """A recorded event as the report shows it; None where something else tells of it."""
+    """A recorded event for the report; None where another event shows the same."""
     step = event["step"] if isinstance(event.get("step"), int) else None
     if event["event"] == "skipped":
         words = f"no update: loss {event.get('loss')}, gradient norm {event.get('grad_norm')}"
         return Event("skipped", step, event["time"], words)
     if event["event"] == "stage":
         words = (
-            f"stage {event.get('number')} begins after step {step or 0:,}: {event.get('seq_len', 0):,} bases a sequence"
+            f"stage {event.get('number')} begins after step {step or 0:,}: {event.get('seq_len', 0):,} bases per "
+            "sequence"
         )
         return Event("stage", step, event["time"], words)
     if event["event"] in ("stalled", "failed"):
@@ -137,7 +140,7 @@ def _recorded(event: dict[str, Any]) -> Event | None:
 
 
 def _is_told(event: Event, ends: list[Event]) -> bool:
-    """Whether a job's own record of its end tells the same."""
+    """Whether a job's own record of its end says the same."""
     return event.kind == "end" and any(abs(end.time - event.time) < _SAME_SECONDS for end in ends)
 
 
@@ -154,7 +157,7 @@ def _start(number: int, start: dict[str, Any]) -> Event:
 
 
 def _ends(path: Path) -> list[Event]:
-    """The end of each attempt that left one: a job's, as a process that is started by hand leaves none."""
+    """The recorded end of each attempt of a job; processes that were started by hand record none."""
     events = []
     for folder in sorted((path / "logs" / "ends").glob("*-*")):
         with contextlib.suppress(OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""A window of a validation as a track: its loss along the contig, and a stretch of it base by base."""
+"""Draws a window of a validation: its loss along the contig, and a stretch base by base."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from caduceus.monitor.report.figures import STYLE
 from caduceus.page import COLOURS
 
 _COLOUR = {"A": "series2", "C": "series0", "G": "series1", "T": "series3"}
-"""As sequence logos have them: A green, C blue, G orange, T red."""
+"""Colours of sequence logos: A green, C blue, G orange, T red."""
 _INK, _FAINT, _LINE, _MARK = (COLOURS[name][0] for name in ("ink", "faint", "line", "series4"))
 _REPEAT = COLOURS["dropped"][0]
 _LEAST_DRAWN = 0.03
-"""Likelihood of the least likely letter that is drawn."""
+"""Letters with a smaller probability than this are not drawn."""
 _LETTERS = {base: TextPath((0, 0), base, size=1) for base in "ACGT"}
 
 
 @rc_context({**STYLE, "axes.grid": False})
 def draw_window(window: dict[str, Any]) -> Figure:
-    """The loss in 200 parts of the window; below, of the stretch, predicted bases above true ones."""
+    """Draw the loss in 200 bins of the window, and below it, for the stretch, predicted bases above true ones."""
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     along, bases = figure.subplots(2, 1, height_ratios=(1, 1.3))
     along.set_title(title_of(window), loc="left", fontsize=10)
@@ -39,8 +39,8 @@ def title_of(window: dict[str, Any]) -> str:
     if "contig" in window:
         where = f"{window['contig']}:{window['start'] + 1:,}-{window['end']:,} ({window['strand']})"
     return (
-        f"{window['species']}, {window['kind']} window: {where}, loss {window['loss']:.4f}, "
-        f"{window['accuracy']:.0%} of the labelled bases right"
+        f"{window['species']}, {window['kind']} window: {where}, loss {window['loss']:.4f}, {window['accuracy']:.0%} "
+        "of the labelled bases correct"
     )
 
 
@@ -84,7 +84,7 @@ def _draw_bases(axes: Axes, window: dict[str, Any]) -> None:
 
 
 def _draw_letters(axes: Axes, x: float, likelihood: dict[str, float]) -> None:
-    """Letters on top of each other, as high as they are likely, the likeliest on top."""
+    """Draw letters on top of each other with heights equal to their probabilities, the likeliest on top."""
     bottom = 0.0
     for base, height in sorted(likelihood.items(), key=lambda item: item[1]):
         if height >= _LEAST_DRAWN:
@@ -97,6 +97,6 @@ def _draw_letters(axes: Axes, x: float, likelihood: dict[str, float]) -> None:
 
 
 def _ends(window: dict[str, Any]) -> tuple[int, int]:
-    """First and last position, 1-based; of a crop without coordinates, in the crop."""
+    """First and last position, 1-based; for a crop without coordinates, positions in the crop."""
     start = window.get("start", 0)
     return start + 1, start + window["bases"]

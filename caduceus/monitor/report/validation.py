@@ -1,4 +1,4 @@
-"""The newest validation in the report: tables per species and of what is taken for what, and drawings of windows."""
+"""The newest validation in the report: tables per species, confusion matrices, and drawings of windows."""
 
 from collections.abc import Sequence
 from html import escape
@@ -23,21 +23,22 @@ _MOST_WINDOWS = 8
 
 
 def validation_tables(runs: Sequence[Reported]) -> str:
-    """HTML of both tables; empty where no run was validated."""
+    """HTML of both tables; a sentence where no run was validated."""
     validated = [run for run in runs if len(run.history.valid.steps)]
     if not validated:
         return "<p>None of the runs was validated.</p>"
     rows = [row for run in validated for row in _species(run)]
     words = (
-        "<p>Of the newest validation: loss in nats per labelled base, of all, of upper-case bases and of soft-masked "
-        "ones; share of bases predicted right; how far the predictions of the strands are apart (0 to 1).</p>"
+        "<p>The newest validation: loss in nats per labelled base, for all bases, for upper-case and for soft-masked "
+        "ones; share of bases that are predicted correctly; how far the predictions from both strands are apart (0 to "
+        "1).</p>"
     )
     heads = ["run", "species", "step", *_COLUMNS, "perplexity", "bits per base", "epoch"]
     return table(heads, rows[:_MOST_SPECIES]) + words + "".join(_confusion(run) for run in validated)
 
 
 def window_drawings(runs: Sequence[Reported]) -> str:
-    """HTML of the worst and best windows of each run's newest validation, as `RUN/windows` has them."""
+    """HTML of the worst and best windows of each run's newest validation, from `RUN/windows`."""
     from caduceus.monitor.report.figures import to_svg
     from caduceus.monitor.report.tracks import draw_window, title_of
 

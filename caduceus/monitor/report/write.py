@@ -1,4 +1,4 @@
-"""Put the report of runs together: one HTML page that needs no other file, and a PNG of each figure beside it."""
+"""Writes the report of runs: one HTML page that needs no other file, and a PNG of each figure beside it."""
 
 import functools
 import logging
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     Draw = Callable[[Sequence[Reported], str], Figure | None]
 
 REPORT_SECONDS = 60.0
-"""How long the end of a run waits for its report."""
+"""Seconds that the end of a run waits for its report."""
 NUMBERS = 50
-"""Rows of the tables of numbers, at most; more steps are put together."""
+"""Largest number of rows in the tables of numbers; where there are more steps, rows are means over several."""
 _STYLE = """
 body { max-width: 1500px; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.2rem;
@@ -53,8 +53,8 @@ _log = logging.getLogger(__name__)
 def write_report(paths: Sequence[Path], target: Path) -> None:
     """Write the report of the runs at `paths` to the file `target`, and STEM-FIGURE.png for each figure beside it.
 
-    Raises `UserError` where a path is no run with rows, where matplotlib is missing or the target cannot be written;
-    then the target is as it was.
+    Raises `UserError` where a path is not a run with rows, matplotlib is missing, or the target cannot be written; the
+    old target is then kept.
     """
     if target.is_dir():
         raise UserError(f"--report: {target} is a directory; give the name of a file, such as {target}/report.html")
@@ -91,9 +91,9 @@ def write_report(paths: Sequence[Path], target: Path) -> None:
 
 
 def report_of_finished(path: Path) -> Path | None:
-    """Make RUN/report/report.html at a run's end, in a process of its own; None, and one warning, where that fails.
+    """Make RUN/report/report.html at a run's end, in a separate process; None, after one warning, where that fails.
 
-    The process keeps matplotlib's time and memory, and its faults, out of the trainer.
+    The separate process keeps matplotlib's memory and failures out of the trainer.
     """
     target = path / "report" / "report.html"
     command = [sys.executable, "-m", "caduceus.monitor", str(path.resolve()), "--report", str(target.resolve())]
@@ -114,13 +114,13 @@ def report_of_finished(path: Path) -> Path | None:
 
 
 def _told_apart(runs: list[Reported]) -> list[Reported]:
-    """The runs, where several have the same name with their paths as names."""
+    """The runs; where several have the same name, their paths become their names."""
     names = [run.name for run in runs]
     return [replace(run, name=str(run.path)) if names.count(run.name) > 1 else run for run in runs]
 
 
 def _figures(runs: Sequence[Reported]) -> tuple[str, dict[str, bytes]]:
-    """HTML of all figures, each against tokens, steps and hours, and {name: PNG}, against tokens."""
+    """HTML of all figures, each against tokens, steps and hours, and {name: PNG} against tokens."""
     try:
         from caduceus.monitor.report import figures
     except ImportError as error:
@@ -153,7 +153,7 @@ def _figures(runs: Sequence[Reported]) -> tuple[str, dict[str, bytes]]:
 
 
 def _drawings(runs: Sequence[Reported]) -> Iterator[tuple[str, str, "Draw", bool]]:
-    """Name, words, what draws it, and whether its axis are the layers, of each figure in the page's order."""
+    """(name, words, drawing function, whether its axis is the layers) of each figure, in the page's order."""
     from caduceus.monitor.report import figures
     from caduceus.monitor.report.details import DETAILS
 
@@ -169,12 +169,12 @@ def _drawings(runs: Sequence[Reported]) -> Iterator[tuple[str, str, "Draw", bool
 
 
 def _words(curves: "Curves", runs: Sequence[Reported]) -> str:
-    """What a curve shows, for those who do not see it: where the quantity began and ended, its least and most."""
+    """A text for readers who cannot see a curve: the first and last values, the minimum and maximum."""
     told = []
     for run in runs:
         history, column = run.history, curves.column
         if column not in history.first:
-            told.append(f"{run.name}: not known")
+            told.append(f"{run.name}: unknown")
             continue
         (begun, first), (ended, last) = history.first[column], history.last[column]
         of = [np.float64(first), np.float64(last), np.nanmin(history.least[column]), np.nanmax(history.most[column])]
@@ -226,7 +226,7 @@ def _events_table(runs: Sequence[Reported]) -> str:
 
 def _differences_table(runs: Sequence[Reported]) -> str:
     if len(runs) == 1:
-        return "<p>There is one run; its configuration stands at the end.</p>"
+        return "<p>There is one run; its configuration is at the end.</p>"
     rows = [[key, *values] for key, values in differences(list(runs))]
     headings = ["key", *(run.name for run in runs)]
     return f'<div class="words">{table(headings, rows)}</div>' if rows else "<p>none</p>"

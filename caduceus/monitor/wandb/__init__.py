@@ -1,4 +1,4 @@
-"""A run's counterpart at Weights & Biases, brought up to metrics.jsonl by a process of its own.
+"""Sends a run to Weights & Biases: a separate process brings W&B up to metrics.jsonl.
 
-The trainer starts `sender` and writes metrics.jsonl; nothing else of it touches W&B, so nothing of W&B can hold it up.
+The trainer starts `sender` and writes metrics.jsonl. It has no other contact with W&B, so W&B can never delay it.
 """

@@ -1,4 +1,4 @@
-"""What the environment tells a sender: the address and the user's key of W&B, and the SLURM job."""
+"""Reads the environment of a sender: W&B's address, the user's key, and the SLURM job."""
 
 import os
 from typing import NoReturn
@@ -13,19 +13,21 @@ def base_url() -> str:
 
 
 def key() -> str | None:
-    """The user's key to W&B, from WANDB_API_KEY or `wandb login`."""
+    """The user's API key, from WANDB_API_KEY or `wandb login`; None without. Raises `UserError` for an
+    impossible one.
+    """
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib import wbauth
 
     try:
         found = wbauth.authenticate_session(host=base_url(), source="caduceus", prompt=False, update_session=False)
     except AuthenticationError as error:
-        raise UserError(f"the API key cannot be right: {' '.join(str(error).split())}") from None
+        raise UserError(f"the API key is not valid: {' '.join(str(error).split())}") from None
     return getattr(found, "api_key", None)
 
 
 def no_key() -> NoReturn:
-    raise UserError("not logged in to W&B; `wandb login` or WANDB_API_KEY gives it a key")
+    raise UserError("not logged in to W&B; run `wandb login` or set WANDB_API_KEY")
 
 
 def slurm() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a run leaves in W&B besides rows, by `wandb.artifacts` and `wandb.save_code`, and what came of what."""
+"""Sends W&B a run's artifacts (`wandb.artifacts`, `wandb.save_code`), and which of them was made from which."""
 
 import json
 import re
@@ -16,10 +16,11 @@ _CODE = (".py", ".yaml", ".toml")
 
 
 def log_artifacts(run: Any, directory: RunDirectory, config: Config, files: bool) -> None:
-    """Give the W&B run what the configuration asks for; raises what W&B's client raises.
+    """Log the artifacts that the configuration asks for. Raises what W&B's client raises.
 
-    Shards stay where they are, and W&B gets references to them; so do checkpoint and export, unless `files`: then they
-    are sent. Manifest, report and code come whole. The run is shown to have used the dataset, and made the others.
+    W&B gets references to the shards, and also to checkpoint and export unless `files` is set: then their files are
+    sent. The files of manifest, report and code are always sent. W&B shows that the run used the dataset, and made the
+    others.
     """
     wanted = config.wandb.artifacts
     datasets = _local_datasets(config) if "dataset" in wanted else []
@@ -48,7 +49,7 @@ def log_artifacts(run: Any, directory: RunDirectory, config: Config, files: bool
 
 
 def _leave(run: Any, name: str, folder: Path, step: int, facts: dict[str, Any], files: bool) -> None:
-    """Leave a folder with a model, as it is or as a reference to it."""
+    """Log a folder with a model: its files, or a reference to it."""
     model = wandb.Artifact(name, type="model", metadata={**facts, "path": str(folder.resolve())})
     if files:
         model.add_dir(str(folder), name=folder.name)

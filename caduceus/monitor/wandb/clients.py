@@ -1,4 +1,4 @@
-"""The processes of W&B's client, which lead sessions of their own and may outlive who started them."""
+"""The processes of W&B's client, which have their own sessions and may outlive the process that started them."""
 
 import contextlib
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 _POLL_SECONDS = 0.3
 _GONE_SECONDS = 5.0
-"""After which a client that is not there does not come any more."""
+"""Seconds after which a client that has not appeared will not appear any more."""
 
 
 def clients() -> list[int]:
-    """The living processes of W&B's client that this process started."""
+    """Ids of the running processes of W&B's client that this process started."""
     found = []
     for children in Path("/proc/self/task").glob("*/children"):
         try:
@@ -27,7 +27,7 @@ def clients() -> list[int]:
 
 
 def kill_clients() -> None:
-    """End the processes of W&B's client that this process started, whatever they are doing."""
+    """Kill the processes of W&B's client that this process started."""
     for pid in clients():
         with contextlib.suppress(OSError):  # it has ended by itself
             os.kill(pid, signal.SIGKILL)
@@ -35,7 +35,7 @@ def kill_clients() -> None:
 
 
 class Watch:
-    """Until `stop`, calls `lost(reason)` in a thread where no client lives or the start takes more than `seconds`.
+    """Until `stop`, a thread calls `lost(reason)` if no client runs, or its start takes more than `seconds`.
 
     The client's library waits without end for a process that was killed before it had begun.
     """
@@ -54,8 +54,8 @@ class Watch:
         while not self._stopped.wait(_POLL_SECONDS):
             alive = time.monotonic() if clients() else alive
             if time.monotonic() - alive > _GONE_SECONDS:
-                self._lost("W&B's client was killed as it began")
+                self._lost("W&B's client was killed while it started")
                 return
             if time.monotonic() > deadline:
-                self._lost(f"W&B's client does not begin within {self._seconds:.0f} s")
+                self._lost(f"W&B's client did not start within {self._seconds:.0f} s")
                 return

@@ -1,6 +1,6 @@
-"""python -m caduceus.monitor dashboard --entity E --project P: make a workspace of W&B with sections for these runs.
+"""python -m caduceus.monitor dashboard --entity E --project P: makes a workspace in W&B with sections for these runs.
 
-The layout is configs/wandb/dashboard.json, for those who make a workspace by hand too. Needs the package
+The layout is configs/wandb/dashboard.json, which also helps to make a workspace by hand. It needs the package
 wandb-workspaces.
 """
 
@@ -18,14 +18,14 @@ LAYOUT = CONFIGS / "wandb" / "dashboard.json"
 
 
 def layout() -> dict[str, Any]:
-    """Name and sections of the workspace; each panel has a title, an x axis, and metrics `y` or their `regex`."""
+    """Name and sections of the workspace; each panel has a title, an x axis, and metrics `y` or a `regex` for them."""
     return json.loads(LAYOUT.read_text())
 
 
 def make_dashboard(entity: str, project: str, name: str | None = None) -> str:
-    """Save a new workspace in a project of W&B; returns its address.
+    """Save a new workspace in a project of W&B, and return its address.
 
-    Raises `UserError` where the package is missing, nobody is logged in, or the server refuses.
+    Raises `UserError` where the package is missing, the user is not logged in, or the server refuses.
     """
     try:
         import wandb_workspaces.reports.v2 as panels
@@ -45,15 +45,15 @@ def make_dashboard(entity: str, project: str, name: str | None = None) -> str:
         for section in wanted["sections"]
     ]
     try:
-        Server(base_url(), key() or no_key()).entity()  # the library waits long for a server in trouble
+        Server(base_url(), key() or no_key()).entity()  # the library waits long for a failing server
         made = workspaces.Workspace(entity=entity, project=project, name=name or wanted["name"], sections=sections)
-        with contextlib.redirect_stderr(io.StringIO()):  # it tells of its success there
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints its success there
             return made.save().url
     except (UserError, ServerTroubleError) as error:
         raise UserError(f"dashboard: {error}") from None
-    except Exception as error:  # of whatever kind that library or the server makes
+    except Exception as error:  # the library and the server raise many kinds
         told = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"dashboard: {entity}/{project}: W&B makes no workspace ({told})") from None
+        raise UserError(f"dashboard: {entity}/{project}: W&B made no workspace ({told})") from None
 
 
 def _panel(panels: Any, panel: dict[str, Any]) -> Any:
@@ -62,11 +62,11 @@ def _panel(panels: Any, panel: dict[str, Any]) -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse the command line, and make the workspace; returns the exit status."""
+    """Parse the command line, and make the workspace. Returns the exit status."""
     parser = Parser(prog="python -m caduceus.monitor dashboard", description="Make a workspace of W&B for these runs.")
     parser.add_argument("--entity", required=True, help="user or team of W&B")
-    parser.add_argument("--project", required=True, help="project of W&B, in which there is a run")
-    parser.add_argument("--name", help="name of the workspace; default that of the layout")
+    parser.add_argument("--project", required=True, help="project of W&B that has a run")
+    parser.add_argument("--name", help="name of the workspace; default: that of the layout")
     options = parser.parse_args(arguments)
     print(make_dashboard(options.entity, options.project, options.name))
     return 0

@@ -1,6 +1,6 @@
-"""What W&B shows as a run's configuration, and what of it is too long for W&B.
+"""The facts that W&B shows as a run's configuration, shortened where they are too long.
 
-Its server refuses a configuration that is too large, and with it the whole run.
+W&B's server refuses a configuration that is too large, and with it the whole run.
 """
 
 import json
@@ -16,15 +16,15 @@ from caduceus.monitor.wandb.place import Place
 from caduceus.run.directory import RunDirectory
 
 MOST_CHARACTERS = 20_000
-"""The longest text of one value; W&B limits the sum of all."""
+"""Longest text of a value; W&B limits the sum of all values."""
 _TAG_CHARACTERS = 64
-"""W&B's client takes no longer tag."""
+"""Longest tag that W&B's client accepts."""
 
 
 def facts_of(run: RunDirectory, config: Config) -> tuple[dict[str, Any], list[str]]:
-    """The configuration with what the newest start found out, shortened, and the names of the keys that were.
+    """The configuration and the facts of the newest start, shortened; and the names of the shortened keys.
 
-    `start.auto` has what every `auto` became.
+    `start.auto` has the value of every `auto`.
     """
     starts = run.starts()
     facts = starts[-1] if starts else {}
@@ -33,16 +33,18 @@ def facts_of(run: RunDirectory, config: Config) -> tuple[dict[str, Any], list[st
 
 
 def decisions(run: RunDirectory) -> dict[str, Any]:
-    """What the keys of resolved.yaml took, by their full names; of a file that is absent or damaged, none."""
+    """The values of the keys in resolved.yaml, by their full names; empty where the file is absent or damaged."""
     try:
         told: Any = OmegaConf.to_container(OmegaConf.load(run.resolved_path))
         return {f"{section}.{key}": one["takes"] for section, keys in told.items() for key, one in keys.items()}
-    except Exception:  # whatever an interrupted disk left
+    except Exception:  # the file may be damaged in any way
         return {}
 
 
 def users_command(run: RunDirectory) -> tuple[str, list[str]]:
-    """Program and arguments of the newest start as its user gave them: ("-m caduceus.train", ["--config", "demo"])."""
+    """Program and arguments of the newest start, as the user typed them: ("-m caduceus.train", ["--config",
+    "demo"]).
+    """
     starts = run.starts()
     words = shlex.split(starts[-1].get("command", "") if starts else "")
     words = words[1:] if words[:1] == ["python"] else words
@@ -51,13 +53,13 @@ def users_command(run: RunDirectory) -> tuple[str, list[str]]:
 
 
 def fitting(place: Place) -> Place:
-    """The place with notes and tags as long as W&B takes them."""
+    """The place, with notes and tags cut to the lengths that W&B accepts."""
     notes = place.notes if place.notes is None else _cut(place.notes)
     return replace(place, notes=notes, tags=[tag[:_TAG_CHARACTERS] for tag in place.tags])
 
 
 def shortened(facts: dict[str, Any], where: str = "") -> tuple[dict[str, Any], list[str]]:
-    """The facts with each long text and list cut, and the names of the keys that were."""
+    """The facts with long texts and lists cut, and the names of the keys that were cut."""
     short: dict[str, Any] = {}
     cut: list[str] = []
     for name, value in facts.items():

@@ -1,4 +1,4 @@
-"""What happened to a run besides its steps, as W&B is told of it: markers in its history, and alerts."""
+"""Sends W&B what happened to a run besides its steps: markers in its history, and alerts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,10 @@ from caduceus.monitor.following import Follower
 from caduceus.run.events import events_path
 
 _AFTER = ("start", "rewind")
-"""Events that stand at the step before the first one that they are about."""
+"""Events whose step is the one before the first step that they concern."""
 _ALERTS = {
     "skipped": ("A step was skipped", "WARN"),
-    "rewind": ("The loss leapt, and the run went back", "WARN"),
+    "rewind": ("The loss jumped, and the run went back", "WARN"),
     "stalled": ("The run has stalled", "ERROR"),
     "evaluation failed": ("An evaluation failed, and its numbers are missing", "WARN"),
     "failed": ("The run has failed", "ERROR"),
@@ -19,7 +19,7 @@ _ALERTS = {
 
 
 class Happenings:
-    """Follows RUN/events.jsonl. `last`: the newest step that W&B has, whose events it has been told of."""
+    """Follows RUN/events.jsonl. `last`: the newest step that W&B has; events up to it were sent."""
 
     def __init__(self, run: Path, last: int, since: float) -> None:
         self._follower = Follower(events_path(run))
@@ -28,7 +28,7 @@ class Happenings:
         self._waiting: list[dict[str, Any]] = []
 
     def poll(self, alert: Callable[[str, str, str], None] | None) -> None:
-        """Look at what has happened; `alert(title, text, level)` is called for what is worth one, since `since`."""
+        """Read new events; call `alert(title, text, level)` for those after `since` that deserve one."""
         for event in self._follower.poll():
             kind, step = event.get("event"), event.get("step")
             if isinstance(step, int) and (step > self._last or (step == self._last and kind in _AFTER)):
@@ -38,7 +38,7 @@ class Happenings:
                 alert(title, _words(event), level)
 
     def markers(self, step: int) -> dict[str, float]:
-        """What the row of a step tells of what happened up to it and was not told before."""
+        """Entries for the row of a step: the events up to it that were not sent before."""
         now = [event for event in self._waiting if event["step"] <= step]
         self._waiting = [event for event in self._waiting if event["step"] > step]
         row: dict[str, float] = {}
@@ -47,6 +47,7 @@ class Happenings:
                 row["events/checkpoint_seconds"] = event.get("seconds", 0)
             elif event["event"] == "start":
                 row["events/start"] = event.get("number", 1)
+                row |= {"events/requeues": event["requeues"]} if "requeues" in event else {}
             elif event["event"] == "rewind":
                 row["events/rewind_from"] = event.get("after", event["step"])
         return row

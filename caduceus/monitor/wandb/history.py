@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl as W&B's history has them: one row per step, names in spaces."""
+"""Converts rows of metrics.jsonl into those of W&B's history: one row per step, with names in sections."""
 
 import math
 from collections.abc import Iterable
@@ -17,11 +17,13 @@ _SPACES = {
 }
 _SPACE_OF = {name: space for space, names in _SPACES.items() for name in names}
 SAME = 1e-3
-"""Relative difference up to which a step that was made again counts as the same: only its rounding changed."""
+"""Largest relative difference at which a step that was made again counts as the same, with other rounding."""
 
 
 def wandb_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics.jsonl under W&B's names, as train/loss and hardware/cpu_percent/NODE; null is NaN, as it was."""
+    """A row of metrics.jsonl under W&B's names, such as train/loss and hardware/cpu_percent/NODE; null becomes NaN
+    again.
+    """
     told = {key: value for key, value in row.items() if key != "evaluated"}
     return {wandb_name(key): math.nan if value is None else value for key, value in told.items()}
 
@@ -34,19 +36,19 @@ def wandb_name(key: str) -> str:
         return key.replace("_", "/", 1)
     if key in ("best_step", "best_valid_loss"):
         return f"valid/{key.replace('valid_', '')}"
-    if key == "grad_norm":  # of all; those of the kinds of parameters are many
+    if key == "grad_norm":  # the total norm; those of the kinds of parameters have their own section
         return "train/grad_norm"
     return f"{_SPACE_OF.get(key.partition('/')[0], 'perf')}/{key}"
 
 
 def is_for_wandb(row: dict[str, Any], every: int) -> bool:
-    """Whether W&B gets the row of a step where it gets every n-th: others too that tell more than a step's."""
+    """Whether W&B gets the row of a step: every `every`-th, and every row with more than a step's usual numbers."""
     told = "valid_loss" in row or any("/" in key and not key.startswith("loss/") for key in row)
     return told or row["step"] % every == 0
 
 
 def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per step, in the order of steps: a validation's numbers join those of its step's training."""
+    """One row per step, in the order of steps: the numbers of a validation are added to those of its training step."""
     steps: dict[int, dict[str, Any]] = {}
     for row in rows:
         steps.setdefault(row["step"], {}).update(row)
@@ -54,12 +56,12 @@ def merged(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def essence(row: dict[str, Any]) -> dict[str, Any]:
-    """What tells two makings of a step apart: its samples and losses."""
+    """The numbers that distinguish two versions of a step: its samples and losses."""
     return {key: row.get(key) for key in ("step", "samples", "loss", "valid_loss")}
 
 
 def is_same_step(sent: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a step that was made again is, but for its clock and its rounding, the one that was sent."""
+    """Whether a step that was made again equals the one that was sent, except for times and rounding."""
     now = essence(row)
     if sent.get("samples") != now["samples"]:
         return False

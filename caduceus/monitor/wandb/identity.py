@@ -1,4 +1,4 @@
-"""Which W&B run a run directory's rows go to, and how far they have got: RUN/wandb/run.json and status.json."""
+"""To which W&B run the rows of a run directory go, and how far: RUN/wandb/run.json and status.json."""
 
 import secrets
 import string
@@ -13,22 +13,24 @@ _ALPHABET = string.ascii_lowercase + string.digits
 
 @dataclass(frozen=True)
 class Identity:
-    """The W&B run of a training run."""
+    """The W&B run that belongs to a training run."""
 
     id: str
     url: str | None = None
     former: list[str] = field(default_factory=list)
-    """Ids that were given up: their W&B run was deleted, or holds steps that were undone and cannot be removed."""
+    """Ids that are no longer used: their W&B run was deleted, or holds undone steps that cannot be removed."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far W&B has been brought up to metrics.jsonl."""
+    """How many of metrics.jsonl's steps W&B has."""
 
     state: str
-    """starting, online, offline, waiting (the server is out of reach), behind (ended so), complete."""
+    """starting, online, offline, waiting (the server cannot be reached), behind (it ended before all was sent),
+    complete.
+    """
     step: int = 0
-    """Newest step that W&B has, as far as it has told."""
+    """Newest step that W&B has, as far as is known."""
     trouble: str | None = None
     url: str | None = None
     time: float = 0.0
@@ -40,7 +42,7 @@ def directory(run: Path) -> Path:
 
 
 def identity(run: Path) -> Identity:
-    """The identity of a run directory; made, and kept there, when it is first asked for."""
+    """The identity of a run directory, which the first call makes and saves there."""
     path = directory(run) / "run.json"
     try:
         return Identity(**(read_json(path) or {}))
@@ -49,7 +51,7 @@ def identity(run: Path) -> Identity:
 
 
 def adopt(run: Path, wanted: str) -> Identity:
-    """Give a run directory the id that its user wants, unless the run has given that id up before."""
+    """Give a run directory the id that its user wants, unless the run no longer uses that id."""
     path = directory(run) / "run.json"
     before = identity(run) if is_file(path) else None
     if before is not None and (before.id == wanted or wanted in before.former):
@@ -76,7 +78,7 @@ def keep_url(run: Path, url: str | None) -> None:
 
 
 def status(run: Path) -> Status | None:
-    """How far W&B has got; None where nothing was ever sent."""
+    """The status of a run; None where nothing was ever sent."""
     try:
         return Status(**(read_json(directory(run) / "status.json") or {}))
     except (OSError, TypeError):

@@ -1,4 +1,6 @@
-"""What was given to W&B's client: RUN/wandb/sent.jsonl, a short row per step, by which a step made again is told."""
+"""RUN/wandb/sent.jsonl: a short row for each step that W&B's client was given, to recognise steps that are
+made again.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,24 +9,34 @@ from typing import Any
 
 from caduceus.files import append_json_line
 from caduceus.monitor.wandb.history import essence, is_same_step, wandb_row
+from caduceus.monitor.wandb.identity import directory
 from caduceus.run.directory import RunDirectory
 from caduceus.run.rows import Line, cut_after, lines_from_end
 
 _SURE = 100
-"""So many steps one after the other that are bit for bit those sent: before them nothing was made again."""
+"""After so many consecutive steps that equal the sent ones bit for bit, no earlier step was made again."""
 _HELD = 20_000
-"""Steps held in memory at most; others are read from the file again when they are asked for."""
+"""Largest number of steps in memory; others are read from the file when needed."""
+
+
+def sent_path(run: Path) -> Path:
+    return directory(run) / "sent.jsonl"
+
+
+def never_sent(run: Path) -> bool:
+    """Whether nothing of a run directory was ever given to W&B's client."""
+    return next(lines_from_end(sent_path(run)), None) is None
 
 
 class StaleError(Exception):
-    """W&B holds a step that was undone and made again in another way; the argument is the newest step to keep."""
+    """W&B holds a step that was undone and then made with other numbers; the argument is the newest step to keep."""
 
 
 class Journal:
-    """Steps that W&B has, each with what differs where it is made again. `last` is the newest step that W&B has."""
+    """The steps that W&B has, each with its samples and losses. `last`: the newest step that W&B has."""
 
     def __init__(self, path: Path, last: int) -> None:
-        """What of the journal W&B has: its steps up to `last`, as W&B itself tells."""
+        """Open the journal; W&B has its steps up to `last`, as W&B itself says."""
         self._path = path
         self._read_anew()
         self.last = last
@@ -33,7 +45,7 @@ class Journal:
             self.drop_after(last)
 
     def sent(self, step: int) -> dict[str, Any] | None:
-        """What was sent of a step; None where W&B lacks it, or the journal does not tell."""
+        """The row that was sent for a step; None where W&B lacks the step, or the journal lacks the row."""
         while self._oldest > step and (line := next(self._older, None)) is not None:
             self._oldest = line.row["step"]
             self._steps[self._oldest] = line.row
@@ -55,7 +67,7 @@ class Journal:
     def first_unsent(self, metrics: Path) -> int:
         """The byte of metrics.jsonl from which rows may have to be sent, or may have been made again since.
 
-        Found from the end: a start pays for what is new.
+        It is searched from the end, so that a start reads only what is new.
         """
         if next(lines_from_end(self._path), None) is None:
             return 0
@@ -76,7 +88,7 @@ class Journal:
 
 
 def _steps_from_end(metrics: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(step, byte where its first row begins, its rows put together) of each step, the newest first."""
+    """Yield (step, byte where its first row begins, its merged rows) for each step, newest first."""
     rows: list[Line] = []
     for line in lines_from_end(metrics):
         if rows and line.row["step"] != rows[-1].row["step"]:
@@ -113,7 +125,7 @@ def newest_step(run: RunDirectory) -> int:
 
 
 def is_whole(run: RunDirectory, step: int, end: dict[str, Any], steps: int) -> bool:
-    """Whether the newest step has all its rows: a killed trainer may have been in the middle of its validation."""
+    """Whether the newest step has all its rows: a trainer may have been killed in the middle of its validation."""
     if end.get("exit") == 0 or step >= steps:
         return True
     return any(checkpoint.step >= step for checkpoint in run.checkpoints())

@@ -1,6 +1,6 @@
-"""The `.wandb` files that W&B's client writes offline: what steps they hold, and taking undone ones out of them.
+"""Reads the steps in the `.wandb` files that W&B's client writes offline, and removes undone steps.
 
-A file is a log of LevelDB's format, records cut into blocks of 32 KiB, of the client's protobuf messages.
+Such a file is a log in LevelDB's format (records cut into blocks of 32 KiB) of the client's protobuf messages.
 """
 
 import struct
@@ -20,32 +20,32 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def run_files(directory: Path, run_id: str) -> list[Path]:
-    """The files of a run that were written offline, oldest first."""
+    """The offline files of a run, oldest first."""
     return sorted(directory.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
 
 
 def last_step(directory: Path, run_id: str) -> int:
     """The newest step in a run's offline files; 0 where there is none.
 
-    The newest file with a step has it: each start goes on where those before it ended.
+    It is in the newest file with any step, as each start goes on where the starts before it ended.
     """
     newest = (max(map(step_of, read_records(path)), default=0) for path in reversed(run_files(directory, run_id)))
     return next(filter(None, newest), 0)
 
 
 def drop_steps_after(directory: Path, run_id: str, step: int) -> None:
-    """Take the history of later steps out of a run's offline files; all else in them stays."""
+    """Remove the history after `step` from a run's offline files; everything else in them stays."""
     for path in reversed(run_files(directory, run_id)):
         records = list(read_records(path))
         kept = [record for record in records if step_of(record) <= step]
         if len(kept) < len(records):
             write_records(path, kept)
         if any(map(step_of, kept)):
-            return  # the files before it hold earlier steps
+            return  # earlier files hold earlier steps
 
 
 def step_of(record: Record) -> int:
-    """The step that a record of the history is of; 0 for other records."""
+    """The step of a history record; 0 for other records."""
     if record.WhichOneof("record_type") != "history":
         return 0
     for item in record.history.item:
@@ -55,7 +55,7 @@ def step_of(record: Record) -> int:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a `.wandb` file, up to its end or to where a kill cut it."""
+    """Yield the records of a `.wandb` file, up to its end or to the place where a kill cut it."""
     content = path.read_bytes()
     if len(content) < _HEADER.size or _HEADER.unpack_from(content) != _MAGIC:
         return
@@ -78,7 +78,7 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Replace a `.wandb` file by one with these records."""
+    """Replace a `.wandb` file with one that has these records."""
     with replacing(path) as file:
         file.write(_HEADER.pack(*_MAGIC))
         place = _HEADER.size

@@ -1,4 +1,4 @@
-"""Where a run's rows go to in W&B: what the configuration says, then what W&B's own environment variables say."""
+"""Where the rows of a run go in W&B: the configuration decides, then W&B's own environment variables."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _OFF = ("disabled", "dryrun", "offline", "online", "run", "shared")
 
 @dataclass(frozen=True)
 class Place:
-    """Mode, project and the like of a W&B run. What is None is W&B's own default."""
+    """Mode, project and so on of a W&B run. None means W&B's own default."""
 
     mode: str
     """auto, online, offline or disabled."""
@@ -28,11 +28,11 @@ class Place:
     directory: Path
     """The folder in which W&B's client makes its own folder `wandb`."""
     from_environment: tuple[str, ...] = ()
-    """The environment variables that decided something."""
+    """The names of the environment variables that decided something."""
 
 
 def place_of(config: Config, run: Path, environment: Mapping[str, str] = os.environ) -> Place:
-    """Where the run goes. W&B's environment variables hold for keys that are null or auto."""
+    """Where the run goes. W&B's environment variables decide keys that are null or auto."""
     used = []
 
     def either(value: str | None, variable: str) -> str | None:

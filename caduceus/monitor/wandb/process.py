@@ -1,4 +1,4 @@
-"""The trainer's side of W&B: a process that sends, its messages in the log, and a bounded wait at the end."""
+"""The trainer's side of W&B: it starts a process that sends, logs its messages, and waits a limited time at the end."""
 
 import contextlib
 import json
@@ -23,11 +23,11 @@ from caduceus.monitor.wandb.place import place_of
 from caduceus.run.directory import RunDirectory
 
 START_SECONDS = 10.0
-"""How long a start may wait for W&B where `wandb.required` asks for it; others do not wait."""
+"""Seconds that a start may wait for W&B with `wandb.required`; otherwise it does not wait."""
 _GRACE_SECONDS = 5.0
-"""How much longer than its sender the end of a run waits."""
+"""Seconds by which the end of a run waits longer than its sender."""
 _ENDING_SECONDS = 5.0
-"""How long a sender that was killed may take to be gone."""
+"""Seconds that a killed sender may take to disappear."""
 _LEVELS = {"warning": logging.WARNING}
 _ROOT = Path(__file__).resolve().parents[3]
 """The folder that holds the package, which may be a copy."""
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class WandbProcess:
-    """The process that brings W&B up to metrics.jsonl while this one trains. Not started where W&B is disabled.
+    """The process that brings W&B up to metrics.jsonl while this one trains. Where W&B is disabled, it is not started.
 
     Raises `UserError` where `wandb.required` is true and W&B does not answer within `START_SECONDS`.
     """
@@ -47,16 +47,16 @@ class WandbProcess:
         self._ready = threading.Event()
         self._trouble: str | None = None
         self._temporary = _temporary_directory(run)
-        shutil.rmtree(self._temporary, ignore_errors=True)  # of a start that was killed
+        shutil.rmtree(self._temporary, ignore_errors=True)  # left by a start that was killed
         place = place_of(config, run)
         for variable in place.from_environment:
-            _log.info("wandb: %s holds, as the configuration does not set it", variable)
+            _log.info("wandb: %s is used, as the configuration does not set this", variable)
         if place.mode == "disabled":
             if config.wandb.required and config.wandb.mode != "disabled":
                 raise UserError(f"wandb.required: is true, but {place.from_environment[0]} turns W&B off; unset it")
             return
         with self._guarded():
-            with contextlib.suppress(OSError):  # a full disk: the other process says so, and tries again
+            with contextlib.suppress(OSError):  # the disk may be full: the other process reports this, and tries again
                 identity(run) if config.wandb.id is None else adopt(run, config.wandb.id)
             self._start()
         if config.wandb.required:
@@ -64,11 +64,11 @@ class WandbProcess:
 
     @property
     def pid(self) -> int | None:
-        """Id of the process that sends; None where there is none."""
+        """The id of the sending process; None where there is none."""
         return self._process.pid if self._process is not None else None
 
     def end(self, exit_code: int, stopped: bool, reason: str | None) -> None:
-        """Let the last rows be sent, and leave after `end_seconds` at the most, whatever W&B does."""
+        """Let the last rows be sent, and return after at most `end_seconds`, whatever W&B does."""
         if self._process is None:
             return
         with self._guarded():
@@ -79,7 +79,10 @@ class WandbProcess:
             try:
                 self._process.wait(end_seconds(self._config, stopped or exit_code != 0) + _GRACE_SECONDS)
             except subprocess.TimeoutExpired:
-                _log.warning("wandb: does not end; `python launch/runs.py sync %s` sends what it lacks", self._run)
+                _log.warning(
+                    "wandb: the sending process does not end; `python launch/runs.py sync %s` sends the missing data",
+                    self._run,
+                )
             _kill_session(self._process.pid)
             self._process.wait()
             self._listener.join(1.0)
@@ -94,7 +97,7 @@ class WandbProcess:
                 stdout=subprocess.PIPE,
                 stderr=client_log,
                 env={**_environment(), "TMPDIR": str(self._temporary)},
-                start_new_session=True,  # Ctrl-C and the signals of schedulers are for the trainer
+                start_new_session=True,  # only the trainer handles Ctrl-C and the signals of schedulers
             )
         self._listener = threading.Thread(target=self._listen, args=(self._process,), daemon=True)
         self._listener.start()
@@ -116,17 +119,17 @@ class WandbProcess:
         self._ready.wait(max(0.0, deadline - time.monotonic()))
         trouble = self._trouble
         if self._process is not None and not self._ready.is_set():
-            trouble = f"W&B has not begun within {START_SECONDS:.0f} s"
+            trouble = f"W&B did not start within {START_SECONDS:.0f} s"
         if self._process is None or self._process.poll() is not None:
             trouble = trouble or f"its process ended; {self._run}/wandb/client.log says more"
         if trouble:
             if self._process is not None:
                 _kill_session(self._process.pid)
-            raise UserError(f"wandb.required: {trouble}; mend it, or start with wandb.required=false")
+            raise UserError(f"wandb.required: {trouble}; correct this, or start with wandb.required=false")
 
     @contextlib.contextmanager
     def _guarded(self) -> Any:
-        """No fault of this side's ends the run."""
+        """A context in which no failure of this side ends the run."""
         try:
             yield
         except Exception as error:
@@ -139,17 +142,19 @@ class WandbProcess:
 
 
 def sync(run: RunDirectory) -> int:
-    """Send W&B what it lacks of a run that nobody trains; returns the exit status, 0 where W&B then has all rows."""
+    """Send W&B the missing data of a run that no process trains. Returns the exit status: 0 where W&B then has all
+    rows.
+    """
     (run.path / "wandb").mkdir(exist_ok=True)
     deadline = time.monotonic() + _ENDING_SECONDS
     while not _may_be_sent(run.path):
         if time.monotonic() > deadline:
-            raise UserError(f"{run.path}: its rows are being sent already; see {run.path}/wandb/status.json")
+            raise UserError(f"{run.path}: another process already sends its rows; see {run.path}/wandb/status.json")
         time.sleep(0.1)
     if not run.newest_metrics("step"):
         raise UserError(f"{run.path}: has no rows to send yet")
     temporary = _temporary_directory(run.path)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
     temporary.mkdir(mode=0o700)
     environment = {**_environment(), "TMPDIR": str(temporary)}
     with _client_log(run.path) as client_log:
@@ -165,7 +170,7 @@ def sync(run: RunDirectory) -> int:
 
 
 def _may_be_sent(run: Path) -> bool:
-    """Whether no other process sends a run's rows."""
+    """Whether this process may send a run's rows, as no other does."""
     try:
         take_lock(run / "wandb" / ".sender", wait=False).close()
     except BlockingIOError:
@@ -174,7 +179,7 @@ def _may_be_sent(run: Path) -> bool:
 
 
 def _client_log(run: Path) -> BinaryIO:
-    """Where W&B's client may print; nowhere, where the disk takes nothing more."""
+    """The file to which W&B's client may print; the null device where the disk is full."""
     with contextlib.suppress(OSError):
         return (run / "wandb" / "client.log").open("wb")
     return Path(os.devnull).open("wb")
@@ -186,14 +191,14 @@ def _command(run: Path, temporary: Path) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    # A training in this process leaves word of its W&B service, which the other would share.
+    # Training sets variables of its W&B service in this process, which the other process must not use.
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     return {**environment, "OMP_NUM_THREADS": "1"}
 
 
 def _kill_session(leader: int) -> None:
-    """End what is left of a process and those it started: its client's process leads a session of its own."""
+    """Kill a process and the processes that it started: the client's process has its own session."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             if int(process.name) == leader or _parent(process) == leader:
@@ -207,6 +212,6 @@ def _parent(process: Path) -> int:
 def _temporary_directory(run: Path) -> Path:
     """The directory in which W&B's client keeps its files while it runs.
 
-    It is the same at every start, so that what a killed client left is found.
+    It is the same at every start, so that the files of a killed client are found.
     """
     return Path(tempfile.gettempdir()) / f"caduceus-wandb-{os.getuid()}-{fingerprint(str(run.absolute()))[:12]}"

@@ -1,7 +1,8 @@
-"""python -m caduceus.monitor.wandb.sender RUN …: bring W&B up to a run's metrics.jsonl, with a trainer until it ends.
+"""python -m caduceus.monitor.wandb.sender RUN …: brings W&B up to a run's metrics.jsonl, beside a trainer until it
+ends.
 
-It speaks to who started it in lines of JSON on stdout, and hears of the trainer's end on stdin. Every attempt with the
-client of W&B begins in a fresh process image, so that nothing is left of one that failed.
+It talks to the process that started it in lines of JSON on stdout, and learns of the trainer's end from stdin. Every
+attempt with W&B's client begins in a fresh process image, so that nothing is left of a failed one.
 """
 
 import argparse
@@ -27,22 +28,22 @@ from caduceus.monitor.wandb.facts import facts_of, fitting
 from caduceus.monitor.wandb.happenings import Happenings
 from caduceus.monitor.wandb.history import is_for_wandb
 from caduceus.monitor.wandb.identity import Status, directory, identity, keep_status, keep_url, renewed
-from caduceus.monitor.wandb.journal import Journal, StaleError, is_whole, newest_step, send
+from caduceus.monitor.wandb.journal import Journal, StaleError, is_whole, never_sent, newest_step, send, sent_path
 from caduceus.monitor.wandb.place import Place, place_of
 from caduceus.monitor.wandb.server import Server, ServerTroubleError
 from caduceus.run.directory import RunDirectory
 
 _POLL_SECONDS = 0.3
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 60.0
-"""Between two looks at the server, and between two attempts after a failure; doubled from one to the next."""
+"""Seconds between two checks of the server, and between two attempts after a failure; doubled each time."""
 _LOST_SECONDS = 150.0
-"""After which a client is lost that sends nothing though the server answers and steps wait."""
+"""Seconds after which a client counts as lost if it sends nothing although the server answers and steps wait."""
 _BEGIN_SECONDS = 75.0
-"""How long an attempt may take to begin: the client has 30 s, and the server is asked before it."""
+"""Seconds that an attempt may take to begin: the client has 30 s, and the server is asked before it."""
 _PREEMPTED = 75
-"""The exit status that the trainer has when it stops early; W&B calls a preempting run that ends with 0 finished."""
+"""The exit status of a trainer that stopped early: W&B would call a preempting run that ends with 0 finished."""
 _MEMORY = "CADUCEUS_WANDB_SENDER"
-"""The environment variable in which an attempt leaves word to the next one."""
+"""The environment variable in which an attempt passes values on to the next one."""
 
 
 class Sender:
@@ -65,13 +66,13 @@ class Sender:
         self.place: Place = fitting(place_of(self._config, run.path))
 
     def listen(self) -> None:
-        """Wait for the trainer's end in the background; from then on the last rows have `end_seconds`."""
+        """Wait for the trainer's end in the background; after it, there are `end_seconds` for the last rows."""
         if self._trainer is not None and self._end is None:
             threading.Thread(target=self._await_end, daemon=True).start()
 
     def bring_up(self) -> int:
-        """Send what W&B lacks until the run has ended; returns the exit status, 0 where W&B has all rows."""
-        from caduceus.monitor.wandb import session  # imports the client's library, which takes long
+        """Send the missing data until the run has ended. Returns the exit status: 0 where W&B has all rows."""
+        from caduceus.monitor.wandb import session  # this imports the client's library, which takes long
 
         beginning = Watch(self._lose_client, _BEGIN_SECONDS)
         try:
@@ -85,14 +86,14 @@ class Sender:
         return 0 if self._status.state in ("complete", "offline") else 1
 
     def tell(self, level: str, text: str, **facts: Any) -> None:
-        """Say something to who started this process, once."""
+        """Send a message to the process that started this one, each message once."""
         if text in self._told:
             return
         self._told.append(text)
         line = json.dumps({"level": level, "text": text, **facts}) + "\n"
         try:
             os.write(self._messages, line.encode())
-        except OSError:  # nobody listens any more
+        except OSError:  # the other process no longer listens
             return
 
     def _command(self) -> str:
@@ -106,7 +107,7 @@ class Sender:
         return "online" if key() is not None else "offline"
 
     def _lose_client(self, reason: str) -> None:
-        """Give up what waits for the client in another thread."""
+        """Abort the thread that waits for the client."""
         self._trouble(RuntimeError(reason))
         kill_clients()
         os._exit(1)
@@ -122,20 +123,23 @@ class Sender:
             last = server.last_step(entity, place.project, which.id)
         else:
             folder = place.directory / "wandb"
-            # What later steps were, before a kill or a rewind undid them, is made again.
+            # Later steps were undone by a kill or a rewind, and are made again.
             offline.drop_steps_after(folder, which.id, newest_step(self._run))
             self._back_to = None
             last = offline.last_step(folder, which.id)
-        journal = Journal(directory(self._run.path) / "sent.jsonl", last or 0)
-        begun = self._begin(mode, which.id)
-        if begun is None:  # under this id W&B cannot be brought up to metrics.jsonl
+        journal = Journal(sent_path(self._run.path), last or 0)
+        chosen = server is not None and which.id == self._config.wandb.id and which.url is None
+        is_anothers = chosen and bool(last) and never_sent(self._run.path)
+        begun = None if is_anothers else self._begin(mode, which.id)
+        if begun is None:  # the W&B run of this id cannot be brought up to metrics.jsonl
             which = renewed(self._run.path)
-            undone = "holds steps that were undone, and this server cannot remove them"
+            undone = "holds undone steps, which this server cannot remove"
             why = "was deleted" if self._back_to is None else undone
+            why = "has the steps of another run" if is_anothers else why
             text = f"wandb: run {which.former[-1]} {why}; the run goes on as {which.id}, from its first step"
             self.tell("warning", text)
             self._back_to = None
-            journal = Journal(directory(self._run.path) / "sent.jsonl", 0)
+            journal = Journal(sent_path(self._run.path), 0)
             begun = session.Session(self._run.path, place, which.id, mode, self._facts(), self._trainer)
         if self._back_to is not None:
             journal.drop_after(self._back_to)
@@ -153,7 +157,7 @@ class Sender:
         self._follow(begun, journal, server, lambda: server.last_step(begun.entity, place.project, which.id))
 
     def _begin(self, mode: str, run_id: str) -> Any:
-        """Begin with W&B's client; None where this id cannot be continued."""
+        """Start W&B's client; None where this id cannot be continued."""
         from caduceus.monitor.wandb import session
 
         try:
@@ -191,7 +195,7 @@ class Sender:
                 if has is None or has != seen or has >= journal.last - 1:
                     seen, moved = has, time.monotonic()
                 elif time.monotonic() - moved > _LOST_SECONDS:
-                    raise RuntimeError("W&B's client sends nothing more")
+                    raise RuntimeError("W&B's client no longer sends anything")
                 looked, pause = time.monotonic(), min(2 * pause, _LONGEST_PAUSE)
             time.sleep(_POLL_SECONDS)
         if held and is_whole(self._run, held["step"], end, self._config.train.steps):
@@ -200,7 +204,7 @@ class Sender:
             raise StaleError(held["step"])
         stopped, early = bool(end.get("stopped")), is_early(end, self._trainer)
         if server is not None:
-            server.entity()  # a server in trouble would hold up the client's end for long
+            server.entity()  # a failing server would delay the client's end for long
         if trouble := begun.leave_artifacts(self._run, self._config, sends_files(self._config, early)):
             self.tell("warning", trouble)
         exit_code = end["exit"] if end.get("exit") is not None else int(self._trainer is not None)
@@ -209,7 +213,7 @@ class Sender:
         finishing.start()
         finishing.join(finish_seconds(self._config, early))
         if finishing.is_alive():
-            raise ServerTroubleError(f"{base_url()} takes no rows")
+            raise ServerTroubleError(f"{base_url()} accepts no rows")
         if server is None:
             self._keep("offline", journal.last)
             return
@@ -220,10 +224,10 @@ class Sender:
                     self.tell("info", f"wandb: has every step up to {journal.last:,}: {begun.url}")
                 return
             time.sleep(0.5)
-        raise RuntimeError(f"W&B has not taken the steps up to {journal.last}")
+        raise RuntimeError(f"W&B has not accepted the steps up to {journal.last}")
 
     def _look(self, server_step: Any) -> int | None:
-        """What the server has; None where it is in trouble, which is told."""
+        """The newest step that the server has; None where it fails, which is reported."""
         try:
             has = server_step() or 0
         except ServerTroubleError as error:
@@ -231,7 +235,7 @@ class Sender:
             self._keep("waiting", self._status.step, str(error))
             return None
         if self._status.state == "waiting":
-            self.tell("info", "wandb: the server answers again; it is sent what it lacks")
+            self.tell("info", "wandb: the server answers again and is sent the missing data")
         self._keep("online", has)
         return has
 
@@ -266,12 +270,12 @@ class Sender:
 
     def _keep(self, state: str, step: int, trouble: str | None = None) -> None:
         self._status = Status(state, step, trouble)
-        with contextlib.suppress(OSError):  # a full disk: the status alone is lost
+        with contextlib.suppress(OSError):  # the disk may be full: only the status is lost
             self._status = Status(state, step, trouble, identity(self._run.path).url)
             keep_status(self._run.path, self._status)
 
     def _again(self, back_to: int | None) -> NoReturn:
-        """Start afresh in this process."""
+        """Replace this process's image by a fresh start."""
         kill_clients()
         memory = {"told": self._told, "attempt": self._attempt, "back_to": back_to}
         if self._trainer is not None:
@@ -300,7 +304,7 @@ class Sender:
         self._end = end
 
     def deadline(self) -> None:
-        """End this process when the last rows take too long."""
+        """End this process if the last rows take too long."""
         threading.Thread(target=self._enforce, daemon=True).start()
 
     def _enforce(self) -> None:
@@ -308,25 +312,25 @@ class Sender:
             time.sleep(_POLL_SECONDS)
         seconds = end_seconds(self._config, is_early(self._end, self._trainer))
         time.sleep(max(0.0, self._ended_at + seconds - time.time()))
-        self._warn(RuntimeError(f"W&B has not taken all within {seconds:.0f} s"))
+        self._warn(RuntimeError(f"W&B has not accepted everything within {seconds:.0f} s"))
         self._keep("behind", self._status.step, "W&B is slow")
         kill_clients()
         os._exit(1)
 
 
 def main() -> int:
-    """Send until the run has ended, or once; returns the exit status."""
+    """Send until the run has ended, or once. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m caduceus.monitor.wandb.sender")
     parser.add_argument("run", type=Path)
     parser.add_argument("--trainer", type=int)
-    parser.add_argument("--starter", type=int, help="the process that starts this one")
-    parser.add_argument("--temporary", type=Path, help="removed at the end if the starter is gone")
+    parser.add_argument("--starter", type=int, help="id of the process that starts this one")
+    parser.add_argument("--temporary", type=Path, help="folder that is removed at the end if the starter is gone")
     parser.add_argument("--since", type=float, default=math.inf, help="seconds since the epoch of the trainer's start")
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the trainer gets them too, and its end is this process's
+        signal.signal(number, signal.SIG_IGN)  # the trainer gets these signals too, and this process ends after it
     messages = os.dup(1)
-    os.dup2(2, 1)  # what W&B's client prints is not for the user's terminal
+    os.dup2(2, 1)  # output of W&B's client must not reach the user's terminal
     run = RunDirectory.open(arguments.run)
     sender = Sender(run, arguments.trainer, arguments.since, messages)
     sender.listen()
@@ -337,7 +341,7 @@ def main() -> int:
             return sender.bring_up()
     finally:
         kill_clients()
-        if os.getppid() != arguments.starter:  # else the starter does
+        if os.getppid() != arguments.starter:  # otherwise the starter removes it
             shutil.rmtree(arguments.temporary, ignore_errors=True)
 
 

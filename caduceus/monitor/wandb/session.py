@@ -1,4 +1,4 @@
-"""One stretch of W&B's client at work for a run: begin, log, finish."""
+"""One session of W&B's client for a run: begin, log, finish."""
 
 import contextlib
 import sys
@@ -19,23 +19,23 @@ from caduceus.run.directory import RunDirectory
 _INIT_SECONDS = 30.0
 _SEND_SECONDS = 5.0
 _DRAWING_SECONDS, _POLL_SECONDS = 20.0, 0.3
-"""How long the drawings of a validation's windows are waited for from when it was made."""
+"""Seconds after a validation within which the drawings of its windows are waited for."""
 _WINDOW_COLUMNS = ("species", "kind", "place", "contig", "start", "end", "strand", "loss", "accuracy")
 _FLUSH_SECONDS = 2.0
-"""How often the client's own file is brought to the disk: what it had not, a kill loses."""
+"""Seconds between flushes of the client's own file to the disk: a kill loses what was not flushed."""
 
 
 class IdTakenError(Exception):
-    """W&B does not let this id be used: its run was deleted."""
+    """W&B does not accept this id, as its run was deleted."""
 
 
 def start_client() -> None:
-    """Start the client's process, which lives until this one ends."""
+    """Start the client's process, which runs until this one ends."""
     wandb.setup()
 
 
 def _settings(trainer: int | None, program: str) -> wandb.Settings:
-    """What the client is told of how to work; `trainer` as of `Session`, `program` as of `users_command`."""
+    """The client's settings; `trainer`: as in `Session`, `program`: as returned by `users_command`."""
     watching: dict[str, Any] = {"x_disable_stats": True} if trainer is None else {"x_stats_pid": trainer}
     return wandb.Settings(
         silent=True,
@@ -44,7 +44,7 @@ def _settings(trainer: int | None, program: str) -> wandb.Settings:
         console="wrap",
         console_multipart=True,
         x_file_stream_transmit_interval=_SEND_SECONDS,
-        x_graphql_retry_max=3,  # where the server fails, another attempt is made later
+        x_graphql_retry_max=3,  # if the server fails, another attempt follows later
         x_graphql_retry_wait_max_seconds=2.0,
         x_transaction_log_flush_interval=_FLUSH_SECONDS,
         disable_git=True,
@@ -56,7 +56,7 @@ def _settings(trainer: int | None, program: str) -> wandb.Settings:
 
 @contextlib.contextmanager
 def _called_with(arguments: list[str]) -> Iterator[None]:
-    """Have the client, which looks at sys.argv, take these for the arguments of this process."""
+    """A context in which the client, which reads sys.argv, sees these as the arguments of this process."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:
@@ -78,9 +78,9 @@ class Session:
         trainer: int | None,
         back_to: int | None = None,
     ) -> None:
-        """Begin or go on with W&B run `run_id`; `back_to` a step, whose later ones W&B then forgets.
+        """Begin or continue the W&B run `run_id`; `back_to`: a step after which W&B removes all steps.
 
-        `trainer`: the process whose use of the machine W&B shows; None shows none. Raises `IdTakenError`, and what the
+        `trainer`: the process whose system metrics W&B shows; None shows none. Raises `IdTakenError`, and what the
         client raises where the server does not answer.
         """
         self._directory = run
@@ -114,7 +114,7 @@ class Session:
         self.entity: str | None = self._run.entity
 
     def log(self, row: dict[str, Any], step: int) -> None:
-        """Log a whole step; with a validation's, a table of its worst and best windows, where they were kept."""
+        """Log a whole step; for a validation also a table of its worst and best windows, where these were kept."""
         if "valid/loss" in row and (windows := windows_of(self._directory, step)):
             with contextlib.suppress(Exception):  # W&B's client asks the server about tables; the row matters more
                 self._run.log({**row, "valid/windows": self._table(windows, step)}, step=step, commit=True)
@@ -133,19 +133,19 @@ class Session:
         return wandb.Table(columns=[*_WINDOW_COLUMNS, "picture"], data=rows)
 
     def leave_artifacts(self, directory: RunDirectory, config: Config, files: bool) -> str | None:
-        """Send what is asked for besides rows, models as `files` or by reference; returns what went wrong."""
+        """Send the artifacts, models as `files` or by reference. Returns what went wrong, or None."""
         try:
             log_artifacts(self._run, directory, config, files)
         except Exception as error:
             text = " ".join(str(error).split()) or type(error).__name__
-            return f"wandb: what wandb.artifacts and wandb.save_code ask for is not sent: {text}"
+            return f"wandb: the artifacts of wandb.artifacts and wandb.save_code could not be sent: {text}"
         return None
 
     def alert(self, title: str, text: str, level: str) -> None:
         self._run.alert(title, text, level=level)
 
     def finish(self, exit_code: int, preempting: bool, reason: str | None) -> None:
-        """Send what is left and end; a run that stopped to be started again is `preempting`."""
+        """Send the rest and end; a run that stopped in order to be started again is `preempting`."""
         if reason:
             self._run.summary["ended"] = reason
         if preempting:

@@ -38,8 +38,9 @@ def test_an_annotation_without_genes_gives_its_features(shards, tmp_path: Path) 
         "##gff-version 3\nchr1\tx\tregion\t1\t4000\t.\t+\t.\tID=r\nchr1\tx\tmRNA\t101\t200\t.\t+\t.\tID=m\n"
         "chr1\tx\tCDS\t111\t150\t.\t+\t0\tParent=m\n##FASTA\n>chr1\nACGT\n"
     )
-    out, _ = shards("--around", gff, "--flank", 100)
+    out, part = shards("--around", gff, "--flank", 100)
     assert windows_of(out) == {("train", "chr1", 0, 300)}
+    assert part["report"]["notes"] == ["--around: 2 features (none of them a gene) of transcripts.gff3"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,9 @@ def test_what_is_no_annotation_of_the_genome_is_refused(shards, tmp_path: Path, 
 
 def test_regions_come_from_one_file(shards, tmp_path: Path) -> None:
     (tmp_path / "genes.gtf").write_text(GTF)
-    with pytest.raises(UserError, match="--around: --intervals says which regions are used"):
+    with pytest.raises(UserError, match="--around: --intervals decides which regions are used"):
         shards("--around", tmp_path / "genes.gtf", "--intervals", tmp_path / "genes.gtf")
+    with pytest.raises(UserError, match=r"--flank: .*give it by --around"):
+        shards("--flank", 60)
     out, _ = shards()
     assert "around" not in load_manifest(out)["species"][0]["plan"]

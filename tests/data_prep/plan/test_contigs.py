@@ -184,7 +184,7 @@ def test_include_replaces_the_default_rules_and_exclude_wins() -> None:
     assert choose(contigs, contigs="all", exclude="chr2").used == {"chr1": 1, "chrM": 3}
     with pytest.raises(UserError, match="none of the 3 contigs"):
         choose(contigs, include="hr1")
-    with pytest.raises(UserError, match="--include says which contigs are used; leave one out"):
+    with pytest.raises(UserError, match="--include decides which contigs are used; leave one of the two out"):
         choose(contigs, include="chr1", contigs="all")
 
 
@@ -201,7 +201,7 @@ def test_alias_table_translates_names_and_patterns(tmp_path: Path) -> None:
     assert found.used == {"NC_000001.11": 9}
     assert [found.find(name) for name in ("chr1", "1", "NC_000001.11")] == ["NC_000001.11"] * 3
     path.write_text("chr1\t1\nchrom1\t1\n")
-    with pytest.raises(UserError, match=r"aliases.tsv:2: '1' stands in two rows"):
+    with pytest.raises(UserError, match=r"aliases.tsv:2: '1' occurs in two rows"):
         read_aliases(path)
 
 

@@ -125,6 +125,18 @@ def test_train_has_no_near_copy_of_what_any_species_holds_out(relatives: Path) -
         shard(*options, "--out", out, "--homology", 0.6)
     with pytest.raises(UserError, match="--homology: with --add"):
         shard(*options, "--out", out, "--homology", 0.5, "--add")
+    shard("--fasta", relatives / "b.fa", "--species", "c", "--out", relatives / "c", "--workers", 1)
+    for words in (
+        ["--merge", out, relatives / "c", "--out", relatives / "new"],
+        ["--merge", relatives / "c", "--out", out, "--add"],
+        ["--fasta", relatives / "b.fa", "--species", "c", "--out", out, "--add"],
+    ):
+        with pytest.raises(UserError, match=r"species a: --homology looked .* of its command, of which c is none"):
+            shard(*words)
+    shard("--merge", out, "--out", relatives / "again")
+    assert load_manifest(relatives / "again") == load_manifest(out)
+    with pytest.raises(UserError, match="--homology: nothing is held out"):
+        shard("--fasta", relatives / "b.fa", "--species", "b", "--out", relatives / "new", "--homology", 0.5)
     with pytest.raises(UserError, match="--homology: must be above 0 and at most 1"):
         shard(*options, "--out", relatives / "new", "--homology", 1.5)
 
@@ -138,3 +150,19 @@ def test_a_share_below_the_levels_of_the_report_is_left_out_as_well(tmp_path: Pa
     (part,) = load_manifest(tmp_path / "out")["species"]
     assert part["report"]["near_copies"]["0.1"] == 0, "7 of 256 and of 236 sampled k-mers"
     assert STRETCH <= 30_250 - part["report"]["splits"]["train"]["bases"] <= 2 * STRETCH
+
+
+def test_no_window_of_train_has_a_near_stretch_wherever_it_begins(tmp_path: Path) -> None:
+    """What one copy leaves out lets windows begin elsewhere, and hold another that no window held before."""
+    rng = np.random.default_rng(8)
+    held_out, train = random_bases(rng, 20_000).upper(), random_bases(rng, 75_000).upper()
+    pieces = [train[:10_000], held_out[:6000], train[10_000:36_000], held_out[10_000:18_000], train[36_000:]]
+    write_fasta(tmp_path / "a.fa", {"chr1": "".join(pieces)[:59_000], "chr2": held_out, "chr3": train[45_000:]})
+    options = ("--window", 20_000, "--tail", "drop", "--fasta", tmp_path / "a.fa", "--species", "a")
+    shard(*options, "--valid-contigs", "chr2", "--out", tmp_path / "out", "--homology", 0.5)
+    kmers = np.unique(sampled_kmers(as_bases(held_out))[0])
+    samples = [(json.loads(files["json"]), files["seq"]) for files in tar_samples(tmp_path / "out").values()]
+    windows = {text["contig"]: bases for text, bases in samples if (text["split"], text["strand"]) == ("train", "+")}
+    assert list(windows) == ["chr1", "chr3"]
+    for bases in windows.values():
+        assert len(near_stretches(np.frombuffer(bases, np.uint8), kmers, 0.5)) == 0

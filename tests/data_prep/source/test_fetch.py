@@ -156,7 +156,7 @@ def test_server_without_ranges(server, tmp_path):
     server.ranges = False
     server.cut_after = [150_000]
     assert fetch(server.url, tmp_path).read_bytes() == CONTENT
-    server.cut_after = [150_000] * 100  # never gets through, and must not try for ever
+    server.cut_after = [150_000] * 100  # never gets through, and must not try without end
     with pytest.raises(UserError, match="run the command again"):
         fetch(server.url.replace(NAME, "other.fa"), tmp_path)
 
@@ -245,5 +245,5 @@ def test_command_line(server, tmp_path):
     assert Path(done.stdout.strip()).read_bytes() == CONTENT
     failed = subprocess.run([*command, "hg99", "--out", tmp_path], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert failed.stderr.startswith("error: 'hg99' is no genome of the registry; known are ce11, dm6")
+    assert failed.stderr.startswith("error: 'hg99' is not a genome of the registry; known are ce11, dm6")
     assert failed.stderr.count("\n") == 1

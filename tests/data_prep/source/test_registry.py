@@ -57,8 +57,8 @@ WRONG = {
     "fasta: x.fa\n": "a genome without a name",
     "name: a b\nfasta: x.fa\n": "name 'a b' may hold letters",
     GOOD + "colour: red\n": "unknown key 'colour'; known are name, organism",
-    GOOD + "include: '('\n": "key 'include' is no regular expression",
-    GOOD + "contigs: {a: 1}\n": "key 'contigs' cannot be {'a': 1}",
+    GOOD + "include: '('\n": "key 'include' is not a regular expression",
+    GOOD + "contigs: {a: 1}\n": "key 'contigs' cannot have the value {'a': 1}",
     GOOD + "valid_contigs: [c]\ntest_contigs: [c]\n": "'x' has c in valid_contigs and in test_contigs",
     "- a\n- b\n": "must hold the keys of a genome",
     "a: [\n": "cannot be read",
@@ -79,7 +79,7 @@ def test_wrong_file_is_refused_in_one_line(tmp_path, text):
 
 
 def test_unknown_name_and_missing_file(tmp_path):
-    with pytest.raises(UserError, match="'hg99' is no genome of the registry; known are ce11, dm6, hg19"):
+    with pytest.raises(UserError, match="'hg99' is not a genome of the registry; known are ce11, dm6, hg19"):
         resolve_genome("hg99")
     with pytest.raises(UserError, match="no such file"):
         resolve_genome(str(tmp_path / "none.yaml"))

@@ -183,7 +183,9 @@ MERGE_DAMAGE = {
 def test_damaged_datasets_are_not_merged(shards, tmp_path: Path, damage: str) -> None:
     (fly, _), (worm, _) = shards(), shards(species="worm")
     MERGE_DAMAGE[damage](worm / "worm")
-    with pytest.raises(UserError, match=r"worm/train-000000\.tar: missing or not whole.*then merge"):
+    with pytest.raises(
+        UserError, match=r"worm/train-000000\.tar: the tar or its index is missing or damaged.*then merge"
+    ):
         shard("--merge", fly, worm, "--out", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -58,7 +58,7 @@ DAMAGE = {
     flip_json: r"train-000001\.tar: s-\S+: index and tar differ in contig|train-000001.tar: its bytes were changed",
     flip_header: r"train-000001\.tar: at byte 0: no member header of a shard",
     cut_tar: r"train-000001\.tar: has [\d,]+ bytes instead of [\d,]+",
-    swap_indexes: r"train-000001\.index\.npz: its bytes were changed, or it belongs to another tar",
+    swap_indexes: r"train-000001\.index\.npz: its bytes were changed, or it is the index of another tar",
     swap_tars: r"train-000001\.tar: ",
     flip_index: r"train-000001\.index\.npz: its bytes were changed",
     lambda out: (out / "s" / "train-000001.tar").unlink(): r"train-000001\.tar: is missing",
@@ -122,6 +122,6 @@ def test_any_changed_byte_is_found(dataset: Path, data: st.DataObject) -> None:
 def test_a_damaged_tar_is_not_indexed(dataset: Path) -> None:
     cut_tar(dataset)
     with pytest.raises(
-        UserError, match=r"train-000001\.tar: ends within .*; restore the tar, or shard the genome again"
+        UserError, match=r"train-000001\.tar: the file ends within .*; restore the tar, or shard the genome again"
     ):
         shard("--rebuild-index", dataset)

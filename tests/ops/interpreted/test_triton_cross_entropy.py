@@ -91,7 +91,7 @@ def test_two_runs_give_the_same_bits():
 
 @pytest.mark.slow
 def test_offsets_past_2_to_the_31(tmp_path, device, monkeypatch):
-    """Of the loss: a tile without a label is not read. Gradients of all of hidden are written, which takes its room."""
+    """In the loss, a tile without a label is not read. Gradients of all of hidden are written, which takes its room."""
     if device.type != "cpu":
         pytest.skip("a GPU has no sparse memory")
     monkeypatch.setattr(cross_entropy, "CHANNELS", 2**15)  # of few turns, and few tokens to pass over

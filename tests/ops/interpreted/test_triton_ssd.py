@@ -82,7 +82,7 @@ def test_more_chunks_than_are_carried_at_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_heads_in_groups_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a GPU that a program for each chunk would leave empty."""
+    """The GPU is one that a program for each chunk would leave partly empty."""
     monkeypatch.setattr(ssd, "multiprocessors", lambda device: 2)
     compare((9, 1, 1, 5, 2, 3), torch.float32, False, False)
 

@@ -1,4 +1,4 @@
-"""The sources of a run: which species, from which directories, at which weights, cut into crops. Imports no torch."""
+"""The sources of a split: which species, from which directories, at which weights, cut into crops. Imports no torch."""
 
 import logging
 from collections import Counter
@@ -26,9 +26,9 @@ from caduceus.files import patiently
 log = logging.getLogger(__name__)
 
 _LOOKED_AT = 4096
-"""Windows of a source that are looked at before all of them are."""
+"""Number of a source's windows that are examined first; all of them are examined only if these do not suffice."""
 _LITTLE_USED = 0.5
-"""Share of a species' bases in crops below which the log says so."""
+"""If crops hold less than this share of a species' bases, a warning is logged."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class SplitSources:
     """The sources of one split that have crops of the wanted length, and their crops."""
 
     split: str
@@ -54,14 +54,14 @@ class Dataset:
     sources: tuple[Source, ...]
     crops: CropTable
     cache: ShardCache | None
-    """Where the shards are kept that live elsewhere."""
+    """The local copies of remote shards."""
     checked: tuple[Verdicts, ...] = ()
-    """On the tables, kept for processes of this node that come later."""
+    """Verdicts on the tables, which are kept so that later processes of this node see them."""
 
     def identity(self) -> list[Any]:
-        """What tells its windows from those of others, and local tars from what may stand in their place later.
+        """Plain values that differ for other windows, and where local tars were replaced.
 
-        A look at each folder of shards tells that one was replaced, for any number of shards.
+        The time of each folder of shards tells that one of its shards was replaced, for any number of shards.
         """
         names = [source.species for source in self.sources]
         folders = [] if self.cache else sorted({folder for one in self.sources for folder in one.table.folders})
@@ -74,7 +74,7 @@ _at_hand: ContextVar[Mapping[str, dict[str, Any]] | None] = ContextVar("manifest
 
 
 def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
-    """The checked manifests of `data.path` by their addresses; `UserError` as of `open_dataset`."""
+    """The checked manifests of `data.path` by their addresses. Raises `UserError` as `open_sources` does."""
     paths = [path for path, _ in _parse_path(data.path)]
     refuse_commands(paths, data.allow_commands, "data.path")
     return {path: read_manifest(path, bool(data.cache_dir)) for path in paths}
@@ -82,9 +82,9 @@ def read_manifests(data: DataConfig) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def using_manifests(manifests: Mapping[str, dict[str, Any]]) -> Iterator[None]:
-    """Within, datasets at these addresses are opened by the manifests that are at hand, and none is read for them.
+    """Within the block, directories at these addresses are opened with the given manifests, and no file is read.
 
-    So that of many ranks one reads them, and checks them once for all splits.
+    One of many ranks reads and checks the manifests, once for all splits, and the others are given them.
     """
     before = _at_hand.set(manifests)
     try:
@@ -93,11 +93,11 @@ def using_manifests(manifests: Mapping[str, dict[str, Any]]) -> Iterator[None]:
         _at_hand.reset(before)
 
 
-def open_dataset(data: DataConfig, split: str) -> Dataset:
+def open_sources(data: DataConfig, split: str) -> SplitSources:
     """Open `data.path` and cut the windows of `split` into crops.
 
-    Species without this split are not sources. Raises `UserError` where there is nothing to draw from, and unless
-    `data.allow_unused_species`, where there is nothing to draw from one of the species.
+    Species without this split are not sources. Raises `UserError` where no species has a crop to draw, and, unless
+    `data.allow_unused_species` is set, where one of the species has none.
     """
     entries = _parse_path(data.path)
     refuse_commands([path for path, _ in entries], data.allow_commands, "data.path")
@@ -113,8 +113,8 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
         raise UserError(f"data.path: no species of {paths} has windows in the split '{split}'")
     sources = _those_of_use(sources, data, split, cache)
     crops = CropTable([source.table for source in sources], data.seq_len, data.min_acgt, data.pack)
-    give_back_freed_memory()  # of a manifest's text and a table's sums, for each rank as much as what is kept of them
-    return Dataset(
+    give_back_freed_memory()  # of a manifest's text and a table's sums, as much as what is kept
+    return SplitSources(
         split=split,
         addresses=tuple(path for path, _ in entries),
         fingerprints=tuple(genome.fingerprint for genome, _ in directories),
@@ -125,41 +125,42 @@ def open_dataset(data: DataConfig, split: str) -> Dataset:
     )
 
 
-def log_dataset(dataset: Dataset, counts: np.ndarray, bases: np.ndarray, epochs_differ: bool) -> None:
-    """Say what is drawn, what is left out, and the weights as rounded.
+def log_sources(split_sources: SplitSources, counts: np.ndarray, bases: np.ndarray, epochs_differ: bool) -> None:
+    """Log what is drawn, what is left out, and the rounded weights.
 
-    `counts` (stages, S): samples of each source in each block of the stages of the mixture. `bases` (S,): of each
-    source, those that any crop of its first epoch holds.
+    `counts` (stages, S): samples of each source per block, for each stage of the mixture. `bases` (S,): bases of each
+    source in crops of its first epoch.
     """
-    crops = dataset.crops
-    log_commands(dataset.addresses)
+    crops = split_sources.crops
+    log_commands(split_sources.addresses)
     log.info(
         "data: %s: %d species, %d shards, %d crops of %d bases; left out: %d bases at the ends of windows, "
         "%d crops with too few ACGT",
-        dataset.split,
-        len(dataset.sources),
+        split_sources.split,
+        len(split_sources.sources),
         len(crops.shards),
         crops.size,
         crops.seq_len,
         crops.left_out_bases,
         crops.left_out_tiles,
     )
-    shares_used = bases / [source.table.bases for source in dataset.sources]
-    unseen = (f"{source.species} {1 - used:.2%}" for source, used in zip(dataset.sources, shares_used, strict=True))
+    shares_used = bases / [source.table.bases for source in split_sources.sources]
+    used_by_source = list(zip(split_sources.sources, shares_used, strict=True))
+    unseen = (f"{source.species} {1 - used:.2%}" for source, used in used_by_source)
     others = " in its first epoch; others are tiled differently" if epochs_differ else ""
-    log.info("data: %s: bases of each species that no crop holds: %s%s", dataset.split, ", ".join(unseen), others)
-    for source, used in zip(dataset.sources, shares_used, strict=True):
+    log.info("data: %s: bases of each species that no crop holds: %s%s", split_sources.split, ", ".join(unseen), others)
+    for source, used in used_by_source:
         if used < _LITTLE_USED:
             log.warning(
                 "data: %s: crops hold only %.1f %% of the bases of %s; the others lie in windows shorter than %d, "
                 "at the ends of windows, or in crops with too few ACGT",
-                dataset.split,
+                split_sources.split,
                 100 * used,
                 source.species,
                 crops.seq_len,
             )
     for number, stage in enumerate(counts.tolist(), start=1):
-        shares = (f"{source.species} {count}" for source, count in zip(dataset.sources, stage, strict=True))
+        shares = (f"{source.species} {count}" for source, count in zip(split_sources.sources, stage, strict=True))
         which = f" in stage {number} of {len(counts)} of data.species_weights" if len(counts) > 1 else ""
         log.info("data: samples of each species in every %d%s: %s", MIXTURE_BLOCK, which, ", ".join(shares))
 
@@ -187,7 +188,9 @@ def _positive(value: Any, what: str) -> float:
 
 
 def _sources(genome: ShardedGenome, directory_weight: float, split: str) -> list[Source]:
-    """The species of a directory that have windows in the split; a species without a weight weighs its bases."""
+    """The species of a directory that have windows in the split. The weight of a species is its number of bases unless
+    one is given.
+    """
     sources = []
     for species, part in genome.parts.items():
         table = genome.table(species, split)
@@ -197,12 +200,17 @@ def _sources(genome: ShardedGenome, directory_weight: float, split: str) -> list
         weight = table.bases if weight is None else _positive(weight, f"{genome.directory}: the weight of {species}")
         sources.append(Source(species, directory_weight * weight, table, str(part.get("sha256"))))
     if len({genome.parts[source.species].get("weight") is None for source in sources}) > 1:
-        log.warning("data: %s: some species have a weight; those without one weigh their bases", genome.directory)
+        log.warning(
+            "data: %s: some species have a weight; for those without one the weight is their number of bases",
+            genome.directory,
+        )
     return sources
 
 
 def _those_of_use(sources: list[Source], data: DataConfig, split: str, cache: ShardCache | None) -> list[Source]:
-    """The sources that have something to learn from; the others are an error unless the user allows to drop them."""
+    """The sources that have something to learn from. Raises `UserError` for the others, unless the user allows leaving
+    them out.
+    """
     problems = [_why_useless(source, data, split, cache) for source in sources]
     kept = [source for source, problem in zip(sources, problems, strict=True) if problem is None]
     for problem in filter(None, problems):
@@ -210,34 +218,41 @@ def _those_of_use(sources: list[Source], data: DataConfig, split: str, cache: Sh
             raise UserError(problem)
         if not data.allow_unused_species:
             raise UserError(
-                f"{problem}. Its share of the samples would go to the others: leave it out of data.path, or allow that "
-                "by data.allow_unused_species=true"
+                f"{problem}. Its share of the samples would go to the others: leave it out of data.path, or allow this "
+                "with data.allow_unused_species=true"
             )
         log.warning("data: left out, and its share goes to the others: %s", problem)
     return kept
 
 
 def _why_useless(source: Source, data: DataConfig, split: str, cache: ShardCache | None) -> str | None:
-    """One line about a source that has no base to learn from in a sequence of the wanted length."""
+    """Why a source has nothing to learn from in sequences of the wanted length, in one line; None where it has."""
     where = f"of species '{source.species}' in the split '{split}'"
-    longest = int(source.table.rows["length"].max())
-    if longest < data.seq_len and not data.pack:
+    if not data.pack and not _reaches(source.table, data.seq_len):
+        longest = int(source.table.rows["length"].max())
         return (
             f"data.seq_len: {data.seq_len} bases, but the longest window {where} has {longest}; choose a shorter "
-            "sequence, or, where its contigs are longer than that, shard with a longer --window"
+            "sequence, fill sequences with several windows by data.pack=true, or, where contigs are longer than that, "
+            "shard with a longer --window"
         )
     if not _has_a_crop(source.table, data):
         return f"data.min_acgt: no crop of {data.seq_len} bases {where} has {data.min_acgt:.0%} of ACGT; lower it"
     if data.repeat_weight == 0 and not _has_upper_case(source.table, 0 if data.pack else data.seq_len, cache):
         return (
-            f"data.repeat_weight: 0, but all bases {where} are lower case (soft-masked), so that none counts; "
-            "choose a weight above 0"
+            f"data.repeat_weight: 0, but all bases {where} are lower case (soft-masked), so no base counts; choose a "
+            "weight above 0"
         )
     return None
 
 
+def _reaches(table: WindowTable, seq_len: int) -> bool:
+    """Whether any window is that long."""
+    lengths = table.rows["length"]
+    return bool(np.any(lengths[:_LOOKED_AT] >= seq_len) or np.any(lengths[_LOOKED_AT:] >= seq_len))
+
+
 def _has_a_crop(table: WindowTable, data: DataConfig) -> bool:
-    """Whether any crop of a source has enough ACGT; one window of them alone tells that mostly."""
+    """Whether any crop of a source has enough ACGT. Mostly a window of nothing but ACGT answers that at once."""
     some = table.rows[:_LOOKED_AT]
     if np.any((some["length"] >= data.seq_len) & (some["acgt"] == some["length"])):
         return True
@@ -258,7 +273,7 @@ def _has_upper_case(table: WindowTable, seq_len: int, cache: ShardCache | None) 
         try:
             files.read_into(int(window["shard"]), int(window["offset"]), bases)
         except OSError:
-            return True  # which the reading of samples will tell
+            return True  # reading samples will report this
         if np.any(IS_ACGT_BYTE[bases] & (bases < ord("a"))):
             return True
     return False
