@@ -80,7 +80,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     actions = parser.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("list", help="a table of all runs below a directory")
-    listing.add_argument("directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="(runs)")
+    listing.add_argument(
+        "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="it (%(default)s)"
+    )
     texts = {
         "status": "step, loss, rate, time left, checkpoints, and every start and end so far",
         "logs": "the newest log of a rank",
@@ -92,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     added = {name: actions.add_parser(name, help=text) for name, text in texts.items()}
     for action in added.values():
         action.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    added["logs"].add_argument("--rank", type=int, default=0, metavar="R", help="(0)")
+    added["logs"].add_argument("--rank", type=int, default=0, metavar="R", help="whose log (%(default)s)")
     added["logs"].add_argument("-f", "--follow", action="store_true", help="show new lines, while the run is alive")
     added["resume"].add_argument("--nodes", type=int, metavar="M", help="on another number of nodes")
     settings = "keys to change, such as train.micro_batch=2"

@@ -91,6 +91,13 @@ def test_what_is_not_run_says_what_it_needs(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_command_stands_where_it_would_not_be_run(page: Path) -> None:
+    for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        if language != "console":
+            assert not re.search(r"^\$ |^(python|torchrun|pip|make|caduceus-\w+) ", text, re.MULTILINE), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_programs_and_files_that_commands_name_are_there(page: Path) -> None:
     """Also where a block is not run."""
     for block in blocks(page):
@@ -102,5 +109,6 @@ def test_programs_and_files_that_commands_name_are_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?://)([^)#]*)", page.read_text()):
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?://)([^)#]*)", text) + re.findall(r'src="([^"]*)"', text):
         assert not target or (page.parent / target).exists(), f"{page.name}: {target}"
