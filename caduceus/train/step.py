@@ -36,12 +36,12 @@ def training_step(
     Every base has the same weight, however the global batch is divided into ranks and micro-batches: the loss is a sum
     over all of them, divided by the number of labelled bases (or the sum of weights) of the whole global batch. A step
     whose loss or gradient is not finite, or whose loss jumped, consumes its samples and updates nothing. Loss and norm
-    are global, so all ranks decide the same. Besides the exchanges of passes and clipping, the ranks add up
-    the weights of the labels, which no host waits for, and meet once, before the update.
+    are global, so all ranks decide the same. Besides the exchanges of passes and clipping, the ranks add up the weights
+    of the labels, which no host waits for, and meet once, before the update.
     """
     alone, handover = handover is None, handover or Handover()
-    ranks, vitals = strategy.ranks, Vitals(config, strategy, progress.step + 1)
-    clock = StepClock(ranks.device)
+    ranks, clock = strategy.ranks, StepClock(strategy.ranks.device)
+    vitals = Vitals(config, strategy, progress.step + 1)
     bases = loader.global_batch * config.data.seq_len
     micro_batches, weight, failure = _take(ranks, loader, batches, clock, handover)
     shares, sums = _pass_through(config, strategy, micro_batches, weight, clock, vitals)
@@ -65,8 +65,7 @@ def training_step(
     progress.loader = loader.state()
     if not updating and (suspects := _suspects(micro_batches, sums, loss)):
         reason = "the loss jumped" if progress.health.spiked else f"loss {loss}, gradient norm {grad_norm}"
-        logs = RunDirectory(config.run.dir).logs_path
-        report_skipped_step(logs, ranks.rank, loader, progress.step, reason, suspects)
+        report_skipped_step(RunDirectory(config.run.dir).logs_path, ranks.rank, loader, progress.step, reason, suspects)
     row = {
         "step": progress.step,
         **of_stage(config, progress),
