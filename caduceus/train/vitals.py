@@ -51,7 +51,7 @@ class Vitals:
             return
         parts = self._strategy.parts()
         for place, part in enumerate(parts):
-            self._kinds.setdefault(kind_of(part.name), []).append(place)
+            self._kinds.setdefault(parameter_kind(part.name), []).append(place)
         self._before = [part.weight.clone() for part in parts]
         gradients = [part.gradient for part in parts if part.gradient is not None]
         if gradients and len(gradients) == len(parts):
@@ -99,7 +99,7 @@ class Vitals:
         return torch.stack([squares[places].sum() for places in self._kinds.values()])
 
 
-def kind_of(parameter: str) -> str:
+def parameter_kind(parameter: str) -> str:
     """The kind of a parameter, from its name: A_log for blocks.3.mixer.A_log, norm for any norm, embedding."""
     *path, last = parameter.split(".")
     return path[-1].removesuffix("_f") if last in ("weight", "bias") else last
