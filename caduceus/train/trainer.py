@@ -158,6 +158,10 @@ class _StageLoop(Loop):
         self.monitor.log_validation(told, windows)
         return told
 
+    @property
+    def evaluation_is_due(self) -> bool:
+        return self.evaluations.are_due(self.progress.step)
+
     def evaluated(self) -> Row:
         return self.evaluations.after(self.strategy, self.progress.step)
 

@@ -65,12 +65,13 @@ class Vitals:
         self._squares |= {"weight": self._by_kind(self._before), "moved": self._by_kind(moved)}
         self._before = []
 
-    def numbers(self) -> list[float]:
-        """The numbers of this rank, to be gathered from all."""
+    def numbers(self) -> torch.Tensor:
+        """The numbers of this rank, (n,) float64, to be gathered from all."""
+        self._before = []
         if not self.on:
-            return []
-        squares = [number for values in self._squares.values() for number in values.tolist()]
-        return [*squares, *self._told.flatten().tolist()]
+            return torch.zeros(0, dtype=torch.float64)
+        told = self._told.flatten().double()
+        return torch.cat([*(values.to(told.device) for values in self._squares.values()), told])
 
     def row(self, rows: torch.Tensor) -> dict[str, float]:
         """The entries of the step's row from the `numbers` of all ranks, (world, n) float64."""
