@@ -15,7 +15,7 @@ import numpy as np
 from caduceus.data.cache import Shard
 from caduceus.data.crops import CropTable
 from caduceus.data.genome import WindowTable
-from caduceus.data.windows import WINDOW_DTYPE, WINDOW_RUN_DTYPE, Windows
+from caduceus.data.windows import WINDOW_DTYPE, WINDOW_RUN_DTYPE, LoadedWindows
 from caduceus.tables import read_lines, split_fields
 from data_prep.plan.options import PlanOptions
 from data_prep.plan.windows import tile
@@ -80,7 +80,7 @@ def windows_of(lengths: np.ndarray) -> WindowTable:
     windows["length"] = windows["acgt"] = of_contigs[:, 1] - of_contigs[:, 0]
     windows["shard"] = np.arange(len(windows)) // WINDOWS_OF_A_SHARD
     shards = [Shard(f"{number}.tar", 0, "") for number in range(int(windows["shard"][-1]) + 1)]
-    return WindowTable("s", ("c",), (int(ends[-1]),), shards, Windows(windows, np.zeros(0, WINDOW_RUN_DTYPE)))
+    return WindowTable("s", ("c",), (int(ends[-1]),), shards, LoadedWindows(windows, np.zeros(0, WINDOW_RUN_DTYPE)))
 
 
 def shifted(crops: CropTable, window_count: int) -> tuple[int, int]:

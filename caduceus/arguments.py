@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
         self._start = start
         self.register("type", int, whole_number)
         self.register("type", float, number)
+        self.register("action", "parsers", _Subcommands)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -38,6 +39,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; see --help")
+
+
+class _Subcommands(argparse._SubParsersAction):
+    """Subcommands whose --help begins with what the list of subcommands says of them."""
+
+    def add_parser(self, name: str, **keywords: Any) -> Any:
+        about = keywords.get("help", "")
+        return super().add_parser(name, **{"description": about[:1].upper() + about[1:], **keywords})
 
 
 class PresetAction(argparse.Action):

@@ -10,7 +10,10 @@ import pytest
 
 from caduceus.commands import COMMANDS
 from caduceus.config import SECTIONS, load_config
+from caduceus.errors import UserError
+from caduceus.evaluate.commands import verb_arguments
 from caduceus.presets import presets
+from launch import runs
 from tests import preloaded
 from tests.conftest import REPOSITORY
 
@@ -81,3 +84,15 @@ def test_a_preset_is_shown_from_any_folder_and_loads_as_shown(tmp_path: Path) ->
     asked = ["data.path=there", "train.betas=[0.8,0.9]"]
     assert load_config(tmp_path / "shown.yaml") == load_config("ps-131k", asked)
     assert [path.name for path in tmp_path.iterdir()] == ["shown.yaml"]
+
+
+def test_the_help_of_a_subcommand_begins_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        verb_arguments(["suite", "--help"])
+    assert "\nA benchmark of many tasks" in capsys.readouterr().out
+
+
+def test_what_may_be_left_out_is_not_named_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["runs.py", "resume"])
+    with pytest.raises(UserError, match=r"^the following arguments are required: RUN; see --help$"):
+        runs.parse_arguments()

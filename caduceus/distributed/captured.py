@@ -69,7 +69,7 @@ class Captured(Strategy):
         self._gradients: Tensor | None = None
         self._parts: list[tuple[nn.Parameter, Tensor]] = []
 
-    def replay(self, arguments: Arguments, weight: float, observed: bool) -> Passed:
+    def replay(self, arguments: Arguments, weight: Tensor, observed: bool) -> Passed:
         """Run both passes over a micro-batch, and add its gradients to the existing ones.
 
         `arguments`: those of the model. `weight`: the sum of the weights of the labels of the whole global batch.
@@ -77,7 +77,7 @@ class Captured(Strategy):
         graph.
         """
         kind = (observed, *(_kind_of(leaf) for leaf in tree_leaves(arguments)))
-        self._weight.fill_(weight)
+        self._weight.copy_(weight)
         if kind not in self._recordings:
             self._recordings[kind] = self._record(arguments, observed)
         recording = self._recordings[kind]

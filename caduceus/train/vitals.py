@@ -51,7 +51,7 @@ class Vitals:
             return
         parts = self._strategy.parts()
         for place, part in enumerate(parts):
-            self._kinds.setdefault(kind_of(part.name), []).append(place)
+            self._kinds.setdefault(parameter_kind(part.name), []).append(place)
         self._before = [part.weight.clone() for part in parts]
         gradients = [part.gradient for part in parts if part.gradient is not None]
         if gradients and len(gradients) == len(parts):
@@ -65,12 +65,13 @@ class Vitals:
         self._squares |= {"weight": self._by_kind(self._before), "moved": self._by_kind(moved)}
         self._before = []
 
-    def numbers(self) -> list[float]:
-        """The numbers of this rank, to be gathered from all."""
+    def numbers(self) -> torch.Tensor:
+        """The numbers of this rank, (n,) float64, to be gathered from all."""
+        self._before = []
         if not self.on:
-            return []
-        squares = [number for values in self._squares.values() for number in values.tolist()]
-        return [*squares, *self._told.flatten().tolist()]
+            return torch.zeros(0, dtype=torch.float64)
+        told = self._told.flatten().double()
+        return torch.cat([*(values.to(told.device) for values in self._squares.values()), told])
 
     def row(self, rows: torch.Tensor) -> dict[str, float]:
         """The entries of the step's row from the `numbers` of all ranks, (world, n) float64."""
@@ -98,7 +99,7 @@ class Vitals:
         return torch.stack([squares[places].sum() for places in self._kinds.values()])
 
 
-def kind_of(parameter: str) -> str:
+def parameter_kind(parameter: str) -> str:
     """The kind of a parameter, from its name: A_log for blocks.3.mixer.A_log, norm for any norm, embedding."""
     *path, last = parameter.split(".")
     return path[-1].removesuffix("_f") if last in ("weight", "bias") else last

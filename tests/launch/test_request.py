@@ -196,3 +196,9 @@ def test_what_sbatch_and_srun_call_alike_is_said_once(name: str) -> None:
     assert f"--{name}=it" in step_options(request)
     with pytest.raises(UserError, match=f"sbatch: {name}: is set by --{name}"):
         load_request("slurm", {"sbatch": {name: "it"}})
+
+
+def test_every_option_of_a_job_says_what_it_is() -> None:
+    parser = argparse.ArgumentParser()
+    add_request_options(parser, default="slurm")
+    assert [action.dest for action in parser._actions if not action.help] == []

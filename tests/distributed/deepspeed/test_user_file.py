@@ -21,7 +21,7 @@ def test_the_page_on_parallelism_lists_every_key() -> None:
     sections = [ALLOWED, zero, zero["offload_optimizer"], zero["offload_param"]]
     keys = {key for section in sections for key, kind in section.items() if kind != {}}
     assert {key for key in keys if not re.search(rf"[`.]{key}`", page)} == set()
-    listed = page[page.index("It may set the keys") : page.index("Files that were written")]
+    listed = page[page.index("`parallel.deepspeed_config=FILE`") : page.index("A file that was written")]
     named = re.findall(r"`([a-z0-9_.]+)`", listed)
     assert {name.removeprefix("zero_optimization.") for name in named} <= keys | {"cpu", "none"}
 
