@@ -124,7 +124,7 @@ class TrainLoader:
 
     @property
     def species(self) -> tuple[str, ...]:
-        """Those that samples are drawn from, by row."""
+        """The species that samples are drawn from, by row."""
         return self._samples.species
 
     def epochs(self) -> dict[str, float]:
