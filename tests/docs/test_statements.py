@@ -77,3 +77,15 @@ def test_the_times_of_the_readme_are_those_of_the_model_and_said_to_be() -> None
             seconds = estimate(config, gpus).step_seconds * config.train.steps
             assert float(time) * {"min": 60, "h": 3600}[unit] == pytest.approx(seconds, rel=0.1), (name, gpus)
     assert "**The times are a model's.** They are computed, not measured" in text
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked = re.findall(r"\]\((docs/[\w-]+\.md)[)#]", (REPOSITORY / "README.md").read_text())
+    assert {path.name for path in (REPOSITORY / "docs").glob("*.md")} == {Path(target).name for target in linked}
+
+
+@each_page
+def test_the_first_paragraph_of_a_page_says_what_it_is_for(page: Path) -> None:
+    """A sentence about the page, or in README about the model."""
+    first = page.read_text().split("\n\n")[1]
+    assert re.match(r"This page |\*\*Caduceus\*\* is |`make demo` trains ", first), first
