@@ -59,6 +59,15 @@ def test_names_that_the_architecture_gives_are_those_of_the_code(code: str) -> N
     assert [name for name in named if not re.search(rf"\b{name}\b", code)] == []
 
 
+def test_what_the_walks_name_is_defined_in_the_file_that_they_name() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    pairs = re.findall(r"`(\w+)`\s+(?:in\s+|\()`([\w/]+\.py)`", text)
+    assert len(pairs) > 15
+    where = {name: (REPOSITORY / path).read_text() for name, path in pairs}
+    missing = [name for name, code in where.items() if not re.search(rf"^(def |class |){name}\b", code, re.MULTILINE)]
+    assert missing == []
+
+
 @each_page
 def test_targets_of_make_that_a_page_names_are_there(page: Path) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
