@@ -32,9 +32,10 @@ def test_grids_fit_and_only_replays_take_more_launches_for_more_bases() -> None:
             assert all(0 < blocks <= most for blocks, most in zip(grid, LARGEST, strict=False)), (name, grid, step)
         counts = Counter(name for name, _ in step["launches"])
         chunks = next(grid[0] for name, grid in step["launches"] if name == "chunk_state") // 2
-        segments = math.ceil(chunks / WAVE)
         pieces = next(grid[1] for name, grid in step["launches"] if name == "gather_pieces")
-        assert WAVE * pieces * 4 * 2 * 16 * 512 <= 2**31
+        waves = 2**31 // (WAVE * pieces * 4 * 2 * 16 * 512)
+        assert waves > 0
+        segments = math.ceil(chunks / (waves * WAVE))
         assert {counts.pop(name) for name in REPLAYED} == {2 * segments}, step["length"]
         assert counts["scan_forward"] == 2
         assert counts == others.setdefault((step["streams"], step["shared"]), counts), step["length"]
