@@ -47,12 +47,13 @@ def tokens_per_program(runs: int, length: int, programs: int, resident: int, dev
     such that these take the fewest tokens one after another, with `CHUNK_COSTS` for what a chunk begins with.
     """
     at_a_time = places(resident, device)
-
-    def tokens_in_turn(chunk: int) -> tuple[int, int]:
+    best, least = CHUNKS[0], 0
+    for chunk in CHUNKS:  # not by min, which torch.compile does not see through
         waves = triton.cdiv(runs * programs * triton.cdiv(length, chunk), at_a_time)
-        return waves * (chunk + CHUNK_COSTS), -chunk
-
-    return min(CHUNKS, key=tokens_in_turn)
+        tokens_in_turn = waves * (chunk + CHUNK_COSTS)
+        if chunk == CHUNKS[0] or tokens_in_turn <= least:
+            best, least = chunk, tokens_in_turn
+    return best
 
 
 def channel_block(x: Tensor) -> int:

@@ -56,18 +56,11 @@ def _(x, residual, weight, bias, eps, out_dtype):
 
 
 def launch_backward(
-    dout: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    x_dtype: torch.dtype,
-    layer_norm: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the sum, in its type, of x, empty where that is the same, of the weight and of the bias."""
+    dout: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, layer_norm: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient of x and of the residual, of the weight, of the bias); the first in the sum's type."""
     total = total.contiguous()
     dsum = torch.empty_like(total)
-    dx = torch.empty(_of_x(total, x_dtype), dtype=x_dtype, device=total.device)
     _, stream_rows, D, options = _sizes(total, weight)
     streams = len(weight) if weight.ndim == 2 else 1
     programs = min(triton.cdiv(stream_rows, options["ROWS"]), 4 * multiprocessors(total.device))
@@ -79,33 +72,25 @@ def launch_backward(
             dout.contiguous(),
             total if dtotal is None else dtotal.contiguous(),
             dsum,
-            dx,
             dweight,
             dbias,
             stream_rows,
             D,
             eps,
             HAS_DTOTAL=dtotal is not None,
-            HAS_DX=x_dtype != total.dtype,
             LAYER_NORM=layer_norm,
             **options,
         )
     dweight, dbias = (t.sum(1).view_as(weight).to(weight.dtype) for t in (dweight, dbias))
-    return dsum, dx, dweight, dbias
+    return dsum, dweight, dbias
 
 
 add_norm_backward = torch.library.custom_op("caduceus::triton_add_norm_backward", launch_backward, mutates_args=())
 
 
 @add_norm_backward.register_fake
-def _(dout, dtotal, total, weight, x_dtype, layer_norm, eps):
-    dx = total.new_empty(_of_x(total, x_dtype), dtype=x_dtype)
-    return total.new_empty(total.shape), dx, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-
-
-def _of_x(total: Tensor, x_dtype: torch.dtype) -> tuple[int, ...]:
-    """The shape of x's gradient, where it is not that of the sum."""
-    return (0,) if x_dtype == total.dtype else total.shape
+def _(dout, dtotal, total, weight, layer_norm, eps):
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -120,9 +105,9 @@ def _backward(ctx, dout, dtotal):
     if dout is None:
         dout = torch.zeros_like(total)
     dtotal = dtotal if ctx.has_residual else None
-    dsum, dx, dweight, dbias = add_norm_backward(dout, dtotal, total, weight, ctx.x_dtype, ctx.layer_norm, ctx.eps)
+    dsum, dweight, dbias = add_norm_backward(dout, dtotal, total, weight, ctx.layer_norm, ctx.eps)
     dresidual = dsum if ctx.has_residual else None
-    return dsum if total.dtype == ctx.x_dtype else dx, dresidual, dweight, dbias if ctx.layer_norm else None, None, None
+    return dsum.to(ctx.x_dtype), dresidual, dweight, dbias if ctx.layer_norm else None, None, None
 
 
 add_norm_forward.register_autograd(_backward, setup_context=_save_for_backward)

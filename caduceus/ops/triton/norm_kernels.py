@@ -52,7 +52,6 @@ def add_norm_backward_kernel(
     dout_ptr,
     dtotal_ptr,
     dsum_ptr,
-    dx_ptr,
     dweight_ptr,
     dbias_ptr,
     stream_rows,
@@ -61,11 +60,9 @@ def add_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_DTOTAL: tl.constexpr,
-    HAS_DX: tl.constexpr,
     LAYER_NORM: tl.constexpr,
 ):
-    """dsum (rows, D), the gradient of x and residual alike, and once more as dx where x is of another type; dweight and
-    dbias (streams, programs, D) per program."""
+    """dsum (rows, D), the gradient of x and residual alike; dweight and dbias (streams, programs, D) per program."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     stream = tl.program_id(1).to(tl.int64)
@@ -95,10 +92,7 @@ def add_norm_backward_kernel(
         dsum *= scale[:, None]
         if HAS_DTOTAL:
             dsum += tl.load(dtotal_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        dsum = dsum.to(dsum_ptr.dtype.element_ty)
-        tl.store(dsum_ptr + at, dsum, mask=mask)
-        if HAS_DX:
-            tl.store(dx_ptr + at, dsum.to(dx_ptr.dtype.element_ty), mask=mask)
+        tl.store(dsum_ptr + at, dsum.to(dsum_ptr.dtype.element_ty), mask=mask)
     slot = (stream * programs + program) * D + column
     tl.store(dweight_ptr + slot, dweight, mask=inside)
     tl.store(dbias_ptr + slot, dbias, mask=inside)

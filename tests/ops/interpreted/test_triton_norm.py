@@ -77,20 +77,9 @@ def test_composes_with_torch(has_residual, layer_norm):
 
     x, residual, weight, bias = (torch.randn(shape) for shape in ((2, 1, 3, 5), (2, 1, 3, 5), (2, 5), (2, 5)))
     dtotal = torch.randn_like(x) if has_residual else None
-    for x_dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(add_norm_backward, (torch.randn_like(x), dtotal, x, weight, x_dtype, layer_norm, 1e-5))
+    torch.library.opcheck(add_norm_backward, (torch.randn_like(x), dtotal, x, weight, layer_norm, 1e-5))
     given = x, residual if has_residual else None, weight, bias if layer_norm else None
     for leaf in given:
         if leaf is not None:
             leaf.requires_grad_()
     torch.library.opcheck(add_norm_forward, (*given, 1e-5, torch.float32))
-
-
-def test_the_gradient_of_x_in_16_bits_is_that_of_the_sum_rounded():
-    from caduceus.ops.triton.norm import add_norm_backward
-
-    dout, dtotal, total, weight = (torch.randn(shape) for shape in ((1, 1, 3, 5), (1, 1, 3, 5), (1, 1, 3, 5), (5,)))
-    dsum, dx, *_ = add_norm_backward(dout, dtotal, total, weight, torch.bfloat16, False, 1e-5)
-    assert dx.dtype == torch.bfloat16 and (dx.float() - dsum).abs().max() < 2**-7 * dsum.abs().max()
-    same, none, *_ = add_norm_backward(dout, dtotal, total, weight, torch.float32, False, 1e-5)
-    assert torch.equal(same, dsum) and none.numel() == 0
