@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 
@@ -26,6 +27,8 @@ ADDED_BY_TRANSFORMERS = {
     "problem_type": None,
     "dtype": "float32",
 }
+
+_POINTER_FILE = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 123\n"
 
 
 @pytest.fixture
@@ -110,7 +113,7 @@ def test_what_is_no_caduceus_is_refused_in_a_line(golden, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(golden.config))
     cases = {
         "other.safetensors": ({"bert.embeddings.weight": torch.zeros(1)}, "expected the tensors of one Caduceus"),
-        "code.bin": ({"state_dict": {"x": Path("x")}}, "not readable as a PyTorch state dict"),
+        "code.bin": ({"state_dict": {"x": Path("x")}}, "a PyTorch state dict .it needs pathlib.*which could run code"),
         "values.bin": ({"a": 1, "b": "c"}, "expected a dict of tensors; it holds values of type int, str"),
         "list.bin": ([1], "expected a dict of tensors"),
     }
@@ -119,6 +122,19 @@ def test_what_is_no_caduceus_is_refused_in_a_line(golden, tmp_path):
         with pytest.raises(UserError, match=message) as refused:
             hub.load(tmp_path / name)
         assert "\n" not in str(refused.value) and name in str(refused.value)
+        assert "weights_only" not in str(refused.value)  # torch advises to read such a file with its code
+    files = {
+        "empty.bin": (b"", "not readable as a PyTorch state dict .it is empty"),
+        "text.bin": (b"root:x:0:0:root:/root\n", "not readable as a PyTorch state dict"),
+        "plain.bin": (pickle.dumps({"a": 1}), "not readable as a PyTorch state dict .Unsupported"),
+        "pointer.bin": (_POINTER_FILE, "a pointer of Git LFS in place of the weights; fetch them with `git lfs pull`"),
+        "pointer.safetensors": (_POINTER_FILE, "a pointer of Git LFS"),
+    }
+    for name, (content, message) in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: .*{message}") as refused:
+            hub.load(tmp_path / name)
+        assert "\n" not in str(refused.value) and "weights_only" not in str(refused.value)
     torch.save(golden.part("state"), tmp_path / "alone.pt")
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no configuration inside and no config.json beside it"):
