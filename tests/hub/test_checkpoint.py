@@ -159,7 +159,7 @@ def test_show_says_what_a_folder_holds(golden, tmp_path, capsys):
     told = dict(line.split("  ", 1) for line in out.splitlines())
     told = {name: value.strip() for name, value in told.items()}
     assert status == 0 and told["holds"] == "a published checkpoint" and told["parameters"] == "27,648"
-    assert told["kind"] == "Caduceus-PS, equivariant to the reverse complement"
+    assert told["kind"] == "Caduceus-PS, equivariant to the reverse complement" and told["mixer"] == "Mamba"
     assert told["vocabulary"] == "plantcad: A 3, C 4, G 5, T 6; [MASK] 1, [PAD] 0"
     assert told["tied weights"] == "are stored under both names, and are equal"
 
@@ -169,6 +169,8 @@ def test_show_says_what_a_folder_holds(golden, tmp_path, capsys):
         assert f"holds                   {holds}\n" in out and "1, 2" in out
     hub.save_imported(small_model(), tmp_path / "own")
     assert "an import" in call(capsys, "show", str(tmp_path / "own"))[1]
+    hub.save_published(small_model(d_model=16, mixer="mamba2", headdim=8), tmp_path / "mamba2")
+    assert "mixer                   Mamba-2, heads of 8 channels\n" in call(capsys, "show", str(tmp_path / "mamba2"))[1]
     status, out, err = call(capsys, "show", str(tmp_path / "absent"))
     assert (status, out, err.count("\n")) == (2, "", 1) and "no such folder or file" in err
 
