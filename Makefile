@@ -5,6 +5,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 
+# Python keeps what it has compiled, whatever the environment says: tests start hundreds of processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-fast test-oldest lint coverage bench docs kernels
 
 # torch by its exact release first: an open range would bring the CUDA build, which a laptop does not need.

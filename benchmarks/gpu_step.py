@@ -47,6 +47,7 @@ from caduceus.errors import UserError
 from caduceus.monitor.rows import Monitor
 from caduceus.ops import mamba_ssm
 from caduceus.run.directory import RunDirectory
+from caduceus.train.handover import Handover
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.progress import Progress
 from caduceus.train.recomputation import recompute_to_fit
@@ -165,8 +166,12 @@ def our_step(
     progress, batches = Progress.first(config, loader), itertools.repeat(loader.batch)
     monitor = Monitor(config, RunDirectory.create_or_resume(config), active=True, shown=False)
 
+    handover = Handover()
+
     def step(directory: tempfile.TemporaryDirectory = directory) -> None:  # which is there as long as the step
-        monitor.log_training(training_step(config, strategy, loader, batches, progress))
+        training_step(config, strategy, loader, batches, progress, handover)
+        for row in handover.complete():
+            monitor.log_training(row)
 
     return step, (strategy.model.recomputed_blocks, strategy.model.recomputed_scan_inputs)
 

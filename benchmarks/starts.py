@@ -160,8 +160,8 @@ def one_rank(shards: Path, run: Path, steps: int) -> dict:
     told: dict = {}
     step = loop.training_step
 
-    def first_step(*arguments):
-        row = step(*arguments)
+    def first_step(*arguments, **handed):
+        row = step(*arguments, **handed)
         if not told:
             counts = Path("/proc/self/io").read_text().splitlines()
             told.update(opens=dict(opened), read=int(counts[0].split()[1]))

@@ -106,11 +106,11 @@ def take_steps(options: argparse.Namespace) -> list[float]:
         inside = [0.0, 0.0]
         strategy.model.forward = taken_off(strategy.model.forward, inside)
         strategy.backward = taken_off(strategy.backward, inside)
-        rows = []
+        rows, handed = [], handed_over()
         for _ in range(options.steps):
             inside[:] = 0.0, 0.0
             before = now()
-            training_step(config, strategy, loader, itertools.repeat(batch), progress)
+            training_step(config, strategy, loader, itertools.repeat(batch), progress, **handed)
             whole = [after - start for after, start in zip(now(), before, strict=True)]
             rows.append([*(total - own for total, own in zip(whole, inside, strict=True)), *whole])
     return [statistics.median(column) for column in zip(*rows[WARM_UP:], strict=True)]
@@ -122,6 +122,14 @@ def first_progress(config, loader):
     except ImportError:  # where it was before
         from caduceus.train.checkpointing import Progress
     return Progress(step=0, tokens=0, loader=loader.state(), warmup_steps=10)
+
+
+def handed_over() -> dict:
+    try:
+        from caduceus.train.handover import Handover
+    except ImportError:  # where a step left nothing to the next
+        return {}
+    return {"handover": Handover()}
 
 
 def now() -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What the demo's model must beat, scored on exactly the labelled bases of its validation."""
+"""Baselines for the demo's model, scored on exactly the labelled bases of its validation."""
 
 from collections.abc import Iterator
 
@@ -15,8 +15,9 @@ COMPOSITION = "base composition"
 NO_CONTEXT = "k-mer context (k = 0)"
 MAX_K = 4
 ALPHA = 64.0
-"""Pseudo-counts of the smoothing. The best of 1, 4, 16, 64 and 256 on the validation species itself, which favours the
-k-mer models; they differ by 0.002 nats."""
+"""Pseudo-counts of the smoothing: the best of 1, 4, 16, 64 and 256 on the validation species itself, which favours the
+k-mer models; they differ by 0.002 nats.
+"""
 
 
 def training_sequences(directory: str) -> Iterator[np.ndarray]:
@@ -31,7 +32,7 @@ def training_sequences(directory: str) -> Iterator[np.ndarray]:
 
 
 def validation_set(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels of all validation crops, (crops, seq_len) token ids each, as the model gets them."""
+    """Inputs and labels of all validation crops, (crops, seq_len) token ids each, the same as for the model."""
     batches = [(batch.input_ids.numpy(), batch.labels.numpy()) for _, batch in build_validation(config)]
     inputs, labels = zip(*batches, strict=True)
     return np.concatenate(inputs), np.concatenate(labels)

@@ -1,4 +1,4 @@
-"""What a comparison found: all runs, the spread over seeds, differences of the arms, and curves."""
+"""Reports a comparison: all runs, the spread over seeds, differences of the arms, and curves."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 
 @dataclass(frozen=True)
 class Arm:
-    """A side of a comparison: settings over the demo's configuration, and preset and settings as published."""
+    """An arm of a comparison: overrides for the demo's configuration, and the published preset with overrides."""
 
     name: str
     small: list[str]
@@ -25,7 +25,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run of an arm: `curve` has (bases seen, validation loss) at each validation."""
+    """A finished run of an arm. `curve`: (bases seen, validation loss) at each validation."""
 
     arm: str
     seed: int
@@ -35,7 +35,7 @@ class Outcome:
 
     @classmethod
     def of(cls, arm: str, seed: int, path: Path) -> "Outcome":
-        """The run of a directory."""
+        """The outcome of the run in a directory."""
         run = RunDirectory.open(path)
         config, rows = run.config(), run.metrics()
         bases = {row["step"]: row["tokens"] for row in rows if "tokens" in row}
@@ -49,7 +49,7 @@ class Outcome:
 
 
 def report(name: str, outcomes: Sequence[Outcome], tokens: int) -> str:
-    """The comparison as Markdown: every arm, its difference from the first by seed, and every run."""
+    """The comparison as Markdown: every arm, its difference from the first arm by seed, and every run."""
     arms = {arm: [one for one in outcomes if one.arm == arm] for arm in dict.fromkeys(one.arm for one in outcomes)}
     first = next(iter(arms))
     lines = [f"## {name}: {tokens:,} bases a run, {len(arms[first])} seeds", ""]
@@ -68,14 +68,14 @@ def report(name: str, outcomes: Sequence[Outcome], tokens: int) -> str:
 
 
 def spread(differences: Sequence[float]) -> str:
-    """Mean and deviation of differences, and in how many they are above 0."""
+    """Mean and deviation of differences, and how many are above 0, as text."""
     mean = statistics.fmean(differences)
     deviation = f" ± {statistics.stdev(differences):.4f}" if len(differences) > 1 else ""
     return f"{mean:+.4f}{deviation}, above 0 in {sum(value > 0 for value in differences)} of {len(differences)}"
 
 
 def draw(name: str, outcomes: Sequence[Outcome], path: Path) -> None:
-    """Validation loss against bases seen, a thin line per run and a thick one per arm, as a PNG."""
+    """Draw validation loss against bases seen as a PNG, with a thin line per run and a thick one per arm."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for number, arm in enumerate(dict.fromkeys(one.arm for one in outcomes)):
         curves = [one.curve for one in outcomes if one.arm == arm]

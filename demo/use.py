@@ -1,4 +1,4 @@
-"""What the demo's model is used for in the end: windows by their embeddings, and the substitutions of an exon."""
+"""Uses the demo's model: a map of windows by their embeddings, and scores of the substitutions in an exon."""
 
 import csv
 import gzip
@@ -15,26 +15,26 @@ from matplotlib import pyplot as plt
 WINDOW = 256
 """Bases of a window on the map."""
 PLACES = 60
-"""Bases of the exon whose substitutions are scored."""
+"""Number of the exon's bases whose substitutions are scored."""
 KINDS = {"coding": "tab:orange", "repeat": "tab:blue", "neither": "tab:gray"}
 _MOST = 150
-"""Windows of a kind."""
+"""Largest number of windows per kind."""
 _MOSTLY, _HARDLY = 0.7, 0.05
-"""Shares of a window's bases from which it is of a kind, and up to which it is not."""
+"""A window is of a kind from the first share of its bases on, and not of it up to the second."""
 
 
 def coding_intervals(annotation: Path) -> list[tuple[int, int]]:
-    """The coding stretches [start, end) of the one contig that a GTF is about."""
+    """The coding stretches [start, end) in a GTF of one contig."""
     with gzip.open(annotation, "rt") as file:
         rows = (line.split("\t") for line in file if not line.startswith("#"))
         return sorted({(int(row[3]) - 1, int(row[4])) for row in rows if row[2] == "CDS"})
 
 
 def write_places(genome: Path, annotation: Path, folder: Path) -> tuple[Path, Path]:
-    """BED files of windows, named by their kind, and of a stretch of an exon, of a genome of one contig.
+    """Write BED files for a genome of one contig: windows, named by their kind, and a stretch of an exon.
 
-    Repeats are what the genome has in lower case, coding is what the annotation says; windows that are a bit of each,
-    or have gaps, are left out.
+    Repeats are lower-case bases, coding bases are those of the annotation; mixed windows, and windows with gaps, are
+    left out.
     """
     opened = open_genome(genome)
     ((contig, length),) = opened.contigs.items()
@@ -64,12 +64,12 @@ def write_places(genome: Path, annotation: Path, folder: Path) -> tuple[Path, Pa
 
 
 def _shares(marked: np.ndarray) -> np.ndarray:
-    """Of each whole window, the share of bases that are marked."""
+    """The share of marked bases in each whole window."""
     return marked[: len(marked) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(1)
 
 
 def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first two of standardised vectors (n, D): (n, 2), and their shares of the variance."""
+    """The first two principal components (n, 2) of standardised vectors (n, D), and their shares of the variance."""
     spread = vectors.std(0)
     centred = (vectors - vectors.mean(0)) / np.where(spread > 0, spread, 1)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
@@ -77,7 +77,9 @@ def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot_use(embeddings: Path, scores: Path, path: Path) -> None:
-    """Draw windows, `embeddings` an .npz of `embed`, beside substitutions, `scores` a .tsv of `variants`."""
+    """Draw windows (`embeddings`: an .npz of `embed`) and substitutions (`scores`: a .tsv of `variants`) side
+    by side.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", width_ratios=[2, 3])
     with np.load(embeddings) as found:
         names, vectors = found["names"], found["embeddings"]

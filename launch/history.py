@@ -94,8 +94,8 @@ def this_restart() -> int:
     return int(os.environ.get(RESTART) or os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
-def record(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) -> None:
-    """Add a line to the run's history."""
+def record_attempt(run: RunDirectory, event: str, job: str, restart: int, **facts: Any) -> None:
+    """Append an event of an attempt to RUN/attempts.jsonl."""
     row = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": job, "restart": restart, **facts}
     append_json_line(run.path / "attempts.jsonl", row)
 

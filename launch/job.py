@@ -50,7 +50,7 @@ class TrainTask:
             if on_slurm:
                 take_over(run, job.raw_job_id)
             nodes = os.environ["SLURM_JOB_NODELIST"] if on_slurm else job.hostname
-            history.record(run, "start", job.job_id, restart, nodes=nodes, tasks=job.num_tasks, step=step)
+            history.record_attempt(run, "start", job.job_id, restart, nodes=nodes, tasks=job.num_tasks, step=step)
         try:
             with recording_end(ends_folder(run.path, job.job_id, restart), job.global_rank):
                 config = run.config()
@@ -60,9 +60,9 @@ class TrainTask:
         except ONE_LINE as error:
             if error.kind is Kind.NODE and on_slurm:
                 where = {"node": os.environ["SLURMD_NODENAME"], "nodes": os.environ["SLURM_JOB_NODELIST"]}
-                history.record(run, "bad node", job.job_id, restart, **where, why=str(error))
+                history.record_attempt(run, "bad node", job.job_id, restart, **where, why=str(error))
             elif error.kind is Kind.USER and not _has_trained(run, starts, step):
-                history.record(run, "refused", job.job_id, restart)
+                history.record_attempt(run, "refused", job.job_id, restart)
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(error.status)
 

@@ -46,7 +46,9 @@ def run_here(request: JobRequest, run: RunDirectory) -> int:
     reason = history.Reason.FAILED if failed else history.Reason.STOPPED if status else history.Reason.COMPLETE
     if ended == _CANCELLED:
         reason, error = history.Reason.CANCELLED, None
-    history.record(run, "end", job.job_id, 0, reason=reason, step=history.newest_step(run), error=error, status=status)
+    history.record_attempt(
+        run, "end", job.job_id, 0, reason=reason, step=history.newest_step(run), error=error, status=status
+    )
     return status
 
 

@@ -12,7 +12,7 @@ from caduceus.train.estimate import estimate
 from launch.capacity import slurm_complaint
 from launch.request import JobRequest
 from launch.scheduler import SilentError
-from launch.status import live_jobs
+from launch.status import live_jobs_of
 from launch.terminal import runs_command
 
 
@@ -49,7 +49,7 @@ def refuse_run_in_use(run: RunDirectory) -> None:
 
 
 def _in_use_complaint(run: RunDirectory) -> str | None:
-    for job in live_jobs(run):
+    for job in live_jobs_of(run):
         return f"run.dir: {run.path} is in use by job {job}; wait for it, or: {runs_command('stop', run.path)}"
     return None
 

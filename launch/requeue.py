@@ -39,7 +39,9 @@ def main() -> int:
     if this is not None and this.ended is not None:  # settled on SIGTERM, and KillWait was long enough for the save
         reason = Reason.TIME_LIMIT if newest_step(run) > this.step else this.reason
         error = this.error if reason == this.reason else None
-        history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
+        history.record_attempt(
+            run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status
+        )
         return 1
     slurm_job = ask_slurm(job)
     if not is_current(slurm_job):
@@ -56,7 +58,7 @@ def main() -> int:
         )
     else:
         return 0
-    history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
+    history.record_attempt(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=status)
     refused = reason == Reason.FAILED and this is not None and this.refused
     gave_up = give_up(run, submission, job, restart, reason, refused, error)
     if reason in (Reason.COMPLETE, Reason.STOPPED) or gave_up:
@@ -92,7 +94,7 @@ def give_up(
     failures = history.failures_without_progress(run, submission.jobs)
     too_often = reason in history.FAILURES and failures >= submission.request["max_failures"]
     if refused or too_often:
-        history.record(run, "gave up", job, restart)
+        history.record_attempt(run, "gave up", job, restart)
         why = "for a mistake" if refused else f"after {failures} failures without a new checkpoint; the last one"
         print(f"given up {why}: {error}", flush=True)
     return refused or too_often

@@ -27,7 +27,7 @@ from launch.listing import list_runs, number, rate
 from launch.logs import follow, log_path
 from launch.request import JobRequest, check_request
 from launch.slurm import check_and_start
-from launch.status import UNKNOWN, WAITING, Overview, live_jobs, overview
+from launch.status import UNKNOWN, WAITING, Overview, live_jobs_of, overview
 from launch.terminal import duration, runs_command
 
 _ENDING_SECONDS = 90
@@ -216,7 +216,7 @@ def cancel(run: RunDirectory) -> None:
     """End a run at once, and print which checkpoint is left."""
     now = _live(run)
     if not now.jobs:
-        live_jobs(run)  # raises an error where SLURM does not answer
+        live_jobs_of(run)  # raises an error where SLURM does not answer
         raise UserError(f"{run.path}: runs as a process of this machine, not as a job; end it where it was started")
     submission = submissions(run)[-1]
     is_local = submission.executor == "local"
@@ -226,7 +226,7 @@ def cancel(run: RunDirectory) -> None:
         scheduler.cancel(now.jobs)
 
     def lives() -> bool:
-        in_job = local_jobs.is_running(now.jobs[0], submission.logs) if is_local else bool(live_jobs(run))
+        in_job = local_jobs.is_running(now.jobs[0], submission.logs) if is_local else bool(live_jobs_of(run))
         return in_job or run.is_in_use()
 
     deadline = time.monotonic() + _ENDING_SECONDS
@@ -244,7 +244,7 @@ def _record_cancelled(run: RunDirectory, job: str) -> None:
     open_ended = any(attempt.job == job and attempt.reason is None for attempt in history.attempts(run))
     if open_ended:
         step = history.newest_step(run)
-        history.record(run, "end", job, 0, reason=history.Reason.CANCELLED, step=step, error=None)
+        history.record_attempt(run, "end", job, 0, reason=history.Reason.CANCELLED, step=step, error=None)
 
 
 def resume(run: RunDirectory, nodes: int | None, overrides: list[str]) -> int:

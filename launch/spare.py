@@ -42,7 +42,9 @@ def main() -> int:
     reason, error = Reason.NODE_LOST, f"{', '.join(lost)}: SLURM has lost it"
     if not lost:
         reason, error = Reason.BAD_NODE, last_error(run, submission.logs, job, restart)
-    history.record(run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=int(sys.argv[2]))
+    history.record_attempt(
+        run, "end", job, restart, reason=reason, step=newest_step(run), error=error, status=int(sys.argv[2])
+    )
     chosen = sorted(left, key=lambda node: node not in used)[: submission.request["nodes"]]  # these have warm caches
     print(f"{what}; the run goes on on {', '.join(sorted(chosen))} of the same job", file=sys.stderr, flush=True)
     # After the loss of a node, SLURM 22.05 counts the cores of the step as used on the other nodes, and refuses

@@ -62,7 +62,7 @@ class Overview:
         return self.state in (RUNNING, STOPPING, WAITING)
 
 
-def live_jobs(run: RunDirectory) -> dict[str, JobState]:
+def live_jobs_of(run: RunDirectory) -> dict[str, JobState]:
     """The SLURM jobs of a run that wait or train.
 
     Raises `SilentError` where there may be such jobs and SLURM does not answer.
@@ -76,7 +76,7 @@ def slurm_jobs(run: RunDirectory) -> list[str]:
 
 
 @patient
-def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobState]] = live_jobs) -> Overview:
+def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobState]] = live_jobs_of) -> Overview:
     """The state of a run, also where SLURM has forgotten its jobs or does not answer."""
     recent, validations = run.newest_metrics("loss", _RECENT_ROWS), run.newest_metrics("valid_loss")
     steps, step = run.steps(), recent[-1]["step"] if recent else 0
@@ -171,7 +171,7 @@ def _ended(run: RunDirectory, submitted: list[Submission]) -> list[Attempt]:
     else:
         reason, told = history.Reason.LOST, _signs_of_life(run, last.job, state, submitted)
     with contextlib.suppress(OSError):  # a user who may only read
-        history.record(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
+        history.record_attempt(run, "end", last.job, last.restart, reason=reason, step=newest_step(run), error=told)
     last.reason, last.error, last.step = reason, told, newest_step(run)
     return found
 

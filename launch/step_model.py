@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from caduceus.config import Config
 from caduceus.config.model import CHUNK
-from caduceus.distributed.costs import Exchange, exchanges, micro_batches
+from caduceus.distributed.costs import Exchange, exchanges, micro_batches_per_step
 from caduceus.distributed.footprint import RESERVE
 from caduceus.distributed.held import held, strategy_of
 from caduceus.distributed.layout import Room, Sharing, check_layout, with_sharing
@@ -116,7 +116,7 @@ def _with(config: Config, strategy: str, shard: int, stage: int, sharing: Sharin
 
 def _step(config: Config, world: int, network: Network) -> Step:
     found = estimate(config, world, node=network.node)
-    sharing, passes = found.shared_by, micro_batches(config, world)
+    sharing, passes = found.shared_by, micro_batches_per_step(config, world)
     streams = costs.streams(config.model) // sharing.strands
     chunks = -(-config.data.seq_len // sharing.context // CHUNK)
     launched = costs.launches(config.model, streams, chunks, sharing.context > 1, found.footprint.recomputed)

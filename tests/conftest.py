@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import contextlib
+import gc
 import io
 from pathlib import Path
 
@@ -42,6 +43,13 @@ LONGEST_FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {REPOSITORY / "tests" / name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_own_garbage() -> None:
+    """No collection, with which each training begins, looks through what was imported and made before this file."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

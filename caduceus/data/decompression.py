@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Protocol
 from caduceus.gunzip import GZIP_MAGIC, DamagedGzipError, Gunzip
 
 _MOST = 1 << 12
-"""Bytes in a piece. Pieces are small because one with damage in it is lost from its beginning."""
+"""Bytes in a piece. DecompressedPieces are small because one with damage in it is lost from its beginning."""
 _CHUNK = 1 << 15
 """Compressed bytes that are read at a time; isal copies the unused ones at each piece."""
 
@@ -17,7 +17,7 @@ class DecompressionError(Exception):
     """A compressed file is cut short, or its content does not match its checksum. The message names no file."""
 
 
-class Pieces(Protocol):
+class DecompressedPieces(Protocol):
     """The data of a compressed file, to iterate over once. `passed_over` counts the bytes after it that do not belong
     to it.
     """
@@ -30,7 +30,7 @@ class Pieces(Protocol):
 class Decompressed:
     """A compressed file's data, as a file to read."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: DecompressedPieces) -> None:
         self._pieces, self._left = iter(pieces), memoryview(b"")
 
     def read(self, size: int) -> bytes:
@@ -43,7 +43,7 @@ class Decompressed:
         return bytes(piece)
 
 
-def pieces_of(start: bytes, file: BinaryIO) -> Pieces | None:
+def decompressed_pieces(start: bytes, file: BinaryIO) -> DecompressedPieces | None:
     """The decompressed data of a file that begins with `start`; None where no known compression begins so."""
     if start.startswith(GZIP_MAGIC):
         return Gunzip("", lambda _: file.read(_CHUNK), _MOST)

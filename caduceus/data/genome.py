@@ -16,7 +16,7 @@ from caduceus.data.remote import is_remote, join, read_chunks
 from caduceus.data.shard_files import ShardFiles
 from caduceus.data.shard_list import ShardList
 from caduceus.data.verdicts import Verdicts
-from caduceus.data.windows import MappedWindows, SplitTable, Windows, require_fit, windows_of
+from caduceus.data.windows import LoadedWindows, MappedWindows, SplitTable, require_fit, windows_of
 from caduceus.errors import UserError
 from caduceus.files import patiently, sha256_of
 
@@ -32,7 +32,7 @@ class WindowTable:
     contigs: tuple[str, ...]
     contig_lengths: tuple[int, ...]
     shards: Sequence[Shard]
-    content: Windows | MappedWindows
+    content: LoadedWindows | MappedWindows
 
     @property
     def windows(self) -> np.ndarray:
@@ -97,7 +97,7 @@ class ShardedGenome:
             self._checked_index(species, shard, entry, len(contigs))
             for shard, entry in zip(shards, entries, strict=True)
         ]
-        return WindowTable(species, contigs, lengths, shards, Windows(*windows_of(indexes, padded)))
+        return WindowTable(species, contigs, lengths, shards, LoadedWindows(*windows_of(indexes, padded)))
 
     def _mapped(self, split: str) -> SplitTable | None:
         """The mapped table of a split of the whole dataset; None where the dataset has none (older versions

@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from caduceus.data.decompression import LONGEST_MAGIC, OTHER_PROGRAMS, Decompressed, DecompressionError, pieces_of
+from caduceus.data.decompression import (
+    LONGEST_MAGIC,
+    OTHER_PROGRAMS,
+    Decompressed,
+    DecompressionError,
+    decompressed_pieces,
+)
 from caduceus.data.remote import open_address, reading_problem
 from caduceus.errors import UserError
 
@@ -67,7 +73,7 @@ def read_members(findings: TarFindings, extension: str) -> Iterator[tuple[str, b
                     f"is compressed with {program}, which is not supported; data.path='pipe:{program} -dc FILE' is"
                 )
                 return
-            pieces = pieces_of(start, file)
+            pieces = decompressed_pieces(start, file)
             yield from _members(_Forward(Decompressed(pieces)) if pieces else file, findings, f".{extension.lower()}")
             if pieces and pieces.passed_over:
                 told = f"{pieces.passed_over:,} bytes after the end of its compressed data are passed over"

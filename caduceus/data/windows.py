@@ -142,7 +142,7 @@ class SplitTable:
 
 
 @dataclass(frozen=True)
-class Windows:
+class LoadedWindows:
     """The windows (WINDOW_DTYPE) and runs (WINDOW_RUN_DTYPE) of one species and split, in memory."""
 
     windows: np.ndarray

@@ -81,7 +81,7 @@ def exchanges(config: Config, world: int, node: int = 0, recomputed: tuple[int, 
     if world == 1:
         return []
     strategy, holders = strategy_of(config, world, node)
-    passes = micro_batches(config, world)
+    passes = micro_batches_per_step(config, world)
     of_parameters = {"fsdp": _of_fsdp, "deepspeed": _of_zero}.get(strategy, _of_ddp)
     found = of_parameters(config, world, holders, passes)
     found += _of_strands(config, world, passes) + _of_context(config, world, passes, *recomputed)
@@ -178,7 +178,7 @@ def _element(config: Config) -> int:
     return {"fp64": 8, "fp32": 4, "bf16": 2}[config.train.precision]
 
 
-def micro_batches(config: Config, world: int) -> int:
+def micro_batches_per_step(config: Config, world: int) -> int:
     """Number of micro-batches of a rank in a step."""
     sharing = check_layout(config, world)
     return config.train.global_batch * sharing.ranks // (config.train.micro_batch * world)

@@ -157,17 +157,10 @@ class Ranks:
         A rank raises its own error. A rank without one, or with only a peer's, raises a `PeerError` that says which
         rank failed, how and why.
         """
-        self._raise_for(self.maximum(self._weight(error)), error)
+        self.raise_for(self.maximum(self.weight_of(error)), error)
 
-    def gather_or_raise(self, numbers: torch.Tensor, error: BaseException | None) -> torch.Tensor:
-        """`gather` where no rank has an error, otherwise `raise_together`, in one exchange."""
-        weight = torch.tensor([self._weight(error)], dtype=torch.float64, device=numbers.device)
-        weights, rows = self.gather(torch.cat([weight, numbers])).tensor_split([1], dim=1)
-        self._raise_for(int(weights.max()), error)
-        return rows
-
-    def _raise_for(self, heaviest: int, error: BaseException | None) -> None:
-        """Raise where the largest `_weight` of all ranks belongs to an error, on behalf of the first rank
+    def raise_for(self, heaviest: int, error: BaseException | None) -> None:
+        """Raise where the largest `weight_of` of all ranks belongs to an error, on behalf of the first rank
         that has it.
         """
         if heaviest == 0:
@@ -179,7 +172,7 @@ class Ranks:
         host, message, kind = told
         raise PeerError(f"rank {culprit} on {host} failed: {message}", culprit, kind) from error
 
-    def _weight(self, error: BaseException | None) -> int:
+    def weight_of(self, error: BaseException | None) -> int:
         """A number that orders errors by kind, then by rank; 0 without an error."""
         if error is None:
             return 0

@@ -1,7 +1,8 @@
-"""Values of many tracks for each bin of long sequences, read as they are needed: more than memory may hold.
+"""Values of many tracks for each bin of long sequences, read when needed, as they may exceed the memory.
 
-A folder as the Long Range Benchmark has its CAGE task: `sequences_coordinates.csv` of chrom, start, stop, split and
-npy_idx, and `targets-SPLIT-FIRST-LAST.npz` of arrays `target-SPLIT-INDEX` (1, bins, tracks). Imports no torch.
+It reads a folder in the form of the Long Range Benchmark's CAGE task: `sequences_coordinates.csv` with chrom, start,
+stop, split and npy_idx, and `targets-SPLIT-FIRST-LAST.npz` with arrays `target-SPLIT-INDEX` (1, bins, tracks). Imports
+no torch.
 """
 
 import re
@@ -24,11 +25,11 @@ COORDINATES = "sequences_coordinates.csv"
 _TARGETS = re.compile(r"targets-(\w+)-(\d+)-(\d+)\.npz")
 _WORDS = {"train": ("train",), "valid": ("validation", "valid"), "test": ("test",)}
 _MOST_N = 0.005
-"""Sequences in which as large a share of bases is N are left out, as published."""
+"""Sequences with at least this share of N are left out, as in the publication."""
 
 
 class _Lazy(Sequence):
-    """What `read` gives for each of `rows`, when it is asked for."""
+    """A sequence of the results of `read` for each of `rows`, computed on access."""
 
     def __init__(self, rows: np.ndarray, read: Callable[[int], np.ndarray]) -> None:
         self.rows, self.read = rows, read
@@ -57,7 +58,7 @@ class BinnedData(Labelled):
 
 @dataclass(frozen=True)
 class _Shard:
-    """A file of targets, opened once in a process."""
+    """A file of targets, opened once per process."""
 
     path: Path
 
@@ -74,9 +75,10 @@ class _Shard:
 
 @dataclass(frozen=True)
 class BinnedTable:
-    """The sequences of one split. path: the table of coordinates, from 1. genome: whose bases they are.
+    """The sequences of one split. path: the table of coordinates, which count from 1. genome: the genome of the
+    sequences.
 
-    Labels are log(1 + value), float32. notes: what was left out, in words.
+    Labels are log(1 + value), float32. notes: lines about what was left out.
     """
 
     path: str
@@ -89,7 +91,7 @@ class BinnedTable:
 
     @cached_property
     def _rows(self) -> tuple[list[tuple[str, int, int, str, _Shard]], list[str]]:
-        """(contig, start, end, name of the target, its file) of each sequence, and what is to be said."""
+        """(contig, start, end, name of the target, its file) of each sequence, and notes."""
         columns = read_columns(self.path)
         chroms, starts, stops, splits, indices = (
             columns.values[columns.find(name, what="the sequences of the task")]
@@ -141,7 +143,9 @@ class BinnedTable:
         return self._windows.read(*self._rows[0][row][:3])
 
     def values(self, row: int) -> np.ndarray:
-        """(bins, tracks) of a row; what does not fit the first row is a `UserError` that names its file."""
+        """The values (bins, tracks) of a row. Raises `UserError`, which names the file, where they do not fit the first
+        row.
+        """
         contig, start, end, name, shard = self._rows[0][row]
         values = shard.read(name)
         shape = values.shape[1:] if values.ndim == 3 and len(values) == 1 else values.shape
@@ -178,12 +182,13 @@ class BinnedTable:
         return Task(None, tuple(mean.tolist()), spreads, per_base=True, values=names, bin=bin_)
 
     def labelled(self, task: Task) -> BinnedData:
-        """The sequences with their labels, each read when it is asked for."""
+        """The sequences with their labels, each read on access."""
         rows = np.arange(len(self))
         lengths = {end - start for _, start, end, *_ in self._rows[0]}
         if len(lengths) > 1:
             raise UserError(
-                f"{self.path}: sequences of {min(lengths):,} and of {max(lengths):,} bases; all should have as many"
+                f"{self.path}: sequences of {min(lengths):,} and of {max(lengths):,} bases; all must have the same "
+                "number"
             )
         return BinnedData(_Lazy(rows, self.bases), _Lazy(rows, self.values), *lengths)
 

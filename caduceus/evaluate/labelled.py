@@ -93,7 +93,7 @@ class LabelledTable:
         return [name.strip() for name in self.label.split(",")]
 
     def task(self, kind: str) -> Task:
-        """What its labels are, as training learns them."""
+        """The task that its labels define for training."""
         return find_task(self, kind)
 
     def read(self) -> tuple[list[np.ndarray], list[Any], Columns]:

@@ -166,7 +166,9 @@ class View:
 
     @property
     def _validations_left(self) -> int:
-        """Those to come: after the newest step, if it is due, every so often, and at the end of each stage."""
+        """Validations to come: after the newest step, if one is due, every `valid.every` steps, and at the end of each
+        stage.
+        """
         first, every = self.step + (self._validated == self.step), self._valid_every
         ends = accumulate(steps for steps, _ in self._stages) if self._stages else [self.steps]
         return self.steps // every - (first - 1) // every + sum(end >= first and end % every > 0 for end in ends)

@@ -3,8 +3,8 @@
 Shapes: B batch, L length, E inner channels, N states, K convolution width, S streams, such as strands. Direction d
 runs left-to-right (0) or right-to-left (1); direction is an argument, never a flipped copy.
 
-Operands of another shape, type or device than stated are a `ValueError` or `TypeError`. All backends but `naive` give
-first derivatives only: a second one is a `RuntimeError`. An empty sequence (L = 0) has empty results.
+Operands of other shapes, types or devices than stated raise `ValueError` or `TypeError`. All backends but `naive` give
+only first derivatives: a second one raises `RuntimeError`. An empty sequence (L = 0) has empty results.
 """
 
 from functools import partial
@@ -24,7 +24,8 @@ from caduceus.ops.operands import ScanOperands, check_conv, check_head, check_no
 from caduceus.ops.packed import run_apart
 
 PAD_DT = -1e4
-"""`dt` before softplus at padding: softplus makes it exactly 0, so that a pad neither decays nor feeds a state."""
+"""`dt` before softplus at padding: softplus makes it exactly 0, so that padding neither decays a state nor adds to it.
+"""
 
 
 def selective_scan(
@@ -50,12 +51,11 @@ def selective_scan(
 
     h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t;  y_t = (C_t h_t + D u_t) · silu(z_t), dt after bias and softplus.
 
-    u, dt, z (B, L, E); A (E, N), negative; B, C (B, L, N); D, dt_bias (E,); initial_state (B, E, N).
-    Returns y (B, L, E), and with `return_final_state` also the state (B, E, N) after the last step taken, which is
-    differentiable. With `reverse` the first step taken is position L - 1. With a `context` the sequence goes on over
-    its ranks: L is this rank's slice, and the states come from and go to the neighbours. `starts` (B, L) bool marks the
-    first positions of packed sequences: no state crosses one. Neither goes with a state to begin from or to return.
-    `keep`: as of `bidirectional_scan`.
+    u, dt, z (B, L, E); A (E, N), negative; B, C (B, L, N); D, dt_bias (E,); initial_state (B, E, N). Returns y (B, L,
+    E), and with `return_final_state` also the state (B, E, N) after the last step, which is differentiable. With
+    `reverse` the first step is at position L - 1. With a `context` its ranks share the sequence: L is this rank's
+    slice, and the states come from and go to the neighbours. `starts` (B, L) bool marks the first positions of packed
+    sequences: no state crosses one. Neither goes with an initial or a final state. `keep`: as in `bidirectional_scan`.
     """
     operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
     check_scan(operands, initial_state, starts)
@@ -64,7 +64,7 @@ def selective_scan(
     if starts is not None:
         _refuse_context(context)
         if has_states:
-            raise ValueError("starts: packed sequences take no initial_state and give no final one")
+            raise ValueError("starts: packed sequences have no initial_state and no final one")
         if is_triton(module):
             return module.selective_scan(operands, softplus, reverse, None, starts, keep)[0]
 
@@ -74,9 +74,7 @@ def selective_scan(
         return run_apart(starts, scan_alone, u, dt, B, C, z)
     if context is not None:
         if has_states:
-            raise ValueError(
-                "a context carries the states between ranks; it takes no initial_state and gives no final one"
-            )
+            raise ValueError("a context passes the states between ranks, so there is no initial_state and no final one")
         return scan_over_ranks(_sliced_scan(module), operands.unsqueezed(), softplus, reverse, context).squeeze(0)
     kept = {"keep": keep} if is_triton(module) else {}
     y, state = module.selective_scan(operands, softplus, reverse, initial_state, **kept)
@@ -96,9 +94,9 @@ def causal_conv1d(
 ) -> Tensor:
     """Depth-wise causal convolution with optional silu. x (B, L, E), weight (E, K), bias (E,) -> (B, L, E).
 
-    With `reverse`, position t sees t … t + K - 1. The last tap meets the position itself in both directions. With a
-    `context` the sequence goes on over its ranks. `starts` (B, L) bool marks the first positions of packed sequences:
-    no tap crosses one.
+    With `reverse`, position t sees t … t + K - 1. In both directions the last tap is for the position itself. With a
+    `context` its ranks share the sequence. `starts` (B, L) bool marks the first positions of packed sequences: no tap
+    crosses one.
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation: choose None or 'silu', got {activation!r}")
@@ -130,9 +128,9 @@ def bidirectional_conv1d(
     """Causal convolution with silu of every stream in both directions.
 
     x (S, B, L, E), weight (P, E, K), bias (P, E): one filter per parameter direction d, P = 2 (1 for a uni-directional
-    model). Stream s runs parameter direction d right-to-left where d + s is odd: odd streams, as the other strand is,
-    have the directions exchanged. Returns (P, S, B, L, E). With a `context` the sequence goes on over its ranks.
-    `starts` (B, L) bool marks the first positions of packed sequences: no tap crosses one.
+    model). Stream s runs parameter direction d right-to-left where d + s is odd: odd streams, such as the other strand,
+    have the directions exchanged. Returns (P, S, B, L, E). With a `context` its ranks share the sequence. `starts` (B,
+    L) bool marks the first positions of packed sequences: no tap crosses one.
     """
     check_conv(x, weight, bias, starts, parameters="P", streams="S")
     module = load_module(backend, x)
@@ -168,12 +166,11 @@ def bidirectional_scan(
     """Sum over both directions of the selective scan of every stream, gated by silu(z).
 
     u, dt (P, S, B, L, E) and B, C (P, S, B, L, N), axis 0 the parameter direction d, P = 2 (1 for a uni-directional
-    model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where
-    d + s is odd: odd streams, as the other strand is, have the directions exchanged. Returns (S, B, L, E). With a
-    `context` the sequence goes on over its ranks.
-    `starts` (B, L) bool marks the first positions of packed sequences: no state crosses one, in either direction.
-    `keep`: the backward pass finds every eighth state and the outputs before their gate, which triton computes again
-    otherwise; other backends, and ranks that share a sequence, do as ever.
+    model); A (P, E, N); D, dt_bias (P, E); z (S, B, L, E). Stream s runs parameter direction d right-to-left where d +
+    s is odd: odd streams, such as the other strand, have the directions exchanged. Returns (S, B, L, E). With a
+    `context` its ranks share the sequence. `starts` (B, L) bool marks the first positions of packed sequences: no state
+    crosses one, in either direction. `keep`: keep every eighth state and the outputs before their gate for the backward
+    pass, which triton otherwise recomputes. It has no effect on other backends, and on ranks that share a sequence.
     """
     operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
     check_scan(operands, None, starts, parameters="P", streams="S")
@@ -228,11 +225,12 @@ def head_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens of each sequence, (B,) each.
 
-    Logits exist at labelled tokens only. hidden (S, B, L, D) and the head weight (S, V, D): streams are summed into the
-    logits. labels (B, L), `ignore_label` where nothing is labelled; loss_weights (B, L), by default 1. Both sums are in
-    at least fp32, and 0 where no token is labelled. With `strands`, S is 1, the other stream is on another rank, which
-    has the same labels, and each gets half of both sums. Any other label outside 0 … V - 1 is a `ValueError` on a CPU,
-    where the loss is `naive`'s; otherwise, as nothing waits for a GPU to see it, the loss and its gradients are NaN.
+    Logits are computed only at labelled tokens. hidden (S, B, L, D) and the head weight (S, V, D): streams are summed
+    into the logits. labels (B, L), `ignore_label` where nothing is labelled; loss_weights (B, L), by default 1. Both
+    sums are in at least fp32, and 0 where no token is labelled. With `strands`, S is 1, the other stream is on another
+    rank with the same labels, and each gets half of both sums. Any other label outside 0 … V - 1 raises `ValueError` on
+    a CPU, where `naive` computes the loss; on a GPU, where checking would have to wait, the loss and its gradients
+    become NaN.
     """
     check_head(hidden, weight, labels, loss_weights)
     if strands is not None:

@@ -1,10 +1,10 @@
-"""Ops over ranks that share a sequence, exactly: scan and convolution of slices of it, and what strands need.
+"""Ops over ranks that share a sequence: scan and convolution of slices, and sums over strands; results are exact.
 
-The convolution needs the K - 1 inputs beside a slice. The scan needs the state in which it enters the slice, and its
-gradient the adjoint that comes back from the slices after it. Every rank runs its slice from zero, all gather where
-that ends, each folds what the slices before it (on the way back: after it) do to a state, and then runs its slice for
-real. A slice multiplies a state by exp(A dt_1) exp(A dt_2) … = exp(A sum dt), so what is gathered does not depend on
-its length. Strands on ranks of their own meet in the logits alone.
+The convolution needs the K - 1 inputs beside a slice. The scan needs the state that enters the slice, and its gradient
+the adjoint that comes back from the slices after it. Every rank runs its slice from a zero state, and all ranks gather
+the final states. Each rank then computes what the slices before it (in the backward pass: after it) do to a state, and
+runs its slice again from the true state. A slice multiplies a state by exp(A dt_1) exp(A dt_2) … = exp(A sum dt), so
+what is gathered does not depend on the slice's length. Strands on different ranks are only combined in the logits.
 """
 
 import functools
@@ -19,55 +19,55 @@ from caduceus.ops.operands import ScanOperands
 
 
 class Context(Protocol):
-    """What the ops need of a group of ranks that share a sequence (see `caduceus.distributed.context`)."""
+    """The interface of a group of ranks that share a sequence (see `caduceus.distributed.context`)."""
 
     rank: int
     size: int
 
     def edges(self, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The `width` positions before and after this rank's slice, zeros outside of the sequence, differentiable.
+        """The `width` positions before and after this rank's slice, with zeros outside the sequence; differentiable.
 
         x (S, B, L, E) -> twice (S, B, width, E).
         """
 
     def all_gather(self, part: Tensor) -> Tensor:
-        """(…) of each rank -> (R, …) on all of them, outside of autograd."""
+        """A tensor (…) of each rank -> (R, …) on all of them, without autograd."""
 
 
 class Strands(Protocol):
-    """What head and model need of two ranks with a stream each (see `caduceus.distributed.strands`)."""
+    """The interface of two ranks with one stream each (see `caduceus.distributed.strands`)."""
 
     rank: int
-    """The stream that is here."""
+    """The stream on this rank."""
     size: int
 
     def sum(self, part: Tensor) -> Tensor:
-        """Sum over the ranks, differentiable where each goes on to an equal share of one loss."""
+        """Sum over the ranks; differentiable where each rank then computes an equal share of the same loss."""
 
 
 class SlicedScan(Protocol):
-    """A backend's scan of one slice, taken in two passes either way; none of them is part of an autograd graph.
+    """A backend's scan of one slice, with two passes forward and two backward, none of them part of an autograd graph.
 
-    Made of the operands of `caduceus.ops.bidirectional_scan` with `softplus` and `reverse`, which exchanges all
-    directions. A state is (P, S, B, E, N).
+    It is constructed from the operands of `caduceus.ops.bidirectional_scan`, with `softplus`, and `reverse`, which
+    exchanges all directions. A state is (P, S, B, E, N).
     """
 
     def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None: ...
 
     def end_state(self) -> tuple[Tensor, Tensor]:
-        """The state in which a scan from zero ends, and the sum of the step sizes (P, S, B, E)."""
+        """The final state of a scan from zero, and the sum of the step sizes (P, S, B, E)."""
 
     def outputs(self, initial_state: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """y (S, B, L, E), and what is to be kept for the way back."""
+        """y (S, B, L, E), and what must be kept for the backward pass."""
 
     def initial_gradient(self, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
-        """Gradient of the initial state by the slice's own outputs."""
+        """Gradient of the initial state from the slice's own outputs."""
 
     def gradients(self, dy: Tensor, final_gradient: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """Gradients of the eight operands, given also that of the final state."""
+        """Gradients of the eight operands, given those of the outputs and of the final state."""
 
 
-@torch.compiler.disable  # exchanges are not for a compiled graph; what lies between them is
+@torch.compiler.disable  # exchanges cannot be in a compiled graph; the work between them can
 def scan_over_ranks(
     sliced: type[SlicedScan], operands: ScanOperands, softplus: bool, reverse: bool, context: Context
 ) -> Tensor:
@@ -90,7 +90,7 @@ class _ScanOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        saved = ctx.saved_tensors  # to be asked for once: recomputed activations are unpacked then
+        saved = ctx.saved_tensors  # read only once: this unpacks recomputed activations
         operands, steps, kept = ScanOperands(*saved[:8]), saved[8], saved[9:]
         scan = ctx.sliced(operands, ctx.softplus, ctx.reverse)
         adjoints = ctx.context.all_gather(scan.initial_gradient(dy, kept))
@@ -99,11 +99,12 @@ class _ScanOverRanks(torch.autograd.Function):
 
 
 def carried(ends: Tensor, steps: Tensor, A: Tensor, context: Context, reverse: bool) -> Tensor:
-    """What enters this rank's slice in each run's direction; `ends` (R, P, S, B, E, N) is what slices reach from zero.
+    """The state that enters this rank's slice in each direction; `ends` (R, P, S, B, E, N): the slices' final states
+    from zero.
 
-    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, so for them `reverse` is inverted. What a
-    slice ends with decays by all steps of the slices between: one exponential of their sum, as each small operation
-    costs a GPU's launch, and those of all layers would take as long as the layers.
+    steps (R, P, S, B, E); A (P, E, N). Adjoints go against the direction, so for them `reverse` is inverted. The final
+    state of a slice decays by all steps of the slices between: this uses one exponential of their sum, as every small
+    operation costs a kernel launch, and those of all layers would take as long as the layers.
     """
     before, between = _places(context.rank, context.size, *ends.shape[1:3], reverse, ends.dtype, ends.device)
     passed = (between * steps).sum(1)
@@ -115,9 +116,10 @@ def carried(ends: Tensor, steps: Tensor, A: Tensor, context: Context, reverse: b
 def _places(
     rank: int, size: int, directions: int, streams: int, reverse: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Which slices precede that of `rank` in each run, and which lie between: ones and zeros that broadcast.
+    """Which slices precede that of `rank` in each run, and which lie between, as ones and zeros that broadcast.
 
-    (R, P, S, 1, 1, 1) for each slice, and (R, R, P, S, 1, 1) for each slice and each other one that its end passes.
+    Returns (R, P, S, 1, 1, 1) for each slice, and (R, R, P, S, 1, 1) for each slice and each other one that its final
+    state passes.
     """
     order = torch.arange(size)
     earlier, between = order < rank, (order[:, None] < order) & (order < rank)
@@ -130,7 +132,7 @@ def _places(
 
 @functools.lru_cache(maxsize=64)
 def _backwards(directions: int, streams: int, reverse: bool, device: torch.device) -> Tensor:
-    """(P, S) of bool: which runs go right-to-left."""
+    """(P, S) bool: which runs go right-to-left."""
     runs = [[runs_backwards(d, s, reverse) for s in range(streams)] for d in range(directions)]
     return torch.tensor(runs, device=device)
 
@@ -144,9 +146,9 @@ def conv_over_ranks(
     takes_halo: bool,
     context: Context,
 ) -> Tensor:
-    """`convolve` of x (S, B, L, E), over the slice's borders -> (P, S, B, L, E).
+    """Apply `convolve` to x (S, B, L, E) across the slice's borders -> (P, S, B, L, E).
 
-    A backend that takes the halos (P, S, B, width, E) as an argument is given them; others convolve a longer slice.
+    A backend that accepts halos (P, S, B, width, E) gets them as an argument; others convolve a longer slice.
     """
     before, after = context.edges(x, width)
     if takes_halo:

@@ -1,4 +1,4 @@
-"""Which implementation of the ops computes: what there is, what can run here, and what `auto` takes."""
+"""Chooses the implementation of the ops: which there are, which can run here, and which `auto` takes."""
 
 import logging
 import os
@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 
 def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that computes in `dtype` on `device`; `auto` picks the fastest there is. Says once which and why.
+    """The backend that computes in `dtype` on `device`; `auto` takes the fastest available one, and logs it once, with
+    the reason.
 
     Raises `UserError` for an unknown backend and for one that cannot run here.
     """
@@ -34,18 +35,20 @@ def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype
 
 
 def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, model: CaduceusConfig) -> None:
-    """Raises `UserError` where the backend that `backend` stands for cannot run a model of these sizes, and where the
-    Triton kernels are wrong on this GPU."""
+    """Raise `UserError` where the backend cannot run a model of these sizes, or the Triton kernels are wrong on this
+    GPU.
+    """
     name = resolve_backend(backend, device, dtype)
     supported = getattr(import_module(f"caduceus.ops.{name}"), "SUPPORTED", {})
-    # What the kernels of mamba2 do not scan, torch does.
+    # torch computes the scans that Mamba-2's kernels do not take.
     bounded = ("d_conv",) if model.mixer == "mamba2" else ("d_state", "d_conv")
     for key in bounded:
         value = getattr(model, key)
         if key in supported and value not in supported[key]:
             least, most = supported[key][0], supported[key][-1]
             raise UserError(
-                f"model.{key}: ops.backend '{name}' takes {least} to {most}, got {value}; 'naive' takes any, slowly"
+                f"model.{key}: ops.backend '{name}' takes {least} to {most}, got {value}; 'naive' takes any value, but "
+                "is slow"
             )
     device = torch.device(device)
     if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
@@ -60,17 +63,17 @@ def load_module(backend: str, tensor: Tensor) -> ModuleType:
 
 
 def kernels_of_gpu(backend: str, tensor: Tensor) -> ModuleType | None:
-    """The module of kernels of a GPU's own, where they compute with a tensor."""
+    """The module with kernels for GPUs, where these compute with a tensor; else None."""
     module = load_module(backend, tensor)
     return module if is_triton(module) else None
 
 
 def is_triton(module: ModuleType) -> bool:
-    """Whether a backend's kernels take `starts` and halos."""
+    """Whether a backend is triton, whose kernels take `starts` and halos."""
     return module.__name__ == "caduceus.ops.triton"
 
 
-@torch.compiler.assume_constant_result  # choosing and logging are not for a compiled graph
+@torch.compiler.assume_constant_result  # choosing and logging cannot be in a compiled graph
 def _load(backend: str, device_type: str, dtype: torch.dtype) -> str:
     name = f"caduceus.ops.{resolve_backend(backend, device_type, dtype)}"
     import_module(name)
@@ -88,7 +91,7 @@ def _auto_backend(device_type: str, double: bool) -> str:
 
 
 def _unusable(backend: str, device_type: str, double: bool) -> str | None:
-    """Why a backend cannot run on a kind of device, in float64 if `double`, and what to do; None where it can."""
+    """Why a backend cannot run on a kind of device (in float64 if `double`), and what to do; None where it can."""
     if backend == "cpu" and device_type != "cpu":
         return f"runs on the CPU only, not on '{device_type}': choose triton, or run.device=cpu"
     if backend == "triton":
@@ -112,11 +115,13 @@ def _unusable(backend: str, device_type: str, double: bool) -> str | None:
 
 
 def _cannot_launch() -> str | None:
-    """What goes wrong where Triton, when it is first used on a machine, compiles what launches its kernels; or None."""
+    """The error of Triton when it compiles its kernel launcher, at its first use on a machine; None where
+    that works.
+    """
     from triton.runtime import driver
 
     try:
-        driver.active.utils  # noqa: B018 (made when it is asked for)
-    except Exception as error:  # of the compiler, the linker or the search for either
+        driver.active.utils  # noqa: B018 (the property makes it)
+    except Exception as error:  # from the compiler, the linker or the search for them
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None

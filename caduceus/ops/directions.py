@@ -1,4 +1,4 @@
-"""Both directions of every stream with an op that takes one direction of one stream: one run after another."""
+"""Runs both directions of every stream with an op for one direction of one stream, one run after another."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from caduceus.ops.operands import ScanOperands
 
 
 def runs_backwards(direction: int, stream: int, reverse: bool = False) -> bool:
-    """Whether a run goes right-to-left: odd streams, as the other strand is, have the directions exchanged."""
+    """Whether a run goes right-to-left: odd streams, such as the other strand, have the directions exchanged."""
     return ((direction + stream) % 2 == 1) != reverse
 
 
@@ -21,7 +21,7 @@ def scan_by_direction(
     reverse: bool = False,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y (S, B, L, E), final states (P, S, B, E, N)) by a backend's `selective_scan`.
+    """(y (S, B, L, E), final states (P, S, B, E, N)), computed with a backend's `selective_scan`.
 
     The operands are those of `caduceus.ops.bidirectional_scan`; initial_state (P, S, B, E, N).
     """
@@ -50,7 +50,9 @@ def scan_by_direction(
 
 
 def conv_by_direction(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(P, S, B, L, E) by a backend's `causal_conv1d` with silu; operands of `caduceus.ops.bidirectional_conv1d`."""
+    """(P, S, B, L, E), computed with a backend's `causal_conv1d` with silu; the operands are those of
+    `caduceus.ops.bidirectional_conv1d`.
+    """
     directions, streams = weight.shape[0], x.shape[0]
     x, weight, bias = _unbound(x, streams), _unbound(weight, directions), _unbound(bias, directions)
     rows = [
@@ -62,9 +64,9 @@ def conv_by_direction(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor
 
 
 def _unbound(tensor: Tensor | None, *axes: int) -> Sequence[Any]:
-    """A tensor's parts along its first axes, nested; Nones where there is no tensor.
+    """A tensor's parts along its first axes, as nested lists; Nones where there is no tensor.
 
-    The gradients of all parts become one tensor by stacking, where that of an index is a tensor of the full size.
+    The gradients of all parts are stacked to one tensor; with indexing each would be a tensor of the full size.
     """
     if not axes:
         return tensor

@@ -1,13 +1,13 @@
 """Mamba-2's scan (Dao and Gu 2024, arXiv:2405.21060): the definition, step by step, and a form of matrix products.
 
-One decay for a head of W channels, and B and C shared by all heads, make a scan over T positions a product with a
-triangular T x T matrix. So a sequence is cut into chunks: products within each, and a state that goes from one to the
-next. It is torch throughout, so CPU and GPU run the same; products are in the type of x, decays and states in at least
-fp32. Direction is an argument: a run from right to left has the triangle on the other side. Where a GPU's own kernels
-(`caduceus.ops.triton.ssd`) take a scan, they do the same without a T x T matrix in memory.
+With one decay per head of W channels, and B and C shared by all heads, a scan over T positions is a product with a
+triangular T x T matrix. So a sequence is cut into chunks, with products within each, and a state that passes from one
+chunk to the next. It is plain torch, so CPU and GPU run the same code; products are in the type of x, decays and states
+in at least fp32. Direction is an argument: a run from right to left has the triangle on the other side. Where kernels
+for GPUs (`caduceus.ops.triton.ssd`) take a scan, they do the same without a T x T matrix in memory.
 
-Shapes: G runs (each with a direction of its own), B batch, L length, H heads, W channels of a head (headdim), N states;
-P directions, S streams. E = H W inner channels.
+Shapes: G runs (each with its own direction), B batch, L length, H heads, W channels of a head (headdim), N states; P
+directions, S streams. E = H W inner channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,14 +49,14 @@ def ssd_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """S_t = exp(dt_t A) S_{t-1} + dt_t x_t ⊗ B_t;  y_t = S_t C_t + D x_t, dt after bias and softplus, in one direction.
 
-    x (B, L, H, W); dt (B, L, H); A, D, dt_bias (H,); B, C (B, L, N); initial_state (B, H, W, N). Returns y (B, L, H, W)
-    and with `return_final_state` the state after the last step taken. `starts` (B, L) bool marks the first positions of
-    packed sequences: no state crosses one. With a `context` the sequence goes on over its ranks. The backend `naive` is
-    the definition, and every other one the form of matrix products.
+    x (B, L, H, W); dt (B, L, H); A, D, dt_bias (H,); B, C (B, L, N); initial_state (B, H, W, N). Returns y (B, L, H,
+    W), and with `return_final_state` the state after the last step. `starts` (B, L) bool marks the first positions of
+    packed sequences: no state crosses one. With a `context` its ranks share the sequence. The backend `naive` computes
+    the definition, every other one the form of matrix products.
     """
     if context is not None:
         if starts is not None or initial_state is not None or return_final_state:
-            raise ValueError("a context takes neither starts nor an initial_state, and gives no final one")
+            raise ValueError("a context goes with neither starts nor an initial_state, and there is no final one")
         return _over_ranks(ScanOperands(x, dt, A, B, C, D, None, dt_bias).unsqueezed(), reverse, context, backend)[0, 0]
     if (kernels := _kernels(backend, x, B)) is not None:
         operands = tuple(
@@ -104,7 +104,7 @@ def bidirectional_ssd_scan(
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """Sum over directions of RMSNorm(y · silu(z)) · weight: y (P, S, B, L, E), z (S, B, L, E), weight (P, E).
 
-    The backend `triton` has a kernel of its own, every other one the formula.
+    The backend `triton` has a kernel for it, every other one computes the formula.
     """
     if (kernels := kernels_of_gpu(backend, y)) is not None:
         return kernels.gated_norm(y, z, weight, NORM_EPSILON)
@@ -155,7 +155,7 @@ def _one_by_steps(operands: Sequence[Tensor], reverse: bool, starts: Tensor | No
 def by_chunks(
     operands: Operands, reverse: Sequence[bool], starts: Tensor | None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """The form of matrix products, the same function whatever the length of a `chunk`."""
+    """The form of matrix products; the result does not depend on the length of a `chunk`."""
     x, dt, A, B, C, D, dt_bias, state = operands
     compute, length = torch.promote_types(x.dtype, torch.float32), x.shape[2]
     if length == 0:
@@ -164,7 +164,9 @@ def by_chunks(
     steps = F.softplus(dt.to(compute) + dt_bias.to(compute)[:, None, None])
 
     def cut(tensor: Tensor) -> Tensor:
-        """(G, B, L, …) -> (G, B, chunks, T, …). What fills the last one has steps of 0, and leaves states alone."""
+        """(G, B, L, …) -> (G, B, chunks, T, …). Positions that fill the last chunk have steps of 0, and do not change
+        states.
+        """
         padding = (0, 0) * (tensor.ndim - 3) + (0, -length % size)
         return F.pad(tensor, padding).unflatten(2, (-1, size))
 
@@ -172,7 +174,7 @@ def by_chunks(
         steps, xs, Bs, Cs = cut(steps), cut(x), cut(B.to(x.dtype)), cut(C.to(x.dtype))
         backwards = torch.stack([x.new_full((), back, dtype=torch.bool) for back in reverse])  # a GPU waits for no list
         backwards = backwards[:, None, None, None]
-        # Sums of many steps are subtracted from each other: in fp32 short decays far into a chunk would lose digits.
+        # Sums of many steps are subtracted from each other: in fp32, short decays far into a chunk would lose digits.
         wide = compute if x.device.type == "mps" else torch.float64
         logs = (steps * A.to(compute)[:, None, None, None]).to(wide)
         logs = _along(logs, backwards[..., None])  # (G, B, chunks, T, H)
@@ -203,9 +205,9 @@ def by_chunks(
 
 
 def _within_chunks(logs: Tensor, allowed: Tensor, B: Tensor, C: Tensor, fed: Tensor, compute: torch.dtype) -> Tensor:
-    """What positions get from others of their chunk: (G, B, chunks, T, H, W)."""
+    """The contributions to positions from others of their chunk, (G, B, chunks, T, H, W)."""
     by_head = logs.movedim(-1, 3)  # (G, B, chunks, H, T)
-    # Masked before exp, as what lies on the wrong side of the diagonal may overflow.
+    # Masked before exp, as values on the wrong side of the diagonal may overflow.
     between = (by_head[..., :, None] - by_head[..., None, :]).to(compute)
     decays = torch.exp(between.masked_fill(~allowed[:, :, :, None], -torch.inf))
     weights = (decays * (C @ B.mT)[:, :, :, None]).to(fed.dtype)
@@ -213,7 +215,9 @@ def _within_chunks(logs: Tensor, allowed: Tensor, B: Tensor, C: Tensor, fed: Ten
 
 
 def _carry(ends: Tensor, decay: Tensor, state: Tensor, reverse: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """The states (G, B, chunks, H, W, N) that enter each chunk, and the final ones, of what chunks reach from zero."""
+    """The states (G, B, chunks, H, W, N) that enter each chunk, and the final ones; `ends`: the chunks' final states
+    from zero.
+    """
     entering, finals = [], []
     for run, back in enumerate(reverse):
         now, before = state[run], [state[run]] * ends.shape[2]
@@ -227,12 +231,12 @@ def _carry(ends: Tensor, decay: Tensor, state: Tensor, reverse: Sequence[bool]) 
 
 
 def _along(values: Tensor, backwards: Tensor) -> Tensor:
-    """Sums of values (G, B, chunks, T, …) from where each run comes to a chunk up to each of its positions."""
+    """Cumulative sums of values (G, B, chunks, T, …) within each chunk, in the direction of each run."""
     return torch.where(backwards, values.flip(3).cumsum(3).flip(3), values.cumsum(3))
 
 
 def _borders(starts: Tensor | None, reverse: bool) -> Tensor | None:
-    """(B, L) where a run comes from another sequence: at its first position, or in reverse at its last."""
+    """(B, L) bool: where a run enters another sequence, at its first position, or in reverse at its last."""
     if starts is None or not reverse:
         return starts
     return torch.cat([starts[:, 1:], torch.zeros_like(starts[:, :1])], 1)
@@ -289,7 +293,7 @@ def _over_ranks(operands: ScanOperands, reverse: bool, context: Context, backend
 
 
 def _kernels(backend: str, x: Tensor, B: Tensor) -> Any:
-    """The GPU's module of kernels, where they take a scan of these sizes and this type."""
+    """The module of kernels for GPUs, where they take a scan of these sizes and this type; else None."""
     kernels = None if backend == "naive" else kernels_of_gpu(backend, x)
     return kernels if kernels is not None and kernels.takes_ssd(x, B.shape[-1]) else None
 
@@ -304,9 +308,9 @@ def _as_runs(operands: Operands, reverse: bool) -> tuple[Operands, list[bool]]:
     return (own[0], own[1], shared[0], own[2], own[3], shared[1], shared[2]), back
 
 
-@torch.compiler.disable  # what runs again in the backward pass is not for a compiled graph
+@torch.compiler.disable  # recomputation in the backward pass cannot be in a compiled graph
 def _recomputed(function: Callable[..., Any], *operands: Tensor) -> Any:
-    """`function(*operands)`, of which autograd keeps the operands alone: the backward pass calls it again."""
+    """`function(*operands)`, for which autograd keeps only the operands: the backward pass calls it again."""
     return _Recomputed.apply(function, *operands) if torch.is_grad_enabled() else function(*operands)
 
 

@@ -1,8 +1,8 @@
-"""The published CUDA kernels, mamba-ssm's Mamba-1 scan and causal-conv1d, behind the same functions.
+"""The published CUDA kernels (mamba-ssm's Mamba-1 scan and causal-conv1d) behind the same functions, for comparison.
 
-A peer to compare with. They run left-to-right over (B, E, L), so this backend transposes, and flips for right-to-left.
-The scan has neither an initial state nor a gradient of the final one, and its offsets wrap silently at 2^31 chunk
-states: all three are refused.
+They run left-to-right over (B, E, L), so this backend transposes, and flips for right-to-left. The scan has neither an
+initial state nor a gradient of the final one, and its offsets overflow silently at 2^31 chunk states: all three are
+refused.
 """
 
 from importlib import import_module
@@ -18,15 +18,15 @@ INSTALL = (
     "MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE "
     "pip install --no-build-isolation --no-deps 'mamba-ssm>=2.2' 'causal-conv1d>=1.4'"
 )
-"""Built here, with Mamba-1, against the torch that is here, which the packages' own requirements might replace."""
+"""Builds the packages here, with Mamba-1, against the installed torch, which their own requirements might replace."""
 SUPPORTED = {"d_state": range(1, 257), "d_conv": range(2, 5)}
-"""Sizes of a model that the kernels take."""
+"""The sizes of models that the kernels accept."""
 _CHUNK = 2048
 """Tokens per state that mamba-ssm's kernel keeps."""
 
 
 def missing() -> str | None:
-    """What keeps the kernels from running, or None. The default build of mamba-ssm lacks the Mamba-1 extension."""
+    """The reason why the kernels cannot run, or None. The default build of mamba-ssm lacks the Mamba-1 extension."""
     if not torch.cuda.is_available():
         return "needs an NVIDIA GPU"
     for name in ("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface", "causal_conv1d"):
@@ -40,11 +40,11 @@ def missing() -> str | None:
 def selective_scan(
     operands: ScanOperands, softplus: bool, reverse: bool, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As `naive.selective_scan`; a gradient of the final state is refused."""
+    """Like `naive.selective_scan`, but a gradient of the final state raises an error."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     if initial_state is not None:
-        raise UserError("ops.backend: mamba_ssm cannot begin from a state; choose triton")
+        raise UserError("ops.backend: mamba_ssm takes no initial state; choose triton")
     u, dt, A, B, C, D, z, dt_bias = operands
     chunk_states = u.shape[0] * A.numel() * -(-u.shape[1] // _CHUNK)
     if chunk_states >= 2**31:
@@ -57,7 +57,9 @@ def selective_scan(
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """mamba-ssm's final state is cut off from the graph. Tied to `source`, it says so where a gradient is wanted."""
+    """mamba-ssm's final state is not part of the graph. This ties it to `source`, and raises an error where its
+    gradient is needed.
+    """
 
     @staticmethod
     def forward(ctx, state: Tensor, source: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool) -> Tensor:
-    """As `naive.causal_conv1d`."""
+    """Like `naive.causal_conv1d`."""
     from causal_conv1d import causal_conv1d_fn
 
     if x.numel() >= 2**32:

@@ -18,8 +18,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t;  y_t = C_t h_t + D u_t, gated by silu(z_t)  (Gu and Dao 2023).
 
-    Right-to-left (`reverse`) the recurrence starts at the last position. Returns y (B, L, E) in u's dtype and the
-    state after the last step taken (B, E, N); the arithmetic is at least fp32.
+    Right-to-left (`reverse`) the recurrence starts at the last position. Returns y (B, L, E) in u's dtype and the state
+    after the last step (B, E, N); the arithmetic is in at least fp32.
     """
     u, dt, A, B, C, D, z, dt_bias = operands
     compute = torch.promote_types(u.dtype, torch.float32)
@@ -31,7 +31,7 @@ def selective_scan(
         dt = F.softplus(dt)
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(compute)
     ys: list[Tensor] = [u] * u.shape[1]
-    # Unbound once: the gradient of each slice would be a tensor of the full length.
+    # Unbound once, as with slices each gradient would be a tensor of the full length.
     steps, inputs, Bs, Cs = (tensor.unbind(1) for tensor in (dt, u, B, C))
     for t in reversed(range(u.shape[1])) if reverse else range(u.shape[1]):
         h = torch.exp(steps[t][..., None] * A) * h + (steps[t] * inputs[t])[..., None] * Bs[t][:, None]
@@ -45,7 +45,7 @@ def selective_scan(
 
 
 class SlicedScan:
-    """`across_ranks.SlicedScan` by autograd."""
+    """`across_ranks.SlicedScan`, computed with autograd."""
 
     def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:
         self.operands = operands
@@ -80,7 +80,7 @@ class SlicedScan:
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, reverse: bool) -> Tensor:
     """Depth-wise convolution over the K - 1 positions before (`reverse`: after) each one and itself.
 
-    The last tap of `weight` (E, K) meets the position itself in both directions.
+    In both directions the last tap of `weight` (E, K) is for the position itself.
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     width, length = weight.shape[1], x.shape[1]
@@ -108,7 +108,7 @@ def add_norm(
         None if t is None else t.to(compute).view(-1, *[1] * (x.ndim - 2), t.shape[-1]) for t in (weight, bias)
     )
     if offset is None:
-        # vector_norm reads its input once and keeps nothing wide; F.rms_norm takes half as long again on a CPU.
+        # vector_norm reads its input once and keeps no large tensor; F.rms_norm takes 1.5 times as long on a CPU.
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / wide.shape[-1]
         normed = wide * (mean_square + eps).rsqrt() * scale
     else:
@@ -126,12 +126,13 @@ def head_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(sum of loss weight · cross-entropy, sum of loss weights) over the labelled tokens of each sequence, (B,) each.
 
-    In at least fp32. The logits of a token are the sum over streams of hidden (S, B, L, D) · weight (S, V, D). `add_up`
-    adds to the logits (labelled tokens, V) of these streams those of others. A label outside 0 … V - 1 that is not
-    `ignore_label` is a `ValueError` on a CPU; elsewhere, where to look would be to wait, the loss is NaN.
+    The sums are in at least fp32. The logits of a token are the sum over streams of hidden (S, B, L, D) · weight (S, V,
+    D). `add_up` adds the logits of other streams to those of these, (labelled tokens, V). A label outside 0 … V - 1
+    that is not `ignore_label` raises `ValueError` on a CPU; elsewhere, where checking would have to wait, the loss is
+    NaN.
     """
     compute = torch.promote_types(hidden.dtype, torch.float32)
-    places = (labels != ignore_label).nonzero(as_tuple=True)  # once, as a GPU's queue runs empty meanwhile
+    places = (labels != ignore_label).nonzero(as_tuple=True)  # only once, as it waits for the GPU
     rows = hidden[(slice(None), *places)].to(compute)
     with torch.autocast(hidden.device.type, enabled=False):
         logits = torch.einsum("smd,svd->mv", rows, weight.to(compute))

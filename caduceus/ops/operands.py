@@ -1,6 +1,7 @@
-"""Checks of an op's operands before a backend gets them: a kernel reads past the end of a tensor that is too small.
+"""Checks an op's operands before a backend gets them, as a kernel reads past the end of a tensor that is too small.
 
-Shapes, types and devices only: no value is read, so that a GPU need not be waited for and a compiler can follow.
+It checks only shapes, types and devices: no value is read, so that nothing waits for a GPU, and torch.compile can trace
+it.
 """
 
 from collections.abc import Iterable
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 MOST_DIRECTIONS = 2
-"""One that goes right-to-left beside one that goes left-to-right."""
+"""One from left to right and one from right to left."""
 
 Operand = tuple[str, Tensor | None, str]
-"""Name, tensor, and the axes that it is to have, a letter each."""
+"""Name, tensor, and its expected axes, one letter each."""
 
 
 class ScanOperands(NamedTuple):
-    """What a selective scan reads, in the order of its arguments.
+    """The operands of a selective scan, in the order of its arguments.
 
     The axes are those of `caduceus.ops.selective_scan` for one direction of one stream, and those of
     `caduceus.ops.bidirectional_scan` for all of them.
@@ -33,7 +34,7 @@ class ScanOperands(NamedTuple):
     dt_bias: Tensor | None = None
 
     def unsqueezed(self) -> "ScanOperands":
-        """The operands of one direction of one stream, with the axes of directions and streams in front, of size 1."""
+        """The operands of one direction of one stream, with leading axes of directions and streams, of size 1."""
         u, dt, A, B, C, D, z, dt_bias = self
         u, dt, B, C = (tensor[None, None] for tensor in (u, dt, B, C))
         D, z, dt_bias = (None if tensor is None else tensor[None] for tensor in (D, z, dt_bias))
@@ -48,7 +49,7 @@ def check_scan(
     parameters: str = "",
     streams: str = "",
 ) -> None:
-    """Operands of a scan of runs with the leading axes `parameters` + `streams` + "B"."""
+    """Check the operands of a scan of runs with the leading axes `parameters` + `streams` + "B"."""
     runs = parameters + streams + "B"
     u, A = operands.u, operands.A
     sizes = _sizes("u", u, runs + "LE")
@@ -69,7 +70,7 @@ def check_conv(
     parameters: str = "",
     streams: str = "",
 ) -> None:
-    """Operands of a convolution of streams with the leading axes `streams` + "B"."""
+    """Check the operands of a convolution of streams with the leading axes `streams` + "B"."""
     sizes = _sizes("x", x, streams + "BLE") | _sizes("weight", weight, parameters + "EK") | {"E": x.shape[-1]}
     operands = (("x", x, streams + "BLE"), ("weight", weight, parameters + "EK"), ("bias", bias, parameters + "E"))
     _check_floats(x, sizes, operands)
@@ -93,7 +94,7 @@ def check_head(hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Ten
 
 
 def _sizes(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
-    """The size of each of a tensor's axes, by its letter."""
+    """{letter: size} of a tensor's axes."""
     if tensor.ndim != len(axes):
         raise ValueError(f"{name}: expected axes ({', '.join(axes)}), got shape {tuple(tensor.shape)}")
     sizes = dict(zip(axes, tensor.shape, strict=True))

@@ -1,4 +1,4 @@
-"""Packed sequences on backends that know nothing of them: every sequence is run by itself.
+"""Packed sequences on backends without support for them: every sequence is run alone.
 
 `starts` (B, L) bool is true at the first position of each packed sequence. A start cuts the row: neither states nor
 convolution taps cross it, in either direction.
@@ -12,10 +12,11 @@ from torch import Tensor
 
 
 def run_apart(starts: Tensor, op: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
-    """Results (…, B, L, E) of `op` on the pieces (…, 1, l, E) of `operands`, one call per sequence, in their places.
+    """A function that runs `op` on each sequence's pieces (…, 1, l, E) of the operands, and joins the results (…, B, L,
+    E).
 
-    Operands (…, B, L, C) are all cut at once. The gradients of the pieces then become one tensor by concatenation; the
-    gradient of a slice is a tensor of the full length, and adding up one for each sequence takes quadratic time.
+    Each operand (…, B, L, C) is split in one call. The gradients of the pieces are then concatenated; with slices, each
+    gradient would be a tensor of the full length, and adding up one for each sequence would take quadratic time.
     """
     by_row = (repeat(None) if t is None else t.unsqueeze(-4).unbind(-3) for t in operands)
     rows = []

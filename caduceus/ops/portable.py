@@ -1,8 +1,8 @@
-"""The ops by torch alone, for exports that bring their own code: any device, nothing to compile, whole sequences.
+"""The ops in plain torch, for the code in exports: for any device, without compiling, for whole sequences.
 
-Names and operands are those of `caduceus.ops`; `backend` is taken and has no effect. Sequences that are packed, or
-shared between ranks, are refused: that is for training with the package. The scan goes over pieces of a sequence at
-once: it takes about √(8 L) steps for L positions, instead of L, with the same products in another order.
+Names and operands are those of `caduceus.ops`; `backend` has no effect. Packed sequences, and sequences that ranks
+share, are refused: these need the package. The scan works on several pieces of a sequence at the same time: it takes
+about √(8 L) steps for L positions, instead of L, with the same products in another order.
 """
 
 import math
@@ -136,17 +136,19 @@ def head_cross_entropy(
 
 
 def kernels_of_gpu(backend: str, tensor: Tensor) -> None:
-    """There are none."""
+    """None, as there are no kernels here."""
 
 
 def _refuse(context: Context | None, starts: Tensor | None) -> None:
     if context is not None or starts is not None:
-        raise ValueError("packed or shared sequences are for the package caduceus, not for the code of an export")
+        raise ValueError(
+            "packed or shared sequences need the package caduceus; the code of an export does not support them"
+        )
 
 
-@torch.compiler.disable  # which would write every step into its graph
+@torch.compiler.disable  # a compiled graph would contain every step
 def _scan(operands: ScanOperands, softplus: bool, reverse: bool, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As `naive.selective_scan`, whose arguments these are."""
+    """Like `naive.selective_scan`, with the same arguments."""
     u, dt, A, B, C, D, z, dt_bias = operands
     compute, length = torch.promote_types(u.dtype, torch.float32), u.shape[1]
     steps = dt.to(compute) if dt_bias is None else dt.to(compute) + dt_bias.to(compute)
@@ -156,10 +158,10 @@ def _scan(operands: ScanOperands, softplus: bool, reverse: bool, initial_state: 
     if length == 0:
         return u, state
     size = max(1, round(math.sqrt(length / 2)))
-    # What fills the last piece has steps of 0, which leave a state as it is.
+    # Positions that fill the last piece have steps of 0, which do not change a state.
     pieces = [F.pad(t, (0, 0, 0, -length % size)).unflatten(1, (-1, size)) for t in (steps, inputs, B, C)]
     inside = (*(piece.to(compute) for piece in pieces), A.to(compute), state, reverse)
-    if torch.is_grad_enabled():  # every step would keep its state for the backward pass
+    if torch.is_grad_enabled():  # otherwise every step would keep its state for the backward pass
         y, state = checkpoint(_scan_pieces, *inside, use_reentrant=False)
     else:
         y, state = _scan_pieces(*inside)

@@ -1,8 +1,8 @@
-"""Whether the Triton kernels compute on this card what their definition does.
+"""Checks that the Triton kernels compute on this card what their definition does.
 
-Releases of compilers and drivers have corrupted forward passes in silence on new cards. So every op runs once at small
-sizes, forward and backward, beside `naive` on the same card in fp64. What was found right is remembered until the card,
-its driver, torch, Triton or the kernels themselves change.
+Releases of compilers and drivers have silently corrupted forward passes on new cards. So every op runs once at small
+sizes, forward and backward, and is compared with `naive` on the same card in fp64. A successful check is remembered
+until the card, its driver, torch, Triton or the kernels change.
 """
 
 import json
@@ -23,14 +23,15 @@ from caduceus.errors import UserError
 from caduceus.files import fingerprint, sha256_of, write_atomically
 
 BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2}
-"""Most error of an output or gradient, relative to its largest value; a wrong term is of order 1.
+"""Largest error of an output or gradient, relative to its largest value; a wrong term has an error of order 1.
 
-fp32: 24 bits, sums of hundreds of terms, exponentials good to 2^-22. In bf16 results are rounded twice, by 2^-8 each,
-where the sum over directions waits in the output; twice that, for the interpreter truncates."""
+fp32: 24 bits, sums of hundreds of terms, exponentials exact to 2^-22. In bf16 results are rounded twice, by 2^-8 each,
+where the partial sum over directions is stored in the output; the bound is twice that, as the interpreter truncates.
+"""
 ACTIVATIONS = {"u", "dt", "B", "C", "y", "z", "x", "halo"}
-"""Operands that come in the type of the case; the others are fp32."""
+"""Operands that have the type of the case; the others are fp32."""
 SIZES = 37, 20, 16
-"""Tokens, channels and states."""
+"""(tokens, channels, states) of the cases."""
 _IGNORED = -100
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """An op at one size: operands in fp64, and the op by the name of a backend."""
+    """An op at one size: operands in fp64, and a function from a backend's name to the op."""
 
     name: str
     operands: Operands
@@ -48,14 +49,14 @@ class Case:
 
 
 def check_kernels(device: torch.device) -> None:
-    """Run every Triton op on `device` against its definition, unless that was done; about a second.
+    """Compare every Triton op on `device` with its definition, unless this was done before; it takes about a second.
 
-    Where the scan is right only without sums within a warp, it goes on without. Raises `UserError`, which names op,
-    sizes and error, for the first that is wrong.
+    Where the scan is right only without sums within a warp, it uses the other form from then on. Raises `UserError`,
+    which names op, sizes and error, for the first wrong op.
     """
     machine = _machine(device)
     memory = _memory(machine)
-    with suppress(OSError, ValueError):  # not there, or no longer whole
+    with suppress(OSError, ValueError):  # absent, or damaged
         if json.loads(memory.read_text()).get("sums") == "tiles":
             _sum_in_tiles(machine)
         return
@@ -67,18 +68,18 @@ def check_kernels(device: torch.device) -> None:
                 _choose_sums(case, dtype, machine)
             count += 1
     _log.info(
-        "ops: %d Triton ops are right on %s, forward and backward (%.1f s); not looked at again until it changes",
+        "ops: %d Triton ops are right on %s, forward and backward (%.1f s); not checked again until something changes",
         count,
         machine["card"],
         time.monotonic() - began,
     )
-    with suppress(OSError):  # it is looked at again
+    with suppress(OSError):  # the next start checks again
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(memory, json.dumps(machine, indent=1).encode())
 
 
 def differentiate(function: Function, operands: Operands) -> Operands:
-    """Outputs and gradients by name, for output gradients that any type holds exactly."""
+    """{name: outputs and gradients}, for output gradients that every type represents exactly."""
     leaves = {n: t.detach().requires_grad_() for n, t in operands.items()}
     outputs = function(**leaves)
     generator = torch.Generator().manual_seed(1)
@@ -89,19 +90,19 @@ def differentiate(function: Function, operands: Operands) -> Operands:
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
-    """Relative to the largest value; infinite where something is not a number or has another shape."""
+    """The error relative to the largest value; infinite where a value is not a number, or the shape differs."""
     difference = (found.double() - expected).abs().max() if found.shape == expected.shape else torch.tensor(torch.inf)
     error = (difference / expected.abs().max().clamp(min=1e-30)).item() if difference else 0.0
     return error if error == error else torch.inf
 
 
 def _choose_sums(case: Case, dtype: torch.dtype, machine: dict[str, str]) -> None:
-    """As `_require_right`. Where the scan is right only with its sums in tiles, it keeps to these."""
+    """Like `_require_right`, but where the scan is right only with its sums in tiles, it uses these from then on."""
     from caduceus.ops.triton import scan_launches
 
     try:
         _require_right(case, dtype, machine)
-    except Exception:  # also of the assembler
+    except Exception:  # errors of the assembler too
         if dtype != torch.bfloat16 or not scan_launches.warp_sums:
             raise
         scan_launches.warp_sums = False
@@ -118,7 +119,7 @@ def _sum_in_tiles(machine: dict[str, str]) -> None:
     from caduceus.ops.triton import scan_launches
 
     _log.warning(
-        "ops: the scan's sums within a warp are wrong on %s: it takes those in tiles, which are right but slower",
+        "ops: the scan's sums within a warp are wrong on %s, so it uses sums in tiles, which are right but slower",
         machine["card"],
     )
     scan_launches.warp_sums = False
@@ -206,7 +207,7 @@ def _loss(labels: Tensor, backend: str) -> Function:
 
 
 def _machine(device: torch.device) -> dict[str, str]:
-    """All that the kernels' results may depend on."""
+    """All facts on which the kernels' results may depend."""
     import triton
 
     version = Path("/proc/driver/nvidia/version")

@@ -99,8 +99,8 @@ class RunDirectory:
             yield
         except OSError as error:
             raise UserError(
-                f"run.dir: {self.path} cannot be read or written ({error}); mend the disk or make room and start the "
-                "same command again, or choose another run.dir"
+                f"run.dir: {self.path} cannot be read or written ({error}); repair the disk or make room, and start "
+                "the same command again, or choose another run.dir"
             ) from None
 
     def keep_config(self, config: Config) -> None:

@@ -49,6 +49,10 @@ class Evaluations:
     stop: StopRequest
     watchdog: Watchdog
 
+    def are_due(self, step: int) -> bool:
+        """Whether there are some to run after a step."""
+        return any(step % one.every == 0 for one in self.found)
+
     def after(self, strategy: Strategy, step: int) -> Row:
         """Run the evaluations that are due after a step. Returns their numbers by their names in metrics.jsonl, the
         same on all ranks.

@@ -19,6 +19,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.train.best import Best
 from caduceus.train.checkpointing import Checkpoints
 from caduceus.train.guards import collect_garbage
+from caduceus.train.handover import Handover
 from caduceus.train.progress import Progress
 from caduceus.train.step import training_step
 from caduceus.train.stopping import EXIT_REQUEUE, StopRequest
@@ -45,6 +46,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.best = Best(self.config.checkpoint, self.strategy, self.run)
+        self.handover = Handover(self._wishes)
 
     def is_over(self) -> bool:
         """Whether the last step has been taken; the same on all ranks."""
@@ -69,6 +71,11 @@ class Loop:
         """Validate and log the result. Returns its numbers, the same on all ranks."""
         return {}
 
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether `evaluated` has something to run; the same on all ranks."""
+        return False
+
     def evaluated(self) -> Row:
         """Run the evaluations that are due after a step. Returns their numbers, the same on all ranks."""
         return {}
@@ -86,23 +93,60 @@ class Loop:
         self._keep_if_best(self.told_at_start())
         batches = iter(self.loader)
         while not self.is_over():
-            with self.around_step():
-                row = training_step(self.config, self.strategy, self.loader, batches, self.progress)
-            self.monitor.log_training(row)
+            try:
+                with self.around_step():
+                    training_step(
+                        self.config, self.strategy, self.loader, batches, self.progress, handover=self.handover
+                    )
+            finally:
+                self._log_complete_rows()
             collect_garbage(self.progress.step)
+            if not self._pauses():
+                continue
+            self._settle()
             self.progress.health.refuse_to_go_on(self.config.train, self.run.logs_path)
             if self.progress.health.spiked and self._rewound():
                 batches = iter(self.loader)
                 continue
-            every, told = self.config.valid.every, {}
-            if every and (self.is_over() or self.progress.step % every == 0):
-                told = self.validated()
+            told = self.validated() if self._validation_is_due() else {}
             is_best = self._taken_as_best({**told, **self.evaluated()})
             if self._stopped_after_saving(is_best):
                 self.monitor.stopped = True
                 _log.warning("stopped after step %d with a checkpoint; the same command goes on", self.progress.step)
                 return EXIT_REQUEUE
         return 0
+
+    def _pauses(self) -> bool:
+        """Whether there is something to do before the next step; the same on all ranks."""
+        health = self.progress.health
+        due = self.evaluation_is_due or self.checkpoints.are_due(self.progress) or self._validation_is_due()
+        return due or self.is_over() or health.spiked or health.consecutive_skips > 0 or any(self.handover.wished)
+
+    def _validation_is_due(self) -> bool:
+        every = self.config.valid.every
+        return every > 0 and (self.is_over() or self.progress.step % every == 0)
+
+    def _settle(self) -> None:
+        """Log the row of the last step, which else waits for the next, and ask all ranks what they wish."""
+        with self.watchdog.over(f"the agreement after step {self.progress.step}"):
+            self.handover.settle(self.strategy.ranks)
+        self._log_complete_rows()
+
+    def _log_complete_rows(self) -> None:
+        for row in self.handover.complete():
+            self.monitor.log_training(row)
+
+    def _wishes(self) -> list[bool]:
+        """What this rank wishes, and all do if one does: to stop, to save, to wait for a save that has failed, to end
+        as the run is another process's, and to `tell_more`."""
+        stop = self.stop
+        return [
+            stop.requested,
+            stop.save_requested(),
+            self.checkpoints.failed,
+            stop.taken_over(),
+            self.has_more_to_tell,
+        ]
 
     def _taken_as_best(self, told: Row) -> Row | None:
         facts = self.best.take(self.progress.step, told)
@@ -133,19 +177,11 @@ class Loop:
         """Let the ranks agree on what follows a step, and write a checkpoint where one is due. Returns whether
         to stop.
         """
-        step, over, stop, ranks = self.progress.step, self.is_over(), self.stop, self.strategy.ranks
+        step, over = self.progress.step, self.is_over()
         complete = over and self.ends_the_run
-        with self.watchdog.over(f"the agreement after step {step}"):
-            wishes = ranks.gather(
-                [
-                    stop.requested and not complete,
-                    stop.save_requested(),
-                    self.checkpoints.failed,
-                    stop.taken_over(),
-                    self.has_more_to_tell,
-                ]
-            )
-        stopping, saving, failed, taken_over, telling = wishes.any(0).tolist()
+        self._settle()
+        stopping, saving, failed, taken_over, telling = self.handover.grant()
+        stopping = stopping and not complete
         if taken_over:
             raise RetryError(
                 f"run.dir: {self.run.path} was taken over by another process; this one ends without saving"
@@ -158,7 +194,7 @@ class Loop:
             if over or stopping or failed:
                 self.checkpoints.wait()
         if complete or stopping:
-            stop.is_saved()
+            self.stop.is_saved()
         return stopping
 
     @contextlib.contextmanager

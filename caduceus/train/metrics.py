@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
@@ -85,10 +85,8 @@ class StepClock:
         return event
 
 
-def measurements(
-    config: Config, ranks: Ranks, loader: TrainLoader, clock: StepClock, vitals: Vitals, bases: int
-) -> dict[str, float | int]:
-    """The measurements of all ranks in a step of `bases` bases, collected in one exchange.
+class Measured:
+    """The measurements of all ranks in a step of `bases` bases: `numbers` of each rank, and the `row` made of them.
 
     The parts of the step's time are means over ranks. `communication_seconds` is the time that the loop itself waits
     for other ranks; transfers inside the backward pass (and, when sharded, the forward pass) count to those passes.
@@ -97,28 +95,43 @@ def measurements(
     share a sequence also wait within the passes, so that the difference appears smaller; where ranks share parameters,
     the backward pass is left out for that reason.
     """
-    laps = clock.seconds()
-    mine = [*laps.values(), _peak_memory(ranks.device), loader.substituted]
-    rows, of_vitals = ranks.gather([*mine, *vitals.numbers()]).tensor_split([len(mine)], dim=1)
-    data, communication, forward, backward, exchange, optimizer = rows[:, : len(_LAPS)].mean(0).tolist()
-    seconds = rows[:, : len(_LAPS)].sum(1).max().item()
-    alone = rows[:, _ALONE].sum(1)
-    tokens_per_second = bases / seconds
-    return {
-        "substituted_samples": int(rows[:: ranks.world // ranks.data_world, -1].sum()),  # all ranks count them alike
-        "tokens_per_second": tokens_per_second,
-        "tokens_per_second_per_gpu": tokens_per_second / ranks.world,
-        "seconds": seconds,
-        "data_seconds": data,
-        "forward_backward_seconds": forward + backward + exchange,
-        "optimizer_seconds": optimizer,
-        "communication_seconds": communication,
-        "straggler_seconds": (alone.max() - alone.min()).item(),
-        "peak_memory_bytes": int(rows[:, -2].max()),
-        **utilization(config, tokens_per_second / ranks.world, ranks.device),
-        **vitals.row(of_vitals),
-        **({f"epoch/{species}": epoch for species, epoch in loader.epochs().items()} if vitals.on else {}),
-    }
+
+    def __init__(
+        self, config: Config, ranks: Ranks, loader: TrainLoader, clock: StepClock, vitals: Vitals, bases: int
+    ) -> None:
+        self._config, self._ranks, self._clock, self._vitals, self._bases = config, ranks, clock, vitals, bases
+        self._others = [_peak_memory(ranks.device), loader.substituted]
+        self._of_vitals = vitals.numbers()
+        self._epochs = {f"epoch/{name}": epoch for name, epoch in loader.epochs().items()} if vitals.on else {}
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """What this rank saw, (n,) float64. Its clock is read: what a GPU had to do in the step must be done."""
+        own = torch.tensor([*self._clock.seconds().values(), *self._others], dtype=torch.float64)
+        return torch.cat([own.to(device, non_blocking=True), self._of_vitals.to(device, non_blocking=True)])
+
+    def row(self, rows: Tensor) -> dict[str, float | int]:
+        """The entries of the step's row from the `numbers` of all ranks, (world, n) on the CPU."""
+        ranks, own = self._ranks, len(_LAPS) + len(self._others)
+        rows, of_vitals = rows.tensor_split([own], dim=1)
+        data, communication, forward, backward, exchange, optimizer = rows[:, : len(_LAPS)].mean(0).tolist()
+        seconds = rows[:, : len(_LAPS)].sum(1).max().item()
+        alone = rows[:, _ALONE].sum(1)
+        tokens_per_second = self._bases / seconds
+        return {
+            "substituted_samples": int(rows[:: ranks.world // ranks.data_world, -1].sum()),  # which all count alike
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_gpu": tokens_per_second / ranks.world,
+            "seconds": seconds,
+            "data_seconds": data,
+            "forward_backward_seconds": forward + backward + exchange,
+            "optimizer_seconds": optimizer,
+            "communication_seconds": communication,
+            "straggler_seconds": (alone.max() - alone.min()).item(),
+            "peak_memory_bytes": int(rows[:, -2].max()),
+            **utilization(self._config, tokens_per_second / ranks.world, ranks.device),
+            **self._vitals.row(of_vitals),
+            **self._epochs,
+        }
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from caduceus.config import TrainConfig
 from caduceus.distributed.strategy import Strategy, local
 from caduceus.errors import UserError
 from caduceus.run.checkpoints import AVERAGE
-from caduceus.train.vitals import kind_of
+from caduceus.train.vitals import parameter_kind
 
 MATRICES = ("in_proj", "x_proj", "out_proj")
 """Kinds of parameters that Muon updates: (directions, rows, columns), each direction a matrix of its own."""
@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     options = {"lr": config.lr, "betas": tuple(config.betas), "fused": is_fused(devices)}
     if config.optimizer == "adamw" and not config.ema:
         return torch.optim.AdamW(groups, **options)
-    return RecipeOptimizer(groups, config.ema, **options)
+    return AdamWMuonEma(groups, config.ema, **options)
 
 
 def is_fused(devices: set[str]) -> bool | None:
@@ -43,7 +43,7 @@ def is_fused(devices: set[str]) -> bool | None:
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     scales = dict(config.lr_scale or {})
-    kinds = {kind_of(name) for name in names.values()}
+    kinds = {parameter_kind(name) for name in names.values()}
     if unknown := sorted(scales.keys() - kinds):
         raise UserError(
             f"train.lr_scale: the model has no parameters of the kind '{unknown[0]}'; it has {', '.join(sorted(kinds))}"
@@ -51,7 +51,7 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for group in model.parameter_groups(config.weight_decay):
         for parameter in group["params"]:
-            kind = kind_of(names[parameter])
+            kind = parameter_kind(names[parameter])
             scale, by_muon = scales.get(kind, 1.0), config.optimizer == "muon" and kind in MATRICES
             found = groups.setdefault((group["weight_decay"], scale, by_muon), {**group, "params": []})
             found["params"].append(parameter)
@@ -60,7 +60,7 @@ def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-class RecipeOptimizer(torch.optim.AdamW):
+class AdamWMuonEma(torch.optim.AdamW):
     """AdamW, with torch's Muon for the groups with `muon` (one matrix per direction), and a moving average of the
     weights.
 

@@ -53,22 +53,27 @@ def train(config: Config) -> int:
         keep_freed_memory_for(config)
     with joined(stages_of(config)[0].config) as ranks, contextlib.ExitStack() as until_the_end:
         watchdog = Watchdog(RunDirectory(config.run.dir).logs_path, ranks.rank, config.train.stall_minutes)
-        watch: Watch | None = None
+        services: RunServices | None = None
         while True:
             with slowly(watchdog, ranks, "the look for checkpoints"):
                 stage = stage_to_run(config, ranks)
             with _arranged(stage, ranks) as its_ranks:
-                if watch is None:
+                if services is None:
                     with slowly(watchdog, its_ranks, "the opening of the data"):
                         opened = open_run(stage, its_ranks)
                     until_the_end.callback(opened.run.release)
-                    setup, watch = _begin(stage, its_ranks, opened, watchdog, started)
-                    for context in (watch.stop.listening(), watch.monitor, scheduled_garbage_collection(), heard()):
+                    setup, services = _begin(stage, its_ranks, opened, watchdog, started)
+                    for context in (
+                        services.stop.listening(),
+                        services.monitor,
+                        scheduled_garbage_collection(),
+                        heard(),
+                    ):
                         until_the_end.enter_context(context)
                     _log.info("ready to train after %.1f s", time.monotonic() - started)
                 else:
-                    opened, setup = _go_on(stage, its_ranks, opened, watch)
-                loop = _loop_of(stage, setup, opened, watch)
+                    opened, setup = _go_on(stage, its_ranks, opened, services)
+                loop = _loop_of(stage, setup, opened, services)
                 status = loop.run_to_the_end()
                 del loop, setup  # otherwise this stage's model would stay in memory beside the next one
             if status or stage.is_last:
@@ -86,7 +91,7 @@ def _arranged(stage: Stage, ranks: Ranks) -> Iterator[Ranks]:
 
 
 @dataclass(frozen=True)
-class Watch:
+class RunServices:
     """What a start of a run keeps through all its stages."""
 
     monitor: Monitor
@@ -96,7 +101,7 @@ class Watch:
     machines: Machines
 
 
-def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, started: float) -> tuple[Setup, Watch]:
+def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, started: float) -> tuple[Setup, RunServices]:
     """Set up the stage that a start begins with, and what the start keeps through all stages."""
     run, config = opened.run, stage.run
     with slowly(watchdog, ranks, "the start"):
@@ -106,19 +111,19 @@ def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, start
             profile = Profile(config, run.path, ranks)
             monitor = Monitor(config, run, active=ranks.is_main)
             stop = StopRequest(run, ranks.is_main, started, 60 * config.run.time_budget_minutes)
-    return setup, Watch(monitor, stop, watchdog, profile, machines)
+    return setup, RunServices(monitor, stop, watchdog, profile, machines)
 
 
-def _go_on(stage: Stage, ranks: Ranks, opened: Opened, watch: Watch) -> tuple[Opened, Setup]:
+def _go_on(stage: Stage, ranks: Ranks, opened: Opened, services: RunServices) -> tuple[Opened, Setup]:
     """Set up a further stage, from the checkpoint at the end of the one before."""
     gc.collect()
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()  # the next stage has tensors of other sizes
-    with slowly(watch.watchdog, ranks, f"the beginning of stage {stage.number}"):
+    with slowly(services.watchdog, ranks, f"the beginning of stage {stage.number}"):
         opened = open_stage(opened, stage, ranks)
         setup = set_up(stage, ranks, opened)
         with ranks.agreeing(), opened.run.telling_of_disks():
-            watch.monitor.begin_stage(stage)
+            services.monitor.begin_stage(stage)
     return opened, setup
 
 
@@ -153,6 +158,10 @@ class _StageLoop(Loop):
         self.monitor.log_validation(told, windows)
         return told
 
+    @property
+    def evaluation_is_due(self) -> bool:
+        return self.evaluations.are_due(self.progress.step)
+
     def evaluated(self) -> Row:
         return self.evaluations.after(self.strategy, self.progress.step)
 
@@ -165,11 +174,11 @@ class _StageLoop(Loop):
             self.monitor.log_machines(self.machines.row(self.progress.step))
 
 
-def _loop_of(stage: Stage, setup: Setup, opened: Opened, watch: Watch) -> _StageLoop:
-    run, monitor, stop, watchdog = opened.run, watch.monitor, watch.stop, watch.watchdog
+def _loop_of(stage: Stage, setup: Setup, opened: Opened, services: RunServices) -> _StageLoop:
+    run, monitor, stop, watchdog = opened.run, services.monitor, services.stop, services.watchdog
     evaluations = Evaluations(setup.config, run, opened.evaluations, monitor, stop, watchdog)
     what = setup.config, run, setup.strategy, setup.checkpoints, opened.loader, setup.progress, monitor, stop, watchdog
-    return _StageLoop(*what, stage, opened.validation, evaluations, watch.profile, watch.machines)
+    return _StageLoop(*what, stage, opened.validation, evaluations, services.profile, services.machines)
 
 
 def _validate(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from caduceus.config import Config
+from caduceus.data.batch import REGIONS
 from caduceus.distributed.strategy import Strategy
 from caduceus.model.observer import STATISTICS
 
@@ -23,6 +24,7 @@ class Vitals:
         self._strategy = strategy
         self._layers = config.model.n_layer
         self._told: torch.Tensor | None = None
+        self._region_sums: torch.Tensor | None = None
         self._kinds: dict[str, list[int]] = {}
         self._before: list[torch.Tensor] = []
         self._squares: dict[str, torch.Tensor] = {}
@@ -41,9 +43,10 @@ class Vitals:
         """Whether the forward pass of micro-batch 1, 2, … is observed."""
         return self.on and micro_batch == 1
 
-    def take(self, told: torch.Tensor | None) -> None:
-        """Take the numbers of an `Observer` of a forward pass, if there was one."""
+    def take(self, told: torch.Tensor | None, region_sums: torch.Tensor | None = None) -> None:
+        """Take the numbers of an `Observer` of a forward pass and its losses by region (2, 2), if there are any."""
         self._told = self._told if told is None else told
+        self._region_sums = self._region_sums if region_sums is None else region_sums
 
     def before_update(self) -> None:
         """Take the gradients as they are before clipping, and remember the weights."""
@@ -51,7 +54,7 @@ class Vitals:
             return
         parts = self._strategy.parts()
         for place, part in enumerate(parts):
-            self._kinds.setdefault(kind_of(part.name), []).append(place)
+            self._kinds.setdefault(parameter_kind(part.name), []).append(place)
         self._before = [part.weight.clone() for part in parts]
         gradients = [part.gradient for part in parts if part.gradient is not None]
         if gradients and len(gradients) == len(parts):
@@ -65,12 +68,14 @@ class Vitals:
         self._squares |= {"weight": self._by_kind(self._before), "moved": self._by_kind(moved)}
         self._before = []
 
-    def numbers(self) -> list[float]:
-        """The numbers of this rank, to be gathered from all."""
+    def numbers(self) -> torch.Tensor:
+        """The numbers of this rank, (n,) float64, to be gathered from all."""
+        self._before = []
         if not self.on:
-            return []
-        squares = [number for values in self._squares.values() for number in values.tolist()]
-        return [*squares, *self._told.flatten().tolist()]
+            return torch.zeros(0, dtype=torch.float64)
+        told = self._told.flatten().double()
+        regions = [] if self._region_sums is None else [self._region_sums.flatten().to(told.device)]
+        return torch.cat([*(values.to(told.device) for values in self._squares.values()), *regions, told])
 
     def row(self, rows: torch.Tensor) -> dict[str, float]:
         """The entries of the step's row from the `numbers` of all ranks, (world, n) float64."""
@@ -87,6 +92,10 @@ class Vitals:
         if "moved" in norms:
             ratios = (norms["moved"] / norms["weight"]).tolist()
             row |= {f"update_ratio/{kind}": ratio for kind, ratio in zip(self._kinds, ratios, strict=True)}
+        if self._region_sums is not None:
+            sums = rows[:, count : count + self._region_sums.numel()].sum(0).view(len(REGIONS), 2).tolist()
+            row |= {f"loss_{name}": loss / bases for name, (loss, bases) in zip(REGIONS, sums, strict=True) if bases}
+            count += self._region_sums.numel()
         layers = rows[:, count:].mean(0).view(self._layers, len(STATISTICS)).tolist()
         for place, name in enumerate(STATISTICS):
             row |= {f"{name}/{layer:02}": values[place] for layer, values in enumerate(layers)}
@@ -98,7 +107,7 @@ class Vitals:
         return torch.stack([squares[places].sum() for places in self._kinds.values()])
 
 
-def kind_of(parameter: str) -> str:
+def parameter_kind(parameter: str) -> str:
     """The kind of a parameter, from its name: A_log for blocks.3.mixer.A_log, norm for any norm, embedding."""
     *path, last = parameter.split(".")
     return path[-1].removesuffix("_f") if last in ("weight", "bias") else last

@@ -78,7 +78,7 @@ def cut_windows(
         candidates = _windows_of_rows(line, rows, removed, options)
     windows = _table(candidates.windows)
     rich = enough_acgt(windows, line.place([scans[row].non_acgt for row in usable]), options.min_acgt)
-    kept = footprint(windows[rich])
+    kept = bases_in(windows[rich])
     rest = difference(line.contigs, kept)
     dropped = dict.fromkeys(DROPPED, 0)
     for reason, bases in (
@@ -86,7 +86,7 @@ def cut_windows(
         ("gap", candidates.gaps),
         ("outside_intervals", difference(line.contigs, candidates.asked_for)),
         ("leakage", candidates.leakage),
-        ("low_acgt", footprint(windows[~rich])),
+        ("low_acgt", bases_in(windows[~rich])),
     ):
         dropped[reason] = size(intersection(rest, bases))
         rest = difference(rest, bases)
@@ -94,7 +94,7 @@ def cut_windows(
     dropped["between_windows"] = size(rest[~at_end])
     dropped["tail" if options.tail == "drop" else "short"] = size(rest[at_end])
     dropped["short"] += sum(lengths) - int(line.lengths.sum())
-    bases_of = {split: footprint(windows[rich & (windows["split"] == n)]) for n, split in enumerate(SPLITS)}
+    bases_of = {split: bases_in(windows[rich & (windows["split"] == n)]) for n, split in enumerate(SPLITS)}
     return GenomeWindows(
         windows=_on_contigs(windows[rich], line, np.array(usable, dtype=np.int64)),
         kept=size(kept),
@@ -139,7 +139,7 @@ def enough_acgt(windows: np.ndarray, non_acgt: np.ndarray, min_acgt: float) -> n
     return (end - start) - covered(start, end, non_acgt) >= min_acgt * (end - start)
 
 
-def footprint(windows: np.ndarray) -> np.ndarray:
+def bases_in(windows: np.ndarray) -> np.ndarray:
     """The set of bases that lie in at least one of the windows (PLANNED_DTYPE), which are on the line of contigs."""
     return union(np.stack([windows["start"], windows["end"]], axis=1).astype(np.int64))
 

@@ -36,12 +36,12 @@ class KmerTask:
 
 @dataclass
 class Found:
-    """What is known of a species' train."""
+    """What is known about near copies in a species' train."""
 
     near: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    """By contig, the stretches near to what is held out, parts of `NEAR_DTYPE`."""
+    """By contig, the stretches that are near copies of held-out sequence, arrays of `NEAR_DTYPE`."""
     looked_at: set[Window] = field(default_factory=set)
-    """Windows that were looked at."""
+    """Windows that were searched."""
 
     def by_contig(self) -> dict[str, np.ndarray]:
         return {contig: np.concatenate(parts) for contig, parts in self.near.items()}
@@ -63,9 +63,10 @@ def sketch_held_out(species: list[tuple[SpeciesRequest, SpeciesPlan]], path: Pat
 def look_for_copies(
     species: list[tuple[SpeciesRequest, SpeciesPlan]], found: list[Found | None], held_out: Path, pool: Workers
 ) -> bool:
-    """Look at the windows of train that were not looked at before; tells whether there were any.
+    """Search the windows of train that were not searched before. Returns whether there were any.
 
-    `found`: of each species, to be added to; None for those that do not ask. `held_out`: by `sketch_held_out`.
+    `found`: the results of each species, which are extended; None for species without --homology. `held_out`: the file
+    of `sketch_held_out`.
     """
     tasks: list[KmerTask] = []
     for number, ((request, plan), of_species) in enumerate(zip(species, found, strict=True)):
@@ -91,7 +92,7 @@ def _windows(plan: SpeciesPlan, train: bool) -> list[Window]:
 
 
 def _tasks(number: int, request: SpeciesRequest, windows: list[Window], held_out: Path | None = None) -> list[KmerTask]:
-    """Tasks of about as many bases over windows of a species."""
+    """Tasks with about the same number of bases each, over windows of a species."""
     least = min(LEVELS[0], request.options.homology or 1.0)
     tasks: list[KmerTask] = []
     part: list[Window] = []

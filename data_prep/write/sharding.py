@@ -108,7 +108,7 @@ def plan_species_of(species: list[SpeciesWork], all_species: list[SpeciesWork], 
 
 
 def _leave_out_copies(species: list[SpeciesWork], scans: list[dict[str, Scan]], pool: Workers) -> None:
-    """Plan species anew until all windows of train were looked at as they are: what is left out moves others."""
+    """Plan species anew until every window of the plan was searched, as leaving out stretches moves other windows."""
     if not any((work.plan.windows["split"] != SPLITS.index("train")).any() for work in species):
         raise UserError("--homology: nothing is held out, so nothing is near to it; give --valid-contigs or the like")
     found = [None if work.request.options.homology is None else Found() for work in species]

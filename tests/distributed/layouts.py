@@ -157,13 +157,13 @@ def _train_observed(config: Config, weigh: bool) -> Observed:
 def _recorded(step: Callable[..., Any], observed: Observed) -> Callable[..., Any]:
     steps = 0
 
-    def recorded(*arguments: Any) -> Any:
+    def recorded(*arguments: Any, **handed: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps != 2:
-            return step(*arguments)
+            return step(*arguments, **handed)
         with Recorder() as recorder:
-            row = step(*arguments)
+            row = step(*arguments, **handed)
         observed.bytes_sent = sum(recorder.bytes().values())
         return row
 

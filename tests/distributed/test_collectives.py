@@ -1,22 +1,17 @@
-"""What ranks exchange in a step, in which order and over whom: one rank of 512 at a time, and in a whole step."""
+"""What ranks exchange in a step, in which order and over whom: one rank of 512 at a time."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from caduceus.config import config_from_dict
-from caduceus.data.loader import build_loader
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.fake import fake_world
 from caduceus.distributed.ranks import Ranks
 from caduceus.train.optimizer import build_optimizer
-from caduceus.train.progress import Progress
-from caduceus.train.step import training_step
 from tests.distributed.fake import CPU, meet_by_python
-from tests.distributed.layouts import Layout, config_of
 from tests.distributed.recorder import Call, Recorder
 
 WORLD, LAYERS = 512, 2
@@ -60,23 +55,3 @@ def test_copies_of_hybrid_sharding_clip_by_the_same_bits() -> None:
     norm, told = calls[-2:]
     assert (norm.kind, norm.ranks) == ("all-reduce", tuple(range(8, 16)))
     assert told == Call("broadcast", tuple(range(1, WORLD, 8)), 4)
-
-
-def test_a_step_meets_three_times_beside_the_exchange_of_gradients(small_shards: Path, tmp_path: Path) -> None:
-    """Labels with failures, losses, and what the ranks measured; nothing is sent in forward passes for a buffer."""
-    config = config_of(Layout("", 2, {"strategy": "ddp"}), small_shards, tmp_path, accumulation=2)
-    with fake_world(0, 2):
-        ranks = Ranks(0, 2, 1, CPU)
-        loader = build_loader(config, "train", rank=0, world=2, positions=(0, 64), device=CPU)
-        strategy = build_strategy(config, ranks, build_optimizer)
-        meet_by_python(strategy)
-        assert not strategy.model.will_sync_module_buffers()
-        progress, batches = Progress(0, 0, loader.state(), warmup_steps=1), iter(loader)
-        with Recorder() as recorder:
-            training_step(config, strategy, loader, batches, progress)
-    gradients = sum(parameter.nbytes for parameter in strategy.model.parameters())
-    kinds = [(call.kind, call.bytes) for call in recorder.calls]
-    assert kinds.count(("all-reduce", gradients)) == 1
-    kinds.remove(("all-reduce", gradients))
-    assert [kind for kind, _ in kinds] == ["all-gather", "all-reduce", "all-gather"]
-    assert kinds[0][1] == 2 * 8, "a failure, if there is one, and the weight of the labels"

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config, config_from_dict
 from caduceus.distributed.build import build_strategy
-from caduceus.distributed.costs import Group, Sent, exchanges, micro_batches, sent
+from caduceus.distributed.costs import Group, Sent, exchanges, micro_batches_per_step, sent
 from caduceus.distributed.fake import fake_world
 from caduceus.distributed.held import Held, held
 from caduceus.distributed.ranks import Ranks
@@ -55,7 +55,7 @@ def costs_of(config: Config, rank: int, world: int) -> tuple[Held, list[Call]]:
     ids = torch.full((config.train.micro_batch, LENGTH // ranks.context), 8)
     for _ in range(3):
         with Recorder() as recorder:
-            passes = micro_batches(config, world)
+            passes = micro_batches_per_step(config, world)
             for number in range(passes):
                 with strategy.accumulating(number == passes - 1):
                     strategy.backward(strategy.model(ids, ids, None, return_logits=False).loss_sum.sum())

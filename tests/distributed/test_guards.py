@@ -56,12 +56,12 @@ def _train_observed(config: Config, rank: int, strike: bool) -> list[Step]:
     steps = []
     step_of_the_trainer = loop.training_step
 
-    def observed_step(config, strategy, loader, batches, progress):
+    def observed_step(config, strategy, loader, batches, progress, **handed):
         before = whole_parameters(strategy)
         with pytest.MonkeyPatch.context() as patch:
             if strike:
                 _strike(patch, strategy, loader.samples_consumed)
-            row = step_of_the_trainer(config, strategy, loader, batches, progress)
+            row = step_of_the_trainer(config, strategy, loader, batches, progress, **handed)
         steps.append(Step(row, before, whole_parameters(strategy)))
         return row
 

@@ -11,16 +11,19 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from tests.conftest import REPOSITORY, write_random_fasta
 from tests.docs.pages import NEEDS, Block, blocks
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-CODE = ("caduceus", "data_prep", "launch", "configs", "demo", "tests", "benchmarks")
+CODE = ("data_prep", "launch", "configs", "demo", "tests", "benchmarks")
 SMALL = [
     *("model.d_model=16", "model.n_layer=1", "data.seq_len=256", "data.workers=0", "valid.samples=2", "run.device=cpu"),
     *("train.steps=2", "train.global_batch=2", "train.micro_batch=1", "train.precision=fp32"),
 ]
 """What a training of a page gets on top, to be over in seconds."""
+SHELL = re.compile(r"[|&;<>$`*?~]")
+"""What only a shell understands."""
 TRAINS = ("-m caduceus.train", "caduceus-train", "launch/slurm.py --cluster local")
 
 
@@ -54,15 +57,20 @@ def shortened(command: str) -> str:
 
 
 def run(command: list[str] | str, where: Path, block: Block) -> None:
+    """README's own in fresh processes, other pages' from one that has imported what they import."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "WANDB_MODE": "offline",
     }
-    done = subprocess.run(
-        command, shell=isinstance(command, str), cwd=where, env=environment, capture_output=True, text=True
-    )
+    if isinstance(command, str) and not SHELL.search(command):
+        command = shlex.split(command)
+    options = {"cwd": where, "env": environment, "capture_output": True, "text": True}
+    if block.page.name != "README.md" and command[0] == "python":
+        done = preloaded.run([sys.executable, *command[1:]], **options)
+    else:
+        done = subprocess.run(command, shell=isinstance(command, str), **options)
     assert done.returncode == 0, (
         f"{block.page.name}:{block.line}: {command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     )
@@ -75,7 +83,8 @@ def test_the_commands_of_a_page_run(page: Path, checkout: Path) -> None:
         if block.needs is not None:
             continue
         if block.language == "python":
-            run([sys.executable, "-c", block.text], checkout, block)
+            program = ["-c"] if page.name == "README.md" else ["-m", "tests.docs.program"]
+            run(["python", *program, block.text], checkout, block)
         for command in block.commands:
             run(shortened(command), checkout, block)
     if page.name == "README.md":

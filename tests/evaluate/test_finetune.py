@@ -119,11 +119,11 @@ def test_a_command_that_was_killed_gives_the_same(tmp_path: Path, monkeypatch: p
     whole = finetune(runner, given, tmp_path / "whole", chosen)
     real, steps = loop.training_step, []
 
-    def dying(*arguments: object) -> dict:
+    def dying(*arguments: object, **handed: object) -> dict:
         steps.append(1)
         if len(steps) == 15:  # in the second epoch of the second seed; 36 sequences are 3 steps
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **handed)
 
     monkeypatch.setattr(loop, "training_step", dying)
     with pytest.raises(KeyboardInterrupt):

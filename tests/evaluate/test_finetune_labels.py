@@ -77,7 +77,14 @@ def write_by_base(path: Path, seed: int, count: int, letters: bool) -> LabelledT
     return LabelledTable(path)
 
 
-@pytest.mark.parametrize(("letters", "frozen"), [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("letters", "frozen"),
+    [
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_labels_of_bases_are_learnt_and_predicted(letters: bool, frozen: bool, tmp_path: Path) -> None:
     given = {name: write_by_base(tmp_path / f"{name}.tsv", n, 24, letters) for n, name in enumerate(("train", "test"))}
     runner = Runner(made("ph", torch.float32))

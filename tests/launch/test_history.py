@@ -10,7 +10,7 @@ from caduceus.run.checkpoints import write_marker
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, record_end
 from launch import history
-from launch.history import Submission, attempts, failures_without_progress, record, record_submission
+from launch.history import Submission, attempts, failures_without_progress, record_attempt, record_submission
 from launch.logs import last_error, log_path
 from launch.requeue import why_ended
 from launch.scheduler import OwnJob
@@ -46,9 +46,9 @@ def test_a_truncated_checkpoint_is_no_progress(run):
 
 
 def add_attempt(run: RunDirectory, restart: int, reason: str | None, start: int, end: int, job: str = "7") -> None:
-    record(run, "start", job, restart, nodes="n[0-1]", tasks=2, step=start)
+    record_attempt(run, "start", job, restart, nodes="n[0-1]", tasks=2, step=start)
     if reason is not None:
-        record(run, "end", job, restart, reason=reason, step=end, error=None, status=1)
+        record_attempt(run, "end", job, restart, reason=reason, step=end, error=None, status=1)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(run):
 
 
 def test_nodes_are_known_where_a_bad_one_ended_the_job_before_the_first_rank_wrote_them_down(run):
-    record(run, "bad node", "7", 0, node="n1", nodes="n[0-1]", why="n1: no shared memory")
-    record(run, "end", "7", 0, reason="bad node", step=0, error="n1: no shared memory", status=1)
+    record_attempt(run, "bad node", "7", 0, node="n1", nodes="n[0-1]", why="n1: no shared memory")
+    record_attempt(run, "end", "7", 0, reason="bad node", step=0, error="n1: no shared memory", status=1)
     (attempt,) = attempts(run)
     assert (attempt.nodes, attempt.bad_nodes, attempt.started) == ("n[0-1]", ["n1"], None)
 
@@ -223,7 +223,7 @@ def test_the_error_that_says_most(run, ends, log, told):
 def test_states_of_a_run_whose_job_is_gone_or_of_which_slurm_does_not_tell(run, fake_slurm, events, state, in_silence):
     record_submission(run, Submission(run.path, ["7"], "slurm", run.logs_path, {}))
     for event, facts in events:
-        record(run, event, "7", 0, **{"step": 0, "error": None, **facts})
+        record_attempt(run, event, "7", 0, **{"step": 0, "error": None, **facts})
     forgotten = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
     silent = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
     for answer, expected in ((forgotten, state), (silent, in_silence)):

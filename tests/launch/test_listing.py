@@ -78,8 +78,8 @@ def test_a_run_that_goes_on_is_not_shown_as_it_was(runs, tmp_path, monkeypatch, 
 def test_slurm_is_asked_once_about_all_runs_and_one_that_waits_again_is_seen(runs, fake_slurm, tmp_path, monkeypatch):
     for number, run in enumerate(runs):
         record_submission(run, Submission(run.path, [str(12 + number)], "slurm", run.logs_path, {}))
-        history.record(run, "start", str(12 + number), 0, nodes="n", tasks=1, step=0)
-        history.record(run, "end", str(12 + number), 0, reason=history.Reason.STOPPED, step=0, error=None)
+        history.record_attempt(run, "start", str(12 + number), 0, nodes="n", tasks=1, step=0)
+        history.record_attempt(run, "end", str(12 + number), 0, reason=history.Reason.STOPPED, step=0, error=None)
         age(run)
     for expected in (["a", "b", "c"], []):
         assert looked_at(monkeypatch, tmp_path / "runs")[1] == expected

@@ -22,7 +22,7 @@ def run(tmp_path, monkeypatch, fake_slurm) -> RunDirectory:
     run.release()
     request = {"signal_seconds": 120, "requeue": True, "max_failures": 3}
     record_submission(run, Submission(run.path, ["7"], "slurm", run.logs_path, request))
-    history.record(run, "start", "7", 0, nodes="n0", tasks=1, step=0)
+    history.record_attempt(run, "start", "7", 0, nodes="n0", tasks=1, step=0)
     fake_slurm.answer("scontrol", "exit 0")
     fake_slurm.shows()
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -38,7 +38,7 @@ def ended(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, status: int | str)
 def test_a_mistake_of_the_user_does_not_go_back_into_the_queue(run, monkeypatch, fake_slurm, refused, capsys):
     record_end(ends_folder(run.path, "7", 0), 0, UserError("parallel.strategy: single runs on one process"))
     if refused:
-        history.record(run, "refused", "7", 0)
+        history.record_attempt(run, "refused", "7", 0)
     assert ended(run, monkeypatch, 2) == 1
     assert ("requeue 7" in fake_slurm.asked("scontrol")) is not refused
     assert history.attempts(run)[-1].gave_up is refused
@@ -70,7 +70,7 @@ def test_a_stopped_run_and_one_whose_saves_never_fit_do_not_go_back(run, monkeyp
     for restart in range(3):
         fake_slurm.shows(**TIMED_OUT, restarts=restart)
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
-        history.record(run, "start", "7", restart, nodes="n0", tasks=1, step=0)
+        history.record_attempt(run, "start", "7", restart, nodes="n0", tasks=1, step=0)
         ended(run, monkeypatch, "TERM")
     last = history.attempts(run)[-1]
     assert (last.reason, last.gave_up) == (reason, reason is not None)
@@ -132,7 +132,7 @@ def test_a_chain_goes_on_without_scontrol(without_slurm, monkeypatch, capsys):
     submission = history.submissions(without_slurm)[0]
     chain = replace(submission, jobs=["7", "8"], request={**submission.request, "requeue": False})
     record_submission(without_slurm, chain)
-    history.record(without_slurm, "bad node", "7", 0, node="n3", why="a full disk")
+    history.record_attempt(without_slurm, "bad node", "7", 0, node="n3", why="a full disk")
     ended(without_slurm, monkeypatch, 2)
     told = capsys.readouterr().out
     assert "n3 could not be excluded: SLURM does not answer (no scontrol on this machine)" in told

@@ -44,7 +44,7 @@ def test_the_address_of_a_run_in_wandb_is_told(run, steer, capsys):
 def test_starts_by_hand_and_of_jobs_are_counted_and_told(run, steer, capsys):
     run.write_provenance({"step": 0})  # by a version that did not note whether there was a job
     assert list_runs(run.path.parent).splitlines()[-1].split()[-2] == "1"
-    history.record(run, "start", "7", 0, nodes="n0", step=0)
+    history.record_attempt(run, "start", "7", 0, nodes="n0", step=0)
     assert overview(run).starts == 1  # the job's
     for in_job in (True, False, False):
         run.write_provenance({"step": 1000, "in_job": in_job})
@@ -78,7 +78,7 @@ def test_a_run_whose_job_is_gone_is_lost(run, steer, fake_slurm, monkeypatch, ca
     fake_slurm.answer("sacct", sacct)
     submission = {"jobs": ["12"], "executor": "slurm", "logs": str(run.logs_path), "request": {}}
     (run.path / "submissions.json").write_text(json.dumps([submission]))
-    history.record(run, "start", "12", 0, nodes="n[0-1]", tasks=2, step=0)
+    history.record_attempt(run, "start", "12", 0, nodes="n[0-1]", tasks=2, step=0)
     run.metrics_path.write_text('{"step": 1, "loss": 1.0, "tokens_per_second": 1.0, "seconds": 1.0}\n')
     (run.logs_path / "12_1_log.out").write_text("ready to train\n")
     os.utime(run.metrics_path, (1e9, 1e9))
@@ -146,9 +146,9 @@ def test_a_followed_log_waits_for_its_run_and_goes_over_to_the_next_job(run, ste
                 submitted(run, job)
             fake_slurm.answer("squeue", f"echo '{job}|{job}_N/A|RUNNING|None'")
             (run.logs_path / f"{job}_0_log.out").write_text(f"job {job} trains\n")
-            history.record(run, "start", job, 0, nodes="n0", tasks=1, step=0)
+            history.record_attempt(run, "start", job, 0, nodes="n0", tasks=1, step=0)
             time.sleep(1)
-            history.record(run, "end", job, 0, reason="time limit", step=0, error=None, status=0)
+            history.record_attempt(run, "end", job, 0, reason="time limit", step=0, error=None, status=0)
         fake_slurm.answer("squeue", NO_JOB)
 
     fake_slurm.answer("squeue", "echo '12|12_N/A|PENDING|Resources'")
@@ -176,7 +176,7 @@ def test_a_followed_log_of_a_run_that_never_starts_ends(run, steer, fake_slurm, 
 def test_cancelling_tells_of_the_checkpoint_that_the_run_made_last(run, steer, fake_slurm, capsys, tmp_path, saves):
     """On SIGTERM the processes still save, as long as SLURM lets them."""
     submitted(run)
-    history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
+    history.record_attempt(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
     cancelled, ended = tmp_path / "cancelled", tmp_path / "ended"
     fake_slurm.answer("squeue", f"[ -e {ended} ] || echo '12|12_N/A|RUNNING|None'")
     fake_slurm.answer("scancel", f": > {cancelled}")
@@ -201,7 +201,7 @@ def test_cancelling_tells_of_the_checkpoint_that_the_run_made_last(run, steer, f
 @pytest.mark.parametrize("look", ["status", "list"])
 def test_an_attempt_without_an_end_gets_one_at_the_next_look(run, steer, fake_slurm, capsys, look):
     submitted(run)
-    history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
+    history.record_attempt(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
     looks = {"status": str(run.path), "list": str(run.path.parent)}
     for answer in ("echo '12|12_N/A|RUNNING|None'", "echo 'Unable to contact slurm controller' >&2; exit 1"):
         fake_slurm.answer("squeue", answer)
@@ -222,7 +222,7 @@ def test_an_attempt_without_an_end_gets_one_at_the_next_look(run, steer, fake_sl
 
 def test_the_end_that_an_attempt_had_written_down_is_not_overwritten(run, steer, fake_slurm):
     submitted(run)
-    history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
+    history.record_attempt(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
     row = '{"event": "end", "time": "T", "job": "12", "restart": 0, "reason": "signal", "step": 0, "error": null}'
     # It comes between the question to SLURM and its answer.
     fake_slurm.answer("squeue", f"echo '{row}' >> {run.path}/attempts.jsonl; {NO_JOB}")
@@ -233,7 +233,7 @@ def test_the_end_that_an_attempt_had_written_down_is_not_overwritten(run, steer,
 def test_a_complete_run_whose_last_checkpoint_was_deleted_can_go_on(run, steer, fake_slurm):
     submitted(run)
     fake_slurm.answer("squeue", NO_JOB)
-    history.record(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
-    history.record(run, "end", "12", 0, reason=history.Reason.COMPLETE, step=9, error=None, status=0)
+    history.record_attempt(run, "start", "12", 0, nodes="n0", tasks=1, step=0)
+    history.record_attempt(run, "end", "12", 0, reason=history.Reason.COMPLETE, step=9, error=None, status=0)
     now = overview(run)
     assert (now.state, now.why) == ("interrupted", "the checkpoint of its last step is gone; resume makes it again")

@@ -19,7 +19,7 @@ def run(tmp_path, monkeypatch, fake_slurm) -> RunDirectory:
     run.release()
     request = {"signal_seconds": 120, "requeue": True, "max_failures": 3, "nodes": 2, "spare": 1}
     record_submission(run, Submission(run.path, ["7"], "slurm", run.logs_path, request))
-    history.record(run, "start", "7", 0, nodes="n[0-1]", tasks=2, step=0)
+    history.record_attempt(run, "start", "7", 0, nodes="n[0-1]", tasks=2, step=0)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     return run
 
@@ -43,12 +43,12 @@ def test_a_lost_node_is_replaced_by_the_spare_one(run, monkeypatch, fake_slurm, 
 
 
 def test_a_bad_node_is_replaced_until_no_spare_one_is_left(run, monkeypatch, fake_slurm, capsys):
-    history.record(run, "bad node", "7", 0, node="n0", why="n0: no shared memory")
+    history.record_attempt(run, "bad node", "7", 0, node="n0", why="n0: no shared memory")
     assert goes_on(run, monkeypatch, fake_slurm, "n[0-2]") == 0
     assert capsys.readouterr().out == "--overlap --nodelist=n1,n2\n"
     monkeypatch.setenv(RESTART, "1")
-    history.record(run, "start", "7", 1, nodes="n[1-2]", tasks=2, step=0)
-    history.record(run, "bad node", "7", 1, node="n2", why="n2: no shared memory")
+    history.record_attempt(run, "start", "7", 1, nodes="n[1-2]", tasks=2, step=0)
+    history.record_attempt(run, "bad node", "7", 1, node="n2", why="n2: no shared memory")
     assert goes_on(run, monkeypatch, fake_slurm, "n[0-2]") == 1
     out, err = capsys.readouterr()
     assert not out and err == "n2 failed its checks; no spare node is left\n"

@@ -10,7 +10,7 @@ import pytest
 
 from caduceus.config import save_config
 from caduceus.hub import load
-from caduceus.monitor.wandb.facts import decisions, users_command
+from caduceus.monitor.wandb.facts import decisions, program_and_arguments
 from caduceus.monitor.wandb.offline import read_records
 from caduceus.run.directory import RunDirectory
 from caduceus.run.events import read_events
@@ -65,8 +65,8 @@ def test_the_command_of_a_job_is_what_its_user_typed(
 ) -> None:
     monkeypatch.setenv(COMMAND, command)  # as a job's first process has it from the launcher
     run = RunDirectory(tmp_path)
-    assert users_command(run) == ("", []) and decisions(run) == {}
+    assert program_and_arguments(run) == ("", []) and decisions(run) == {}
     run.write_provenance({})
-    assert users_command(run) == (program, arguments)
+    assert program_and_arguments(run) == (program, arguments)
     run.resolved_path.write_text("ops: [")
     assert decisions(run) == {}

@@ -68,7 +68,7 @@ def test_a_start_without_a_key_is_kept_offline_under_the_same_id(
     watched.go_on(11, 20, stopped=True)
     name, sync = identity(watched.path).id, f"`python launch/runs.py sync {watched.path}` sends it"
     kept = f"wandb: not logged in to W&B, so run {name} is kept offline in {watched.path}/wandb; {sync}"
-    assert [message for message in caplog.messages if "offline" in message] == [kept]
+    assert [message for message in caplog.messages if "kept offline" in message] == [kept]
     assert len(server.only_run().history) == 10
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     watched.go_on(21, STEPS)

@@ -184,7 +184,7 @@ def test_mamba_ssm_refuses_what_it_would_get_wrong(published_kernels):
     u = torch.randn(1, 4, 2, requires_grad=True)
     A, BC = -torch.rand(2, 3), torch.randn(1, 4, 3)
     given = ScanOperands(u, u, A, BC, BC)
-    with pytest.raises(UserError, match="cannot begin from a state"):
+    with pytest.raises(UserError, match="takes no initial state"):
         mamba_ssm.selective_scan(given, True, False, torch.zeros(1, 2, 3))
     _, state = mamba_ssm.selective_scan(given, True, False, None)
     with pytest.raises(UserError, match="no gradient of the final state"):

@@ -122,5 +122,5 @@ def test_the_gated_norm_is_its_formula():
 @pytest.mark.parametrize("options", [{"starts": torch.ones(2, 5, dtype=torch.bool)}, {"return_final_state": True}])
 def test_a_context_takes_neither_borders_nor_states(options):
     one = [tensor[0] for tensor in operands(5)[:-1]]
-    with pytest.raises(ValueError, match="a context takes neither starts"):
+    with pytest.raises(ValueError, match="a context goes with neither starts"):
         ssd_scan(*one, context=object(), **options)

@@ -102,7 +102,7 @@ def test_right_operands_are_taken_with_and_without_the_optional_ones(backend, op
 
 def test_packed_sequences_have_no_states_and_no_context():
     given = operands("selective_scan")
-    with pytest.raises(ValueError, match=r"^starts: packed sequences take no initial_state"):
+    with pytest.raises(ValueError, match=r"^starts: packed sequences have no initial_state"):
         call("selective_scan", given, "naive")
     for op in ("selective_scan", "bidirectional_scan", "causal_conv1d", "bidirectional_conv1d"):
         given = operands(op)

@@ -40,7 +40,7 @@ def test_a_scan_in_either_direction_is_the_definition_without_a_graph_too(revers
 
 def test_packed_rows_are_refused():
     x, weight = torch.ones(1, 4, 2), torch.ones(2, 3)
-    with pytest.raises(ValueError, match="packed or shared sequences are for the package"):
+    with pytest.raises(ValueError, match="packed or shared sequences need the package"):
         portable.causal_conv1d(x, weight, starts=torch.ones(1, 4, dtype=torch.bool))
 
 

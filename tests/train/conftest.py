@@ -25,7 +25,7 @@ class SmallRun:
 
     def config(self, name: str, **sections: dict[str, Any]) -> Config:
         values: dict[str, Any] = {
-            "model": {"d_model": 16, "n_layer": 2, "d_state": 4, "rcps": True},
+            "model": {"d_model": 16, "n_layer": 1, "d_state": 4, "rcps": True},
             "data": {"path": str(self.shards), "seq_len": 128, "workers": 0},
             "train": {"steps": 10, "global_batch": 8, "micro_batch": 4},
             "valid": {"every": 4, "samples": 8},

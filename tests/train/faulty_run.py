@@ -61,10 +61,10 @@ FAULTS = {fault.__name__: fault for fault in (hang, die, nan_loss, nan_gradient,
 def strike(what: str, rank: int, step: int) -> None:
     step_of_the_trainer = loop.training_step
 
-    def faulty_step(config, strategy, loader, batches, progress):
+    def faulty_step(config, strategy, loader, batches, progress, **handed):
         if strategy.ranks.rank == rank and progress.step + 1 == step:
             FAULTS[what](config, strategy)
-        return step_of_the_trainer(config, strategy, loader, batches, progress)
+        return step_of_the_trainer(config, strategy, loader, batches, progress, **handed)
 
     loop.training_step = faulty_step
 

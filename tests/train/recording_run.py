@@ -15,7 +15,7 @@ from caduceus.train import loop, trainer
 def record(path: str) -> None:
     step_of_the_trainer = loop.training_step
 
-    def recording_step(config, strategy, loader, batches, progress):
+    def recording_step(config, strategy, loader, batches, progress, **handed):
         seen: list[int] = []
 
         def passing_by() -> Iterator[Batch]:
@@ -23,7 +23,7 @@ def record(path: str) -> None:
                 seen.extend(batch.g.tolist())
                 yield batch
 
-        row = step_of_the_trainer(config, strategy, loader, passing_by(), progress)
+        row = step_of_the_trainer(config, strategy, loader, passing_by(), progress, **handed)
         with open(path, "a") as file:  # noqa: PTH123
             file.write(json.dumps({"step": progress.step, "samples": seen}) + "\n")
             file.flush()

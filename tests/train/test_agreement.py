@@ -205,10 +205,10 @@ def test_a_skipped_step_whose_samples_cannot_be_written_down_is_told_and_skipped
     config = small_run.config("run", train={"steps": 3}, valid={"every": 0})
     step = loop.training_step
 
-    def poisoned(config, strategy, loader, batches, progress):
+    def poisoned(config, strategy, loader, batches, progress, **handed):
         factor = float("nan") if progress.step == 1 else 1.0
         strategy.backward = lambda loss: (loss * factor).backward()
-        return step(config, strategy, loader, batches, progress)
+        return step(config, strategy, loader, batches, progress, **handed)
 
     monkeypatch.setattr(loop, "training_step", poisoned)
     monkeypatch.setattr(TrainLoader, "describe", no_space)

@@ -191,7 +191,7 @@ def leave_free(disk: Path, room: int) -> None:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - room)
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("background", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_at_any_moment_of_a_save_is_told_truly(config: Config, tmp_path: Path, background) -> None:
     config.checkpoint.async_ = background
     with small_disk(tmp_path / "disk") as disk:

@@ -54,7 +54,10 @@ def config_of(small_run: SmallRun, name: str, graphs: str, **train: object) -> C
     return config
 
 
-@pytest.mark.parametrize("keys", [{}, {"activation_checkpointing": "block", "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, pytest.param({"activation_checkpointing": "block", "precision": "bf16"}, marks=pytest.mark.slow)],
+)
 def test_replayed_passes_train_the_same_bits(
     small_run: SmallRun, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str]
 ) -> None:

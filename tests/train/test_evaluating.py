@@ -74,7 +74,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def config_of(run: SmallRun, name: str, evaluations: dict[str, Any], **sections: dict[str, Any]) -> Config:
-    sections = {"train": {"steps": 4}, "checkpoint": {"every": 2, "keep": 0}, **sections}
+    sections = {"model": {"n_layer": 2}, "train": {"steps": 4}, "checkpoint": {"every": 2, "keep": 0}, **sections}
     return run.config(name, evaluations=evaluations, **sections)
 
 

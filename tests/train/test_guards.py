@@ -81,7 +81,7 @@ def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, m
     config = small_run.config("nan", train={"steps": 2, "max_skipped_steps": 1}, valid={"every": 0})
     step_of_the_trainer, seen = loop.training_step, []
 
-    def striking(config, strategy, loader, batches, progress):
+    def striking(config, strategy, loader, batches, progress, **handed):
         def passing_by():
             for batch in batches:
                 seen.append(batch.g)
@@ -94,7 +94,7 @@ def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, m
 
         hook = strategy.model.register_forward_hook(struck)
         try:
-            return step_of_the_trainer(config, strategy, loader, passing_by(), progress)
+            return step_of_the_trainer(config, strategy, loader, passing_by(), progress, **handed)
         finally:
             hook.remove()
 
@@ -119,10 +119,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, first: int, last: int = 1_000) -> No
     """Multiply the gradients of some steps by NaN."""
     step_of_the_trainer = loop.training_step
 
-    def poisoned(config, strategy, loader, batches, progress):
+    def poisoned(config, strategy, loader, batches, progress, **handed):
         factor = float("nan") if first <= progress.step + 1 <= last else 1.0
         strategy.backward = lambda loss: (loss * factor).backward()
-        return step_of_the_trainer(config, strategy, loader, batches, progress)
+        return step_of_the_trainer(config, strategy, loader, batches, progress, **handed)
 
     monkeypatch.setattr(loop, "training_step", poisoned)
 
@@ -131,7 +131,7 @@ def raise_loss(monkeypatch: pytest.MonkeyPatch, of_samples: set[int]) -> None:
     """Multiply the loss of batches with any of these samples by 100."""
     step_of_the_trainer = loop.training_step
 
-    def leaping(config, strategy, loader, batches, progress):
+    def leaping(config, strategy, loader, batches, progress, **handed):
         seen: list[int] = []
 
         def passing_by():
@@ -144,7 +144,7 @@ def raise_loss(monkeypatch: pytest.MonkeyPatch, of_samples: set[int]) -> None:
 
         hook = strategy.model.register_forward_hook(raised)
         try:
-            return step_of_the_trainer(config, strategy, loader, passing_by(), progress)
+            return step_of_the_trainer(config, strategy, loader, passing_by(), progress, **handed)
         finally:
             hook.remove()
 

@@ -40,7 +40,7 @@ def slowed(where: str, rank: int, steps: list[dict[str, Any]]):
     """The trainer's step, of which a part is slow on `rank`; its rows go to `steps`."""
     step_of_the_trainer = loop.training_step
 
-    def step(config, strategy, loader, batches, progress):
+    def step(config, strategy, loader, batches, progress, **handed):
         def after_forward(module, inputs, output):
             if where == "forward":
                 time.sleep(SLOW)
@@ -48,7 +48,7 @@ def slowed(where: str, rank: int, steps: list[dict[str, Any]]):
             return output._replace(loss_sum=_Slow.apply(output.loss_sum))
 
         hook = strategy.model.register_forward_hook(after_forward) if strategy.ranks.rank == rank else None
-        row = step_of_the_trainer(config, strategy, loader, batches, progress)
+        row = step_of_the_trainer(config, strategy, loader, batches, progress, **handed)
         steps.append(row)
         if hook is not None:
             hook.remove()

@@ -21,7 +21,7 @@ from caduceus.run.directory import RunDirectory
 from caduceus.train import optimizer as optimizers
 from caduceus.train.optimizer import MATRICES, averaged_weights, build_optimizer
 from caduceus.train.trainer import train
-from caduceus.train.vitals import kind_of
+from caduceus.train.vitals import parameter_kind
 from tests.train.conftest import SmallRun, numbers
 
 OPTIMIZERS = KEYS["train.optimizer"].choices
@@ -69,7 +69,7 @@ def test_muon_updates_each_direction_as_torch_does_a_matrix_and_the_rest_is_adam
     found, adamw = stepped(TrainConfig(optimizer="muon"), tied=tied), stepped(TrainConfig(), tied=tied)
     gradients = {name: parameter.grad for name, parameter in small_model(tied).named_parameters()}
     for name, weight in found.items():
-        if kind_of(name) not in MATRICES:
+        if parameter_kind(name) not in MATRICES:
             assert torch.equal(weight, adamw[name])
             continue
         for direction, matrix in enumerate(weight):
@@ -87,9 +87,9 @@ def test_kinds_have_their_own_learning_rates() -> None:
     plain = stepped(TrainConfig(), steps=1)
     scaled = stepped(TrainConfig(lr_scale={"A_log": 0.1, "embedding": 0, "in_proj": 1.0}), steps=1)
     for name, weight in scaled.items():
-        if kind_of(name) == "A_log":
+        if parameter_kind(name) == "A_log":
             torch.testing.assert_close(weight - before[name], 0.1 * (plain[name] - before[name]))
-        elif kind_of(name) == "embedding":
+        elif parameter_kind(name) == "embedding":
             assert torch.equal(weight, before[name])
         else:
             assert torch.equal(weight, plain[name])

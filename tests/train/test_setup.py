@@ -20,7 +20,8 @@ def resolved_of(directory: str) -> dict:
 
 
 def test_what_was_decided_is_logged_once_as_a_table_and_written_down(small_run: SmallRun, caplog) -> None:
-    config = small_run.config("run", train={"steps": 30, "activation_checkpointing": "auto"}, valid={"every": 0})
+    train_keys = {"steps": 30, "activation_checkpointing": "auto"}
+    config = small_run.config("run", model={"n_layer": 2}, train=train_keys, valid={"every": 0})
     config.run.device = "auto"
     with caplog.at_level("INFO"):
         assert train(config) == 0

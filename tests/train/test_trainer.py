@@ -37,31 +37,35 @@ def test_two_runs_with_one_seed_have_identical_metrics(small_run: SmallRun) -> N
 
 
 def test_micro_batches_do_not_change_the_run(small_run: SmallRun) -> None:
-    whole = small_run.config("whole", train={"micro_batch": 8})
-    pieces = small_run.config("pieces", train={"micro_batch": 1})
+    whole, pieces = (
+        small_run.config(str(size), train={"steps": 4, "micro_batch": size}, valid={"every": 0}) for size in (8, 1)
+    )
     train(whole)
     train(pieces)
-    # fp32 sums in another order, amplified by ten steps of AdamW.
+    # fp32 sums in another order, amplified by four steps of AdamW.
     assert losses(pieces) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def test_training_lowers_the_loss_from_its_start(small_run: SmallRun) -> None:
-    config = small_run.config("long", train={"steps": 40, "lr": 1e-2}, valid={"every": 0})
+    config = small_run.config("long", train={"steps": 40, "micro_batch": 8, "lr": 1e-2}, valid={"every": 0})
     train(config)
     assert losses(config)[0] > 2 and losses(config)[-1] < 1.6
 
 
 def test_bf16_autocast_stays_close_to_fp32(small_run: SmallRun) -> None:
-    fp32, bf16 = small_run.config("fp32"), small_run.config("bf16", train={"precision": "bf16"})
+    fp32, bf16 = (
+        small_run.config(name, train={"steps": 4, "precision": name}, valid={"every": 0}) for name in ("fp32", "bf16")
+    )
     train(fp32)
     train(bf16)
     assert losses(bf16) != losses(fp32)
-    assert losses(bf16) == pytest.approx(losses(fp32), rel=2e-2)  # 8 bits of mantissa over two layers
+    assert losses(bf16) == pytest.approx(losses(fp32), rel=2e-2)  # 8 bits of mantissa
 
 
 def test_next_base_objective_trains_the_unidirectional_baseline(small_run: SmallRun) -> None:
     model = {"rcps": False, "bidirectional": False}
-    config = small_run.config("next", model=model, data={"objective": "next_base"}, train={"steps": 40, "lr": 1e-2})
+    keys = {"steps": 40, "micro_batch": 8, "lr": 1e-2}
+    config = small_run.config("next", model=model, data={"objective": "next_base"}, train=keys, valid={"every": 0})
     train(config)
     assert losses(config)[-1] < 1.6
 
@@ -76,7 +80,9 @@ def test_compile_and_checkpointing_change_nothing(small_run: SmallRun) -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same_run(small_run: SmallRun) -> None:
-    plain, compiled = (small_run.config(str(on), train={"steps": 3, "compile": on}) for on in (False, True))
+    plain, compiled = (
+        small_run.config(str(on), train={"steps": 3, "compile": on}, valid={"every": 0}) for on in (False, True)
+    )
     train(plain)
     train(compiled)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)  # fused kernels round otherwise
@@ -185,26 +191,24 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, c
     assert numbers(damaged.run.dir) == numbers(whole.run.dir)
 
 
-@pytest.mark.parametrize("how", ["bit flipped", "truncated"])
-def test_where_the_only_checkpoint_is_damaged_the_run_starts_again(small_run: SmallRun, caplog, how: str) -> None:
+def test_where_the_only_checkpoint_is_damaged_the_run_starts_again(small_run: SmallRun, caplog) -> None:
     checkpoint = {"every": 2, "keep": 1}
     whole, damaged = (
-        small_run.config(name, train={"steps": 6}, checkpoint=checkpoint) for name in ("whole", "damaged")
+        small_run.config(name, train={"steps": 4}, checkpoint=checkpoint) for name in ("whole", "damaged")
     )
     train(whole)
     run = RunDirectory(damaged.run.dir)
-    for start in range(3):  # each in a run directory where an earlier one is set aside
+    for start in range(2):  # each in a run directory where an earlier one is set aside
         damaged.train.steps, damaged.run.allow_change = 2 * start + 2, ["train.steps"]
         assert train(damaged) == 0
         (only,) = run.checkpoints()
-        damage(only.path, how)
+        damage(only.path, "bit flipped")
     caplog.clear()
-    damaged.train.steps = 6
     assert train(damaged) == 0
     assert "no checkpoint is whole: the run starts again from its beginning" in caplog.text
     assert numbers(run.path) == numbers(whole.run.dir)
     names = sorted(path.name for path in run.checkpoints_path.iterdir())
-    assert names == ["damaged-step-00000006", "latest", "step-00000006"]
+    assert names == ["damaged-step-00000004", "latest", "step-00000004"]
     assert run.checkpoints()[0].damage() is None
 
 

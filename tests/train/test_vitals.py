@@ -12,12 +12,12 @@ from caduceus.model import mamba
 from caduceus.model.observer import STATISTICS
 from caduceus.train.optimizer import build_optimizer
 from caduceus.train.trainer import train
-from caduceus.train.vitals import kind_of
+from caduceus.train.vitals import parameter_kind
 from tests.train.conftest import SmallRun, numbers
 
 KINDS = {"embedding", "norm", "in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A_log", "D"}
 KINDS |= {"out_proj"}
-ADDED = ("grad_norm/", "update_ratio/", "epoch/", *(f"{name}/" for name in STATISTICS))
+ADDED = ("grad_norm/", "update_ratio/", "epoch/", "loss_", *(f"{name}/" for name in STATISTICS))
 
 
 def without_vitals(row: dict[str, float]) -> dict[str, float]:
@@ -52,11 +52,11 @@ def test_norms_ratios_and_epochs_are_those_of_the_first_update(small_run: SmallR
     weights = {name: parameter.detach().clone() for name, parameter in named.items()}
     strategy.clip(0.01)
     strategy.step(config.train.lr)
-    kinds = {kind_of(name) for name in named}
+    kinds = {parameter_kind(name) for name in named}
     assert kinds == KINDS
     whole = 0.0
     for kind in kinds:
-        names = [name for name in named if kind_of(name) == kind]
+        names = [name for name in named if parameter_kind(name) == kind]
         norm = sum(gradients[name].square().sum() for name in names).sqrt().item()
         moved = sum((named[name] - weights[name]).square().sum() for name in names).sqrt().item()
         weight = sum(weights[name].square().sum() for name in names).sqrt().item()

@@ -28,7 +28,7 @@ _MOST_LINES = 12
 
 
 @dataclass(frozen=True)
-class Detail:
+class DetailFigure:
     """A figure: name (of its files), title, and words for its caption; `draw` returns None where there is nothing to
     show.
 
@@ -169,14 +169,14 @@ _WORDS = {
     "mixer_rms": "what it adds",
 }
 DETAILS = (
-    Detail(
+    DetailFigure(
         "regions",
         "Validation loss of bases in upper case (non-repeat) and in lower case (soft-masked: repeats).",
         _of_validations(
             "Validation loss by region, nats", {"non-repeat": "valid_loss_nonrepeat", "repeat": "valid_loss_repeat"}
         ),
     ),
-    Detail(
+    DetailFigure(
         "accuracy",
         "Share of labelled bases for which the likeliest of A, C, G and T is the true one.",
         _of_validations(
@@ -184,42 +184,42 @@ DETAILS = (
             {"all": "valid_accuracy", "non-repeat": "valid_accuracy_nonrepeat", "repeat": "valid_accuracy_repeat"},
         ),
     ),
-    Detail(
+    DetailFigure(
         "strands",
         "How far the predictions from both strands are apart, as total variation distance (0 to 1); 0, except for "
         "rounding, for an equivariant model.",
         _of_validations("Disagreement of the strands", {"": "valid_rc_disagreement"}),
     ),
-    Detail(
+    DetailFigure(
         "gradients",
         "Gradient norm by kind of parameter, before clipping.",
         _of_vitals("Gradient norm by kind of parameter", "grad_norm", True),
     ),
-    Detail(
+    DetailFigure(
         "updates",
         "Norm of a step's update over the norm of the weights, by kind of parameter.",
         _of_vitals("Update-to-weight ratio", "update_ratio", True),
     ),
-    Detail(
+    DetailFigure(
         "steps",
         "Step sizes dt of each layer, in the newest row with numbers about layers.",
         _by_layer("Step sizes by layer", ("dt_p50", "dt_p05", "dt_p95")),
         by_layer=True,
     ),
-    Detail(
+    DetailFigure(
         "reach",
         "Bases after which a state has shrunk to 1/e, of each layer, over channels and states.",
         _by_layer("Reach of states by layer, bases", ("decay_p50", "decay_p05", "decay_p95"), _reach),
         by_layer=True,
     ),
-    Detail(
+    DetailFigure(
         "scales",
         "Root mean square of the residual stream before each layer, and of the output that its mixer adds.",
         _by_layer("Scale of activations by layer", ("residual_rms", "mixer_rms")),
         by_layer=True,
     ),
     *(
-        Detail(name, f"{words} If there are more than {_MOST_LINES}, those furthest from the median.", draw)
+        DetailFigure(name, f"{words} If there are more than {_MOST_LINES}, those furthest from the median.", draw)
         for name, words, draw in (
             ("processors", "Use of each node's processors.", _of_machines("Processors by node, %", "cpu_percent")),
             ("node_memory", "Use of each node's memory.", _of_machines("Memory by node, %", "memory_percent")),
@@ -233,6 +233,8 @@ DETAILS = (
             ("gpu_watts", "Power that each GPU draws.", _of_machines("Power by GPU, watts", "gpu_watts")),
         )
     ),
-    Detail("evaluations", "Numbers of the run's evaluations; metrics.jsonl has all of them.", _of_evaluations),
-    Detail("epochs", "How often the crops of each species were seen.", _of_vitals("Epochs by species", "epoch", False)),
+    DetailFigure("evaluations", "Numbers of the run's evaluations; metrics.jsonl has all of them.", _of_evaluations),
+    DetailFigure(
+        "epochs", "How often the crops of each species were seen.", _of_vitals("Epochs by species", "epoch", False)
+    ),
 )

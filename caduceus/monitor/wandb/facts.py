@@ -41,7 +41,7 @@ def decisions(run: RunDirectory) -> dict[str, Any]:
         return {}
 
 
-def users_command(run: RunDirectory) -> tuple[str, list[str]]:
+def program_and_arguments(run: RunDirectory) -> tuple[str, list[str]]:
     """Program and arguments of the newest start, as the user typed them: ("-m caduceus.train", ["--config",
     "demo"]).
     """

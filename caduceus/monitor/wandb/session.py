@@ -11,7 +11,7 @@ import wandb
 
 from caduceus.config import Config
 from caduceus.monitor.wandb.artifacts import log_artifacts
-from caduceus.monitor.wandb.facts import users_command
+from caduceus.monitor.wandb.facts import program_and_arguments
 from caduceus.monitor.wandb.place import Place
 from caduceus.monitor.windows import DRAWN, RECORD, folder_of, picture_name, windows_of
 from caduceus.run.directory import RunDirectory
@@ -35,7 +35,7 @@ def start_client() -> None:
 
 
 def _settings(trainer: int | None, program: str) -> wandb.Settings:
-    """The client's settings; `trainer`: as in `Session`, `program`: as returned by `users_command`."""
+    """The client's settings; `trainer`: as in `Session`, `program`: as returned by `program_and_arguments`."""
     watching: dict[str, Any] = {"x_disable_stats": True} if trainer is None else {"x_stats_pid": trainer}
     return wandb.Settings(
         silent=True,
@@ -85,7 +85,7 @@ class Session:
         """
         self._directory = run
         moment = {"resume": "allow", "id": run_id} if back_to is None else {"resume_from": f"{run_id}?_step={back_to}"}
-        program, arguments = users_command(RunDirectory(run))
+        program, arguments = program_and_arguments(RunDirectory(run))
         try:
             with _called_with(arguments):
                 self._run = wandb.init(

@@ -25,4 +25,4 @@ __all__ = [
 ]
 
 SUPPORTED = {"d_state": range(1, MAX_STATES + 1), "d_conv": range(1, TOKENS + 1)}
-"""Sizes of a model that the kernels take."""
+"""The sizes of models that the kernels accept."""

@@ -11,7 +11,7 @@ from caduceus.ops.triton import conv_kernels as kernels
 from caduceus.ops.triton.device import LAUNCH, as_rows, channel_block, device_of, require_float, tokens_per_program
 
 TOKENS, CHANNELS = 16, 64
-"""Tile of a forward program; half as many channels where rows are not aligned, which takes more registers."""
+"""Tile of a forward program; it has half as many channels where rows are not aligned, as that takes more registers."""
 STEPS = 4
 """Tokens that a backward program unrolls."""
 
@@ -88,7 +88,7 @@ def launch_backward(
     silu: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and halo; empty for what is not given."""
+    """Gradients of x, weight, bias and halo; empty for operands that are not given."""
     dy = dy.contiguous()
     P, E, K = weight.shape
     S, batch, length, _ = x.shape
@@ -151,7 +151,7 @@ def _arguments(x, weight, bias, halo, starts, silu) -> tuple[tuple, tuple, dict]
     if K > TOKENS:
         raise ValueError(f"weight: the triton backend convolves over up to {TOKENS} positions, got {K}")
     rows = as_rows(x)
-    # What is absent is never read; the kernels still want a pointer.
+    # Absent operands are never read, but the kernels need a pointer.
     tensors = rows, weight, *(x if t is None else t for t in (bias, halo, starts))
     tensors = (rows, *(t if t is x else t.contiguous() for t in tensors[1:]))
     options = {"K": K, "SILU": silu, **LAUNCH}

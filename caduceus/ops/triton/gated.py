@@ -8,7 +8,8 @@ from caduceus.ops.triton import gated_norm_kernels as kernels
 from caduceus.ops.triton.device import LAUNCH, device_of, multiprocessors, require_float
 
 _FORWARD, _BACKWARD = 2048, 1024
-"""Elements of each tensor that four warps hold at a time: of more tensors fewer, for the registers that there are."""
+"""Elements of each tensor that four warps hold at a time; fewer where there are more tensors, because of the registers.
+"""
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -18,7 +19,7 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def launch_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm (S, B, L, E) in y's type."""
+    """The norm (S, B, L, E), in y's type."""
     y, z = y.contiguous(), z.contiguous()
     out = torch.empty(z.shape, dtype=y.dtype, device=y.device)
     rows, E, options = _sizes(z, _FORWARD)

@@ -12,7 +12,7 @@ from caduceus.ops.triton.device import require_float, tokens_per_program
 from caduceus.ops.triton.scan_launches import Kept, ScanKernels
 
 MAX_STATES = 64
-"""In most kernels a thread holds all states of its channel: up to 64 they fit in its registers, and none spills."""
+"""In most kernels a thread holds all states of its channel: up to 64 states fit in its registers without spilling."""
 
 
 def scan_with_states(
@@ -24,11 +24,11 @@ def scan_with_states(
     chunk: int | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(y (S, B, L, E), states after the last steps taken (P, S, B, E, N)), both differentiable.
+    """(y (S, B, L, E), final states (P, S, B, E, N)), both differentiable.
 
     The operands are those of `caduceus.ops.bidirectional_scan`; initial_state (P, S, B, E, N); starts as in
     `ops.packed`. With `reverse` all directions are exchanged; `chunk` is the number of tokens that one program takes.
-    `keep`: what the backward pass would compute again is kept for it, to the same bits.
+    `keep`: values that the backward pass would recompute are kept for it; the bits are the same.
     """
     require_float(operands.u, "u")
     states = operands.A.shape[-1]
@@ -117,7 +117,7 @@ def launch_backward(
     chunk: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty for what is not given."""
+    """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty for operands that are not given."""
     operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
     scan = ScanKernels(operands, starts, softplus, reverse, chunk)
     adjoints = scan.adjoints(dy)

@@ -1,4 +1,4 @@
-"""Launches of the scan's kernels, a method for each.
+"""Launches the scan's kernels, with a method for each.
 
 Shapes: P parameter directions, S streams, B batch, L length, E inner channels, N states.
 """
@@ -19,27 +19,33 @@ from caduceus.ops.triton.device import CHANNELS, LAUNCH, channel_block, device_o
 from caduceus.ops.triton.scan_arithmetic import LOG2E
 
 PIECE = 8
-"""Tokens whose states the backward pass holds in registers at once."""
+"""Number of tokens whose states the backward pass holds in registers at once."""
 GROUP = 2
-"""States of which the backward pass sums the gradients of B and C over channels in one product."""
+"""Number of states for which the backward pass sums the gradients of B and C over channels in one product."""
 WARP_GROUP = 4
-"""The same where the sums stay in a warp."""
+"""The same where the sums are computed within a warp."""
 warp_sums = True
-"""Whether they do where they can; `caduceus.ops.self_check` says no on a card that sums wrong in this way."""
+"""Whether to sum within a warp where possible; `caduceus.ops.self_check` sets it to False on a card that computes this
+wrongly.
+"""
 WIDE_STATES = 16
-"""States up to which the kernels that hold them in registers take two channels in a thread, and UNROLL tokens in a turn
-of their loops where it divides the length. More states are work enough, and what is unrolled takes long to compile."""
+"""With at most this many states, kernels that hold states in registers take two channels per thread, and UNROLL tokens
+per turn of their loops where it divides the length. More states are enough work, and unrolled code takes long to
+compile.
+"""
 WIDE_REGISTERS = 65_536 // (32 * 16)
-"""Registers of a thread that let 16 warps share a multiprocessor; two kernels would take some more."""
+"""Registers per thread with which 16 warps share a multiprocessor; without this limit two kernels would take more."""
 UNROLL = 2
 STAGES = 2
-"""Stages of loops that store nothing of what they load, in 16 bits with two channels to a thread: they copy ahead."""
+"""Stages of loops without stores, in 16 bits with two channels per thread: they prefetch."""
 REPLAY_BYTES = 2**31
-"""Bound on the replayed states of the backward pass: a longer scan is taken in segments, which are to fill a GPU."""
+"""Limit in bytes on the replayed states of the backward pass: longer scans are divided into segments, large enough to
+fill a GPU.
+"""
 
 
 class Kept(NamedTuple):
-    """What a forward pass kept, so that the backward pass replays nothing."""
+    """What a forward pass keeps so that the backward pass need not replay chunks."""
 
     states: Tensor
     """(P, items, chunk / PIECE, N, E) fp32, before every PIECE-th token."""
@@ -48,7 +54,7 @@ class Kept(NamedTuple):
 
 
 class ScanKernels:
-    """The operands of a scan as the kernels want them, and a method for each kernel."""
+    """The operands of a scan in the form that the kernels need, and a method for each kernel."""
 
     def __init__(
         self, operands: ScanOperands, starts: Tensor | None, softplus: bool, reverse: bool, chunk: int
@@ -62,11 +68,11 @@ class ScanKernels:
         self.reverse = int(reverse)
         self.given = operands
         self.u, self.dt = u.contiguous(), dt.contiguous()
-        # Every thread reads all of B and C, two numbers to a load.
+        # Every thread reads all of B and C, two numbers per load.
         self.B, self.C = (_in_pairs(t.float()) for t in (B, C))
         # States in front of channels: neighbouring threads read neighbouring addresses. exp2 wants the factor log2(e).
         self.A = (A.float() * LOG2E.value).transpose(-1, -2).contiguous()
-        # What is absent is never read; the kernels still want a pointer.
+        # Absent operands are never read, but the kernels need a pointer.
         self.z = self.u if z is None else z.contiguous()
         self.D, self.bias = (self.u if t is None else t.contiguous() for t in (D, dt_bias))
         self.starts = self.u if starts is None else starts.contiguous().view(torch.uint8)
@@ -87,7 +93,7 @@ class ScanKernels:
         self.has_D, self.has_z = D is not None, z is not None
 
     def chunk_states(self) -> tuple[Tensor, Tensor]:
-        """The state in which each chunk ends if it begins with zero, and the sum of dt over it."""
+        """The final state of each chunk that begins with zero, and the sum of its dt."""
         states, sum_dt = self._per_chunk(self.N), self._per_chunk()
         with device_of(self.u):
             kernels.chunk_state_kernel[(self.rows * self.n_chunks, self.wide_blocks)](
@@ -123,7 +129,7 @@ class ScanKernels:
         return out
 
     def outputs_and_kept(self, states: Tensor) -> tuple[Tensor, Kept]:
-        """The same bits of y, and what replaying would find."""
+        """y with the same bits, and the values that replaying would compute."""
         out = self.u.new_empty(self.S, self.batch, self.length, self.E)
         before_gate = self._fp32(*(out.shape if self.has_z else (0,)))
         kept = self._fp32(self.P, self.items, self.chunk // PIECE, self.N, self.E)
@@ -144,7 +150,7 @@ class ScanKernels:
         return out, Kept(kept, before_gate)
 
     def adjoints(self, dy: Tensor) -> Tensor:
-        """Adjoint of each chunk's initial state by the chunk's own outputs."""
+        """The adjoint of each chunk's initial state from the chunk's own outputs."""
         adjoints = self._per_chunk(self.N)
         with device_of(self.u):
             adjoint_kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.wide_blocks)](
@@ -164,7 +170,8 @@ class ScanKernels:
         return adjoints
 
     def gradients(self, dy: Tensor, states: Tensor, adjoints: Tensor, before: Kept | None = None) -> tuple[Tensor, ...]:
-        """Gradients of u, dt, A, B, C, D, z and dt_bias, from what comes into every chunk; uses `adjoints` up.
+        """Gradients of u, dt, A, B, C, D, z and dt_bias, from the states and adjoints that enter every chunk; it
+        overwrites `adjoints`.
 
         `before`: what the forward pass kept. Without it chunks are replayed, as many at once as there is room for.
         """
@@ -177,7 +184,7 @@ class ScanKernels:
         dB, dC = (t.new_empty(self.rows, self.length, self.N) for t in (self.given[3], self.given[4]))
         for item in range(0, self.items, segment):
             count = min(segment, self.items - item)
-            kept = pieces = dpieces = None  # two segments at a time would be twice the memory
+            kept = pieces = dpieces = None  # two segments at the same time would take twice the memory
             kept = self._replay(item, count, dy, states, dz) if before is None else self._taken(before, dy, dz)
             pieces = self._fp32(self.P, count, self.chunk // PIECE, self.N, 2 * PIECE)
             dpieces = self._fp32(self.blocks, *pieces.shape)
@@ -195,11 +202,11 @@ class ScanKernels:
         )
 
     def _segment(self) -> int:
-        """Chunks whose states are replayed at once."""
+        """Number of chunks whose states are replayed at once."""
         return max(1, REPLAY_BYTES // (4 * self.P * (self.chunk // PIECE) * self.N * self.E))
 
     def _replay(self, item: int, count: int, dy: Tensor, states: Tensor, dz: Tensor) -> Tensor:
-        """Writes dz; the states before every PIECE-th token of chunks from item on."""
+        """Write dz. Returns the states before every PIECE-th token of chunks from number `item` on."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
         options = {**self.wide_options, **self.bounds}
         if self.u.dtype == torch.float32 or options["HAS_STARTS"]:  # registers do not suffice for two tokens
@@ -222,7 +229,7 @@ class ScanKernels:
         return kept
 
     def _taken(self, before: Kept, dy: Tensor, dz: Tensor) -> Tensor:
-        """As `_replay` of all chunks."""
+        """Like `_replay` of all chunks, from the values that the forward pass kept."""
         if self.has_z:
             count, block = dz.numel(), 8 * CHANNELS
             with device_of(self.u):
@@ -252,7 +259,7 @@ class ScanKernels:
     def _reverse(
         self, item: int, count: int, dy: Tensor, adjoints: Tensor, kept: Tensor, pieces: Tensor, sums: tuple
     ) -> None:
-        # Where terms of dB and dC may be rounded to bf16, as the sums are, and are as many as a warp takes.
+        # Where terms of dB and dC may be rounded to bf16 (as the sums are), and their number suits a warp.
         in_warps = warp_sums and self.u.dtype == torch.bfloat16 and self.N % WARP_GROUP == 0 and self.block % 32 == 0
         group = WARP_GROUP if in_warps else math.gcd(self.N, GROUP)
         with device_of(self.u):
@@ -284,9 +291,10 @@ class ScanKernels:
             )
 
     def carry(self, states: Tensor, sum_dt: Tensor, first: Tensor | None, descending: bool) -> Tensor:
-        """Replace, in place, what each chunk adds by what comes into it; returns what leaves the last (P, S, B, E, N).
+        """Replace each chunk's own state by the state that enters it, in place. Returns what leaves the last, (P, S, B,
+        E, N).
 
-        `first` (P, S, B, E, N) comes into the first chunk, by default zero. Adjoints are carried `descending`.
+        `first` (P, S, B, E, N): what enters the first chunk, by default zero. Adjoints are carried `descending`.
         """
         last = self._fp32(self.P, self.S, self.batch, self.N, self.E)
         has_first = first is not None
@@ -327,6 +335,6 @@ class ScanKernels:
 
 
 def _in_pairs(tensor: Tensor) -> Tensor:
-    """Contiguous fp32 from an address that 8 divides: a load of two numbers elsewhere is the GPU's error."""
+    """Contiguous fp32 at an address that is a multiple of 8, as a GPU cannot load two numbers from other addresses."""
     tensor = tensor.contiguous()
     return tensor if tensor.storage_offset() % 2 == 0 else tensor.clone()

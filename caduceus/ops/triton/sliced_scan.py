@@ -1,4 +1,4 @@
-"""The scan of one rank's slice of a sequence: the chunks' kernels, with an exchange between ranks in their midst."""
+"""The scan of one rank's slice of a sequence: the chunks' kernels, with an exchange between ranks in the middle."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from caduceus.ops.triton.scan_launches import ScanKernels
 class SlicedScan:
     """`across_ranks.SlicedScan`.
 
-    What ranks do to a state is what chunks do to it, so both passes share the chunks' states.
+    Ranks treat a state as chunks do, so both passes share the chunks' states.
     """
 
     def __init__(self, operands: ScanOperands, softplus: bool, reverse: bool) -> None:

@@ -1,4 +1,4 @@
-"""Mamba-2's scan on the GPU: launches of its kernels, what a whole pass of them is, and torch custom ops of these.
+"""Mamba-2's scan on the GPU: launches of its kernels, whole passes of these, and torch custom ops for the passes.
 
 Shapes: P parameter directions, S streams, B batch, L length, H heads, W channels of a head, N states.
 """
@@ -17,14 +17,15 @@ from caduceus.ops.triton import ssd_kernels as kernels
 from caduceus.ops.triton.device import LAUNCH, as_rows, device_of, multiprocessors, require_float
 
 WIDE = {"num_warps": 8}
-"""For kernels with several tiles at once."""
+"""Number of warps of kernels with several tiles at once."""
 _TURN, _BLOCK = 8, 256
-"""Chunks whose ends are loaded at once, and elements of a state that a program carries."""
+"""Number of chunks whose final states are loaded at once, and of elements of a state that a program carries."""
 
 
 def takes_ssd(x: Tensor, states: int) -> bool:
     """Whether the kernels compute a scan of x (…, H, W). On a GPU they do where they are known to compile without
-    spills: in half precision, for what multiplies as compute capability 9 does."""
+    spills: in half precision, with the matrix instructions of compute capability 9.
+    """
     fits = max(x.shape[-1], states) <= MOST_IN_KERNELS
     if not x.is_cuda:
         return fits
@@ -34,7 +35,7 @@ def takes_ssd(x: Tensor, states: int) -> bool:
 def ssd_scan(
     operands: tuple[Tensor, ...], initial_state: Tensor | None, starts: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """(y (P, S, B, L, H, W), states after the last steps taken (P, S, B, H, W, N)), both differentiable.
+    """(y (P, S, B, L, H, W), final states (P, S, B, H, W, N)), both differentiable.
 
     The operands are those of `caduceus.ops.mamba2.bidirectional_ssd_scan`; initial_state (P, S, B, H, W, N). With
     `reverse` all directions are exchanged.
@@ -83,7 +84,7 @@ def launch_backward(
 
 
 class SSDKernels:
-    """The operands of a scan as the kernels want them, and a method for each kernel."""
+    """The operands of a scan in the form that the kernels need, and a method for each kernel."""
 
     def __init__(self, operands: tuple[Tensor, ...], starts: Tensor | None, reverse: bool) -> None:
         x, dt, A, B, C, D, dt_bias = self.given = operands
@@ -96,7 +97,7 @@ class SSDKernels:
             self.B, self.C = self.B.contiguous(), self.C.contiguous()
         self.dt = dt.contiguous()
         self.A, self.D, self.bias = (t.float().contiguous() for t in (A, D, dt_bias))
-        # What is absent is never read; the kernels still want a pointer.
+        # Absent operands are never read, but the kernels need a pointer.
         self.starts = self.x if starts is None else starts.contiguous().view(torch.uint8)
         self.sizes = (self.S, self.batch, self.length, self.n_chunks, int(reverse), self.H)
         enough = 4 * multiprocessors(x.device)
@@ -107,11 +108,11 @@ class SSDKernels:
         self.options = {"HAS_STARTS": starts is not None, "T": CHUNK, **self.blocks, **LAUNCH}
 
     def chunk_states(self) -> tuple[Tensor, Tensor]:
-        """(end states of chunks begun from zero (rows, chunks, H, W, N), their decays (rows, chunks, H))."""
+        """(final states (rows, chunks, H, W, N) of chunks that begin with zero, their decays (rows, chunks, H))."""
         return self._chunk_states(self.x, self.B, adjoint=False)
 
     def adjoints(self, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """(what chunks' outputs give to the gradient of the state that enters them, decays of chunks)."""
+        """(the gradient of the state that enters each chunk, from the chunk's own outputs; the decays of chunks)."""
         return self._chunk_states(as_rows(dy.flatten(-2)), self.C, adjoint=True)
 
     def _chunk_states(self, v: Tensor, k: Tensor, adjoint: bool) -> tuple[Tensor, Tensor]:
@@ -122,7 +123,9 @@ class SSDKernels:
         return states, decays
 
     def carry(self, ends: Tensor, decays: Tensor, initial: Tensor | None, descending: bool) -> tuple[Tensor, Tensor]:
-        """(the state that enters each chunk, in x's type, and the final one (P, S, B, H, W, N)) of chunks' ends."""
+        """(the state that enters each chunk, in x's type; the final state (P, S, B, H, W, N)), from the chunks' own
+        final states.
+        """
         final = self._empty(self.P, self.S, self.batch, self.H, self.W, self.N)
         entering = ends if self.x.dtype == ends.dtype else torch.empty_like(ends, dtype=self.x.dtype)
         size = self.W * self.N
@@ -146,7 +149,7 @@ class SSDKernels:
         return y
 
     def gradients(self, dy: Tensor, entering: Tensor, leaving: Tensor) -> tuple[Tensor, ...]:
-        """Those of the seven operands."""
+        """Gradients of the seven operands."""
         x, dt, A, B, C, D, dt_bias = self.given
         dx, ddt = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt))
         dB, dC = (self._empty(self.groups, *B.shape) for _ in range(2))
@@ -167,7 +170,7 @@ class SSDKernels:
         return torch.empty(shape, dtype=torch.float32, device=self.x.device)
 
     def _launch(self, kernel: Callable[..., Any], operands: tuple, **options: Any) -> None:
-        """A program for each chunk of each row and each head, or group of `heads`."""
+        """Launch a program for each chunk of each row and each head, or group of `heads`."""
         if items := self.rows * self.n_chunks:
             with device_of(self.x):
                 kernel[(items, triton.cdiv(self.H, options.get("heads", 1)))](
@@ -246,5 +249,5 @@ def _strides(rows: Tensor) -> tuple[int, int]:
 
 
 def _block(width: int) -> int:
-    """Of a tile that is multiplied."""
+    """The width of a tile for matrix products."""
     return max(16, triton.next_power_of_2(width))

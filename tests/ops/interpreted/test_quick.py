@@ -51,6 +51,7 @@ def require_equal(operation, *operands) -> None:
 
 
 def test_operators():
+    """Each sees a third of all pairs, and each pair is seen by a third of them, which share their code."""
     from tests.ops.interpreted.quick import OPERATORS
 
     dtypes = (
@@ -64,9 +65,10 @@ def test_operators():
     )
     operands = [make(dtype, shape) for dtype in dtypes for shape in SHAPES]
     others = [make(dtype, shape, 1) for dtype in dtypes for shape in SHAPES]
-    for name in (*OPERATORS, "__and__"):
+    pairs = list(itertools.product(operands, (*others, *NUMBERS)))
+    for place, name in enumerate((*OPERATORS, "__and__")):
         operation = getattr(tl.tensor, name)
-        for x, y in itertools.product(operands, (*others, *NUMBERS)):
+        for x, y in pairs[place % 3 :: 3]:
             require_equal(operation, x, y)
 
 

@@ -17,6 +17,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "caduceus"
 
 
+@pytest.mark.slow
 def test_right_kernels_are_looked_at_once_and_leave_the_random_numbers(device, cache, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     before = torch.get_rng_state()

@@ -35,6 +35,7 @@ def test_half_precision() -> None:
     compare((2, 2, 1, 5, 20), torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_it_composes_with_torch() -> None:
     from caduceus.ops.triton.gated import gated_norm_backward, gated_norm_forward
 

@@ -64,8 +64,8 @@ def compare(sizes: tuple[int, ...], dtype: torch.dtype, reverse: bool, packed: b
     [
         ((1, 1, 1, 1, 1, 1), False, False),
         ((CHUNK, 1, 2, 2, 3, 5), True, False),
-        ((2 * CHUNK + 1, 2, 1, 2, 5, 3), False, True),
-        ((CHUNK + 9, 2, 2, 1, 17, 20), True, True),
+        pytest.param((2 * CHUNK + 1, 2, 1, 2, 5, 3), False, True, marks=pytest.mark.slow),
+        pytest.param((CHUNK + 9, 2, 2, 1, 17, 20), True, True, marks=pytest.mark.slow),
     ],
 )
 def test_outputs_states_and_gradients_are_the_definitions(sizes, reverse, packed) -> None:
@@ -111,6 +111,7 @@ def test_an_empty_sequence_hands_its_state_on() -> None:
     assert [g.shape for g in gradients] == [t.shape for t in given] and not gradients[2].any()
 
 
+@pytest.mark.slow
 def test_it_composes_with_torch() -> None:
     given = [t.float() for t in operands(5, 1, 2, 2, 3, 4)]
     leaves = [t.requires_grad_() for t in given]
