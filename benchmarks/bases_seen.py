@@ -1,32 +1,24 @@
 """Which share of a genome an epoch sees: with whole crops, packed, and with shifted tilings, from contig lengths alone.
 
-    python benchmarks/bases_seen.py [--sizes NAME=FILE …] [--train FASTA --steps 60]
+    python benchmarks/bases_seen.py [--sizes NAME=FILE …]
 
 A genome stands for the lengths of its contigs. Shards hold windows of at most 1,048,576 bases; contigs below 1,024 are
 left out. `--sizes` adds a genome from a table of names and lengths (a .fai or chrom.sizes). hg38 is its 24 chromosomes;
-runs of N count as bases. With `--train`, a genome is cut into contigs of 5 to 30 kb, and a small model learns from them
-at 32,768 bases, at which no contig has a whole crop.
+runs of N count as bases. What a model learns from short contigs: benchmarks/packing.py.
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from caduceus.config import config_from_dict
 from caduceus.data.cache import Shard
 from caduceus.data.crops import CropTable
 from caduceus.data.genome import WindowTable
 from caduceus.data.windows import WINDOW_DTYPE, WINDOW_RUN_DTYPE, LoadedWindows
 from caduceus.tables import read_lines, split_fields
-from caduceus.train.trainer import train
-from data_prep.genome.genome import open_genome
 from data_prep.plan.options import PlanOptions
 from data_prep.plan.windows import tile
-from data_prep.shard_genome import main as shard
 
 YEAST = (230218, 813184, 316620, 1531933, 576874, 270161, 1090940, 562643, 439888, 745751, 666816, 1078177, 924431)
 YEAST += (784333, 1091291, 948066)
@@ -40,16 +32,12 @@ EPOCHS = 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", nargs="*", default=[], metavar="NAME=FILE")
-    parser.add_argument("--train", metavar="FASTA", help="a genome to cut short contigs from, and train on")
-    parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     print("| genome | contigs | bases | seq_len | whole crops | shifted, an epoch | shifted, in 4 | packed |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, lengths in {**genomes(), **dict(map(read_sizes, options.sizes))}.items():
         for seq_len in lengths_to_try(name):
             print(row(name, np.asarray(lengths, np.int64), seq_len), flush=True)
-    if options.train:
-        learn(Path(options.train), options.steps)
 
 
 def genomes() -> dict[str, np.ndarray | tuple[int, ...]]:
@@ -107,43 +95,6 @@ def shifted(crops: CropTable, window_count: int) -> tuple[int, int]:
     if not len(start):
         return 0, 0
     return round(float(mean)), int(np.minimum(np.diff(start, append=start[-1] + crops.seq_len), crops.seq_len).sum())
-
-
-def learn(genome: Path, steps: int) -> None:
-    """Train on short contigs alone, and print what the loss does."""
-    rng = np.random.default_rng(0)
-    opened = open_genome(genome)
-    contig, length = max(opened.contigs.items(), key=lambda item: item[1])
-    with TemporaryDirectory() as folder:
-        fasta, start = Path(folder) / "short.fa", 0
-        with fasta.open("w") as file:
-            for number, size in enumerate(rng.integers(5_000, 30_001, 60).tolist()):
-                if start + size > length:
-                    break
-                file.write(f">v{number}\n{opened.read(contig, start, start + size).decode()}\n")
-                start += size
-        words = ["--fasta", str(fasta), "--species", "short", "--out", f"{folder}/shards", "--contigs", "all"]
-        shard([*words, "--valid-contigs", "v0", "v1", "v2", "v3", "--workers", "1"])
-        config = config_from_dict(
-            {
-                "model": {"d_model": 32, "n_layer": 2, "rcps": True},
-                "data": {"path": f"{folder}/shards", "seq_len": 32_768, "pack": True, "workers": 0},
-                "train": {"steps": steps, "global_batch": 1, "micro_batch": 1, "lr": 4e-3},
-                "valid": {"every": max(1, steps // 4), "samples": 8},
-                "run": {"dir": f"{folder}/run", "device": "cpu"},
-                "wandb": {"mode": "disabled"},
-                "monitor": {"report": False, "windows": 0},
-            }
-        )
-        train(config)
-        rows = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
-    print(f"\n{steps} steps of 32,768 packed bases of {contig} of {genome.name} in contigs of 5 to 30 kb:\n")
-    print("| step | validation loss, nats |\n|---:|---:|")
-    for found in rows:
-        if "valid_loss" in found:
-            print(f"| {found['step']} | {found['valid_loss']:.4f} |")
-    losses = [found["loss"] for found in rows if "loss" in found]
-    print(f"\nTraining loss: {losses[0]:.4f} at the first step, {np.mean(losses[-10:]):.4f} over the last ten.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from caduceus.config.by_step import BatchRamp
 from caduceus.data.objective import SampleArrays
 from caduceus.errors import UserError
 
+REGIONS = ("nonrepeat", "repeat")
+"""Classes of bases: upper case, and lower case (soft-masked)."""
 FILLER = -1
 """Sample number of a filler: a row without labels that only makes the ranks' batches equally large."""
 
@@ -32,7 +34,9 @@ class Batch:
     choices: torch.Tensor | None = None
     """(B,) int64 on the CPU: the crop that was taken for each sample, 0 for its own, n for its n-th substitute."""
     repeats: torch.Tensor | None = None
-    """(B, L) bool, whether the base to be predicted is soft-masked; only batches of a validation have it."""
+    """(B, L) bool, whether the base to be predicted is soft-masked. Batches of a validation have it, and the first
+    micro-batch of each training step where `monitor.every` is set.
+    """
     starts: torch.Tensor | None = None
     """(B, L) bool, True at the first position of each sequence that is packed into a row; None where no row is packed.
     """
@@ -65,10 +69,11 @@ class Batch:
         weights = labelled if self.loss_weights is None else self.loss_weights * labelled
         return weights.sum(dtype=torch.float64)
 
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The keyword arguments with which a step calls the model."""
+    def arguments(self, observed: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which a step calls the model; `observed`: also for its losses by region."""
         packed = {} if self.starts is None else {"starts": self.starts}
-        return (self.input_ids, self.labels, self.loss_weights), {"return_logits": False, **packed}
+        regions = {"repeats": self.repeats} if observed and self.repeats is not None else {}
+        return (self.input_ids, self.labels, self.loss_weights), {"return_logits": False, **packed, **regions}
 
     def pin_memory(self) -> "Batch":
         weights = self.loss_weights
@@ -77,6 +82,7 @@ class Batch:
             input_ids=self.input_ids.pin_memory(),
             labels=self.labels.pin_memory(),
             loss_weights=None if weights is None else weights.pin_memory(),
+            repeats=None if self.repeats is None else self.repeats.pin_memory(),
             starts=None if self.starts is None else self.starts.pin_memory(),
         )
 
@@ -119,6 +125,10 @@ class RankSchedule:
     def steps_before(self, micro_batches: int) -> int:
         """How many whole optimizer steps the first `micro_batches` micro-batches of a rank make."""
         return self.ramp.steps_before(micro_batches * self.micro_batch * self.world)
+
+    def begins_step(self, micro_batch: int) -> bool:
+        """Whether a micro-batch is the first of its step."""
+        return self.micro_batches_before(self.steps_before(micro_batch)) == micro_batch
 
     def samples(self, micro_batches: np.ndarray) -> np.ndarray:
         """Numbers (n,) of micro-batches since the run's start -> sample numbers (n, micro_batch) int64."""

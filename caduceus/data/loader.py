@@ -172,7 +172,7 @@ class TrainLoader:
                 return batch
             if not torch.equal(own, farthest):
                 try:
-                    batch = self._samples.read(numbers, farthest.numpy())
+                    batch = self._samples.read(numbers, farthest.numpy(), self._schedule.begins_step(self._handed_out))
                 except UserError as error:
                     batch = error
 
@@ -254,7 +254,7 @@ class ValidationLoader:
         return self._reader.describe(self._chosen[species][number])
 
     def _batch(self, samples: np.ndarray, is_filler: np.ndarray) -> Batch:
-        batch = to_batch(self._reader.read(samples))
+        batch = to_batch(self._reader.read(samples, repeats=True))
         filler = torch.from_numpy(is_filler)
         batch.labels[filler] = IGNORE_LABEL
         batch.g[filler] = FILLER
@@ -306,7 +306,7 @@ def build_validation(
         chosen = {SPECIES: reader.samples}
     else:
         split_sources = open_sources(config.data, split)
-        reader = SampleReader(split_sources, config, positions, repeats=True)
+        reader = SampleReader(split_sources, config, positions)
         chosen = validation_samples(split_sources, config.valid.samples)
     return ValidationLoader(chosen, reader, rank, world, micro_batch, device)
 

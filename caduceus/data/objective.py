@@ -210,7 +210,7 @@ class SampleArrays:
 class Objective:
     """Makes tokens of samples, or of the slice `positions` (first, end) of each, in the model's vocabulary.
 
-    With `repeats`, the arrays tell which bases are soft-masked. `mask_rate`: sample numbers (B,) -> share of bases to
+    `mask_rate`: sample numbers (B,) -> share of bases to
     label (B,); None is `data.mask_prob` for all.
 
     Attributes: `first` and `end` of the positions whose bases it needs. With next_base that is one position more than
@@ -222,10 +222,8 @@ class Objective:
         data: DataConfig,
         vocabulary: Vocabulary,
         positions: tuple[int, int] | None = None,
-        repeats: bool = False,
         mask_rate: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        self._repeats = repeats
         self._mask_rate = mask_rate
         self.first, end = positions or (0, data.seq_len)
         self._length = end - self.first
@@ -235,10 +233,13 @@ class Objective:
         self._tokens = Tokens.of(vocabulary)
         self._repeat_weight = data.repeat_weight
 
-    def tokens(self, bases: np.ndarray, mirrored: np.ndarray, samples: np.ndarray) -> tuple[SampleArrays, np.ndarray]:
+    def tokens(
+        self, bases: np.ndarray, mirrored: np.ndarray, samples: np.ndarray, repeats: bool = False
+    ) -> tuple[SampleArrays, np.ndarray]:
         """Tokens of stored bases (B, end - first) uint8, and the number (B,) of bytes that are not IUPAC codes.
 
-        Rows with `mirrored` (B,) bool are read as their reverse complement. `samples` (B,) SAMPLE_DTYPE.
+        Rows with `mirrored` (B,) bool are read as their reverse complement. `samples` (B,) SAMPLE_DTYPE. With
+        `repeats`, the arrays tell which bases are soft-masked.
         """
         if self._shift:
             input_ids, labels, invalid = shift_bases(bases, mirrored, self._length, self._tokens)
@@ -253,7 +254,7 @@ class Objective:
         if self._repeat_weight != 1:
             weights = weigh_repeats(bases, mirrored, self._length, self._shift, self._repeat_weight)
         arrays = SampleArrays(input_ids, labels, weights, samples["g"].copy())
-        if self._repeats:
+        if repeats:
             arrays.repeats = weigh_repeats(bases, mirrored, self._length, self._shift, 0.0) == 0
         return arrays, invalid
 

@@ -39,8 +39,7 @@ class SampleReader:
     With `data.check_crc`, a window's crc32 is checked when it is first read from on this node, unless a cache has
     checked the shard's sha256 since the start. A failing read is retried, then the sample is replaced by `substitute(g,
     attempt)`; where there is no `substitute`, it raises `UserError`. Of the peers that share a sample, perhaps only one
-    meets a failing disk or a byte that is not a base, so they have to agree on the crops to take. With `repeats`, the
-    samples tell which of their bases are soft-masked.
+    meets a failing disk or a byte that is not a base, so they have to agree on the crops to take.
     """
 
     def __init__(
@@ -49,13 +48,12 @@ class SampleReader:
         config: Config,
         positions: tuple[int, int] | None = None,
         substitute: Callable[[int, int], np.ndarray] | None = None,
-        repeats: bool = False,
     ) -> None:
         self._split_sources = split_sources
         self._crops = split_sources.crops
         self._files = ShardFiles(split_sources.crops.shards, split_sources.cache)
         rates = None if substitute is None else mask_rates(config)
-        self._objective = Objective(config.data, config.model.vocabulary, positions, repeats, rates)
+        self._objective = Objective(config.data, config.model.vocabulary, positions, rates)
         bed = config.data.weights_bed
         self._weights = None if bed is None else RegionWeights(split_sources, bed, config.data.weights_elsewhere)
         self._substitute = substitute
@@ -64,11 +62,11 @@ class SampleReader:
         self._invalid_crops: set[tuple[int, int]] = set()
         self._prefetcher: Prefetcher | None = None
 
-    def read(self, samples: np.ndarray, least: np.ndarray | None = None) -> SampleArrays:
+    def read(self, samples: np.ndarray, least: np.ndarray | None = None, repeats: bool = False) -> SampleArrays:
         """Tokens of samples (B,) SAMPLE_DTYPE.
 
         `least` (B,): the first crop that is tried for each sample, 0 for its own (the default), n for its n-th
-        substitute.
+        substitute. With `repeats`, the arrays tell which bases are soft-masked.
         """
         if least is None:
             least = np.zeros(len(samples), np.int64)
@@ -76,7 +74,7 @@ class SampleReader:
             taken, choices, bases, notes = self._read_bases(samples, least)
             packed = taken["begin"] < 0
             mirrored = taken["strand"] != np.where(packed, 0, self._crops.windows["strand"][taken["window"]])
-            arrays, invalid = self._objective.tokens(bases, mirrored, taken)
+            arrays, invalid = self._objective.tokens(bases, mirrored, taken, repeats)
             if not invalid.any():
                 if packed.any():
                     self._objective.separate(arrays, self._starts(taken))

@@ -32,6 +32,7 @@ class ShardSamples:
         self._split_sources = open_sources(config.data, split)
         self._order = TrainingOrder(self._split_sources, config)
         self._reader = SampleReader(self._split_sources, config, positions, self._order.substitute)
+        self._observed = bool(config.monitor.every)
 
     def log(self) -> None:
         counts, epochs = self._order.mixture.counts, self._order.epochs
@@ -71,15 +72,15 @@ class ShardSamples:
         epochs = self._order.epochs.passed(self._order.mixture.drawn(g))
         return dict(zip(self.species, epochs.tolist(), strict=True))
 
-    def read(self, numbers: np.ndarray, least: np.ndarray) -> Batch:
-        """Read samples (B,), and for each try no crop before number `least` (B,): a peer that shares it could not read
-        those.
+    def read(self, numbers: np.ndarray, least: np.ndarray, begins_step: bool) -> Batch:
+        """Read the samples (B,) of a micro-batch, which may be its step's first. For each sample try no crop before
+        number `least` (B,): a peer that shares it could not read those.
         """
-        return to_batch(self._reader.read(self._order.locate(numbers), least))
+        return to_batch(self._reader.read(self._order.locate(numbers), least, begins_step and self._observed))
 
     def micro_batches(self, schedule: RankSchedule, first: int) -> IterableDataset:
         """A rank's micro-batches from number `first` on, without end; each worker yields every n-th of them."""
-        return _MicroBatches(self._order, self._reader, schedule, first)
+        return _MicroBatches(self._order, self._reader, schedule, first, self._observed)
 
 
 class _MicroBatches(IterableDataset):
@@ -87,8 +88,11 @@ class _MicroBatches(IterableDataset):
     it.
     """
 
-    def __init__(self, order: TrainingOrder, reader: SampleReader, schedule: RankSchedule, first: int) -> None:
+    def __init__(
+        self, order: TrainingOrder, reader: SampleReader, schedule: RankSchedule, first: int, observed: bool
+    ) -> None:
         self._order, self._reader, self._schedule, self._first = order, reader, schedule, first
+        self._observed = observed
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         worker = get_worker_info()
@@ -105,9 +109,11 @@ class _MicroBatches(IterableDataset):
         for chunk in itertools.count(1):
             samples, following = following, plan(chunk)
             self._reader.prefetch(following, chunk * len(samples))
-            for micro_batch in samples.reshape(planned, -1):
+            for place, micro_batch in enumerate(samples.reshape(planned, -1), start=(chunk - 1) * planned):
+                number = self._first + offset + stride * place
+                repeats = self._observed and self._schedule.begins_step(number)
                 try:
-                    batch = to_batch(self._reader.read(micro_batch))
+                    batch = to_batch(self._reader.read(micro_batch, repeats=repeats))
                 except UserError as error:
                     yield error
                     return

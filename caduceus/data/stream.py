@@ -45,6 +45,7 @@ class StreamSamples:
         self._urls = expand_urls(config.data.path, "data.path", config.data.allow_commands)
         rates = mask_rates(config)
         self._objective = Objective(config.data, config.model.vocabulary, positions, mask_rate=rates)
+        self._observed = bool(config.monitor.every)
 
     def log(self) -> None:
         log_commands(self._urls)
@@ -76,13 +77,15 @@ class StreamSamples:
         """A rank's micro-batches from number `first` on, without end; each worker yields every n-th of them."""
         return _StreamMicroBatches(self, schedule, first)
 
-    def tokens(self, crops: list[np.ndarray], g: np.ndarray) -> SampleArrays:
-        """Tokens of B crops, each (seq_len,) uint8, as samples number g (B,)."""
+    def tokens(self, crops: list[np.ndarray], g: np.ndarray, begins_step: bool) -> SampleArrays:
+        """Tokens of B crops, each (seq_len,) uint8, as samples number g (B,) of a micro-batch, which may be its step's
+        first.
+        """
         samples = np.zeros(len(g), SAMPLE_DTYPE)
         samples["g"] = g
         samples["strand"] = key(self._seed, Purpose.STRAND, g) >> np.uint64(63) if self._both_strands else 0
         samples["mask_key"] = key(self._seed, Purpose.MASK, g)
-        return tokens_of_crops(self._objective, np.stack(crops), samples)
+        return tokens_of_crops(self._objective, np.stack(crops), samples, begins_step and self._observed)
 
     def crops(self, start: int, consumer: int, consumers: int, notes: list[str]) -> Iterator[np.ndarray]:
         """Shuffled crops for one worker of one rank, without end. Each damaged tar adds a line to `notes`."""
@@ -113,7 +116,9 @@ class _StreamMicroBatches(IterableDataset):
         try:
             for number in itertools.count(self._first + offset, stride):
                 g = self._schedule.samples(np.array([number]))[0]
-                arrays = self._samples.tokens(list(itertools.islice(crops, len(g))), g)
+                arrays = self._samples.tokens(
+                    list(itertools.islice(crops, len(g))), g, self._schedule.begins_step(number)
+                )
                 arrays.substituted = tuple(notes)
                 notes.clear()
                 yield to_batch(arrays)
@@ -136,7 +141,7 @@ class StreamValidation:
         if damaged := [note for note in notes if not isinstance(note, Remark)]:
             raise UserError(f"data.valid_path: {damaged[0]}")
         self._remarks = list(dict.fromkeys(notes))
-        self._objective = Objective(data, config.model.vocabulary, positions, repeats=True)
+        self._objective = Objective(data, config.model.vocabulary, positions)
         self.samples = np.zeros(len(self._crops), SAMPLE_DTYPE)
         self.samples["g"] = np.arange(len(self._crops))
         self.samples["mask_key"] = key(Purpose.VALIDATION, self.samples["g"])
@@ -150,8 +155,8 @@ class StreamValidation:
         """What is known about a crop, without coordinates, which a stream does not have."""
         return {"species": SPECIES, "sample": int(sample["g"])}
 
-    def read(self, samples: np.ndarray) -> SampleArrays:
-        return tokens_of_crops(self._objective, self._crops[samples["g"]], samples)
+    def read(self, samples: np.ndarray, repeats: bool = False) -> SampleArrays:
+        return tokens_of_crops(self._objective, self._crops[samples["g"]], samples, repeats)
 
 
 def expand_urls(path: Any, name: str, allow_commands: bool) -> list[str]:
@@ -227,11 +232,15 @@ def _crops_of_member(name: str, content: bytes, data: DataConfig, findings: TarF
             yield crop
 
 
-def tokens_of_crops(objective: Objective, crops: np.ndarray, samples: np.ndarray) -> SampleArrays:
-    """Tokens of whole forward crops (B, seq_len) uint8 on the strands that `samples` name."""
+def tokens_of_crops(
+    objective: Objective, crops: np.ndarray, samples: np.ndarray, repeats: bool = False
+) -> SampleArrays:
+    """Tokens of whole forward crops (B, seq_len) uint8 on the strands that `samples` name, for `repeats` with the
+    soft-masked bases.
+    """
     mirrored = samples["strand"] == 1
     length = crops.shape[1]
     needed = np.empty((len(crops), objective.end - objective.first), np.uint8)
     needed[~mirrored] = crops[~mirrored, objective.first : objective.end]
     needed[mirrored] = crops[mirrored, length - objective.end : length - objective.first]
-    return objective.tokens(needed, mirrored, samples)[0]
+    return objective.tokens(needed, mirrored, samples, repeats)[0]

@@ -32,8 +32,8 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Passed:
-    """The results of the passes over a micro-batch besides gradients; `told`: the numbers of an observer, if there was
-    one.
+    """The results of the passes over a micro-batch besides gradients; `told` and `region_sums`: the numbers of an
+    observer and the losses by region, if it was observed.
     """
 
     share: Tensor
@@ -41,10 +41,11 @@ class Passed:
     sums: Tensor
     """(2, B) float64, losses and weights of the sequences."""
     told: Tensor | None
+    region_sums: Tensor | None
 
     def copied(self) -> "Passed":
         """A copy in memory that no replay overwrites."""
-        return Passed(self.share.clone(), self.sums.clone(), None if self.told is None else self.told.clone())
+        return Passed(*(None if value is None else value.clone() for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Captured(Strategy):
         share = output.loss_sum.sum() / self._weight.to(output.loss_sum.dtype)
         self.backward(share)
         sums = torch.stack([output.loss_sum, output.weight_sum]).detach().double()
-        return Passed(share.detach().double(), sums, observer.told() if observed else None)
+        told = observer.told() if observed else None
+        return Passed(share.detach().double(), sums, told, getattr(output, "region_sums", None))
 
     def _place_gradients(self) -> None:
         """Give every parameter that has a gradient its part of one tensor."""

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from caduceus.alphabet import IGNORE_LABEL, Vocabulary
-from caduceus.data.batch import Batch
+from caduceus.data.batch import REGIONS, Batch
 
-REGIONS = ("nonrepeat", "repeat")
-"""Classes of bases: upper case, and lower case (soft-masked)."""
 BASES = "ACGT"
 _OF_REGION = 3
 """Sums per region: losses, bases, correctly predicted bases."""

@@ -48,8 +48,8 @@ class ExampleBatch:
         """The sum of the weights, float64: the weight of the batch in the loss."""
         return self.weights.sum(dtype=torch.float64)
 
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with which a step calls a `WithLoss`."""
+    def arguments(self, observed: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with which a step calls a `WithLoss`; an observed one needs no others."""
         return (self.inputs, self.labels, self.weights), {}
 
 

@@ -31,6 +31,8 @@ class MaskedLMOutput(NamedTuple):
     """(B,) for each sequence, the sum over its labelled bases of weight times cross-entropy."""
     weight_sum: Tensor | None = None
     """(B,) for each sequence, the sum of the weights of its labelled bases; their number where no weights are given."""
+    region_sums: Tensor | None = None
+    """(2, 2) float64, `MaskedLMHead.sums_by_region` of this batch; None unless `repeats` are given."""
 
 
 class MaskedLMHead(nn.Module):
@@ -61,6 +63,14 @@ class MaskedLMHead(nn.Module):
             held, rows, labels, loss_weights, ignore_label=IGNORE_LABEL, strands=self.strands, backend=self.backend
         )
 
+    @torch.no_grad()
+    def sums_by_region(self, held: Tensor, rows: Tensor, labels: Tensor, repeats: Tensor) -> Tensor:
+        """Sums over the labelled bases outside and inside of `repeats` (B, L) bool: (2, 2) float64, of each region the
+        losses without weights and the number of bases.
+        """
+        regions = [self.sums(held, rows, labels, region.float()) for region in (~repeats, repeats)]
+        return torch.stack([torch.stack([values.sum().double() for values in region]) for region in regions])
+
 
 class CaduceusForMaskedLM(Backbone):
     """The backbone with a `MaskedLMHead` that is tied to its embedding.
@@ -90,6 +100,7 @@ class CaduceusForMaskedLM(Backbone):
         pad_mask: Tensor | None = None,
         return_logits: bool = True,
         starts: Tensor | None = None,
+        repeats: Tensor | None = None,
     ) -> MaskedLMOutput:
         """Predict every base, and where `labels` are given, the loss of the labelled ones.
 
@@ -99,6 +110,7 @@ class CaduceusForMaskedLM(Backbone):
         positions are those of the unpadded sequences. (A [PAD] token stands for N and is an ordinary input.) starts (B,
         L) bool is true at the first positions of sequences that are packed into a row: each gets the results that it
         would have alone. With `return_logits` false the head runs only at labelled positions, and `.logits` is None.
+        repeats (B, L) bool is true where the base to be predicted is soft-masked: `.region_sums` are wanted.
 
         Raises `ValueError` where packed sequences are shared between ranks. All backends but triton run packed
         sequences one after another and read `starts` for that, which breaks a compiled graph.
@@ -111,7 +123,8 @@ class CaduceusForMaskedLM(Backbone):
         loss_sum, weight_sum = self.head.sums(held, rows, labels, loss_weights)
         weight = weight_sum.sum()
         loss = loss_sum.sum() / torch.where(weight > 0, weight, 1)
-        return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum)
+        region_sums = None if repeats is None else self.head.sums_by_region(held, rows, labels, repeats)
+        return MaskedLMOutput(loss, logits, hidden_states, loss_sum, weight_sum, region_sums)
 
     def head_rows(self) -> Tensor:
         """The head's rows for each stream, (S, V, D), with which it predicts the base of the forward strand."""

@@ -126,16 +126,17 @@ def _pass_through(
     shares, sums = [], []
     for number, batch in enumerate(micro_batches, start=1):
         if isinstance(strategy, Captured):
-            passed = strategy.replay(batch.arguments(), weight, vitals.observes(number))
-            vitals.take(passed.told)
+            passed = strategy.replay(batch.arguments(vitals.observes(number)), weight, vitals.observes(number))
+            vitals.take(passed.told, passed.region_sums)
             clock.lap("forward")
             shares.append(passed.share)
             sums.append(passed.sums)
             continue
         with strategy.accumulating(last=number == len(micro_batches)):
             with autocast(strategy.ranks.device, config.train.precision), vitals.observing(number):
-                positional, named = batch.arguments()
+                positional, named = batch.arguments(vitals.observes(number))
                 output = strategy.model(*positional, **named)
+            vitals.take(None, getattr(output, "region_sums", None))
             share = output.loss_sum.sum() / weight.to(output.loss_sum.dtype)  # as a graph divides, to the same bits
             clock.lap("forward")
             with clock.watching(strategy.model):

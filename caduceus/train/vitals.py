@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from caduceus.config import Config
+from caduceus.data.batch import REGIONS
 from caduceus.distributed.strategy import Strategy
 from caduceus.model.observer import STATISTICS
 
@@ -23,6 +24,7 @@ class Vitals:
         self._strategy = strategy
         self._layers = config.model.n_layer
         self._told: torch.Tensor | None = None
+        self._region_sums: torch.Tensor | None = None
         self._kinds: dict[str, list[int]] = {}
         self._before: list[torch.Tensor] = []
         self._squares: dict[str, torch.Tensor] = {}
@@ -41,9 +43,10 @@ class Vitals:
         """Whether the forward pass of micro-batch 1, 2, … is observed."""
         return self.on and micro_batch == 1
 
-    def take(self, told: torch.Tensor | None) -> None:
-        """Take the numbers of an `Observer` of a forward pass, if there was one."""
+    def take(self, told: torch.Tensor | None, region_sums: torch.Tensor | None = None) -> None:
+        """Take the numbers of an `Observer` of a forward pass and its losses by region (2, 2), if there are any."""
         self._told = self._told if told is None else told
+        self._region_sums = self._region_sums if region_sums is None else region_sums
 
     def before_update(self) -> None:
         """Take the gradients as they are before clipping, and remember the weights."""
@@ -71,7 +74,8 @@ class Vitals:
         if not self.on:
             return torch.zeros(0, dtype=torch.float64)
         told = self._told.flatten().double()
-        return torch.cat([*(values.to(told.device) for values in self._squares.values()), told])
+        regions = [] if self._region_sums is None else [self._region_sums.flatten().to(told.device)]
+        return torch.cat([*(values.to(told.device) for values in self._squares.values()), *regions, told])
 
     def row(self, rows: torch.Tensor) -> dict[str, float]:
         """The entries of the step's row from the `numbers` of all ranks, (world, n) float64."""
@@ -88,6 +92,10 @@ class Vitals:
         if "moved" in norms:
             ratios = (norms["moved"] / norms["weight"]).tolist()
             row |= {f"update_ratio/{kind}": ratio for kind, ratio in zip(self._kinds, ratios, strict=True)}
+        if self._region_sums is not None:
+            sums = rows[:, count : count + self._region_sums.numel()].sum(0).view(len(REGIONS), 2).tolist()
+            row |= {f"loss_{name}": loss / bases for name, (loss, bases) in zip(REGIONS, sums, strict=True) if bases}
+            count += self._region_sums.numel()
         layers = rows[:, count:].mean(0).view(self._layers, len(STATISTICS)).tolist()
         for place, name in enumerate(STATISTICS):
             row |= {f"{name}/{layer:02}": values[place] for layer, values in enumerate(layers)}

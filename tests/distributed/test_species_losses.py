@@ -1,4 +1,4 @@
-"""The training loss of each species, under all arrangements of ranks."""
+"""The training loss of each species and of each class of bases, under all arrangements of ranks."""
 
 import json
 from collections import defaultdict
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from caduceus.alphabet import IGNORE_LABEL
 from caduceus.config import Config
-from caduceus.data import build_loader
+from caduceus.data import ShardedGenome, build_loader
 from caduceus.distributed.build import build_strategy
 from caduceus.distributed.ranks import Ranks
 from caduceus.train import trainer
@@ -65,6 +65,41 @@ def test_it_is_the_same_however_ranks_share_the_work(two_species: Path, tmp_path
             for species in SPECIES:
                 # fp32 sums in another order, over a few hundred bases and three updates
                 assert row[f"loss/{species}"] == pytest.approx(expected[f"loss/{species}"], rel=5e-7), name
+
+
+def test_losses_by_region_are_those_of_upper_and_lower_case(two_species: Path, tmp_path: Path) -> None:
+    """Of the first micro-batch, without weights, against the genome's letters; in fp64, so but for rounding."""
+    config = config_of(LAYOUTS[0], two_species, tmp_path / "run", accumulation=2, steps=1, precision="fp64")
+    config.monitor.every, config.data.repeat_weight = 1, 0.1
+    assert trainer.train(config) == 0
+    [row] = rows_of(config)
+
+    model = build_strategy(config, Ranks(0, 1, 1, torch.device("cpu")), build_optimizer).model
+    loader, genome = build_loader(config), ShardedGenome(two_species)
+    batch, losses = next(iter(loader)), {False: [], True: []}
+    for number, ids, labels in zip(batch.g.tolist(), batch.input_ids, batch.labels, strict=True):
+        where = loader.describe(number)
+        bases = genome.read(where["species"], where["contig"], where["start"], where["end"], where["strand"])
+        each = F.cross_entropy(model(ids[None]).logits[0], labels, ignore_index=IGNORE_LABEL, reduction="none")
+        for place in (labels != IGNORE_LABEL).nonzero().flatten().tolist():
+            losses[chr(bases[place]).islower()].append(each[place].item())
+    for is_lower, name in enumerate(("loss_nonrepeat", "loss_repeat")):
+        assert row[name] == pytest.approx(sum(losses[is_lower]) / len(losses[is_lower]), rel=1e-12)
+
+
+@pytest.mark.slow
+def test_losses_by_region_are_the_same_however_ranks_share_the_work(two_species: Path, tmp_path: Path) -> None:
+    layouts = [LAYOUTS[0], *(layout for layout in LAYOUTS if layout.name in SHARED)]
+    configs = {layout.name: config_of(layout, two_species, tmp_path / layout.name, steps=1) for layout in layouts}
+    for config in configs.values():
+        config.monitor.every = 1
+    assert trainer.train(configs["single"]) == 0
+    train_all(2, [configs[name] for name in SHARED])
+    [alone] = rows_of(configs["single"])
+    for name in SHARED:
+        for key in ("loss_nonrepeat", "loss_repeat"):
+            # fp32 sums in another order, over a few hundred bases
+            assert rows_of(configs[name])[0][key] == pytest.approx(alone[key], rel=5e-7), name
 
 
 def test_one_species_has_no_loss_of_its_own(small_shards: Path, tmp_path: Path) -> None:

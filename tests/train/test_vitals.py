@@ -17,7 +17,7 @@ from tests.train.conftest import SmallRun, numbers
 
 KINDS = {"embedding", "norm", "in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias", "A_log", "D"}
 KINDS |= {"out_proj"}
-ADDED = ("grad_norm/", "update_ratio/", "epoch/", *(f"{name}/" for name in STATISTICS))
+ADDED = ("grad_norm/", "update_ratio/", "epoch/", "loss_", *(f"{name}/" for name in STATISTICS))
 
 
 def without_vitals(row: dict[str, float]) -> dict[str, float]:
