@@ -18,6 +18,8 @@ from caduceus.gunzip import GZIP_MAGIC, Gunzip
 _LINE_END = re.compile(r"\r\n|\n|\r")  # not `splitlines`, which also splits at some characters within fields
 _UTF_16 = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
 """Encodings by the byte order mark of a file."""
+_BGZIP_FIELD, _BGZIP_END = b"BC\x02\x00", bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+"""In the header of a bgzip file, and its last block, which is empty: without it a file may have been cut off."""
 _OTHER_FORMATS = {
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"BZh": "a bzip2 file",
@@ -111,6 +113,10 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if content.startswith(GZIP_MAGIC):
+        if content[12:16] == _BGZIP_FIELD:
+            end = content.rfind(_BGZIP_END)
+            if end < 0 or content.startswith(GZIP_MAGIC, end + len(_BGZIP_END)):
+                raise UserError(f"{path}: truncated (the end marker of bgzip is missing); download it again")
         content = b"".join(Gunzip(path, io.BytesIO(content).read, is_text=True))
     for beginning, kind in _OTHER_FORMATS.items():
         if content.startswith(beginning):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from caduceus.bed import read_bed
 from caduceus.errors import UserError
 from caduceus.tables import is_missing, read_lines, split_fields, whole_number
+from tests.data_prep.genome_files import bgzip
 
 ROWS = [(1, "a\tb"), (2, "c d"), (4, "e")]
 TEXT = "a\tb\nc d\n \t\ne\n"
@@ -24,6 +25,7 @@ ENCODED = {
     "UTF-16, big end first": b"\xfe\xff" + TEXT.encode("utf-16-be"),
     "gzip": gzip.compress(TEXT.encode()),
     "gzip of two members": gzip.compress(TEXT[:4].encode()) + gzip.compress(TEXT[4:].encode()),
+    "bgzip": bgzip(TEXT[:4].encode()) + bgzip(TEXT[4:].encode()),
     "gzip with bytes behind it": gzip.compress(TEXT.encode()) + b"index of a tool",
     "a mark by each of two tools": b"\xef\xbb\xbf\xef\xbb\xbf" + TEXT.encode(),
     "gzip of a byte order mark": gzip.compress(b"\xef\xbb\xbf" + TEXT.encode()),
@@ -46,6 +48,8 @@ def test_characters_within_a_field_end_no_line(tmp_path: Path) -> None:
 
 REFUSED = {
     "truncated gzip": (gzip.compress(b"a\tb\n" * 99)[:-9], r"table: truncated gzip; download it again"),
+    "bgzip cut between blocks": (bgzip(b"a\tb\n", eof=False), r"table: truncated \(the end marker of bgzip is"),
+    "bgzip cut behind others": (bgzip(b"a\tb\n") + bgzip(b"c\td\n", eof=False), r"table: truncated \(the end marker"),
     "damaged gzip": (gzip.compress(b"a\tb\n" * 99)[:-8] + bytes(8), r"table: damaged gzip"),
     "spreadsheet": (b"PK\x03\x04 and more", r"table: is a zip archive or a spreadsheet, not a text table"),
     "plain rows behind gzip": (

@@ -79,6 +79,7 @@ class PairTable:
                 f"{place}: REF is {self._refs[row][:20]}, but the genome has {there[:20]} there; it may be for another "
                 "assembly"
             )
+        checked_bases(self._alts[row], f"{place}: ALT")
         alt = alternative_window(self._windows, contig, start, self._refs[row], self._alts[row], self.length)
         return ref, alt
 

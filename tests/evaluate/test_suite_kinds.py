@@ -220,7 +220,9 @@ def test_pairs_of_a_genome_are_those_of_the_sequences(tmp_path: Path) -> None:
     write_random_fasta(tmp_path / "genome.fa", 0, {"chr1": 200})
     genome = "".join((tmp_path / "genome.fa").read_text().upper().split("\n")[1:])
     alt = "A" if genome[99] != "A" else "C"
-    (tmp_path / "v.csv").write_text(f"chrom,pos,ref,alt,label\n1,100,{genome[99]},{alt},1\n1,100,{alt},G,0\n")
+    (tmp_path / "v.csv").write_text(
+        f"chrom,pos,ref,alt,label\n1,100,{genome[99]},{alt},1\n1,100,{alt},G,0\n1,100,{genome[99]},<DEL>,0\n"
+    )
     table = PairTable(tmp_path / "v.csv", tmp_path / "genome.fa", 20)
     pair = table.read(0)
     assert pair.ref.tobytes().decode() == genome[89:109] and pair.place == 10
@@ -229,6 +231,8 @@ def test_pairs_of_a_genome_are_those_of_the_sequences(tmp_path: Path) -> None:
         UserError, match=r"v.csv:3: REF is ., but the genome has . there; it may be for another assembly"
     ):
         table.read(1)
+    with pytest.raises(UserError, match=r"v.csv:4: ALT: '<' at base 1 of the sequence is not a base"):
+        table.read(2)
     with pytest.raises(UserError, match="has no column 'ref_forward_sequence'; give the genome"):
         PairTable(tmp_path / "v.csv")
 
