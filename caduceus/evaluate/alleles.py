@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from caduceus.errors import UserError
+from caduceus.evaluate.windows import allele_bases
 
 MISMATCHES = ("refuse", "skip", "swap")
 """What to do where REF differs from the genome: refuse; leave the allele out; or, where ALT agrees, swap the two."""
@@ -112,9 +113,9 @@ def _skipped(allele: Allele, contig: str | None) -> Variant | None:
         note = "symbolic"
     elif alt in (".", ""):
         note = "no alternative"
-    elif not _BASES.fullmatch(alt.upper()) or not _BASES.fullmatch(allele.ref.upper()):
+    elif not _BASES.fullmatch(allele_bases(alt)) or not _BASES.fullmatch(allele_bases(allele.ref)):
         note = "not ACGT"
-    elif alt.upper() == allele.ref.upper():
+    elif allele_bases(alt) == allele_bases(allele.ref):
         note = "same as REF"
     else:
         return None
@@ -126,7 +127,7 @@ def _without_score(allele: Allele, contig: str, note: str) -> Variant:
 
 
 def _checked(allele: Allele, contig: str, genome: BasesOf) -> Variant:
-    start, ref, alt = allele.pos - 1, allele.ref.upper(), allele.alt.upper()
+    start, ref, alt = allele.pos - 1, allele_bases(allele.ref), allele_bases(allele.alt)
     if start < 0 or start + len(ref) > genome.contigs[contig]:
         return _without_score(allele, contig, "REF mismatch")
     there = genome.read(contig, start, start + max(len(ref), len(alt))).tobytes().decode()

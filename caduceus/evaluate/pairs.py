@@ -14,7 +14,7 @@ from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, Columns, ending, package, read_columns
 from caduceus.evaluate.sequences import alternative_window
 from caduceus.evaluate.variant_inputs import ALT, CONTIG, POS, REF, whole_numbers
-from caduceus.evaluate.windows import Windows, checked_bases
+from caduceus.evaluate.windows import Windows, allele_bases, checked_bases
 
 _REF_SEQUENCE, _ALT_SEQUENCE = "ref_forward_sequence", "alt_forward_sequence"
 
@@ -74,7 +74,7 @@ class PairTable:
         first = start - self.length // 2
         ref = self._windows.read(contig, first, first + self.length)
         there = ref[self.length // 2 :][: len(self._refs[row])].tobytes().decode()
-        if there != self._refs[row].upper():
+        if there != allele_bases(self._refs[row]):
             raise UserError(
                 f"{place}: REF is {self._refs[row][:20]}, but the genome has {there[:20]} there; it may be for another "
                 "assembly"

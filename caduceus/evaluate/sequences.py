@@ -12,7 +12,7 @@ from caduceus.data.genome import ShardedGenome
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, read_columns
 from caduceus.evaluate.vcf import read_vcf
-from caduceus.evaluate.windows import Windows, checked_bases, upper_case
+from caduceus.evaluate.windows import Windows, allele_bases, checked_bases, upper_case
 from caduceus.files import sha256_of
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn")
@@ -139,7 +139,7 @@ def _of_vcf(source: SequenceSource, windows: Windows) -> Iterator[Item]:
         contig = windows.require(record.contig, place)
         start = record.pos - 1 - source.window // 2
         there = windows.read(contig, record.pos - 1, record.pos - 1 + len(record.ref)).tobytes().decode()
-        if there != record.ref.upper():
+        if there != allele_bases(record.ref):
             raise UserError(
                 f"{place}: REF is {record.ref[:20]}, but the genome has {there[:20]} there; it may be for another "
                 "assembly"
@@ -147,7 +147,7 @@ def _of_vcf(source: SequenceSource, windows: Windows) -> Iterator[Item]:
         name = f"{record.contig}:{record.pos}:{record.ref}"
         yield _region(windows, f"{name}:ref", contig, start, start + source.window)
         for alt in record.alts:
-            if set(alt.upper()) <= set("ACGT"):
+            if set(allele_bases(alt)) <= set("ACGT"):
                 yield _alternative(windows, f"{name}:{alt}", contig, record.pos - 1, record.ref, alt, source.window)
 
 
@@ -176,4 +176,4 @@ def alternative_window(windows: Windows, contig: str, start: int, ref: str, alt:
     first = start - window // 2
     left = windows.read(contig, first, start)
     right = windows.read(contig, start + len(ref), start + len(ref) + window)
-    return np.concatenate([left, np.frombuffer(alt.upper().encode(), np.uint8), right])[:window]
+    return np.concatenate([left, np.frombuffer(allele_bases(alt).encode(), np.uint8), right])[:window]

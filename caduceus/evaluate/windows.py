@@ -34,6 +34,11 @@ def checked_bases(text: str, place: str) -> np.ndarray:
     return bases
 
 
+def allele_bases(text: str) -> str:
+    """The text of an allele in upper case, with U read as T."""
+    return text.upper().replace("U", "T")
+
+
 def upper_case(bases: np.ndarray) -> np.ndarray:
     """ASCII bases in upper case, (L,) uint8."""
     return np.frombuffer(bases.tobytes().translate(_UPPER_DNA), np.uint8)

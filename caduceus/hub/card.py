@@ -64,6 +64,7 @@ def facts(config: CaduceusConfig) -> dict[str, Any]:
     return {
         "kind": describe(config),
         "parameters": f"{parameter_count(config):,}",
+        "mixer": "Mamba" if config.mixer == "mamba" else f"Mamba-2, heads of {config.headdim} channels",
         "layers": config.n_layer,
         "width (d_model)": config.d_model,
         "states (d_state)": config.d_state,

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class PublishedCheckpoint:
         left_out = sorted(self.weights.left_out)
         for path, names in ((self.config_path, keys_without_effect(self.config)), (self.path, left_out)):
             if names:
-                _log.info("%s: not part of the model, and left out: %s", path, ", ".join(names))
+                _tell_left_out(path, tuple(names))
         try:
             # transformers writes a tied weight under one of its names only.
             return from_published(self.config, layout.completed(self.weights.tensors))
@@ -74,6 +75,12 @@ class PublishedCheckpoint:
     def path(self) -> Path:
         """The file or folder of the weights."""
         return self.weights.path
+
+
+@cache
+def _tell_left_out(path: Path, names: tuple[str, ...]) -> None:
+    """Name what is left out, once however often it is loaded: a start of training first checks the weights."""
+    _log.info("%s: not part of the model, and left out: %s", path, ", ".join(names))
 
 
 def load_published(path: str | Path) -> CaduceusForMaskedLM:

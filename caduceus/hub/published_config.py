@@ -43,8 +43,11 @@ _SSM_KEYS_WITHOUT_EFFECT = {
     *("A_init_range", "chunk_size", "use_mem_eff_path"),
 }
 _SSM_REQUIRED = {
-    "mamba2": {"ngroups": 1, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False, "d_ssm": None},
-    "mamba": {},
+    "mamba2": {
+        **{"layer": "Mamba2", "ngroups": 1, "D_has_hdim": False},
+        **{"rmsnorm": True, "norm_before_gate": False, "d_ssm": None},
+    },
+    "mamba": {"layer": "Mamba1"},
 }
 """The required values of other keys of `ssm_cfg`, by mixer, where they are given."""
 _KEYS_WITHOUT_EFFECT = {
@@ -80,6 +83,9 @@ _KEYS_WITHOUT_EFFECT = {
 
 def config_from_published(published: dict[str, Any]) -> CaduceusConfig:
     """This package's configuration from a published one (`config.json`). Raises `UserError` for unsupported values."""
+    for key in ("ssm_cfg", "complement_map"):
+        if not isinstance(published.get(key) or {}, dict):
+            raise UserError(f"{key}: expected an object of keys and values, got {published[key]!r}")
     ssm = published.get("ssm_cfg") or {}
     known = FUNCTION_KEYS | _KEYS_WITHOUT_EFFECT | {"model_type"}
     refuse(published.keys() - known, "unknown key in the configuration")
@@ -106,7 +112,7 @@ def config_from_published(published: dict[str, Any]) -> CaduceusConfig:
     _require(ssm, "dt_rank", "auto", config.dt_rank, prefix="ssm_cfg.")
     for key, value in required.items():
         _require(ssm, key, value, prefix="ssm_cfg.")
-    if list(ssm.get("dt_limit", (0, math.inf))) != [0, math.inf]:
+    if ssm.get("dt_limit", [0, math.inf]) not in ([0, math.inf], (0, math.inf)):
         raise UserError(f"ssm_cfg.dt_limit: only (0, inf) is supported, got {ssm['dt_limit']!r}")
     given = published.get("complement_map")
     ordered = given and [given.get(str(token), given.get(token)) for token in range(len(given))]

@@ -1,8 +1,9 @@
 """Reads files of weights in every usual form: safetensors or pickled, whole or in shards, published or of Lightning."""
 
 import json
-import pickle
+import re
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
 """Keys under which trainers keep the state dict in a checkpoint: Lightning, most loops, and DeepSpeed."""
 _ANCHOR = "backbone.embeddings.word_embeddings"
 """A part of the embedding's name, whatever module contains the model."""
+_POINTER = b"version https://git-lfs"
+"""What a file of Git LFS begins with where only its pointer was cloned."""
 
 
 @dataclass
@@ -80,7 +83,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not readable as safetensors ({error})") from None
+        raise _unreadable(path, "safetensors", error) from None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -103,12 +106,27 @@ def _read_pickled(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(safe):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, TypeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not readable as a PyTorch state dict ({reason})") from None
+    except Exception as error:  # the unpickler raises whatever the bytes of a file lead it to
+        raise _unreadable(path, "a PyTorch state dict", error) from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: expected a dict of tensors")
     return checkpoint
+
+
+def _unreadable(path: Path, form: str, error: Exception) -> UserError:
+    """The error for a file that cannot be read. It leaves out torch's advice, which is to run the file's code."""
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return UserError(
+                f"{path}: holds a pointer of Git LFS in place of the weights; fetch them with `git lfs pull`"
+            )
+    text = " ".join(str(error).split())
+    if code := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", text):
+        return UserError(
+            f"{path}: not readable as {form} (it needs {code[1]}, which could run code; save the state dict alone)"
+        )
+    reason = text.partition("WeightsUnpickler error: ")[2] or text or "it is empty"
+    return UserError(f"{path}: not readable as {form} ({reason.partition(' Check the documentation')[0][:200]})")
 
 
 def _types_of_configurations() -> list[type]:

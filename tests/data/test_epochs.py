@@ -167,5 +167,5 @@ def test_epochs_and_the_share_of_the_first_are_told(shards: Path, caplog: pytest
     assert epochs == {"s": 0.0, "t": 0.0}
     loader.seek(4 * 100)
     assert all(5 < passed < 15 for passed in loader.epochs().values())
-    with pytest.raises(UserError, match=r"data\.crop_offset: stream cuts windows as they come"):
+    with pytest.raises(UserError, match=r"data\.crop_offset: data\.mode=stream cuts windows as they come"):
         config_of(shards, mode="stream")

@@ -147,7 +147,7 @@ def test_windows_shorter_than_a_sequence_train_and_validate(short: Path, tmp_pat
 def test_where_packed_sequences_cannot_go_a_line_says_so(short: Path) -> None:
     with pytest.raises(UserError, match=r"data\.pack: the ranks of parallel\.context cannot share packed sequences"):
         config_of(short, parallel={"context": 2})
-    with pytest.raises(UserError, match=r"data\.pack: stream takes"):
+    with pytest.raises(UserError, match=r"data.pack: data.mode=stream takes"):
         config_of(short, data={"mode": "stream"})
     automatic = config_of(short, train={"global_batch": 1, "micro_batch": 1})
     assert check_layout(automatic, 2).strands == 2

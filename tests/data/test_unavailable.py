@@ -160,7 +160,7 @@ def test_a_server_that_stops_in_mid_run_ends_it(
     batches = iter(loader)
     next(batches)
     server.statuses[".tar"] = 503
-    with pytest.raises(UserError, match=r"cannot be downloaded \(HTTP Error 503.*neither could") as error:
+    with pytest.raises(UserError, match=r"cannot be downloaded \(HTTP Error 503.*could not be fetched either") as error:
         for _ in range(200):
             next(batches)
     assert "\n" not in str(error.value)

@@ -59,6 +59,15 @@ def test_names_that_the_architecture_gives_are_those_of_the_code(code: str) -> N
     assert [name for name in named if not re.search(rf"\b{name}\b", code)] == []
 
 
+def test_what_the_walks_name_is_defined_in_the_file_that_they_name() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text()
+    pairs = re.findall(r"`(\w+)`\s+(?:in\s+|\()`([\w/]+\.py)`", text)
+    assert len(pairs) > 15
+    where = {name: (REPOSITORY / path).read_text() for name, path in pairs}
+    missing = [name for name, code in where.items() if not re.search(rf"^(def |class |){name}\b", code, re.MULTILINE)]
+    assert missing == []
+
+
 @each_page
 def test_targets_of_make_that_a_page_names_are_there(page: Path) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
@@ -77,3 +86,15 @@ def test_the_times_of_the_readme_are_those_of_the_model_and_said_to_be() -> None
             seconds = estimate(config, gpus).step_seconds * config.train.steps
             assert float(time) * {"min": 60, "h": 3600}[unit] == pytest.approx(seconds, rel=0.1), (name, gpus)
     assert "**The times are a model's.** They are computed, not measured" in text
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked = re.findall(r"\]\((docs/[\w-]+\.md)[)#]", (REPOSITORY / "README.md").read_text())
+    assert {path.name for path in (REPOSITORY / "docs").glob("*.md")} == {Path(target).name for target in linked}
+
+
+@each_page
+def test_the_first_paragraph_of_a_page_says_what_it_is_for(page: Path) -> None:
+    """A sentence about the page, or in README about the model."""
+    first = page.read_text().split("\n\n")[1]
+    assert re.match(r"This page |\*\*Caduceus\*\* is |`make demo` trains ", first), first

@@ -23,6 +23,8 @@ def allele(pos: int, ref: str, alt: str) -> Allele:
 KINDS = {
     (1, "G", "C"): ("snv", 0, "G", "C"),
     (2, "at", "ag"): ("snv", 2, "T", "G"),
+    (3, "U", "c"): ("snv", 2, "T", "C"),
+    (2, "a", "u"): ("snv", 1, "A", "T"),
     (2, "ATT", "CTG"): ("mnv", 1, "ATT", "CTG"),
     (9, "ACA", "A"): ("indel", 4, "AC", ""),  # vt would write T ACA -> T A, before the base that it keeps
     (11, "A", "ACA"): ("indel", 4, "", "AC"),
@@ -36,6 +38,7 @@ KINDS = {
     (2, "A", "N"): "not ACGT",
     (14, "A", "C"): "not ACGT",
     (2, "A", "a"): "same as REF",
+    (3, "T", "u"): "same as REF",
 }
 
 

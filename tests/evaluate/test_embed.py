@@ -230,7 +230,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, small_shards: Pa
         "empty.csv": ("", "holds no line"),
         "rows.csv": ("sequence\n", "the table has no row"),
         "column.csv": ("name,dna\na,ACGT\n", "no column 'sequence' for the sequences (--column); it has name, dna"),
-        "gap.csv": ("sequence\nACGT\nAC-GT\n", "gap.csv:3: '-' at base 3 of the sequence is none"),
+        "gap.csv": ("sequence\nACGT\nAC-GT\n", "gap.csv:3: '-' at base 3 of the sequence is not a base"),
         "hole.csv": ("id,sequence\n1,\n", "hole.csv:2: the sequence is empty"),
         "uneven.csv": (
             "id,sequence\n1,A,C\n",

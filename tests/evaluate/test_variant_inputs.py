@@ -7,6 +7,7 @@ from caduceus.evaluate.alleles import Allele, prepare
 from caduceus.evaluate.columns import read_columns
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.scores import ScoreOptions
+from caduceus.evaluate.sequences import SequenceSource
 from caduceus.evaluate.variant_inputs import VariantSource
 from caduceus.evaluate.variants import score_file
 from tests.evaluate.conftest import made, text_of
@@ -99,3 +100,11 @@ def test_a_vcf_as_other_tools_leave_it_is_read_as_a_clean_one(tmp_path: Path, ge
         (tmp_path / f"{name}.vcf").write_bytes(content.encode())
         score_file(runner, VariantSource(tmp_path / f"{name}.vcf", genome), tmp_path / f"{name}.tsv", options)
         assert read_columns(tmp_path / f"{name}.tsv").values["llr"] == expected, name
+
+
+def test_u_is_t_in_windows_about_the_variants_of_a_vcf(tmp_path: Path) -> None:
+    fasta, vcf = tmp_path / "genome.fa", tmp_path / "in.vcf"
+    fasta.write_text(">chr1\nGATTACA\n")
+    vcf.write_text("#CHROM\tPOS\tID\tREF\tALT\nchr1\t3\t.\tu\tC\nchr1\t5\t.\tA\tU\n")
+    items = SequenceSource(vcf, genome=fasta, window=4).items()
+    assert [item.read().tobytes() for item in items] == [b"GATT", b"GACT", b"TTAC", b"TTTC"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 
@@ -26,6 +27,8 @@ ADDED_BY_TRANSFORMERS = {
     "problem_type": None,
     "dtype": "float32",
 }
+
+_POINTER_FILE = b"version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 123\n"
 
 
 @pytest.fixture
@@ -100,7 +103,7 @@ def test_keys_that_transformers_adds_are_named_once(golden, tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps({**golden.config, **ADDED_BY_TRANSFORMERS}))
     save_file({**golden.part("state"), "score.weight": torch.zeros(2, 24)}, tmp_path / "model.safetensors")
     with caplog.at_level(logging.INFO):
-        assert hub.load(tmp_path).config.vocab_size == 8
+        assert hub.load(tmp_path).config.vocab_size == hub.load(tmp_path).config.vocab_size == 8
     configuration, tensors = caplog.messages
     assert all(key in configuration for key in ADDED_BY_TRANSFORMERS) and "ssm_cfg.dt_scale" in configuration
     assert tensors.endswith("not part of the model, and left out: score.weight")
@@ -110,7 +113,7 @@ def test_what_is_no_caduceus_is_refused_in_a_line(golden, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(golden.config))
     cases = {
         "other.safetensors": ({"bert.embeddings.weight": torch.zeros(1)}, "expected the tensors of one Caduceus"),
-        "code.bin": ({"state_dict": {"x": Path("x")}}, "not readable as a PyTorch state dict"),
+        "code.bin": ({"state_dict": {"x": Path("x")}}, "a PyTorch state dict .it needs pathlib.*which could run code"),
         "values.bin": ({"a": 1, "b": "c"}, "expected a dict of tensors; it holds values of type int, str"),
         "list.bin": ([1], "expected a dict of tensors"),
     }
@@ -119,6 +122,19 @@ def test_what_is_no_caduceus_is_refused_in_a_line(golden, tmp_path):
         with pytest.raises(UserError, match=message) as refused:
             hub.load(tmp_path / name)
         assert "\n" not in str(refused.value) and name in str(refused.value)
+        assert "weights_only" not in str(refused.value)  # torch advises to read such a file with its code
+    files = {
+        "empty.bin": (b"", "not readable as a PyTorch state dict .it is empty"),
+        "text.bin": (b"root:x:0:0:root:/root\n", "not readable as a PyTorch state dict"),
+        "plain.bin": (pickle.dumps({"a": 1}), "not readable as a PyTorch state dict .Unsupported"),
+        "pointer.bin": (_POINTER_FILE, "a pointer of Git LFS in place of the weights; fetch them with `git lfs pull`"),
+        "pointer.safetensors": (_POINTER_FILE, "a pointer of Git LFS"),
+    }
+    for name, (content, message) in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: .*{message}") as refused:
+            hub.load(tmp_path / name)
+        assert "\n" not in str(refused.value) and "weights_only" not in str(refused.value)
     torch.save(golden.part("state"), tmp_path / "alone.pt")
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"has no configuration inside and no config.json beside it"):
@@ -143,7 +159,7 @@ def test_show_says_what_a_folder_holds(golden, tmp_path, capsys):
     told = dict(line.split("  ", 1) for line in out.splitlines())
     told = {name: value.strip() for name, value in told.items()}
     assert status == 0 and told["holds"] == "a published checkpoint" and told["parameters"] == "27,648"
-    assert told["kind"] == "Caduceus-PS, equivariant to the reverse complement"
+    assert told["kind"] == "Caduceus-PS, equivariant to the reverse complement" and told["mixer"] == "Mamba"
     assert told["vocabulary"] == "plantcad: A 3, C 4, G 5, T 6; [MASK] 1, [PAD] 0"
     assert told["tied weights"] == "are stored under both names, and are equal"
 
@@ -153,6 +169,8 @@ def test_show_says_what_a_folder_holds(golden, tmp_path, capsys):
         assert f"holds                   {holds}\n" in out and "1, 2" in out
     hub.save_imported(small_model(), tmp_path / "own")
     assert "an import" in call(capsys, "show", str(tmp_path / "own"))[1]
+    hub.save_published(small_model(d_model=16, mixer="mamba2", headdim=8), tmp_path / "mamba2")
+    assert "mixer                   Mamba-2, heads of 8 channels\n" in call(capsys, "show", str(tmp_path / "mamba2"))[1]
     status, out, err = call(capsys, "show", str(tmp_path / "absent"))
     assert (status, out, err.count("\n")) == (2, "", 1) and "no such folder or file" in err
 

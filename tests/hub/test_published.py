@@ -69,6 +69,8 @@ def test_published_hub_configuration_is_read():
     assert config_from_published(published) == CaduceusConfig(
         d_model=256, n_layer=16, rcps=True, residual_in_fp32=False
     )
+    of_mamba_ssm = {"mixer": "mamba2", "d_model": 32, "n_layer": 1, "ssm_cfg": {"layer": "Mamba2", "d_state": 64}}
+    assert config_from_published(of_mamba_ssm).mixer == "mamba2"  # its MambaConfig names the layer
     assert config_from_published({"d_model": 8, "n_layer": 1, "ssm_cfg": None}) == CaduceusConfig(d_model=8, n_layer=1)
 
 
@@ -89,6 +91,13 @@ def test_published_hub_configuration_is_read():
         ({"vocab_size_padded": 24}, "vocab_size_padded: only 16"),
         ({"model_type": "mamba"}, "model_type: only 'caduceus'"),
         ({"complement_map": {str(i): i for i in range(16)}}, "complement_map: not the complement"),
+        ({"complement_map": [0, 1]}, r"complement_map: expected an object of keys and values, got \[0, 1\]"),
+        ({"ssm_cfg": "mamba"}, "ssm_cfg: expected an object of keys and values, got 'mamba'"),
+        ({"ssm_cfg": {"d_state": 8, "layer": "Mamba2"}}, "ssm_cfg.layer: only 'Mamba1' is supported, got 'Mamba2'"),
+        (
+            {"mixer": "mamba2", "ssm_cfg": {"headdim": 8, "dt_limit": 5}},
+            r"ssm_cfg.dt_limit: only \(0, inf\) is supported, got 5",
+        ),
     ],
 )
 def test_configurations_that_cannot_be_honoured_are_refused(golden_ps, change, message):

@@ -69,7 +69,7 @@ AWAY = ("drained", "down*", "draining", "maint", "idle*", "reserved")
 def test_a_request_that_waits_for_nodes_is_told_from_one_that_can_never_run(fake_slurm, rows, options, waits_for):
     fake_slurm.answer("sinfo", "\n".join(f"echo '{row}'" for row in rows))
     note = waiting_note(load_request("cpu", options))
-    assert note == (waits_for and f"the job will wait, as nodes that it needs are {waits_for} at present")
+    assert note == (waits_for and f"the job will wait, as nodes that it needs are {waits_for} now")
 
 
 @pytest.mark.parametrize("state", ["drained", "down"])
@@ -77,7 +77,7 @@ def test_where_all_nodes_are_away_the_job_is_queued_with_a_note(launch, fake_slu
     fake_slurm.answer("sinfo", f"echo 'main*|up|{state}|4|64|250000|(null)|infinite'")
     fake_slurm.answer("sbatch", TESTS_FAIL)
     assert launch("--config", small_config, "--cluster", "cpu", "run.dir=run") == 0
-    assert f"note:          the job will wait, as nodes that it needs are {state} at present" in capsys.readouterr().out
+    assert f"note:          the job will wait, as nodes that it needs are {state} now" in capsys.readouterr().out
     assert submissions(RunDirectory("run"))[0].jobs == ["7"]
 
 

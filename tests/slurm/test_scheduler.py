@@ -127,7 +127,7 @@ def test_where_every_node_is_away_a_run_is_queued_and_starts_when_they_are_back(
     try:
         result = launch(tmp_path, "--config", config, *REQUEST, "--nodes", "2", f"run.dir={tmp_path / state}")
         job = job_of(result)
-        assert f"note:          the job will wait, as nodes that it needs are {told} at present" in result.stdout
+        assert f"note:          the job will wait, as nodes that it needs are {told} now" in result.stdout
         assert state_of(slurm_cluster, job) == "PENDING"
         never = launch(tmp_path, "--config", config, "--cluster", "cpu", "--mem", "1T", f"run.dir={tmp_path / 'never'}")
         assert never.returncode == 2 and "SLURM refuses the job: " in never.stderr

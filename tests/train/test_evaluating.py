@@ -253,7 +253,7 @@ def test_mistakes_refuse_the_start_in_one_line(small_run: SmallRun, inputs: dict
     for best, message in [
         ({"best": "valid_loss"}, r"checkpoint\.best: say with checkpoint\.best_is=max or min"),
         ({"best_is": "max"}, r"checkpoint\.best_is: has no effect"),
-        ({"best": "loss", "best_is": "min"}, r"checkpoint\.best: a number of validations .* got 'loss'"),
+        ({"best": "loss", "best_is": "min"}, r"checkpoint\.best: name a number of validations .* got 'loss'"),
         (
             {"best": "eval/y/mcc", "best_is": "max"},
             r"checkpoint\.best: 'eval/y/mcc' belongs to no evaluation; .* has x",

@@ -56,6 +56,16 @@ class CaduceusPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone_model.embedding
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Module:
+        """The embedding, which has one row for each token of the published vocabulary and cannot be resized."""
+        embedding = self.get_input_embeddings()
+        if new_num_tokens not in (None, embedding.num_embeddings):
+            raise UserError(
+                f"resize_token_embeddings: a Caduceus keeps its table of {embedding.num_embeddings} rows, "
+                f"which has all tokens of its vocabulary; got {new_num_tokens}"
+            )
+        return embedding
+
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether the backward pass recomputes every block."""
@@ -84,8 +94,9 @@ class CaduceusPreTrainedModel(PreTrainedModel):
         Parameters of a head that the file lacks keep their random weights, and the log names them.
         """
         dtype = options.pop("torch_dtype", None) if dtype is None else dtype
-        if options.pop("quantization_config", None) is not None:
-            raise UserError("quantization_config: Caduceus is not quantized; load it in bfloat16 instead")
+        for key in ("quantization_config", "load_in_8bit", "load_in_4bit"):
+            if options.pop(key, None):
+                raise UserError(f"{key}: Caduceus is not quantized; load it in bfloat16 instead")
         folder = folder_of(pretrained_model_name_or_path, options)
         if not isinstance(config, PretrainedConfig):  # an export's code may be imported more than once
             config, options = CaduceusConfig.from_pretrained(config or folder, return_unused_kwargs=True, **options)
@@ -174,8 +185,9 @@ class Caduceus(CaduceusPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, output_hidden_states: bool | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The final norm (S, B, L, D) of each strand, in the forward strand's coordinates, and the hidden states."""
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         pad_mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask == 0
-        held, hidden_states = Backbone.forward(self.backbone, input_ids, bool(output_hidden_states), pad_mask)
+        held, hidden_states = Backbone.forward(self.backbone, input_ids, bool(wanted), pad_mask)
         return self.backbone.by_strand(held), hidden_states
 
     def forward(
@@ -189,8 +201,7 @@ class Caduceus(CaduceusPreTrainedModel):
 
         input_ids (B, L); attention_mask (B, L), 0 at padding, which may be on either side and does not change results.
         """
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        last, hidden_states = self.strands(input_ids, attention_mask, wanted)
+        last, hidden_states = self.strands(input_ids, attention_mask, output_hidden_states)
         output = BaseModelOutput(
             last_hidden_state=hidden_states_to_published([last])[0],
             hidden_states=None if hidden_states is None else hidden_states_to_published(hidden_states),

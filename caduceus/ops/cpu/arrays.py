@@ -65,7 +65,10 @@ class _CompilationNotice(event.Listener):
     def on_start(self, event):
         if not self.said and event.data["dispatcher"].py_func.__module__.startswith(f"{__package__}."):
             self.said = True
-            _log.info("compiling the CPU kernels: some seconds, once on this machine")
+            _log.info(
+                "compiling the CPU kernels, once for this copy of the package: about 20 s of one core, "
+                "so minutes on a machine that is busy"
+            )
 
     def on_end(self, event):
         pass

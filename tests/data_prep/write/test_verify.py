@@ -56,7 +56,7 @@ def flip_index(out: Path) -> None:
 DAMAGE = {
     flip_base: r"train-000001\.tar: s-\S+: its bases were changed \(crc32\)",
     flip_json: r"train-000001\.tar: s-\S+: index and tar differ in contig|train-000001.tar: its bytes were changed",
-    flip_header: r"train-000001\.tar: at byte 0: no member header of a shard",
+    flip_header: r"train-000001\.tar: at byte 0: there is no member header of a shard",
     cut_tar: r"train-000001\.tar: has [\d,]+ bytes instead of [\d,]+",
     swap_indexes: r"train-000001\.index\.npz: its bytes were changed, or it is the index of another tar",
     swap_tars: r"train-000001\.tar: ",

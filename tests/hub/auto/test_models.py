@@ -93,12 +93,16 @@ def test_types_devices_and_the_hidden_states(ps):
     assert relative_error(output.last_hidden_state, golden["hidden.3"]) < 1e-5
     last, hidden_states = model(golden["input_ids"], output_hidden_states=True, return_dict=False)
     assert torch.equal(last, output.last_hidden_state) and len(hidden_states) == 4
+    for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        model = auto.from_pretrained(folder, output_hidden_states=True)
+        assert len(model(golden["input_ids"]).hidden_states) == 4
 
 
 def test_what_cannot_be_is_refused_in_a_line(ps, tmp_path):
     _, folder = ps
     for keys, message in (
         ({"quantization_config": object()}, "quantization_config: Caduceus is not quantized"),
+        ({"load_in_8bit": True}, "load_in_8bit: Caduceus is not quantized"),
         ({"device_map": {"a": "cpu", "b": "meta"}}, "device_map: a Caduceus lies on one device"),
         ({"d_model": 18}, "model.safetensors: .*expected shape"),
         ({"pooling_strategy": "median"}, "pooling_strategy: choose one of mean, max, first, last; got 'median'"),
@@ -108,6 +112,17 @@ def test_what_cannot_be_is_refused_in_a_line(ps, tmp_path):
     AutoConfig.from_pretrained(folder).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="there are no weights in it"):
         AutoModelForMaskedLM.from_pretrained(str(tmp_path))
+
+
+def test_the_table_of_tokens_keeps_its_size(ps):
+    golden, folder = ps
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    for same in (None, 16):
+        assert model.resize_token_embeddings(same) is model.get_input_embeddings()
+    for other in (12, 20):
+        with pytest.raises(UserError, match=f"keeps its table of 16 rows, .*; got {other}"):
+            model.resize_token_embeddings(other)
+    assert relative_error(model(golden["input_ids"]).logits, golden["logits"]) < 1e-5
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(ps):

@@ -39,7 +39,7 @@ def use(python: Path | str, name: str, tmp_path: Path) -> dict:
     hub.save_published(hub.from_published(golden.config, golden.part("state")), tmp_path / "export")
     arguments = [tmp_path / "export", DIRECTORY / f"{name}.safetensors", tmp_path / "cache", tmp_path / "out"]
     done = subprocess.run(
-        [str(python), str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path, timeout=300
+        [str(python), str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path, timeout=800
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
