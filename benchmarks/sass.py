@@ -197,9 +197,10 @@ def trips_of_loops(states: int, length: int, launched: set[str], element: str) -
     if element == "bf16" and states % scan_launches.WARP_GROUP == 0:
         groups = [states / count * piece for count in (STATES.value, scan_launches.WARP_GROUP)]
     trips = {
-        "chunk_state": [unrolled],
+        "chunk_state": [1 / math.gcd(length, scan_launches.STATE_UNROLL) if element == "bf16" else unrolled],
         "scan_forward": [unrolled],
         "chunk_adjoint": [unrolled],
+        "chunk_adjoint_dz": [unrolled],
         "scan_replay": [unrolled, piece],
         "scan_keep": [1, piece],
         "scan_backward": [*groups, piece],
@@ -213,7 +214,8 @@ def work_per_token(config: CaduceusConfig, streams: int, launched: set[str]) -> 
     warps = -(-config.d_inner // device.CHANNELS) * device.WARPS * streams
     wide = config.d_state <= scan_launches.WIDE_STATES and warps // streams // device.WARPS % 2 == 0
     work = dict.fromkeys(
-        ("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay", "scan_keep"), 2 * warps / (1 + wide)
+        ("chunk_state", "scan_forward", "chunk_adjoint", "chunk_adjoint_dz", "scan_replay", "scan_keep"),
+        2 * warps / (1 + wide),
     )
     return work | {"scan_backward": 2 * warps, "conv_backward": warps}  # which takes both directions in one turn
 

@@ -17,6 +17,7 @@ PASSES = {
     "chunk_carry": {"state": 2},
     "scan_forward": {"out": 3},
     "chunk_adjoint": {"z": 2, "dout": 2},
+    "chunk_adjoint_dz": {"z": 2, "dout": 2},
     "scan_replay": {"dz": 3},
     "scan_keep": {"out": 3},
     "scan_backward": {"z": 2, "dout": 2, "adjoint": 2, "A": 0, "dA": 2},

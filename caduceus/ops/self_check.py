@@ -32,6 +32,10 @@ ACTIVATIONS = {"u", "dt", "B", "C", "y", "z", "x", "halo"}
 """Operands that have the type of the case; the others are fp32."""
 SIZES = 37, 20, 16
 """(tokens, channels, states) of the cases."""
+WHOLE = 64, 256
+"""(tokens, channels) of which nothing is left over: the kernels then take several in a turn and in a thread, and copy
+ahead, as they do in a training.
+"""
 _IGNORED = -100
 _log = logging.getLogger(__name__)
 
@@ -149,22 +153,31 @@ def _cases(device: torch.device) -> Iterator[Case]:
     P, S, batch, K = 2, 2, 1, 4
     length, E, N = SIZES
     runs = (P, S, batch, length)
-    scanned = {
-        "u": normal(*runs, E),
-        "dt": normal(*runs, E) - 1,
-        "A": -normal(P, E, N).abs() - 0.1,
-        "B": normal(*runs, N),
-        "C": normal(*runs, N),
-        "D": normal(P, E),
-        "z": normal(*runs[1:], E),
-        "dt_bias": 0.1 * normal(P, E),
-    }
+
+    def scanned(length: int, E: int) -> Operands:
+        runs = (P, S, batch, length)
+        return {
+            "u": normal(*runs, E),
+            "dt": normal(*runs, E) - 1,
+            "A": -normal(P, E, N).abs() - 0.1,
+            "B": normal(*runs, N),
+            "C": normal(*runs, N),
+            "D": normal(P, E),
+            "z": normal(*runs[1:], E),
+            "dt_bias": 0.1 * normal(P, E),
+        }
+
     starts = torch.zeros(batch, length, dtype=torch.bool, device=device)
     starts[:, [0, length // 7, length // 2]] = True
     sizes = f"{length} tokens, {E} channels"
     scan = partial(_alone, ops.bidirectional_scan)
-    yield Case(f"scan ({sizes}, {N} states)", scanned, scan)
-    yield Case(f"scan of packed sequences ({sizes}, {N} states)", scanned, partial(scan, starts=starts))
+    of_scan = scanned(length, E)
+    yield Case(f"scan ({sizes}, {N} states)", of_scan, scan)
+    yield Case(f"scan of packed sequences ({sizes}, {N} states)", of_scan, partial(scan, starts=starts))
+    of_scan = scanned(*WHOLE)
+    for keep in (False, True):
+        name = f"scan{' with kept states' * keep} ({WHOLE[0]} tokens, {WHOLE[1]} channels, {N} states)"
+        yield Case(name, of_scan, partial(scan, keep=keep))
     convolved = {"x": normal(S, batch, length, E), "weight": normal(P, E, K), "bias": normal(P, E)}
     yield Case(f"convolution ({sizes}, {K} taps)", convolved, partial(_alone, ops.bidirectional_conv1d))
     normed = {"x": normal(S, batch, length, E), "residual": normal(S, batch, length, E), "weight": normal(E)}
@@ -191,7 +204,7 @@ def _cases(device: torch.device) -> Iterator[Case]:
     yield Case(f"head + loss ({sizes})", head, partial(_loss, labels))
 
 
-def _alone(op: Callable, backend: str, **fixed: Tensor) -> Function:
+def _alone(op: Callable, backend: str, **fixed: Tensor | bool) -> Function:
     return lambda **operands: (op(**operands, **fixed, backend=backend),)
 
 

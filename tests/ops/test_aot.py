@@ -19,9 +19,9 @@ REGISTERS = {
     "chunk_carry": 64,
     "scan_forward": 128,
     "chunk_adjoint": 128,
+    "chunk_adjoint_dz": 128,
     "scan_replay": 128,
     "scan_keep": 128,
-    "gate_gradient": 64,
     "gather_pieces": 32,
     "scan_backward": 168,
     "scatter_pieces": 32,
@@ -40,7 +40,7 @@ REGISTERS = {
     "cross_entropy_backward": 168,
 }
 MORE_STATES = REGISTERS | dict.fromkeys(
-    ("chunk_state", "scan_forward", "chunk_adjoint", "scan_replay", "scan_keep"), 168
+    ("chunk_state", "scan_forward", "chunk_adjoint", "chunk_adjoint_dz", "scan_replay", "scan_keep"), 168
 )
 OTHERS = ("conv_forward", "conv_backward", "add_norm_forward", "add_norm_backward")
 OTHERS += ("cross_entropy_forward", "cross_entropy_backward")
@@ -84,6 +84,23 @@ def test_kernels_compile_without_spills(kernels_of_runs, run):
     found = kernels_of_runs[run]
     assert {kernel["kernel"] for kernel in found} == set(run[3:] or (*SCAN, *OTHERS))
     check(found, MORE_STATES if run[2].isdecimal() else REGISTERS)
+
+
+RESIDENT = {"chunk_state", "scan_forward", "chunk_adjoint", "chunk_adjoint_dz", "scan_replay", "scan_keep"}
+"""Kernels of which so many blocks share a multiprocessor as the choice of chunks reckons with; scan_backward, whose
+blocks are of one direction and of half the channels, as well where its sums stay in a warp."""
+
+
+def test_as_many_blocks_share_a_multiprocessor_as_launches_reckon_with(kernels_of_runs):
+    from caduceus.ops.triton import conv, device, scan_launches
+
+    least = dict.fromkeys((*RESIDENT, "scan_backward"), scan_launches.RESIDENT) | {"conv_backward": conv.RESIDENT}
+    found = [kernel for kernel in kernels_of_runs[RUNS[1]] if kernel["kernel"] in least]
+    assert {kernel["kernel"] for kernel in found} == set(least)
+    for kernel in found:
+        per_thread = -(-kernel["registers"] // 8) * 8
+        blocks = min(65_536 // (32 * device.WARPS * per_thread), 164 * 1024 // (kernel["shared"] + 1024))
+        assert blocks >= least[kernel["kernel"]], kernel
 
 
 def test_a_kernel_on_record_is_what_is_compiled():

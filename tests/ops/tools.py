@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SCAN = ("chunk_state", "chunk_carry", "scan_forward", "chunk_adjoint", "scan_replay", "gather_pieces", "scan_backward")
-SCAN += ("scatter_pieces", "scan_keep", "gate_gradient")
+SCAN += ("scatter_pieces", "scan_keep", "chunk_adjoint_dz")
 GATED = ("gated_norm_forward", "gated_norm_backward")
 SSD = ("ssd_chunk_state", "ssd_carry", "ssd_output", "ssd_input_gradient", "ssd_state_gradient")
 RUNS = (

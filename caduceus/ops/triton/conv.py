@@ -14,6 +14,8 @@ TOKENS, CHANNELS = 16, 64
 """Tile of a forward program; it has half as many channels where rows are not aligned, as that takes more registers."""
 STEPS = 4
 """Tokens that a backward program unrolls."""
+RESIDENT = 9
+"""Backward programs that a multiprocessor has registers for."""
 
 
 def bidirectional_conv1d(
@@ -95,7 +97,7 @@ def launch_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = channel_block(x)
     blocks = triton.cdiv(E, block)
-    chunk = tokens_per_program(S * batch, length, E, x.device)
+    chunk = tokens_per_program(S * batch, length, blocks, RESIDENT, x.device)
     chunks = triton.cdiv(length, chunk)
     items = S * batch * chunks
     dw = x.new_empty(items, P, K, E, dtype=torch.float32)

@@ -241,9 +241,20 @@ def conv_backward_kernel(
     dbias0 = tl.zeros([BLOCK], tl.float32)
     dbias1 = tl.zeros([BLOCK], tl.float32)
     for _ in range(0, (end - t).to(tl.int32), STEPS):
-        for _ in tl.static_range(STEPS):
+        # What a turn loads stands before its stores, which would hold it up.
+        xs = ()
+        douts0 = ()
+        douts1 = ()
+        for i in tl.static_range(STEPS):
+            last = t + i + (K - 1)
+            xs = xs + (_input(x_at + i * x_token, halo_ptr, last, L, E, row0, row1, e, E0, E1, K, HAS_HALO),)
+            E_last = tl.where((last >= 0) & (last < L), E0, 0)
+            E_first = tl.where((t + i >= 0) & (t + i < L), E1, 0)
+            douts0 = douts0 + (tl.load(dout0_at + i * E, mask=e < E_last, other=0.0),)
+            douts1 = douts1 + (tl.load(dout1_at + i * E, mask=e < E_first, other=0.0),)
+        for i in tl.static_range(STEPS):
             last = t + (K - 1)
-            window = window + (_input(x_at, halo_ptr, last, L, E, row0, row1, e, E0, E1, K, HAS_HALO),)
+            window = window + (xs[i],)
             taps0 = ()
             taps1 = ()
             users0 = ()
@@ -267,8 +278,8 @@ def conv_backward_kernel(
                     taps1 = taps1 + (window[j],)
                 users0 = w0
                 users1 = w1
-            dy0 = tl.load(dout0_at, mask=e < tl.where((last >= 0) & (last < L), E0, 0), other=0.0).to(tl.float32)
-            dy1 = tl.load(dout1_at, mask=e < tl.where((t >= 0) & (t < L), E1, 0), other=0.0).to(tl.float32)
+            dy0 = douts0[i].to(tl.float32)
+            dy1 = douts1[i].to(tl.float32)
             dy0 = _preactivation_gradient(dy0, taps0, w0, bias0, K, SILU)
             dy1 = _preactivation_gradient(dy1, taps1, w1, bias1, K, SILU)
             gradients0 = gradients0 + (dy0,)
@@ -300,10 +311,10 @@ def conv_backward_kernel(
             if HAS_STARTS:
                 joints = joints[1:]
             t += 1
-            x_at += x_token
-            dout0_at += E
-            dout1_at += E
             dx_at += E
+        x_at += STEPS * x_token
+        dout0_at += STEPS * E
+        dout1_at += STEPS * E
     if not OF_HALO:
         slot0 = item * P + d0
         slot1 = item * P + d1

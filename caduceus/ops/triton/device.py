@@ -14,6 +14,10 @@ LAUNCH = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
 """Options of every launch. One stage: in a loop that adds to values in memory, loads must not be moved ahead of the
 stores of the turn before. Products and sums are fused, whatever Triton's default is.
 """
+CHUNKS = range(32, 513, 8)
+"""Tokens that a program may take: more of them keep fewer states and partial sums, fewer fill a GPU by less."""
+CHUNK_COSTS = 16
+"""Tokens in whose time a program loads and stores what is of its chunk."""
 SIZES = (
     *("S", "batch", "L", "n_chunks", "chunk_size", "reverse", "descending", "item0", "blocks"),
     *("rows", "stream_rows", "tokens", "sequence_tiles", "tiles", "V", "ignore", "heads"),
@@ -31,16 +35,25 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def tokens_per_program(runs: int, length: int, channels: int, device: torch.device) -> int:
-    """Tokens that a program takes of each of `runs` sequences: many, so that few states and partial sums are kept, but
-    not so many that the chunks of a small batch leave multiprocessors idle, each of which can run about four at a time.
+def places(resident: int, device: torch.device) -> int:
+    """Programs that run on a GPU at a time, `resident` on each multiprocessor."""
+    return resident * multiprocessors(device)
+
+
+def tokens_per_program(runs: int, length: int, programs: int, resident: int, device: torch.device) -> int:
+    """Tokens that each of a chunk's `programs` takes of each of `runs` sequences.
+
+    A GPU that has `resident` programs on each multiprocessor takes the programs of a launch in waves. The chunks are
+    such that these take the fewest tokens one after another, with `CHUNK_COSTS` for what a chunk begins with.
     """
-    programs = runs * triton.cdiv(channels, CHANNELS)
-    enough = 4 * multiprocessors(device)
-    for chunk in (256, 128, 64):
-        if programs * triton.cdiv(length, chunk) >= enough:
-            return chunk
-    return 32
+    at_a_time = places(resident, device)
+    best, least = CHUNKS[0], 0
+    for chunk in CHUNKS:  # not by min, which torch.compile does not see through
+        waves = triton.cdiv(runs * programs * triton.cdiv(length, chunk), at_a_time)
+        tokens_in_turn = waves * (chunk + CHUNK_COSTS)
+        if chunk == CHUNKS[0] or tokens_in_turn <= least:
+            best, least = chunk, tokens_in_turn
+    return best
 
 
 def channel_block(x: Tensor) -> int:

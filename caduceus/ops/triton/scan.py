@@ -4,11 +4,12 @@ Shapes: P parameter directions, S streams, B batch, L length, E inner channels, 
 """
 
 import torch
+import triton
 from torch import Tensor
 
 from caduceus.ops.operands import ScanOperands
 from caduceus.ops.triton import scan_launches as launches
-from caduceus.ops.triton.device import require_float, tokens_per_program
+from caduceus.ops.triton.device import require_float, tokens_per_program, wide_channel_block
 from caduceus.ops.triton.scan_launches import Kept, ScanKernels
 
 MAX_STATES = 64
@@ -120,10 +121,10 @@ def launch_backward(
     """Gradients of u, dt, A, B, C, D, z, dt_bias, initial_state; empty for operands that are not given."""
     operands = ScanOperands(u, dt, A, B, C, D, z, dt_bias)
     scan = ScanKernels(operands, starts, softplus, reverse, chunk)
-    adjoints = scan.adjoints(dy)
-    dinitial_state = scan.carry(adjoints, sum_dt, dfinal_state, descending=True)
     before = Kept(kept_states, kept_outputs) if keep else None
-    return (*scan.gradients(dy, states, adjoints, before), dinitial_state)
+    adjoints, dz = scan.adjoints(dy, before)
+    dinitial_state = scan.carry(adjoints, sum_dt, dfinal_state, descending=True)
+    return (*scan.gradients(dy, states, adjoints, before, dz), dinitial_state)
 
 
 scan_forward = torch.library.custom_op("caduceus::triton_scan_forward", launch_forward, mutates_args=())
@@ -183,5 +184,7 @@ scan_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def chunk_length(u: Tensor) -> int:
+    """Tokens of a chunk that suit the kernels which take all directions of one in a program: they have the fewest."""
     _, streams, batch, length, channels = u.shape
-    return tokens_per_program(streams * batch, length, channels, u.device)
+    programs = triton.cdiv(channels, wide_channel_block(u))
+    return tokens_per_program(streams * batch, length, programs, launches.RESIDENT, u.device)

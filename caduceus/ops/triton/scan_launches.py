@@ -15,7 +15,7 @@ from caduceus.ops.triton import scan_adjoint_kernels as adjoint_kernels
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
 from caduceus.ops.triton import scan_pieces_kernels as pieces_kernels
-from caduceus.ops.triton.device import CHANNELS, LAUNCH, channel_block, device_of, wide_channel_block
+from caduceus.ops.triton.device import LAUNCH, channel_block, device_of, places, wide_channel_block
 from caduceus.ops.triton.scan_arithmetic import LOG2E
 
 PIECE = 8
@@ -36,6 +36,10 @@ compile.
 WIDE_REGISTERS = 65_536 // (32 * 16)
 """Registers per thread with which 16 warps share a multiprocessor; without this limit two kernels would take more."""
 UNROLL = 2
+STATE_UNROLL = 4
+"""The same of chunk_state where a token takes few registers: its turns have barriers."""
+RESIDENT = 4
+"""Programs that a multiprocessor has WIDE_REGISTERS for."""
 STAGES = 2
 """Stages of loops without stores, in 16 bits with two channels per thread: they prefetch."""
 REPLAY_BYTES = 2**31
@@ -85,12 +89,18 @@ class ScanKernels:
         self.wide_options = {"BLOCK": wide, "UNROLL": 1, **options}
         self.bounds = {}
         if self.N <= WIDE_STATES:
-            self.wide_options["UNROLL"] = math.gcd(self.length, UNROLL)
+            self.wide_options["UNROLL"] = self._turn(UNROLL)
             self.bounds["maxnreg"] = WIDE_REGISTERS
         self.wide_blocks = triton.cdiv(self.E, wide)
         self.stages = STAGES if self.N <= WIDE_STATES else 1
         self.tile = {"N": self.N, "BLOCK": triton.next_power_of_2(self.N), "T": PIECE, **LAUNCH}
         self.has_D, self.has_z = D is not None, z is not None
+        self._is_heavy = u.dtype == torch.float32 or starts is not None
+        """Whether a token takes more registers than where most of it has 16 bits and sequences are not packed."""
+
+    def _turn(self, most: int) -> int:
+        """Tokens that a turn of a loop takes of all states."""
+        return math.gcd(self.length, most) if self.N <= WIDE_STATES else 1
 
     def chunk_states(self) -> tuple[Tensor, Tensor]:
         """The final state of each chunk that begins with zero, and the sum of its dt."""
@@ -107,7 +117,7 @@ class ScanKernels:
                 sum_dt,
                 *self._sizes(),
                 STAGES=self.stages,
-                **self.wide_options,
+                **{**self.wide_options, "UNROLL": self._turn(UNROLL if self._is_heavy else STATE_UNROLL)},
             )
         return states, sum_dt
 
@@ -149,43 +159,45 @@ class ScanKernels:
             )
         return out, Kept(kept, before_gate)
 
-    def adjoints(self, dy: Tensor) -> Tensor:
-        """The adjoint of each chunk's initial state from the chunk's own outputs."""
-        adjoints = self._per_chunk(self.N)
+    def adjoints(self, dy: Tensor, before: Kept | None = None) -> tuple[Tensor, Tensor | None]:
+        """Adjoint of each chunk's initial state by its own outputs; and dz, where these had a gate and are kept."""
+        adjoints, dy, dz = self._per_chunk(self.N), dy.contiguous(), None
+        kernel, given, found = adjoint_kernels.chunk_adjoint_kernel, (dy,), (adjoints,)
+        options = {"HAS_Z": self.has_z}
+        if before is not None and self.has_z:
+            dz = self.z.new_empty(self.S * self.batch, self.length, self.E)
+            kernel, given, found = adjoint_kernels.chunk_adjoint_dz_kernel, (dy, before.outputs), (adjoints, dz)
+            options = {"P": self.P}
         with device_of(self.u):
-            adjoint_kernels.chunk_adjoint_kernel[(self.rows * self.n_chunks, self.wide_blocks)](
-                self.dt,
-                self.A,
-                self.C,
-                self.z,
-                self.bias,
-                self.starts,
-                dy.contiguous(),
-                adjoints,
+            kernel[(self.rows * self.n_chunks, self.wide_blocks)](
+                *(self.dt, self.A, self.C, self.z, self.bias, self.starts, *given, *found),
                 *self._sizes(),
-                HAS_Z=self.has_z,
                 STAGES=self.stages,
                 **self.wide_options,
+                **options,
             )
-        return adjoints
+        return adjoints, dz
 
-    def gradients(self, dy: Tensor, states: Tensor, adjoints: Tensor, before: Kept | None = None) -> tuple[Tensor, ...]:
-        """Gradients of u, dt, A, B, C, D, z and dt_bias, from the states and adjoints that enter every chunk; it
-        overwrites `adjoints`.
+    def gradients(
+        self, dy: Tensor, states: Tensor, adjoints: Tensor, before: Kept | None = None, dz: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Gradients of u, dt, A, B, C, D, z and dt_bias, from what comes into every chunk; uses `adjoints` up.
 
-        `before`: what the forward pass kept. Without it chunks are replayed, as many at once as there is room for.
+        `before`: what the forward pass kept, and `dz` what `adjoints` made of it. Without it chunks are replayed, as
+        many at once as there is room for, which gives dz.
         """
         dy = dy.contiguous()
         segment = self._segment() if before is None else self.items
-        dz = self.z.new_empty(self.S * self.batch, self.length, self.E) if self.has_z else self.u
+        if dz is None:
+            dz = self.z.new_empty((self.S * self.batch, self.length, self.E) if self.has_z else 0)
         du, ddt = (t.new_empty(self.rows, self.length, self.E) for t in (self.u, self.dt))
         dA = self._fp32(self.P, self.N, self.E).zero_()
         dD, dbias = (self._fp32(self.P, self.E).zero_() for _ in range(2))
         dB, dC = (t.new_empty(self.rows, self.length, self.N) for t in (self.given[3], self.given[4]))
         for item in range(0, self.items, segment):
             count = min(segment, self.items - item)
-            kept = pieces = dpieces = None  # two segments at the same time would take twice the memory
-            kept = self._replay(item, count, dy, states, dz) if before is None else self._taken(before, dy, dz)
+            kept = pieces = dpieces = None  # two segments at a time would be twice the memory
+            kept = self._replay(item, count, dy, states, dz) if before is None else before.states
             pieces = self._fp32(self.P, count, self.chunk // PIECE, self.N, 2 * PIECE)
             dpieces = self._fp32(self.blocks, *pieces.shape)
             sum_A, sum_D, sum_bias = (self._fp32(self.P, count, *shape, self.E) for shape in ((self.N,), (), ()))
@@ -202,14 +214,16 @@ class ScanKernels:
         )
 
     def _segment(self) -> int:
-        """Number of chunks whose states are replayed at once."""
-        return max(1, REPLAY_BYTES // (4 * self.P * (self.chunk // PIECE) * self.N * self.E))
+        """Chunks whose states are replayed at once: whole waves of programs, where there is room for one."""
+        most = max(1, REPLAY_BYTES // (4 * self.P * (self.chunk // PIECE) * self.N * self.E))
+        wave = max(1, places(RESIDENT, self.u.device) // self.wide_blocks)
+        return most - most % wave if most >= wave else most
 
     def _replay(self, item: int, count: int, dy: Tensor, states: Tensor, dz: Tensor) -> Tensor:
         """Write dz. Returns the states before every PIECE-th token of chunks from number `item` on."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
         options = {**self.wide_options, **self.bounds}
-        if self.u.dtype == torch.float32 or options["HAS_STARTS"]:  # registers do not suffice for two tokens
+        if self._is_heavy:  # registers do not suffice for two tokens
             options["UNROLL"] = 1
         with device_of(self.u):
             adjoint_kernels.scan_replay_kernel[(count, self.wide_blocks)](
@@ -227,16 +241,6 @@ class ScanKernels:
                 **options,
             )
         return kept
-
-    def _taken(self, before: Kept, dy: Tensor, dz: Tensor) -> Tensor:
-        """Like `_replay` of all chunks, from the values that the forward pass kept."""
-        if self.has_z:
-            count, block = dz.numel(), 8 * CHANNELS
-            with device_of(self.u):
-                adjoint_kernels.gate_gradient_kernel[(triton.cdiv(count, block),)](
-                    before.outputs, self.z, dy, dz, count, BLOCK=block, **LAUNCH
-                )
-        return before.states
 
     def _gather(self, item: int, count: int, pieces: Tensor) -> None:
         with device_of(self.u):

@@ -30,7 +30,7 @@ class SlicedScan:
 
     def initial_gradient(self, dy: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
         _, sum_dt = kept
-        self._adjoints = self._scan.adjoints(dy)
+        self._adjoints, _ = self._scan.adjoints(dy)
         return self._scan.carry(self._adjoints.clone(), sum_dt, None, descending=True)
 
     def gradients(self, dy: Tensor, final_gradient: Tensor, kept: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

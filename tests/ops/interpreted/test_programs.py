@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 
 from caduceus import ops
+from caduceus.config.model import CHUNK
+from caduceus.ops import mamba2
 from caduceus.ops.operands import ScanOperands
-from caduceus.ops.triton import conv, scan, scan_launches
+from caduceus.ops.triton import conv, scan, scan_launches, ssd
 from tests.interpreter import INTERPRETING
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="a GPU tells nothing of its programs' addresses")
@@ -36,11 +38,24 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.slow
-def test_scan():
+@pytest.mark.parametrize("keep", [False, True])
+def test_scan(keep):
     P, S, batch, L, E, N = 2, 1, 1, 9, 18, 1
     A, runs = -normal(P, E, N).detach().abs() - 0.1, (P, S, batch, L)
     given = (normal(*runs, E), normal(*runs, E), A.requires_grad_(), normal(*runs, N), normal(*runs, N), normal(P, E))
-    run(lambda: scan.scan_with_states(ScanOperands(*given, normal(S, batch, L, E), normal(P, E)), chunk=8))
+    run(lambda: scan.scan_with_states(ScanOperands(*given, normal(S, batch, L, E), normal(P, E)), chunk=8, keep=keep))
+
+
+@pytest.mark.slow
+def test_scan_of_mamba2():
+    P, S, batch, L, H, W, N = 2, 1, 1, CHUNK + 1, 2, 3, 2
+    runs, A = (P, S, batch, L), -normal(P, H).detach().abs() - 0.1
+    given = (normal(*runs, H, W), normal(*runs, H), A.requires_grad_(), normal(*runs, N), normal(*runs, N))
+    run(lambda: ssd.ssd_scan((*given, normal(P, H), normal(P, H)), None, None, False))
+
+
+def test_gated_norm():
+    run(lambda: [mamba2.gated_norm(normal(2, 1, 1, 300, 8), normal(1, 1, 300, 8), normal(2, 8), backend="triton")])
 
 
 def test_convolution():

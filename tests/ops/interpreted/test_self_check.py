@@ -14,6 +14,7 @@ from caduceus.ops.triton import scan_launches
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(self_check, "SIZES", (9, 5, 3))  # as the interpreter can do them
+    monkeypatch.setattr(self_check, "WHOLE", (16, 4))
     return tmp_path / "caduceus"
 
 
@@ -23,14 +24,14 @@ def test_right_kernels_are_looked_at_once_and_leave_the_random_numbers(device, c
     before = torch.get_rng_state()
     self_check.check_kernels(device)
     assert torch.equal(torch.get_rng_state(), before)
-    assert len(list(cache.iterdir())) == 1 and "9 Triton ops are right" in caplog.text
+    assert len(list(cache.iterdir())) == 1 and "11 Triton ops are right" in caplog.text
     looked = []
     monkeypatch.setattr(self_check, "_require_right", lambda *case: looked.append(case))
     self_check.check_kernels(device)
     assert not looked
     monkeypatch.setattr(self_check, "_machine", lambda device: {"card": "another"})
     self_check.check_kernels(device)
-    assert len(looked) == 18  # each op in fp32 and in bf16
+    assert len(looked) == 22  # each op in fp32 and in bf16
 
 
 def test_a_wrong_gradient_is_named_and_nothing_is_remembered(device, cache, monkeypatch):
