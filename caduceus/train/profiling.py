@@ -2,10 +2,11 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity
 
 from caduceus.config import Config
@@ -14,7 +15,8 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 
 _ROWS = 20
-_NAME_WIDTH = 60
+_NAME_WIDTH = 38
+"""Letters of an operator's name in the table, which thus fits a terminal of 80 columns."""
 _MOST_EVENTS = 100_000
 """Number of the latest allocations that a memory snapshot holds."""
 
@@ -84,8 +86,7 @@ class Profile:
                 kept.append(self._stem.with_name(f"{self._stem.name}-memory.pickle"))
                 torch.cuda.memory._dump_snapshot(str(kept[-1]))
                 torch.cuda.memory._record_memory_history(enabled=None)
-            by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
-            table = profiler.key_averages().table(sort_by=by, row_limit=_ROWS, max_name_column_width=_NAME_WIDTH)
+            table = _table(profiler.key_averages(), self._cuda)
             where = ", ".join(map(str, kept))
             _log.info("profile of the steps %d to %d: %s; what took longest:\n%s", *steps, where, table)
         except (RuntimeError, OSError) as error:
@@ -94,3 +95,21 @@ class Profile:
     def _give_up(self, error: Exception) -> None:
         self._steps = self._profiler = None
         _log.warning("monitor.profile: no profile was made (%s)", error)
+
+
+def _table(operators: Sequence[FunctionEventAvg], cuda: bool) -> str:
+    """The operators that took longest by themselves, on the GPU if there is one: their share, and milliseconds."""
+    device = "device" if cuda else "cpu"
+
+    def alone(operator: FunctionEventAvg) -> float:
+        return getattr(operator, f"self_{device}_time_total")
+
+    whole = sum(map(alone, operators)) or 1.0
+    where = "GPU" if cuda else "CPU"
+    lines = [f"{'operator':<{_NAME_WIDTH}} {'share':>6} {where + ' ms':>10} {'with callees':>12} {'calls':>7}"]
+    for operator in sorted(operators, key=alone, reverse=True)[:_ROWS]:
+        name = operator.key if len(operator.key) <= _NAME_WIDTH else operator.key[: _NAME_WIDTH - 1] + "…"
+        own, total = alone(operator) / 1000, getattr(operator, f"{device}_time_total") / 1000
+        share = alone(operator) / whole
+        lines.append(f"{name:<{_NAME_WIDTH}} {share:>6.1%} {own:>10,.3f} {total:>12,.3f} {operator.count:>7,}")
+    return "\n".join(lines)

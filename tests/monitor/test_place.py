@@ -32,18 +32,23 @@ def test_a_variable_holds_where_the_configuration_is_silent(variable: str) -> No
     key, value, expected = VARIABLES[variable]
     found = place({variable: value})
     assert getattr(found, key) == expected and found.from_environment == (variable,)
+    assert found.which_won() == [f"{variable} is used, as the configuration does not set this"]
     said = KEYS.get(key, "own")
     found = place({variable: value}, **{key: said})
     assert getattr(found, key) == said and found.from_environment == ()
+    assert found.which_won() == [f"{variable} is not used, as the configuration sets wandb.{key}"]
     silent = place({variable: ""})
-    assert getattr(silent, key) == getattr(place({}), key) and silent.from_environment == ()
+    assert getattr(silent, key) == getattr(place({}), key) and silent.which_won() == []
 
 
 def test_names_and_folders_are_the_environments_first() -> None:
     assert place({}, {"name": "mine"}).name == "mine" and place({}).directory == Path("runs/a")
     found = place({"WANDB_NAME": "theirs", "WANDB_DIR": "/scratch"}, {"name": "mine"})
     assert found.name == "theirs" and found.directory == Path("/scratch")
-    assert set(found.from_environment) == {"WANDB_NAME", "WANDB_DIR"}
+    assert set(found.which_won()) == {
+        "WANDB_NAME is used instead of run.name",
+        "WANDB_DIR is used instead of the run directory",
+    }
     assert place({}).project == DEFAULT_PROJECT
 
 
@@ -62,7 +67,8 @@ def test_names_and_folders_are_the_environments_first() -> None:
 )
 def test_modes_of_the_environment(environment: dict[str, str], mode: str) -> None:
     assert place(environment).mode == mode
-    assert place(environment, mode="offline").mode == "offline"
+    decided = place(environment, mode="offline")
+    assert decided.mode == "offline" and decided.overruled == tuple(environment)
 
 
 def test_a_mode_that_wandb_has_not_is_refused() -> None:

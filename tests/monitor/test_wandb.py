@@ -204,9 +204,10 @@ def test_environment_variables_hold_where_the_configuration_is_silent(
     assert properties["groupName"] == "of-the-configuration"
     assert {name: properties.get(name) for name in others.values()} == {name: f"of-{name}" for name in others.values()}
     assert list((tmp_path / "scratch" / "wandb").glob("run-*")) and not list((watched.path / "wandb").glob("run-*"))
-    for variable in ("PROJECT", "TAGS", "DIR", *others):
+    for variable in ("PROJECT", "TAGS", "ENTITY", "NOTES", "JOB_TYPE"):
         assert f"wandb: WANDB_{variable} is used, as the configuration does not set this" in caplog.messages
-    assert not any("WANDB_RUN_GROUP" in message for message in caplog.messages)
+    assert "wandb: WANDB_NAME is used instead of run.name" in caplog.messages
+    assert "wandb: WANDB_RUN_GROUP is not used, as the configuration sets wandb.group" in caplog.messages
     monkeypatch.setenv("WANDB_MODE", "disabled")
     Watched(tmp_path / "disabled").go_on(1, 2)
     assert len(server.runs) == 1

@@ -32,8 +32,11 @@ def test_steps_are_profiled_and_the_run_is_the_same(small_run: SmallRun, caplog:
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert sum(str(event.get("name", "")).startswith("Optimizer.step") for event in events) >= 2
     (told,) = [message for message in caplog.messages if message.startswith("profile of the steps 3 to 4")]
-    rows = [line for line in told.splitlines() if "%" in line and "Self CPU" not in line]
-    assert str(trace) in told and 15 <= len(rows) <= 20
+    head, *rows = told.splitlines()[1:]
+    assert str(trace) in told and len(rows) == 20
+    assert max(map(len, [head, *rows])) <= 80  # a terminal does not wrap it
+    shares = [float(row[38:].split()[0].rstrip("%")) for row in rows]
+    assert shares == sorted(shares, reverse=True) and shares[0] > 0 and 50 < sum(shares) < 101
 
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")

@@ -9,6 +9,19 @@ from caduceus.config import Config
 from caduceus.errors import UserError
 
 DEFAULT_PROJECT = "caduceus"
+_KEYS = {
+    "WANDB_DISABLED": "mode",
+    "WANDB_MODE": "mode",
+    "WANDB_PROJECT": "project",
+    "WANDB_ENTITY": "entity",
+    "WANDB_RUN_GROUP": "group",
+    "WANDB_TAGS": "tags",
+    "WANDB_NOTES": "notes",
+    "WANDB_JOB_TYPE": "job_type",
+}
+"""The key of the section wandb that decides before a variable does."""
+_FIRST = {"WANDB_NAME": "instead of run.name", "WANDB_DIR": "instead of the run directory"}
+"""The variables that decide before the configuration does, and before what."""
 _OFF = ("disabled", "dryrun", "offline", "online", "run", "shared")
 
 
@@ -29,6 +42,16 @@ class Place:
     """The folder in which W&B's client makes its own folder `wandb`."""
     from_environment: tuple[str, ...] = ()
     """The names of the environment variables that decided something."""
+    overruled: tuple[str, ...] = ()
+    """The names of those that did not, as the configuration had decided."""
+
+    def which_won(self) -> list[str]:
+        """A line for each environment variable that is set: whether it decides, and why."""
+        used = [
+            f"{name} is used{', as the configuration does not set this' if name in _KEYS else f' {_FIRST[name]}'}"
+            for name in self.from_environment
+        ]
+        return used + [f"{name} is not used, as the configuration sets wandb.{_KEYS[name]}" for name in self.overruled]
 
 
 def place_of(config: Config, run: Path, environment: Mapping[str, str] = os.environ) -> Place:
@@ -61,6 +84,11 @@ def place_of(config: Config, run: Path, environment: Mapping[str, str] = os.envi
         job_type=either(wandb.job_type, "WANDB_JOB_TYPE"),
         directory=Path(folder) if folder else run,
         from_environment=tuple(used),
+        overruled=tuple(
+            name
+            for name, key in _KEYS.items()
+            if environment.get(name) and getattr(wandb, key) not in (None, [], "auto")
+        ),
     )
 
 

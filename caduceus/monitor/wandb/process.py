@@ -49,8 +49,8 @@ class WandbProcess:
         self._temporary = _temporary_directory(run)
         shutil.rmtree(self._temporary, ignore_errors=True)  # left by a start that was killed
         place = place_of(config, run)
-        for variable in place.from_environment:
-            _log.info("wandb: %s is used, as the configuration does not set this", variable)
+        for line in place.which_won():
+            _log.info("wandb: %s", line)
         if place.mode == "disabled":
             if config.wandb.required and config.wandb.mode != "disabled":
                 raise UserError(f"wandb.required: is true, but {place.from_environment[0]} turns W&B off; unset it")
