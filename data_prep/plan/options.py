@@ -100,6 +100,8 @@ class PlanOptions:
         if self.interval_mode != "tile" and self.stride is not None:
             raise UserError(f"--stride: rows are not tiled with --interval-mode {self.interval_mode}; leave it out")
         _require(self, "flank", self.flank >= 0, "0 or more")
+        if self.around is None and self.flank != type(self).flank:
+            raise UserError("--flank: goes with the genes of an annotation; give it by --around, or leave --flank out")
         _require(self, "homology", self.homology is None or 0 < self.homology <= 1, "above 0 and at most 1")
         if self.around is not None and self.intervals is not None:
             raise UserError("--around: --intervals decides which regions are used; leave one of the two out")

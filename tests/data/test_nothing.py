@@ -113,7 +113,7 @@ def test_a_species_that_is_mostly_left_out_is_told(
     [
         ({"mask_prob": 0.0}, "data.mask_prob: 0.0 labels no base"),
         ({"mask_prob": 1e-12}, "data.mask_prob: 1e-12 labels no base"),
-        ({"mask_token_prob": 0.0, "random_token_prob": 0.0}, "data.mask_token_prob: .* is shown as it is"),
+        ({"mask_token_prob": 0.0, "random_token_prob": 0.0}, "data.mask_token_prob: .* the input shows every base"),
         ({"objective": "next_base", "seq_len": 1}, "data.seq_len: next_base needs at least 2"),
     ],
 )

@@ -47,7 +47,7 @@ def test_an_annotation_without_genes_gives_its_features(shards, tmp_path: Path) 
     ("text", "message"),
     [
         ("chr1\tx\tgene\t5\t9\n", r"genes\.gtf:1: not a line of GTF or GFF3"),
-        ("chr1\tx\tgene\t0\t9\t.\t+\t.\tx\n", r"genes\.gtf:1: start 0 and end 9; starts count from 1"),
+        ("chr1\tx\tgene\t0\t9\t.\t+\t.\tx\n", r"genes\.gtf:1: start 0 and end 9 are impossible; starts count from 1"),
         ("chr1\tx\tgene\t9\t4001\t.\t+\t.\tx\n", r"genes\.gtf:1: ends at 4,001, beyond chr1 with 4,000 bases"),
         ("chr7\tx\tgene\t5\t9\t.\t+\t.\tx\n", r"genes\.gtf:1: the genome has no contig 'chr7'"),
         ("#nothing\n", r"--around: .*genes\.gtf names no gene"),
