@@ -28,7 +28,7 @@ def test_dry_run_of_64_nodes_of_8_gpus(launch, capsys, tmp_path):
     assert script == GOLDEN.read_text()
     (tmp_path / "resolved.yaml").write_text(resolved)
     assert load_config(tmp_path / "resolved.yaml").parallel.context == 8
-    assert "would be refused: no SLURM on this machine" in printed.err
+    assert "would be refused: there is no SLURM on this machine" in printed.err
     assert "would be refused: shards/hg38: no complete shard dataset here" in printed.err
     assert not (tmp_path / "runs").exists(), "a dry run leaves nothing behind"
 
