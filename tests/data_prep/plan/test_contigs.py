@@ -248,7 +248,7 @@ MT\tassembled-molecule\tMT\tMitochondrion\tJ1.1\t=\tNC_9.1\tnon-nuclear\t16\tchr
 def test_a_table_without_a_second_name_is_refused(tmp_path: Path, row: str) -> None:
     path = tmp_path / "names"
     path.write_text(f"# names\n{row}\n{row.replace('1', '2')}\n")
-    with pytest.raises(UserError, match=r"names:2: no row of the table has two names, as 'chr1.*'; separate .* by tabs"):
+    with pytest.raises(UserError, match=r"names:2: no row of the table has two names, as 'chr1.*'; separate"):
         read_aliases(path)
     path.write_text(f"{row}\nchr3\tNC_3.1\n")
     assert read_aliases(path).groups["chr3"] == ("chr3", "NC_3.1")
