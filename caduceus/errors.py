@@ -116,14 +116,15 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
     After Ctrl-C it prints `interrupted`.
     """
     try:
-        status = main()
+        try:
+            status = main()
+        except (*ONE_LINE, KeyboardInterrupt, SystemExit) as error:
+            status = tell(error, interrupted)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads():
             raise
         status = 128 + signal.SIGPIPE
-    except (*ONE_LINE, KeyboardInterrupt) as error:
-        status = tell(error, interrupted)
     sys.exit(status or 0)
 
 

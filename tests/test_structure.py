@@ -19,7 +19,9 @@ PACKAGES = ("caduceus", "data_prep", "launch", "demo", "benchmarks")
 
 
 def sources() -> list[Path]:
-    return [path for name in PACKAGES for path in sorted((REPOSITORY / name).rglob("*.py"))]
+    made = REPOSITORY / "demo" / "out"  # by `make demo`, with the code that an export brings along
+    found = [path for name in PACKAGES for path in sorted((REPOSITORY / name).rglob("*.py"))]
+    return [path for path in found if made not in path.parents]
 
 
 def is_kernel(path: Path) -> bool:

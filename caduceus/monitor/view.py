@@ -89,12 +89,11 @@ class View:
         self._steps_seen += 1
         if row["loss"] is not None:
             self._losses.append(row["loss"])
-        took = row["seconds"] if now is None or self._before is None else now - self._before
         self._before = now
         if self._steps_seen <= WARM_UP_STEPS + 1:
             self._seconds.clear()
             self._rates.clear()
-        self._seconds.append(took)
+        self._seconds.append(row["seconds"])  # and not the time between rows, of which some come a step late
         self._rates.append(row["tokens_per_second"])
 
     def _take_validation(self, row: dict[str, Any], now: float | None) -> None:

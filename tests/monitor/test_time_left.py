@@ -19,7 +19,7 @@ from caduceus.train.stopping import EXIT_REQUEUE
 from launch.status import overview
 from tests.train.conftest import SmallRun
 
-STEPS, EVERY, STOP = 40, 2, 21
+STEPS, EVERY, STOP = 40, 2, 20
 """Every other step is validated, so that a median would not hide validations that count as steps."""
 START, COMPILATION, STEP, VALIDATION = 400.0, 300.0, 0.5, 45.0
 """Seconds; each of the first two steps of a start compiles."""
@@ -46,27 +46,27 @@ class Clock:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made, steps = Clock(), [0]
+    made, seconds = Clock(), {}
 
     def begin(_: object) -> float:
-        steps[0] = 0
+        seconds.clear()
         return START
 
-    def step(row: dict[str, Any]) -> float:
-        steps[0] += 1
-        row["seconds"] = COMPILATION if steps[0] <= 2 else STEP
-        return row["seconds"]
-
-    def noted(monitor: Monitor, row: dict[str, Any]) -> None:
-        made.rows[row["step"]] = made.now
-        log_training(monitor, row)
-        if row["step"] == STOP:
+    def step(config: Config, strategy: Any, loader: Any, batches: Any, progress: Any, **named: Any) -> None:
+        training_step(config, strategy, loader, batches, progress, **named)
+        seconds[progress.step] = COMPILATION if len(seconds) < 2 else STEP
+        made.now += seconds[progress.step]
+        made.rows[progress.step] = made.now
+        if progress.step == STOP:
             signal.raise_signal(signal.SIGTERM)
 
-    log_training = Monitor.log_training
+    def noted(monitor: Monitor, row: dict[str, Any]) -> None:
+        log_training(monitor, {**row, "seconds": seconds[row["step"]]})
+
+    training_step, log_training = loop.training_step, Monitor.log_training
     monkeypatch.setattr(rows, "time", SimpleNamespace(monotonic=lambda: made.now))
     monkeypatch.setattr(trainer, "_loop_of", made.after(begin, trainer._loop_of))
-    monkeypatch.setattr(loop, "training_step", made.after(step, loop.training_step))
+    monkeypatch.setattr(loop, "training_step", step)
     monkeypatch.setattr(trainer, "_validate", made.after(lambda _: VALIDATION, trainer._validate))
     monkeypatch.setattr(Monitor, "log_training", noted)
     return made

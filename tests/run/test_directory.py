@@ -53,7 +53,7 @@ def test_the_newest_checkpoint_is_found_and_linked(run: RunDirectory) -> None:
         (lambda path: (path / MARKER).write_text('{"files": {}, "step": 2}'), "names no files"),
         (lambda path: (path / MARKER).write_text('{"files": ["weights"]}'), "names no files"),
         (lambda path: (path / MARKER).write_text("[]"), "holds no facts"),
-        (lambda path: (path / MARKER).write_text('{"files": {"weights": {"bytes": 4096}}}'), "what weights is"),
+        (lambda path: (path / MARKER).write_text('{"files": {"weights": {"bytes": 4096}}}'), "sha256 of weights"),
         (
             lambda path: (path / MARKER).write_text('{"files": {"../weights": {"bytes": 1, "sha256": ""}}}'),
             "../weights",

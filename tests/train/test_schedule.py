@@ -101,7 +101,7 @@ def test_before_its_decay_a_run_under_wsd_takes_any_length(step: int, steps: int
 def test_within_its_decay_it_keeps_its_end() -> None:
     former = wsd(1000, decay_steps=100)
     assert kept_decay_start(former, former, 900, 950) == 900
-    with pytest.raises(UserError, match=r"falls from step 900, .*train\.decay_from=RUN/checkpoints/step-00000900$"):
+    with pytest.raises(UserError, match=r"falls from step 900 .*train\.decay_from=RUN/checkpoints/step-00000900$"):
         kept_decay_start(wsd(2000, decay_steps=100), former, 900, 901)
     assert kept_decay_start(former, TrainConfig(steps=1000), None, 950) == 950
     assert kept_decay_start(TrainConfig(), former, 900, 901) is None

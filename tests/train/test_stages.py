@@ -22,7 +22,7 @@ from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 from caduceus.monitor.view import View
 from caduceus.run.directory import RunDirectory
-from caduceus.train import trainer
+from caduceus.train import loop, trainer
 from caduceus.train.checkpointing import load_checkpoint
 from caduceus.train.guards import Health
 from caduceus.train.optimizer import build_optimizer
@@ -95,9 +95,15 @@ def test_a_run_killed_near_the_border_goes_on_to_the_same_bits(whole: Config, st
 def test_a_stop_as_a_stage_ends_is_a_stop_of_the_run(
     small_run: SmallRun, whole: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, asked = staged(small_run, "stopped"), itertools.count(1)
+    config, taken, step = staged(small_run, "stopped"), [0], loop.training_step
+
+    def counted(*arguments: Any, **named: Any) -> None:
+        step(*arguments, **named)
+        taken[0] += 1
+
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "requested", property(lambda _: next(asked) == 4))
+        patch.setattr(loop, "training_step", counted)
+        patch.setattr(StopRequest, "requested", property(lambda _: taken[0] == 4))
         assert train(config) == EXIT_REQUEUE
     assert [checkpoint.step for checkpoint in RunDirectory(config.run.dir).checkpoints()] == [1, 2, 3, 4]
     assert train(config) == 0

@@ -8,7 +8,7 @@ from caduceus.run.machine import OF_GPUS, OF_NODES
 
 _AXES = ("step", "samples", "tokens")
 _SPACES = {
-    "train": ("loss", "lr", "epoch"),
+    "train": ("loss", "loss_nonrepeat", "loss_repeat", "lr", "epoch"),
     "health": (
         *("skipped_steps", "substituted_samples", "grad_norm", "update_ratio", "residual_rms", "mixer_rms"),
         *(f"{what}_{quantile}" for what in ("dt", "decay") for quantile in ("p05", "p50", "p95")),
