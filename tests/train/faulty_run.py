@@ -17,7 +17,13 @@ from caduceus.train import loop, trainer
 
 
 def hang(config: Config, strategy: Strategy) -> None:
+    hanging(config).touch()
     time.sleep(3600)
+
+
+def hanging(config: Config) -> Path:
+    """The file that says that the run hangs."""
+    return Path(config.run.dir).with_suffix(".hangs")
 
 
 def die(config: Config, strategy: Strategy) -> None:

@@ -17,6 +17,7 @@ from caduceus.train.trainer import train
 from tests import preloaded
 from tests.conftest import REPOSITORY
 from tests.train.conftest import SmallRun
+from tests.train.faulty_run import hanging
 
 FAULTY = Path(__file__).parent / "faulty_run.py"
 
@@ -141,7 +142,9 @@ def test_a_second_ctrl_c_after_a_moment_ends_at_once_whatever_follows(small_run:
     save_config(long, path)
     command = [sys.executable, str(FAULTY), str(path), "hang", "0", "4"]
     process = preloaded.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    step_of(process, run, 3)
+    while not hanging(long).exists():
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[1]
     process.send_signal(signal.SIGINT)
     time.sleep(stopping._SAME_SECONDS + 0.2)
     while process.poll() is None:
