@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     actions = parser.add_subparsers(dest="action", required=True)
     listing = actions.add_parser("list", help="a table of all runs below a directory")
     listing.add_argument(
-        "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="it (%(default)s)"
+        "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="where the runs are (%(default)s)"
     )
     texts = {
         "status": "step, loss, rate, time left, checkpoints, and every start and end so far",
