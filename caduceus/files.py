@@ -3,62 +3,23 @@
 import errno
 import fcntl
 import filecmp
-import functools
 import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
-import stat
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, ParamSpec, TypeVar
+from typing import IO, Any
+
+from caduceus.patience import exists, is_directory, patient, patiently
 
 CHUNK = 4 << 20
 """Bytes read at a time when a whole file is read."""
-_PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EREMOTEIO)
-"""Errors that a network file system gives for a moment, and a broken disk every time."""
-_PAUSES = (0.1, 1.0, 5.0, 5.0)
-"""Seconds before each further attempt. There are several, as a file that appears late may at first fail as well."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def patiently(attempt: Callable[[], T], is_there: bool = False) -> T:
-    """The result of `attempt()`, repeated after pauses while a network file system fails for a moment.
-
-    ESTALE comes where another node replaced an open file, EIO and time-outs where a server fails over. `is_there`:
-    another node has just written the file, so that it exists, though this node may not see it yet. The error that
-    caused an exception counts as well. An error of a `patiently` within `attempt` is not tried again.
-    """
-    for pause in (*_PAUSES, None):
-        try:
-            return attempt()
-        except Exception as error:
-            cause = system_error(error)
-            if cause is None or not (cause.errno in _PASSING or (is_there and isinstance(cause, FileNotFoundError))):
-                raise
-            if pause is None or getattr(cause, "was_patient", False):
-                cause.was_patient = True  # type: ignore[attr-defined]
-                raise
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def patient(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a function that may be called again after a failure: its calls go through `patiently`."""
-
-    @functools.wraps(function)
-    def call(*arguments: P.args, **named: P.kwargs) -> T:
-        return patiently(lambda: function(*arguments, **named))
-
-    return call
 
 
 @patient
@@ -119,11 +80,11 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
         for inner in new.rglob("*"):
             sync(inner)
         sync(new)
-        if path.is_dir():
+        if is_directory(path):
             path.rename(old)
         new.rename(path)
     except BaseException:
-        if old.is_dir() and not path.exists():
+        if is_directory(old) and not exists(path):
             old.rename(path)
         raise
     finally:
@@ -141,29 +102,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_file(path: str | Path) -> bool:
-    """Whether there is a file. `Path.is_file` answers False after an error that may pass; this tries again, and raises
-    it.
-    """
-    try:
-        return stat.S_ISREG(patiently(Path(path).stat).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
 def is_disk_full(error: OSError) -> bool:
     """Whether there is no room: on the disk, in the user's quota, or because a file may not grow further."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def system_error(error: BaseException) -> OSError | None:
-    """The system's error that caused an exception, as a full disk causes a library's complaint about an incomplete
-    file.
-    """
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
-        seen = seen.__cause__ or seen.__context__
-    return seen
 
 
 def show_bytes(count: float) -> str:
@@ -253,9 +194,7 @@ def take_lock(path: str | Path, *, wait: bool = True) -> IO[bytes]:
     """
     path = Path(path)
     while True:
-        with _opening:
-            file = path.open("ab")
-            _locks.add(file)
+        file = _open_to_lock(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if is_open_as(file, path):
@@ -266,6 +205,14 @@ def take_lock(path: str | Path, *, wait: bool = True) -> IO[bytes]:
             file.close()
             raise
         file.close()
+
+
+@patient
+def _open_to_lock(path: Path) -> IO[bytes]:
+    with _opening:
+        file = path.open("ab")
+        _locks.add(file)
+    return file
 
 
 @contextmanager
@@ -294,7 +241,7 @@ def is_locked(path: str | Path) -> bool:
 def is_open_as(file: IO[Any], path: Path) -> bool:
     """Whether an open file is still the one at `path`: neither removed nor replaced."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(file.fileno()), patiently(path.stat))
     except FileNotFoundError:
         return False
 

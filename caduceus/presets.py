@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from caduceus.patience import is_file
+
 CONFIGS = Path(__file__).parent / "configs"
 """In a clone this is a link to configs/; an installed package holds the files."""
 
@@ -12,7 +14,7 @@ def preset(kind: str, name: str | Path) -> Path:
     """
     path = Path(name)
     known = CONFIGS / kind / f"{name}.yaml"
-    return known if len(path.parts) == 1 and not path.is_file() and known.is_file() else path
+    return known if len(path.parts) == 1 and not is_file(path) and is_file(known) else path
 
 
 def presets(kind: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from multiprocessing.connection import wait as wait_for_sentinel
 from typing import Any
 
 from caduceus.errors import UserError
-from caduceus.files import patiently
+from caduceus.patience import patiently
 
 
 class Workers:

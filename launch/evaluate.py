@@ -18,6 +18,7 @@ from caduceus.arguments import Parser
 from caduceus.errors import ONE_LINE, Kind, UserError, run_command, tell
 from caduceus.evaluate.commands import PLACES, verb_arguments
 from caduceus.files import append_json_line, locked, read_json_lines
+from caduceus.patience import exists, is_directory
 from caduceus.run.ends import ends_folder, first_cause, read_ends, recording_end
 from launch import history, scheduler
 from launch.capacity import slurm_complaint
@@ -112,14 +113,14 @@ def refuse(arguments: argparse.Namespace, request: JobRequest) -> None:
             raise UserError(f"{name}: is for training runs; after a failure the same command goes on")
     for name in PLACES:
         path = getattr(arguments, name, None)
-        if path is not None and not Path(path).exists():
+        if path is not None and not exists(path):
             raise UserError(f"--{name.replace('_', '-')}: {path}: no such file")
 
 
 def work_folder(arguments: argparse.Namespace) -> Path:
     """The folder of the job's code and logs: beside the output, or in the current folder for a verb without output."""
     out = Path(getattr(arguments, "out", arguments.command)).absolute()
-    if not out.parent.is_dir():
+    if not is_directory(out.parent):
         raise UserError(f"--out: {out.parent}: there is no such folder")
     return out.with_name(f"{out.name}.jobs")
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.errors import UserError
-from caduceus.files import append_json_line, dump_json, is_file, patient, patiently, read_json_lines, write_atomically
+from caduceus.files import append_json_line, dump_json, read_json_lines, write_atomically
+from caduceus.patience import is_file, patient, patiently
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, read_ends
 from caduceus.run.provenance import provenance

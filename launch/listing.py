@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from caduceus.errors import UserError
-from caduceus.files import patient
 from caduceus.monitor.wandb.identity import status as wandb_status
+from caduceus.patience import is_directory, is_file, patient
 from caduceus.run.directory import RunDirectory
 from launch import scheduler
 from launch.remembered import Remembered, Rows, look
@@ -43,9 +43,9 @@ def _run_paths(directory: Path, depth: int) -> Iterator[Path]:
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
             path = Path(entry.path)
-            if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+            if is_file(path / "config.yaml") and is_directory(path / "checkpoints"):
                 yield path
-            elif depth > 1 and entry.is_dir():
+            elif depth > 1 and is_directory(entry):
                 yield from _run_paths(path, depth - 1)
 
 

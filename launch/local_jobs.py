@@ -5,10 +5,12 @@ import signal
 import subprocess
 from pathlib import Path
 
+from caduceus.patience import exists
+
 
 def is_running(job: str, logs: Path) -> bool:
     """Whether the controller that writes to `logs` runs; another process may have its number by now."""
-    if Path("/proc/self").exists():
+    if exists("/proc/self"):
         try:
             shown = Path(f"/proc/{job}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="surrogateescape")
         except OSError:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from caduceus.errors import Kind
+from caduceus.patience import exists, listed, patiently
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import ends_folder, first_cause, read_ends
 
@@ -28,7 +29,7 @@ def last_error(run: RunDirectory, logs: Path, job: str, restart: int) -> str | N
     training began: then it is the last exception in its logs.
     """
     ends = read_ends(ends_folder(run.path, job, restart))
-    paths = sorted(logs.glob(f"{job}_*_log.out"))
+    paths = listed(logs, f"{job}_*_log.out")
     cause = first_cause(ends)
     if cause is None or cause.kind not in (Kind.USER, Kind.NODE):
         for line in (line for path in paths for line in _tail(path).splitlines()):
@@ -44,9 +45,9 @@ def last_error(run: RunDirectory, logs: Path, job: str, restart: int) -> str | N
 
 def follow(path: Path, ended: Callable[[], bool]) -> Iterator[str]:
     """Yield lines of a log as they come, until `ended()`."""
-    while not path.exists() and not ended():
+    while not exists(path) and not ended():
         time.sleep(0.1)
-    if not path.exists():
+    if not exists(path):
         return
     with path.open(errors="replace") as log:
         while True:
@@ -59,7 +60,7 @@ def follow(path: Path, ended: Callable[[], bool]) -> Iterator[str]:
 
 def _tail(path: Path) -> str:
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        file.seek(max(0, patiently(path.stat).st_size - _TAIL_BYTES))
         text = file.read().decode(errors="replace")
     return text[max(0, text.rfind(_START)) :]
 

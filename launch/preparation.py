@@ -11,6 +11,7 @@ from typing import IO
 from caduceus.config import Config
 from caduceus.errors import RetryError
 from caduceus.files import take_lock, write_atomically
+from caduceus.patience import exists
 from caduceus.run.directory import RunDirectory
 from launch.history import submissions
 from launch.refusals import refuse_run_in_use
@@ -28,7 +29,7 @@ def prepared(configs: Sequence[Config], folder: Path) -> Iterator[list[RunDirect
     Within it no other process submits these runs, and none of them is in use. Where the block raises, each run without
     a new submission is restored to what it was, and so is `folder`, which holds them or is the only one.
     """
-    new_folder = not folder.exists()
+    new_folder = not exists(folder)
     with contextlib.ExitStack() as locks:
         found: list[_Found] = []
         try:
@@ -77,7 +78,7 @@ def _locked(config: Config) -> _Found:
     run = RunDirectory(config.run.dir)
     began = time.monotonic()
     while True:
-        was_absent = not run.path.exists()
+        was_absent = not exists(run.path)
         try:
             RunDirectory.create_or_resume(config).release()
         except RetryError:  # another submission, which releases it soon, or a process that trains
@@ -86,7 +87,7 @@ def _locked(config: Config) -> _Found:
             time.sleep(0.1)
             continue
         except BaseException:
-            if was_absent and not run.config_path.exists() and not run.is_in_use():
+            if was_absent and not exists(run.config_path) and not run.is_in_use():
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         with run.telling_of_disks():
@@ -97,7 +98,7 @@ def _locked(config: Config) -> _Found:
             raise RetryError(f"run.dir: {run.path} is being started by another process; wait for it")
         time.sleep(0.1)
     count = len(submissions(run))
-    return _Found(run, lock, was_absent and not count, run.config_path.read_text(), run.stop_path.exists(), count)
+    return _Found(run, lock, was_absent and not count, run.config_path.read_text(), exists(run.stop_path), count)
 
 
 def _lock_if_free(path: Path) -> IO[bytes] | None:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caduceus.errors import UserError
-from caduceus.files import patiently
+from caduceus.patience import patiently
 from caduceus.presets import CONFIGS
 from launch.scheduler import time_limit_seconds
 

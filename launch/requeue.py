@@ -15,6 +15,7 @@ import sys
 import time
 
 from caduceus.errors import UserError, run_command
+from caduceus.patience import exists
 from caduceus.run.directory import RunDirectory
 from launch import history, scheduler
 from launch.history import Reason, Submission, newest_step, submissions
@@ -110,7 +111,7 @@ def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str],
     """The reason of an end, for the run's history; `status`: that of srun, which is 0 after a stop with a save."""
     if newest_step(run) >= run.config().train.steps:
         return Reason.COMPLETE
-    if run.stop_path.exists():
+    if exists(run.stop_path):
         return Reason.STOPPED if status == 0 else Reason.FAILED
     if job.state != "RUNNING":
         return Reason.TIME_LIMIT if job.reason == "TimeLimit" else Reason.TAKEN
@@ -125,7 +126,7 @@ def why_ended(run: RunDirectory, status: int, job: OwnJob, bad_nodes: list[str],
 def must_go_on_unsaved(run: RunDirectory, job: OwnJob) -> bool:
     """Whether a time limit ends the job while its processes still run, and the run should go on."""
     at_its_limit = job.state != "RUNNING" and job.reason == "TimeLimit"
-    return at_its_limit and not run.stop_path.exists() and newest_step(run) < run.config().train.steps
+    return at_its_limit and not exists(run.stop_path) and newest_step(run) < run.config().train.steps
 
 
 def ask_slurm(job: str) -> OwnJob:

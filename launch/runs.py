@@ -20,6 +20,7 @@ from caduceus.config import load_config
 from caduceus.errors import UserError, run_command
 from caduceus.monitor.wandb.identity import status as wandb_status
 from caduceus.monitor.wandb.process import sync
+from caduceus.patience import exists
 from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs, scheduler
 from launch.history import Attempt, Submission, submissions
@@ -148,7 +149,7 @@ def show_log(run: RunDirectory, rank: int, following: bool) -> None:
     job = _newest_job(now, submitted)
     path = _log_of(submitted, job, rank)
     if not following:
-        if not path.exists():
+        if not exists(path):
             waits = f"the run waits to start; {runs_command('logs -f', run.path)} waits with it"
             raise UserError(f"{path}: there is no such log; {waits if now.state == WAITING else 'choose a rank'}")
         print(path.read_text(errors="replace"), end="")
@@ -163,7 +164,7 @@ def show_log(run: RunDirectory, rank: int, following: bool) -> None:
             submitted, now = submissions(run), overview(run)
             job = _newest_job(now, submitted) if now.live else None
             job = None if job == shown else job
-        if not path.exists():
+        if not exists(path):
             raise UserError(
                 f"{path}: there is no such log; the run is {now.state}" + (f": {now.why}" if now.why else "")
             )

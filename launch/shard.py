@@ -19,6 +19,7 @@ import submitit
 from caduceus.arguments import Parser
 from caduceus.errors import UserError, run_command
 from caduceus.files import append_json_line, locked, read_json_lines
+from caduceus.patience import is_file
 from data_prep.argument_types import genomes_file
 from data_prep.plan.options import parse_size
 from data_prep.plan.species import SpeciesRequest
@@ -108,7 +109,7 @@ def refuse_what_jobs_cannot_do(requests: list[SpeciesRequest]) -> None:
                 "make the dataset with data_prep/shard_genome.py"
             )
         for path in (request.fasta, options.aliases, options.intervals, *options.exclude_bed):
-            if path is not None and not Path(path).is_file():
+            if path is not None and not is_file(path):
                 raise UserError(f"{request.name}: {path}: no such file")
 
 

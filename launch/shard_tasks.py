@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from caduceus.files import patient
+from caduceus.patience import exists, patient
 from data_prep.check.merge import take_in
 from data_prep.genome.genome import estimated_bases
 from data_prep.plan.species import SpeciesRequest, identity
@@ -125,7 +125,7 @@ def is_held(request: SpeciesRequest, dataset: Path) -> bool:
     """Whether a dataset holds the whole species. Raises `UserError` where it holds one of another genome or other
     options.
     """
-    if not (dataset / request.name / "species.json").exists():
+    if not exists(dataset / request.name / "species.json"):
         return False
     genome = reopen_genome(request.fasta, request.cache_dir)
     return SpeciesDirectory(dataset, identity(request, genome)).finished()

@@ -9,6 +9,7 @@ all other cases the exit status is 1, and the job ends like one without spare no
 import sys
 
 from caduceus.errors import UserError, run_command
+from caduceus.patience import exists
 from caduceus.run.directory import RunDirectory
 from launch import history, scheduler
 from launch.history import Attempt, Reason, Submission, newest_step
@@ -21,7 +22,7 @@ def main() -> int:
     run, job, restart = RunDirectory.open(sys.argv[1]), this_job(), history.this_restart()
     submission = submission_of(run, job)
     this = next((row for row in history.attempts(run) if (row.job, row.restart) == (job, restart)), None)
-    if this is None or run.stop_path.exists() or newest_step(run) >= run.config().train.steps:
+    if this is None or exists(run.stop_path) or newest_step(run) >= run.config().train.steps:
         return 1
     try:
         left = usable_nodes(run, submission, this)

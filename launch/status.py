@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from caduceus.files import is_file, patient
+from caduceus.patience import exists, is_file, listed, patient, patiently
 from caduceus.run.directory import RunDirectory
 from launch import history, local_jobs, scheduler
 from launch.history import Attempt, Submission, attempts, newest_step, submissions
@@ -92,7 +92,7 @@ def overview(run: RunDirectory, jobs_of: Callable[[RunDirectory], dict[str, JobS
         tokens_per_second=median(row["tokens_per_second"] for row in recent) if recent else None,
         seconds_left=recent[-1].get("seconds_left") if recent else None,
         checkpoint=newest_step(run),
-        quiet_seconds=time.time() - run.metrics_path.stat().st_mtime if recent or validations else None,
+        quiet_seconds=time.time() - patiently(run.metrics_path.stat).st_mtime if recent or validations else None,
         attempts=attempts(run),
         by_hand=_by_hand(run),
     )
@@ -182,8 +182,8 @@ def _signs_of_life(run: RunDirectory, job: str, state: str | None, submitted: li
     state: the final state that SLURM tells.
     """
     entries = [entry for entry in submitted if job in entry.jobs]
-    logs = [path for entry in submitted for path in entry.logs.glob(f"{job}_*_log.out")]
-    written = [path.stat().st_mtime for path in (run.metrics_path, *logs) if path.exists()]
+    logs = [path for entry in submitted for path in listed(entry.logs, f"{job}_*_log.out")]
+    written = [patiently(path.stat).st_mtime for path in (run.metrics_path, *logs) if exists(path)]
     last = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(written))) if written else "none"
     if any(entry.executor == "local" for entry in entries):
         told = "on this machine is gone"

@@ -20,6 +20,7 @@ def shard(species: Path, out: Path) -> None:
 
 def train(shards: Path, run: Path) -> None:
     """Two ranks on two nodes, to step 2 and again to step 4; then the table of runs."""
+    from caduceus.files import write_atomically
     from caduceus.train import trainer
     from launch.listing import list_runs
     from tests.train.test_starts import config_of
@@ -32,7 +33,7 @@ def train(shards: Path, run: Path) -> None:
     for steps in (2, 4):
         port = free_port()
         on_nodes([(node, partial(rank, number, port, steps)) for number, node in enumerate("ab")])
-    on_nodes([("a", lambda: (run.parent / "listed.txt").write_text(list_runs(run.parent)))])
+    on_nodes([("a", lambda: write_atomically(run.parent / "listed.txt", list_runs(run.parent).encode()))])
 
 
 if __name__ == "__main__":

@@ -60,3 +60,16 @@ def test_no_file_of_tests_is_long():
 
 def test_files_that_start_first_are_there():
     assert not [name for name in LONGEST_FIRST if not (REPOSITORY / "tests" / name).is_file()]
+
+
+def test_what_a_shared_file_system_says_is_asked_patiently():
+    """`Path.exists` and its like raise an error that passes, or take it for absence."""
+    local = ("caduceus/doctor", "caduceus/ops", "caduceus/hub/auto", "caduceus/commands.py", "caduceus/patience.py")
+    for path in sources():
+        name = str(path.relative_to(REPOSITORY))
+        if name.startswith(("demo", "benchmarks", *local)):
+            continue
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        asked = [call.func for call in calls if isinstance(call.func, ast.Attribute) and not call.args]
+        lines = [call.lineno for call in asked if call.attr in ("exists", "is_file", "is_dir", "stat")]
+        assert not lines, name

@@ -21,7 +21,8 @@ from caduceus.config.run import SECTIONS, Config
 from caduceus.config.stages import steps_of_stages, with_stages
 from caduceus.config.train import TrainConfig
 from caduceus.errors import UserError
-from caduceus.files import dump_json, patiently, write_atomically
+from caduceus.files import dump_json, write_atomically
+from caduceus.patience import is_file, patiently
 from caduceus.presets import preset
 
 ALLOWED = "allowed_commands.json"
@@ -115,7 +116,7 @@ def _read_layers(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[str
     layers = []
     for name in values.pop("defaults", None) or []:
         included = path.parent.parent / f"{name}.yaml"
-        if not included.is_file():
+        if not is_file(included):
             raise UserError(f"{path}: 'defaults' names '{name}', but there is no file {included}")
         layers += _read_layers(included, (*including, path.resolve()))
     return [*layers, (str(path), values)]
@@ -144,7 +145,7 @@ def _commands_are_remembered(data: DataConfig, path: Path) -> bool:
     """Whether this user has allowed the commands of the run's configuration at `path`."""
     allowed = path.with_name(ALLOWED)
     try:
-        return allowed.stat().st_uid == os.getuid() and json.loads(allowed.read_text()) == _addresses(data)
+        return patiently(allowed.stat).st_uid == os.getuid() and json.loads(allowed.read_text()) == _addresses(data)
     except (OSError, ValueError):
         return False
 

@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 from caduceus.data.remote import RefusalError, RemoteError, read_chunks
 from caduceus.errors import RetryError, UserError
 from caduceus.files import is_disk_full, locked, write_atomically
+from caduceus.patience import exists, listed, patiently
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class ShardCache:
         """
         shard.path.parent.mkdir(parents=True, exist_ok=True)
         with locked(_lock_path(shard.path), wait=wait):
-            if shard.path.exists():
+            if exists(shard.path):
                 return
             self._require_no_recent_failure(shard)
             self._reserve(shard)
@@ -118,7 +119,7 @@ class ShardCache:
         """Fetch a small file that belongs to the shards, unless it is on disk; it does not count towards the limit."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(_lock_path(path)):
-            if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+            if exists(path) and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 return
             content = _persistently(lambda: b"".join(read_chunks(origin)), FETCH_WAITS)
             if hashlib.sha256(content).hexdigest() != sha256:
@@ -175,11 +176,11 @@ class ShardCache:
         """Remove shards, the longest unused first, until at most `allowed` bytes are left. Returns whether that
         succeeded.
         """
-        partials = list(self.directory.glob("*/*/.*.tar.partial"))
+        partials = listed(self.directory, "*/*/.*.tar.partial")
         _remove_abandoned(partials)
         # List partial files first: one that is finished meanwhile is then counted twice rather than left out.
         used = sum(status.st_size for path in partials if (status := _stat(path)))
-        sizes = {path: status for path in self.directory.glob("*/*/*.tar") if (status := _stat(path))}
+        sizes = {path: status for path in listed(self.directory, "*/*/*.tar") if (status := _stat(path))}
         used += sum(status.st_size for status in sizes.values())
         for path in sorted(sizes, key=lambda path: sizes[path].st_mtime_ns):
             if used <= allowed:
@@ -339,6 +340,6 @@ def _touch(file: Path | int) -> bool:
 
 def _stat(path: Path) -> os.stat_result | None:
     try:
-        return path.stat()
+        return patiently(path.stat)
     except FileNotFoundError:
         return None

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from caduceus.errors import UserError
-from caduceus.files import fingerprint, patient, patiently
+from caduceus.files import fingerprint
+from caduceus.patience import patient, patiently
 
 FORMAT = "caduceus-shards"
 FORMAT_VERSION = 2

@@ -18,7 +18,8 @@ from caduceus.data.shard_list import ShardList
 from caduceus.data.verdicts import Verdicts
 from caduceus.data.windows import LoadedWindows, MappedWindows, SplitTable, require_fit, windows_of
 from caduceus.errors import UserError
-from caduceus.files import patiently, sha256_of
+from caduceus.files import sha256_of
+from caduceus.patience import patiently
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from caduceus.data.cache import Shard, ShardCache
-from caduceus.files import patiently
+from caduceus.patience import patiently
 
 MAX_OPEN_FILES = 128
 """File descriptors that a process keeps open: hundreds of species have more shards than a process may open."""

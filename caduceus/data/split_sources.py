@@ -21,7 +21,7 @@ from caduceus.data.remote import log_commands, refuse_commands
 from caduceus.data.shard_files import ShardFiles
 from caduceus.data.verdicts import Verdicts
 from caduceus.errors import UserError
-from caduceus.files import patiently
+from caduceus.patience import patiently
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from caduceus.data.format import ShardIndex
 from caduceus.errors import UserError
-from caduceus.files import patiently
+from caduceus.patience import patiently
 
 WINDOW_DTYPE = np.dtype(
     [

@@ -11,6 +11,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from caduceus.patience import is_file
+
 FLIGHT_RECORDS = "2000"
 """Number of collectives in NCCL's record, which is written to the run's logs when one hangs."""
 FLIGHT_FILES = "nccl-rank"
@@ -86,7 +88,7 @@ def addresses() -> Iterator[tuple[str, str]]:
                 continue
             yield name, socket.inet_ntoa(answer[20:24])
     table = Path("/proc/net/if_inet6")
-    for line in table.read_text().splitlines() if table.is_file() else ():
+    for line in table.read_text().splitlines() if is_file(table) else ():
         digits, *_, name = line.split()
         yield name, str(ipaddress.IPv6Address(int(digits, 16)))
 
@@ -97,7 +99,7 @@ def stay_near(pci_address: str) -> None:
     It does nothing where too few of the processors that the process was given are near.
     """
     table = _PCI_DEVICES / pci_address / "local_cpulist"
-    if not table.is_file():
+    if not is_file(table):
         return
     given, near = os.sched_getaffinity(0), cpus(table.read_text())
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -27,7 +27,7 @@ from caduceus.config import Config, TrainConfig
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
-from caduceus.files import patiently, system_error
+from caduceus.patience import is_directory, patiently, system_error
 
 DEEPSPEED_FOLDER = "deepspeed"
 """The folder of DeepSpeed's own files in its checkpoints."""
@@ -144,7 +144,7 @@ class Strategy:
 
         Raises `RuntimeError` or `ValueError` for a checkpoint of another model.
         """
-        if (directory / DEEPSPEED_FOLDER).is_dir():
+        if is_directory(directory / DEEPSPEED_FOLDER):
             raise UserError(
                 f"{directory}: a checkpoint of deepspeed, which single, ddp and fsdp cannot read; go on with "
                 "parallel.strategy=deepspeed"

@@ -23,6 +23,7 @@ from caduceus.files import dump_json, replacing_directory
 from caduceus.hub import load, save_imported
 from caduceus.model.backbone import Backbone
 from caduceus.model.heads import CaduceusForMaskedLM
+from caduceus.patience import is_file
 
 _HEAD, _TASK, _MODEL = "head.safetensors", "task.json", "writing"
 
@@ -97,7 +98,7 @@ class SequenceModel(nn.Module):
     def load(cls, folder: str | Path) -> "SequenceModel":
         """The model of a folder that `save` wrote. Raises `UserError` for another folder."""
         folder = Path(folder)
-        if not (folder / _TASK).is_file():
+        if not is_file(folder / _TASK):
             raise UserError(f"{folder}: not a fine-tuned model ({_TASK} is missing); finetune writes one to OUT/model")
         try:
             values = json.loads((folder / _TASK).read_bytes())

@@ -37,6 +37,7 @@ from caduceus.evaluate.pools import check_pool
 from caduceus.evaluate.results import label_columns, output_columns, place_columns, summarised, told
 from caduceus.files import dump_json, replacing, sha256_of, write_atomically
 from caduceus.model.heads import CaduceusForMaskedLM
+from caduceus.patience import exists, is_directory, is_file
 
 BASELINES, STRANDS = ("random", "cnn", "kmer"), ("auto", "post-hoc", "augment")
 _UNFINISHED, _RESULT, _RUNS = "unfinished", "result.json", "runs"
@@ -155,7 +156,7 @@ class _Study:
         return self._by_main(self._finished)
 
     def _finished(self) -> dict[str, Any] | None:
-        if (self.out / _UNFINISHED).exists() or not (self.out / _RESULT).is_file():
+        if exists(self.out / _UNFINISHED) or not is_file(self.out / _RESULT):
             return None
         result = json.loads((self.out / _RESULT).read_bytes())
         return result if {key: result.get(key) for key in self.origin} == json.loads(dump_json(self.origin)) else None
@@ -179,12 +180,12 @@ class _Study:
 
     def _begin(self, say: Callable[[str], None]) -> None:
         stamp, content = self.folder / "made-from.json", dump_json(self.origin)
-        ours = self.folder.is_dir() or (self.out / _RESULT).is_file()
-        if self.out.is_file() or (self.out.is_dir() and not ours and any(self.out.iterdir())):
+        ours = is_directory(self.folder) or is_file(self.out / _RESULT)
+        if is_file(self.out) or (is_directory(self.out) and not ours and any(self.out.iterdir())):
             raise UserError(f"--out: {self.out} holds other files; choose a new folder")
-        if self.folder.is_dir() and not (stamp.is_file() and stamp.read_bytes() == content):
+        if is_directory(self.folder) and not (is_file(stamp) and stamp.read_bytes() == content):
             shutil.rmtree(self.folder)
-        if not self.folder.is_dir():
+        if not is_directory(self.folder):
             shutil.rmtree(self.out / _RUNS, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(stamp, content)
@@ -308,11 +309,9 @@ class _Study:
         return self._by_main(self._finish)
 
     def _finish(self) -> dict[str, Any]:
+        seeds = range(1, self.options.seeds + 1)
         found = {
-            method: [
-                json.loads((self.folder / f"{method}-{seed}.json").read_bytes())
-                for seed in range(1, self.options.seeds + 1)
-            ]
+            method: [json.loads((self.folder / f"{method}-{seed}.json").read_bytes()) for seed in seeds]
             for method in self.options.methods
         }
         main, best = self.options.methods[0], 0

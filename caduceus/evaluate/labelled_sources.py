@@ -19,6 +19,7 @@ from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.sequences import BED, FASTA
 from caduceus.evaluate.suite_data import find_task_data, rows_of_fasta
 from caduceus.evaluate.windows import Windows
+from caduceus.patience import is_directory, is_file
 
 SIGNALS = ("mean", "max")
 
@@ -54,7 +55,7 @@ def tables_of(
     """
     folder = Path(f"{out}.data")
     train = Path(files["train"])
-    if train.is_dir():
+    if is_directory(train):
         genome = None if source.genome is None else Path(source.genome)
         found = find_task_data(train.parent, [train.name], folder / "table", genome)
         if found is None:
@@ -72,7 +73,7 @@ def tables_of(
 
 def _as_table(path: Path, source: LabelledSource, target: Path) -> Path:
     kind = ending(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file")
     if kind in (*TEXT_TABLES, *PARQUET):
         return path
@@ -86,7 +87,7 @@ def _as_table(path: Path, source: LabelledSource, target: Path) -> Path:
     if not rows:
         raise UserError(f"{path}: holds no labelled sequence")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if int(os.environ.get("RANK", 0)) == 0 or not target.is_file():
+    if int(os.environ.get("RANK", 0)) == 0 or not is_file(target):
         write_columns(target, {"sequence": [sequence for sequence, _ in rows], "label": [label for _, label in rows]})
     return target
 
@@ -138,7 +139,7 @@ class _Signal:
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
-        if not Path(path).is_file():
+        if not is_file(path):
             raise UserError(f"--bigwig: {path}: no such file")
         try:
             self.file = package("pyBigWig").open(str(path))

@@ -21,6 +21,7 @@ from caduceus.distributed.environment import choose_interface
 from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.errors import UserError
 from caduceus.files import dump_json, fingerprint, replacing, write_atomically
+from caduceus.patience import is_directory, is_file
 from data_prep.progress import Progress, note
 
 Item = TypeVar("Item")
@@ -95,7 +96,7 @@ class Parts:
         """Remove parts that an earlier command made from other inputs."""
         content = dump_json(self.origin)
         stamp = self.folder / _ORIGIN
-        if self.folder.is_dir() and not (stamp.is_file() and stamp.read_bytes() == content):
+        if is_directory(self.folder) and not (is_file(stamp) and stamp.read_bytes() == content):
             shutil.rmtree(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ class Parts:
                 self._begin()
         with self.ranks.agreeing():
             mine = [number for number in range(len(parts)) if number % self.ranks.world == self.ranks.rank]
-            missing = [number for number in mine if not self._path(number).is_file()]
+            missing = [number for number in mine if not is_file(self._path(number))]
             if len(missing) < len(mine):
                 note(f"{self.out}: {len(mine) - len(missing)} of {len(mine)} parts are there already")
             with Progress(label, sum(size(item) for number in missing for item in parts[number]), unit) as progress:

@@ -17,6 +17,7 @@ from caduceus.evaluate.parts import Parts, cut
 from caduceus.evaluate.results import output_columns, place_columns
 from caduceus.evaluate.sequences import Item, SequenceSource
 from caduceus.files import sha256_of
+from caduceus.patience import is_file
 
 _PART_BASES, _PART_SEQUENCES = 1 << 22, 4096
 
@@ -42,7 +43,7 @@ def predict_file(predictor: Predictor, source: SequenceSource, out: str | Path, 
     items = source.items()
     origin: dict[str, Any] = {
         "verb": "predict",
-        "model": {path.name: sha256_of(path) for path in sorted(predictor.folder.rglob("*")) if path.is_file()},
+        "model": {path.name: sha256_of(path) for path in sorted(predictor.folder.rglob("*")) if is_file(path)},
         "input_sha256": source.sha256(),
         "source": {key: value and str(value) for key, value in asdict(source).items()},
     }

@@ -14,6 +14,7 @@ from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, read_columns
 from caduceus.evaluate.vcf import read_vcf
 from caduceus.evaluate.windows import Windows, allele_bases, checked_bases, upper_case
 from caduceus.files import sha256_of
+from caduceus.patience import is_directory, is_file
 
 FASTA = (".fa", ".fasta", ".fna", ".ffn")
 GENOMES = (*FASTA, ".2bit")
@@ -52,12 +53,12 @@ class SequenceSource:
     def sha256(self) -> str:
         """The sha256 of the file, or of the shards' manifest, which has theirs."""
         path = Path(self.input)
-        return sha256_of(path / MANIFEST if path.is_dir() else path)
+        return sha256_of(path / MANIFEST if is_directory(path) else path)
 
     def items(self) -> list[Item]:
         """All sequences, in the file's order. Raises `UserError` where there is none, or the files are not sound."""
-        kind, is_folder = ending(self.input), Path(self.input).is_dir()
-        if not Path(self.input).is_file() and not is_folder:
+        kind, is_folder = ending(self.input), is_directory(self.input)
+        if not is_file(self.input) and not is_folder:
             raise UserError(f"{self.input}: no such file")
         if self.window is not None and self.window < 1:
             raise UserError(f"--window: must be at least 1, got {self.window}")

@@ -22,7 +22,8 @@ from caduceus.evaluate.suite_finetuned import finetuned
 from caduceus.evaluate.suite_page import write_page
 from caduceus.evaluate.window_svm import SvmTask, window_svm
 from caduceus.evaluate.zero_shot import KINDS, ZeroShot, check_score
-from caduceus.files import dump_json, patiently, without_nan, write_atomically
+from caduceus.files import dump_json, without_nan, write_atomically
+from caduceus.patience import is_directory, patiently
 from caduceus.presets import preset, preset_list
 
 _FINETUNE = {"epochs", "lr", "batch_size", "weight_decay", "seeds", "pool", "valid_share", "learns"}
@@ -191,7 +192,7 @@ def _rows_of(
 
 def asked_tasks(suite: Suite, request: SuiteRequest) -> list[SuiteTask]:
     """The tasks that a request names, or all. Raises `UserError` where there is no such task, or no folder of data."""
-    if not Path(request.data).is_dir():
+    if not is_directory(request.data):
         raise UserError(f"--data: {request.data} is not a folder; it should hold {suite.expects}")
     names = request.tasks
     known = {task.name: task for task in suite.tasks}

@@ -12,6 +12,7 @@ from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, package, rea
 from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.sequences import FASTA
 from caduceus.evaluate.windows import Windows
+from caduceus.patience import is_directory, is_file
 from caduceus.tables import read_lines, refuse_line
 
 SPLITS = {"train": ("train",), "valid": ("dev", "valid", "validation"), "test": ("test",)}
@@ -31,8 +32,8 @@ def find_task_data(folder: Path, names: list[str], converted: Path, genome: Path
     Data in another form than a table of sequence and label are written as one to `converted`-SPLIT.tsv. genome: for
     tables of places.
     """
-    place = next((folder / name for name in names if (folder / name).is_dir()), None)
-    if place is not None and (place / COORDINATES).is_file():
+    place = next((folder / name for name in names if is_directory(folder / name)), None)
+    if place is not None and is_file(place / COORDINATES):
         return _binned(place / COORDINATES, genome)
     notes: list[str] = []
     tables: dict[str, LabelledTable | BinnedTable] = {}
@@ -63,32 +64,32 @@ def find_tables(folder: Path, names: list[str], splits: tuple[str, ...]) -> dict
         alone = [p for p in sorted(folder.glob(f"{name}.*")) if ending(p) in (*TEXT_TABLES, *PARQUET)]
         if len(splits) == 1 and alone:
             return {splits[0]: alone[0]}
-        if (folder / name).is_dir():
+        if is_directory(folder / name):
             found = {split: _split_of(folder / name, split) for split in splits}
             for split, files in found.items():
                 if files and len(files) > 1:
                     raise UserError(
                         f"{folder / name}: {len(files)} files hold the split {split!r}; join them into one table"
                     )
-            return {split: files[0] for split, files in found.items() if files and files[0].is_file()}
+            return {split: files[0] for split, files in found.items() if files and is_file(files[0])}
     return {}
 
 
 def _split_of(folder: Path, split: str) -> list[Path] | None:
     """The files of a split: one table or FASTA, several parquet files, or a folder of classes."""
     known = [*TEXT_TABLES, *PARQUET, *FASTA]
-    files = sorted(p for p in folder.iterdir() if p.is_file() and ending(p) in known)
+    files = sorted(p for p in folder.iterdir() if is_file(p) and ending(p) in known)
     named = [p for p in files if p.name.split(".")[0] == split or re.match(rf"{split}-\d+-of-\d+\.", p.name)]
     if named:
         return named
-    return [folder / split] if (folder / split).is_dir() else None
+    return [folder / split] if is_directory(folder / split) else None
 
 
 def _as_table(files: list[Path], target: Path, genome: Path | None, notes: list[str]) -> Path:
     """A table of sequence and label: the file itself where it is one, otherwise a converted one."""
-    if len(files) == 1 and files[0].is_file() and ending(files[0]) not in FASTA:
+    if len(files) == 1 and is_file(files[0]) and ending(files[0]) not in FASTA:
         return files[0]
-    if files[0].is_dir():
+    if is_directory(files[0]):
         rows = list(_of_classes(files[0], genome, notes))
     elif ending(files[0]) in FASTA:
         rows = [row for file in files for row in rows_of_fasta(file)]
@@ -139,7 +140,7 @@ def rows_of_fasta(path: Path) -> Iterator[tuple[str, str]]:
 def _of_classes(folder: Path, genome: Path | None, notes: list[str]) -> Iterator[tuple[str, str]]:
     """Yield the rows of Genomic Benchmarks: a table of places, or a folder of text files, for each class."""
     tables = sorted(path for path in folder.iterdir() if ending(path) == ".csv")
-    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for path in sorted(path for path in folder.iterdir() if is_directory(path)):
         for file in sorted(path.glob("*.txt")):
             yield file.read_text().strip(), path.name
     if not tables:

@@ -7,6 +7,7 @@ import numpy as np
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import package
 from caduceus.files import sync, temporary_name
+from caduceus.patience import is_directory
 
 _ENDING = ".bw"
 _ALTERNATIVES = 3
@@ -15,7 +16,7 @@ _ALTERNATIVES = 3
 def check_tracks(prefix: str | Path, columns: list[str]) -> None:
     """Raise `UserError` where tracks of these scores, with names that begin with `prefix`, cannot be written."""
     package("pyBigWig")
-    if not Path(prefix).absolute().parent.is_dir():
+    if not is_directory(Path(prefix).absolute().parent):
         raise UserError(f"--tracks: {Path(prefix).parent}: there is no such folder")
     if not any(_is_track(name) for name in columns):
         raise UserError("--tracks: needs masked or unmasked scores; add one of them to --scores")

@@ -11,6 +11,7 @@ from caduceus.evaluate.alleles import Allele, BasesOf
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, Columns, ending, read_columns
 from caduceus.evaluate.vcf import Vcf, read_vcf
 from caduceus.evaluate.windows import Windows, checked_bases
+from caduceus.patience import is_file
 from caduceus.tables import is_missing
 
 CONTIG = ("chrom", "chr", "chromosome", "contig", "#chrom", "chr_hg38")
@@ -38,7 +39,7 @@ class VariantSource:
         """All alleles, and the genome or sequences. Raises `UserError` where there is no allele, or the files are not
         sound.
         """
-        if not Path(self.input).is_file():
+        if not is_file(self.input):
             raise UserError(f"{self.input}: no such file")
         kind = ending(self.input)
         if kind == ".vcf":

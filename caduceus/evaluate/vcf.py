@@ -9,6 +9,7 @@ from pathlib import Path
 from caduceus.errors import UserError
 from caduceus.evaluate.columns import package
 from caduceus.files import temporary_name, write_atomically
+from caduceus.patience import is_file
 from caduceus.tables import read_lines, refuse_line, split_fields, whole_number
 
 _INFO = 7
@@ -115,7 +116,7 @@ def _write_bgzip(path: Path, content: bytes) -> None:
             pysam.tabix_index(str(temporary), preset="vcf", force=True)
         pysam.set_verbosity(verbosity)
         temporary.replace(path)
-        if new_index.is_file():
+        if is_file(new_index):
             new_index.replace(index)
     finally:
         temporary.unlink(missing_ok=True)

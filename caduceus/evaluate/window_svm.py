@@ -21,6 +21,7 @@ from caduceus.evaluate.model import Runner
 from caduceus.evaluate.pairs import PairTable, binary_labels
 from caduceus.evaluate.parts import Parts, cut
 from caduceus.files import dump_json, fingerprint, sha256_of, write_atomically
+from caduceus.patience import is_file
 from data_prep.progress import Progress
 
 _PART_BASES, _PART_ROWS = 1 << 23, 1024
@@ -130,7 +131,7 @@ def _fitted(task: SvmTask, parts: dict[str, _Data], ends: tuple[float, float], s
     given = {"options": task.options, "ends": list(map(str, ends)), "seed": seed, "data": digest.hexdigest()}
     made_of = fingerprint(given)
     place = task.out / "svm" / f"{made_of[:16]}.json"
-    if place.is_file():
+    if is_file(place):
         return json.loads(place.read_bytes())
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(train.labels))[: task.options["rows"]]

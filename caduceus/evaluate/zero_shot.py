@@ -22,6 +22,7 @@ from caduceus.evaluate.variant_inputs import CONTIG, OwnSequences, VariantSource
 from caduceus.evaluate.variants import score_file
 from caduceus.evaluate.windows import checked_bases
 from caduceus.files import sha256_of
+from caduceus.patience import is_file
 
 _SCORES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "minus_llr": ("masked", lambda found: -found),
@@ -168,7 +169,7 @@ def _score(task: ZeroShot) -> tuple[str, str, Callable[[np.ndarray], np.ndarray]
 def _is_made_of(scored: Path, runner: Runner, task: ZeroShot) -> bool:
     """Whether an earlier call has written these scores, by the record beside them."""
     record = scored.with_name(f"{scored.name}.json")
-    if not (scored.is_file() and record.is_file()):
+    if not (is_file(scored) and is_file(record)):
         return False
     text = record.read_text()
     return runner.origin()["weights_sha256"] in text and sha256_of(task.path) in text

@@ -13,6 +13,7 @@ from caduceus.hub.published import PublishedLayout, from_published, mixer_of
 from caduceus.hub.published_config import config_from_published, keys_without_effect
 from caduceus.hub.weights import WEIGHTS, Weights, find_weights, read_json, read_weights
 from caduceus.model.heads import CaduceusForMaskedLM
+from caduceus.patience import exists, is_file
 
 PUBLISHED_CONFIG = "config.json"
 _CONFIGS = (PUBLISHED_CONFIG, "model_config.json")
@@ -33,14 +34,14 @@ class PublishedCheckpoint:
     def open(cls, path: str | Path) -> "PublishedCheckpoint":
         """Read the files of `path`. Raises `UserError`, which names the file that is missing or cannot be read."""
         path = Path(path)
-        if path.is_file():
+        if is_file(path):
             folders, file = (path.parent, path.parent.parent), path
         else:
             folders, file = (path,), find_weights(path) or find_weights(path / "checkpoints")
-        found = (folder / name for folder in folders for name in _CONFIGS if (folder / name).is_file())
+        found = (folder / name for folder in folders for name in _CONFIGS if is_file(folder / name))
         config_path = next(found, None)
         if config_path is None and (file is None or file.suffix == ".safetensors" or file.name.endswith(".json")):
-            missing = f"{PUBLISHED_CONFIG} is missing" if path.exists() else "there is no such folder or file"
+            missing = f"{PUBLISHED_CONFIG} is missing" if exists(path) else "there is no such folder or file"
             raise UserError(f"{path}: neither a run nor a published checkpoint ({missing})")
         config = None if config_path is None else _without_wrapping(read_json(config_path))
         if file is None:

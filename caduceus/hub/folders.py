@@ -30,6 +30,7 @@ from caduceus.hub.remote_code import remote_code
 from caduceus.hub.tokenizer_files import TOKENIZER_FILE, tokenizer_files
 from caduceus.hub.weights import WEIGHTS, read_safetensors
 from caduceus.model.heads import CaduceusForMaskedLM
+from caduceus.patience import exists, is_directory, is_file, listed
 from caduceus.run.checkpoints import AVERAGE, MARKER
 from caduceus.run.directory import RunDirectory
 
@@ -51,7 +52,7 @@ def load(path: str | Path) -> CaduceusForMaskedLM:
 
 def is_own(path: str | Path) -> bool:
     """Whether `path` is a run, a checkpoint of one, or an import; other folders are published checkpoints."""
-    return any((Path(path) / name).exists() for name in (MARKER, OWN_CONFIG))
+    return any(exists(Path(path) / name) for name in (MARKER, OWN_CONFIG))
 
 
 def save_published(
@@ -97,7 +98,7 @@ def _card(model: CaduceusForMaskedLM, source: str | Path | None) -> str:
     if source is None or not is_own(source):
         return model_card(model.config)
     run, checkpoints = run_of(source), []
-    if (Path(source) / MARKER).is_file():
+    if is_file(Path(source) / MARKER):
         checkpoints = [found for found in run.checkpoints() if found.path.samefile(source)]
     return model_card(model.config, run, checkpoints[0].step if checkpoints else None)
 
@@ -105,13 +106,13 @@ def _card(model: CaduceusForMaskedLM, source: str | Path | None) -> str:
 def run_of(path: str | Path) -> RunDirectory:
     """The run `path`, or the run that the checkpoint `path` belongs to."""
     path = Path(path)
-    return RunDirectory.open(path.resolve().parents[1] if (path / MARKER).is_file() else path)
+    return RunDirectory.open(path.resolve().parents[1] if is_file(path / MARKER) else path)
 
 
 def _load_own(path: Path) -> CaduceusForMaskedLM:
-    if (path / MARKER).is_file():
+    if is_file(path / MARKER):
         weights, config_path = path, run_of(path).config_path
-    elif (path / WEIGHTS).is_file():
+    elif is_file(path / WEIGHTS):
         weights, config_path = path, path / OWN_CONFIG
     else:
         run = run_of(path)
@@ -121,7 +122,7 @@ def _load_own(path: Path) -> CaduceusForMaskedLM:
         weights, config_path = checkpoint.path, run.config_path
     model = CaduceusForMaskedLM(load_config(config_path).model)
     try:
-        if (weights / WEIGHTS).is_file():
+        if is_file(weights / WEIGHTS):
             state = read_safetensors(weights / WEIGHTS)
         else:
             state = model.state_dict()
@@ -156,10 +157,10 @@ def save_imported(model: CaduceusForMaskedLM, directory: str | Path) -> None:
 def _new_directory(directory: str | Path, files: set[str]) -> Iterator[Path]:
     """A temporary directory that becomes `directory` at the end, and may replace one that holds only `files`."""
     directory = Path(directory)
-    if directory.is_file():
+    if is_file(directory):
         raise UserError(f"{directory}: is a file; choose a directory")
-    if directory.is_dir():
-        others = sorted(path.name for path in directory.iterdir() if path.name not in files)
+    if is_directory(directory):
+        others = sorted(path.name for path in listed(directory) if path.name not in files)
         if others:
             raise UserError(f"{directory}: holds other files, such as {others[0]}; choose a new directory")
     try:

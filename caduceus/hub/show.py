@@ -12,6 +12,7 @@ from caduceus.hub.folders import is_own, load, run_of
 from caduceus.hub.published import PublishedLayout
 from caduceus.hub.published_config import keys_without_effect
 from caduceus.model.heads import CaduceusForMaskedLM
+from caduceus.patience import is_directory, is_file
 from caduceus.run.checkpoints import MARKER
 
 
@@ -26,9 +27,9 @@ def contents(path: str | Path) -> dict[str, Any]:
         return {"holds": "a published checkpoint", **facts(model.config), **_of_published(checkpoint, model)}
     model, run = load(path), run_of(path)
     told = {"holds": "an import", **facts(model.config)}
-    if run.checkpoints_path.is_dir():
+    if is_directory(run.checkpoints_path):
         newest = run.newest_valid_checkpoint()
-        told["holds"] = "a checkpoint of a run" if (Path(path) / MARKER).is_file() else "a run"
+        told["holds"] = "a checkpoint of a run" if is_file(Path(path) / MARKER) else "a run"
         told["checkpoints"] = ", ".join(str(checkpoint.step) for checkpoint in run.checkpoints())
         told["newest"] = newest.path if newest else "none"
     return told

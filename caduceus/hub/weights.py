@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from caduceus.errors import UserError
+from caduceus.patience import is_file, listed
 
 WEIGHTS = "model.safetensors"
 PICKLED_WEIGHTS = "pytorch_model.bin"
@@ -41,8 +42,8 @@ class Weights:
 
 def find_weights(folder: Path) -> Path | None:
     """The file of weights in a published folder, or the index of its shards; None where there is none."""
-    named = [folder / name for name in _NAMES if (folder / name).is_file()]
-    others = sorted(path for pattern in ("*.safetensors", "*.ckpt") for path in folder.glob(pattern))
+    named = [folder / name for name in _NAMES if is_file(folder / name)]
+    others = sorted(path for pattern in ("*.safetensors", "*.ckpt") for path in listed(folder, pattern))
     if named:
         return named[0]
     if len(others) > 1:

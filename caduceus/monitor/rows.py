@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.config import Config, Stage
-from caduceus.files import patiently
 from caduceus.monitor.report.write import report_of_finished
 from caduceus.monitor.terminal import Terminal
 from caduceus.monitor.view import BEST, View, clock
 from caduceus.monitor.wandb.identity import status
 from caduceus.monitor.wandb.process import WandbProcess
 from caduceus.monitor.windows import Drawing
+from caduceus.patience import patiently
 from caduceus.run.directory import RunDirectory
 from caduceus.run.events import record_event
 

@@ -8,6 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from caduceus.config import Config, stages_of
+from caduceus.patience import patiently
 from caduceus.run.directory import RunDirectory
 from caduceus.run.rows import lines_from_end
 
@@ -118,7 +119,7 @@ class View:
         if found:
             self.checkpoint = found[-1].step
             try:
-                self.checkpoint_time = found[-1].path.stat().st_mtime
+                self.checkpoint_time = patiently(found[-1].path.stat).st_mtime
             except OSError:  # it has just been removed
                 return
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from caduceus.config import Config, config_from_dict
 from caduceus.errors import UserError
-from caduceus.files import dump_json, patient, patiently, sha256_of, sync, write_atomically
+from caduceus.files import dump_json, sha256_of, sync, write_atomically
+from caduceus.patience import is_file, patient, patiently
 
 MARKER = "COMPLETE"
 AVERAGE = "average"
@@ -77,13 +78,13 @@ class Checkpoint:
 @patient
 def write_marker(written: Path, step: int, facts: dict[str, Any]) -> None:
     """Mark a fully written directory as the checkpoint of `step`, once all its files are on the disk."""
-    found = sorted(path for path in written.rglob("*") if path.is_file())
+    found = sorted(path for path in written.rglob("*") if is_file(path))
     if not found:
         raise OSError(f"{written}: holds no files")
     files = {}
     for file, digest in zip(found, _sha256_of_all(found), strict=True):
         sync(file)
-        files[str(file.relative_to(written))] = {"bytes": file.stat().st_size, "sha256": digest}
+        files[str(file.relative_to(written))] = {"bytes": patiently(file.stat).st_size, "sha256": digest}
     write_atomically(written / MARKER, dump_json({"files": files, "step": step, **facts}))
 
 

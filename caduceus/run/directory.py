@@ -23,7 +23,8 @@ from typing import Any
 
 from caduceus.config import Config, changes, load_config, save_config
 from caduceus.errors import RetryError, UserError
-from caduceus.files import dump_json, is_file, patient, patiently, read_json, read_json_lines, sync, write_atomically
+from caduceus.files import dump_json, read_json, read_json_lines, sync, write_atomically
+from caduceus.patience import exists, is_directory, is_file, listed, patient, patiently
 from caduceus.run.checkpoints import MARKER, Checkpoint, write_marker
 from caduceus.run.lock import Holder, RunLock
 from caduceus.run.provenance import provenance
@@ -88,9 +89,9 @@ class RunDirectory:
         """Whether the directory holds files that are neither a run's nor a user's request that was left before the run
         began.
         """
-        if not self.path.is_dir() or self._lock.path.exists():
+        if not is_directory(self.path) or exists(self._lock.path):
             return False
-        return any(path not in (self.stop_path, self.save_path) for path in self.path.iterdir())
+        return any(path not in (self.stop_path, self.save_path) for path in listed(self.path))
 
     @contextlib.contextmanager
     def telling_of_disks(self) -> Iterator[None]:
@@ -157,7 +158,7 @@ class RunDirectory:
         """Checkpoints that have their marker, oldest first."""
         found = []
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for path in self.checkpoints_path.iterdir():
+            for path in listed(self.checkpoints_path):
                 step = path.name.removeprefix("step-")
                 if path.name != step and step.isdigit() and is_file(path / MARKER):
                     found.append(Checkpoint(path, int(step)))
@@ -235,12 +236,12 @@ class RunDirectory:
         are never removed. Of the damaged ones that were set aside, the newest `keep` stay.
         """
         kept = {*keep_steps, (self.best() or {}).get("step")}
-        for leftover in [*self.checkpoints_path.glob(".writing-*"), *self.checkpoints_path.glob(".old-*")]:
+        for leftover in [*listed(self.checkpoints_path, ".writing-*"), *listed(self.checkpoints_path, ".old-*")]:
             shutil.rmtree(leftover)
         for checkpoint in self.checkpoints()[:-keep] if keep else []:
             if checkpoint.step not in kept and (not keep_every or checkpoint.step % keep_every):
                 self._remove(checkpoint.path)
-        for damaged in sorted(self.checkpoints_path.glob("damaged-step-*"))[:-keep] if keep else []:
+        for damaged in listed(self.checkpoints_path, "damaged-step-*")[:-keep] if keep else []:
             shutil.rmtree(damaged)
             _log.warning("%s: removed, as checkpoint.keep=%d newer damaged ones are kept", damaged, keep)
 

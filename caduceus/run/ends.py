@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from caduceus.errors import Kind, PeerError, kind_of, one_line
-from caduceus.files import dump_json, patient, write_atomically
+from caduceus.files import dump_json, write_atomically
+from caduceus.patience import listed, patient
 
 _recording: tuple[Path, int] | None = None
 """The folder and rank of the `recording_end` block that this process is in."""
@@ -79,7 +80,7 @@ def record_end(folder: Path, rank: int, error: BaseException | None = None) -> N
 @patient
 def read_ends(folder: Path) -> dict[int, End]:
     """The recorded ends of the ranks of an attempt, by rank."""
-    ends = [_end(json.loads(path.read_text())) for path in folder.glob("rank-*.json")]
+    ends = [_end(json.loads(path.read_text())) for path in listed(folder, "rank-*.json")]
     return {end.rank: end for end in sorted(ends, key=lambda end: end.rank)}
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from caduceus.errors import RetryError
-from caduceus.files import is_locked, locked, patiently, read_json, take_lock, write_atomically
+from caduceus.files import is_locked, locked, read_json, take_lock, write_atomically
+from caduceus.patience import patiently
 from caduceus.run.agent import AGENT
 
 ENDING_SECONDS = 10.0

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from caduceus.patience import exists
+
 _INTERFACES, _ADAPTERS = Path("/sys/class/net"), Path("/sys/class/infiniband")
 _WORD = 4
 """Bytes per unit of an InfiniBand adapter's counters."""
@@ -29,7 +31,7 @@ class Machine:
     """
 
     def __init__(self, disk: Path) -> None:
-        self._disk = next(folder for folder in (disk, *disk.absolute().parents) if folder.exists())
+        self._disk = next(folder for folder in (disk, *disk.absolute().parents) if exists(folder))
         psutil.cpu_percent()  # the first call has nothing to compare with
         self._time, self._bytes = time.monotonic(), _counters()
 
@@ -58,7 +60,7 @@ def _counters() -> list[float]:
     with contextlib.suppress(OSError, psutil.Error):
         found = psutil.net_io_counters(pernic=True)
         # Bridges, bonds and the like count the bytes of their cards a second time.
-        cards = [name for name in found if (_INTERFACES / name / "device").exists()]
+        cards = [name for name in found if exists(_INTERFACES / name / "device")]
         told = [found[name] for name in cards or found.keys() - {"lo"}]
         remote = _adapters()
         network = [sum(one.bytes_recv for one in told) + remote[0], sum(one.bytes_sent for one in told) + remote[1]]

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from caduceus.patience import exists
+
 CODE_VERSION = "code_version.json"
 """A file in a copy of the code: the git commit and uncommitted changes of the original."""
 COMMAND = "CADUCEUS_COMMAND"
@@ -46,7 +48,7 @@ def users_command() -> str:
 def code_version() -> dict[str, str | None]:
     """Commit and uncommitted changes of the code that runs, which may be a copy of a repository."""
     recorded = Path(__file__).resolve().parents[2] / CODE_VERSION
-    if recorded.exists():
+    if exists(recorded):
         return json.loads(recorded.read_text())
     if _git("ls-files", "--error-unmatch", __file__) is None:  # installed, perhaps inside another repository
         return {"git_commit": None, "git_diff": None}

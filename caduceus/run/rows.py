@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from caduceus.files import is_file, patient, patiently
+from caduceus.patience import is_file, patient, patiently
 
 _BLOCK = 1 << 16
 REACH = 64 << 20

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from caduceus.config import Config, changes
 from caduceus.errors import UserError
+from caduceus.patience import is_file
 from caduceus.run.checkpoints import MARKER, Checkpoint
 from caduceus.run.directory import OPTIMIZER_STATE
 
@@ -24,7 +25,7 @@ def branch_point(config: Config) -> Checkpoint:
     step = path.name.removeprefix("step-")
     if path.is_symlink() or not step.isdigit():  # at the next start `latest` may be another checkpoint
         raise _refusal(path, "is not the name of a checkpoint; give one such as RUN/checkpoints/step-00001000")
-    if not (path / MARKER).is_file():
+    if not is_file(path / MARKER):
         raise _refusal(path, "is not a complete checkpoint; give one such as RUN/checkpoints/step-00001000")
     checkpoint = Checkpoint(path, int(step))
     former = checkpoint.config()

@@ -29,8 +29,9 @@ from caduceus.distributed.groups import group_of
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import UserError
-from caduceus.files import dump_json, patiently, system_error, write_atomically
+from caduceus.files import dump_json, write_atomically
 from caduceus.hub.folders import load, save_published
+from caduceus.patience import patiently, system_error
 from caduceus.run.checkpoints import Checkpoint
 from caduceus.run.directory import RunDirectory
 from caduceus.run.events import record_event

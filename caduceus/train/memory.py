@@ -16,6 +16,7 @@ from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
 from caduceus.distributed.strategy import Strategy
 from caduceus.model.costs import kept_numbers, parameter_count
+from caduceus.patience import is_file
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
@@ -103,14 +104,14 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
 
 def _free_host_memory() -> int:
     """Bytes that the system can provide, within the limits of this process's control groups (version 2)."""
-    if not _MEMINFO.is_file():
+    if not is_file(_MEMINFO):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = 1024 * _values(_MEMINFO)["MemAvailable:"]
-    lines = _CGROUP.read_text().splitlines() if _CGROUP.is_file() else []
+    lines = _CGROUP.read_text().splitlines() if is_file(_CGROUP) else []
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     for group in (_CGROUPS / own, *(_CGROUPS / own).parents):
         limit = group / "memory.max"
-        if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        if is_file(limit) and (most := limit.read_text().strip()) != "max":
             used = int((group / "memory.current").read_text())
             cached = _values(group / "memory.stat")["inactive_file"]
             free = min(free, int(most) - used + cached)

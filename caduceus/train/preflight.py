@@ -19,6 +19,7 @@ from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
 from caduceus.files import show_bytes
 from caduceus.model.costs import checkpoint_bytes
 from caduceus.ops.backends import check_backend
+from caduceus.patience import is_directory
 from caduceus.run.directory import RunDirectory
 from caduceus.train import memory
 from caduceus.train.recomputation import run_micro_batch, too_large
@@ -98,7 +99,7 @@ def _disk_problem(directory: Path, needed: int) -> str | None:
 
 
 def _shared_memory_problem(config: Config, ranks: Ranks) -> str | None:
-    if not config.data.workers or not _SHARED_MEMORY.is_dir():
+    if not config.data.workers or not is_directory(_SHARED_MEMORY):
         return None
     batch = config.train.micro_batch * config.data.seq_len // ranks.context * _BYTES_PER_BASE
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

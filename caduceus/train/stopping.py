@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from caduceus.files import is_file, patiently
+from caduceus.patience import is_file, patiently
 from caduceus.run.agent import AGENT, agent_is_gone
 from caduceus.run.directory import RunDirectory
 

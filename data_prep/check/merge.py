@@ -7,7 +7,8 @@ from typing import Any
 
 from caduceus.data.format import index_path, load_manifest
 from caduceus.errors import UserError
-from caduceus.files import patient, replacing_directory, sync, temporary_name
+from caduceus.files import replacing_directory, sync, temporary_name
+from caduceus.patience import exists, patient
 from data_prep.write.directory import (
     LOCK,
     SpeciesDirectory,
@@ -43,12 +44,12 @@ def merge(sources: list[Path], out: Path, add: bool = False) -> dict[str, Any]:
     for parts in (*datasets, beside):
         refuse_unseen_copies(parts, [*origins, *(part["name"] for part in beside)])
     for name in origins:
-        if (out / name / "species.json").exists():
+        if exists(out / name / "species.json"):
             _require_equal(read_part(origins[name] / "species.json"), out / name)
     with locked(out):
         for name, folder in origins.items():
             part_path = out / name / "species.json"
-            if not part_path.exists() or damaged_shards(out / name, read_part(part_path)):
+            if not exists(part_path) or damaged_shards(out / name, read_part(part_path)):
                 _bring(folder, out / name)
         return write_manifest(out)
 
@@ -64,13 +65,13 @@ def take_in(folder: Path, out: Path, names: list[str]) -> None:
     with locked(out):
         for name in names:
             source, target = folder / name, out / name
-            if not (source / "species.json").exists():  # an earlier run moved it
+            if not exists(source / "species.json"):  # an earlier run moved it
                 continue
             if SpeciesDirectory(out, part_identity(read_part(source / "species.json"))).finished():
                 shutil.rmtree(source)
                 continue
             (source / LOCK).unlink(missing_ok=True)
-            if target.exists():
+            if exists(target):
                 replaced.append(target.rename(temporary_name(target)))
             source.rename(target)
         sync(out)

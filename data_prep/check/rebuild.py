@@ -10,6 +10,7 @@ import numpy as np
 from caduceus.data.format import index_path
 from caduceus.errors import UserError
 from caduceus.files import dump_json, sha256_of, write_atomically
+from caduceus.patience import exists, is_directory, listed, patiently
 from data_prep.check.tar_index import TarContent, read_tar
 from data_prep.progress import Progress
 from data_prep.write.directory import locked, read_part, write_manifest
@@ -21,9 +22,9 @@ def rebuild_index(directory: Path) -> dict[str, Any]:
     A species that has lost its part of the manifest gets one that describes what its tars hold; the genome file and the
     plan stay unknown.
     """
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise UserError(f"{directory}: no such directory")
-    folders = sorted({path.parent for path in directory.glob("*/*.tar")})
+    folders = sorted({path.parent for path in listed(directory, "*/*.tar")})
     if not folders:
         raise UserError(f"{directory}: no tar in DIR/SPECIES/; give the directory of a dataset")
     with locked(directory):
@@ -35,21 +36,21 @@ def rebuild_index(directory: Path) -> dict[str, Any]:
 def rebuild_species(folder: Path) -> None:
     """Rebuild one species' indexes, and its part of the manifest where that is missing."""
     part_path = folder / "species.json"
-    part = read_part(part_path) if part_path.exists() else None
+    part = read_part(part_path) if exists(part_path) else None
     contig_rows: defaultdict[str, int] = defaultdict()
     if part is None:
         contig_rows.default_factory = contig_rows.__len__  # numbered in the order of their first samples
     else:
         contig_rows.update((contig["name"], row) for row, contig in enumerate(part["contigs"]))
-    tars = sorted(folder.glob("*.tar"))
+    tars = listed(folder, "*.tar")
     contents: dict[Path, TarContent] = {}
-    with Progress(f"indexing {folder.name}", sum(tar.stat().st_size for tar in tars)) as progress:
+    with Progress(f"indexing {folder.name}", sum(patiently(tar.stat).st_size for tar in tars)) as progress:
         for tar in tars:
             try:
                 contents[tar] = read_tar(tar, contig_rows)
             except UserError as error:
                 raise UserError(f"{error}; restore the tar, or shard the genome again") from None
-            progress.add(tar.stat().st_size)
+            progress.add(patiently(tar.stat).st_size)
     if part is not None:
         _require_recorded(folder, part, contents)
     for tar, content in contents.items():
@@ -82,7 +83,7 @@ def _part_of_tars(species: str, contig_rows: dict[str, int], contents: dict[Path
                 )
         row = {
             "name": tar.name,
-            "bytes": tar.stat().st_size,
+            "bytes": patiently(tar.stat).st_size,
             "sha256": sha256_of(tar),
             "index_sha256": hashlib.sha256(content.index.to_bytes()).hexdigest(),
             "samples": len(content.index.samples),

@@ -11,6 +11,7 @@ import numpy as np
 from caduceus.data.format import INDEX_DTYPE, SPLITS, ShardIndex, index_path, load_manifest
 from caduceus.errors import UserError
 from caduceus.files import sha256_of
+from caduceus.patience import is_file, listed, patiently
 from data_prep.check.tar_index import NO_WINDOWS, TarContent, read_tar
 from data_prep.plan.intervals import size, union
 from data_prep.plan.line import GenomeLine
@@ -35,7 +36,7 @@ def verify(directory: Path, workers: int) -> int:
     """Check a whole dataset and print each problem. Returns the exit status: 0 where it is sound, else 1."""
     manifest = load_manifest(directory)
     problems = list(misplaced_files(directory, manifest))
-    if not (directory / "report.html").is_file():
+    if not is_file(directory / "report.html"):
         note(f"{directory / 'report.html'} is missing; the command that made the shards writes it again")
     tasks = [
         CheckTask(directory / part["name"], [contig["name"] for contig in part["contigs"]], part["name"], split, shard)
@@ -61,7 +62,7 @@ def verify(directory: Path, workers: int) -> int:
 
 def misplaced_files(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
     """Species whose own part differs from the manifest, and tars and indexes that it does not name."""
-    listed = set()
+    expected = set()
     for part in manifest["species"]:
         folder = directory / part["name"]
         try:
@@ -70,21 +71,21 @@ def misplaced_files(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
         except UserError as error:
             yield str(error)
         tars = [folder / shard["name"] for shard in shard_rows(part)]
-        listed |= {*tars, *map(index_path, tars)}
+        expected |= {*tars, *map(index_path, tars)}
     for pattern in ("*.tar", "*.index.npz", "*/*.tar", "*/*.index.npz"):
-        for path in sorted(set(directory.glob(pattern)) - listed):
+        for path in sorted(set(listed(directory, pattern)) - expected):
             yield f"{path}: is not in the manifest; move it elsewhere"
 
 
 def check_shard(task: CheckTask) -> tuple[list[str], np.ndarray]:
     """The problems of a shard, and the windows in its tar (none where it cannot be read)."""
     tar, index = task.directory / task.shard["name"], index_path(task.directory / task.shard["name"])
-    missing = [f"{path}: is missing" for path in (tar, index) if not path.is_file()]
+    missing = [f"{path}: is missing" for path in (tar, index) if not is_file(path)]
     if missing:
         return missing, NO_WINDOWS
     problems = []
-    if tar.stat().st_size != task.shard["bytes"]:
-        problems.append(f"{tar}: has {tar.stat().st_size:,} bytes instead of {task.shard['bytes']:,}")
+    if patiently(tar.stat).st_size != task.shard["bytes"]:
+        problems.append(f"{tar}: has {patiently(tar.stat).st_size:,} bytes instead of {task.shard['bytes']:,}")
     elif sha256_of(tar) != task.shard["sha256"]:
         problems.append(f"{tar}: its bytes were changed (sha256)")
     if sha256_of(index) != task.shard["index_sha256"]:

@@ -19,6 +19,7 @@ from typing import BinaryIO
 from caduceus.errors import UserError
 from caduceus.files import CHUNK, keep_first, temporary_name, write_atomically
 from caduceus.gunzip import GZIP_MAGIC, Gunzip
+from caduceus.patience import is_file, patiently
 from data_prep.genome.bgzf import BlockScanner, BlockTable, is_bgzf
 from data_prep.genome.fasta_scan import Contig, FastaScanner
 from data_prep.genome.pinned import PinnedFile, SequentialReader
@@ -134,7 +135,7 @@ class _Store:
             if (record["size"], record["mtime_ns"]) != (self._file.size, self._file.mtime_ns):
                 return None, None
             bases_path = self._bases_path(record["sha256"]) if record["bare_bases"] else None
-            if bases_path is not None and bases_path.stat().st_size != record["bases"]:
+            if bases_path is not None and patiently(bases_path.stat).st_size != record["bases"]:
                 return None, None
             content = {suffix: self._find_table(suffix, digest) for suffix, digest in record["tables"].items()}
             contigs = _parse_fai(content[".fai"], record["descriptions"])
@@ -194,7 +195,7 @@ class _Store:
     def _find_table(self, suffix: str, digest: str) -> bytes:
         for path in (self._neighbour_table(suffix), self._cached_table(suffix)):
             with suppress(OSError):
-                content = path.read_bytes()
+                content = patiently(path.read_bytes)
                 if hashlib.sha256(content).hexdigest() == digest:
                     return content
         raise KeyError(suffix)
@@ -204,9 +205,9 @@ class _Store:
         be read.
         """
         neighbour = self._neighbour_table(suffix)
-        if neighbour.is_file():
+        if is_file(neighbour):
             with suppress(OSError):
-                if neighbour.read_bytes() == content:
+                if patiently(neighbour.read_bytes) == content:
                     return
             note(f"{neighbour} does not match {self._file.path.name} and is not used; delete it to have it made anew")
         elif _is_writable(neighbour.parent):
@@ -237,7 +238,7 @@ class _Store:
 
 def _is_writable(folder: Path) -> bool:
     """Whether files may be written here. A folder without write bits counts as read-only, for the superuser as well."""
-    return bool(folder.stat().st_mode & 0o222) and os.access(folder, os.W_OK)
+    return bool(patiently(folder.stat).st_mode & 0o222) and os.access(folder, os.W_OK)
 
 
 def _bare_table(contigs: dict[str, Contig]) -> dict[str, Contig]:

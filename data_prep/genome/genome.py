@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from caduceus.errors import UserError
-from caduceus.files import patient
 from caduceus.gunzip import GZIP_MAGIC
+from caduceus.patience import exists, is_file, patient, patiently
 from data_prep.genome.fasta import open_fasta
 from data_prep.genome.reader import FORMATS, Reader
 from data_prep.genome.twobit import MAGIC, TwoBitReader
@@ -56,7 +56,7 @@ def estimated_bases(path: Path) -> int:
     """Roughly how many bases a genome file holds, by its size: four per byte where it is .2bit or compressed."""
     with path.open("rb") as file:
         beginning = file.read(4)
-    return path.stat().st_size * (4 if beginning in MAGIC or beginning.startswith(GZIP_MAGIC) else 1)
+    return patiently(path.stat).st_size * (4 if beginning in MAGIC or beginning.startswith(GZIP_MAGIC) else 1)
 
 
 def open_genome(path: str | Path, cache_dir: str | Path | None = None) -> Genome:
@@ -66,9 +66,9 @@ def open_genome(path: str | Path, cache_dir: str | Path | None = None) -> Genome
     read-only folders; default: `default_cache_dir()`. Raises `UserError` where the file is not sound.
     """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"{path}: no such file; give {FORMATS}")
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: not a regular file; give {FORMATS}")
     try:
         with path.open("rb") as file:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from caduceus.errors import UserError
 from caduceus.files import CHUNK
+from caduceus.patience import patiently
 from data_prep.progress import Progress
 
 
@@ -41,7 +42,7 @@ class PinnedFile:
 
     def require_same(self, path: Path) -> None:
         """Raise `UserError` where `path` is another file than this one, or has changed since."""
-        self._require(path.stat())
+        self._require(patiently(path.stat))
 
     def _require(self, status: os.stat_result) -> None:
         if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):

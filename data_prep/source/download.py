@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from caduceus.data.remote import failure_reason
 from caduceus.errors import UserError
 from caduceus.files import locked, write_atomically
+from caduceus.patience import exists, is_file, patiently
 from data_prep.progress import Progress, note
 from data_prep.source.registry import GenomeSpec
 
@@ -34,7 +35,7 @@ def fetch(url: str, directory: str | Path, sha256: str | None = None, md5: str |
     """
     if urlsplit(url).scheme in ("", "file"):
         path = Path(unquote(urlsplit(url).path) if url.startswith("file:") else url)
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(f"{path}: no such file")
         verify_file(path, sha256, md5)
         return path
@@ -45,7 +46,7 @@ def fetch(url: str, directory: str | Path, sha256: str | None = None, md5: str |
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(f".{name}.part")) as partial:
-            if target.exists():
+            if exists(target):
                 verify_file(target, sha256, md5)
             else:
                 _download(url, partial)
@@ -75,7 +76,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
         finally:
             if not os.fstat(partial.fileno()).st_size:
                 path.unlink(missing_ok=True)
-            if not path.exists():
+            if not exists(path):
                 _version_path(partial).unlink(missing_ok=True)
 
 
@@ -215,7 +216,7 @@ def verify_file(path: Path, sha256: str | None, md5: str | None, *, arrives_as: 
 
 def _digest(path: Path, algorithm: str) -> str:
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    with path.open("rb") as file, Progress(f"verifying {path.name}", path.stat().st_size) as progress:
+    with path.open("rb") as file, Progress(f"verifying {path.name}", patiently(path.stat).st_size) as progress:
         while piece := file.read(CHUNK):
             digest.update(piece)
             progress.add(len(piece))

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
-from caduceus.files import patiently
+from caduceus.patience import is_file, patiently
 from caduceus.presets import CONFIGS
 from data_prep.argument_types import is_url
 from data_prep.genome.reader import FORMATS
@@ -100,13 +100,13 @@ def _find(name: str) -> Path:
         )
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    if "/" in name or Path(name).is_file():
+    if "/" in name or is_file(name):
         raise UserError(
             f"{name}: is neither a name of the registry nor a YAML file; a genome's file on this computer, {FORMATS}, "
             "needs no download and goes to --fasta of shard_genome.py"
         )
     path = REGISTRY / f"{name}.yaml"
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"'{name}' is not a genome of the registry; known are {', '.join(registry_names())}")
     return path
 

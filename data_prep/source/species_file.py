@@ -22,7 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from caduceus.errors import UserError
-from caduceus.files import patiently
+from caduceus.patience import patiently
 from data_prep.argument_types import is_url
 from data_prep.genome.genome import default_cache_dir
 from data_prep.plan.options import PlanOptions, override

@@ -15,13 +15,12 @@ from caduceus.files import (
     dump_json,
     fingerprint,
     is_disk_full,
-    patient,
-    patiently,
     read_json_lines,
     sha256_of,
     take_lock,
     write_atomically,
 )
+from caduceus.patience import exists, is_directory, is_file, listed, patient, patiently
 from data_prep.plan.options import PlanOptions
 from data_prep.progress import note
 from data_prep.write.report import write_report
@@ -75,7 +74,7 @@ def locked(directory: Path) -> Iterator[None]:
         except BaseException:
             with suppress(OSError):
                 _remove_leftovers(directory)
-            if made and [path.name for path in directory.iterdir()] == [LOCK]:  # nothing was written into it
+            if made and [path.name for path in listed(directory)] == [LOCK]:  # nothing was written into it
                 (directory / LOCK).unlink()
                 directory.rmdir()
             raise
@@ -84,7 +83,7 @@ def locked(directory: Path) -> Iterator[None]:
 @patient
 def refuse_if_locked(directory: Path) -> None:
     """Raise `UserError` where another run holds the lock, to fail before long work."""
-    if (directory / LOCK).exists():
+    if exists(directory / LOCK):
         with locked(directory):
             pass
 
@@ -105,11 +104,11 @@ class SpeciesDirectory:
     @patient
     def finished(self) -> bool:
         """Whether the species is complete. Raises `UserError` where it is of another genome or other options."""
-        if self._part.exists():
+        if exists(self._part):
             part = read_part(self._part)
             self._require_same(part_identity(part), "holds")
             return not damaged_shards(self.path, part)
-        if self._journal.exists():
+        if exists(self._journal):
             self._require_same(_read_journal(self._journal)[0], "was begun with")
         return False
 
@@ -117,24 +116,24 @@ class SpeciesDirectory:
     def begin(self) -> dict[str, dict[str, Any]]:
         """Prepare the directory for writing, and return the finished shards of an earlier run, by name."""
         self.path.mkdir(exist_ok=True)
-        rows = shard_rows(read_part(self._part)) if self._part.exists() else self.begun()
+        rows = shard_rows(read_part(self._part)) if exists(self._part) else self.begun()
         finished = {row["name"]: row for row in rows if is_whole(self.path, row)}
         # It is written anew: a line that a kill cut short must not spoil the next line.
         lines = [json.dumps(row) + "\n" for row in (self.identity, *finished.values())]
         write_atomically(self._journal, "".join(lines).encode())
-        if self._part.exists():
+        if exists(self._part):
             lost = len(rows) - len(finished)
             note(f"{self.path}: {lost} of {len(rows)} shards are missing or damaged; writing them again")
             self._part.unlink()
-        for path in self.path.glob(_JOURNALS_OF_SHARES):
+        for path in listed(self.path, _JOURNALS_OF_SHARES):
             path.unlink()
         return finished
 
     @patient
     def begun(self) -> list[dict[str, Any]]:
         """The journals' rows of the shards that were written so far; shards may have been lost since."""
-        own = _read_journal(self._journal)[1:] if self._journal.exists() else []
-        return own + [row for path in sorted(self.path.glob(_JOURNALS_OF_SHARES)) for row in read_json_lines(path)]
+        own = _read_journal(self._journal)[1:] if exists(self._journal) else []
+        return own + [row for path in listed(self.path, _JOURNALS_OF_SHARES) for row in read_json_lines(path)]
 
     @patient
     def update_weight(self, weight: Callable[[dict[str, Any]], float]) -> None:
@@ -181,7 +180,7 @@ def is_whole(folder: Path, row: dict[str, Any]) -> bool:
     """Whether a shard is whole, by its tar's size and its index's sha256; only --verify hashes all tars."""
     tar = folder / row["name"]
     index = index_path(tar)
-    if not tar.is_file() or tar.stat().st_size != row["bytes"] or not index.is_file():
+    if not is_file(tar) or patiently(tar.stat).st_size != row["bytes"] or not is_file(index):
         return False
     return sha256_of(index) == row["index_sha256"]
 
@@ -209,18 +208,18 @@ def read_part(path: Path) -> dict[str, Any]:
 @patient
 def check_species(directory: Path, names: list[str], add: bool) -> None:
     """Raise `UserError` for a directory that holds anything but (some of) these species, unless with `add`."""
-    if not directory.exists():
+    if not exists(directory):
         return
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise UserError(f"{directory}: is not a directory; choose another --out")
-    present = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".") and path.suffix != ".npy"]
-    species = {path.name for path in present if (path / "species.json").exists() or (path / JOURNAL).exists()}
+    present = [path for path in listed(directory) if not path.name.startswith(".") and path.suffix != ".npy"]
+    species = {path.name for path in present if exists(path / "species.json") or exists(path / JOURNAL)}
     known = species | {"manifest.json", "report.html", *names}
     foreign = [path.name for path in present if path.name not in known]
     if foreign and not species:
         raise UserError(f"{directory}: holds {foreign[0]} and no shard dataset; choose another --out")
     for name in set(names) - species:
-        if any(not path.name.startswith(".") for path in (directory / name).glob("*")):
+        if any(not path.name.startswith(".") for path in listed(directory / name, "*")):
             raise UserError(f"{directory / name}: holds other files; choose another --out or another species name")
     others = sorted(species - set(names))
     if others and not add:
@@ -243,7 +242,7 @@ def refuse_unseen_copies(parts: list[dict[str, Any]], names: Iterable[str]) -> N
 
 def parts_of(directory: Path) -> list[dict[str, Any]]:
     """The finished species of a directory."""
-    return [read_part(part) for part in sorted(directory.glob("*/species.json"))]
+    return [read_part(part) for part in listed(directory, "*/species.json")]
 
 
 @patient
@@ -262,7 +261,7 @@ def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
     if tables is None:
         tables = window_tables(directory, manifest)
     manifest = build_manifest(parts, tables)
-    if before != manifest or not (directory / "report.html").exists():
+    if before != manifest or not exists(directory / "report.html"):
         write_report(directory, manifest)
         write_atomically(path, dump_json(manifest))
     remove_other_tables(directory, tables)
@@ -272,11 +271,11 @@ def write_manifest(directory: Path, anew: bool = False) -> dict[str, Any]:
 @patient
 def _remove_leftovers(directory: Path) -> None:
     """Remove what killed runs left: partly written files, and the journals and plans of finished species."""
-    leftovers = [*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")]
-    unfinished = [path for name in (JOURNAL, PLAN, _JOURNALS_OF_SHARES) for path in directory.glob(f"*/{name}")]
-    leftovers += [path for path in unfinished if (path.parent / "species.json").exists()]
+    leftovers = [*listed(directory, ".*.tmp"), *listed(directory, "*/.*.tmp")]
+    unfinished = [path for name in (JOURNAL, PLAN, _JOURNALS_OF_SHARES) for path in listed(directory, f"*/{name}")]
+    leftovers += [path for path in unfinished if exists(path.parent / "species.json")]
     for path in leftovers:
-        if path.is_dir():
+        if is_directory(path):
             shutil.rmtree(path)
         else:
             path.unlink()

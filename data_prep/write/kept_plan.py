@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from caduceus.files import patiently, write_atomically
+from caduceus.files import write_atomically
+from caduceus.patience import patiently
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest, assembled
 from data_prep.plan.windows import PLANNED_DTYPE
 from data_prep.write.directory import PLAN

@@ -16,7 +16,8 @@ import numpy as np
 
 from caduceus.data.format import SPLITS
 from caduceus.errors import UserError
-from caduceus.files import fingerprint, patient
+from caduceus.files import fingerprint
+from caduceus.patience import exists, patient, status
 from data_prep.genome.genome import Genome
 from data_prep.plan.composition import Scan, join_scans, scan
 from data_prep.plan.species import SpeciesPlan, SpeciesRequest, identity, plan_species
@@ -157,9 +158,10 @@ def require_space(out: Path, species: list[SpeciesWork]) -> None:
     for work in species:
         for shard in work.plan.shards:
             tar = work.directory.path / shard.name
-            whole = tar.exists() and tar.stat().st_size == shard.size
+            found = status(tar)
+            whole = found is not None and found.st_size == shard.size
             needed += 0 if whole else shard.size + _SPARE_BYTES
-    existing = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
+    existing = next(path for path in [out.absolute(), *out.absolute().parents] if exists(path))
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(

@@ -11,6 +11,7 @@ import numpy as np
 from caduceus.data.format import SPLITS, ShardIndex, index_path
 from caduceus.data.windows import WINDOW_DTYPE, WINDOW_RUN_DTYPE, require_fit, windows_of
 from caduceus.files import replacing, sha256_of
+from caduceus.patience import is_file, listed, patiently
 
 _KINDS = ("windows", "runs")
 _ROWS = 1 << 16
@@ -38,14 +39,14 @@ def known_tables(directory: Path, before: dict[str, Any], fingerprint: str) -> d
         return None
     files = [table[kind] for table in tables.values() for kind in _KINDS]
     paths = [(directory / file["name"], file["bytes"]) for file in files]
-    return tables if all(path.is_file() and path.stat().st_size == size for path, size in paths) else None
+    return tables if all(is_file(path) and patiently(path.stat).st_size == size for path, size in paths) else None
 
 
 def remove_other_tables(directory: Path, tables: dict[str, Any]) -> None:
     """Remove the tables of earlier manifests."""
     names = {table[kind]["name"] for table in tables.values() for kind in _KINDS}
     for kind in _KINDS:
-        for path in directory.glob(f"*.{kind}.npy"):
+        for path in listed(directory, f"*.{kind}.npy"):
             if path.name not in names:
                 path.unlink()
 
@@ -63,7 +64,7 @@ def table_problems(directory: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_whole(path: Path, file: dict[str, Any]) -> bool:
-    return path.is_file() and sha256_of(path) == file["sha256"]
+    return is_file(path) and sha256_of(path) == file["sha256"]
 
 
 def _table(directory: Path, manifest: dict[str, Any], split: str) -> dict[str, Any]:
@@ -116,4 +117,4 @@ def _write(path: Path, rows: np.ndarray) -> dict[str, Any]:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
         for first in range(0, len(rows), _ROWS):
             file.write(rows[first : first + _ROWS].tobytes())
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"name": path.name, "bytes": patiently(path.stat).st_size, "sha256": sha256_of(path)}

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from caduceus import files
-from caduceus.files import patiently, sha256_of, write_atomically
+from caduceus import patience
+from caduceus.files import sha256_of, write_atomically
+from caduceus.patience import patiently
 from caduceus.train import trainer
 from tests.train.test_starts import config_of
 
@@ -31,7 +32,7 @@ class Flaky:
         patch.setattr(builtins, "open", opened)
         patch.setattr(os, "open", self._failing(os.open, errno.ESTALE))
         patch.setattr(os, "preadv", self._failing(os.preadv, errno.EIO))
-        patch.setattr(files, "_PAUSES", (0, 0, 0))
+        patch.setattr(patience, "_PAUSES", (0, 0, 0))
 
     def _failing(self, call: Callable[..., Any], number: int) -> Callable[..., Any]:
         def flaky(first: Any, *arguments: Any, **options: Any) -> Any:
@@ -85,7 +86,7 @@ def failing(times: int, error: OSError) -> Callable[[], str]:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that were made, none of which takes time."""
     made: list[float] = []
-    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=made.append))
+    monkeypatch.setattr(patience, "time", SimpleNamespace(sleep=made.append))
     return made
 
 
@@ -108,7 +109,7 @@ def test_what_does_not_pass_is_raised_at_once(pauses: list[float]) -> None:
 
 def test_a_file_that_another_node_has_written_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "late"
-    monkeypatch.setattr(files, "time", SimpleNamespace(sleep=lambda seconds: path.write_bytes(b"here")))
+    monkeypatch.setattr(patience, "time", SimpleNamespace(sleep=lambda seconds: path.write_bytes(b"here")))
     assert patiently(path.read_bytes, is_there=True) == b"here"
 
 

@@ -32,6 +32,7 @@ from caduceus.distributed.strategy import BuildOptimizer, Part, Strategy, set_le
 from caduceus.errors import UserError
 from caduceus.files import dump_json
 from caduceus.hub.folders import WEIGHTS
+from caduceus.patience import is_file
 
 _LAYOUT = "layout.json"
 _POLL_SECONDS = 0.2
@@ -149,7 +150,7 @@ class DeepSpeed(Strategy):
         self.ranks.raise_together(failures[0] if failures else None)
 
     def load(self, directory: Path) -> None:
-        if not (directory / FOLDER / _LAYOUT).is_file():
+        if not is_file(directory / FOLDER / _LAYOUT):
             raise UserError(
                 f"{directory}: a checkpoint of single, ddp or fsdp, which deepspeed cannot read; go on with one of "
                 "these strategies"

@@ -11,6 +11,7 @@ from pathlib import Path
 from caduceus.errors import UserError, run_command
 from caduceus.files import write_atomically
 from caduceus.monitor.windows import DRAWN, folder_of, picture_name, windows_of
+from caduceus.patience import listed
 
 _KEPT = 3
 """Number of newest validations whose drawings are kept."""
@@ -27,8 +28,8 @@ def draw(run: Path, step: int) -> None:
     for window in windows_of(run, step):
         write_atomically(folder / picture_name(window), to_png(draw_window(window)))
     (folder / DRAWN).touch()
-    for old in sorted((run / "windows").glob("step-*"))[:-_KEPT]:
-        for path in [old / DRAWN, *old.glob("*.png")]:
+    for old in listed(run / "windows", "step-*")[:-_KEPT]:
+        for path in [old / DRAWN, *listed(old, "*.png")]:
             with contextlib.suppress(OSError):
                 path.unlink()
 

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from caduceus.config import config_to_dict
 from caduceus.errors import UserError
-from caduceus.files import patiently
 from caduceus.monitor.report.history import History, read_history
+from caduceus.patience import listed, patiently
 from caduceus.run.directory import RunDirectory
 from caduceus.run.ends import first_cause, read_ends
 from caduceus.run.events import read_events
@@ -106,7 +106,7 @@ def _checkpoints(run: RunDirectory, recorded: list[dict[str, Any]]) -> list[Even
     found = {}
     for checkpoint in run.checkpoints():
         with contextlib.suppress(OSError):  # it has just been removed
-            made = checkpoint.path.stat().st_mtime
+            made = patiently(checkpoint.path.stat).st_mtime
             found[checkpoint.step] = Event(
                 "checkpoint", checkpoint.step, made, f"checkpoint of step {checkpoint.step:,}"
             )
@@ -159,7 +159,7 @@ def _start(number: int, start: dict[str, Any]) -> Event:
 def _ends(path: Path) -> list[Event]:
     """The recorded end of each attempt of a job; processes that were started by hand record none."""
     events = []
-    for folder in sorted((path / "logs" / "ends").glob("*-*")):
+    for folder in listed(path / "logs" / "ends", "*-*"):
         with contextlib.suppress(OSError, ValueError, TypeError):
             ends = read_ends(folder)
             cause = first_cause(ends)
@@ -176,7 +176,7 @@ def _state(run: RunDirectory, history: History, events: list[Event], steps: int)
     step = history.steps
     if step >= steps:
         return "finished"
-    if run.is_in_use() or time.time() - run.metrics_path.stat().st_mtime < _FRESH_SECONDS:
+    if run.is_in_use() or time.time() - patiently(run.metrics_path.stat).st_mtime < _FRESH_SECONDS:
         return "in training"
     timed = sorted((event for event in events if event.time is not None), key=lambda event: event.time)
     failed = bool(timed) and timed[-1].kind == "end" and timed[-1].words != "ended by itself"

@@ -21,6 +21,7 @@ from caduceus.monitor.report.reported import Reported, differences, read_run
 from caduceus.monitor.report.validation import validation_tables, window_drawings
 from caduceus.monitor.view import clock
 from caduceus.page import page, table
+from caduceus.patience import is_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def write_report(paths: Sequence[Path], target: Path) -> None:
     Raises `UserError` where a path is not a run with rows, matplotlib is missing, or the target cannot be written; the
     old target is then kept.
     """
-    if target.is_dir():
+    if is_directory(target):
         raise UserError(f"--report: {target} is a directory; give the name of a file, such as {target}/report.html")
     runs = _told_apart([read_run(path) for path in paths])
     figures, pictures = _figures(runs)

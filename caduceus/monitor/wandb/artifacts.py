@@ -8,6 +8,7 @@ from typing import Any
 import wandb
 
 from caduceus.config import Config
+from caduceus.patience import is_file, listed
 from caduceus.run.directory import RunDirectory
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -34,13 +35,13 @@ def log_artifacts(run: Any, directory: RunDirectory, config: Config, files: bool
         newest = checkpoints[-1]
         facts = {"step": newest.step, "datasets": [_name(f"dataset-{path.name}") for path in _local_datasets(config)]}
         _leave(run, checkpoint, newest.path, newest.step, facts, files)
-    exports = sorted((directory.path / "export").glob("step-*"))
+    exports = listed(directory.path / "export", "step-*")
     if "exports" in wanted and exports:
         step = int(exports[-1].name.removeprefix("step-"))
         facts = {"step": step, "checkpoint": f"{checkpoint}:step-{step}"}
         _leave(run, _name(f"export-{run.id}"), exports[-1], step, facts, files)
     report = directory.path / "report" / "report.html"
-    if "report" in wanted and report.is_file():
+    if "report" in wanted and is_file(report):
         page = wandb.Artifact(_name(f"report-{run.id}"), type="report")
         page.add_file(str(report))
         run.log_artifact(page)
@@ -69,7 +70,7 @@ def _told_of_dataset(path: Path) -> dict[str, Any]:
 def _local_datasets(config: Config) -> list[Path]:
     entries = config.data.path if isinstance(config.data.path, list) else [config.data.path]
     paths = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
-    return [Path(path) for path in paths if isinstance(path, str) and (Path(path) / "manifest.json").is_file()]
+    return [Path(path) for path in paths if isinstance(path, str) and is_file(Path(path) / "manifest.json")]
 
 
 def _name(text: str) -> str:

@@ -6,7 +6,8 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from caduceus.files import dump_json, is_file, read_json, write_atomically
+from caduceus.files import dump_json, read_json, write_atomically
+from caduceus.patience import is_file
 
 _ALPHABET = string.ascii_lowercase + string.digits
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from wandb.proto.wandb_internal_pb2 import Record
 
 from caduceus.files import replacing
+from caduceus.patience import listed
 
 _BLOCK = 32768
 _HEADER = struct.Struct("<4sHB")
@@ -21,7 +22,7 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 def run_files(directory: Path, run_id: str) -> list[Path]:
     """The offline files of a run, oldest first."""
-    return sorted(directory.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    return listed(directory, f"offline-run-*-{run_id}/run-{run_id}.wandb")
 
 
 def last_step(directory: Path, run_id: str) -> int:

@@ -14,6 +14,7 @@ from caduceus.monitor.wandb.artifacts import log_artifacts
 from caduceus.monitor.wandb.facts import program_and_arguments
 from caduceus.monitor.wandb.place import Place
 from caduceus.monitor.windows import DRAWN, RECORD, folder_of, picture_name, windows_of
+from caduceus.patience import exists, patiently
 from caduceus.run.directory import RunDirectory
 
 _INIT_SECONDS = 30.0
@@ -123,12 +124,14 @@ class Session:
 
     def _table(self, windows: list[dict[str, Any]], step: int) -> wandb.Table:
         folder = folder_of(self._directory, step)
-        while not (folder / DRAWN).exists() and time.time() - (folder / RECORD).stat().st_mtime < _DRAWING_SECONDS:
+        while (
+            not exists(folder / DRAWN) and time.time() - patiently((folder / RECORD).stat).st_mtime < _DRAWING_SECONDS
+        ):
             time.sleep(_POLL_SECONDS)
         rows = []
         for window in windows:
             picture = folder / picture_name(window)
-            drawn = wandb.Image(str(picture)) if picture.exists() else None
+            drawn = wandb.Image(str(picture)) if exists(picture) else None
             rows.append([*(window.get(column) for column in _WINDOW_COLUMNS), drawn])
         return wandb.Table(columns=[*_WINDOW_COLUMNS, "picture"], data=rows)
 
