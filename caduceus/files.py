@@ -95,7 +95,7 @@ def replacing_directory(path: str | Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Flush a file, or the names in a directory, to the disk itself (fsync)."""
-    descriptor = patiently(lambda: os.open(path, os.O_RDONLY))
+    descriptor = patiently(lambda: os.open(path, os.O_RDONLY), is_there=True)
     try:
         os.fsync(descriptor)
     finally:

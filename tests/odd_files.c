@@ -3,7 +3,8 @@
 ODD_FOLDER  the folder; other paths are left alone
 ODD_NODE    the node that this process is said to be on
 ODD_DELAY   microseconds that each metadata operation takes longer
-ODD_LATE    milliseconds for which other nodes do not see a new name: ENOENT, and no entry in listings
+ODD_LATE    milliseconds for which a process of another node does not see a new file, from its first look at it, as
+            if an earlier look's answer were kept: ENOENT, and no entry in listings
 ODD_FAULTS  one in so many opens, stats and reads fails, with ESTALE or EIO; the same path and call then passes for a while
 ODD_LOG     a file that gets a line for every fault and every name that was not seen yet
 
@@ -31,10 +32,14 @@ directory is known to have it. */
 #define ATTRIBUTE "user.odd"
 #define FILES 65536
 #define REMEMBERED 64
+#define LOOKED 4096
+#define NEW 60000
+#define HASH 1469598103934665603ULL
 
 static unsigned char watched[FILES];
 static uint64_t failed[REMEMBERED];
 static unsigned failures;
+static struct { uint64_t key; long long time; } looked[LOOKED];
 
 static long number(const char *name) {
     const char *value = getenv(name);
@@ -59,6 +64,11 @@ static void tell(const char *what, const char *path) {
     errno = saved;
 }
 
+static uint64_t hashed(uint64_t key, const char *text) {
+    for (; *text; text++) key = (key ^ *text) * 1099511628211ULL;
+    return key;
+}
+
 /* The absolute path, where it lies in the folder; else NULL. */
 static const char *inside(int directory, const char *path, char *whole) {
     const char *folder = getenv("ODD_FOLDER");
@@ -79,7 +89,8 @@ static const char *inside(int directory, const char *path, char *whole) {
     return strncmp(whole, folder, length) == 0 && (whole[length] == '/' || !whole[length]) ? whole : NULL;
 }
 
-static int is_late(const char *path) {
+/* A name that a process opens to write is known to it from then on. */
+static int is_late(const char *path, int opens_it) {
     char value[128];
     ssize_t length = getxattr(path, ATTRIBUTE, value, sizeof value - 1);
     if (length <= 0) return 0;
@@ -88,13 +99,20 @@ static int is_late(const char *path) {
     if (!time) return 0;
     *time++ = 0;
     const char *node = getenv("ODD_NODE");
-    return strcmp(value, node ? node : "") != 0 && now() - atoll(time) < number("ODD_LATE");
+    if (!strcmp(value, node ? node : "") || now() - atoll(time) > NEW) return 0;
+    uint64_t key = hashed(hashed(HASH, path), time);
+    int place = key % LOOKED;
+    if (looked[place].key != key) looked[place].key = key, looked[place].time = now();
+    if (opens_it) looked[place].time = 0;
+    return now() - looked[place].time < number("ODD_LATE");
 }
 
 static void mark(const char *path, int is_new) {
     char value[128];
+    struct stat64 status;
     const char *node = getenv("ODD_NODE");
     int saved = errno;
+    if (syscall(SYS_newfstatat, AT_FDCWD, path, &status, 0) == 0 && S_ISDIR(status.st_mode)) is_new = 0;
     snprintf(value, sizeof value, "%s:%lld", node ? node : "", is_new ? now() : 0);
     setxattr(path, ATTRIBUTE, value, strlen(value), 0);
     errno = saved;
@@ -113,9 +131,7 @@ static int fails(const char *call, const char *path, int error) {
     state = (state ? state : 88172645463325252ULL) ^ ((uint64_t)getpid() << 20);
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;
     if (state % one_in) return 0;
-    uint64_t key = 1469598103934665603ULL;
-    for (const char *at = call; *at; at++) key = (key ^ *at) * 1099511628211ULL;
-    for (const char *at = path; *at; at++) key = (key ^ *at) * 1099511628211ULL;
+    uint64_t key = hashed(hashed(HASH, call), path);
     for (int place = 0; place < REMEMBERED; place++) if (failed[place] == key) return 0;
     failed[failures++ % REMEMBERED] = key;
     char what[64];
@@ -131,7 +147,7 @@ static int unseen(const char *call, int directory, const char *name, int makes_i
     const char *path = inside(directory, name, whole);
     if (!path) return 0;
     usleep(number("ODD_DELAY"));
-    if (!makes_it && is_late(path)) {
+    if (is_late(path, makes_it)) {
         tell("late", path);
         errno = ENOENT;
         return 1;
@@ -234,7 +250,7 @@ NAME(link, (const char *from, const char *to), AT_FDCWD, (from, to))
         char whole[PATH_MAX];                                                       \
         while ((found = real(listing))) {                                           \
             const char *path = inside(dirfd(listing), found->d_name, whole);        \
-            if (!path || *found->d_name == '.' || !is_late(path)) break;            \
+            if (!path || *found->d_name == '.' || !is_late(path, 0)) break;            \
             tell("unlisted", path);                                                 \
         }                                                                           \
         return found;                                                               \

@@ -31,14 +31,14 @@ def compiled(folder: Path) -> Path:
     return library
 
 
-def run_behind(library: Path, folder: Path, module: str, *arguments: object, late: int) -> Counter[str]:
+def run_behind(library: Path, folder: Path, module: str, *arguments: object, late: int, faults: int) -> Counter[str]:
     """Run a module of tests with `folder` behind the library, on node `a`; what went wrong on the way, counted.
 
-    One in six opens, stats and reads fails, and other nodes see a name `late` milliseconds late.
+    One in `faults` opens, stats and reads fails, and other nodes see a name `late` milliseconds late.
     """
     log = library.with_name("faults")
     log.unlink(missing_ok=True)
-    odd = {"FOLDER": folder, "NODE": "a", "DELAY": 20, "LATE": late, "FAULTS": 6, "LOG": log}
+    odd = {"FOLDER": folder, "NODE": "a", "DELAY": 20, "LATE": late, "FAULTS": faults, "LOG": log}
     environment = {**os.environ, **{f"ODD_{name}": str(value) for name, value in odd.items()}}
     environment |= {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", module, *map(str, arguments)]

@@ -27,7 +27,7 @@ def test_shards_of_two_nodes_are_those_of_one_process(tmp_path: Path) -> None:
     shard_together(species, tmp_path / "together")
     for path in folder.glob("*.fai"):
         path.unlink()
-    met = run_behind(library, folder, "tests.odd_work", "shard", species, folder / "out", late=200)
+    met = run_behind(library, folder, "tests.odd_work", "shard", species, folder / "out", late=200, faults=12)
     assert all(met[fault] for fault in FAULTS) and met["late"] + met["unlisted"] > 0
     assert contents(folder / "out") == contents(tmp_path / "together")
 
@@ -38,7 +38,7 @@ def test_ranks_of_two_nodes_train_save_and_resume(small_shards: Path, tmp_path: 
     folder.mkdir()
     shards, run = folder / "shards", folder / "runs" / "one"
     shutil.copytree(small_shards, shards)
-    met = run_behind(library, folder, "tests.odd_work", "train", shards, run, late=6000)
+    met = run_behind(library, folder, "tests.odd_work", "train", shards, run, late=900, faults=20)
     assert all(met[fault] for fault in FAULTS) and met["late"] + met["unlisted"] > 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
