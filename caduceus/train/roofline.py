@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,9 @@ PEAKS = {
     "L4": Peaks(121e12, 30.3e12, 16 * 58 * 2.04e9),
     "RTX 4090": Peaks(165.2e12, 82.6e12, 16 * 128 * 2.52e9),
 }
-"""Peaks by a part of the name that torch reports; the first that fits is used."""
+"""Peaks by words of the name that torch reports; the first that fits is used."""
+OTHER_CARDS = {"MIG", "NVL", "Laptop", "D"}
+"""Words of the name that mean a slice of such a card, or a card with other rates."""
 _log = logging.getLogger(__name__)
 
 
@@ -61,7 +64,15 @@ def _peaks(device: torch.device) -> Peaks | None:
     import torch  # imported here, as readers of the peaks alone do not need it
 
     name = torch.cuda.get_device_name(device)
-    peaks = next((peaks for part, peaks in PEAKS.items() if part in name), None)
+    peaks = _peaks_by_name(name)
     if peaks is None:
         _log.warning("perf: the peak rates of '%s' are unknown, so rows have no mfu and no scan_roofline", name)
     return peaks
+
+
+def _peaks_by_name(name: str) -> Peaks | None:
+    words = re.split(r"[\s-]+", name)
+    if not OTHER_CARDS.isdisjoint(words):
+        return None
+    of_words = f" {' '.join(words)} "
+    return next((peaks for part, peaks in PEAKS.items() if f" {part} " in of_words), None)

@@ -1,5 +1,7 @@
 """Counts of operations against counts made otherwise."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,6 +11,14 @@ from caduceus.config import Config
 from caduceus.model.costs import exponentials_per_base, flops_per_base
 from caduceus.train import roofline
 from caduceus.train.roofline import utilization
+
+
+@pytest.fixture(autouse=True)
+def nothing_known_of_the_device() -> Iterator[None]:
+    """Peaks are looked up once in a process."""
+    roofline._peaks.cache_clear()
+    yield
+    roofline._peaks.cache_clear()
 
 
 @pytest.mark.parametrize("rcps", [False, True])
@@ -55,3 +65,34 @@ def test_a_card_of_unknown_peaks_is_told_once(monkeypatch, caplog) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         "perf: the peak rates of 'NVIDIA Unheard Of' are unknown, so rows have no mfu and no scan_roofline"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA L40", None),  # of other rates than an L4 or an L40S
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+    ],
+)
+def test_a_card_has_its_own_peaks_or_none(name: str, known: str | None, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    config, gpu = Config(), torch.device("cuda", len(name))  # what was found is kept by device
+    roofline._peaks.cache_clear()
+    shares = utilization(config, 1e6, gpu)
+    if known is None:
+        assert shares == {} and name in caplog.text
+    else:
+        expected = exponentials_per_base(config.model) * 1e6 / roofline.PEAKS[known].exponentials
+        assert shares["scan_roofline"] == pytest.approx(expected) and not caplog.text
+    roofline._peaks.cache_clear()
