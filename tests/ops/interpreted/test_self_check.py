@@ -5,8 +5,9 @@ import logging
 import pytest
 import torch
 
+from caduceus.config import CaduceusConfig
 from caduceus.errors import UserError
-from caduceus.ops import self_check
+from caduceus.ops import backends, self_check
 from caduceus.ops.triton import scan_launches
 
 
@@ -34,7 +35,9 @@ def test_right_kernels_are_looked_at_once_and_leave_the_random_numbers(device, c
     assert len(looked) == 22  # each op in fp32 and in bf16
 
 
-def test_a_wrong_gradient_is_named_and_nothing_is_remembered(device, cache, monkeypatch):
+@pytest.fixture
+def off_by_a_thousandth(monkeypatch):
+    """The gradient of dt."""
     right = scan_launches.ScanKernels.gradients
 
     def wrong(self, *arguments):
@@ -42,10 +45,33 @@ def test_a_wrong_gradient_is_named_and_nothing_is_remembered(device, cache, monk
         return gradients[0], gradients[1] * 1.001, *gradients[2:]
 
     monkeypatch.setattr(scan_launches.ScanKernels, "gradients", wrong)
+
+
+@pytest.mark.usefixtures("off_by_a_thousandth")
+def test_a_wrong_gradient_is_named_and_nothing_is_remembered(device, cache):
     line = r"^ops\.backend: the Triton kernels are wrong on .*: scan \(9 tokens, 5 channels, 3 states\) in float32, "
     with pytest.raises(UserError, match=line + r"gradient of dt is off by 1\.\de-03 .* choose ops\.backend=naive"):
         self_check.check_kernels(device)
     assert not cache.exists()
+
+
+@pytest.mark.usefixtures("off_by_a_thousandth")
+def test_auto_on_a_card_with_wrong_kernels_ends_in_one_line_and_only_who_asks_gets_the_definition(device, monkeypatch):
+    looked, check = [], self_check.check_kernels
+
+    def check_here(card):
+        looked.append(card)
+        check(device)
+
+    monkeypatch.setattr(self_check, "check_kernels", check_here)
+    monkeypatch.setattr(backends, "_cannot_launch", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("auto", "triton"):
+        with pytest.raises(UserError, match=r"gradient of dt is off by .* choose ops\.backend=naive") as told:
+            backends.check_backend(name, "cuda", torch.float32, CaduceusConfig())
+        assert "\n" not in str(told.value)
+    backends.check_backend("naive", "cuda", torch.float32, CaduceusConfig())
+    assert looked == [torch.device("cuda")] * 2
 
 
 def test_what_is_not_a_number_is_wrong(device, monkeypatch):
