@@ -31,10 +31,12 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-# The fast tests on the oldest release that the range of each dependency takes in, which uv finds; torch is the one above.
+# The fast tests, and the kernels for GPUs, on the oldest release that the range of each dependency takes in, which uv finds;
+# torch is the one above.
 # Releases of that age have no wheels for Python 3.13, so say PYTHON=python3.11 or so.
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(OLDEST)/bin/python -m pytest tests/ops/test_aot.py
 
 $(OLDEST)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv $(OLDEST)
@@ -60,8 +62,10 @@ docs: $(VENV)/installed
 	$(PY) -m caduceus.config.reference > docs/configuration.md
 
 # What ptxas makes of the kernels, on record: run it after a change of kernels, or the tests compile what changed each time.
-kernels: $(VENV)/installed
+# Once with the release of Triton that is installed, and once with the oldest.
+kernels: $(VENV)/installed $(OLDEST)/installed
 	$(PY) -m tests.ops.aot --record
+	$(OLDEST)/bin/python -m tests.ops.aot --record
 
 # Each prints a table of ratios measured in one run.
 bench: $(VENV)/installed

@@ -1,7 +1,8 @@
 """What ptxas made of the kernels, on record: a kernel whose intermediate form has not changed is not compiled again.
 
-Compiling all takes ten minutes of a processor, looking it up half of one. `make kernels` writes the record anew and
-compiles what is not on it.
+Each release of Triton has a record of its own, named after it. Compiling all takes ten minutes of a processor, looking
+it up half of one. `make kernels` writes the records of the installed release and of the oldest anew, and compiles what
+is not on them.
 """
 
 import contextlib
@@ -17,8 +18,7 @@ import triton
 from triton.backends.nvidia.compiler import CUDABackend
 
 from tests.ops import offsets
-
-RECORD = Path(__file__).with_name("resources.json")
+from tests.ops.tools import RECORDS
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,18 @@ class _KnownError(Exception):
 
 
 def load() -> dict[str, dict]:
-    return json.loads(RECORD.read_text())
+    """The record of the installed release; empty where it has none."""
+    path = _of(triton.__version__)
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def save(found: Mapping[str, dict]) -> None:
     lines = [f"{json.dumps(key)}: {json.dumps(found[key])}" for key in sorted(found)]
-    RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    _of(triton.__version__).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _of(release: str) -> Path:
+    return RECORDS / f"{release}.json"
 
 
 @contextlib.contextmanager

@@ -1,9 +1,13 @@
-"""That a kernel whose registers do not suffice is told from one whose do."""
+"""A kernel whose registers do not suffice is told from one whose do; what is on record of the releases of Triton."""
+
+import json
+import re
 
 import pytest
 
-from tests.ops.test_aot import check
-from tests.ops.tools import has_tools
+from tests.conftest import REPOSITORY
+from tests.ops.test_aot import BEYOND, REGISTERS, check, check_blocks, most_registers
+from tests.ops.tools import RECORDS, has_tools
 
 triton = pytest.importorskip("triton", reason="triton is not installed (Linux only)")
 tl = triton.language
@@ -39,3 +43,30 @@ def test_a_kernel_that_spills_is_found(capability):
     for other in ("stack", "local"):  # each of the two is enough
         with pytest.raises(AssertionError, match="spills"):
             check([spilling | {other: 0}], registers)
+
+
+@pytest.fixture(scope="module")
+def records() -> dict[str, list[dict]]:
+    """Kernels by release."""
+    known = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
+    return {release: [kernel | {"key": key} for key, kernel in rows.items()] for release, rows in known.items()}
+
+
+def test_the_oldest_release_that_is_allowed_is_on_record_and_another(records):
+    (oldest,) = re.findall(r'"triton>=([\d.]+)', (REPOSITORY / "pyproject.toml").read_text())
+    assert f"{oldest}.0" in records and len(records) > 1
+
+
+def test_kernels_on_record_keep_to_the_bounds(records):
+    for release, kernels in records.items():
+        assert {kernel["kernel"] for kernel in kernels} == set(REGISTERS), release
+        for kernel in kernels:
+            check([kernel], most_registers(kernel["run"]))
+    (oldest,) = (kernels for release, kernels in records.items() if release == "3.6.0")
+    assert {kernel["key"] for kernel in oldest} >= BEYOND
+
+
+def test_as_many_blocks_share_a_multiprocessor_whatever_the_release(records):
+    of = {"capability": 80, "element": "bf16", "run": "one"}
+    for kernels in records.values():
+        check_blocks([kernel for kernel in kernels if of.items() <= kernel.items()])

@@ -3,6 +3,8 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+RECORDS = Path(__file__).with_name("resources")
+"""What was made of the kernels, in a file for each release of Triton."""
 SCAN = ("chunk_state", "chunk_carry", "scan_forward", "chunk_adjoint", "scan_replay", "gather_pieces", "scan_backward")
 SCAN += ("scatter_pieces", "scan_keep", "chunk_adjoint_dz")
 GATED = ("gated_norm_forward", "gated_norm_backward")

@@ -35,6 +35,8 @@ compile.
 """
 WIDE_REGISTERS = 65_536 // (32 * 16)
 """Registers per thread with which 16 warps share a multiprocessor; without this limit two kernels would take more."""
+MASKED_REGISTERS = 160
+"""Registers of scan_backward where channels fill no whole block: at 168 the assembler of Triton 3.6 spills."""
 UNROLL = 2
 STATE_UNROLL = 4
 """The same of chunk_state where a token takes few registers: its turns have barriers."""
@@ -223,7 +225,7 @@ class ScanKernels:
         """Write dz. Returns the states before every PIECE-th token of chunks from number `item` on."""
         kept = self._fp32(self.P, count, self.chunk // PIECE, self.N, self.E)
         options = {**self.wide_options, **self.bounds}
-        if self._is_heavy:  # registers do not suffice for two tokens
+        if self._is_heavy or self.E % options["BLOCK"]:  # registers do not suffice for two tokens
             options["UNROLL"] = 1
         with device_of(self.u):
             adjoint_kernels.scan_replay_kernel[(count, self.wide_blocks)](
@@ -266,6 +268,9 @@ class ScanKernels:
         # Where terms of dB and dC may be rounded to bf16 (as the sums are), and their number suits a warp.
         in_warps = warp_sums and self.u.dtype == torch.bfloat16 and self.N % WARP_GROUP == 0 and self.block % 32 == 0
         group = WARP_GROUP if in_warps else math.gcd(self.N, GROUP)
+        parts = self.length % PIECE > 0, self.E % self.block > 0
+        limit = {(True, False): WIDE_REGISTERS, (False, True): MASKED_REGISTERS}.get(parts)
+        limits = {"maxnreg": limit} if limit and in_warps and self.bounds and not self._is_heavy else {}
         with device_of(self.u):
             backward_kernels.scan_backward_kernel[(self.P * count, self.blocks)](
                 self.u,
@@ -291,7 +296,7 @@ class ScanKernels:
                 IN_WARPS=in_warps,
                 HAS_D=self.has_D,
                 HAS_Z=self.has_z,
-                **self.options,
+                **{**self.options, **limits},
             )
 
     def carry(self, states: Tensor, sum_dt: Tensor, first: Tensor | None, descending: bool) -> Tensor:

@@ -145,8 +145,9 @@ def test_odd_sizes(P, S, batch, L, E, N, chunk):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision(dtype):
-    check(make_operands(2, 1, 1, 12, 5, 2), dtype=dtype, tolerance=HALF[dtype])
+@pytest.mark.parametrize("channels", [5, 16])  # of a whole block a turn of the replay takes two tokens
+def test_half_precision(dtype, channels):
+    check(make_operands(2, 1, 1, 12, channels, 2), dtype=dtype, tolerance=HALF[dtype])
 
 
 @pytest.mark.slow
