@@ -19,10 +19,9 @@ from caduceus.evaluate.pairs import Pair, PairTable, binary_labels
 from caduceus.evaluate.parts import Parts, cut
 from caduceus.evaluate.scores import BASES, ScoreOptions, log_p_at, score_variants
 from caduceus.evaluate.variant_inputs import CONTIG, OwnSequences, VariantSource, whole_numbers
-from caduceus.evaluate.variants import score_file
+from caduceus.evaluate.variants import is_scored, score_file
 from caduceus.evaluate.windows import checked_bases
 from caduceus.files import sha256_of
-from caduceus.patience import is_file
 
 _SCORES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "minus_llr": ("masked", lambda found: -found),
@@ -58,8 +57,9 @@ def variants(runner: Runner, task: ZeroShot) -> dict[str, Any]:
     options = ScoreOptions((kind,), window=task.options["window"])
     scored = task.out / "scores.parquet"
     task.out.mkdir(parents=True, exist_ok=True)
-    if not _is_made_of(scored, runner, task):
-        score_file(runner, VariantSource(task.path, task.genome, allow_unknown_contigs=True), scored, options)
+    source = VariantSource(task.path, task.genome, allow_unknown_contigs=True)
+    if not is_scored(runner, source, scored, options):
+        score_file(runner, source, scored, options)
     columns = read_columns(scored)
     scores = turn(np.array([np.nan if value is None else value for value in columns.values[column]], dtype=float))
     return _ranked(task, binary_labels(columns), scores, _chromosomes(columns, task))
@@ -166,20 +166,13 @@ def _score(task: ZeroShot) -> tuple[str, str, Callable[[np.ndarray], np.ndarray]
     return kind, name.removeprefix("minus_").removeprefix("abs_"), turn
 
 
-def _is_made_of(scored: Path, runner: Runner, task: ZeroShot) -> bool:
-    """Whether an earlier call has written these scores, by the record beside them."""
-    record = scored.with_name(f"{scored.name}.json")
-    if not (is_file(scored) and is_file(record)):
-        return False
-    text = record.read_text()
-    return runner.origin()["weights_sha256"] in text and sha256_of(task.path) in text
-
-
 def _by_rows(
     runner: Runner, task: ZeroShot, count: int, length: int, compute: Callable[[Sequence[int]], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """The results of `compute` for all rows, computed in `Parts`, so that a kill loses at most one part."""
     origin = {"model": runner.origin(), "options": task.options, "input_sha256": sha256_of(task.path)}
+    if task.genome is not None:
+        origin["genome_sha256"] = sha256_of(task.genome)
     task.out.mkdir(parents=True, exist_ok=True)
     store = Parts(task.out / "scores", origin)
     parts = cut(range(count), lambda row: length, _PART_BASES, _PART_ROWS)
