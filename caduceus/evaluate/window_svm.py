@@ -178,7 +178,6 @@ def _window_means(runner: Runner, task: SvmTask, name: str, table: PairTable) ->
         return {"means": np.stack(means), "shares": np.array(shares)}
 
     origin = {"model": runner.origin(), "input_sha256": sha256_of(table.path), "window": task.options["window"]}
-    task.out.mkdir(parents=True, exist_ok=True)
     store = Parts(task.out / f"windows-{name}", {**origin, "length": task.options["length"]})
     parts = cut(range(len(table)), lambda row: 2 * task.options["length"], _PART_BASES, _PART_ROWS)
     store.run(f"{task.out.name}, {name}", parts, lambda row: 1, compute, "variants")

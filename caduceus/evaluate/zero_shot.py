@@ -56,7 +56,6 @@ def variants(runner: Runner, task: ZeroShot) -> dict[str, Any]:
     kind, column, turn = _score(task)
     options = ScoreOptions((kind,), window=task.options["window"])
     scored = task.out / "scores.parquet"
-    task.out.mkdir(parents=True, exist_ok=True)
     source = VariantSource(task.path, task.genome, allow_unknown_contigs=True)
     if not is_scored(runner, source, scored, options):
         score_file(runner, source, scored, options)
@@ -186,7 +185,6 @@ def _by_rows(
     origin = {"model": runner.origin(), "options": task.options, "input_sha256": sha256_of(task.path)}
     if task.genome is not None:
         origin["genome_sha256"] = sha256_of(task.genome)
-    task.out.mkdir(parents=True, exist_ok=True)
     store = Parts(task.out / "scores", origin)
     parts = cut(range(count), lambda row: length, _PART_BASES, _PART_ROWS)
     store.run(task.out.name, parts, lambda row: 1, compute, "rows")

@@ -54,3 +54,11 @@ def test_variants_of_which_none_is_on_the_genome_are_refused(tmp_path: Path) -> 
     task = ZeroShot(tmp_path / "v.csv", tmp_path / "out", "auroc", options, tmp_path / "genome.fa")
     with pytest.raises(UserError, match="none of its 2 rows has a score; --genome may be another genome"):
         variants(Runner(made("ps")), task)
+
+
+def test_a_refused_task_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "v.csv").write_text("chrom,pos,ref,alt,label\n1,100,A,C,1\n1,101,A,C,0\n")
+    options = {"score": "minus_llr", "window": 32}
+    with pytest.raises(UserError, match="give the genome with --genome"):
+        variants(Runner(made("ps")), ZeroShot(tmp_path / "v.csv", tmp_path / "out" / "task", "auroc", options))
+    assert not (tmp_path / "out").exists()
