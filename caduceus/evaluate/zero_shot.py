@@ -90,8 +90,7 @@ def masked(runner: Runner, task: ZeroShot) -> dict[str, Any]:
     for bases, place in zip(sequences, columns.places, strict=True):
         if len(bases) <= max(places):
             raise UserError(f"{place}: the sequence has {len(bases):,} bases, so it has no base {max(places):,}")
-    first = max(places[0] - task.options["window"] // 2, 0) if task.options.get("window") else 0
-    end = first + task.options["window"] if task.options.get("window") else None
+    first, end = window_of(task.options)
 
     def compute(rows: Sequence[int]) -> dict[str, np.ndarray]:
         cut_out = [sequences[row][first:end] for row in rows]
@@ -105,6 +104,20 @@ def masked(runner: Runner, task: ZeroShot) -> dict[str, Any]:
         return _row(task, lambda rows: float(right[rows].mean()), len(right))
     p = np.take_along_axis(np.exp(found), np.maximum(true, 0)[..., None], 2)[..., 0] * (true >= 0)
     return _ranked(task, binary_labels(columns), p.mean(1), None)
+
+
+def window_of(options: dict[str, Any]) -> tuple[int, int | None]:
+    """Begin and end of what the model sees of a sequence with hidden bases; None: all of it. Raises `UserError` for a
+    window without these bases.
+    """
+    window, places = options.get("window"), options["places"]
+    if window is None:
+        return 0, None
+    first = max(places[0] - window // 2, 0)
+    if window < 1 or first + window <= max(places):
+        least = 2 * (max(places) - places[0]) + 1
+        raise UserError(f"--window: must be at least {least}, to hold the hidden bases; got {window}")
+    return first, first + window
 
 
 def structural(runner: Runner, task: ZeroShot) -> dict[str, Any]:
@@ -213,6 +226,8 @@ def _chromosomes(columns: Columns, task: ZeroShot) -> np.ndarray | None:
 def _ranked(task: ZeroShot, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
     """The row of a task: its metric over the rows with a score, and its interval."""
     there = np.isfinite(scores)
+    if not there.any():
+        raise UserError(f"{task.path}: none of its {len(labels):,} rows has a score; --genome may be another genome")
     labels, scores = labels[there], scores[there]
     groups = groups[there] if groups is not None else np.zeros(len(labels), dtype=np.int64)
     row = _row(task, lambda rows: ranking(task.metric, labels[rows], scores[rows], groups[rows]), len(labels))

@@ -13,14 +13,13 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from caduceus.alphabet import reverse_complement
 from caduceus.errors import UserError
 from caduceus.evaluate import window_svm as svm_module
-from caduceus.evaluate.columns import read_columns
 from caduceus.evaluate.metrics import ranking
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.pairs import PairTable
 from caduceus.evaluate.parts import Parts
 from caduceus.evaluate.suite import SuiteRequest, load_suite, run_suite
 from caduceus.evaluate.window_svm import SvmTask, window_svm
-from caduceus.evaluate.zero_shot import ZeroShot, masked, pairs, structural, variants
+from caduceus.evaluate.zero_shot import ZeroShot, masked, pairs, structural
 from tests.conftest import write_random_fasta
 from tests.evaluate.conftest import made
 
@@ -232,6 +231,9 @@ def test_pairs_of_a_genome_are_those_of_the_sequences(tmp_path: Path) -> None:
         UserError, match=r"v.csv:3: REF is ., but the genome has . there; it may be for another assembly"
     ):
         table.read(1)
+    (tmp_path / "w.csv").write_text("chrom,pos,ref,alt,label\n9,100,A,C,1\n")
+    with pytest.raises(UserError, match=r"no contig .9., but chr1; it may be another genome$"):
+        PairTable(tmp_path / "w.csv", tmp_path / "genome.fa", 20).read(0)
     with pytest.raises(UserError, match=r"v.csv:4: ALT: '<' at base 1 of the sequence is not a base"):
         table.read(2)
     with pytest.raises(UserError, match="has no column 'ref_forward_sequence'; give the genome"):
@@ -306,22 +308,3 @@ def test_variants_of_a_genome_are_ranked_by_chromosome_and_the_same_after_a_kill
     assert row["mean"] == pytest.approx(expected, abs=1e-6)
     monkeypatch.setattr("caduceus.evaluate.zero_shot.score_file", None)  # nothing is scored twice
     assert run_suite(runner, suite, request, tmp_path / "out")[0] == row
-
-
-def test_scores_of_another_window_or_genome_are_not_taken(tmp_path: Path) -> None:
-    write_random_fasta(tmp_path / "a.fa", 0, {"chr1": 300})
-    text = "".join((tmp_path / "a.fa").read_text().upper().split("\n")[1:])
-    (tmp_path / "b.fa").write_text(f">chr1\n{'A' * 90}{text[90:]}\n")
-    lines = [f"1,{pos},{text[pos - 1]},{'A' if text[pos - 1] != 'A' else 'C'},{pos % 2}" for pos in range(100, 120)]
-    table = tmp_path / "v.csv"
-    table.write_text("\n".join(["chrom,pos,ref,alt,label", *lines]))
-    runner = Runner(made("ps"))
-
-    def scores(out: str, window: int, genome: str) -> list[float]:
-        options = {"score": "minus_llr", "window": window}
-        variants(runner, ZeroShot(table, tmp_path / out, "auroc", options, tmp_path / genome))
-        return read_columns(tmp_path / out / "scores.parquet").values["llr"]
-
-    first = scores("out", 32, "a.fa")
-    wider, other = scores("out", 64, "a.fa"), scores("out", 64, "b.fa")
-    assert wider == scores("fresh", 64, "a.fa") != first and other == scores("fresh", 64, "b.fa") != wider
