@@ -169,7 +169,7 @@ def _of_classes(folder: Path, genome: Path | None, notes: list[str]) -> Iterator
             bases = windows.read(contig, start, end)
             bases = reverse_complement(bases) if strand[row] == "-" else bases
             yield bases.tobytes().decode(), path.name.split(".")[0]
-    if missing == total:
+    if total and missing == total:
         known = ", ".join(list(windows.contigs)[:5])
         raise UserError(
             f"{folder}: its places lie on contigs such as {region[0]!r}, but {genome} has {known}; it may be another "
