@@ -1,5 +1,6 @@
 """The YAML files of configs/, by name: models and runs, clusters, genomes. Imports no torch."""
 
+import re
 from pathlib import Path
 
 from caduceus.patience import is_file
@@ -18,8 +19,9 @@ def preset(kind: str, name: str | Path) -> Path:
 
 
 def presets(kind: str) -> dict[str, str]:
-    """The presets of configs/KIND/: {name: the description in the first line of its file}."""
-    return {path.stem: _words(path) for path in sorted((CONFIGS / kind).glob("*.yaml"))}
+    """The presets of configs/KIND/: {name: the description in the first line of its file}, by the numbers in names."""
+    found = sorted((CONFIGS / kind).glob("*.yaml"), key=lambda path: _by_numbers(path.stem))
+    return {path.stem: _words(path) for path in found}
 
 
 def preset_list(kind: str) -> str:
@@ -27,6 +29,16 @@ def preset_list(kind: str) -> str:
     found = presets(kind)
     width = max(map(len, found), default=0)
     return "\n".join(f"  {name:{width}}  {words}" for name, words in found.items())
+
+
+def _by_numbers(name: str) -> list[tuple[bool, int, str]]:
+    """What sorts `ps-1k` before `ps-32k`, `ps-131k` and `ps-1m`."""
+    parts = re.split(r"(\d+[km]?\b)", name)
+    return [(part[:1].isdigit(), _number(part) if part[:1].isdigit() else 0, part) for part in parts]
+
+
+def _number(text: str) -> int:
+    return int(text.rstrip("km")) * {"k": 1000, "m": 1_000_000}.get(text[-1], 1)
 
 
 def _words(path: Path) -> str:

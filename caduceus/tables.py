@@ -60,14 +60,14 @@ class TextTable:
 def read_table(path: str | Path) -> TextTable:
     """Read a table whose first line holds the headings.
 
-    The separator of that line (tab, comma or blank) is that of the table. Fields may be quoted as in CSV. Lines that
-    begin with `##` are comments; the headings may follow a `#`.
+    The separator of that line (tab, comma, semicolon or blank) is that of the table. Fields may be quoted as in CSV.
+    Lines that begin with `##` are comments; the headings may follow a `#`.
     """
     lines = [(number, line) for number, line in read_lines(path) if not line.startswith("##")]
     if not lines:
         raise UserError(f"{path}: holds no line; give a table whose first line names its columns")
     headings = lines[0][1].strip()
-    delimiter = next((mark for mark in "\t," if mark in headings), None)
+    delimiter = next((mark for mark in "\t,;" if mark in headings), None)
     rows = [_fields(line.rstrip("\r\n"), delimiter) for _, line in lines]
     rows[0][0] = rows[0][0].lstrip("# ")
     twice = next((name for place, name in enumerate(rows[0]) if name in rows[0][:place]), None)
@@ -75,7 +75,7 @@ def read_table(path: str | Path) -> TextTable:
         refuse_line(path, lines[0][0], f"two columns are named {twice!r}; give each column its own name")
     for (number, line), row in zip(lines, rows, strict=True):
         if len(row) != len(rows[0]):
-            mark = {"\t": "tabs", ",": "commas", None: "blanks"}[delimiter]
+            mark = {"\t": "tabs", ",": "commas", ";": "semicolons", None: "blanks"}[delimiter]
             refuse_line(
                 path,
                 number,

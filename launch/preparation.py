@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO
 
 from caduceus.config import Config
-from caduceus.errors import RetryError
-from caduceus.files import take_lock, write_atomically
-from caduceus.patience import exists
+from caduceus.errors import RetryError, UserError
+from caduceus.files import take_lock, temporary_name, write_atomically
+from caduceus.patience import exists, system_error
 from caduceus.run.directory import RunDirectory
 from launch.history import submissions
 from launch.refusals import refuse_run_in_use
@@ -19,7 +19,7 @@ from launch.refusals import refuse_run_in_use
 _LOCK_SECONDS = 60
 """Seconds that a submission waits for another one of the same run."""
 _GLANCE_SECONDS = 2
-"""Seconds that a submission waits for the lock of training, which another submission holds for a moment."""
+"""Seconds for which another submission may disturb this one: by its look at the run, and by removing what it made."""
 
 
 @contextlib.contextmanager
@@ -27,7 +27,8 @@ def prepared(configs: Sequence[Config], folder: Path) -> Iterator[list[RunDirect
     """A context with the run directories of `configs`: each holds its configuration, and no request to stop.
 
     Within it no other process submits these runs, and none of them is in use. Where the block raises, each run without
-    a new submission is restored to what it was, and so is `folder`, which holds them or is the only one.
+    a new submission is restored to what it was; `folder`, which holds them or is the only one, is removed where it is
+    new and holds no run.
     """
     new_folder = not exists(folder)
     with contextlib.ExitStack() as locks:
@@ -45,8 +46,8 @@ def prepared(configs: Sequence[Config], folder: Path) -> Iterator[list[RunDirect
             unused = [state for state in found if len(submissions(state.run)) == state.submissions]
             for state in unused:
                 state.restore()
-            if new_folder and len(unused) == len(found) and not any(folder.glob("**/submissions.json")):
-                shutil.rmtree(folder, ignore_errors=True)
+            if new_folder and exists(folder) and not any(folder.glob("**/config.yaml")):
+                _remove(folder)
             raise
 
 
@@ -63,7 +64,7 @@ class _Found:
 
     def restore(self) -> None:
         if self.is_new:
-            shutil.rmtree(self.run.path, ignore_errors=True)
+            _remove(self.run.path)
             return
         write_atomically(self.run.config_path, self.config.encode())
         if self.stopped:
@@ -75,35 +76,54 @@ def _locked(config: Config) -> _Found:
 
     A submission that waited for another one sees its result: a directory with a submission, or no directory.
     """
-    run = RunDirectory(config.run.dir)
-    began = time.monotonic()
+    assert config.run.dir is not None, "load_config gives a run its directory"
+    began, disturbed = time.monotonic(), None
     while True:
-        was_absent = not exists(run.path)
         try:
-            RunDirectory.create_or_resume(config).release()
-        except RetryError:  # another submission, which releases it soon, or a process that trains
-            if time.monotonic() - began > _GLANCE_SECONDS:
+            found = _lock_if_free(config, RunDirectory(config.run.dir))
+        except UserError as error:
+            is_passing = isinstance(error, RetryError) or isinstance(system_error(error), FileNotFoundError)
+            disturbed = disturbed or time.monotonic()
+            if not is_passing or time.monotonic() - disturbed > _GLANCE_SECONDS:
                 raise
-            time.sleep(0.1)
-            continue
-        except BaseException:
-            if was_absent and not exists(run.config_path) and not run.is_in_use():
-                shutil.rmtree(run.path, ignore_errors=True)
-            raise
-        with run.telling_of_disks():
-            lock = _lock_if_free(run.path / ".submitting")
-        if lock is not None:
-            break
-        if time.monotonic() - began > _LOCK_SECONDS:
-            raise RetryError(f"run.dir: {run.path} is being started by another process; wait for it")
+        else:
+            disturbed = None
+            if found is not None:
+                return found
+            if time.monotonic() - began > _LOCK_SECONDS:
+                raise RetryError(f"run.dir: {config.run.dir} is being started by another process; wait for it")
         time.sleep(0.1)
-    count = len(submissions(run))
-    return _Found(run, lock, was_absent and not count, run.config_path.read_text(), exists(run.stop_path), count)
 
 
-def _lock_if_free(path: Path) -> IO[bytes] | None:
-    """The lock; None where another process holds it, or has just removed the directory."""
+def _lock_if_free(config: Config, run: RunDirectory) -> _Found | None:
+    """The run directory, locked; None where another submission has the lock.
+
+    Raises `RetryError` where another submission looks at it just now, or a process trains in it, and a `UserError` that
+    a `FileNotFoundError` caused where a refused submission removes it meanwhile.
+    """
+    was_absent = not exists(run.path)
     try:
-        return take_lock(path, wait=False)
-    except (BlockingIOError, FileNotFoundError):
-        return None
+        RunDirectory.create_or_resume(config).release()
+    except RetryError:
+        raise
+    except BaseException:
+        if was_absent and not exists(run.config_path) and not run.is_in_use():
+            _remove(run.path)
+        raise
+    with run.telling_of_disks():
+        try:
+            lock = take_lock(run.path / ".submitting", wait=False)
+        except BlockingIOError:
+            return None
+        count, content = len(submissions(run)), run.config_path.read_text()
+    return _Found(run, lock, was_absent and not count, content, exists(run.stop_path), count)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory in one step for others, who would otherwise find a half of it."""
+    leaving = temporary_name(directory)
+    try:
+        directory.rename(leaving)
+    except OSError:
+        leaving = directory
+    shutil.rmtree(leaving, ignore_errors=True)

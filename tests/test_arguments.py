@@ -66,6 +66,8 @@ def test_what_trains_lists_presets_and_sections(tmp_path: Path) -> None:
     listed = call("-m caduceus.train --config list", tmp_path)
     assert (listed.returncode, listed.stderr) == (0, "")
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(presets("pretrain"))
+    of_ps = [name for name in presets("pretrain") if name.startswith("ps-")]
+    assert of_ps == ["ps-1k", "ps-1k-118", "ps-32k", "ps-131k", "ps-1m", "ps-stages"]
     assert all(len(line.split()) > 3 for line in listed.stdout.splitlines()), "each says what it is"
     told = call("-m caduceus.train --help", tmp_path).stdout
     assert all(f"\n  {name}. " in told for name in SECTIONS)

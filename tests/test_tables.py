@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from caduceus.bed import read_bed
 from caduceus.errors import UserError
-from caduceus.tables import is_missing, read_lines, split_fields, whole_number
+from caduceus.tables import is_missing, read_lines, read_table, split_fields, whole_number
 from tests.data_prep.genome_files import bgzip
 
 ROWS = [(1, "a\tb"), (2, "c d"), (4, "e")]
@@ -146,3 +146,14 @@ def test_lines_serve_readers_of_csv(tmp_path: Path) -> None:
     path = tmp_path / "table.csv.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbfsequence,label\r\nACGT,1\r\n"))
     assert list(csv.DictReader(text for _, text in read_lines(path))) == [{"sequence": "ACGT", "label": "1"}]
+
+
+@pytest.mark.parametrize("mark", ["\t", ",", ";", "  "])
+def test_a_table_is_separated_as_its_headings_are(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "table.txt"
+    path.write_text("".join(mark.join(row) + "\n" for row in (["sequence", "label"], ["ACGT", "1"], ["GGTT", "0"])))
+    table = read_table(path)
+    assert (table.headings, table.rows) == (["sequence", "label"], [["ACGT", "1"], ["GGTT", "0"]])
+    path.write_text(f"sequence{mark}label\nACGT\n")
+    with pytest.raises(UserError, match=r"table\.txt:2: has 1 fields"):
+        read_table(path)

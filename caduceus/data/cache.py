@@ -111,7 +111,6 @@ class ShardCache:
                 _failure_path(shard.path).write_text(str(error))
                 self._judge_server(shard, error)
                 raise UnavailableError(str(error)) from error
-            _touch(_lock_path(shard.path))  # `has_checked` looks at this time
             _failure_path(shard.path).unlink(missing_ok=True)
             self._unreachable.pop(_dataset(shard), None)
 
@@ -300,6 +299,7 @@ def _download(shard: Shard) -> None:
         raise OSError(
             f"{shard.origin}: {size} bytes with sha256 {digest.hexdigest()[:12]}… are not the shard of the manifest"
         )
+    _touch(_lock_path(shard.path))  # `has_checked` looks at this time; what becomes of the file later is not checked
     partial.rename(shard.path)
 
 

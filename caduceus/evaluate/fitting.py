@@ -66,7 +66,7 @@ class FitOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
-        if self.lr <= 0:
+        if not 0 < self.lr < float("inf"):
             raise UserError(f"--lr: must be above 0, got {self.lr}")
 
 

@@ -29,7 +29,8 @@ from caduceus.evaluate.parts import alone
 from caduceus.evaluate.probe import ProbeOptions, probe, read_tables
 from caduceus.evaluate.scores import ScoreOptions
 from caduceus.evaluate.sequences import SequenceSource
-from caduceus.evaluate.suite import asked_tasks, load_suite, run_suite
+from caduceus.evaluate.suite import load_suite, run_suite
+from caduceus.evaluate.suite_check import check_suite
 from caduceus.evaluate.variant_inputs import VariantSource
 from caduceus.evaluate.variant_labels import area_names
 from caduceus.evaluate.variants import prepared, score_file
@@ -246,7 +247,7 @@ class _Suite(_OnMain):
 
     def check(self) -> None:
         request = commands.suite_request(self.arguments)
-        self.numbers = [*(task.name for task in asked_tasks(load_suite(self.arguments.suite), request)), "mean"]
+        self.numbers = [*check_suite(load_suite(self.arguments.suite), request), "mean"]
 
     def compute(self, runner: Runner, say: Callable[[str], None]) -> Numbers:
         suite, request = load_suite(self.arguments.suite), commands.suite_request(self.arguments)

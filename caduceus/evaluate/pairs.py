@@ -70,7 +70,8 @@ class PairTable:
         return Pair(ref, alt, middle if middle in differ else int(differ[0]))
 
     def _of_genome(self, row: int, place: str) -> tuple[np.ndarray, np.ndarray]:
-        contig, start = self._windows.require(self._contigs[row], place), self._starts[row]
+        contig = self._windows.require(self._contigs[row], place, "it may be another genome")
+        start = self._starts[row]
         first = start - self.length // 2
         ref = self._windows.read(contig, first, first + self.length)
         there = ref[self.length // 2 :][: len(self._refs[row])].tobytes().decode()

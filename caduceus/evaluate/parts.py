@@ -5,6 +5,7 @@ inputs. The same command goes on with the missing parts; another command begins 
 """
 
 import functools
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -140,14 +141,30 @@ class Parts:
             with np.load(self._path(number), allow_pickle=False) as arrays:
                 yield {name: arrays[name] for name in arrays.files}
 
+    def is_finished(self) -> bool:
+        """Whether OUT is there, made of the same values, by the record beside it."""
+        record = self._record
+        return is_file(self.out) and is_file(record) and _fingerprint_in(record) == self.origin["fingerprint"]
+
     def finish(self, **more: Any) -> None:
         """After OUT is written: write beside it how it was made, and remove the parts."""
-        write_atomically(self.out.with_name(f"{self.out.name}.json"), dump_json({**self.origin, **more}))
+        write_atomically(self._record, dump_json({**self.origin, **more}))
         self.drop()
 
     def drop(self) -> None:
         """Remove the parts."""
         shutil.rmtree(self.folder)
 
+    @property
+    def _record(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.json")
+
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.npz"
+
+
+def _fingerprint_in(record: Path) -> Any:
+    try:
+        return json.loads(record.read_bytes())["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        return None

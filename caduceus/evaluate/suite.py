@@ -61,6 +61,10 @@ class SuiteTask:
     options: dict[str, Any]
     split: str
 
+    def row_name(self, bin_: str) -> str:
+        """The name of the row of a bin, which is empty where a task has one row."""
+        return ", ".join(filter(None, [self.name, bin_]))
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -178,16 +182,27 @@ def _rows_of(
 ) -> list[dict[str, Any]]:
     data, rows = Path(request.data), []
     for task in tasks:
-        options = {**suite.protocol, **task.options, **(request.protocol or {})}
-        allowed = {key: value for key, value in options.items() if key in _OPTIONS[task.kind]}
-        found = _run_task(runner, task, allowed, request, out, say)
+        found = _run_task(runner, task, options_of(suite, task, request), request, out, say)
         if not found:
             found = [{"task": task.name, "metric": task.metric, "missing": f"{suite.source} ({suite.expects})"}]
             say(f"{task.name}: not in {data} (looked for {', '.join(task.folders)}); from {suite.source}")
         rows += found
     if all("missing" in row for row in rows):
-        raise UserError(f"--data: {data} has none of the tasks; it should hold {suite.expects}, from {suite.source}")
+        raise no_data(suite, request)
     return without_nan(rows)
+
+
+def no_data(suite: Suite, request: SuiteRequest) -> UserError:
+    """The error of a folder that has none of the tasks."""
+    return UserError(
+        f"--data: {request.data} has none of the tasks; it should hold {suite.expects}, from {suite.source}"
+    )
+
+
+def options_of(suite: Suite, task: SuiteTask, request: SuiteRequest) -> dict[str, Any]:
+    """The options of a task: those of the request, else its own, else those of the suite's protocol."""
+    options = {**suite.protocol, **task.options, **(request.protocol or {})}
+    return {key: value for key, value in options.items() if key in _OPTIONS[task.kind]}
 
 
 def asked_tasks(suite: Suite, request: SuiteRequest) -> list[SuiteTask]:
@@ -231,9 +246,7 @@ def _run_task(
         asked = ZeroShot(tables[task.split], out / task.name, task.metric, options, genome)
         rows = [KINDS[task.kind](runner, asked)]
     published = {model: list(numbers) for model, numbers in task.published.items()}
-    named = [
-        {"task": ", ".join(filter(None, [task.name, row.pop("bin", "")])), "metric": task.metric, **row} for row in rows
-    ]
+    named = [{"task": task.row_name(row.pop("bin", "")), "metric": task.metric, **row} for row in rows]
     for row in named:
         row["published"] = published
         say(f"{row['task']}: {task.metric} {mean_and_spread(row, 4)}")

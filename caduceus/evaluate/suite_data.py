@@ -11,6 +11,7 @@ from caduceus.evaluate.binned import COORDINATES, BinnedTable
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, ending, package, read_columns, write_columns
 from caduceus.evaluate.labelled import LabelledTable
 from caduceus.evaluate.sequences import FASTA
+from caduceus.evaluate.variant_inputs import whole_numbers
 from caduceus.evaluate.windows import Windows
 from caduceus.patience import is_directory, is_file
 from caduceus.tables import read_lines, refuse_line
@@ -150,23 +151,30 @@ def _of_classes(folder: Path, genome: Path | None, notes: list[str]) -> Iterator
     windows, missing, total = Windows(genome), 0, 0
     for path in tables:
         columns = read_columns(path)
-        region, start, end, strand = (
-            columns.values[columns.find(name, what="places")] for name in ("region", "start", "end", "strand")
-        )
+        region, strand = (columns.values[columns.find(name, what="places")] for name in ("region", "strand"))
+        starts, ends = (whole_numbers(columns, (name,), "places, from 0") for name in ("start", "end"))
+        total += len(columns)
         for row, place in enumerate(columns.places):
-            total += 1
-            contig = windows.find(region[row])
+            contig, start, end = windows.find(region[row]), starts[row], ends[row]
+            if start >= end:
+                raise UserError(f"{place}: end should be after start, got {start} and {end}")
             if contig is None:
                 missing += 1
                 continue
-            if int(end[row]) > windows.contigs[contig]:
+            if end > windows.contigs[contig]:
                 raise UserError(
                     f"{place}: ends beyond {contig} with {windows.contigs[contig]:,} bases; it may be for another "
                     "assembly"
                 )
-            bases = windows.read(contig, int(start[row]), int(end[row]))
+            bases = windows.read(contig, start, end)
             bases = reverse_complement(bases) if strand[row] == "-" else bases
             yield bases.tobytes().decode(), path.name.split(".")[0]
+    if total and missing == total:
+        known = ", ".join(list(windows.contigs)[:5])
+        raise UserError(
+            f"{folder}: its places lie on contigs such as {region[0]!r}, but {genome} has {known}; it may be another "
+            "genome, or one with other names of contigs"
+        )
     if missing:
         notes.append(
             f"{folder}: {missing:,} of {total:,} places lie on contigs that the genome lacks, and are left out"

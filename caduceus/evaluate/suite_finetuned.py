@@ -22,18 +22,10 @@ def finetuned(
 ) -> dict[str, Any]:
     """The row of a task: the result that is best on validation, and its folder under `out`."""
     best, best_value, best_place = None, None, None
-    base = FitOptions(epochs=protocol["epochs"], weight_decay=protocol["weight_decay"])
-    for lr, batch in product(_listed(protocol["lr"]), _listed(protocol["batch_size"])):
+    for options in fits_of(metric, protocol):
+        lr, batch = options.fit.lr, options.fit.batch_size
         place = out / f"lr-{lr:g}-batch-{batch}"
         say(f"{out.name}, rate {lr:g}, batch {batch}:")
-        options = FinetuneOptions(
-            pool=protocol["pool"],
-            seeds=protocol["seeds"],
-            valid_share=protocol.get("valid_share", 0.1),
-            metric=metric,
-            task=protocol.get("learns", "classification"),
-            fit=replace(base, lr=lr, batch_size=batch),
-        )
         result = finetune(runner, data.tables, place, options, say)
         value = _mean([seed["valid"][metric] for seed in result["results"]["full"]])
         if best is None or is_better(metric, value, best_value):
@@ -49,6 +41,24 @@ def finetuned(
     if "test" in data.tables:
         row["interval"] = _interval(best_place, best["result"], metric)
     return row
+
+
+def fits_of(metric: str, protocol: dict[str, Any]) -> list[FinetuneOptions]:
+    """The options of each fine-tuning: all rates with all sizes of a batch. Raises `UserError` for those that cannot
+    be.
+    """
+    base = FitOptions(epochs=protocol["epochs"], weight_decay=protocol["weight_decay"])
+    return [
+        FinetuneOptions(
+            pool=protocol["pool"],
+            seeds=protocol["seeds"],
+            valid_share=protocol.get("valid_share", 0.1),
+            metric=metric,
+            task=protocol.get("learns", "classification"),
+            fit=replace(base, lr=lr, batch_size=batch),
+        )
+        for lr, batch in product(_listed(protocol["lr"]), _listed(protocol["batch_size"]))
+    ]
 
 
 def _mean(values: list[float | None]) -> float:

@@ -20,6 +20,9 @@ _STYLE = {
     "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
 }  # fmt: skip
 
+_READABLE = "figure { margin: 1em 0; } figure svg { min-width: 560px; }"
+"""On a narrow screen the figure has a scroll bar, as its words would be too small otherwise."""
+
 _WIDE = (
     "body { max-width: 1600px; } figure { max-width: 900px; } table { font-size: 12.5px; } "
     "th { white-space: normal; } td, th { padding-left: 6px; padding-right: 6px; }"
@@ -102,10 +105,19 @@ def write_page(target: Path, title: str, published: str | None, rows: Sequence[d
         parts.append(f"<p>{copies}</p>")
     if published:
         parts.append(f"<p>Published: {escape(published)}</p>")
-    parts += [f"<p>{escape(row['task'])} is missing: {escape(row['missing'])}</p>" for row in rows if "missing" in row]
+    parts += _missing(rows)
     wide = any(row.get("published") for row in rows)  # six further columns
-    style = _WIDE if wide else ""
-    write_atomically(target, page(title, parts, style))
+    write_atomically(target, page(title, parts, _READABLE + (_WIDE if wide else "")))
+
+
+def _missing(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A paragraph for each address of missing tasks, with their names."""
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        if "missing" in row:
+            named.setdefault(row["missing"], []).append(row["task"])
+    verbs = [(", ".join(names), "is" if len(names) == 1 else "are", address) for address, names in named.items()]
+    return [f"<p>{escape(names)} {verb} missing: {escape(address)}</p>" for names, verb, address in verbs]
 
 
 def _bar(row: dict[str, Any]) -> tuple[float, float]:

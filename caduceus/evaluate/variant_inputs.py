@@ -11,7 +11,7 @@ from caduceus.evaluate.alleles import Allele, BasesOf
 from caduceus.evaluate.columns import PARQUET, TEXT_TABLES, Columns, ending, read_columns
 from caduceus.evaluate.vcf import Vcf, read_vcf
 from caduceus.evaluate.windows import Windows, checked_bases
-from caduceus.patience import is_file
+from caduceus.patience import is_directory, is_file
 from caduceus.tables import is_missing
 
 CONTIG = ("chrom", "chr", "chromosome", "contig", "#chrom", "chr_hg38")
@@ -40,7 +40,8 @@ class VariantSource:
         sound.
         """
         if not is_file(self.input):
-            raise UserError(f"{self.input}: no such file")
+            what = "is a folder; give a file of variants" if is_directory(self.input) else "no such file"
+            raise UserError(f"{self.input}: {what}")
         kind = ending(self.input)
         if kind == ".vcf":
             vcf = read_vcf(self.input)

@@ -67,10 +67,7 @@ def score_file(
         raise UserError(f"--out: {out} is a VCF, but {source.input} is not; choose .tsv, .csv or .parquet")
     check_table_name(out, ".vcf")
     file, variants, known = prepared(source, labels)
-    given = {key: value and str(value) for key, value in asdict(source).items()}
-    if labels is not None:
-        given |= {"labels": asdict(labels)}
-    store = Parts(out, _origin(runner, options, source.input, source.genome, given), ranks)
+    store = _store(runner, source, out, options, labels, ranks)
     parts = cut(variants, lambda variant: 1, _PART, _PART)
 
     def compute(part: Sequence[Variant]) -> dict[str, np.ndarray]:
@@ -91,6 +88,25 @@ def score_file(
                 write_columns(out, {**_given(file), "kind": kinds, "note": notes, **scores})
             store.finish(counts=found.counts, areas=found.areas)
     return store.ranks.broadcast(found)
+
+
+def is_scored(runner: Runner, source: VariantSource, out: str | Path, options: ScoreOptions) -> bool:
+    """Whether an earlier equal call of `score_file` has written `out`."""
+    return _store(runner, source, out, options).is_finished()
+
+
+def _store(
+    runner: Runner,
+    source: VariantSource,
+    out: str | Path,
+    options: ScoreOptions,
+    labels: Labels | None = None,
+    ranks: Ranks | None = None,
+) -> Parts:
+    given = {key: value and str(value) for key, value in asdict(source).items()}
+    if labels is not None:
+        given |= {"labels": asdict(labels)}
+    return Parts(out, _origin(runner, options, source.input, source.genome, given), ranks)
 
 
 def prepared(source: VariantSource, labels: Labels | None) -> tuple[VariantFile, list[Variant], np.ndarray | None]:

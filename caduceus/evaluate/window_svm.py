@@ -25,6 +25,7 @@ from caduceus.patience import is_file
 from data_prep.progress import Progress
 
 _PART_BASES, _PART_ROWS = 1 << 23, 1024
+_DISTANCE = "distance_to_nearest_tss"
 _MOST_N = 0.005
 """Sequences with a larger share of N are left out, as in the paper."""
 
@@ -69,20 +70,26 @@ def window_svm(runner: Runner, task: SvmTask) -> list[dict[str, Any]]:
         means, shares = _window_means(runner, task, name, table)
         kept = shares < _MOST_N
         features = means if tissues is None else np.column_stack([means, tissues[name]])
-        distances = table.numbers("distance_to_nearest_tss")
+        distances = table.numbers(_DISTANCE)
         data[name] = _Data(
             features[kept], binary_labels(table.columns)[kept], None if distances is None else distances[kept]
         )
-    begins = task.options.get("distances") if data["test"].distances is not None else None
-    ends = [*begins[1:], np.inf] if begins else []
-    bins = list(zip(begins, ends, strict=True)) if begins else [(-np.inf, np.inf)]
+    bins = bins_of(task.options, tables["test"])
     seeds = range(1, task.options["seeds"] + 1)
     rows = []
     with Progress(f"{task.out.name}, SVM", len(bins) * len(seeds), "fits") as progress:
-        for low, high in bins:
-            parts = {name: of.within(low, high) for name, of in data.items()}
-            rows.append({**_row(task, parts, (low, high), seeds, progress), "bin": _bin_name(low, high)})
+        for name, (low, high) in bins.items():
+            parts = {split: of.within(low, high) for split, of in data.items()}
+            rows.append({**_row(task, parts, (low, high), seeds, progress), "bin": name})
     return rows
+
+
+def bins_of(options: dict[str, Any], test: PairTable) -> dict[str, tuple[float, float]]:
+    """The bins of distances, by name: each has a row of its own."""
+    begins = options.get("distances") if test.columns.has(_DISTANCE) else None
+    ends = [*begins[1:], np.inf] if begins else []
+    bins = list(zip(begins, ends, strict=True)) if begins else [(-np.inf, np.inf)]
+    return {_bin_name(low, high): (low, high) for low, high in bins}
 
 
 def _bin_name(low: float, high: float) -> str:
@@ -171,7 +178,6 @@ def _window_means(runner: Runner, task: SvmTask, name: str, table: PairTable) ->
         return {"means": np.stack(means), "shares": np.array(shares)}
 
     origin = {"model": runner.origin(), "input_sha256": sha256_of(table.path), "window": task.options["window"]}
-    task.out.mkdir(parents=True, exist_ok=True)
     store = Parts(task.out / f"windows-{name}", {**origin, "length": task.options["length"]})
     parts = cut(range(len(table)), lambda row: 2 * task.options["length"], _PART_BASES, _PART_ROWS)
     store.run(f"{task.out.name}, {name}", parts, lambda row: 1, compute, "variants")

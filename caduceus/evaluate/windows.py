@@ -65,14 +65,12 @@ class Windows:
             self._found[name] = self._names.find(name)
         return self._found[name]
 
-    def require(self, name: str, place: str) -> str:
-        """Like `find`, but raises `UserError` where a name means no contig."""
+    def require(self, name: str, place: str, advice: str = "--aliases takes a table of names") -> str:
+        """Like `find`, but raises `UserError`, which ends with `advice`, where a name means no contig."""
         found = self.find(name)
         if found is None:
             known = ", ".join(list(self.contigs)[:5]) + (", …" if len(self.contigs) > 5 else "")
-            raise UserError(
-                f"{place}: the genome has no contig {name!r}, but {known}; --aliases takes a table of names"
-            )
+            raise UserError(f"{place}: the genome has no contig {name!r}, but {known}; {advice}")
         return found
 
     def read(self, contig: str, start: int, end: int) -> np.ndarray:

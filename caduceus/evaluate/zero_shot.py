@@ -19,10 +19,9 @@ from caduceus.evaluate.pairs import Pair, PairTable, binary_labels
 from caduceus.evaluate.parts import Parts, cut
 from caduceus.evaluate.scores import BASES, ScoreOptions, log_p_at, score_variants
 from caduceus.evaluate.variant_inputs import CONTIG, OwnSequences, VariantSource, whole_numbers
-from caduceus.evaluate.variants import score_file
+from caduceus.evaluate.variants import is_scored, score_file
 from caduceus.evaluate.windows import checked_bases
 from caduceus.files import sha256_of
-from caduceus.patience import is_file
 
 _SCORES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "minus_llr": ("masked", lambda found: -found),
@@ -57,9 +56,9 @@ def variants(runner: Runner, task: ZeroShot) -> dict[str, Any]:
     kind, column, turn = _score(task)
     options = ScoreOptions((kind,), window=task.options["window"])
     scored = task.out / "scores.parquet"
-    task.out.mkdir(parents=True, exist_ok=True)
-    if not _is_made_of(scored, runner, task):
-        score_file(runner, VariantSource(task.path, task.genome, allow_unknown_contigs=True), scored, options)
+    source = VariantSource(task.path, task.genome, allow_unknown_contigs=True)
+    if not is_scored(runner, source, scored, options):
+        score_file(runner, source, scored, options)
     columns = read_columns(scored)
     scores = turn(np.array([np.nan if value is None else value for value in columns.values[column]], dtype=float))
     return _ranked(task, binary_labels(columns), scores, _chromosomes(columns, task))
@@ -90,8 +89,7 @@ def masked(runner: Runner, task: ZeroShot) -> dict[str, Any]:
     for bases, place in zip(sequences, columns.places, strict=True):
         if len(bases) <= max(places):
             raise UserError(f"{place}: the sequence has {len(bases):,} bases, so it has no base {max(places):,}")
-    first = max(places[0] - task.options["window"] // 2, 0) if task.options.get("window") else 0
-    end = first + task.options["window"] if task.options.get("window") else None
+    first, end = window_of(task.options)
 
     def compute(rows: Sequence[int]) -> dict[str, np.ndarray]:
         cut_out = [sequences[row][first:end] for row in rows]
@@ -105,6 +103,20 @@ def masked(runner: Runner, task: ZeroShot) -> dict[str, Any]:
         return _row(task, lambda rows: float(right[rows].mean()), len(right))
     p = np.take_along_axis(np.exp(found), np.maximum(true, 0)[..., None], 2)[..., 0] * (true >= 0)
     return _ranked(task, binary_labels(columns), p.mean(1), None)
+
+
+def window_of(options: dict[str, Any]) -> tuple[int, int | None]:
+    """Begin and end of what the model sees of a sequence with hidden bases; None: all of it. Raises `UserError` for a
+    window without these bases.
+    """
+    window, places = options.get("window"), options["places"]
+    if window is None:
+        return 0, None
+    first = max(places[0] - window // 2, 0)
+    if window < 1 or first + window <= max(places):
+        least = 2 * (max(places) - places[0]) + 1
+        raise UserError(f"--window: must be at least {least}, to hold the hidden bases; got {window}")
+    return first, first + window
 
 
 def structural(runner: Runner, task: ZeroShot) -> dict[str, Any]:
@@ -166,21 +178,13 @@ def _score(task: ZeroShot) -> tuple[str, str, Callable[[np.ndarray], np.ndarray]
     return kind, name.removeprefix("minus_").removeprefix("abs_"), turn
 
 
-def _is_made_of(scored: Path, runner: Runner, task: ZeroShot) -> bool:
-    """Whether an earlier call has written these scores, by the record beside them."""
-    record = scored.with_name(f"{scored.name}.json")
-    if not (is_file(scored) and is_file(record)):
-        return False
-    text = record.read_text()
-    return runner.origin()["weights_sha256"] in text and sha256_of(task.path) in text
-
-
 def _by_rows(
     runner: Runner, task: ZeroShot, count: int, length: int, compute: Callable[[Sequence[int]], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """The results of `compute` for all rows, computed in `Parts`, so that a kill loses at most one part."""
     origin = {"model": runner.origin(), "options": task.options, "input_sha256": sha256_of(task.path)}
-    task.out.mkdir(parents=True, exist_ok=True)
+    if task.genome is not None:
+        origin["genome_sha256"] = sha256_of(task.genome)
     store = Parts(task.out / "scores", origin)
     parts = cut(range(count), lambda row: length, _PART_BASES, _PART_ROWS)
     store.run(task.out.name, parts, lambda row: 1, compute, "rows")
@@ -220,6 +224,8 @@ def _chromosomes(columns: Columns, task: ZeroShot) -> np.ndarray | None:
 def _ranked(task: ZeroShot, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray | None) -> dict[str, Any]:
     """The row of a task: its metric over the rows with a score, and its interval."""
     there = np.isfinite(scores)
+    if not there.any():
+        raise UserError(f"{task.path}: none of its {len(labels):,} rows has a score; --genome may be another genome")
     labels, scores = labels[there], scores[there]
     groups = groups[there] if groups is not None else np.zeros(len(labels), dtype=np.int64)
     row = _row(task, lambda rows: ranking(task.metric, labels[rows], scores[rows], groups[rows]), len(labels))

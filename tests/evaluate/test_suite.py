@@ -10,12 +10,14 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from caduceus.errors import UserError
 from caduceus.evaluate import suite_finetuned
 from caduceus.evaluate.labelled import Task
 from caduceus.evaluate.metrics import bootstrap_interval, measure
 from caduceus.evaluate.model import Runner
 from caduceus.evaluate.suite import SuiteRequest, load_suite, run_suite
 from caduceus.evaluate.suite_data import find_task_data
+from caduceus.evaluate.suite_page import write_page
 from caduceus.presets import presets
 from tests.conftest import write_random_fasta
 from tests.evaluate.conftest import made
@@ -195,3 +197,29 @@ def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None
         ): "ends beyond chr1 with 50 bases; it may be for another assembly",
     }.items():
         assert message in refused(*words, *more), more
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("1,NC_9,0,9,+", "its places lie on contigs such as 'NC_9', but GENOME has chr1; it may be another genome"),
+        ("1,chr1,0,9.5,+", "a.csv:2: end must be a whole number in plain digits, got '9.5'"),
+        ("1,chr1,9,9,+", "a.csv:2: end should be after start, got 9 and 9"),
+    ],
+)
+def test_places_that_cannot_be_read_are_named(row: str, message: str, tmp_path: Path) -> None:
+    folder, genome = tmp_path / "data" / "a" / "train", tmp_path / "genome.fa"
+    folder.mkdir(parents=True)
+    (folder / "a.csv").write_text(f"id,region,start,end,strand\n{row}\n")
+    write_random_fasta(genome, 0, {"chr1": 50})
+    with pytest.raises(UserError) as caught:
+        find_task_data(tmp_path / "data", ["a"], tmp_path / "out" / "a", genome)
+    assert message.replace("GENOME", str(genome)) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_names_an_address_once_for_all_tasks_that_are_missing(tmp_path: Path) -> None:
+    rows = [{"task": name, "metric": "mcc", "missing": "https://there (a folder)"} for name in ("H3", "H4")]
+    write_page(tmp_path / "suite.html", "NT", None, rows)
+    html = (tmp_path / "suite.html").read_text()
+    assert html.count("https://there") == 1 and "H3, H4 are missing: https://there (a folder)" in html

@@ -231,6 +231,9 @@ def test_pairs_of_a_genome_are_those_of_the_sequences(tmp_path: Path) -> None:
         UserError, match=r"v.csv:3: REF is ., but the genome has . there; it may be for another assembly"
     ):
         table.read(1)
+    (tmp_path / "w.csv").write_text("chrom,pos,ref,alt,label\n9,100,A,C,1\n")
+    with pytest.raises(UserError, match=r"no contig .9., but chr1; it may be another genome$"):
+        PairTable(tmp_path / "w.csv", tmp_path / "genome.fa", 20).read(0)
     with pytest.raises(UserError, match=r"v.csv:4: ALT: '<' at base 1 of the sequence is not a base"):
         table.read(2)
     with pytest.raises(UserError, match="has no column 'ref_forward_sequence'; give the genome"):

@@ -75,6 +75,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, re
         ("--ref-mismatch", "fix"): "--ref-mismatch: choose one of refuse, skip, swap",
         ("--window", "1"): "--window: must be at least 2",
         ("--genome", "none.fa"): "none.fa: no such file",
+        ("--input", str(tmp_path)): f"{tmp_path}: is a folder; give a file of variants",
     }.items():
         assert message in refused(*good, "--out", tmp_path / "out.tsv", *words), words
     assert not list(tmp_path.glob("out*"))

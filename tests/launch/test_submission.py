@@ -1,16 +1,21 @@
 """What a submission leaves in a run directory: all of it, or nothing."""
 
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
+from caduceus.run.lock import RunLock
 from launch.history import submissions
+from launch.preparation import prepared
 from launch.submission import REPOSITORY
 from tests import preloaded
+from tests.train.test_starts import config_of
 
 REQUEST = ("--cluster", "cpu")
 REFUSAL = "echo 'sbatch: error: Memory specification can not be satisfied' >&2; exit 1"
@@ -138,3 +143,28 @@ def test_commands_to_come_are_quoted_for_the_shell(launch, fake_slurm, small_con
     fake_slurm.answer("scancel", "exit 0")
     assert steer("stop", "a run; exit") == 0
     assert "python launch/runs.py resume 'a run; exit' goes on" in capsys.readouterr().out
+
+
+def test_a_submission_is_not_disturbed_by_one_that_is_refused_and_removes_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path / "shards", tmp_path / "run", steps=4)
+    take, remove, removed = RunLock.take, shutil.rmtree, []
+
+    def take_from_under(lock: RunLock) -> None:
+        if not removed:
+            removed.append(lock.path.parent)
+            remove(tmp_path / "run")
+        take(lock)
+
+    def rmtree(path: Path, **options: bool) -> None:
+        removed.append(path)
+        assert not (tmp_path / "run").exists(), "others see the whole directory or none"
+        remove(path, **options)
+
+    monkeypatch.setattr(RunLock, "take", take_from_under)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt), prepared([config], tmp_path / "run") as [run]:
+        assert run.config() == config
+        raise KeyboardInterrupt
+    assert len(removed) > 1 and not list(tmp_path.iterdir())

@@ -243,6 +243,10 @@ def test_mistakes_refuse_the_start_in_one_line(small_run: SmallRun, inputs: dict
         ({"verb": "probe", "every": 1}, r"evaluations\.x: .*required: --train"),
         ({"verb": "heldout", "every": 1, "overrides": ["model.n_layer=1"]}, r"evaluations\.x: overrides: the model is"),
         ({"verb": "suite", "every": 1, "suite": "gue", "data": "no"}, r"evaluations\.x: --data: no is not a folder"),
+        (
+            {"verb": "suite", "every": 1, "suite": "gue", "data": "."},
+            r"evaluations\.x: --data: \. has none of the tasks",
+        ),
         (None, r"evaluations\.x: expected a mapping"),
     ]:
         with pytest.raises(UserError, match=message) as caught:

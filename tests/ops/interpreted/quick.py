@@ -6,6 +6,7 @@ Triton's own way. tests/ops/interpreted/test_quick.py compares the two.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,8 @@ tensor = tl.core.tensor
 _own_init = tensor.__init__
 own_cast_impl = interpreter.InterpreterBuilder.cast_impl
 _builder, _semantic = interpreter.interpreter_builder, interpreter.interpreter_semantic
+_CACHING = (None,) * (len(inspect.signature(_builder.create_store).parameters) - 2)
+"""What a load or store says of caches: one argument, or before Triton 3.8 or so two."""
 _FLOATS, _INTEGERS = (tl.float32,), (tl.int32, tl.int64)
 _NUMPY = {"fp32": np.float32, "int32": np.int32, "int64": np.int64, "int1": np.bool_}
 CASTS = {("int64", "int32"), ("int32", "int64"), ("int32", "fp32"), ("bf16", "fp32"), ("fp32", "bf16")}
@@ -237,9 +240,9 @@ def _load(own):
         ):
             return own(pointer, mask, other, **options)
         if mask is None:
-            handle = _builder.create_load(pointer.handle, None, False)
+            handle = _builder.create_load(pointer.handle, *_CACHING, False)
         else:
-            handle = _builder.create_masked_load(pointer.handle, mask.handle, None, None, False)
+            handle = _builder.create_masked_load(pointer.handle, mask.handle, None, *_CACHING, False)
         return _made(handle.data, pointer.dtype.element_ty, pointer.sizes)
 
     return load
@@ -258,9 +261,9 @@ def _store(own):
         ):
             return own(pointer, value, mask, **options)
         if mask is None:
-            _builder.create_store(pointer.handle, value.handle, None)
+            _builder.create_store(pointer.handle, value.handle, *_CACHING)
         else:
-            _builder.create_masked_store(pointer.handle, value.handle, mask.handle, None)
+            _builder.create_masked_store(pointer.handle, value.handle, mask.handle, *_CACHING)
 
     return store
 

@@ -5,14 +5,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
+from packaging.version import Version
 
 from tests.interpreter import INTERPRETING
 
 pytestmark = pytest.mark.skipif(not INTERPRETING, reason="a GPU interprets nothing")
 
 SHAPES = (None, (16,), (16, 1), (1, 16), (4, 16))
-NUMBERS = (0, 2, -3, 2**31 - 1, 2**40, 1.5, -0.0, 1e-40, 1e300, True, tl.constexpr(3), tl.constexpr(0.25))
+NUMBERS = (0, 2, -3, 2**31 - 1, 2**40, 1.5, 1e-40, True, tl.constexpr(3), tl.constexpr(0.25))
+if Version(triton.__version__) >= Version("3.9"):  # older ones take them for 0 and infinity; no kernel has them
+    NUMBERS += (-0.0, 1e300)
 
 
 def make(dtype: tl.dtype, shape: tuple[int, ...] | None, seed: int = 0):
