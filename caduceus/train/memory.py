@@ -1,5 +1,6 @@
 """The memory that is free for training, and the memory that parts of it take."""
 
+import gc
 import os
 import weakref
 from collections.abc import Callable
@@ -56,6 +57,7 @@ def kept_storages(block: nn.Module, *inputs: Any) -> list[torch.UntypedStorage]:
         outputs = block(*inputs)
     graph = [output.grad_fn for output in outputs]
     del outputs
+    gc.collect()  # what only a cycle of objects still holds is not kept
     kept = count.living()
     del graph  # the outputs held it
     return kept
