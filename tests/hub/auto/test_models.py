@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -236,6 +238,8 @@ def test_trainer_fine_tunes_saves_and_goes_on(tmp_path):
     first.train()
     losses = [row["loss"] for row in first.state.log_history if "loss" in row]
     assert len(losses) == 10 and sum(losses[-3:]) < sum(losses[:3])
+    if Version(transformers.__version__) < Version("4.48"):
+        pytest.skip("this Trainer of transformers cannot read its own checkpoints with today's torch")
     again = trainer(12)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10"))
     assert again.state.global_step == 12
