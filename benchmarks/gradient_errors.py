@@ -47,10 +47,7 @@ def main() -> None:
     parser.add_argument("--states", type=positive, default=4)
     options = parser.parse_or_leave()
     if options.device == "cpu":
-        from tests.ops.interpreted.conftest import multiply_as_tensor_cores, quicken_interpreter
-
-        quicken_interpreter()
-        multiply_as_tensor_cores()
+        import tests.ops.interpreted.conftest  # noqa: F401  It changes the interpreter.
     E, L, N = options.channels, options.length, options.states
     print(f"{datetime.date.today()} · {device_name(options.device)} · {E} channels, {L} tokens, {N} states\n")
     print("| way | dB rms | dB largest | dB bias | dC rms | dC largest | dC bias |\n|---|---|---|---|---|---|---|")

@@ -47,6 +47,16 @@ def test_the_training_step_is_measured():
         assert re.search(row, told), told
 
 
+def test_errors_of_gradients_stand_side_by_side():
+    told = run("gradient_errors.py", "--device", "cpu", "--channels", "32", "--length", "8", "--states", "4")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("| ")]
+    errors = {way: [abs(float(cell)) for cell in cells] for way, *cells in rows[1:]}
+    for way in ("fp32", "fp16, tiles (TF32)", "bf16, tiles (TF32)", "bf16, in warps"):
+        assert max(errors[way]) < (1e-5 if way == "fp32" else 0.1), told
+    assert errors["bf16, in warps"] == errors["bf16, in warps, kept states"]
+    assert errors["bf16, in warps"] != errors["bf16, tiles (TF32)"]
+
+
 def test_the_sweep_ends_with_the_best_of_each_op():
     sizes = ["--channels", "2", "--length", "8", "--states", "1", "--repeats", "1", "--minutes", "0.1"]
     told = run("gpu_sweep.py", "--device", "cpu", *sizes)

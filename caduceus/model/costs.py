@@ -59,8 +59,9 @@ def exponentials_per_base(model: CaduceusConfig) -> int:
     """Exponentials per base in the scans of each direction.
 
     Mamba computes the decay of E x N states in each of four passes: two forward, for the states of chunks and for the
-    outputs, and two backward, for the replayed states and for the gradients. Mamba-2 computes, for each head, the decay
-    from a base to every other base of its chunk: once forward, and backward once by torch or twice in kernels.
+    outputs, and two backward, for the adjoints of chunks and for the gradients. A fifth, which replays states that were
+    not kept, is recomputation and does not count. Mamba-2 computes, for each head, the decay from a base to every other
+    base of its chunk: once forward, and backward once by torch or twice in kernels.
     """
     of_mamba = 4 * model.d_inner * model.d_state
     passes = 3 if _scans_in_kernels(model) else 2

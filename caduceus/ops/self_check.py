@@ -53,7 +53,8 @@ class Case:
 
 
 def check_kernels(device: torch.device) -> None:
-    """Compare every Triton op on `device` with its definition, unless this was done before; it takes about a second.
+    """Compare every Triton op on `device` with its definition, unless this was done before. About eighty kernels are
+    compiled for it, which takes some minutes of a processor.
 
     Where the scan is right only without sums within a warp, it uses the other form from then on. Raises `UserError`,
     which names op, sizes and error, for the first wrong op.
