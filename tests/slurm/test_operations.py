@@ -21,6 +21,7 @@ from tests.slurm.small_runs import (
     job_of,
     runs,
     wait_for_end,
+    wait_until,
     wait_until_training,
 )
 
@@ -136,10 +137,13 @@ def sharding_as_arrays_gives_the_bytes_of_one_machine(on: Setting) -> None:
     shard_together(species, together)
     request = [*REQUEST, "--task-bases", "10k"]
     printed = shard_apart(species, apart, *request)
-    _, shares, merging = printed.split("squeue -j ")[1].split()[0].split(",")
+    species_alone, shares, merging = printed.split("squeue -j ")[1].split()[0].split(",")
     on.cluster.run("scancel", shares)
     assert wait_for_end(on.cluster, merging) == "CANCELLED", "it waits for shares that never come"
     assert not (apart / "manifest.json").exists()
+    for array in (species_alone, shares):  # the first goes on without the others
+        active = ("squeue", "--noheader", f"--jobs={array}")
+        wait_until(lambda active=active: on.cluster.run(*active).strip(), lambda jobs: not jobs, f"{array} to end")
     merging = shard_apart(species, apart, *request).split("merged by job ")[1].split()[0]
     assert wait_for_end(on.cluster, merging) == "COMPLETED"
     assert contents(apart) == contents(together)
