@@ -181,6 +181,22 @@ def test_a_cached_copy_that_rots_is_fetched_again(
     assert tokens(build_loader(config), 20) == expected
 
 
+def test_a_copy_that_rots_as_soon_as_it_appears_does_not_count_as_checked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shard, *_) = ShardedGenome(server.url, ShardCache(tmp_path)).table("fly", "train").shards
+    rename, later = Path.rename, []
+
+    def rename_and_rot(path: Path, target: Path) -> None:
+        rename(path, target)
+        target.write_bytes(bytes(shard.bytes))
+        later.append(ShardCache(tmp_path))  # of a start that begins now
+
+    monkeypatch.setattr(Path, "rename", rename_and_rot)
+    ShardCache(tmp_path).fetch(shard)
+    assert not later[0].has_checked(shard)
+
+
 def test_addresses_that_fail_are_one_clear_line(
     configure: Callable[..., Config], server: Server, tmp_path: Path
 ) -> None:
