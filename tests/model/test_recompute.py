@@ -1,11 +1,12 @@
 """The scan's inputs made again in the backward pass: the same bits, one scan, and less that is kept."""
 
+import gc
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from caduceus import CaduceusConfig, CaduceusForMaskedLM
@@ -140,3 +141,18 @@ def test_compiled_blocks_give_the_same_numbers(form: str) -> None:
         for compiled, expected in zip(results(model, input_ids, scan_inputs), plain, strict=True):
             # What is compiled adds up gradients in another order: a few roundings of fp32.
             torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_what_only_a_cycle_of_objects_holds_is_not_kept() -> None:
+    class Cyclic(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            cycle: list[Any] = [x.detach() * 2]
+            cycle.append(cycle)
+            return (x.exp().sin(),)
+
+    x = torch.ones(1000, requires_grad=True)
+    gc.disable()
+    try:
+        assert [storage.nbytes() for storage in kept_storages(Cyclic(), x)] == [4000], "exp's result, for sin"
+    finally:
+        gc.enable()
