@@ -67,6 +67,9 @@ def check_kernels(device: torch.device) -> None:
         return
     began = time.monotonic()
     count = 0
+    _log.info(
+        "ops: the Triton ops are compared with their definitions on %s, whose first time takes minutes", machine["card"]
+    )
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for case in _cases(device):
             for dtype in BOUNDS:
