@@ -159,5 +159,5 @@ class _Signal:
         found = np.full(end - start, np.nan)
         inside = max(start, 0), min(end, self.lengths[name])
         if inside[0] < inside[1]:
-            found[inside[0] - start : inside[1] - start] = self.file.values(name, *inside, numpy=True)
+            found[inside[0] - start : inside[1] - start] = self.file.values(name, *inside)
         return found
