@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from caduceus import ops
 from caduceus.errors import UserError
-from caduceus.files import fingerprint, sha256_of, write_atomically
+from caduceus.files import fingerprint, locked, read_json, sha256_of, write_atomically
 
 BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2}
 """Largest error of an output or gradient, relative to its largest value; a wrong term has an error of order 1.
@@ -36,6 +36,9 @@ WHOLE = 64, 256
 """(tokens, channels) of which nothing is left over: the kernels then take several in a turn and in a thread, and copy
 ahead, as they do in a training.
 """
+WAIT = 1800.0
+"""Seconds that a process waits for the check of another one, before it checks itself. A check takes some minutes."""
+_PAUSE = 0.5
 _IGNORED = -100
 _log = logging.getLogger(__name__)
 
@@ -54,17 +57,57 @@ class Case:
 
 def check_kernels(device: torch.device) -> None:
     """Compare every Triton op on `device` with its definition, unless this was done before. About eighty kernels are
-    compiled for it, which takes some minutes of a processor.
+    compiled for it, which takes some minutes of a processor; of the processes of a node one does it for all.
 
     Where the scan is right only without sums within a warp, it uses the other form from then on. Raises `UserError`,
     which names op, sizes and error, for the first wrong op.
     """
     machine = _machine(device)
     memory = _memory(machine)
-    with suppress(OSError, ValueError):  # absent, or damaged
-        if json.loads(memory.read_text()).get("sums") == "tiles":
+    with _in_turn(memory, machine["card"]):
+        known = _recall(memory)
+        if known is None:
+            _compare_all(device, machine)
+            with suppress(OSError):  # the next start checks again
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(memory, json.dumps(machine, indent=1).encode())
+        elif known.get("sums") == "tiles":
             _sum_in_tiles(machine)
-        return
+
+
+@contextmanager
+def _in_turn(memory: Path, card: str) -> Iterator[None]:
+    """A context that one process at a time enters, as long as there is no memory of a check.
+
+    So whoever waits finds the memory in the end. If the process before has died, or found an error, which it does not
+    remember, the next one checks for itself. Where files cannot be locked, or after WAIT seconds, it does so at once.
+    """
+    began, is_waiting = time.monotonic(), False
+    with ExitStack() as turn:
+        while _recall(memory) is None and time.monotonic() - began < WAIT:
+            try:
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                turn.enter_context(locked(memory.with_suffix(".lock"), wait=False))
+                break
+            except BlockingIOError:
+                if not is_waiting:
+                    _log.info("ops: another process compares the Triton ops on %s; this one waits for it", card)
+                is_waiting = True
+                time.sleep(_PAUSE)
+            except OSError:
+                break
+        yield
+
+
+def _recall(memory: Path) -> dict[str, str] | None:
+    """What a successful check has written; None where it is absent or damaged."""
+    with suppress(OSError):
+        known = read_json(memory)
+        return known if isinstance(known, dict) else None
+    return None
+
+
+def _compare_all(device: torch.device, machine: dict[str, str]) -> None:
     began = time.monotonic()
     count = 0
     _log.info(
@@ -81,9 +124,6 @@ def check_kernels(device: torch.device) -> None:
         machine["card"],
         time.monotonic() - began,
     )
-    with suppress(OSError):  # the next start checks again
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps(machine, indent=1).encode())
 
 
 def differentiate(function: Function, operands: Operands) -> Operands:
