@@ -32,10 +32,20 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         """Parse as argparse does. Called without arguments, the command prints its `start` and ends with status 2."""
+        self._tell_how_to_start(args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_known_intermixed_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As `parse_known_args`, through which Python 3.14 no longer goes."""
+        self._tell_how_to_start(args)
+        return super().parse_known_intermixed_args(args, namespace)
+
+    def _tell_how_to_start(self, args: Sequence[str] | None) -> None:
         if args is None and self._start is not None and len(sys.argv) == 1:
             print(with_commands(self._start).strip())
             self.exit(2)
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.removeprefix('argument ')}; see --help")

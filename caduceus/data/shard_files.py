@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from caduceus.data.cache import Shard, ShardCache
-from caduceus.patience import patiently
+from caduceus.patience import exists, patiently, status
 
 MAX_OPEN_FILES = 128
 """File descriptors that a process keeps open: hundreds of species have more shards than a process may open."""
@@ -55,7 +55,8 @@ class ShardFiles:
         if self._cache is None:
             return False
         self._descriptor(file)
-        return self._cache.has_checked(self.shards[file])
+        # Asked first: the copy that it speaks of may have taken the place of the one that is open here.
+        return self._cache.has_checked(self.shards[file]) and self._is_in_place(file)
 
     def genome_end(self, window: np.void) -> int:
         """Where the genome's bases of a window (WINDOW_DTYPE) end in the contig. Raises `OSError`.
@@ -85,17 +86,29 @@ class ShardFiles:
         return self._ends[file, offset]
 
     def forget(self, file: int) -> None:
-        """Close a file; a cached one is fetched again when it is next read."""
+        """Close a file; a cached one is fetched again when it is next read, unless another process has done this."""
+        is_newest = file not in self._open or self._is_in_place(file)
         if file in self._open:
             os.close(self._open.pop(file))
-        if self._cache:
+        if self._cache and is_newest:
             self.shards[file].path.unlink(missing_ok=True)
 
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 
+    def _is_in_place(self, file: int) -> bool:
+        """Whether the open file is the one that has the shard's name now."""
+        named = status(self.shards[file].path)
+        return named is not None and os.path.samestat(os.fstat(self._open[file]), named)
+
+    def _was_fetched_again(self, file: int) -> bool:
+        """Whether another process has replaced the open copy, as it found damage. An evicted copy is as good as any."""
+        return bool(self._cache) and not os.fstat(self._open[file]).st_nlink and exists(self.shards[file].path)
+
     def _descriptor(self, file: int) -> int:
+        if file in self._open and self._was_fetched_again(file):
+            os.close(self._open.pop(file))
         if file in self._open:
             self._open.move_to_end(file)
             return self._open[file]

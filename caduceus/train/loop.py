@@ -13,7 +13,7 @@ from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
 from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.distributed.strategy import Strategy
-from caduceus.errors import RetryError
+from caduceus.errors import RetryError, UserError
 from caduceus.monitor.rows import Monitor
 from caduceus.run.directory import RunDirectory
 from caduceus.train.best import Best
@@ -104,7 +104,7 @@ class Loop:
             if not self._pauses():
                 continue
             self._settle()
-            self.progress.health.refuse_to_go_on(self.config.train, self.run.logs_path)
+            self._require_health()
             if self.progress.health.spiked and self._rewound():
                 batches = iter(self.loader)
                 continue
@@ -161,6 +161,17 @@ class Loop:
             with self.strategy.ranks.agreeing(), self.run.telling_of_disks():
                 if self.strategy.ranks.is_main:
                     self.run.keep_best(self.progress.step, facts)
+
+    def _require_health(self) -> None:
+        """Raise `UserError` after too many bad steps, on all ranks; a checkpoint that is being written is finished
+        first.
+        """
+        try:
+            self.progress.health.refuse_to_go_on(self.config.train, self.run.logs_path)
+        except UserError:
+            with self.slowly("the checkpoint before the bad steps"):
+                self.checkpoints.wait()
+            raise
 
     def _rewound(self) -> bool:
         """Go back to the newest checkpoint; False where there is none."""

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from caduceus.config import Config
 from caduceus.data import ShardedGenome, build_loader, build_validation, cache
 from caduceus.data.cache import Prefetcher, Shard, ShardCache
 from caduceus.data.remote import RemoteError, join, read_chunks
+from caduceus.data.shard_files import ShardFiles
 from caduceus.errors import UserError
 from tests.data.shard_fixture import Species
 from tests.data.shard_server import Server
@@ -195,6 +197,32 @@ def test_a_copy_that_rots_as_soon_as_it_appears_does_not_count_as_checked(
     monkeypatch.setattr(Path, "rename", rename_and_rot)
     ShardCache(tmp_path).fetch(shard)
     assert not later[0].has_checked(shard)
+
+
+def whole(files: ShardFiles) -> bytes:
+    buffer = np.empty(files.shards[0].bytes, np.uint8)
+    files.read_into(0, 0, buffer)
+    return buffer.tobytes()
+
+
+def test_who_has_a_rotten_copy_open_reads_the_one_that_another_process_fetched(
+    shards: Path, server: Server, tmp_path: Path
+) -> None:
+    (shard, *_) = ShardedGenome(server.url, ShardCache(tmp_path)).table("fly", "train").shards
+    ShardCache(tmp_path).fetch(shard)
+    shard.path.write_bytes(bytes(shard.bytes))
+    slow, idle, quick = (ShardFiles([shard], ShardCache(tmp_path)) for _ in range(3))
+    assert not slow.is_checked(0) and not any(whole(slow)) and not any(whole(idle))
+    quick.forget(0)
+    assert quick.is_checked(0)
+    fresh = shard.path.stat()
+    idle.forget(0)  # it found the rot as well, later
+    assert os.path.samestat(shard.path.stat(), fresh)
+    assert slow.is_checked(0)
+    original = (shards / "fly" / shard.path.name).read_bytes()
+    assert whole(slow) == whole(idle) == whole(quick) == original
+    shard.path.unlink()  # evicted
+    assert whole(slow) == original and not shard.path.exists(), "what is open and whole is not fetched again"
 
 
 def test_addresses_that_fail_are_one_clear_line(

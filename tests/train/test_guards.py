@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def test_a_spike_is_a_multiple_of_the_running_mean_once_there_is_one() -> None:
 def test_too_many_skips_in_a_row_end_the_run_and_name_the_samples(small_run: SmallRun, monkeypatch) -> None:
     config = small_run.config("poisoned", train={"steps": 8, "max_skipped_steps": 2}, valid={"every": 0})
     poison(monkeypatch, first=4)
+    complete = RunDirectory.complete_checkpoint
+    monkeypatch.setattr(RunDirectory, "complete_checkpoint", lambda *given: (time.sleep(1), complete(*given))[1])
     with pytest.raises(UserError, match=r"train\.max_skipped_steps: .* 3 steps in a row; .*skipped-rank\*\.jsonl"):
         trainer.train(config)
     lines = (Path(config.run.dir) / "logs" / "skipped-rank0.jsonl").read_text().splitlines()
