@@ -55,6 +55,16 @@ def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, 
         from caduceus.ops.self_check import check_kernels
 
         check_kernels(device)
+        if model.mixer == "mamba":
+            _tell_sums(model.d_state)
+
+
+@cache
+def _tell_sums(states: int) -> None:
+    from caduceus.ops.triton.scan_launches import sums_in_warps
+
+    form = "sums within a warp" if sums_in_warps(torch.bfloat16, states) else "tiles"
+    _log.info("ops: in bf16 the scan of %d states takes %s for the gradients of B and C", states, form)
 
 
 def load_module(backend: str, tensor: Tensor) -> ModuleType:

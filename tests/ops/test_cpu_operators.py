@@ -9,6 +9,7 @@ from caduceus.ops import cpu
 from caduceus.ops.cpu import conv as conv_ops
 from caduceus.ops.cpu import scan as scan_ops
 from tests.ops.cases import bidirectional_inputs, block, make_scan, scan, with_gradients
+from tests.ops.fakes import AsTold, registered
 
 
 def _operator_inputs(gate=True):
@@ -91,3 +92,14 @@ def test_without_gradients_no_states_are_kept():
     _, scan_inputs = _operator_inputs()
     with torch.no_grad():
         assert scan_ops._scan(*scan_inputs, True, False, False)[2].numel() == 0
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_outputs_are_as_the_compiler_was_told(gate):
+    conv, scan_inputs = _operator_inputs(gate)
+    with AsTold() as told:
+        y = conv_ops._conv(*conv, gate, True)
+        y.backward(torch.randn(y.shape).transpose(0, 1).contiguous().transpose(0, 1))
+        y, final, _ = scan_ops._scan(*scan_inputs, True, gate, True)
+        (y.sum() + final.square().sum()).backward()
+    assert told.called == registered("cpu_")

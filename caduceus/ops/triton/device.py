@@ -86,3 +86,9 @@ def as_rows(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.flatten(0, -3)
     return tensor if tensor.stride(-1) == 1 and tensor.stride(-2) < 2**20 else tensor.contiguous()
+
+
+def in_pairs(tensor: Tensor) -> Tensor:
+    """Contiguous fp32 at an address that is a multiple of 8, as a GPU cannot load two numbers from other addresses."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.storage_offset() % 2 == 0 else tensor.clone()

@@ -15,7 +15,7 @@ from caduceus.ops.triton import scan_adjoint_kernels as adjoint_kernels
 from caduceus.ops.triton import scan_backward_kernels as backward_kernels
 from caduceus.ops.triton import scan_kernels as kernels
 from caduceus.ops.triton import scan_pieces_kernels as pieces_kernels
-from caduceus.ops.triton.device import LAUNCH, channel_block, device_of, places, wide_channel_block
+from caduceus.ops.triton.device import LAUNCH, channel_block, device_of, in_pairs, places, wide_channel_block
 from caduceus.ops.triton.scan_arithmetic import LOG2E
 
 PIECE = 8
@@ -75,7 +75,7 @@ class ScanKernels:
         self.given = operands
         self.u, self.dt = u.contiguous(), dt.contiguous()
         # Every thread reads all of B and C, two numbers per load.
-        self.B, self.C = (_in_pairs(t.float()) for t in (B, C))
+        self.B, self.C = (in_pairs(t.float()) for t in (B, C))
         # States in front of channels: neighbouring threads read neighbouring addresses. exp2 wants the factor log2(e).
         self.A = (A.float() * LOG2E.value).transpose(-1, -2).contiguous()
         # Absent operands are never read, but the kernels need a pointer.
@@ -265,8 +265,7 @@ class ScanKernels:
     def _reverse(
         self, item: int, count: int, dy: Tensor, adjoints: Tensor, kept: Tensor, pieces: Tensor, sums: tuple
     ) -> None:
-        # Where terms of dB and dC may be rounded to bf16 (as the sums are), and their number suits a warp.
-        in_warps = warp_sums and self.u.dtype == torch.bfloat16 and self.N % WARP_GROUP == 0 and self.block % 32 == 0
+        in_warps = sums_in_warps(self.u.dtype, self.N) and self.block % 32 == 0
         group = WARP_GROUP if in_warps else math.gcd(self.N, GROUP)
         parts = self.length % PIECE > 0, self.E % self.block > 0
         limit = {(True, False): WIDE_REGISTERS, (False, True): MASKED_REGISTERS}.get(parts)
@@ -343,7 +342,8 @@ class ScanKernels:
         return self.u.new_empty(*shape, dtype=torch.float32)
 
 
-def _in_pairs(tensor: Tensor) -> Tensor:
-    """Contiguous fp32 at an address that is a multiple of 8, as a GPU cannot load two numbers from other addresses."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.storage_offset() % 2 == 0 else tensor.clone()
+def sums_in_warps(dtype: torch.dtype, states: int) -> bool:
+    """Whether the gradients of B and C are summed within a warp: where their terms may be rounded to bf16, as the sums
+    are, and their number suits a warp. Else they are products in tiles.
+    """
+    return warp_sums and dtype == torch.bfloat16 and states % WARP_GROUP == 0

@@ -109,3 +109,23 @@ def test_what_tiles_do_not_mend_is_an_error(device, cache, monkeypatch):
     with pytest.raises(UserError, match="are wrong"):
         self_check.check_kernels(device)
     assert scan_launches.warp_sums and not remembered(cache)
+
+
+@pytest.mark.parametrize(
+    ("are_right", "states", "form"),
+    [(True, 16, "sums within a warp"), (False, 16, "tiles"), (True, 18, "tiles")],
+)
+def test_which_sums_the_scan_takes_is_said_once(are_right, states, form, caplog, monkeypatch):
+    def choose(device):
+        scan_launches.warp_sums = are_right
+
+    caplog.set_level(logging.INFO)
+    backends._tell_sums.cache_clear()
+    monkeypatch.setattr(scan_launches, "warp_sums", True)
+    monkeypatch.setattr(self_check, "check_kernels", choose)
+    monkeypatch.setattr(backends, "_cannot_launch", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for config in (CaduceusConfig(d_state=states), CaduceusConfig(d_state=states), CaduceusConfig(mixer="mamba2")):
+        backends.check_backend("triton", "cuda", torch.float32, config)
+    said = [r.getMessage() for r in caplog.records if "gradients of B and C" in r.getMessage()]
+    assert said == [f"ops: in bf16 the scan of {states} states takes {form} for the gradients of B and C"]

@@ -77,6 +77,24 @@ def test_a_block_compiles_whole(autocast, lengths, device):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.slow
+def test_a_block_lowered_by_inductor_has_the_same_gradients(device):
+    """Inductor's code checks the strides of what the ops give against those that it was told."""
+    torch.manual_seed(0)
+    model = CaduceusForMaskedLM(CaduceusConfig(d_model=8, n_layer=2, d_state=2, rcps=True), backend="triton")
+    block, inputs, results = model.blocks[1], torch.randn(2, 2, 1, 6, 8), []
+    with torch.autocast(device.type, torch.bfloat16):
+        for run in (block, torch.compile(block, fullgraph=True, backend="inductor")):
+            hidden, residual = inputs.clone().requires_grad_()
+            outputs = run(hidden, residual)
+            loss = sum(output.float().sin().sum() for output in outputs)
+            results.append([*outputs, *torch.autograd.grad(loss, [hidden, residual, *block.parameters()])])
+    for expected, lowered in zip(*results, strict=True):
+        assert lowered.stride() == expected.stride()
+        # It may round sums to 16 bits at other places.
+        torch.testing.assert_close(lowered, expected, rtol=0, atol=2**-7 * expected.abs().max().item())
+
+
 def test_what_is_recomputed_and_what_is_kept_change_no_bit(monkeypatch):
     monkeypatch.setattr(triton_scan, "chunk_length", lambda u: 8)
     torch.manual_seed(0)
