@@ -87,11 +87,15 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 def wait_until(ask: Callable[[], T], enough: Callable[[T], object], what: str) -> T:
-    """Ask until an answer is enough, and return it; after `PATIENCE` the test fails with the last one."""
-    deadline = time.monotonic() + PATIENCE
+    """Ask until an answer is enough, and return it; after `PATIENCE` the test fails with the last one.
+
+    Asking takes a tenth of the time: each question to SLURM starts a process, which the runs would have to wait for.
+    """
+    began = asked = time.monotonic()
     while not enough(answer := ask()):
-        assert time.monotonic() < deadline, f"waited {PATIENCE} s for {what}; at last: {answer!r}"
-        time.sleep(0.2)
+        assert asked < began + PATIENCE, f"waited {PATIENCE} s for {what}; at last: {answer!r}"
+        time.sleep(min(max(0.2, 10 * (time.monotonic() - asked)), 2))
+        asked = time.monotonic()
     return answer
 
 
