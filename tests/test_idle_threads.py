@@ -22,6 +22,7 @@ print((time.process_time() - before) / 20)
 """
 
 
+@pytest.mark.moderate
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of libgomp")
 def test_threads_of_torch_do_not_spin_for_long_after_an_operation():
     environment = {

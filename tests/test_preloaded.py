@@ -27,6 +27,7 @@ def both(command: list[Any], **options: Any) -> list[subprocess.CompletedProcess
     return [start(command, input="", **options) for start in (preloaded.run, subprocess.run)]
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     ("how", "session"), [([TOLD], False), (["-m", "tests.told_state"], True)], ids=["script", "module"]
 )
@@ -48,6 +49,7 @@ def test_a_forked_process_is_given_what_a_fresh_one_is(tmp_path: Path, how: list
     assert told["session"] == (0 if session else os.getsid(0))
 
 
+@pytest.mark.moderate
 def test_statuses_and_messages_are_those_of_a_fresh_process() -> None:
     for words, status in (["exit", "75"], 75), (["fail"], 1):
         forked, fresh = both([sys.executable, TOLD, *words])
@@ -56,6 +58,7 @@ def test_statuses_and_messages_are_those_of_a_fresh_process() -> None:
         assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
 
 
+@pytest.mark.moderate
 def test_two_of_them_draw_other_random_numbers() -> None:
     command = [sys.executable, TOLD, "random"]
     drawn = [preloaded.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
@@ -87,6 +90,7 @@ def test_it_is_killed_and_waited_for_as_any_child(number: int, status: int, heed
     assert not Path(f"/proc/{process.pid}").exists()
 
 
+@pytest.mark.moderate
 def test_what_tests_leave_behind_does_not_become_ours() -> None:
     """It would stay a zombie, and who looks whether it has ended would wait for good."""
     preloaded.run([sys.executable, TOLD, "exit", "0"], check=True)

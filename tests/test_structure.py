@@ -62,6 +62,7 @@ def test_files_that_start_first_are_there():
     assert not [name for name in LONGEST_FIRST if not (REPOSITORY / "tests" / name).is_file()]
 
 
+@pytest.mark.moderate
 def test_what_a_shared_file_system_says_is_asked_patiently():
     """`Path.exists` and its like raise an error that passes, or take it for absence."""
     local = ("caduceus/doctor", "caduceus/ops", "caduceus/hub/auto", "caduceus/commands.py", "caduceus/patience.py")

@@ -213,6 +213,7 @@ def test_a_resume_with_a_change_of_anything_else_makes_the_same_numbers(
         assert {key: now[key] for key in expected} == pytest.approx(expected, rel=2e-6)
 
 
+@pytest.mark.moderate
 def test_the_order_of_samples_cannot_be_changed_by_name_once_it_is_counted(halfway, tmp_path: Path) -> None:
     config = changed(halfway[0], "data.seq_len", tmp_path)
     config.run.allow_change = ["data.seq_len"]

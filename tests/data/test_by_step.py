@@ -77,6 +77,7 @@ def test_every_step_of_a_ramp_takes_the_samples_that_follow(ramp: BatchRamp, wor
         first += ramp.size(step)
 
 
+@pytest.mark.moderate
 def test_a_loader_on_a_ramp_resumes_where_it_stopped(shards: Path) -> None:
     config = config_of(shards, train={"batch_ramp": [[0, 4], [2, 12], [3, 8]]})
     loader = build_loader(config)
@@ -91,6 +92,7 @@ def test_a_loader_on_a_ramp_resumes_where_it_stopped(shards: Path) -> None:
         again.seek(12)
 
 
+@pytest.mark.moderate
 @settings(deadline=None, max_examples=15)
 @given(
     lengths=st.lists(st.integers(1, 2 * MIXTURE_BLOCK), min_size=1, max_size=3),
@@ -147,6 +149,7 @@ def test_the_share_of_masked_bases_follows_its_schedule(shards: Path) -> None:
     assert np.mean(shares[:2]) > 0.7 and np.mean(shares[30:]) == pytest.approx(0.2, abs=0.03)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(("objective", "pack"), [("mlm", True), ("next_base", False)])
 def test_regions_weigh_what_their_file_says(shards: Path, tmp_path: Path, pack: bool, objective: str) -> None:
     regions = [("c0", 10, 90, 0.5), ("c0", 90, 91, 4), ("c0", 395, 420, 0), ("c1", 300, 331, 2), ("elsewhere", 0, 9, 1)]
@@ -303,6 +306,7 @@ def with_everything(config: Config, shards: Path, bed: Path) -> Config:
     return replace(config, data=data, train=optimization)
 
 
+@pytest.mark.moderate
 def test_a_resume_has_the_numbers_of_a_run_without(shards: Path, tmp_path: Path) -> None:
     small = SmallRun(shards, tmp_path)
 

@@ -57,6 +57,7 @@ def test_batches_are_those_of_the_local_shards(
     assert not leftovers(tmp_path / "cache")
 
 
+@pytest.mark.moderate
 def test_batches_from_a_bucket(
     configure: Callable[..., Config], shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_a_bucket_that_cannot_be_reached_is_one_clear_line(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.moderate
 def test_a_second_start_and_other_ranks_fetch_nothing_again(
     configure: Callable[..., Config], server: Server, tmp_path: Path
 ) -> None:
@@ -138,6 +140,7 @@ def test_batches_are_right_while_shards_come_and_go(
         assert sum(path.stat().st_size for path in tars(tmp_path)) <= limit
 
 
+@pytest.mark.moderate
 def test_broken_connections_are_tried_again(
     configure: Callable[..., Config], server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,6 +228,7 @@ def test_who_has_a_rotten_copy_open_reads_the_one_that_another_process_fetched(
     assert whole(slow) == original and not shard.path.exists(), "what is open and whole is not fetched again"
 
 
+@pytest.mark.moderate
 def test_addresses_that_fail_are_one_clear_line(
     configure: Callable[..., Config], server: Server, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_file_runs_no_command(load: Callable[..., Config], mark: Path, shards:
     assert "\n" not in str(error.value) and not mark.exists()
 
 
+@pytest.mark.moderate
 def test_what_the_command_line_or_the_key_allows_runs_and_is_shown(
     load: Callable[..., Config], mark: Path, shards: Path, tar: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -93,6 +94,7 @@ def test_what_the_command_line_or_the_key_allows_runs_and_is_shown(
         assert load_config(tmp_path / "resolved.yaml").data.allow_commands
 
 
+@pytest.mark.moderate
 def test_a_run_remembers_what_was_allowed_and_its_configuration_does_not_hand_it_on(
     load: Callable[..., Config], mark: Path, shards: Path, tmp_path: Path
 ) -> None:
@@ -113,6 +115,7 @@ def test_a_run_remembers_what_was_allowed_and_its_configuration_does_not_hand_it
     assert not mark.exists()
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("change", ["another command", "another user", "damaged"])
 def test_what_was_allowed_is_for_these_commands_and_this_user(
     load: Callable[..., Config], mark: Path, shards: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +134,7 @@ def test_what_was_allowed_is_for_these_commands_and_this_user(
     open_all(load_config(run, ["data.allow_commands=true"]))  # as the line advises
 
 
+@pytest.mark.moderate
 def test_what_was_typed_allows_no_command_of_the_file(load: Callable[..., Config], mark: Path, tar: Path) -> None:
     for hidden in (f"pipe:touch {mark}", f"p{{ipe:touch {mark},}}", f"{tar}::pipe:touch {mark}"):
         config = load({"mode": "stream", "valid_path": hidden}, f"data.path=pipe:cat {tar}")

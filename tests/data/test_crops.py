@@ -40,6 +40,7 @@ def expected_crops(bases: str, windows: list, seq_len: int, min_acgt: float) -> 
     return crops
 
 
+@pytest.mark.moderate
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pieces=pieces,

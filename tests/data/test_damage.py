@@ -49,6 +49,7 @@ def tokens(batches: list[Batch]) -> list:
     return [(batch.g.tolist(), batch.input_ids.tolist(), batch.labels.tolist(), batch.substituted) for batch in batches]
 
 
+@pytest.mark.moderate
 def test_a_changed_base_is_found_and_its_window_replaced(
     configure: Callable[..., Config], damaged: Path, species: list[Species], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -50,6 +50,7 @@ def epoch_of(epochs: ShiftedEpochs, source: int, number: int) -> list[tuple[int,
     return list(zip(window.tolist(), begin.tolist(), strict=True))
 
 
+@pytest.mark.moderate
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 300), min_size=1, max_size=8),
@@ -76,6 +77,7 @@ def test_packed_epochs_have_every_base_once_wherever_they_are_cut(
     assert all(len(found) == 1 for found in shards.values())
 
 
+@pytest.mark.moderate
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     pieces=pieces,
@@ -130,6 +132,7 @@ def config_of(shards: Path, **data: object) -> Config:
     return config_from_dict({"data": values, "train": {"global_batch": 4, "micro_batch": 4}})
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("pack", [False, True])
 def test_samples_are_a_function_of_seed_and_number_alone(shards: Path, pack: bool) -> None:
     config, other = config_of(shards, pack=pack), config_of(shards, pack=pack)

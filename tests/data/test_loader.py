@@ -172,6 +172,7 @@ def test_slices_of_a_sequence_are_the_sequence(configure: Callable[..., Config])
         assert_same(joined, whole)
 
 
+@pytest.mark.moderate
 def test_weights_and_directories_mix_as_asked(tmp_path: Path, configure: Callable[..., Config]) -> None:
     bases = random_bases(np.random.default_rng(0), 1024)
 
@@ -194,6 +195,7 @@ def test_weights_and_directories_mix_as_asked(tmp_path: Path, configure: Callabl
             build_loader(configure(path=[{**path[0], "weight": weight}]))
 
 
+@pytest.mark.moderate
 def test_a_state_of_another_order_is_refused(configure: Callable[..., Config], tmp_path: Path) -> None:
     state = build_loader(configure()).state()
     build_loader(configure(workers=1, repeat_weight=0.5, train={"micro_batch": 8})).load_state(state)
@@ -217,6 +219,7 @@ def test_a_state_of_another_order_is_refused(configure: Callable[..., Config], t
         assert str(own[differing]) in str(refusal.value) and str(state[differing]) in str(refusal.value)
 
 
+@pytest.mark.moderate
 def test_validation_is_fixed_and_the_same_on_any_number_of_ranks(configure: Callable[..., Config]) -> None:
     def rows(world: int, micro_batch: int, **settings) -> dict[str, dict]:
         found: dict[str, dict] = {}

@@ -52,6 +52,7 @@ raise RuntimeError("the training went wrong")
 """
 
 
+@pytest.mark.moderate
 def test_a_training_that_fails_ends_with_its_workers(configure: Callable[..., Config], tmp_path: Path) -> None:
     save_config(configure(workers=2), tmp_path / "config.yaml")
     command = [sys.executable, "-c", FAILING_TRAINING, str(tmp_path / "config.yaml")]

@@ -126,6 +126,7 @@ def test_next_base_needs_no_masks() -> None:
     config_from_dict({"data": {"mask_prob": 0.0, "objective": "next_base"}, "model": {"bidirectional": False}})
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("kind", ["between windows", "stream"])
 def test_what_no_index_tells_is_found_while_training(
     over: Callable[..., Config], configure: Callable[..., Config], tmp_path: Path, kind: str

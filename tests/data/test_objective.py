@@ -69,6 +69,7 @@ def test_a_slice_masked_alone_is_the_slice_of_the_masked(length: int, span: int,
     assert (alone[1] == whole[1][:, first:end]).all()
 
 
+@pytest.mark.moderate
 def test_spans_are_labelled_together_and_begin_anywhere() -> None:
     span, rows = 25, 400
     bases, keys = as_rows(*("A" * 5_000 for _ in range(rows))), key(3, np.arange(rows))

@@ -36,6 +36,7 @@ def config_of(path: Path, seq_len: int = 64, **sections: dict) -> Config:
     return config_from_dict(values)
 
 
+@pytest.mark.moderate
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.integers(1, 400), min_size=1, max_size=12),
@@ -82,6 +83,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("short"), [Species("s", contigs(), splits, strands="random")])
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("strands", ["forward", "both"])
 @pytest.mark.parametrize("objective", ["mlm", "next_base"])
 def test_a_packed_row_predicts_what_each_of_its_sequences_predicts_alone(
@@ -130,6 +132,7 @@ def test_bases_of_a_row_are_those_of_the_genome(short: Path) -> None:
     assert strands == {"+", "-"} and len(crops.tables[0].windows) == 7
 
 
+@pytest.mark.moderate
 def test_windows_shorter_than_a_sequence_train_and_validate(short: Path, tmp_path: Path) -> None:
     config = SmallRun(short, tmp_path).config(
         "run",

@@ -114,6 +114,7 @@ def test_a_shard_that_another_process_fetches_does_not_hold_up_the_next(
         assert [path.name for path in tmp_path.glob("cache/*/*/*.tar")] == ["3.tar"]
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("shuffle_block", [1, 2])
 def test_reading_never_waits_where_the_server_keeps_up(
     configure: Callable[..., Config], tmp_path: Path, fetches: Fetches, shuffle_block: int

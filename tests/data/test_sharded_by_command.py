@@ -90,6 +90,7 @@ def test_batches_do_not_depend_on_the_stored_strands(
             assert torch.equal(torch.where(labels == IGNORE_LABEL, batch.input_ids[row], labels), truth)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("strands", ["forward", "random"])
 @pytest.mark.parametrize("stride", ["2000", "700"])
 def test_padding_is_never_read_as_the_genome(

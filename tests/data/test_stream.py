@@ -71,6 +71,7 @@ def usable_crops(sequences: list[str]) -> list[bytes]:
     return [CADUCEUS.encode(np.frombuffer(crop.encode(), np.uint8)).tobytes() for crop in crops]
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_samples_are_the_usable_crops(stream: Callable[..., Config], sequences: list[str], workers: int) -> None:
     loader = build_loader(stream(strands="forward", workers=workers))
@@ -138,6 +139,7 @@ def damaged(tars: str, tmp_path: Path) -> str:
     return tars
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_each_damaged_tar_is_told_and_counted_once(
     stream: Callable[..., Config], damaged: str, workers: int, caplog: pytest.LogCaptureFixture
@@ -157,6 +159,7 @@ def test_each_damaged_tar_is_told_and_counted_once(
         take(build_loader(stream(max_substituted=2, workers=workers)), 600)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("bad", [b"no tar", None, b"\0" * 10240])
 def test_a_tar_without_a_crop_ends_no_run(stream: Callable[..., Config], tmp_path: Path, bad: bytes | None) -> None:
     """However often one rank meets it in a row."""
@@ -169,6 +172,7 @@ def test_a_tar_without_a_crop_ends_no_run(stream: Callable[..., Config], tmp_pat
         assert loader.substituted == (bad != b"\0" * 10240)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_whole_tar_without_a_crop_is_told_once(
     stream: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
@@ -244,6 +248,7 @@ def test_validation_refuses_damage(stream: Callable[..., Config], damaged: str, 
             build_validation(stream(valid_path=f"{tmp_path}/{name}.tar", valid={"samples": 9}))
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_bytes_behind_a_compressed_tar_are_told_once_and_are_no_damage(
     stream: Callable[..., Config], tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture

@@ -167,6 +167,7 @@ def test_an_extension_may_hold_dots_and_is_a_whole_one(read: Callable) -> None:
     assert read(tar_of(members), "SEQ") == ({"a.fa.seq": b"ACGT", "b.seq": b"TTTT"}, None)
 
 
+@pytest.mark.moderate
 def test_a_name_that_comes_again_is_left_out_and_told_once(read: Callable) -> None:
     copies = b"".join(tar_of(named("s1"))[: 3 * BLOCK] for _ in range(8113))
     assert read(copies + tar_of(named("s2"))) == (

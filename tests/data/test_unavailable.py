@@ -47,6 +47,7 @@ def samples_of(shards: Path, name: str, loader: object, count: int) -> set[int]:
     }
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("status", [404, 403])
 def test_an_absent_shard_is_asked_for_once_and_its_samples_replaced_at_once(
     configure: Callable[..., Config],
@@ -74,6 +75,7 @@ def test_an_absent_shard_is_asked_for_once_and_its_samples_replaced_at_once(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_substitutes_depend_on_what_can_be_read_alone(
     configure: Callable[..., Config],
@@ -167,6 +169,7 @@ def test_a_server_that_stops_in_mid_run_ends_it(
     assert loader.substituted <= 100
 
 
+@pytest.mark.moderate
 def test_a_bucket_without_a_shard_and_then_without_a_server(
     configure: Callable[..., Config], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +189,7 @@ def test_a_bucket_without_a_shard_and_then_without_a_server(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_ends_with_one_line_and_status_2(
     configure: Callable[..., Config], server: Server, tmp_path: Path, workers: int
@@ -198,6 +202,7 @@ def test_training_ends_with_one_line_and_status_2(
     assert ".tar: the server refuses access (403); check the address and your credentials" in line
 
 
+@pytest.mark.moderate
 def test_the_metrics_count_what_was_replaced(configure: Callable[..., Config], server: Server, tmp_path: Path) -> None:
     server.statuses[ABSENT] = 404
     config = configure(path=server.url, cache_dir=str(tmp_path / "cache"), train={"steps": 3, "global_batch": 8})

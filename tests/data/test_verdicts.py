@@ -68,6 +68,7 @@ def _take(config: Config, positions: tuple[int, int], barrier: object) -> None:
     take(loader, 60)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_processes_that_meet_at_a_window_check_it_once(
     configure: Callable[..., Config],

@@ -117,6 +117,7 @@ print(opens)
 """
 
 
+@pytest.mark.moderate
 def test_opening_takes_as_many_opens_whatever_the_number_of_shards(dataset: Path, former: Path, one_more: Path) -> None:
     opens = {}
     for path in (dataset, one_more, former):
@@ -199,6 +200,7 @@ def test_tables_of_shards_elsewhere_are_fetched_once_and_checked(dataset: Path, 
         open_sources(config.data, "train")
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("damage", ["a byte", "a row", "no file", "a tar is cut", "a tar is gone"])
 def test_what_is_not_the_manifest_s_is_refused(dataset: Path, tmp_path: Path, damage: str) -> None:
     copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
@@ -222,6 +224,7 @@ def test_what_is_not_the_manifest_s_is_refused(dataset: Path, tmp_path: Path, da
         assert not shard_genome(["--verify", str(copy)])
 
 
+@pytest.mark.moderate
 def test_a_dataset_of_the_former_version_gets_tables_by_the_command_that_made_it(
     dataset: Path, former: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,6 +153,7 @@ def test_mistakes_name_their_option(fasta: Path, tmp_path: Path, option: tuple[s
         shard("--fasta", fasta, "--species", "s", "--out", tmp_path / "out", *option)
 
 
+@pytest.mark.moderate
 def test_exit_status_and_stderr_of_a_mistake(tmp_path: Path) -> None:
     script = REPOSITORY / "data_prep" / "shard_genome.py"
     arguments = ("--fasta", tmp_path / "no.fa", "--species", "s", "--out", tmp_path / "out")

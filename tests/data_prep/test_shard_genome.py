@@ -126,5 +126,6 @@ def test_same_bytes_with_any_number_of_workers_and_from_any_directory(genome: Pa
     }
 
 
+@pytest.mark.moderate
 def test_verify_finds_a_sound_dataset_sound(dataset: Path) -> None:
     assert "sound" in shard("--verify", dataset)

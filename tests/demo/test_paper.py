@@ -34,6 +34,7 @@ def test_arms_see_as_many_bases_at_both_scales(name: str) -> None:
             assert abs(untied / tied - 1) < 0.1
 
 
+@pytest.mark.moderate
 def test_the_published_scale_is_a_command_for_each_arm(tmp_path: Path) -> None:
     _, *lines = paper.published("tying", tmp_path, 3, [])
     for line, arm in zip(lines, ("tied", "untied"), strict=True):

@@ -81,6 +81,7 @@ def config_of(keys: dict[str, Any]) -> Config:
     return config_from_dict(values)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("case", CASES)
 def test_passes_never_wait_for_a_gpu(fake_gpu, case: str) -> None:
     config = config_of(CASES[case])

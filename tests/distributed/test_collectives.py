@@ -40,6 +40,7 @@ def calls_of(rank: int, parallel: dict[str, Any]) -> list[Call]:
     return recorder.calls
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("name", KEYS)
 def test_ranks_of_a_group_agree_in_what_they_exchange_and_when(name: str) -> None:
     """Else they would wait for each other without end. First and last ranks of nodes and of samples."""

@@ -81,6 +81,7 @@ def nbytes(tensors: list[Tensor]) -> int:
     return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", KEYS)
 def test_a_rank_holds_and_sends_what_the_formula_says(name: str, accumulation: int) -> None:

@@ -75,6 +75,7 @@ def _watched(config: Any) -> list[tuple[list[Call], list[str]]]:
     return [(recorder.calls[a:b], found[c:d]) for (a, c), (b, d) in itertools.pairwise(turns)]
 
 
+@pytest.mark.moderate
 def test_ranks_meet_once_a_step_and_a_host_reads_once(small_shards: Path, tmp_path: Path) -> None:
     """Beside the exchanges of passes and clipping. The first step agrees on failures at once, DDP tells in the second
     how it orders gradients, and after the last no step follows that its row could wait for."""

@@ -27,6 +27,7 @@ def rows_of(config: Config) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if key not in CLOCK_KEYS} for row in rows]
 
 
+@pytest.mark.moderate
 def test_it_is_the_mean_over_its_labelled_bases(two_species: Path, tmp_path: Path) -> None:
     """Against a loop over single sequences; in fp64, so but for rounding."""
     config = config_of(LAYOUTS[0], two_species, tmp_path / "run", accumulation=2, steps=1, precision="fp64")

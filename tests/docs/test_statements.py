@@ -53,6 +53,7 @@ def test_options_that_a_page_names_are_there(page: Path, code: str) -> None:
     ] == []
 
 
+@pytest.mark.moderate
 def test_names_that_the_architecture_gives_are_those_of_the_code(code: str) -> None:
     named = [text for text in quoted(REPOSITORY / "docs" / "architecture.md") if re.fullmatch(r"_?[A-Za-z]\w+", text)]
     assert len(named) > 30

@@ -49,6 +49,7 @@ def run(two_species: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirec
     return RunDirectory.open(config.run.dir)
 
 
+@pytest.mark.moderate
 def test_it_names_every_entry_of_every_row(run: RunDirectory) -> None:
     found = {key.partition("/")[0] for row in run.metrics() for key in row}
     assert found - {"eval"} <= named(ROWS)

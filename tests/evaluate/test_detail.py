@@ -78,6 +78,7 @@ def test_regions_accuracy_and_confusion_are_those_of_single_bases(small_shards: 
             assert told[f"valid_confusion/{true}{taken}"] == pytest.approx(pairs[true, taken] / total)
 
 
+@pytest.mark.moderate
 def test_the_strands_of_a_ps_agree_and_those_of_a_ph_do_not(small_shards: Path) -> None:
     assert validated(config_of(small_shards, rcps=True))["valid_rc_disagreement"] < 1e-12
     config = config_of(small_shards, rcps=False)

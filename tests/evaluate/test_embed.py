@@ -223,6 +223,7 @@ def test_parts_of_other_options_are_not_taken(tmp_path: Path, genome: Path, monk
         assert np.array_equal(found["embeddings"], embed(runner, texts, EmbedOptions(layer=0)))
 
 
+@pytest.mark.moderate
 def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, small_shards: Path, model_folder, refused) -> None:
     vcf = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\n"
     other = "A" if bases(genome, 1, 99, 100) != "A" else "C"

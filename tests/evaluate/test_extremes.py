@@ -74,6 +74,7 @@ def test_they_are_those_with_the_most_and_least_loss(small_run: SmallRun) -> Non
         )
 
 
+@pytest.mark.moderate
 def test_a_run_keeps_and_draws_them_or_leaves_them_out(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing.Drawing, "keep", lambda self, step, windows: kept.append((step, windows)))
     kept: list = []

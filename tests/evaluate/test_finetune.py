@@ -92,6 +92,7 @@ def test_classes_are_learnt_and_predicted_as_measured(kind: str, tmp_path: Path)
     assert other == pytest.approx(outputs, abs=1e-5)
 
 
+@pytest.mark.moderate
 def test_values_are_learnt_in_their_scale(tmp_path: Path) -> None:
     result = finetune(Runner(made("ps", torch.float32)), tables(tmp_path, None), tmp_path / "out", options(probe=True))
     assert result["task"]["classes"] is None and result["metric"] == "pearson"
@@ -100,6 +101,7 @@ def test_values_are_learnt_in_their_scale(tmp_path: Path) -> None:
         assert found["pearson"]["mean"] > least and found["mse"]["mean"] < 0.75 * 0.75, method
 
 
+@pytest.mark.moderate
 def test_a_frozen_model_trains_its_head_alone(tmp_path: Path) -> None:
     given = tables(tmp_path, ["1", "2", "10"])
     runner = Runner(made("ph", torch.float32))
@@ -113,6 +115,7 @@ def test_a_frozen_model_trains_its_head_alone(tmp_path: Path) -> None:
     assert np.array(written["p_10"], dtype=float) == pytest.approx(outputs[:, 2], abs=1e-5)
 
 
+@pytest.mark.moderate
 def test_a_command_that_was_killed_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, runner = tables(tmp_path, ["0", "1"]), Runner(made("ps", torch.float32))
     chosen = options(seeds=2, fit={"epochs": 3})
@@ -136,6 +139,7 @@ def test_a_command_that_was_killed_gives_the_same(tmp_path: Path, monkeypatch: p
     assert len(rows[0]) == 12 and rows[0][3]["step"] == 3 and "valid_mcc" in rows[0][3]
 
 
+@pytest.mark.moderate
 def test_training_ends_early_where_nothing_improves(tmp_path: Path) -> None:
     given, runner = tables(tmp_path, ["0", "1"]), Runner(made("ps", torch.float32))
     chosen = options(metric="accuracy", fit={"epochs": 30, "patience": 2, "lr": 1e-12})
@@ -143,6 +147,7 @@ def test_training_ends_early_where_nothing_improves(tmp_path: Path) -> None:
     assert (result["best_epoch"], result["epochs"]) == (1, 3)
 
 
+@pytest.mark.moderate
 def test_the_best_epoch_is_kept_or_the_last_where_none_can_be_told(tmp_path: Path) -> None:
     runner, given = Runner(made("ps", torch.float32)), tables(tmp_path, None)
     both = {"train": given["train"], "valid": given["test"]}
@@ -176,6 +181,7 @@ def test_a_sequence_gives_the_same_whatever_is_beside_it(kind: str, pool: str) -
         assert cnn(sequences).numpy() == pytest.approx(alone.numpy(), abs=1e-12)
 
 
+@pytest.mark.moderate
 def test_micro_batches_add_up_to_their_batch(tmp_path: Path) -> None:
     given, runner = tables(tmp_path, ["0", "1"]), Runner(made("ps"))
     losses = [
@@ -189,6 +195,7 @@ def test_micro_batches_add_up_to_their_batch(tmp_path: Path) -> None:
         assert torch.allclose(tensor, weights[1][name], atol=1e-7), name
 
 
+@pytest.mark.moderate
 def test_a_fit_is_a_run_that_is_watched_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -225,6 +232,7 @@ def test_examples_come_once_an_epoch_whatever_the_ranks() -> None:
     assert sorted([*taken[0], *taken[1], *taken[2]]) == list(range(11)) and taken[0] != taken[3]
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("kind", ["ps", "ph"])
 def test_adapters_are_low_rank_and_merge_into_the_model(kind: str, tmp_path: Path) -> None:
     given, runner = tables(tmp_path, ["poor", "rich"]), Runner(made(kind, torch.float32))
@@ -289,6 +297,7 @@ def test_predict_takes_any_file_of_sequences(tmp_path: Path, evaluate) -> None:
     assert found["name"] == ["a", "b"] and list(found) == ["name", "prediction", "p_0", "p_1"]
 
 
+@pytest.mark.moderate
 def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None:
     good = write_table(tmp_path / "good.csv", 0, 10, ["0", "1"])
     files = {

@@ -28,6 +28,7 @@ def bases_of(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
 
+@pytest.mark.moderate
 def test_each_of_several_labels_is_learnt(tmp_path: Path) -> None:
     tables = {}
     for seed, (name, count) in enumerate((("train", 80), ("test", 40))):
@@ -77,6 +78,7 @@ def write_by_base(path: Path, seed: int, count: int, letters: bool) -> LabelledT
     return LabelledTable(path)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     ("letters", "frozen"),
     [

@@ -27,6 +27,7 @@ def write_lists(path: Path, seed: int, count: int) -> LabelledTable:
     return LabelledTable(path)
 
 
+@pytest.mark.moderate
 def test_several_values_are_learnt_each_in_its_scale(tmp_path: Path) -> None:
     tables = {name: write_lists(tmp_path / f"{name}.parquet", n, 60) for n, name in enumerate(("train", "test"))}
     runner = Runner(made("ps", torch.float32))

@@ -189,6 +189,7 @@ def test_windows_lie_at_the_same_bases_on_both_strands(kind: str, tmp_path: Path
         assert means[row] == pytest.approx(np.concatenate(expected), abs=1e-12)
 
 
+@pytest.mark.moderate
 def test_eqtls_are_told_apart_by_distance_and_the_same_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +273,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         assert message in str(caught.value) and "s.yaml" in str(caught.value)
 
 
+@pytest.mark.moderate
 def test_variants_of_a_genome_are_ranked_by_chromosome_and_the_same_after_a_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 import gzip
 from pathlib import Path
 
+import pytest
+
 from caduceus.evaluate.alleles import Allele, prepare
 from caduceus.evaluate.columns import read_columns
 from caduceus.evaluate.model import Runner
@@ -14,6 +16,7 @@ from tests.evaluate.conftest import made, text_of
 from tests.evaluate.test_variants import WINDOW
 
 
+@pytest.mark.moderate
 def test_every_odd_vcf_gives_a_result_or_one_line(shared_data: Path, tmp_path: Path, model_folder, evaluate, refused):
     model, chromosome = model_folder("ps"), shared_data / "human" / "20.fa.gz"
     for path in sorted((shared_data / "variants" / "odd_vcf").iterdir()):
@@ -30,6 +33,7 @@ def test_every_odd_vcf_gives_a_result_or_one_line(shared_data: Path, tmp_path: P
     assert not (tmp_path / "refused.vcf").exists()
 
 
+@pytest.mark.moderate
 def test_yeast_variants_fit_their_genome_and_swapped_ones_are_found(shared_data: Path, tmp_path: Path) -> None:
     yeast = shared_data / "yeast"
     file = VariantSource(yeast / "sacCer3_sample_variants.vcf.gz", yeast / "sacCer3.fa.gz").read()
@@ -39,6 +43,7 @@ def test_yeast_variants_fit_their_genome_and_swapped_ones_are_found(shared_data:
     assert sum(variant.swapped for variant in prepare(turned, file.genome, "swap")) == 1000
 
 
+@pytest.mark.moderate
 def test_mistakes_end_in_one_line(tmp_path: Path, genome: Path, model_folder, refused) -> None:
     text = text_of(genome)["chr1"]
     ref = text[99]

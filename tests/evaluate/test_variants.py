@@ -85,6 +85,7 @@ def some_alleles(text: str) -> list[Allele]:
     return [Allele("chr1", *row, "test") for row in found]
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("kind", ["ps", "ph", "plantcad2"])
 def test_scores_equal_a_slow_computation(kind: str, genome: Path) -> None:
     model, windows = made(kind), Windows(genome)

@@ -13,6 +13,7 @@ from tests.evaluate.conftest import made
 from tests.evaluate.test_suite_kinds import write_parquet
 
 
+@pytest.mark.moderate
 def test_scores_of_another_window_or_genome_are_not_taken(tmp_path: Path) -> None:
     write_random_fasta(tmp_path / "a.fa", 0, {"chr1": 300})
     text = "".join((tmp_path / "a.fa").read_text().upper().split("\n")[1:])

@@ -153,6 +153,7 @@ def test_a_shard_that_is_missing_is_named(golden, tmp_path):
         hub.load(tmp_path)
 
 
+@pytest.mark.moderate
 def test_show_says_what_a_folder_holds(golden, tmp_path, capsys):
     write("shards", golden, tmp_path)
     status, out, _ = call(capsys, "show", str(tmp_path))
@@ -175,6 +176,7 @@ def test_show_says_what_a_folder_holds(golden, tmp_path, capsys):
     assert (status, out, err.count("\n")) == (2, "", 1) and "no such folder or file" in err
 
 
+@pytest.mark.moderate
 def test_an_export_keeps_the_order_of_the_complement_and_tells_of_its_run(tmp_path, capsys):
     run = make_run(tmp_path / "run", small_model())
     rows = [

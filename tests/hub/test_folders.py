@@ -77,6 +77,7 @@ def test_tied_weights_may_stand_under_one_name_only(tmp_path, golden_ps, file):
     assert equal_models(hub.load_published(tmp_path), expected)
 
 
+@pytest.mark.moderate
 def test_saving_replaces_an_earlier_export_and_nothing_else(tmp_path):
     hub.save_published(small_model(), tmp_path / "export")
     other = small_model(d_model=10)
@@ -103,6 +104,7 @@ def test_a_failed_save_leaves_the_earlier_export(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+@pytest.mark.moderate
 def test_export_takes_a_run_a_checkpoint_or_an_import(tmp_path, capsys):
     model = small_model(fused_add_norm=False)
     make_run(tmp_path / "run", model)

@@ -51,6 +51,7 @@ def test_one_dataset_of_shards_serves_both_vocabularies(small_shards, tmp_path):
     assert torch.equal(first.input_ids == CADUCEUS.mask, second.input_ids == PLANTCAD.mask)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("mixer", [{}, {"mixer": "mamba2", "headdim": 8, "d_state": 8}])
 def test_a_run_in_plantcads_vocabulary_trains_and_comes_back_from_an_export(mixer, small_shards, tmp_path):
     config = SmallRun(small_shards, tmp_path).config("run", model={"vocab_size": 8, **mixer}, train={"steps": 4})

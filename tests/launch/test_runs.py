@@ -119,6 +119,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(run, steer, text, ca
         steer("stop", str(broken))
 
 
+@pytest.mark.moderate
 def test_a_reader_that_has_seen_enough(run):
     (run.path / "submissions.json").write_text(
         json.dumps([{"jobs": ["7"], "executor": "local", "logs": str(run.logs_path), "request": {}}])

@@ -134,6 +134,7 @@ def test_the_estimate_of_longer_contexts_on_more_gpus(launch, capsys, millions, 
         launch("--dry-run", "--config", config, "--nodes", str(nodes), "--cluster", "h100x8", *layout)
 
 
+@pytest.mark.moderate
 def test_commands_do_not_wait_for_torch():
     check = "import sys, launch.runs, launch.slurm; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY).returncode == 0

@@ -29,6 +29,7 @@ def run(launch, fake_slurm, small_config) -> RunDirectory:
     return RunDirectory("run")
 
 
+@pytest.mark.moderate
 def test_the_job_gets_the_changed_settings(run, launch, small_config):
     changed = ["train.micro_batch=1", "checkpoint.every=1", "train.lr=1e-3", "run.allow_change=[train.lr]"]
     assert launch("--config", small_config, *REQUEST, "--nodes", "2", "run.dir=run", *changed) == 0
@@ -36,6 +37,7 @@ def test_the_job_gets_the_changed_settings(run, launch, small_config):
     assert (config.train.micro_batch, config.checkpoint.every, config.train.lr) == (1, 1, 1e-3)
 
 
+@pytest.mark.moderate
 def test_resuming_changes_settings_and_nodes(run, steer):
     assert steer("resume", "run", "--nodes", "2", "train.micro_batch=1", "parallel.context=2") == 0
     assert (run.config().train.micro_batch, run.config().parallel.context) == (1, 2)
@@ -124,6 +126,7 @@ def test_of_two_submissions_of_a_run_at_once_one_is_taken(
         assert len(fake_slurm.asked("sbatch")) == 1
 
 
+@pytest.mark.moderate
 def test_a_run_with_a_live_job_is_not_started_here_either(run, launch, fake_slurm, small_config):
     fake_slurm.answer("squeue", "echo '7|7_N/A|RUNNING|None'")
     for cluster in ("local", "debug"):

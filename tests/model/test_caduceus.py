@@ -72,6 +72,7 @@ def test_equals_the_published_computation_with_flips(config, length):
     torch.testing.assert_close(model(input_ids).logits, published_logits(model, input_ids), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.moderate
 @settings(max_examples=20, deadline=None)
 @given(config=configs.map(lambda c: CaduceusConfig(**{**vars(c), "rcps": True})), length=st.integers(1, 11))
 def test_reverse_complement_gives_the_reverse_complement(config, length):
@@ -88,6 +89,7 @@ def test_reverse_complement_gives_the_reverse_complement(config, length):
     torch.testing.assert_close(final[1], final[0].flip(0, 2), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.moderate
 @settings(max_examples=20, deadline=None)
 @given(config=configs | configs.map(with_mamba2), length=lengths, before=st.integers(0, 5), after=st.integers(0, 5))
 def test_padding_changes_nothing_at_real_positions(config, length, before, after):

@@ -41,6 +41,7 @@ def names_of_a_run(two_species: Path, directory: Path, monkeypatch: pytest.Monke
     return {name for row in RunDirectory.open(config.run.dir).metrics() for name in wandb_row(row)}
 
 
+@pytest.mark.moderate
 def test_it_shows_what_runs_tell(two_species: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = names_of_a_run(two_species, tmp_path, monkeypatch)
     sections = layout()["sections"]
@@ -62,6 +63,7 @@ def test_it_shows_what_runs_tell(two_species: Path, tmp_path: Path, monkeypatch:
     assert all(re.match("valid/(best|rc_disagreement|accuracy_)", name) for name in left if name.startswith("valid"))
 
 
+@pytest.mark.moderate
 def test_the_command_saves_it(
     server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

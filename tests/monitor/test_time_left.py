@@ -88,6 +88,7 @@ def told(path: Path) -> dict[int, float | None]:
     return {row["step"]: row.get("seconds_left") for row in RunDirectory(path).metrics() if "loss" in row}
 
 
+@pytest.mark.moderate
 def test_it_is_right_whatever_compiled_and_validated_and_the_same_wherever_it_is_shown(
     small_run: SmallRun, timed: Clock, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def test_operators_keep_the_rules_of_torch(gate):
     )
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_in_one_graph(compiler):
     inputs = bidirectional_inputs(2, 2)

@@ -96,6 +96,7 @@ def test_exp2(dtype, apply):
     assert np.isnan(apply(vectors.exp2, np.array([np.nan], dtype))).all()
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("apply", [lanewise, elementwise])
 def test_softplus_and_sigmoid(dtype, apply):
@@ -172,6 +173,7 @@ print(*vectors_of_rows.stats.cache_hits.values())
 """
 
 
+@pytest.mark.moderate
 def test_compiled_code_is_kept_until_any_source_changes(tmp_path):
     """A kernel contains code of `vectors`, whose types are in its cache as well."""
     sources = tmp_path / "caduceus" / "ops" / "cpu"

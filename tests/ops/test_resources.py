@@ -26,6 +26,7 @@ def backwards(x_ptr, stride):
         tl.store(at + n * stride, numbers[47 - n])
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_kernel_that_spills_is_found(capability):
     from tests.ops.aot import resources

@@ -5,6 +5,7 @@ import pytest
 from tests.interpreter import INTERPRETED, OF_MODELS, run_interpreted
 
 
+@pytest.mark.moderate
 def test_interpreted_kernels():
     run_interpreted("not slow")
 

@@ -170,6 +170,7 @@ def edited(config: Config) -> str:
     return OmegaConf.to_yaml(config_to_dict(config)).replace("lr: 0.008", "lr: 0.001")
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     "harm",
     [

@@ -25,6 +25,7 @@ def kinds(run: Path) -> list[tuple[str, int]]:
     return [(event["event"], event["step"]) for event in read_events(run)]
 
 
+@pytest.mark.moderate
 def test_starts_checkpoints_and_ends_are_kept_over_starts(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_run.config("run", train={"steps": 4}, valid={"every": 0}, run={"time_budget_minutes": 1e-6})
     run = Path(config.run.dir)

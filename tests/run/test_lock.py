@@ -111,6 +111,7 @@ def test_a_rank_whose_torchrun_is_gone_is_waited_for_until_it_ends(
     assert "which is stopping as its torchrun is gone" in caplog.text
 
 
+@pytest.mark.moderate
 def test_of_several_starts_after_a_killed_one_a_single_one_trains(start: Callable, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(lock, "ENDING_SECONDS", 0.5)
     holder = start(LEAVES_A_CHILD, tmp_path)

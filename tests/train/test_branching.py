@@ -28,12 +28,14 @@ def branch(small_run: SmallRun, trunk: Config, step: int = 8, **keys: object) ->
     return small_run.config("branch", train=values, valid={"every": 0}, checkpoint={"every": 3})
 
 
+@pytest.mark.moderate
 def test_the_checkpoint_where_the_rate_begins_to_fall_is_kept(trunk: Config) -> None:
     assert [checkpoint.step for checkpoint in RunDirectory(trunk.run.dir).checkpoints()] == [8, 12]
     rates = [row["lr"] for row in numbers(trunk.run.dir)]
     assert rates[2:9] == [8e-3] * 7 and rates[8:] == sorted(rates[8:], reverse=True) and rates[11] < 2e-3
 
 
+@pytest.mark.moderate
 def test_a_branch_makes_the_numbers_of_the_run_that_it_left_also_when_it_stops(
     small_run: SmallRun, trunk: Config
 ) -> None:
@@ -44,6 +46,7 @@ def test_a_branch_makes_the_numbers_of_the_run_that_it_left_also_when_it_stops(
     assert numbers(config.run.dir) == numbers(trunk.run.dir)[8:]
 
 
+@pytest.mark.moderate
 def test_a_longer_branch_stays_at_its_rate_first(small_run: SmallRun, trunk: Config) -> None:
     config = branch(small_run, trunk, steps=13, decay_steps=3)
     assert train(config) == 0
@@ -85,6 +88,7 @@ def test_a_link_that_moves_on_and_a_damaged_checkpoint_are_refused(small_run: Sm
     weights.write_bytes(whole)
 
 
+@pytest.mark.moderate
 def test_once_the_rate_falls_the_end_stays(small_run: SmallRun, trunk: Config) -> None:
     config = branch(small_run, trunk)
     assert train(config) == 0

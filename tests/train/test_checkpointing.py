@@ -118,6 +118,7 @@ def test_a_failed_save_is_told_when_asked_and_leaves_the_older_one(config, run, 
     assert sorted(path.name for path in run.checkpoints_path.iterdir()) == ["latest", "step-00000001"]
 
 
+@pytest.mark.moderate
 def test_saving_behind_the_training_or_not_makes_the_same_run(small_run: SmallRun) -> None:
     runs = [small_run.config(str(behind), checkpoint={"every": 3, "async": behind}) for behind in (True, False)]
     for config in runs:
@@ -128,6 +129,7 @@ def test_saving_behind_the_training_or_not_makes_the_same_run(small_run: SmallRu
         assert (one.path / "__0_0.distcp").read_bytes() == (other.path / "__0_0.distcp").read_bytes()
 
 
+@pytest.mark.moderate
 def test_the_run_stops_with_a_checkpoint_when_its_time_is_up(small_run: SmallRun) -> None:
     config = small_run.config("timed", run={"dir": str(small_run.directory / "timed"), "time_budget_minutes": 1e-6})
     assert train(config) == EXIT_REQUEUE
@@ -139,6 +141,7 @@ def test_the_run_stops_with_a_checkpoint_when_its_time_is_up(small_run: SmallRun
     assert numbers(config.run.dir) == numbers(undisturbed.run.dir)
 
 
+@pytest.mark.moderate
 def test_old_checkpoints_that_cannot_be_removed_cost_no_new_one(small_run: SmallRun, monkeypatch, caplog) -> None:
     def refuse(*_: object) -> None:
         raise OSError(39, "Directory not empty")
@@ -191,6 +194,7 @@ def leave_free(disk: Path, room: int) -> None:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - room)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("background", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_disk_that_fills_at_any_moment_of_a_save_is_told_truly(config: Config, tmp_path: Path, background) -> None:
     config.checkpoint.async_ = background

@@ -54,6 +54,7 @@ def config_of(small_run: SmallRun, name: str, graphs: str, **train: object) -> C
     return config
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     "keys",
     [{}, pytest.param({"activation_checkpointing": "block", "precision": "bf16"}, marks=pytest.mark.slow)],
@@ -74,6 +75,7 @@ def test_replayed_passes_train_the_same_bits(
     assert numbers(replayed.run.dir) == rows
 
 
+@pytest.mark.moderate
 def test_gradients_of_a_skipped_step_are_gone(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     as_on_a_gpu(monkeypatch)
     replay, calls = captured.Captured.replay, iter(range(100))

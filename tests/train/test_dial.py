@@ -71,6 +71,7 @@ def test_rates_scale_by_kinds_that_models_have() -> None:
         assert {group.get("lr_scale", 1) for group in groups} == {1, 0.5}
 
 
+@pytest.mark.moderate
 def test_the_table_stands_before_the_run(monkeypatch, capsys) -> None:
     words = ["--dry-run", "--config", "auto", "size=300M", "data.path=x", "--nodes", "2", "--gpus-per-node", "8"]
     monkeypatch.setattr("sys.argv", ["slurm.py", *words])

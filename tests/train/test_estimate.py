@@ -80,6 +80,7 @@ def test_memory_of_a_process_on_a_cpu():
         assert found.memory_bytes - 2**29 == pytest.approx(measured, rel=0.1), mode
 
 
+@pytest.mark.moderate
 def test_auto_recomputes_what_does_not_fit_a_gpu():
     def modes(seq_len: int) -> list:
         modes = ("none", "auto", "scan", "block")

@@ -168,6 +168,7 @@ def test_ranks_share_evaluations_and_train_as_without(small_run: SmallRun, input
             assert rows[step][key] == pytest.approx(expected[step][key], abs=1e-5), (name, key)
 
 
+@pytest.mark.moderate
 def test_the_best_checkpoint_stays(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.3, 0.9, 0.5, 0.2, 0.95])
     monkeypatch.setattr(in_loop._HeldOut, "run", lambda self, runner, ranks: {"loss": next(values)})
@@ -193,6 +194,7 @@ def test_the_best_checkpoint_stays(small_run: SmallRun, monkeypatch: pytest.Monk
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [5]
 
 
+@pytest.mark.moderate
 def test_an_evaluation_that_fails_costs_its_numbers(
     small_run: SmallRun, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,6 +210,7 @@ def test_an_evaluation_that_fails_costs_its_numbers(
     assert [(event["step"], event["name"]) for event in told] == [(2, "clinvar"), (4, "clinvar")]
 
 
+@pytest.mark.moderate
 def test_a_stop_leaves_an_evaluation_for_the_next_start(
     small_run: SmallRun, inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,6 +230,7 @@ def test_a_stop_leaves_an_evaluation_for_the_next_start(
     assert set(evaluated(config)) == {(2, "clinvar"), (4, "clinvar")}
 
 
+@pytest.mark.moderate
 def test_mistakes_refuse_the_start_in_one_line(small_run: SmallRun, inputs: dict[str, Any]) -> None:
     clinvar, lines = inputs["clinvar"], inputs["lines"]
     for one, message in [

@@ -57,6 +57,7 @@ def test_too_many_skips_in_a_row_end_the_run_and_name_the_samples(small_run: Sma
     assert RunDirectory(config.run.dir).checkpoints()[-1].step == 3
 
 
+@pytest.mark.moderate
 def test_a_skipped_step_leaves_the_parameters_alone(small_run: SmallRun, monkeypatch) -> None:
     config = small_run.config("skipping", train={"steps": 3}, checkpoint={"every": 1, "keep": 0}, valid={"every": 0})
     poison(monkeypatch, first=2, last=2)
@@ -66,6 +67,7 @@ def test_a_skipped_step_leaves_the_parameters_alone(small_run: SmallRun, monkeyp
     assert not all(torch.equal(after[name], later[name]) for name in after)
 
 
+@pytest.mark.moderate
 def test_a_spike_rewinds_to_the_checkpoint_and_goes_on_with_later_samples(small_run: SmallRun, monkeypatch) -> None:
     monkeypatch.setattr(guards, "LOSS_MEMORY", 3)
     train = {"steps": 8, "spike_factor": 3.0}
@@ -108,6 +110,7 @@ def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, m
     assert sample["g"] == 11 and sample["end"] - sample["start"] == 128
 
 
+@pytest.mark.moderate
 def test_a_loss_that_always_jumps_ends_the_run(small_run: SmallRun, monkeypatch) -> None:
     monkeypatch.setattr(guards, "LOSS_MEMORY", 3)
     train = {"steps": 8, "spike_factor": 3.0}

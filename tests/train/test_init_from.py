@@ -37,6 +37,7 @@ def first_loss(config: Config, folder: Path) -> float:
     return (sum(o.loss_sum.sum() for o in outputs) / sum(o.weight_sum.sum() for o in outputs)).item()
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("name", ["plantcad1_ps_fused", "ps_mamba2_fused"])
 def test_a_run_begins_at_the_loss_of_the_weights(small_run: SmallRun, tmp_path: Path, name: str) -> None:
     published(name, tmp_path / "golden")
@@ -48,6 +49,7 @@ def test_a_run_begins_at_the_loss_of_the_weights(small_run: SmallRun, tmp_path: 
     assert numbers(config.run.dir)[0]["loss"] == pytest.approx(first_loss(config, tmp_path / "golden"), rel=1e-5)
 
 
+@pytest.mark.moderate
 def test_another_run_goes_on_at_another_length_and_needs_the_weights_no_more(
     small_run: SmallRun, tmp_path: Path
 ) -> None:
@@ -68,6 +70,7 @@ def test_another_run_goes_on_at_another_length_and_needs_the_weights_no_more(
     assert numbers(halved.run.dir) == numbers(whole.run.dir)
 
 
+@pytest.mark.moderate
 def test_weights_of_another_model_are_refused_by_name_before_anything_is_written(
     small_run: SmallRun, tmp_path: Path
 ) -> None:
@@ -88,6 +91,7 @@ def test_weights_of_another_model_are_refused_by_name_before_anything_is_written
         small_run.config("both", train={"init_from": "x", "decay_from": "y", "schedule": "wsd"})
 
 
+@pytest.mark.moderate
 def test_exports_are_made_while_the_run_goes_on(small_run: SmallRun) -> None:
     config = small_run.config("run", train={"steps": 5}, checkpoint={"every": 3, "keep": 1, "export_every": 2})
     assert train(config) == 0
@@ -102,6 +106,7 @@ def test_exports_are_made_while_the_run_goes_on(small_run: SmallRun) -> None:
     assert "| steps | 4 |" in (folder / "step-00000004" / "README.md").read_text()
 
 
+@pytest.mark.moderate
 def test_an_export_that_fails_costs_no_more_than_itself(small_run: SmallRun, caplog) -> None:
     config = small_run.config("run", train={"steps": 2}, checkpoint={"export_every": 1}, valid={"every": 0})
     RunDirectory.create_or_resume(config).release()

@@ -166,6 +166,7 @@ def test_a_run_that_stops_makes_the_same_numbers(small_run: SmallRun, whole: Con
     assert numbers(config.run.dir) == numbers(whole.run.dir)
 
 
+@pytest.mark.moderate
 def test_what_is_exported_is_the_average_that_was_validated(whole: Config) -> None:
     last = numbers(whole.run.dir)[-1]
     validation = build_validation(whole)

@@ -18,6 +18,7 @@ from caduceus.train.trainer import train
 from tests.train.conftest import SmallRun, numbers
 
 
+@pytest.mark.moderate
 def test_steps_are_profiled_and_the_run_is_the_same(small_run: SmallRun, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     sections = {"train": {"steps": 5}, "valid": {"every": 0}, "checkpoint": {"every": 9}}
@@ -62,6 +63,7 @@ def test_on_a_gpu_a_snapshot_of_its_memory_lies_beside_the_trace(
     assert "-memory.pickle" in told and "aten::cumsum" in told
 
 
+@pytest.mark.moderate
 def test_a_profile_that_cannot_be_kept_is_one_warning(small_run: SmallRun, caplog: pytest.LogCaptureFixture) -> None:
     config = small_run.config("run", train={"steps": 2}, valid={"every": 0}, monitor={"profile": "1:1"})
     RunDirectory.create_or_resume(config).release()
@@ -73,6 +75,7 @@ def test_a_profile_that_cannot_be_kept_is_one_warning(small_run: SmallRun, caplo
     assert len(warnings) == 2 and "no profile was made" in warnings[0] and "give steps after 2" in warnings[1]
 
 
+@pytest.mark.moderate
 def test_mistakes_are_told(small_run: SmallRun) -> None:
     assert profiled_steps("10:13") == (10, 13) and profiled_steps("100:110") == (100, 110)
     assert profiled_steps(load_config("demo", ["monitor.profile=10:13"]).monitor.profile) == (10, 13)

@@ -49,6 +49,7 @@ def foretold(way: tuple[int, int], least: int, lean: int, full: int) -> int:
     return least + inputs * lean + (LAYERS - 1 - whole - inputs) * full
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(  # a micro-batch of 8 is alone in its step, one of 4 comes with gradients in memory
     ("rcps", "micro_batch", "precision"),
     [
@@ -109,6 +110,7 @@ def test_a_run_in_little_memory_has_the_numbers_of_one_with_plenty(small_run, mo
         assert numbers(config.run.dir) == numbers(plain.run.dir)
 
 
+@pytest.mark.moderate
 def test_it_says_so_where_even_recomputing_does_not_fit(small_run, monkeypatch, caplog) -> None:
     pretend_that_free_is(monkeypatch, 1000)
     with caplog.at_level(logging.INFO):

@@ -19,6 +19,7 @@ def resolved_of(directory: str) -> dict:
     return OmegaConf.to_container(OmegaConf.load(RunDirectory(directory).resolved_path))
 
 
+@pytest.mark.moderate
 def test_what_was_decided_is_logged_once_as_a_table_and_written_down(small_run: SmallRun, caplog) -> None:
     train_keys = {"steps": 30, "activation_checkpointing": "auto"}
     config = small_run.config("run", model={"n_layer": 2}, train=train_keys, valid={"every": 0})
@@ -38,6 +39,7 @@ def test_what_was_decided_is_logged_once_as_a_table_and_written_down(small_run: 
     assert RunDirectory(config.run.dir).config().parallel.strategy == "auto", "config.yaml is as asked for"
 
 
+@pytest.mark.moderate
 def test_what_is_asked_for_is_not_decided(small_run: SmallRun) -> None:
     config = small_run.config(
         "run",
@@ -51,6 +53,7 @@ def test_what_is_asked_for_is_not_decided(small_run: SmallRun) -> None:
     assert resolved_of(config.run.dir) == {}
 
 
+@pytest.mark.moderate
 def test_a_run_with_its_decisions_asked_for_makes_the_same_numbers(small_run: SmallRun) -> None:
     config = small_run.config("asked", train={"steps": 12})
     assert train(config) == 0
@@ -64,6 +67,7 @@ def test_a_run_with_its_decisions_asked_for_makes_the_same_numbers(small_run: Sm
     assert resolved_of(again.run.dir) == {}
 
 
+@pytest.mark.moderate
 def test_with_more_steps_the_warm_up_stays_and_the_table_says_so(small_run: SmallRun, caplog) -> None:
     config = small_run.config("run", train={"steps": 10}, valid={"every": 0}, checkpoint={"every": 5})
     assert train(config) == 0
@@ -103,6 +107,7 @@ def cards_of(rank: int, names: list[str | None]) -> dict[str, int]:
         return setup._gpus(ranks)
 
 
+@pytest.mark.moderate
 def test_the_cards_of_all_ranks_are_told() -> None:
     told = on_ranks(3, cards_of, ["NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"])
     assert told == [{"NVIDIA A100-SXM4-80GB": 2, "NVIDIA H100 80GB HBM3": 1}] * 3

@@ -85,6 +85,7 @@ def whole(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
     return config
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("step", [3, 4, 5], ids=["before the border", "at the border", "after the border"])
 def test_a_run_killed_near_the_border_goes_on_to_the_same_bits(whole: Config, step: int) -> None:
     config = goes_on_after(whole, step)
@@ -92,6 +93,7 @@ def test_a_run_killed_near_the_border_goes_on_to_the_same_bits(whole: Config, st
     assert_same_run(config, whole)
 
 
+@pytest.mark.moderate
 def test_a_stop_as_a_stage_ends_is_a_stop_of_the_run(
     small_run: SmallRun, whole: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_stop_as_a_stage_ends_is_a_stop_of_the_run(
     assert_same_run(config, whole)
 
 
+@pytest.mark.moderate
 def test_a_failure_as_the_next_stage_begins_loses_nothing(
     small_run: SmallRun, whole: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +131,7 @@ def test_a_failure_as_the_next_stage_begins_loses_nothing(
     assert [checkpoint.step for checkpoint in RunDirectory(config.run.dir).checkpoints()] == [4, 7], "4 ends a stage"
 
 
+@pytest.mark.moderate
 def test_rows_and_checkpoints_tell_the_stage(whole: Config) -> None:
     run = RunDirectory(whole.run.dir)
     rows = [row for row in numbers(run.path) if "loss" in row]
@@ -149,6 +153,7 @@ def test_rows_and_checkpoints_tell_the_stage(whole: Config) -> None:
     assert "| sequence length | 64, then 256 |" in (run.path / "card" / "README.md").read_text()
 
 
+@pytest.mark.moderate
 def test_a_stage_is_to_its_samples_and_rates_what_a_run_of_its_own_would_be(small_run: SmallRun, whole: Config) -> None:
     keys = {**LONG, "seed": 1}  # grows by one with each stage
     alone = small_run.config("alone", data={"seq_len": keys.pop("seq_len")}, train=keys, valid={"every": 0})
@@ -174,6 +179,7 @@ def test_the_optimizer_goes_on_through_the_border(whole: Config) -> None:
     assert {int(state["step"]) for state in strategy.optimizer.state.values()} == {7}
 
 
+@pytest.mark.moderate
 def test_a_spike_after_the_border_goes_back_to_it(small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = staged(small_run, "spiked", checkpoint={"every": 100}, valid={"every": 0})
     may_update, calls = Health.may_update, itertools.count(1)
@@ -190,6 +196,7 @@ def test_a_spike_after_the_border_goes_back_to_it(small_run: SmallRun, monkeypat
     assert [row["samples"] for row in rows[3:]] == [32, 36, 38, 40]  # on with those that follow the spike
 
 
+@pytest.mark.moderate
 def test_stages_to_come_may_change_and_those_begun_may_not(small_run: SmallRun) -> None:
     short = {**SHORT, "steps": 2}
     config = staged(small_run, "run", short, valid={"every": 0})

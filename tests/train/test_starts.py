@@ -86,6 +86,7 @@ ELSEWHERE = ("matplotlib", "pyfaidx", "wandb", "data_prep", "caduceus.evaluate.i
 """What only reports, evaluations and W&B need."""
 
 
+@pytest.mark.moderate
 def test_a_training_imports_nothing_that_it_may_do_without() -> None:
     code = "import sys, json, caduceus.train.__main__, caduceus.train.trainer; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=REPOSITORY)

@@ -23,6 +23,7 @@ def losses(config: Config) -> list[float]:
     return [row["loss"] for row in numbers(config.run.dir) if "loss" in row]
 
 
+@pytest.mark.moderate
 def test_two_runs_with_one_seed_have_identical_metrics(small_run: SmallRun) -> None:
     first, second = small_run.config("first"), small_run.config("second", data={"workers": 2})
     assert train(first) == train(second) == 0
@@ -36,6 +37,7 @@ def test_two_runs_with_one_seed_have_identical_metrics(small_run: SmallRun) -> N
     assert losses(third) != losses(first)
 
 
+@pytest.mark.moderate
 def test_micro_batches_do_not_change_the_run(small_run: SmallRun) -> None:
     whole, pieces = (
         small_run.config(str(size), train={"steps": 4, "micro_batch": size}, valid={"every": 0}) for size in (8, 1)
@@ -46,12 +48,14 @@ def test_micro_batches_do_not_change_the_run(small_run: SmallRun) -> None:
     assert losses(pieces) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@pytest.mark.moderate
 def test_training_lowers_the_loss_from_its_start(small_run: SmallRun) -> None:
     config = small_run.config("long", train={"steps": 40, "micro_batch": 8, "lr": 1e-2}, valid={"every": 0})
     train(config)
     assert losses(config)[0] > 2 and losses(config)[-1] < 1.6
 
 
+@pytest.mark.moderate
 def test_bf16_autocast_stays_close_to_fp32(small_run: SmallRun) -> None:
     fp32, bf16 = (
         small_run.config(name, train={"steps": 4, "precision": name}, valid={"every": 0}) for name in ("fp32", "bf16")
@@ -62,6 +66,7 @@ def test_bf16_autocast_stays_close_to_fp32(small_run: SmallRun) -> None:
     assert losses(bf16) == pytest.approx(losses(fp32), rel=2e-2)  # 8 bits of mantissa
 
 
+@pytest.mark.moderate
 def test_next_base_objective_trains_the_unidirectional_baseline(small_run: SmallRun) -> None:
     model = {"rcps": False, "bidirectional": False}
     keys = {"steps": 40, "micro_batch": 8, "lr": 1e-2}
@@ -70,6 +75,7 @@ def test_next_base_objective_trains_the_unidirectional_baseline(small_run: Small
     assert losses(config)[-1] < 1.6
 
 
+@pytest.mark.moderate
 def test_compile_and_checkpointing_change_nothing(small_run: SmallRun) -> None:
     plain = small_run.config("plain", train={"steps": 3})
     recomputed = small_run.config("recomputed", train={"steps": 3, "activation_checkpointing": "block"})
@@ -167,6 +173,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(small_run: SmallRun
     assert run.checkpoints()[-1].step == stopped_after + 2
 
 
+@pytest.mark.moderate
 def test_save_makes_a_checkpoint_and_goes_on(small_run: SmallRun) -> None:
     config = small_run.config("saving", checkpoint={"every": 1000, "keep": 0})
     run = RunDirectory.create_or_resume(config)
@@ -177,6 +184,7 @@ def test_save_makes_a_checkpoint_and_goes_on(small_run: SmallRun) -> None:
     assert not (run.path / "SAVE").exists()
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(("how", "told"), [("bit flipped", "sha256"), ("truncated", "bytes instead of")])
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, caplog, how: str, told: str) -> None:
     steps = {"steps": 6}
@@ -191,6 +199,7 @@ def test_a_damaged_newest_checkpoint_costs_only_its_steps(small_run: SmallRun, c
     assert numbers(damaged.run.dir) == numbers(whole.run.dir)
 
 
+@pytest.mark.moderate
 def test_where_the_only_checkpoint_is_damaged_the_run_starts_again(small_run: SmallRun, caplog) -> None:
     checkpoint = {"every": 2, "keep": 1}
     whole, damaged = (
@@ -212,6 +221,7 @@ def test_where_the_only_checkpoint_is_damaged_the_run_starts_again(small_run: Sm
     assert run.checkpoints()[0].damage() is None
 
 
+@pytest.mark.moderate
 def test_where_the_newest_of_two_is_damaged_the_other_stays_until_there_is_a_new_one(small_run: SmallRun) -> None:
     config = small_run.config("run", train={"steps": 4}, checkpoint={"every": 2, "keep": 2})
     train(config)
@@ -232,6 +242,7 @@ def damage(checkpoint: Path, how: str) -> None:
     weights.write_bytes(content[:-1] if how == "truncated" else content)
 
 
+@pytest.mark.moderate
 def test_a_checkpoint_of_another_model_or_dataset_is_refused(small_run: SmallRun, tmp_path: Path) -> None:
     train(small_run.config("run", train={"steps": 3}))
     with pytest.raises(UserError, match=r"model\.d_state=4, not 8"):

@@ -24,6 +24,7 @@ def without_vitals(row: dict[str, float]) -> dict[str, float]:
     return {key: value for key, value in row.items() if not key.startswith(ADDED)}
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("how", [{}, {"activation_checkpointing": "block"}])
 def test_they_change_no_bit_of_the_run(small_run: SmallRun, how: dict[str, str]) -> None:
     sections = {"train": {"steps": 4, **how}, "checkpoint": {"every": 9}}
@@ -35,6 +36,7 @@ def test_they_change_no_bit_of_the_run(small_run: SmallRun, how: dict[str, str])
     assert all({f"grad_norm/{kind}" for kind in KINDS} < row.keys() for row in always if "loss" in row)
 
 
+@pytest.mark.moderate
 def test_norms_ratios_and_epochs_are_those_of_the_first_update(small_run: SmallRun) -> None:
     config = small_run.config("run", train={"steps": 1, "warmup_steps": 0, "clip_norm": 0.01}, monitor={"every": 1})
     config.monitor.report, config.train.precision, config.valid.every = False, "fp64", 0

@@ -63,6 +63,7 @@ def plain_read(text: bytes) -> Contigs:
     return {name: "".join(lines) for name, lines in contigs.items()}
 
 
+@pytest.mark.moderate
 @settings(max_examples=60, deadline=None)
 @given(fasta_files(), st.sampled_from(["plain", "gzip", "bgzip"]), st.integers(1, 400), st.data())
 def test_any_fasta(folder, file, compression, block, data):
@@ -78,6 +79,7 @@ def test_any_fasta(folder, file, compression, block, data):
     check(open_genome(path, cache_of(path)), contigs, data)  # by the tables of the first opening
 
 
+@pytest.mark.moderate
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(

@@ -135,6 +135,7 @@ def _read_one(genome) -> bytes:
     return genome.read("a", 0, 200_000)
 
 
+@pytest.mark.moderate
 def test_two_processes_build_the_cache_at_once(tmp_path):
     bases = np.frombuffer(b"ACGT", np.uint8)[np.random.default_rng(2).integers(0, 4, 400_000)].tobytes()
     path = tmp_path / "genome.fa.gz"

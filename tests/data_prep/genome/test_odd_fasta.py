@@ -54,6 +54,7 @@ def test_records_that_are_appended_to_a_gzip_file_as_text_are_refused(folder, co
     assert open_genome(settled(path), cache_of(path)).contigs == {"a": 12, "b": 4, "c": 4}
 
 
+@pytest.mark.moderate
 def test_what_was_passed_over_is_told_once_by_the_command(tmp_path):
     path = tmp_path / "rna.fa"
     path.write_bytes(b"\n>a\n" + b"ACGU" * 600 + b"\n>b\n" + b"ACGU" * 600 + b"\n")

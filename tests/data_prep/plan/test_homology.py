@@ -96,6 +96,7 @@ def relatives(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.moderate
 def test_train_has_no_near_copy_of_what_any_species_holds_out(relatives: Path) -> None:
     out, plain = relatives / "out", relatives / "plain"
     options = ("--window", 40_000, "--genomes", relatives / "both.yaml", "--workers", 2)
@@ -141,6 +142,7 @@ def test_train_has_no_near_copy_of_what_any_species_holds_out(relatives: Path) -
         shard(*options, "--out", relatives / "new", "--homology", 1.5)
 
 
+@pytest.mark.moderate
 def test_a_share_below_the_levels_of_the_report_is_left_out_as_well(tmp_path: Path) -> None:
     rng = np.random.default_rng(7)
     held_out, train = random_bases(rng, 20_000).upper(), random_bases(rng, 30_000).upper()
@@ -152,6 +154,7 @@ def test_a_share_below_the_levels_of_the_report_is_left_out_as_well(tmp_path: Pa
     assert STRETCH <= 30_250 - part["report"]["splits"]["train"]["bases"] <= 2 * STRETCH
 
 
+@pytest.mark.moderate
 def test_no_window_of_train_has_a_near_stretch_wherever_it_begins(tmp_path: Path) -> None:
     """What one copy leaves out lets windows begin elsewhere, and hold another that no window held before."""
     rng = np.random.default_rng(8)

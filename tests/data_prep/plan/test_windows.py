@@ -88,6 +88,7 @@ def bases_as_segments(intervals: list) -> list[list[int]]:
     return union(array(intervals)).tolist()
 
 
+@pytest.mark.moderate
 @given(
     text=st.text("ACGTacgtNNNNNR", min_size=1, max_size=LENGTH),
     train=interval_lists,
@@ -137,6 +138,7 @@ def test_every_base_of_a_contig_is_accounted_for(
             assert sum(end - start for start, end in rows[split]) == len(covered_by[split]), "each base in one window"
 
 
+@pytest.mark.moderate
 @given(
     texts=st.lists(st.text("ACGTNNNNNR", min_size=1, max_size=LENGTH), min_size=1, max_size=4),
     data=st.data(),
@@ -173,6 +175,7 @@ def test_contigs_together_are_cut_as_each_alone(texts, data, mode, tail, window,
         assert getattr(together, counts) == {key: sum(count[key] for count in each) for key in each[0]}
 
 
+@pytest.mark.moderate
 def test_a_draft_genome_is_planned_in_seconds(tmp_path) -> None:
     names = [f"a_contig_name_of_more_than_24_letters_{number}" for number in range(30_000)]
     genome = SimpleNamespace(notes=(), contigs=dict.fromkeys(names, 1500), descriptions={}, path=tmp_path, sha256="")

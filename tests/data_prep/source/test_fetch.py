@@ -239,6 +239,7 @@ def test_unwritable_folder(server, tmp_path):
         fetch(server.url, tmp_path / "file" / "sub")
 
 
+@pytest.mark.moderate
 def test_command_line(server, tmp_path):
     command = [sys.executable, fetch_genome.__file__]
     done = subprocess.run([*command, server.url, "--out", tmp_path], capture_output=True, text=True, check=True)

@@ -144,6 +144,7 @@ def test_weights_of_species(genomes: Path, tmp_path: Path, weights: str, power: 
     assert found == pytest.approx({name: given_weight[name] * train[name] ** power for name in train}, rel=1e-12)
 
 
+@pytest.mark.moderate
 def test_added_or_merged_species_equal_one_run(genomes: Path, tmp_path: Path) -> None:
     together, added, merged = tmp_path / "together", tmp_path / "added", tmp_path / "merged"
     shard("--genomes", write_yaml(genomes), "--out", together, "--workers", 1)
@@ -254,6 +255,7 @@ def test_another_species_is_not_added_unasked(genomes: Path, shards) -> None:
     assert tree_digest(out) == before and times == {path: path.stat().st_mtime_ns for path in times}
 
 
+@pytest.mark.moderate
 def test_indexes_are_rebuilt_from_tars(shards) -> None:
     out, _ = shards("--valid-contigs", "chr2", "--window", 300)
     before = tree_digest(out)

@@ -89,6 +89,7 @@ def test_finished_shards_are_kept_when_a_run_goes_on(fasta: Path, undisturbed: P
     assert not list(out.rglob(".*.tmp"))
 
 
+@pytest.mark.moderate
 def test_leftovers_of_a_kill_at_the_very_end_are_removed(fasta: Path, undisturbed: Path, dataset: Path) -> None:
     (dataset / "s" / ".unfinished.jsonl").write_text("{}\n")
     (dataset / ".manifest.json.7.tmp").write_text("{")
@@ -136,6 +137,7 @@ def test_a_second_run_into_the_directory_refuses(fasta: Path, dataset: Path) -> 
             shard("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS)
 
 
+@pytest.mark.moderate
 def test_a_full_disk_is_a_clean_error_and_resumable(fasta: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The limit on file sizes stands for the full disk: both make `write` fail in the middle of a tar."""
     out = tmp_path / "out"

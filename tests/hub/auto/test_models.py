@@ -210,6 +210,7 @@ def test_losses_of_the_heads_are_those_of_transformers(ps):
     assert output.logits.shape == (*labels.shape, 4) and output.loss.isfinite()
 
 
+@pytest.mark.moderate
 def test_trainer_fine_tunes_saves_and_goes_on(tmp_path):
     torch.manual_seed(0)
     config = CaduceusConfig(d_model=8, n_layer=1, d_state=2, rcps=True)

@@ -79,6 +79,7 @@ def test_the_code_is_the_packages_own_and_imports_nothing_of_it():
         assert {f"{module}.py" for module in imported} <= files.keys()
 
 
+@pytest.mark.moderate
 def test_published_code_and_tokens_can_be_named_instead(tmp_path, capsys):
     for name, tokenizer in (("ps_fused", "CaduceusTokenizer"), ("plantcad1_ps_fused", "PreTrainedTokenizerFast")):
         golden, folder = load_golden(name), tmp_path / name

@@ -1,6 +1,7 @@
 """Columns of rows as bins."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -8,6 +9,7 @@ from caduceus.monitor.report import bins as module
 from caduceus.monitor.report.bins import Bins, Jumps, binned, outlined
 
 
+@pytest.mark.moderate
 @settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.integers(0, 900), max_size=6), st.integers(0, 2**32 - 1))
 def test_bins_are_those_of_all_rows_at_once_however_they_come(blocks: list[int], seed: int) -> None:

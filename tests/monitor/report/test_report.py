@@ -209,6 +209,7 @@ def test_events_stand_on_the_axis_and_in_the_table(tmp_path: Path) -> None:
         assert len(re.findall("<use ", marks)) == count
 
 
+@pytest.mark.moderate
 def test_state_of_a_run_that_failed_or_was_left(tmp_path: Path) -> None:
     watched = Watched(tmp_path / "run", mode="disabled")
     watched.go_on(1, 10, stopped=True)
@@ -233,6 +234,7 @@ def test_long_runs_are_drawn_by_bins(tmp_path: Path) -> None:
     assert_drawn(points, middles, middles)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     "damage", ["no folder", "foreign", "no rows", "empty rows", "damaged rows", "config", "config type"]
 )
@@ -259,6 +261,7 @@ def test_what_is_no_run_with_rows_is_one_line(watched: Watched, tmp_path: Path, 
     assert not target.exists() and not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.moderate
 def test_a_report_that_cannot_be_made_is_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
