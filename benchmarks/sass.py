@@ -1,7 +1,7 @@
 """What a block of the model costs a GPU, kernel by kernel: from machine code and counted bytes, without a GPU.
 
-    python benchmarks/sass.py [--capability 90] [--element bf16] [--d-model 256] [--streams 1] [--length 131072]
-        [--keep] [--order]
+    python benchmarks/sass.py [--capability 90] [--element bf16] [--d-model 256] [--streams 1] [--batch 1]
+        [--length 131072] [--keep] [--mixer mamba2 --d-state 64] [--order]
 
 Compiles what a step of pre-training launches (see tests/ops/aot.py). First table: machine instructions per token and
 warp (32 threads), as the loops times the trips that a token takes, the mean over the copies that there are of a loop
@@ -18,7 +18,9 @@ measurements:
                 multiprocessors with a tile of its output can
     flops       products at 70 % of the dense peak rate
 
-A row takes the longest of its times. --order lists in which order the innermost loops read and write tensors.
+A row takes the longest of its times. Launches are those of the forward + those of the backward pass. Of Mamba-2's
+kernels only the bytes are counted, neither products nor exponentials within them. --order lists in which order the
+innermost loops read and write tensors.
 """
 
 import argparse
@@ -39,12 +41,12 @@ if not has_tools():
 
 from pointers import MEMORY, tensors
 from scheduler import CYCLES, operation_of, simulate, steps, wavefronts
-from traffic import Traffic, of_a_layer, outside, recording
+from traffic import Traffic, launches, of_a_layer, outside, step
 
 from caduceus.config import CaduceusConfig
 from caduceus.ops.triton import conv, device, scan_launches
 from caduceus.ops.triton.scan_backward_kernels import STATES
-from tests.ops.aot import Instruction, compiling, disassembled, resources, train
+from tests.ops.aot import Instruction, compiling, disassembled, resources, untrained
 
 CLASSES = {
     "FP": ("FADD", "FMUL", "FFMA", "FSEL", "FSETP", "FMNMX", "HFMA2", "F2F", "F2FP"),
@@ -104,29 +106,31 @@ def main() -> None:
     parser.add_argument("--element", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--d-model", type=int, default=256)
     parser.add_argument("--streams", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=131_072)
+    parser.add_argument("--mixer", choices=["mamba", "mamba2"], default="mamba")
+    parser.add_argument("--d-state", type=int, default=16)
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--order", action="store_true")
     options = parser.parse_args()
     with compiling(options.capability) as found:
         steps_of = []
         for blocks in (1, 2):
-            with recording(options.length) as counted:
-                train(model(options, blocks), 1, options.length, options.element, keep=options.keep)
-            steps_of.append(counted)
-    config = model(options, 1)
-    trips = trips_of_loops(config.d_state, options.length, set(found), options.element)
+            network = untrained(model(options, blocks), keep=options.keep)
+            steps_of.append(step(network, options.batch, options.length, options.element))
+    config, scanning = model(options, 1), set(found) if options.mixer == "mamba" else set()
+    trips = trips_of_loops(config.d_state, options.length, scanning, options.element)
     kernels = {name: Kernel(name, found[name][0], trips[name], options.capability) for name in trips}
-    work = work_per_token(config, options.streams, set(found))
+    work = work_per_token(config, options.streams, scanning)
     print(f"sm_{options.capability}, {options.element}, d_inner {config.d_inner}, {config.d_state} states\n")
     print_counts(kernels)
-    layer, card = of_a_layer(*steps_of), CARDS[options.capability]
-    print_times(kernels, work, layer, options.length, card)
+    layer, card, tokens = of_a_layer(*steps_of), CARDS[options.capability], options.batch * options.length
+    print_times(kernels, work, layer, tokens, card)
     rest = outside(steps_of[0], layer)
     print(
-        f"Embedding, head and loss, once: {sum(t.launches for t in rest.values())} launches, "
-        f"{sum(t.bytes for t in rest.values()) / options.length:,.0f} bytes, DRAM "
-        f"{sum(dram_time(t, options.length, card) for t in rest.values()):.0f} ns per token."
+        f"Embedding, head and loss, once: {passes(rest)} launches, "
+        f"{sum(t.bytes for t in rest.values()) / tokens:,.0f} bytes, DRAM "
+        f"{sum(dram_time(t, tokens, card) for t in rest.values()):.0f} ns per token."
     )
     if options.order:
         for name, kernel in kernels.items():
@@ -134,7 +138,12 @@ def main() -> None:
 
 
 def model(options: argparse.Namespace, blocks: int) -> CaduceusConfig:
-    return CaduceusConfig(d_model=options.d_model, n_layer=blocks, rcps=options.streams == 2)
+    keys = {"d_model": options.d_model, "d_state": options.d_state, "mixer": options.mixer}
+    return CaduceusConfig(**keys, n_layer=blocks, rcps=options.streams == 2)
+
+
+def passes(of: dict[str, Traffic]) -> str:
+    return " + ".join(map(str, launches(of)))
 
 
 def print_counts(kernels: dict[str, "Kernel"]) -> None:
@@ -148,7 +157,7 @@ def print_counts(kernels: dict[str, "Kernel"]) -> None:
 
 
 def print_times(
-    kernels: dict[str, "Kernel"], work: dict[str, float], layer: dict[str, Traffic], length: int, card: Card
+    kernels: dict[str, "Kernel"], work: dict[str, float], layer: dict[str, Traffic], tokens: int, card: Card
 ) -> None:
     titles = ("kernel or operator", "launches", "bytes", "L1 wavefronts", "shared wavefronts", "issue, ns", "exp, ns")
     titles += ("modelled, ns", "utilisation", "filled", "DRAM, ns", "flops, ns", "longest, ns")
@@ -156,9 +165,9 @@ def print_times(
     print_row(titles)
     print("|---" * len(titles) + "|")
     total = rest = 0.0
-    left = Counter()
+    left: dict[str, Traffic] = {}
     for name, traffic in sorted(layer.items(), key=lambda item: item[0] not in kernels):
-        times = [dram_time(traffic, length, card), traffic.flops / length / (0.7 * card.flops) * 1e9]
+        times = [dram_time(traffic, tokens, card), traffic.flops / tokens / (0.7 * card.flops) * 1e9]
         columns: list[str] = [""] * 7
         if name in kernels:
             columns, modelled = kernels[name].times(work[name], traffic.programs, card)
@@ -167,14 +176,14 @@ def print_times(
         total += longest
         if longest < 0.05:
             rest += longest
-            left.update(launches=traffic.launches, bytes=traffic.bytes)
+            left[name] = traffic
             continue
         shown = [f"{time:.1f}" if time >= 0.05 else "" for time in times[:2]]
-        print_row((name, traffic.launches, f"{traffic.bytes / length:,.0f}", *columns, *shown, f"{longest:.1f}"))
-    print_row(("all others", left["launches"], f"{left['bytes'] / length:,.0f}", *[""] * 9, f"{rest:.1f}"))
-    moved = sum(traffic.bytes for traffic in layer.values()) / length
+        print_row((name, passes({name: traffic}), f"{traffic.bytes / tokens:,.0f}", *columns, *shown, f"{longest:.1f}"))
+    bytes_left, moved = (sum(traffic.bytes for traffic in of.values()) / tokens for of in (left, layer))
+    print_row(("all others", passes(left), f"{bytes_left:,.0f}", *[""] * 9, f"{rest:.1f}"))
     print(
-        f"\nA block, forward and backward: {sum(t.launches for t in layer.values())} launches, {moved:,.0f} bytes. "
+        f"\nA block, forward + backward: {passes(layer)} launches, {moved:,.0f} bytes. "
         f"Estimate, not measured: {total:.0f} ns per token on an {card.name}."
     )
 
@@ -183,11 +192,11 @@ def print_row(columns: tuple) -> None:
     print("| " + " | ".join(map(str, columns)) + " |")
 
 
-def dram_time(traffic: Traffic, length: int, card: Card) -> float:
+def dram_time(traffic: Traffic, tokens: int, card: Card) -> float:
     rate = 0.85 * card.bandwidth
     if traffic.tiles is not None:
         rate = min(rate, traffic.tiles * ONE_DRAWS * card.clock)
-    return traffic.bytes / length / rate * 1e9
+    return traffic.bytes / tokens / rate * 1e9
 
 
 def trips_of_loops(states: int, length: int, launched: set[str], element: str) -> dict[str, list[float]]:
@@ -275,7 +284,7 @@ class Kernel:
         again = {id(instruction) for instruction, is_again in turn if is_again}
 
         def latency_of(instruction: Instruction) -> int:
-            level = LEVELS.get(self.tensors[instruction.address], "DRAM")
+            level = LEVELS.get(self.tensors.get(instruction.address, ""), "DRAM")
             return CYCLES["L1" if id(instruction) in again else level]
 
         turns = max(5, min(40, 20_000 // len(turn)))

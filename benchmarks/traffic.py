@@ -4,13 +4,14 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
+from caduceus.model.heads import CaduceusForMaskedLM
 from tests.ops import aot
 
 PASSES = {
@@ -24,6 +25,8 @@ PASSES = {
     "conv_backward": {"w": 0},
 }
 """How often a kernel moves a tensor, where it is not once: operands of both directions, sums that wait in an output."""
+OF_A_SEGMENT = ("kept", "pieces", "dpieces", "dA", "dD", "dbias")
+"""What a launch for some of the items has for these alone; of the other operands it moves their share."""
 FLAGS = {"HAS_WEIGHTS": "loss_weight"}
 """Options that say whether there is an operand, where its name is not the option's."""
 TILE = 128
@@ -46,6 +49,8 @@ class Traffic:
     """What one kernel or operator moves and computes in a step."""
 
     launches: int = 0
+    backward: int = 0
+    """Launches in the backward pass; `launches` counts those of both."""
     bytes: int = 0
     flops: int = 0
     tiles: int | None = None
@@ -54,16 +59,18 @@ class Traffic:
     """Blocks of threads of a kernel's last launch."""
 
     def less(self, other: "Traffic") -> "Traffic":
-        counts = (self.launches - other.launches, self.bytes - other.bytes, self.flops - other.flops)
-        return Traffic(*counts, self.tiles, self.programs)
+        counts = ("launches", "backward", "bytes", "flops")
+        return replace(self, **{name: getattr(self, name) - getattr(other, name) for name in counts})
 
 
 @dataclass
 class Recorder(TorchDispatchMode):
     """Counts operators under it, and kernels that `record_launches` tells it of."""
 
-    length: int
+    tokens: int
     found: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))
+    is_backward: bool = False
+    """Whether what runs is of the backward pass."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -83,29 +90,44 @@ class Recorder(TorchDispatchMode):
         if name in ("zero_", "fill_", "copy_"):
             moved = [*read[1:], *written]
         entry = self.found[f"{name} {' '.join(self._shape(t) for t in (read or written)[-2:])}"]
-        entry.launches += 1
+        self._launched(entry)
         entry.bytes += sum(size_of(t) for t in moved)
         if name in PRODUCTS:
             left, right = read[-2:]
             entry.flops += 2 * left.numel() * right.shape[-1]
-            if right.dim() == 3 and left.shape[-1] >= self.length // 64:
+            if right.dim() == 3 and left.shape[-1] >= self.tokens // 64:
                 out = written[0].shape
                 entry.tiles = math.prod((out[0], -(-out[1] // TILE), -(-out[2] // TILE)))
 
+    def _launched(self, entry: Traffic) -> None:
+        entry.launches += 1
+        entry.backward += self.is_backward
+
     def _shape(self, tensor: Tensor) -> str:
-        shown = ["L" if size == self.length else f"{size}" for size in tensor.shape]
+        shown = ["L" if size == self.tokens else f"{size}" for size in tensor.shape]
         return f"({', '.join(shown)}) {str(tensor.dtype).removeprefix('torch.').replace('float', 'f')}"
 
     def kernel(self, kernel: JITFunction, arguments: tuple, options: dict) -> None:
         name = kernel.fn.__name__.removesuffix("_kernel")
         absent = {FLAGS.get(k, k[4:].lower()) for k, given in options.items() if k.startswith("HAS_") and not given}
         entry = self.found[name]
-        entry.launches += 1
+        self._launched(entry)
         entry.programs = math.prod(options["grid"])
-        for parameter, value in zip(kernel.arg_names, arguments, strict=False):
+        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        share = _share(name, {**given, **options})
+        for parameter, value in given.items():
             tensor = parameter.removesuffix("_ptr")
             if isinstance(value, Tensor) and tensor.lower() not in absent:
-                entry.bytes += size_of(value) * PASSES.get(name, {}).get(tensor, 1)
+                moved = size_of(value) * PASSES.get(name, {}).get(tensor, 1)
+                entry.bytes += moved if tensor in OF_A_SEGMENT else round(moved * share)
+
+
+def _share(name: str, given: dict) -> float:
+    """Of a scan's items, those that a launch takes: the backward pass may take them in segments."""
+    if "item0" not in given:
+        return 1.0
+    rows = given["S"] * given["batch"] * given["n_chunks"]
+    return given["grid"][0] / rows / (1 if name == "scan_replay" else given["P"])
 
 
 def _storages(tensors: list[Tensor]) -> set[int]:
@@ -119,9 +141,9 @@ def size_of(tensor: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def recording(length: int) -> Iterator[dict[str, Traffic]]:
-    """Under `aot.compiling`: everything that runs, also within the package's own operators, by what it is."""
-    recorder = Recorder(length)
+def recording(tokens: int) -> Iterator[Recorder]:
+    """Under `aot.compiling`: records everything that runs, also within the package's own operators."""
+    recorder = Recorder(tokens)
     compile_only = JITFunction.run
 
     def run(kernel, *arguments, **options):
@@ -140,9 +162,18 @@ def recording(length: int) -> Iterator[dict[str, Traffic]]:
         operation.register_fake(within(launches))
     try:
         with recorder:
-            yield recorder.found
+            yield recorder
     finally:
         JITFunction.run = compile_only
+
+
+def step(model: CaduceusForMaskedLM, batch: int, length: int, element: str) -> dict[str, Traffic]:
+    """A step of pre-training without the update, under `aot.compiling`: what each kernel and operator does in it."""
+    with recording(batch * length) as recorder:
+        loss = aot.loss_of(model, batch, length, element)
+        recorder.is_backward = True
+        loss.backward()
+    return recorder.found
 
 
 def of_a_layer(one: dict[str, Traffic], two: dict[str, Traffic]) -> dict[str, Traffic]:
@@ -152,6 +183,12 @@ def of_a_layer(one: dict[str, Traffic], two: dict[str, Traffic]) -> dict[str, Tr
 
 
 def outside(one: dict[str, Traffic], layer: dict[str, Traffic]) -> dict[str, Traffic]:
-    """What a step has besides its blocks, without what initialises the weights."""
+    """What a step has besides its blocks."""
     rest = {name: traffic.less(layer.get(name, Traffic())) for name, traffic in one.items()}
-    return {name: traffic for name, traffic in rest.items() if traffic.launches and not name.startswith("uniform_")}
+    return {name: traffic for name, traffic in rest.items() if traffic.launches}
+
+
+def launches(of: dict[str, Traffic]) -> tuple[int, int]:
+    """How many there are in the forward and in the backward pass."""
+    backward = sum(traffic.backward for traffic in of.values())
+    return sum(traffic.launches for traffic in of.values()) - backward, backward

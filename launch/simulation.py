@@ -13,7 +13,7 @@ from caduceus.distributed.layout import Room, Sharing, check_layout
 from caduceus.distributed.network import Network
 from caduceus.errors import UserError
 from caduceus.files import show_bytes
-from caduceus.train.estimate import GPU_BYTES
+from caduceus.train.estimate import GPU_BYTES, seconds_per_base
 from launch.request import JobRequest
 from launch.step_model import LAUNCH_SECONDS, MEMORY_RATE, Step, asked, layouts
 
@@ -43,7 +43,8 @@ def print_simulation(config: Config, request: JobRequest) -> None:
 def assumptions(network: Network) -> str:
     """The assumptions behind the times."""
     return (
-        "an H100 takes 0.65 us for a base of 256 channels and 16 layers, which scales with both; a kernel takes its "
+        f"an H100 takes {seconds_per_base(256, 16) * 1e6:.2f} us for a base of 256 channels and 16 layers, forward and "
+        "backward (benchmarks/sass.py, +-30 %), which scales with both; a kernel takes its "
         f"processor {LAUNCH_SECONDS * 1e6:.0f} us to launch; memory of the GPU {MEMORY_RATE / 1e12:.2f} TB/s (data "
         f"sheet); {network.describe()}; transfers of gradients and sharded parameters overlap with computation, all "
         "others are waited for"

@@ -56,7 +56,7 @@ class Case:
 
 
 def check_kernels(device: torch.device) -> None:
-    """Compare every Triton op on `device` with its definition, unless this was done before. About eighty kernels are
+    """Compare every Triton op on `device` with its definition, unless this was done before. About seventy kernels are
     compiled for it, which takes some minutes of a processor; of the processes of a node one does it for all.
 
     Where the scan is right only without sums within a warp, it uses the other form from then on. Raises `UserError`,

@@ -9,9 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
-
-from benchmarks.traffic import recording
+from benchmarks import traffic
 from caduceus.config import CaduceusConfig
 from caduceus.model.heads import CaduceusForMaskedLM
 from tests.ops import aot
@@ -28,20 +26,17 @@ MODELS = [
 
 
 def launches(model: dict, shared: bool, recomputed: tuple[int, int]) -> int:
-    config = CaduceusConfig(**model)
-    with aot.compiling(90, names=("none",)), recording(LENGTH) as found:
-        whole, inputs = recomputed
-        network = CaduceusForMaskedLM(config, "triton", recomputed_blocks=whole, recomputed_scan_inputs=inputs)
+    whole, inputs = recomputed
+    with aot.compiling(90, names=("none",)):
+        network = CaduceusForMaskedLM(
+            CaduceusConfig(**model), "triton", recomputed_blocks=whole, recomputed_scan_inputs=inputs
+        )
         if shared:
             network.share_sequences(aot.SharedSequence())
-        ids = torch.zeros(1, LENGTH, dtype=torch.long)
         for _ in range(2 if shared else 1):  # what ranks share is made once
             network.zero_grad()
-            before = sum(traffic.launches for traffic in found.values())
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = network(ids, labels=ids, loss_weights=torch.ones(1, LENGTH), return_logits=False).loss
-            loss.backward()
-        return sum(traffic.launches for traffic in found.values()) - before
+            found = traffic.step(network, 1, LENGTH, "bf16")
+        return sum(traffic.launches(found))
 
 
 for keys, is_shared, again in MODELS:

@@ -140,15 +140,23 @@ class SharedSequence:
 def train(
     config: CaduceusConfig, batch: int, length: int, element: str, shared: bool = False, keep: bool = False
 ) -> None:
-    """A step of pre-training: masked bases with weights. `keep`: by states that the forward pass keeps."""
+    """A step of pre-training. `keep`: by states that the forward pass keeps."""
+    loss_of(untrained(config, shared, keep), batch, length, element).backward()
+
+
+def untrained(config: CaduceusConfig, shared: bool = False, keep: bool = False) -> CaduceusForMaskedLM:
     model = CaduceusForMaskedLM(config, backend="triton")
     model.keep_states(config.n_layer if keep else 0)
     if shared:
         model.share_sequences(SharedSequence())
+    return model
+
+
+def loss_of(model: CaduceusForMaskedLM, batch: int, length: int, element: str) -> Tensor:
+    """The loss of masked bases with weights."""
     ids = torch.zeros(batch, length, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16, enabled=element == "bf16"):
-        loss = model(ids, labels=ids, loss_weights=torch.ones(batch, length), return_logits=False).loss
-    loss.backward()
+        return model(ids, labels=ids, loss_weights=torch.ones(batch, length), return_logits=False).loss
 
 
 def train_packed(config: CaduceusConfig, length: int, element: str) -> None:

@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from caduceus.distributed import ranks as ranks_module
 from caduceus.distributed.layout import check_layout
 from caduceus.distributed.ranks import Ranks
 from caduceus.model.costs import parameter_count
-from caduceus.train.estimate import estimate
+from caduceus.train.estimate import BLOCK_SECONDS, REST_SECONDS, estimate, seconds_per_base
 from caduceus.train.recomputation import bytes_added_by_a_block
+from tests.conftest import REPOSITORY
 
 
 @pytest.mark.parametrize(
@@ -99,8 +101,20 @@ def test_auto_recomputes_what_does_not_fit_a_gpu():
 
 def test_time_follows_the_work_of_a_rank():
     one = estimate(published(2**17), 8)
-    assert one.sequences == 8 and one.step_seconds == pytest.approx(8 * 2**17 * 0.65e-6)
+    assert one.sequences == 8 and one.step_seconds == pytest.approx(8 * 2**17 * seconds_per_base(256, 16))
     assert estimate(published(2**17), 16).step_seconds == pytest.approx(one.step_seconds / 2)
+    assert seconds_per_base(512, 33) == pytest.approx(2 * (33 * BLOCK_SECONDS + REST_SECONDS) * 256)
+    recomputed = estimate(published(2**17, activation_checkpointing="block"), 8).step_seconds
+    assert recomputed == pytest.approx(8 * 2**17 * seconds_per_base(256, 16 * 4 / 3))
+
+
+def test_the_time_is_that_of_the_newest_record_of_machine_code():
+    """What `benchmarks/sass.py` printed last without options, to its last digit."""
+    newest = max((REPOSITORY / "benchmarks").glob("sass_*.md"))
+    of_now = newest.read_text().rpartition("\n## Now\n")[2]
+    rows = dict(re.findall(r"^(A block|Embedding), .* (\d+) ns per token", of_now, re.MULTILINE)[:2])
+    found = {"A block": BLOCK_SECONDS * 256e9, "Embedding": REST_SECONDS * 256e9}
+    assert found == pytest.approx({name: int(nanoseconds) for name, nanoseconds in rows.items()})
 
 
 def test_a_strand_takes_half_of_the_time_and_of_the_activations_of_both():
