@@ -5,6 +5,7 @@ from statistics import median
 
 from caduceus.config import Config, stages_of, within
 from caduceus.data.split_sources import open_sources
+from caduceus.devices import GPU
 from caduceus.distributed.layout import check_layout
 from caduceus.errors import UserError
 from caduceus.run.directory import RunDirectory
@@ -21,7 +22,7 @@ def refuse_impossible_layout(config: Config, request: JobRequest) -> None:
     for stage in stages_of(config):
         with within(stage):
             check_layout(stage.config, request.world)
-    if config.run.device == "cuda" and request.executor == "slurm" and not request.gpus_per_node:
+    if config.run.device == GPU and request.executor == "slurm" and not request.gpus_per_node:
         raise UserError("run.device: cuda was asked for, but the job asks for no GPUs; use --gpus-per-node")
 
 

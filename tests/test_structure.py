@@ -1,6 +1,7 @@
 """Files and functions stay short enough to read: their limits, and where they do not hold."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,3 +75,12 @@ def test_what_a_shared_file_system_says_is_asked_patiently():
         asked = [call.func for call in calls if isinstance(call.func, ast.Attribute) and not call.args]
         lines = [call.lineno for call in asked if call.attr in ("exists", "is_file", "is_dir", "stat")]
         assert not lines, name
+
+
+def test_what_is_bound_to_one_maker_of_gpus_is_on_the_page_of_it():
+    page = (REPOSITORY / "docs" / "architecture.md").read_text().split("## Bound to NVIDIA")[1].split("\n## ")[0]
+    bound = re.compile(r"""maxnreg|inline_asm|"cuda"|"nccl"|:nccl|nvidia-smi|proc/driver|CUDA_VISIBLE|num_warps""")
+    files = {str(path.relative_to(REPOSITORY)) for path in sources() if bound.search(path.read_text())}
+    files = {name for name in files if name.startswith(("caduceus", "launch"))}
+    assert "caduceus/devices.py" in files
+    assert not [name for name in sorted(files) if f"`{name}`" not in page]

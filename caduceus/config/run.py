@@ -7,6 +7,7 @@ from caduceus.config.data import DataConfig
 from caduceus.config.keys import Key, key, keys_of
 from caduceus.config.model import CaduceusConfig
 from caduceus.config.train import TrainConfig
+from caduceus.devices import DEVICES
 from caduceus.errors import UserError
 
 
@@ -130,7 +131,7 @@ class RunConfig:
         fixes="nothing",
     )
     name: str | None = key(None, "Name of the run; null is the name of the YAML file.", fixes="nothing")
-    device: str = key("auto", "Where the model computes.", fixes="rounding", choices=("auto", "cpu", "cuda"))
+    device: str = key("auto", "Where the model computes.", fixes="rounding", choices=DEVICES)
     time_budget_minutes: float = key(
         0.0,
         "After this long, stop with a checkpoint and the exit status 75, which means that the run wants to go on; 0 "

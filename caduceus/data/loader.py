@@ -23,6 +23,7 @@ from caduceus.data.shard_samples import ShardSamples
 from caduceus.data.split_sources import open_sources
 from caduceus.data.stream import SPECIES, StreamSamples, StreamValidation
 from caduceus.data.tars import Remark
+from caduceus.devices import is_gpu
 from caduceus.errors import PeerError, UserError
 from caduceus.files import fingerprint
 
@@ -140,7 +141,7 @@ class TrainLoader:
             self._samples.micro_batches(self._schedule, self._handed_out),
             batch_size=None,
             num_workers=self._workers,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=is_gpu(self._device),
             worker_init_fn=_start_worker,
         )
         for batch in _until_failure(batches):

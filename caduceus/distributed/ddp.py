@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from caduceus.config import Config
+from caduceus.devices import is_gpu
 from caduceus.distributed.strategy import Strategy
 
 
@@ -18,7 +19,7 @@ class DDP(Strategy):
         model = super().wrap(config, model)
         if config.model.dt_rank == 1:  # in a dimension of size one, all strides mean the same memory
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        device_ids = [self.ranks.device] if self.ranks.device.type == "cuda" else None
+        device_ids = [self.ranks.device] if is_gpu(self.ranks.device) else None
         # The model's only buffer, the complement of each base, never changes: no pass has to wait for it.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         return DistributedDataParallel(

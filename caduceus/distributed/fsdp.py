@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from caduceus.config import Config
+from caduceus.devices import is_gpu
 from caduceus.distributed.initialisation import initialise
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
@@ -31,7 +32,7 @@ class FSDP(Strategy):
     """Applies `fully_shard` to each block and to the rest; gradients are reduced only in the last pass of a step."""
 
     def wrap(self, config: Config, model: nn.Module) -> nn.Module:
-        offload = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
+        offload = CPUOffloadPolicy(pin_memory=is_gpu(self.ranks.device))
         holders = self._holders = config.parallel.shard or self.ranks.world
         if self.ranks.is_main and (share := largest_share(model, holders)) > _UNEVEN / holders:
             _log.warning(

@@ -5,6 +5,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from caduceus.devices import GPU, is_gpu
+
 # Releases of torch have different names for these.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -36,4 +38,9 @@ def sum_to_owners(parts: torch.Tensor, group: dist.ProcessGroup | None) -> torch
 
 def on_device(device: torch.device) -> str | None:
     """The backend of a group that only exchanges tensors on `device`."""
-    return "nccl" if device.type == "cuda" else None
+    return "nccl" if is_gpu(device) else None
+
+
+def of_all_ranks(device: torch.device) -> str:
+    """The backends of the group of all ranks, which exchange tensors in host memory as well."""
+    return f"cpu:gloo,{GPU}:nccl" if is_gpu(device) else "gloo"

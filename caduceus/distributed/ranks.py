@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from caduceus.devices import GPU
 from caduceus.distributed.context import ContextGroup
 from caduceus.distributed.groups import gather, group_of, on_device
 from caduceus.distributed.strands import StrandGroup
@@ -258,9 +259,9 @@ def choose_device(name: str) -> torch.device:
     without a GPU.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = GPU if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device: cuda was asked for, but torch sees no GPU here; use run.device=cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device(GPU, int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 from caduceus.config import Config, config_to_dict
+from caduceus.devices import GPU, is_gpu
 from caduceus.distributed.deepspeed.package import need_deepspeed
 from caduceus.distributed.environment import allow_descriptors, choose_interface, set_nccl_defaults, stay_near
+from caduceus.distributed.groups import of_all_ranks
 from caduceus.distributed.layout import Room, check_layout
 from caduceus.distributed.ranks import Ranks, choose_device, is_lost_contact, make_deterministic
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank, one_line
@@ -40,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Member:
-    """The facts that a process reports about itself. `device`: "cpu" or "cuda". `problem`: why it cannot take part, or
+    """The facts that a process reports about itself. `device`: its type. `problem`: why it cannot take part, or
     None.
     """
 
@@ -55,7 +57,7 @@ class Member:
     @classmethod
     def here(cls, config: Config, device: torch.device | None, problem: str | None = None) -> "Member":
         kind, memory = device and device.type, None
-        if kind == "cuda":
+        if kind == GPU:
             memory = torch.cuda.get_device_properties(device).total_memory
         return cls(socket.gethostname(), *code_and_config_hash(config), kind, problem, memory)
 
@@ -97,12 +99,12 @@ def refuse_strangers(members: list[Member], rank: int) -> None:
     lacks a GPU that other nodes have; the others raise a `PeerError`. Where code or configuration differ, either side
     may be the wrong one, so all raise a `PeerError`.
     """
-    with_gpu = any(member.device == "cuda" for member in members)
+    with_gpu = any(member.device == GPU for member in members)
     for number, member in enumerate(members):
         where = f"rank {number} on {member.host}"
         if difference := _difference(member, members[0]):
             raise PeerError(f"{where}: {difference}", number, Kind.USER)
-        if with_gpu and member.device != "cuda":
+        if with_gpu and member.device != GPU:
             raise of_rank(
                 NodeError(
                     f"{where}: torch sees no GPU there, but other ranks have one; repair the node or leave it out"
@@ -219,7 +221,7 @@ def _telling_lost_contact(rank: int) -> Iterator[None]:
 def _start_collectives(
     config: Config, device: torch.device, store: dist.Store, rank: int, world: int, timeout: timedelta
 ) -> None:
-    on_gpu = device.type == "cuda"
+    on_gpu = is_gpu(device)
     if on_gpu:
         torch.cuda.set_device(device)
         set_nccl_defaults(RunDirectory(config.run.dir).logs_path)
@@ -227,7 +229,7 @@ def _start_collectives(
     allow_descriptors(world)
     choose_interface(world)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        of_all_ranks(device),
         timeout=timeout,
         store=store,
         rank=rank,

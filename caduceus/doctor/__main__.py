@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from caduceus.arguments import Parser
+from caduceus.devices import DEVICES, is_gpu
 from caduceus.distributed.environment import allow_descriptors, choose_interface
+from caduceus.distributed.groups import of_all_ranks
 from caduceus.distributed.ranks import Ranks, choose_device
 from caduceus.doctor import collectives, node
 from caduceus.doctor.device import kernels
@@ -34,7 +36,7 @@ def main() -> int:
         prog="python -m caduceus.doctor", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are kept (runs)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     arguments = parser.parse_args()
     return examine(arguments.folder, arguments.device)
 
@@ -60,13 +62,12 @@ def examine(folder: Path, device_name: str) -> int:
 def _join(device: torch.device, rank: int, world: int) -> None:
     allow_descriptors(world)
     choose_interface(world)
-    on_gpu = device.type == "cuda"
+    on_gpu = is_gpu(device)
     if on_gpu:
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
         dist.init_process_group(
-            backend, timeout=MEETING, rank=rank, world_size=world, device_id=device if on_gpu else None
+            of_all_ranks(device), timeout=MEETING, rank=rank, world_size=world, device_id=device if on_gpu else None
         )
     except (dist.DistError, RuntimeError) as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from caduceus.devices import is_gpu
 from caduceus.distributed import groups
 from caduceus.distributed.ranks import PATIENCE, Ranks
 from caduceus.doctor.findings import Finding, ok_unless
@@ -45,7 +46,7 @@ def rates(ranks: Ranks, nodes: list[str]) -> Iterator[Finding]:
 
 def _rate(name: str, members: list[int], ranks: Ranks, most: float | None) -> Finding:
     group = groups.group_of(members, PATIENCE, groups.on_device(ranks.device))
-    size, count = len(members), (GPU_BYTES if ranks.device.type == "cuda" else CPU_BYTES) // 4
+    size, count = len(members), (GPU_BYTES if is_gpu(ranks.device) else CPU_BYTES) // 4
     part = torch.ones(count // size, device=ranks.device)
     whole = torch.ones(count, device=ranks.device)
     nbytes = 4 * count * (size - 1) / size
@@ -66,7 +67,7 @@ def _seconds(exchange: Callable[[], Tensor | dist.Work | None], device: torch.de
     for trial in range(1 + _TRIALS):
         started = time.perf_counter()
         exchange()
-        if device.type == "cuda":
+        if is_gpu(device):
             torch.cuda.synchronize(device)
         if trial:
             best = min(best, time.perf_counter() - started)

@@ -5,6 +5,7 @@ import time
 import torch
 from torch import Tensor
 
+from caduceus.devices import is_gpu
 from caduceus.doctor.findings import Finding, State
 from caduceus.errors import one_line
 from caduceus.ops import selective_scan
@@ -20,7 +21,7 @@ def kernels(device: torch.device) -> Finding:
     try:
         backend = resolve_backend("auto", device, torch.float32)
         started = time.perf_counter()
-        if backend == "triton" and device.type == "cuda":
+        if backend == "triton" and is_gpu(device):
             check_kernels(device)  # all ops, unless that was done before
         found, expected = (_scan(name, device) for name in (backend, "naive"))
     except Exception as error:  # whatever a broken compiler or driver raises

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from caduceus.arguments import Parser, PresetAction
 from caduceus.commands import command
 from caduceus.data.format import SPLITS
+from caduceus.devices import DEVICES
 from caduceus.errors import UserError
 from caduceus.evaluate.labelled_options import add_labelled
 
@@ -140,7 +141,7 @@ def _add_finetune(commands: Any) -> None:
 def _add_predict(commands: Any) -> None:
     parser = commands.add_parser("predict", help="predictions of a fine-tuned model for new sequences")
     parser.add_argument("--model", required=True, metavar="DIR", help="OUT/model of finetune")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     _add_sequences(parser)
     _add_batch_bases(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help=".tsv, .csv or .parquet")
@@ -179,10 +180,9 @@ def _add_sequences(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a run, one of its checkpoints, an export or a published folder"
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    told = "a run, one of its checkpoints, an export or a published folder"
+    parser.add_argument("--model", required=True, metavar="DIR", help=told)
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from caduceus.config import CaduceusConfig
+from caduceus.devices import GPU, is_gpu
 from caduceus.errors import UserError
 
 BACKENDS = ("naive", "cpu", "triton", "mamba_ssm")
@@ -51,7 +52,7 @@ def check_backend(backend: str, device: torch.device | str, dtype: torch.dtype, 
                 "is slow"
             )
     device = torch.device(device)
-    if name == "triton" and device.type == "cuda" and torch.cuda.is_available():
+    if name == "triton" and is_gpu(device) and torch.cuda.is_available():
         from caduceus.ops.self_check import check_kernels
 
         check_kernels(device)
@@ -92,7 +93,7 @@ def _load(backend: str, device_type: str, dtype: torch.dtype) -> str:
 
 @cache
 def _auto_backend(device_type: str, double: bool) -> str:
-    chosen = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "naive")
+    chosen = {"cpu": "cpu", GPU: "triton"}.get(device_type, "naive")
     if reason := _unusable(chosen, device_type, double):
         _log.warning("ops.backend: auto fell back to the slow 'naive' on '%s': '%s' %s", device_type, chosen, reason)
         return "naive"
@@ -108,14 +109,14 @@ def _unusable(backend: str, device_type: str, double: bool) -> str | None:
         if find_spec("triton") is None:
             return "needs the package triton: pip install triton"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if device_type != "cuda" and not (device_type == "cpu" and interpreted):
+        if device_type != GPU and not (device_type == "cpu" and interpreted):
             return f"needs an NVIDIA GPU, not '{device_type}': choose cpu (TRITON_INTERPRET=1 runs it there, slowly)"
-        if device_type == "cuda" and torch.cuda.is_available() and (reason := _cannot_launch()):
+        if device_type == GPU and torch.cuda.is_available() and (reason := _cannot_launch()):
             return f"needs a C compiler and Python's headers ({reason}): apt-get install gcc python3-dev, or set CC"
     if backend == "mamba_ssm":
         from caduceus.ops import mamba_ssm
 
-        if device_type != "cuda":
+        if device_type != GPU:
             return f"needs an NVIDIA GPU, not '{device_type}': choose cpu"
         if reason := mamba_ssm.missing():
             return f"{reason}: {mamba_ssm.INSTALL}"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from caduceus import ops
+from caduceus.devices import is_gpu
 from caduceus.errors import UserError
 from caduceus.files import fingerprint, locked, read_json, sha256_of, write_atomically
 
@@ -268,7 +269,7 @@ def _machine(device: torch.device) -> dict[str, str]:
     import triton
 
     version = Path("/proc/driver/nvidia/version")
-    on_gpu = device.type == "cuda"
+    on_gpu = is_gpu(device)
     return {
         "card": torch.cuda.get_device_name(device) if on_gpu else "the interpreter",
         "capability": str(torch.cuda.get_device_capability(device)) if on_gpu else "",

@@ -25,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 
 from caduceus.config import Config, Stage, config_to_dict, stages_of
 from caduceus.data.loader import TrainLoader
+from caduceus.devices import is_gpu
 from caduceus.distributed.groups import group_of
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
@@ -209,7 +210,7 @@ class Checkpoints:
         best: dict[str, Any] | None,
     ) -> None:
         try:
-            if self._ranks.device.type == "cuda":  # a new thread begins on the first GPU, and would take memory of it
+            if is_gpu(self._ranks.device):  # a new thread begins on the first GPU, and would take memory of it
                 torch.cuda.set_device(self._ranks.device)
             write(writing)
             if self._ranks.is_main:

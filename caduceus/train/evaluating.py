@@ -18,6 +18,7 @@ import torch
 from caduceus import CaduceusForMaskedLM
 from caduceus.config import Config
 from caduceus.config.evaluations import SPACE
+from caduceus.devices import is_gpu
 from caduceus.distributed.ranks import PATIENCE, is_lost_contact
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import PeerError, RetryError, one_line
@@ -90,7 +91,7 @@ class Evaluations:
                 with self._slowly(strategy, f"{one.key} after step {step}"):
                     told |= self._numbers(one, runner, strategy, step)
         del runner
-        if strategy.ranks.device.type == "cuda":
+        if is_gpu(strategy.ranks.device):
             torch.cuda.empty_cache()
         return told
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from caduceus.config import Config
+from caduceus.devices import is_gpu
 from caduceus.distributed.ranks import Ranks
 from caduceus.run.machine import OF_GPUS, OF_NODES, Machine
 from caduceus.run.node import node_folder
@@ -66,7 +67,7 @@ def _nodes(seats: list[tuple[str, int]]) -> list[str]:
 def _gpu(device: torch.device) -> list[float]:
     """The `OF_GPUS` numbers of this rank's GPU, NaN where they are unknown."""
     found = [math.nan] * len(OF_GPUS)
-    if device.type != "cuda":
+    if not is_gpu(device):
         return found
     readings = (
         lambda: torch.cuda.utilization(device),

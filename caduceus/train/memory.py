@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from caduceus.allocator import keep_freed_memory
 from caduceus.config import Config
+from caduceus.devices import is_gpu
 from caduceus.distributed.strategy import Strategy
 from caduceus.model.costs import kept_numbers, parameter_count
 from caduceus.patience import is_file
@@ -30,7 +31,7 @@ def keep_freed_memory_for(config: Config) -> None:
 
 def free_memory(device: torch.device) -> int:
     """Bytes that this rank may still allocate on its GPU, or in its share of the host's memory."""
-    if device.type == "cuda":
+    if is_gpu(device):
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return _free_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -41,7 +42,7 @@ def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
 
     On a CPU, where torch's allocator keeps no such count, temporary memory inside an operator is not counted.
     """
-    if device.type == "cuda":
+    if is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()

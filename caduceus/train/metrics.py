@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
+from caduceus.devices import is_gpu
 from caduceus.distributed.ranks import Ranks
 from caduceus.train.roofline import utilization
 from caduceus.train.vitals import Vitals
@@ -44,7 +45,7 @@ class StepClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._cuda = is_gpu(device)
         self._marks = [("start", self._now())]
 
     def lap(self, name: str) -> None:
@@ -138,6 +139,6 @@ def _peak_memory(device: torch.device) -> int:
     """Peak of the bytes that torch has held on this rank's GPU since the start, or on a CPU that this process
     has held.
     """
-    if device.type == "cuda":
+    if is_gpu(device):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from caduceus.config import TrainConfig
+from caduceus.devices import GPU
 from caduceus.distributed.strategy import Strategy, local
 from caduceus.errors import UserError
 from caduceus.run.checkpoints import AVERAGE
@@ -37,7 +38,7 @@ def is_fused(devices: set[str]) -> bool | None:
     """Whether to use torch's fused AdamW for parameters on `devices`; None lets torch choose. On a CPU it has other
     last bits.
     """
-    return True if devices == {"cuda"} else None
+    return True if devices == {GPU} else None
 
 
 def _groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from caduceus.config import Config
 from caduceus.data.loader import TrainLoader
+from caduceus.devices import is_gpu
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.strategy import Strategy
 from caduceus.errors import Kind, NodeError, PeerError, UserError, of_rank
@@ -145,7 +146,7 @@ def check_gpu_memory(config: Config, strategy: Strategy) -> None:
     nothing.
     """
     ranks = strategy.ranks
-    if ranks.device.type != "cuda":
+    if not is_gpu(ranks.device):
         return
     run_micro_batch(config, strategy)
     peak = torch.cuda.max_memory_allocated(ranks.device) + memory.moment_bytes_to_come(config, strategy)

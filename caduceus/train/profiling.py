@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity
 
 from caduceus.config import Config
 from caduceus.config.run import profiled_steps
+from caduceus.devices import is_gpu
 from caduceus.distributed.ranks import Ranks
 from caduceus.errors import UserError
 
@@ -43,7 +44,7 @@ class Profile:
             )
         first, last = self._steps
         self._stem = run / "profile" / f"steps-{first}-{last}-rank{ranks.rank}"
-        self._cuda = ranks.device.type == "cuda"
+        self._cuda = is_gpu(ranks.device)
         self._profiler: torch.profiler.profile | None = None
         if ranks.rank not in monitor.profile_ranks:
             self._steps = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from caduceus.config import Config
+from caduceus.devices import is_gpu
 from caduceus.model.costs import exponentials_per_base, flops_per_base
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def utilization(config: Config, bases_per_second: float, device: torch.device) -
 
 @functools.cache
 def _peaks(device: torch.device) -> Peaks | None:
-    if device.type != "cuda":
+    if not is_gpu(device):
         return None
     import torch  # imported here, as readers of the peaks alone do not need it
 

@@ -15,6 +15,7 @@ from caduceus.config import Config, Stage, refuse_cuda_graphs, stages_of, within
 from caduceus.data.loader import TrainLoader, ValidationLoader, build_loader, build_validation
 from caduceus.data.samples import resolve_strands
 from caduceus.data.split_sources import open_sources, read_manifests, using_manifests
+from caduceus.devices import GPU, is_gpu
 from caduceus.distributed.build import build_model, build_strategy, choose_strategy
 from caduceus.distributed.initialisation import starting_weights
 from caduceus.distributed.layout import Sharing, check_layout, with_sharing
@@ -227,7 +228,7 @@ def set_up(stage: Stage, ranks: Ranks, opened: Opened, started: float | None = N
 
 def _gpus(ranks: Ranks) -> dict[str, int]:
     """The names of all ranks' GPUs, and how many ranks compute on one of that name."""
-    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+    name = torch.cuda.get_device_name(ranks.device) if is_gpu(ranks.device) else None
     return dict(Counter(filter(None, ranks.gather_objects(name))))
 
 
@@ -262,14 +263,14 @@ def _resolve(config: Config, ranks: Ranks) -> Resolved:
     now, device = resolved.config, ranks.device.type
     if config.run.device == "auto":
         now.run.device = device
-        resolved.decide("run.device", "auto", device, "there is a GPU" if device == "cuda" else "torch sees no GPU")
+        resolved.decide("run.device", "auto", device, "there is a GPU" if device == GPU else "torch sees no GPU")
     if config.ops.backend == "auto":
         dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
         now.ops.backend = resolve_backend("auto", ranks.device, dtype)
         resolved.decide("ops.backend", "auto", now.ops.backend, f"the fastest on {device}")
     if config.train.cuda_graphs == "auto":
         now.train.cuda_graphs = "none"
-        if device == "cuda":  # on a CPU there is nothing to decide
+        if device == GPU:  # on a CPU there is nothing to decide
             resolved.decide("train.cuda_graphs", "auto", "none", "the gain has not been measured on a GPU")
     if config.data.strands == "auto":
         now.data.strands = resolve_strands(config)

@@ -12,6 +12,7 @@ import torch
 
 from caduceus.config import Config, Stage, stages_of
 from caduceus.data.loader import ValidationLoader
+from caduceus.devices import is_gpu
 from caduceus.distributed.ranks import Ranks
 from caduceus.distributed.rendezvous import joined
 from caduceus.distributed.strategy import Strategy
@@ -117,7 +118,7 @@ def _begin(stage: Stage, ranks: Ranks, opened: Opened, watchdog: Watchdog, start
 def _go_on(stage: Stage, ranks: Ranks, opened: Opened, services: RunServices) -> tuple[Opened, Setup]:
     """Set up a further stage, from the checkpoint at the end of the one before."""
     gc.collect()
-    if ranks.device.type == "cuda":
+    if is_gpu(ranks.device):
         torch.cuda.empty_cache()  # the next stage has tensors of other sizes
     with slowly(services.watchdog, ranks, f"the beginning of stage {stage.number}"):
         opened = open_stage(opened, stage, ranks)

@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from caduceus.devices import is_gpu
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WARPS = 4
 CHANNELS = 32 * WARPS
@@ -32,7 +34,7 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 where Triton's interpreter runs on the CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return torch.cuda.get_device_properties(device).multi_processor_count if is_gpu(device) else 1
 
 
 def places(resident: int, device: torch.device) -> int:
