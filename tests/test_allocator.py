@@ -35,6 +35,7 @@ def test_freed_memory_is_used_again_without_page_faults():
     assert int(run.stdout) < pages // 100
 
 
+@pytest.mark.moderate
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
 @pytest.mark.parametrize(("saving", "largest"), [(False, 2**25), (True, 2**22)])
 def test_larger_blocks_go_back_to_the_system(saving: bool, largest: int) -> None:

@@ -156,6 +156,7 @@ def test_rows_survive_a_line_that_a_kill_cut_short(tmp_path: Path) -> None:
     assert [row["step"] for row in read_json_lines(path)] == [1, 3, 4]
 
 
+@pytest.mark.moderate
 def test_a_lock_ends_with_its_holder_though_a_child_lives_on(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     assert not is_locked(lock)
@@ -209,6 +210,7 @@ def test_the_end_of_a_child_does_not_end_the_lock(tmp_path: Path) -> None:
         assert is_locked(tmp_path / ".lock") and (tmp_path / ".lock").read_bytes() == b"holder"
 
 
+@pytest.mark.moderate
 def test_waiting_for_a_lock_ends_when_the_holder_does(tmp_path: Path) -> None:
     with holder_with_child(tmp_path / ".lock") as (holder, _):
         began = time.monotonic()

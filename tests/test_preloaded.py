@@ -77,6 +77,7 @@ def heeding_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, -2)])
 def test_it_is_killed_and_waited_for_as_any_child(number: int, status: int, heeding_signals: None) -> None:
     command = [sys.executable, TOLD, "sleep"]

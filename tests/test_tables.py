@@ -129,6 +129,7 @@ def test_rows_of_zero_length_are_counted_and_names_may_hold_blanks(tmp_path: Pat
     assert [row.name for row in bed.rows] == ["my gene"] and bed.empty_rows == [1, 3]
 
 
+@pytest.mark.moderate
 @given(st.binary(max_size=120) | st.text("ab\t\r\n ,\ufeff", max_size=80).map(str.encode))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_read_or_refused_in_one_line(tmp_path: Path, content: bytes) -> None:

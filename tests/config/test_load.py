@@ -33,6 +33,7 @@ def test_defaults_own_keys_and_overrides_apply_in_this_order(preset: Path) -> No
     assert (config.run.name, config.run.dir) == ("run", "runs/run")
 
 
+@pytest.mark.moderate
 def test_a_saved_configuration_loads_as_itself(preset: Path, tmp_path: Path) -> None:
     config = load_config(preset, ["data.path=[{path: a, weight: 2}]", "train.warmup_steps=7"])
     save_config(config, tmp_path / "config.yaml")
@@ -86,6 +87,7 @@ def test_a_mistake_is_one_line_that_names_the_key(preset: Path, override: str, n
 STAGES = "train.stages=[{seq_len: 64, steps: 3}, {seq_len: 128, steps: 4, lr: 2e-3}]"
 
 
+@pytest.mark.moderate
 def test_stages_are_changed_by_number_and_have_the_steps_of_the_run(preset: Path, tmp_path: Path) -> None:
     config = load_config(preset, [STAGES, "train.stages.2.steps=9", "data.seq_len=32", "train.lr=1e-3"])
     first, second = stages_of(config)
@@ -163,6 +165,7 @@ def test_defaults_are_the_published_recipe() -> None:
     assert (config.data.mask_prob, config.data.mask_token_prob, config.data.random_token_prob) == (0.15, 0.8, 0.1)
 
 
+@pytest.mark.moderate
 def test_the_key_async_is_a_word_of_python_and_still_a_key(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("checkpoint:\n  async: false\n")
     config = load_config(tmp_path / "run.yaml")
@@ -183,6 +186,7 @@ def test_double_precision_is_refused_for_backends_without_it(preset: Path, backe
     assert load_config(preset, ["train.precision=fp64"]).ops.backend == "auto"
 
 
+@pytest.mark.moderate
 def test_a_file_of_the_name_of_a_preset_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config("ps-1k").model.d_model == 256

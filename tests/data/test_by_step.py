@@ -55,6 +55,7 @@ def config_of(shards: Path, **sections: dict) -> Config:
     return config_from_dict(values)
 
 
+@pytest.mark.moderate
 @settings(deadline=None, max_examples=30)
 @given(ramp=ramps, world=st.sampled_from([1, 2, 4]))
 def test_every_step_of_a_ramp_takes_the_samples_that_follow(ramp: BatchRamp, world: int) -> None:
@@ -118,6 +119,7 @@ def test_each_sources_samples_follow_each_other_over_the_stages_of_a_mixture(
     assert (alone[0] == source[: lengths[0]]).all() and (alone[1] == k[: lengths[0]]).all()
 
 
+@pytest.mark.moderate
 def test_species_weights_change_at_their_steps(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
     by_step = [[0, {"t": 0}], [100, {"s": 3}], [200, {}]]
     config = config_of(shards, data={"species_weights": by_step}, train={"batch_ramp": [[0, 4], [50, 8]]})
@@ -261,6 +263,7 @@ def test_a_file_of_weights_is_looked_at_before_training(
     assert f"data.weights_bed: 2 of 3 rows of {bed} are on contigs that s lacks: chr0, chr9" in caplog.text
 
 
+@pytest.mark.moderate
 def test_a_warm_up_in_bases_is_as_many_steps_as_take_them(shards: Path) -> None:
     for tokens, steps in ((0, 0), (1, 1), (256, 1), (257, 2), (512, 2), (513, 3), (1024, 3), (1025, 4)):
         config = config_of(shards, train={"batch_ramp": [[0, 4], [2, 8]], "warmup_tokens": tokens})

@@ -70,6 +70,7 @@ def test_batches_from_a_bucket(
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [
@@ -95,7 +96,6 @@ def test_a_bucket_that_cannot_be_reached_is_one_clear_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.moderate
 def test_a_second_start_and_other_ranks_fetch_nothing_again(
     configure: Callable[..., Config], server: Server, tmp_path: Path
 ) -> None:

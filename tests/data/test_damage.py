@@ -81,6 +81,7 @@ def test_all_workers_and_ranks_replace_alike(configure: Callable[..., Config], d
             assert [rows[g] for g in numbers] == list(zip(ids, labels, strict=True))
 
 
+@pytest.mark.moderate
 def test_peers_that_share_a_sequence_replace_alike(configure: Callable[..., Config], damaged: Path) -> None:
     whole = take(build_loader(configure(path=str(damaged))), 30)
     assert any(batch.substituted for batch in whole)
@@ -99,6 +100,7 @@ def test_too_much_damage_ends_the_run(configure: Callable[..., Config], damaged:
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.moderate
 def test_without_crc_bytes_that_are_no_bases_are_found(configure: Callable[..., Config], damaged: Path) -> None:
     settings = {"path": str(damaged), "check_crc": False, "strands": "forward"}
     assert not any(batch.substituted for batch in take(build_loader(configure(**settings)), 60))
@@ -131,6 +133,7 @@ def failing_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
     yield state
 
 
+@pytest.mark.moderate
 def test_a_passing_read_error_changes_nothing(configure: Callable[..., Config], failing_reads: dict) -> None:
     expected = tokens(take(build_loader(configure()), 20))
     failing_reads["failures"] = 2

@@ -98,6 +98,7 @@ def test_workers_do_not_change_batches(configure: Callable[..., Config], objecti
         assert_same(take(build_loader(configure(workers=workers, **settings)), 50), alone)
 
 
+@pytest.mark.moderate
 def test_a_restart_anywhere_goes_on_identically(configure: Callable[..., Config]) -> None:
     config = configure()
     whole = take(build_loader(config), 60)
@@ -135,6 +136,7 @@ def test_the_position_is_reached_at_once_at_a_billion_samples(configure: Callabl
     assert loader.describe(start)["species"] in ("fly", "worm")
 
 
+@pytest.mark.moderate
 def test_an_epoch_of_each_species_visits_every_crop_once(
     configure: Callable[..., Config], species: list[Species]
 ) -> None:
@@ -154,6 +156,7 @@ def test_an_epoch_of_each_species_visits_every_crop_once(
             assert sorted(seen[one.name][epoch * len(crops) : (epoch + 1) * len(crops)]) == sorted(crops)
 
 
+@pytest.mark.moderate
 def test_slices_of_a_sequence_are_the_sequence(configure: Callable[..., Config]) -> None:
     for settings in ({}, {"objective": "next_base", "model": {"bidirectional": False}}):
         config = configure(repeat_weight=0.5, **settings)

@@ -134,6 +134,7 @@ def test_masks_of_neighbouring_positions_and_samples_are_independent() -> None:
     assert abs((labelled[1:] * labelled[:-1]).mean()) < 5 * 0.25 / np.sqrt(bases.size)
 
 
+@pytest.mark.moderate
 @settings(deadline=None)
 @given(st.text(CODES, min_size=2, max_size=500), st.booleans(), st.data(), vocabularies)
 def test_next_base_labels(bases: str, mirrored: bool, data: st.DataObject, vocabulary: Vocabulary) -> None:

@@ -81,6 +81,7 @@ def test_mixture_is_close_in_every_ten_thousand_samples(start: int) -> None:
         assert np.abs(seen - 10_000 * share[number]).max() < 6 * deviation
 
 
+@pytest.mark.moderate
 @settings(deadline=None)
 @given(
     shards=st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=8), min_size=1, max_size=4),
@@ -120,6 +121,7 @@ def test_orders_differ_by_seed_and_by_epoch() -> None:
     assert len({tuple(crops(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
+@pytest.mark.moderate
 def test_any_number_is_located_alone_as_among_others() -> None:
     mixture = Mixture([2.0, 1.0], seed=1)
     order = EpochOrder(np.array([40, 50, 60, 7]), [3, 1], seed=1, shuffle_block=2)

@@ -94,6 +94,7 @@ def test_both_strands_are_shown(stream: Callable[..., Config], sequences: list[s
     assert 60 < sum(text in forward for text in seen) < 140
 
 
+@pytest.mark.moderate
 def test_the_same_layout_gives_the_same_batches(stream: Callable[..., Config]) -> None:
     one, other = (take(build_loader(stream(), rank=1, world=3), 20) for _ in range(2))
     assert texts(one) == texts(other)
@@ -105,6 +106,7 @@ def test_the_same_layout_gives_the_same_batches(stream: Callable[..., Config]) -
     assert resumed[0].g[0] == 48 + 1 and texts(resumed) != texts(one)
 
 
+@pytest.mark.moderate
 def test_slices_are_those_of_the_whole(stream: Callable[..., Config]) -> None:
     for settings in ({}, {"objective": "next_base", "model": {"bidirectional": False}}):
         whole = take(build_loader(stream(**settings)), 10)
@@ -191,6 +193,7 @@ def test_a_whole_tar_without_a_crop_is_told_once(
     assert loader.substituted == 0
 
 
+@pytest.mark.moderate
 def test_names_with_dots_hold_crops(stream: Callable[..., Config], tmp_path: Path, sequences: list[str]) -> None:
     write_tar(tmp_path / "dots.tar", {f"NC_000001.11-{n}-64.dna": text for n, text in enumerate(sequences)})
     loader = build_loader(stream(path=str(tmp_path / "dots.tar"), strands="forward"))
@@ -215,6 +218,7 @@ def test_what_cannot_be_streamed_is_one_clear_line(stream: Callable[..., Config]
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.moderate
 def test_validation_takes_the_first_crops_of_its_own_tars(
     stream: Callable[..., Config], sequences: list[str], tmp_path: Path
 ) -> None:
@@ -265,6 +269,7 @@ def test_bytes_behind_a_compressed_tar_are_told_once_and_are_no_damage(
     assert caplog.records[-1].getMessage() == f"data.valid_path: {line}"
 
 
+@pytest.mark.moderate
 def test_rna_is_read_as_dna_and_told_once(
     stream: Callable[..., Config], tmp_path: Path, sequences: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:

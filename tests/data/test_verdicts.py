@@ -46,6 +46,7 @@ def window_bytes(shards: Path) -> int:
     return sum(genome.table(name, "train").bases for name in genome.species)
 
 
+@pytest.mark.moderate
 def test_ranks_that_share_sequences_read_whole_windows_once(
     configure: Callable[..., Config], shards: Path, reads: Callable[[], list]
 ) -> None:
@@ -96,6 +97,7 @@ def test_processes_that_meet_at_a_window_check_it_once(
     assert sum(size for size in reads() if size > 256) == window_bytes(shards)
 
 
+@pytest.mark.moderate
 def test_shards_fetched_since_the_start_are_not_read_whole(
     configure: Callable[..., Config], server: Server, shards: Path, tmp_path: Path, reads: Callable[[], list]
 ) -> None:

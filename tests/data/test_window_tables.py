@@ -62,6 +62,7 @@ def config_of(*paths: Path, weights: tuple[float, ...] = (1.0, 1.0)) -> Config:
     return config
 
 
+@pytest.mark.moderate
 def test_windows_and_runs_are_those_of_the_indexes(dataset: Path, former: Path) -> None:
     mapped, indexed = ShardedGenome(dataset), ShardedGenome(former)
     assert mapped.fingerprint == indexed.fingerprint and len(list(dataset.glob("*.npy"))) == 4

@@ -126,6 +126,7 @@ def test_predict_looks_every_context_up():
         assert (predicted[i, j] == probabilities[tuple(context[i, j])]).all()
 
 
+@pytest.mark.moderate
 def test_the_shown_base_updates_by_the_masking_rule():
     """Against frequencies of a simulated masking: 10 % kept, 20 % random, 70 % hidden."""
     rng = np.random.default_rng(0)

@@ -20,6 +20,7 @@ from tests.data.shard_fixture import Species, random_bases, tile, write_dataset
 NAMES = sorted(path.stem for path in paper.CONFIGS.glob("*.yaml"))
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("name", NAMES)
 def test_arms_see_as_many_bases_at_both_scales(name: str) -> None:
     arms = paper.arms_of(name)

@@ -30,6 +30,7 @@ def first_weights(seed: int = 3) -> dict[str, torch.Tensor]:
     return CaduceusForMaskedLM(config().model).state_dict()
 
 
+@pytest.mark.moderate
 def test_a_model_from_the_meta_device_has_the_weights_of_one_built_at_once() -> None:
     weights = build_strategy(config(), Ranks(0, 1, 1, CPU), build_optimizer).model.state_dict()
     assert weights.keys() == first_weights().keys()

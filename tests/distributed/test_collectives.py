@@ -51,6 +51,7 @@ def test_ranks_of_a_group_agree_in_what_they_exchange_and_when(name: str) -> Non
         assert first == second, (one, other)
 
 
+@pytest.mark.moderate
 def test_copies_of_hybrid_sharding_clip_by_the_same_bits() -> None:
     calls = calls_of(9, KEYS["hybrid"])
     norm, told = calls[-2:]

@@ -101,6 +101,7 @@ def test_a_file_of_deepspeeds_counts_as_configuration(tmp_path: Path) -> None:
     assert hashes[1] == hashes[3] and len(set(hashes[1:])) == 2
 
 
+@pytest.mark.moderate
 def test_the_configuration_counts_to_the_last_key(tmp_path: Path) -> None:
     config, other = (config_of(PAIR, tmp_path, tmp_path / "run") for _ in range(2))
     assert code_and_config_hash(config) == code_and_config_hash(other)

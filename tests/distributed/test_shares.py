@@ -127,6 +127,7 @@ def test_the_largest_share_is_what_a_rank_holds() -> None:
     assert counts["parameters"] == round(fsdp.largest_share(model, 3) * whole)
 
 
+@pytest.mark.moderate
 def test_an_uneven_share_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsdp, "sharding_mesh", lambda ranks, shard: None)
     monkeypatch.setattr(fsdp, "fully_shard", lambda part, **options: part)

@@ -68,6 +68,7 @@ def test_it_is_the_same_however_ranks_share_the_work(two_species: Path, tmp_path
                 assert row[f"loss/{species}"] == pytest.approx(expected[f"loss/{species}"], rel=5e-7), name
 
 
+@pytest.mark.moderate
 def test_losses_by_region_are_those_of_upper_and_lower_case(two_species: Path, tmp_path: Path) -> None:
     """Of the first micro-batch, without weights, against the genome's letters; in fp64, so but for rounding."""
     config = config_of(LAYOUTS[0], two_species, tmp_path / "run", accumulation=2, steps=1, precision="fp64")
@@ -103,6 +104,7 @@ def test_losses_by_region_are_the_same_however_ranks_share_the_work(two_species:
             assert rows_of(configs[name])[0][key] == pytest.approx(alone[key], rel=5e-7), name
 
 
+@pytest.mark.moderate
 def test_one_species_has_no_loss_of_its_own(small_shards: Path, tmp_path: Path) -> None:
     config = config_of(Layout("single", 1, {"strategy": "single"}), small_shards, tmp_path / "run", steps=1)
     assert trainer.train(config) == 0

@@ -76,6 +76,7 @@ def test_targets_of_make_that_a_page_names_are_there(page: Path) -> None:
     assert [target for target in named if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
+@pytest.mark.moderate
 def test_the_times_of_the_readme_are_those_of_the_model_and_said_to_be() -> None:
     text = (REPOSITORY / "README.md").read_text()
     rows = re.findall(r"^\|.*\| `([\w-]+)` \| [\d,]+ \| [\d,]+ \| ([\d.]+ \w+) \| ([\d.]+ \w+) \|$", text, re.MULTILINE)

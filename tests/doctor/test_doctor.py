@@ -104,6 +104,7 @@ def test_gpus_are_told_with_their_software_and_who_else_uses_them(monkeypatch, t
     assert found.told.endswith("in use already: 1")
 
 
+@pytest.mark.moderate
 def test_kernels_that_compute_wrongly_or_not_at_all_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     scan = device._scan
     assert device.kernels(CPU).state is State.OK

@@ -125,6 +125,7 @@ def test_values_of_bins_are_learnt_and_predicted_again(tmp_path: Path) -> None:
         predictor.predict([data.bases[0][:9]])
 
 
+@pytest.mark.moderate
 def test_the_suite_has_the_task(tmp_path: Path) -> None:
     genome = write_cage(tmp_path)
     quick = {"seeds": 1, "epochs": 1, "lr": 0.01, "batch_size": 8}

@@ -41,6 +41,7 @@ def validated(config: Config) -> dict[str, float]:
     return held_out_loss(model_of(config), build_validation(config), CPU, mirror=Ranks(0, 1, 1, CPU).mirrored)
 
 
+@pytest.mark.moderate
 def test_regions_accuracy_and_confusion_are_those_of_single_bases(small_shards: Path) -> None:
     config = config_of(small_shards, rcps=False)
     told, genome, model = validated(config), ShardedGenome(small_shards), model_of(config)

@@ -177,6 +177,7 @@ def test_tracks_of_bases_are_found_by_sequence_in_zarr(tmp_path: Path, genome: P
     assert np.array_equal(zarr.open_group(str(tmp_path / "means.zarr"))["embeddings"][:], embed(runner, texts))
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("window", [None, 700])
 def test_shards_are_embedded_as_their_windows(tmp_path: Path, small_shards: Path, window: int | None) -> None:
     runner, options = Runner(made("ps")), EmbedOptions(pool="centre", piece=1000)

@@ -94,6 +94,7 @@ def test_a_run_keeps_and_draws_them_or_leaves_them_out(small_run: SmallRun, monk
     assert [path.name for path in folder.iterdir()] == ["windows.json"] and len(list(later.glob("*.png"))) == 2
 
 
+@pytest.mark.moderate
 def test_windows_of_a_stream_have_no_coordinates_and_are_drawn(tmp_path: Path) -> None:
     bins = {"loss": [1.0, None], "repeat": [0.0, 1.0]}
     stretch = {

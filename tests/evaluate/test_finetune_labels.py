@@ -219,6 +219,7 @@ def test_fasta_and_folders_of_benchmarks_are_taken_as_they_are(tmp_path: Path) -
         tables_of({"train": tmp_path / "empty"}, LabelledSource(), columns, tmp_path / "out")
 
 
+@pytest.mark.moderate
 def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None:
     files = {
         "a.csv": ("sequence,x,y\nAC,1,2\nAC,0,1\n", ["--label", "x,y"], "a.csv:2: y must be 0 or 1, got '2'"),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from caduceus.evaluate.embed import EmbedOptions, embed
 from caduceus.evaluate.labelled import LabelledTable, split_off
@@ -25,6 +26,7 @@ def write(path: Path, seed: int, count: int) -> Path:
     return path
 
 
+@pytest.mark.moderate
 def test_it_is_a_linear_model_of_the_embeddings(tmp_path: Path, model_folder, evaluate, capsys) -> None:
     files = {name: write(tmp_path / f"{name}.csv", seed, 60) for seed, name in enumerate(("train", "test"))}
     out = tmp_path / "probe.json"

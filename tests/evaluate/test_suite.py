@@ -175,6 +175,7 @@ def test_an_interval_covers_what_it_is_of() -> None:
     assert low < middle < high and high - low == pytest.approx(2 * 1.96 * spread, rel=0.25)
 
 
+@pytest.mark.moderate
 def test_mistakes_end_in_one_line(tmp_path: Path, model_folder, refused) -> None:
     (tmp_path / "bad.yaml").write_text("title: x\n")
     (tmp_path / "data" / "dummy_mouse_enhancers_ensembl" / "train").mkdir(parents=True)

@@ -63,6 +63,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     return seen
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("kind", ["ps", "ph"])
 def test_scores_are_those_of_their_definition(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng, runner, seen = np.random.default_rng(0), Runner(made(kind)), captured(monkeypatch)
@@ -120,6 +121,7 @@ def test_a_window_of_hidden_bases_is_cut_about_the_first(tmp_path: Path, monkeyp
     assert seen.pop() == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.moderate
 def test_motifs_are_right_where_all_their_bases_are(tmp_path: Path) -> None:
     runner, rng = Runner(made("ps")), np.random.default_rng(2)
     texts = [random_text(rng, 20) for _ in range(40)]

@@ -31,6 +31,7 @@ def write_labelled(folder: Path, genome: Path) -> tuple[Path, Path, list[float]]
     return vcf, table, labels
 
 
+@pytest.mark.moderate
 def test_labels_of_info_or_a_column_tell_how_well_scores_find_them(
     tmp_path: Path, genome: Path, model_folder, evaluate, capsys
 ) -> None:

@@ -163,6 +163,7 @@ def write_vcf(path: Path, genome: Path) -> list[str]:
     return rows
 
 
+@pytest.mark.moderate
 def test_a_vcf_comes_back_with_scores(tmp_path: Path, genome: Path, model_folder, evaluate) -> None:
     rows = write_vcf(tmp_path / "in.vcf.gz", genome)
     words = ["variants", "--model", model_folder("ph"), "--input", tmp_path / "in.vcf.gz", "--genome", genome]

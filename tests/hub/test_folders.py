@@ -46,6 +46,7 @@ def make_run(path: Path, model: CaduceusForMaskedLM) -> RunDirectory:
     return run
 
 
+@pytest.mark.moderate
 def test_a_published_directory_is_what_transformers_expects(tmp_path):
     model = small_model()
     hub.save_published(model, tmp_path / "export")
@@ -90,6 +91,7 @@ def test_saving_replaces_an_earlier_export_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+@pytest.mark.moderate
 def test_a_failed_save_leaves_the_earlier_export(tmp_path, monkeypatch):
     model = small_model()
     hub.save_published(model, tmp_path / "export")
@@ -124,6 +126,7 @@ def test_export_takes_a_run_a_checkpoint_or_an_import(tmp_path, capsys):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "newest" / file).read_bytes()
 
 
+@pytest.mark.moderate
 def test_wrong_directories_are_refused_in_one_line(tmp_path, capsys):
     model = small_model()
     good = tmp_path / "good"

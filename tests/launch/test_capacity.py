@@ -72,6 +72,7 @@ def test_a_request_that_waits_for_nodes_is_told_from_one_that_can_never_run(fake
     assert note == (waits_for and f"the job will wait, as nodes that it needs are {waits_for} now")
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("state", ["drained", "down"])
 def test_where_all_nodes_are_away_the_job_is_queued_with_a_note(launch, fake_slurm, small_config, capsys, state):
     fake_slurm.answer("sinfo", f"echo 'main*|up|{state}|4|64|250000|(null)|infinite'")

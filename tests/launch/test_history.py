@@ -144,6 +144,7 @@ def test_the_newest_attempt_ended_as_its_ranks_say(run, fake_slurm, slurm, ends,
     assert now.attempts[-1].ended and overview(run).state == state, "written down at the first look"
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     ("status", "job", "reason"),
     [

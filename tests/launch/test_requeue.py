@@ -119,6 +119,7 @@ def test_a_time_limit_in_such_a_container_is_seen_by_the_clock(without_slurm, mo
     assert history.attempts(without_slurm)[-1].reason == history.Reason.UNSAVED
 
 
+@pytest.mark.moderate
 def test_a_complete_run_of_a_chain_ends_well_in_such_a_container(without_slurm, monkeypatch, capsys):
     submission = history.submissions(without_slurm)[0]
     record_submission(without_slurm, replace(submission, jobs=["7", "8"]))

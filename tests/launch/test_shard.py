@@ -76,6 +76,7 @@ def test_what_jobs_would_fail_for_is_refused_before(fake_slurm, monkeypatch, tmp
     assert not fake_slurm.asked("sbatch") and not (tmp_path / "out").exists()
 
 
+@pytest.mark.moderate
 def test_species_that_jobs_are_at_are_not_submitted_again_and_others_are(fake_slurm, monkeypatch, tmp_path, capsys):
     species, out = write_species(tmp_path), tmp_path / "out"
     command = ["shard.py", "--genomes", str(species), "--out", str(out), "--cluster", "cpu"]

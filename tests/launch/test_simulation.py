@@ -133,6 +133,7 @@ def test_a_layout_that_is_faster_is_told() -> None:
     assert best.seconds < 0.9 * step.seconds
 
 
+@pytest.mark.moderate
 def test_auto_shares_a_sequence_further_where_it_would_not_fit() -> None:
     """With nothing recomputed; and where a layout is asked for that does not fit, one that does is told."""
     config, room = load_config("ps-131k", ["size=300M"]), Room(80 * 10**9, 8)
@@ -144,6 +145,7 @@ def test_auto_shares_a_sequence_further_where_it_would_not_fit() -> None:
     assert not step.fits and best is not None and best.fits and best.estimate.shared_by == Sharing(2, 4)
 
 
+@pytest.mark.moderate
 def test_auto_shares_a_sequence_further_where_it_would_be_computed_again() -> None:
     """It takes no more ranks than a node has and no short slices, and only where nobody asked for less."""
     room = Room(80 * 10**9, 8)

@@ -120,6 +120,7 @@ def test_the_estimate_of_a_million_bases_on_512_gpus(launch, capsys):
     assert estimate.endswith("unmeasured estimate for H100: 0.085 s a step, 21.5 GB")
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(("millions", "nodes"), [(1, 2), (2, 4), (4, 8), (8, 16)])
 def test_the_estimate_of_longer_contexts_on_more_gpus(launch, capsys, millions, nodes):
     config = str(REPOSITORY / "configs" / "pretrain" / "ps-1m.yaml")

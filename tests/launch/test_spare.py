@@ -42,6 +42,7 @@ def test_a_lost_node_is_replaced_by_the_spare_one(run, monkeypatch, fake_slurm, 
     assert (only.reason, only.error) == (Reason.NODE_LOST, "n1: SLURM has lost it")
 
 
+@pytest.mark.moderate
 def test_a_bad_node_is_replaced_until_no_spare_one_is_left(run, monkeypatch, fake_slurm, capsys):
     history.record_attempt(run, "bad node", "7", 0, node="n0", why="n0: no shared memory")
     assert goes_on(run, monkeypatch, fake_slurm, "n[0-2]") == 0

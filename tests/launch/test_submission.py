@@ -47,6 +47,7 @@ def test_resuming_changes_settings_and_nodes(run, steer):
     assert len(submissions(run)) == 2
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("refusal", [REFUSAL, ACCEPTS_TESTS_ONLY])
 def test_a_refused_submission_changes_nothing(run, launch, fake_slurm, small_config, refusal):
     run.stop_path.touch()
@@ -57,6 +58,7 @@ def test_a_refused_submission_changes_nothing(run, launch, fake_slurm, small_con
     assert run.config_path.read_text() == before and run.stop_path.exists()
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("refusal", [REFUSAL, ACCEPTS_TESTS_ONLY])
 @pytest.mark.parametrize("sweep", [[], ["--sweep", "train.lr=1e-3,8e-3"]])
 def test_a_refused_new_run_leaves_no_directory(launch, fake_slurm, small_config, tmp_path, refusal, sweep):
@@ -66,6 +68,7 @@ def test_a_refused_new_run_leaves_no_directory(launch, fake_slurm, small_config,
     assert not list(tmp_path.glob("run*"))
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,6 +84,7 @@ def test_a_run_is_not_resumed_by_a_request_that_cannot_be_meant(run, steer, fake
     assert len(submissions(run)) == len(fake_slurm.asked("sbatch")) == 1
 
 
+@pytest.mark.moderate
 def test_a_run_of_this_machine_is_not_resumed_on_several_nodes(run, steer, fake_slurm):
     fake_slurm.answer("ps", "exit 1")
     path = run.path / "submissions.json"
@@ -134,6 +138,7 @@ def test_a_run_with_a_live_job_is_not_started_here_either(run, launch, fake_slur
             launch("--config", small_config, "--cluster", cluster, "run.dir=run")
 
 
+@pytest.mark.moderate
 def test_commands_to_come_are_quoted_for_the_shell(launch, fake_slurm, small_config, steer, capsys):
     assert launch("--config", small_config, *REQUEST, "run.dir=a run; exit") == 0
     printed = capsys.readouterr().out

@@ -11,6 +11,7 @@ def config(tmp_path):
     return path
 
 
+@pytest.mark.moderate
 def test_every_combination_is_a_run_named_after_it(config):
     folder, configs = sweep_configs(config, ["train.steps=3"], ["train.lr=1e-3,8e-3", "model.rcps=true,false"])
     assert str(folder) == "runs/small-sweep"

@@ -65,6 +65,7 @@ def gradients(model: CaduceusForMaskedLM) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.moderate
 @settings(max_examples=25, deadline=None)
 @given(config=configs, length=st.integers(1, 9))
 def test_equals_the_published_computation_with_flips(config, length):

@@ -32,6 +32,7 @@ def in_pieces(model: CaduceusForMaskedLM, ids: torch.Tensor, piece: int) -> tupl
     return logits, [torch.cat(parts, 2) for parts in found.values()]
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("kind", [*KINDS, *MAMBA2_KINDS])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_pieces_give_the_numbers_of_one_pass(kind: str, dtype: torch.dtype, tolerance: float) -> None:

@@ -59,6 +59,7 @@ def catch_up(metrics: Path, journal: Journal) -> tuple[list[int], int]:
     return client.steps, len(rows)
 
 
+@pytest.mark.moderate
 def test_the_journal_looks_at_new_steps_and_at_those_made_again_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

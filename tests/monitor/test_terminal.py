@@ -162,6 +162,7 @@ def test_a_run_is_followed_from_its_directory_through_a_rewind(disabled: Watched
         assert followed.view.row["samples"] == 8 * 11 + 64
 
 
+@pytest.mark.moderate
 def test_a_line_per_run_where_there_is_no_terminal(
     disabled: Watched, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +174,7 @@ def test_a_line_per_run_where_there_is_no_terminal(
     assert plain_line(Followed(disabled.path).view).startswith("step 0/")
 
 
+@pytest.mark.moderate
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "caduceus.monitor", str(tmp_path)],

@@ -35,6 +35,7 @@ sizes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.moderate
 @settings(max_examples=20, deadline=None)
 @given(sizes, st.booleans(), st.booleans())
 def test_scan_is_the_definition(size, reverse, softplus):
@@ -211,6 +212,7 @@ def test_views_give_the_bits_of_copies():
     assert torch.equal(y, cpu.causal_conv1d(z.contiguous(), weight.contiguous(), None, "silu", False))
 
 
+@pytest.mark.moderate
 def test_number_of_threads_changes_no_bit():
     inputs = bidirectional_inputs(2, 2, batch=3, length=600, channels=260)
     before = torch.get_num_threads()

@@ -84,6 +84,7 @@ def test_operators(dtype):
         np.testing.assert_allclose(a[:whole], e[:whole], rtol=np.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("apply", [lanewise, elementwise])
 def test_exp2(dtype, apply):

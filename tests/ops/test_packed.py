@@ -86,6 +86,7 @@ def whole_tensors(mix: Callable, backend: str, starts: Tensor | None) -> int:
     return made.number
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     ("mix", "backend"), [(one_direction, "naive"), (one_direction, "cpu"), (both_directions, "cpu")]
 )
@@ -95,6 +96,7 @@ def test_sequences_cost_no_tensor_of_the_rows_length_each(mix: Callable, backend
     assert whole_tensors(mix, backend, many) == whole_tensors(mix, backend, few)
 
 
+@pytest.mark.moderate
 def test_positions_cost_the_definition_no_tensor_of_the_rows_length_each() -> None:
     assert whole_tensors(one_direction, "naive", None) < L // 2
 

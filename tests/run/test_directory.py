@@ -153,6 +153,7 @@ def test_a_step_saved_again_replaces_its_checkpoint(run: RunDirectory) -> None:
     assert write_checkpoint(run, 2) == run.newest_valid_checkpoint().path
 
 
+@pytest.mark.moderate
 def test_another_configuration_is_refused_with_both_values(run: RunDirectory) -> None:
     run.release()
     other = make_config(run.path, lr=1e-3)
@@ -194,6 +195,7 @@ def test_a_change_is_seen_by_the_checkpoint_whatever_became_of_config_yaml(run: 
     RunDirectory.create_or_resume(config).release()
 
 
+@pytest.mark.moderate
 def test_before_the_first_checkpoint_config_yaml_may_be_edited(run: RunDirectory) -> None:
     run.release()
     run.config_path.write_text(edited(make_config(run.path)))
@@ -207,6 +209,7 @@ def test_a_damaged_checkpoint_does_not_say_what_the_run_was_made_with(run: RunDi
     assert run.former_config().train.lr == 8e-3
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize(
     ("damage", "named"),
     [

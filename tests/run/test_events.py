@@ -44,6 +44,7 @@ def test_starts_checkpoints_and_ends_are_kept_over_starts(small_run: SmallRun, m
     assert len(told) == 3 and all(" written in " in words for words in told)
 
 
+@pytest.mark.moderate
 def test_what_is_skipped_and_what_fails_is_told(small_run: SmallRun) -> None:
     config = small_run.config("run", train={"steps": 9, "lr": 1e30, "min_lr": 0, "warmup_steps": 0}, valid={"every": 0})
     config.train.max_skipped_steps, config.train.clip_norm = 1, 0

@@ -52,6 +52,7 @@ def start():
         process.wait()
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("code", [FORKS, LEAVES_A_CHILD], ids=["forked", "that inherits every file"])
 @pytest.mark.parametrize("reaped", [True, False])
 def test_a_child_of_a_killed_holder_holds_nothing(start: Callable, tmp_path: Path, code: str, reaped: bool) -> None:
@@ -75,6 +76,7 @@ def test_a_child_of_a_killed_holder_holds_nothing(start: Callable, tmp_path: Pat
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.moderate
 def test_a_holder_that_ends_in_a_moment_is_waited_for(start: Callable, tmp_path: Path, caplog, monkeypatch) -> None:
     monkeypatch.setattr(lock, "_QUIET_SECONDS", 0.2)
     holder = start(TAKE + "print(flush=True); time.sleep(1)", tmp_path)
@@ -84,6 +86,7 @@ def test_a_holder_that_ends_in_a_moment_is_waited_for(start: Callable, tmp_path:
     assert caplog.text.count(f"in use by another process (process {holder.pid} on ") == 1
 
 
+@pytest.mark.moderate
 def test_a_holder_that_does_not_end_is_named(start: Callable, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(lock, "ENDING_SECONDS", 0.3)
     holder = start(TAKE + "print(flush=True); time.sleep(60)", tmp_path)
@@ -92,6 +95,7 @@ def test_a_holder_that_does_not_end_is_named(start: Callable, tmp_path: Path, mo
         RunLock(tmp_path).take()
 
 
+@pytest.mark.moderate
 def test_a_rank_whose_torchrun_is_gone_is_waited_for_until_it_ends(
     start: Callable, tmp_path, caplog, monkeypatch
 ) -> None:

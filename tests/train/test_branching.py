@@ -74,6 +74,7 @@ def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(
     assert not Path(config.run.dir).exists()
 
 
+@pytest.mark.moderate
 def test_a_link_that_moves_on_and_a_damaged_checkpoint_are_refused(small_run: SmallRun, trunk: Config) -> None:
     config = branch(small_run, trunk)
     config.train.decay_from = str(RunDirectory(trunk.run.dir).checkpoints_path / "latest")

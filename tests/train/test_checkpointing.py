@@ -69,6 +69,7 @@ def fill(strategy: Strategy, value: float) -> None:
     strategy.step(lr=0.0)
 
 
+@pytest.mark.moderate
 def test_what_is_saved_is_the_state_of_its_moment(config, run, strategy, disk) -> None:
     checkpoints, saved = Checkpoints(config, run, strategy), progress(1)
     fill(strategy, 1.0)
@@ -86,6 +87,7 @@ def test_what_is_saved_is_the_state_of_its_moment(config, run, strategy, disk) -
     assert all(torch.equal(*pair) for pair in zip(moments, after, strict=True))
 
 
+@pytest.mark.moderate
 def test_one_checkpoint_is_under_way_at_a_time(config, run, strategy, disk) -> None:
     checkpoints = Checkpoints(config, run, strategy)
     checkpoints.save(progress(1))
@@ -100,6 +102,7 @@ def test_one_checkpoint_is_under_way_at_a_time(config, run, strategy, disk) -> N
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [1, 2]
 
 
+@pytest.mark.moderate
 def test_a_failed_save_is_told_when_asked_and_leaves_the_older_one(config, run, strategy, monkeypatch) -> None:
     checkpoints = Checkpoints(config, run, strategy)
     checkpoints.save(progress(1))
@@ -153,6 +156,7 @@ def test_old_checkpoints_that_cannot_be_removed_cost_no_new_one(small_run: Small
     assert "old checkpoints could not be removed ([Errno 39] Directory not empty)" in caplog.text
 
 
+@pytest.mark.moderate
 def test_a_checkpoint_whose_directory_cannot_be_made_is_one_line(small_run: SmallRun, monkeypatch) -> None:
     mkdir = Path.mkdir
 
@@ -238,6 +242,7 @@ def test_a_file_that_may_not_grow_is_told_truly(config, run, strategy) -> None:
     assert run.newest_valid_checkpoint().step == 1
 
 
+@pytest.mark.moderate
 def test_a_restart_on_a_full_disk_tells_sizes_that_mean_something(config: Config, small_run, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         config = small_run.config("full", run={"dir": str(disk / "run"), "device": "cpu"})

@@ -46,6 +46,7 @@ def test_a_budget_takes_the_largest_size_that_it_trains_and_is_spent(compute: fl
     assert spent == pytest.approx(compute, rel=0.01) or keys["train"]["steps"] == 9 + (compute > 1e15)
 
 
+@pytest.mark.moderate
 def test_what_is_typed_wins_over_the_dial_and_the_dial_over_the_file(tmp_path: Path) -> None:
     config = load_config("auto", ["size=90M", "train.steps=7", "data.seq_len=1024", "data.path=x"])
     assert (config.model.d_model, config.train.steps, config.train.global_batch) == (768, 7, 1024)
@@ -61,6 +62,7 @@ def test_what_is_typed_wins_over_the_dial_and_the_dial_over_the_file(tmp_path: P
             load_config("auto", given)
 
 
+@pytest.mark.moderate
 def test_rates_scale_by_kinds_that_models_have() -> None:
     from caduceus import CaduceusConfig, CaduceusForMaskedLM
 

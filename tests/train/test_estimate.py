@@ -43,6 +43,7 @@ def published(seq_len: int, rcps: bool = False, strands: int = 1, context: int =
     )
 
 
+@pytest.mark.moderate
 def test_memory_at_the_published_sizes():
     # As benchmarks/memory.py counts for the 7.7M model.
     assert estimate(published(2**17), 8).memory_bytes == pytest.approx(20.03 * 2**30, rel=0.02)
@@ -53,6 +54,7 @@ def test_memory_at_the_published_sizes():
     assert recomputed.memory_bytes == pytest.approx(89.63 * 2**30, rel=0.02)
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("keys", [{}, {"rcps": True}, {"bidirectional_weight_tie": False}, {"bidirectional": False}])
 def test_memory_on_a_cpu_grows_by_what_a_block_keeps_there(keys, precision):

@@ -42,6 +42,7 @@ def test_a_spike_is_a_multiple_of_the_running_mean_once_there_is_one() -> None:
     assert health.may_update(2.1, 1.0, TrainConfig(spike_factor=0.0)) and not health.spiked
 
 
+@pytest.mark.moderate
 def test_too_many_skips_in_a_row_end_the_run_and_name_the_samples(small_run: SmallRun, monkeypatch) -> None:
     config = small_run.config("poisoned", train={"steps": 8, "max_skipped_steps": 2}, valid={"every": 0})
     poison(monkeypatch, first=4)
@@ -82,6 +83,7 @@ def test_a_spike_rewinds_to_the_checkpoint_and_goes_on_with_later_samples(small_
     assert json.loads(report)["reason"] == "the loss jumped"
 
 
+@pytest.mark.moderate
 def test_a_sample_whose_loss_is_not_finite_is_named_alone(small_run: SmallRun, monkeypatch) -> None:
     config = small_run.config("nan", train={"steps": 2, "max_skipped_steps": 1}, valid={"every": 0})
     step_of_the_trainer, seen = loop.training_step, []

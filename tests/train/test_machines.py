@@ -50,6 +50,7 @@ def test_two_nodes_come_together_in_the_rows_of_the_first(small_run: SmallRun) -
     assert len(of_step) == 6 and all(f"hardware/cpu_percent/{HOST}-1" in row for row in of_step)
 
 
+@pytest.mark.moderate
 def test_ranks_of_a_node_are_told_apart_as_the_launcher_has_it(small_run: SmallRun, monkeypatch) -> None:
     """Also under DeepSpeed, to which LOCAL_RANK is the number of the rank's GPU: 0 for all that see but their own."""
     set_up, told = trainer.set_up, []
@@ -75,6 +76,7 @@ def test_nodes_have_their_hosts_names_and_numbers_where_these_recur() -> None:
     assert _nodes([("a", 0)]) == ["a"]
 
 
+@pytest.mark.moderate
 def test_readings_are_those_of_the_machine(tmp_path: Path) -> None:
     reader = Machine(tmp_path / "not" / "there")
     size, began, used = 64 << 20, time.monotonic(), time.process_time()

@@ -31,6 +31,7 @@ def test_a_full_disk_is_told_before_the_first_step(small_run: SmallRun, monkeypa
         trainer.train(config)
 
 
+@pytest.mark.moderate
 def test_without_workers_shared_memory_does_not_matter(small_run: SmallRun, monkeypatch) -> None:
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0) if "shm" in str(path) else usage(path))

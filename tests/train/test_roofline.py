@@ -21,6 +21,7 @@ def nothing_known_of_the_device() -> Iterator[None]:
     roofline._peaks.cache_clear()
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("rcps", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -90,6 +90,7 @@ def test_other_schedules_do_not_ask_where_the_run_ends() -> None:
     assert learning_rate(1, TrainConfig(schedule="inverse_sqrt"), 0) == 8e-3
 
 
+@pytest.mark.moderate
 @given(step=st.integers(0, 900), steps=st.integers(950, 5000))
 def test_before_its_decay_a_run_under_wsd_takes_any_length(step: int, steps: int) -> None:
     former, now = wsd(1000), wsd(steps)

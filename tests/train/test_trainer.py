@@ -288,6 +288,7 @@ def test_wandb_offline_keeps_one_run_id_over_restarts(small_run: SmallRun, monke
     assert all(list(path.glob("*.wandb")) for path in runs)
 
 
+@pytest.mark.moderate
 def test_a_batch_without_a_label_has_no_loss_and_no_gradient(small_run: SmallRun) -> None:
     config = small_run.config("unlabelled", data={"mask_prob": 1e-9}, train={"steps": 2}, valid={"every": 0})
     train(config)

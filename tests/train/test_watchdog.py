@@ -75,6 +75,7 @@ def test_stacks_are_shown_when_asked_and_the_run_goes_on(small_run: SmallRun) ->
     assert [row["step"] for row in numbers(config.run.dir) if "loss" in row] == list(range(1, 61))
 
 
+@pytest.mark.moderate
 def test_all_that_a_run_may_hang_in_is_watched(small_run: SmallRun, monkeypatch) -> None:
     watched = []
     over = Watchdog.over

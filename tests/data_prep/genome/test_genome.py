@@ -105,6 +105,7 @@ def test_twobit_against_a_maintained_reader(tmp_path):
         assert genome.read(name, 5, 3000) == other[name][5:3000].encode()
 
 
+@pytest.mark.moderate
 def test_large_chunks_and_long_lines(tmp_path, monkeypatch):
     """Headers, line ends and CR LF pairs that straddle the pieces of a scan."""
     rng = np.random.default_rng(1)

@@ -190,6 +190,7 @@ def test_table_that_cannot_be_read_is_not_used(folder, capfd, monkeypatch):
     assert "genome.fa.fai does not match genome.fa and is not used" in capfd.readouterr().err
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_one_genome_in_several_processes(tmp_path, method):
     bases = np.frombuffer(b"ACGT", np.uint8)[np.random.default_rng(3).integers(0, 4, 200_000)].tobytes()

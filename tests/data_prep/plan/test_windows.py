@@ -27,6 +27,7 @@ def bases(intervals: np.ndarray) -> set[int]:
     return {base for start, end in intervals.tolist() for base in range(start, end)}
 
 
+@pytest.mark.moderate
 @given(interval_lists, interval_lists)
 def test_interval_sets_are_sets(left_list: list, right_list: list) -> None:
     left, right = union(array(left_list)), union(array(right_list))

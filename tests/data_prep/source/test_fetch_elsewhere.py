@@ -50,6 +50,7 @@ def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.getfixturevalue(request.param)
 
 
+@pytest.mark.moderate
 def test_downloads_whole_and_goes_on_with_a_part(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fetch(f"{folder}/{NAME}", tmp_path / "whole").read_bytes() == CONTENT
     append = download._append

@@ -93,6 +93,7 @@ def test_what_is_no_address_or_not_there_is_one_line(address: str, files: Path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("arguments", [["hg38"], ["x.fa", "--out", "."], ["./x.fa", "--out", "."]])
 def test_a_mistake_of_fetch_genome_is_one_line(files: Path, arguments: list[str]) -> None:
     command = [sys.executable, str(REPOSITORY / "data_prep" / "fetch_genome.py"), *arguments]

@@ -212,6 +212,7 @@ def test_a_foreign_directory_is_left_alone(fasta: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["s", "thesis.tex"]
 
 
+@pytest.mark.moderate
 def test_other_files_beside_a_dataset_do_no_harm(fasta: Path, dataset: Path) -> None:
     (dataset / "notes.txt").write_text("made for the paper")
     shard("--fasta", fasta, "--species", "s", "--out", dataset, *OPTIONS)

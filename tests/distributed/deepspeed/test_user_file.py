@@ -26,6 +26,7 @@ def test_the_page_on_parallelism_lists_every_key() -> None:
     assert {name.removeprefix("zero_optimization.") for name in named} <= keys | {"cpu", "none"}
 
 
+@pytest.mark.moderate
 def test_the_launcher_checks_a_file_without_torch_or_deepspeed() -> None:
     """It asks before it submits, from machines that have neither."""
     code = "import sys, caduceus.distributed.layout; assert not {'torch', 'deepspeed'} & sys.modules.keys()"

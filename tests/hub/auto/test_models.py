@@ -40,6 +40,7 @@ def ps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Golden, str]:
     return golden, export(golden, tmp_path_factory.mktemp("ps") / "export")
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("name", NAMES)
 def test_an_export_gives_the_golden_values_and_comes_back_bit_for_bit(name, tmp_path):
     golden = load_golden(name)
@@ -63,6 +64,7 @@ def test_an_export_gives_the_golden_values_and_comes_back_bit_for_bit(name, tmp_
         assert list(complement) == [str(token) for token in range(len(complement))]
 
 
+@pytest.mark.moderate
 def test_a_tied_weight_is_one_parameter(ps):
     _, folder = ps
     for auto in (AutoModelForMaskedLM, AutoModel):
@@ -150,6 +152,7 @@ def batches(side: str, folder: str) -> tuple[Any, list[str], dict[str, torch.Ten
     return tokenizer, texts, tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_on_either_side_changes_nothing(name, side, tmp_path):

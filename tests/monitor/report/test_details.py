@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from caduceus.monitor.report.details import DETAILS
 from caduceus.monitor.report.figures import LINE_BINS
@@ -20,6 +21,7 @@ def run_of(path: Path, machines: list[dict[str, float]]) -> Watched:
     return watched
 
 
+@pytest.mark.moderate
 def test_lines_are_named_whichever_run_has_them_and_long_ones_marked_now_and_then(tmp_path: Path) -> None:
     used = np.random.default_rng(0).uniform(0, 100, 3 * LINE_BINS)
     runs = [

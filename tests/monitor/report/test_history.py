@@ -21,6 +21,7 @@ def training(step: int, loss: float | None = 1.0, samples: int | None = None) ->
     return {"step": step, "loss": loss, "tokens": 100 * step, "samples": samples or 8 * step, "seconds": 1.0}
 
 
+@pytest.mark.moderate
 @settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.tuples(st.integers(1, 12), st.floats(0, 9)), min_size=1, max_size=40))
 def test_a_step_made_again_counts_once_by_its_last_row(tmp_path_factory: Any, made: list[tuple[int, float]]) -> None:
@@ -85,6 +86,7 @@ def test_a_spike_among_many_rows_is_kept_and_the_last_row_is_the_end(tmp_path: P
     ]
 
 
+@pytest.mark.moderate
 @pytest.mark.parametrize("cut", [4000, 9000])
 def test_steps_made_again_far_back_count_once(tmp_path: Path, cut: int) -> None:
     first, second = (training(step) for step in range(1, 9001)), (training(step, 2.0) for step in range(cut, 9999))

@@ -172,6 +172,7 @@ def test_two_real_runs(small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.
     assert_drawn(drawn, [2, 4, 6], [np.log(row["grad_norm/embedding"]) for row in rows])
 
 
+@pytest.mark.moderate
 def test_differences_are_exact(tmp_path: Path) -> None:
     paths = []
     for name, mode in (("a", "disabled"), ("b", "offline")):
@@ -188,6 +189,7 @@ def test_differences_are_exact(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.moderate
 def test_events_stand_on_the_axis_and_in_the_table(tmp_path: Path) -> None:
     watched = Watched(tmp_path / "run", mode="disabled")
     watched.run.write_provenance({"step": 0, "ranks": 2})
@@ -223,6 +225,7 @@ def test_state_of_a_run_that_failed_or_was_left(tmp_path: Path) -> None:
     assert read_run(watched.path).state == "finished"
 
 
+@pytest.mark.moderate
 def test_long_runs_are_drawn_by_bins(tmp_path: Path) -> None:
     watched = Watched(tmp_path / "run", mode="disabled")
     rows = [
