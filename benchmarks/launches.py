@@ -5,7 +5,8 @@
 Counted on fake tensors, without a GPU, as for an H100: every kernel of Triton and every operator of PyTorch that runs
 in a micro-batch of one sequence, in bf16, without torch.compile. `rest` is what is outside of the blocks: embedding,
 last norm, head and loss. The last two columns are estimates, NOT measurements: all launches one after another, at
-LAUNCH_SECONDS each, and the kernels by `caduceus.train.estimate`, which knows nothing of other ranks.
+LAUNCH_SECONDS each, and the kernels by `caduceus.train.estimate`, which has one time of a block: that of Mamba without
+kept states, and without other ranks.
 """
 
 import argparse
