@@ -22,20 +22,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Peak rates of one GPU at its boost clock, for dense matrices, from its maker's data sheet."""
+    """Peak rates of one GPU, for dense matrices, from its maker's data sheet."""
 
     bf16_flops: float
     fp32_flops: float
     exponentials: float
-    """Exponentials per second: 16 per clock and multiprocessor."""
+    """Exponentials per second: 16 per clock and multiprocessor, at the highest clock."""
 
 
 PEAKS = {
-    # Data sheets of NVIDIA: products without sparsity; multiprocessors and boost clock.
+    # Products without sparsity, and fp32: NVIDIA's data sheets "A100 80GB", "H100 Tensor Core GPU", "H200 Tensor Core
+    # GPU", "L40S" and "L4", and its white paper "Ada GPU Architecture" for the RTX 4090. Multiprocessors: the white
+    # papers of the architectures. Clocks: those at which the fp32 rates are reached.
     "A100": Peaks(312e12, 19.5e12, 16 * 108 * 1.41e9),  # A100 80GB SXM, PCIe
     "H100 PCIe": Peaks(756e12, 51e12, 16 * 114 * 1.755e9),
-    "H100": Peaks(989e12, 67e12, 16 * 132 * 1.83e9),  # H100 SXM
-    "H200": Peaks(989e12, 67e12, 16 * 132 * 1.83e9),
+    "H100": Peaks(989e12, 67e12, 16 * 132 * 1.98e9),  # H100 SXM
+    "H200": Peaks(989e12, 67e12, 16 * 132 * 1.98e9),
     "L40S": Peaks(362e12, 91.6e12, 16 * 142 * 2.52e9),
     "L4": Peaks(121e12, 30.3e12, 16 * 58 * 2.04e9),
     "RTX 4090": Peaks(165.2e12, 82.6e12, 16 * 128 * 2.52e9),

@@ -97,3 +97,10 @@ def test_a_card_has_its_own_peaks_or_none(name: str, known: str | None, monkeypa
         expected = exponentials_per_base(config.model) * 1e6 / roofline.PEAKS[known].exponentials
         assert shares["scan_roofline"] == pytest.approx(expected) and not caplog.text
     roofline._peaks.cache_clear()
+
+
+def test_exponentials_are_at_the_clock_of_the_fp32_rate() -> None:
+    """With a lower one, shares could exceed 1. A multiprocessor does 64 (A100) or 128 fp32 products per clock."""
+    for name, peaks in roofline.PEAKS.items():
+        lanes = 64 if name == "A100" else 128
+        assert peaks.fp32_flops / peaks.exponentials == pytest.approx(2 * lanes / 16, rel=0.01), name
