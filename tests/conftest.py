@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import io
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,15 @@ def only_own_garbage() -> None:
     """No collection, with which each training begins, looks through what was imported and made before this file."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """A training that a signal ended ignores further ones. Children of later tests would inherit that, and not end."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

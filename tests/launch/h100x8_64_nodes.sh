@@ -1,4 +1,4 @@
-# estimate: 512 ranks, 8 to a sequence (parallel.strands=1 parallel.context=8), with 1 sequence a step, 16,384 bases at a time each; 7.73M parameters, 34 MB sent a step; unmeasured estimate for H100: 0.011 s a step, 3.0 GB
+# estimate: 512 ranks, 8 to a sequence (parallel.strands=1 parallel.context=8), with 1 sequence a step, 16,384 bases at a time each; 7.73M parameters, 34 MB sent a step; unmeasured estimate for H100: 0.015 s a step, 3.0 GB
 #!/bin/bash
 
 # Parameters
