@@ -44,7 +44,7 @@ def assumptions(network: Network) -> str:
     """The assumptions behind the times."""
     return (
         f"an H100 takes {seconds_per_base(256, 16) * 1e6:.2f} us for a base of 256 channels and 16 layers, forward and "
-        "backward (benchmarks/sass.py, +-30 %), which scales with both; a kernel takes its "
+        "backward (a model's, by benchmarks/sass.py), which scales with both; a kernel takes its "
         f"processor {LAUNCH_SECONDS * 1e6:.0f} us to launch; memory of the GPU {MEMORY_RATE / 1e12:.2f} TB/s (data "
         f"sheet); {network.describe()}; transfers of gradients and sharded parameters overlap with computation, all "
         "others are waited for"

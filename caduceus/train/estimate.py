@@ -19,7 +19,7 @@ BLOCK_SECONDS, REST_SECONDS = 57e-9 / 256, 4e-9 / 256
 """For a base and channel of the model, forward and backward in bf16: a block; and embedding, head and loss together.
 
 They are what `benchmarks/sass.py` computes from the machine code of the kernels, for a block of 256 channels, in its
-newest record there. It may be wrong by 30 %.
+newest record there. No measurement has confirmed it.
 """
 GPU_BYTES = 80_000_000_000
 """Memory of an H100, in bytes."""
