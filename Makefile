@@ -34,8 +34,8 @@ test: $(VENV)/installed
 test-fast: $(VENV)/installed
 	$(TESTS) -m 'not slow and not moderate'
 
-# All but the slow tests, and the kernels for GPUs, on the oldest release that the range of each dependency takes in, which uv finds;
-# torch is the one above.
+# All but the slow tests, and the kernels for GPUs, on the oldest release that the range of each dependency takes in,
+# which uv finds; torch is the one above.
 # Releases of that age have no wheels for Python 3.13, so say PYTHON=python3.11 or so.
 test-oldest: $(OLDEST)/installed
 	$(subst $(PY),$(OLDEST)/bin/python,$(TESTS)) -m 'not slow'
